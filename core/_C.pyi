@@ -1,0 +1,9 @@
+"""Types of the compiled module. Kernels take addresses (int, 0 for none) and sizes; portlm.ops checks them first."""
+
+from typing import Any
+
+from portlm._C import cuda as cuda
+
+def isa() -> str: ...
+def usable_isas() -> list[str]: ...
+def __getattr__(name: str) -> Any: ...

@@ -1,0 +1,20 @@
+"""portlm: train a language model of the GPT lineage, and run it anywhere.
+
+Importing this package loads neither torch, onnx, TVM nor matplotlib; each is loaded by what first needs it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+if TYPE_CHECKING:
+    from portlm.runtimes import load
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from portlm.runtimes import load
+
+        return load
+    raise AttributeError(f"module 'portlm' has no attribute {name!r}")

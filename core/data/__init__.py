@@ -1,0 +1,1 @@
+"""Text in, memory-mapped token shards out."""

@@ -1,0 +1,92 @@
+"""How a kernel becomes a PyTorch operator: one call per op, two ways in, the same code behind both.
+
+`torch.library.custom_op` makes an op visible to autograd, `torch.compile` and `torch.export`, at about 20 µs of
+Python per call. A training step of a small model makes a hundred such calls, so plain eager tensors take the short
+way, an `autograd.Function` around the same functions, and everything that traces takes the registered op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from portlm import _C
+except ImportError:  # a source tree that was not built: every op runs its reference
+    _C = None  # type: ignore[assignment]
+
+__all__ = ["FusedOp", "has_kernel", "kernels"]
+
+kernels: Any = _C
+"""The compiled kernels (``portlm._C``), or None where they were not built."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def has_kernel(*tensors: Tensor | None) -> bool:
+    """Say whether the compiled CPU kernels take these tensors: built, float32, on the CPU, and not being exported."""
+    if _C is None or torch.compiler.is_exporting():
+        return False
+    return all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
+
+
+def _is_traced(first: Tensor) -> bool:
+    return (
+        type(first) not in _PLAIN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+class FusedOp:
+    """One operator ``portlm::<name>``, callable like the function it wraps.
+
+    Args:
+        forward: typed function (its annotations become the operator's schema) that calls kernels. All its tensors
+            must be contiguous; its first argument is a tensor; it mutates nothing and returns new tensors.
+        fake: same signature, returns empty tensors of the right shape and dtype.
+        backward: ``backward(ctx, *grads) -> gradients of every input``, or None for an op without gradient.
+        setup_context: ``setup_context(ctx, inputs, output)`` stores what backward needs.
+        mutates_args: names of the arguments that are written in place.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        backward: Callable[..., Any] | None = None,
+        setup_context: Callable[..., None] | None = None,
+        mutates_args: tuple[str, ...] = (),
+    ):
+        self.forward = forward
+        self.op = torch.library.custom_op(f"portlm::{name}", forward, mutates_args=mutates_args)
+        self.op.register_fake(fake)
+        self.direct: Callable[..., Any] = forward
+        if backward is not None:
+            assert setup_context is not None
+            self.op.register_autograd(backward, setup_context=setup_context)
+            self.direct = _function(name, forward, backward, setup_context).apply
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op(*args) if _is_traced(args[0]) else self.direct(*args)
+
+
+def _function(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> Any:
+    def run(ctx: Any, *args: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    return type(
+        f"{name}_function",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(run), "backward": staticmethod(backward)},
+    )

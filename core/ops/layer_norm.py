@@ -1,0 +1,178 @@
+"""Layer normalisation (Ba, Kiros and Hinton 2016), with the residual add in front fused into the same pass.
+
+Shapes: x, residual, y, h are (..., C); weight and bias are (C,). All float32 in the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from portlm.ops.fused import FusedOp, has_kernel, kernels
+
+__all__ = ["layer_norm", "layer_norm_reference"]
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
+    if residual is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    h = x + residual
+    return F.layer_norm(h, weight.shape, weight, bias, eps), h
+
+
+@overload
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., residual: None = ...) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise the last dimension of ``h = x + residual`` and scale it: ``(h - mean) / sqrt(var + eps) * weight + bias``.
+
+    Args:
+        x: (..., C).
+        weight: (C,) gain.
+        bias: (C,) shift.
+        eps: added to the variance, which is the biased one (divided by C).
+        residual: (..., C), added to x first.
+
+    Returns:
+        y of x's shape, or (y, h) when a residual is given, because the next residual add needs h.
+
+    Raises:
+        ValueError: the shapes do not fit; the message names them.
+    """
+    C = x.shape[-1] if x.dim() else 0
+    if weight.shape != (C,) or bias.shape != (C,):
+        raise ValueError(
+            f"[layer_norm] weight and bias must be ({C},) for x {tuple(x.shape)}, "
+            f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"[layer_norm] shapes must match, got {tuple(x.shape)} and {tuple(residual.shape)}")
+    if not has_kernel(x, weight, bias, residual):
+        return layer_norm_reference(x, weight, bias, eps, residual)
+    if residual is None:
+        return _fused(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)[0]
+    y, h, _, _ = _fused_add(
+        x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), eps
+    )
+    return y, h
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = x.shape[:-1]
+    return torch.empty(shape, dtype=x.dtype, device=x.device), torch.empty(
+        shape, dtype=x.dtype, device=x.device
+    )
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    C = x.shape[-1]
+    y = torch.empty_like(x)
+    mean, rstd = _statistics(x)
+    kernels.layer_norm_fwd(
+        x.data_ptr(), 0, weight.data_ptr(), bias.data_ptr(), eps,
+        y.data_ptr(), 0, mean.data_ptr(), rstd.data_ptr(), mean.numel(), C,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _forward_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    C = x.shape[-1]
+    y, h = torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = _statistics(x)
+    kernels.layer_norm_fwd(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
+        y.data_ptr(), h.data_ptr(), mean.data_ptr(), rstd.data_ptr(), mean.numel(), C,
+    )  # fmt: skip
+    return y, h, mean, rstd
+
+
+def _gradients(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = torch.empty_like(h), torch.empty_like(weight), torch.empty_like(weight)
+    kernels.layer_norm_bwd(
+        dy.data_ptr(), 0 if dh is None else dh.data_ptr(), h.data_ptr(), weight.data_ptr(),
+        mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
+        mean.numel(), h.shape[-1],
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+_fused_gradients = FusedOp(
+    "layer_norm_backward",
+    _gradients,
+    fake=lambda dy, dh, h, weight, mean, rstd: (
+        torch.empty_like(h),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    ),
+)
+
+
+def _contiguous(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, mean, rstd)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    h, weight, mean, rstd = ctx.saved_tensors
+    return *_fused_gradients(_contiguous(dy, h), None, h, weight, mean, rstd), None
+
+
+def _save_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, _, _ = inputs
+    _, h, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(h, weight, mean, rstd)
+
+
+def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    h, weight, mean, rstd = ctx.saved_tensors
+    dh = None if dh is None else dh.contiguous()
+    dx, dweight, dbias = _fused_gradients(_contiguous(dy, h), dh, h, weight, mean, rstd)
+    return dx, dx, dweight, dbias, None
+
+
+_fused = FusedOp(
+    "layer_norm",
+    _forward,
+    fake=lambda x, weight, bias, eps: (torch.empty_like(x), *_statistics(x)),
+    backward=_backward,
+    setup_context=_save,
+)
+_fused_add = FusedOp(
+    "add_layer_norm",
+    _forward_add,
+    fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), *_statistics(x)),
+    backward=_backward_add,
+    setup_context=_save_add,
+)

@@ -1,0 +1,132 @@
+"""Every op once: what it is called in each of its forms, so that documents and tests walk one table.
+
+An op is a triple (reference, kernel, graph form). This module holds the names; the table asks the build and the
+compile step which of them exist, so that it cannot claim more than there is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+COLUMNS = ("op", "forward", "backward", "cuda", "portable", "ort", "tvm-cpu")
+
+
+@dataclass(frozen=True)
+class Op:
+    """The names under which one op is known.
+
+    Attributes:
+        name: public name, ``portlm.ops.<name>``, defined in ``portlm/ops/<module>.py``.
+        summary: one line for the documentation.
+        forward: kernels of ``portlm._C`` that compute it.
+        backward: kernels of ``portlm._C`` that differentiate it; empty where no gradient is defined.
+        cuda: kernels of ``portlm._C.cuda`` that are its twins.
+        node: type of its node in the fused graph profile (domain ``ai.portlm``), or None if it never enters a graph.
+        tvm: name of the function that TVM calls for it, or None.
+    """
+
+    name: str
+    summary: str
+    module: str = ""
+    forward: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
+    cuda: tuple[str, ...] = ()
+    node: str | None = None
+    tvm: str | None = None
+
+
+OPS: tuple[Op, ...] = (
+    Op("embedding", "rows of a table by token id", forward=("embedding_fwd",), backward=("embedding_bwd",),
+       node="Embedding", tvm="portlm.embedding"),
+    Op("linear", "x W^T + b", forward=("gemm",), backward=("gemm",), node="Linear", tvm="portlm.linear"),
+    Op("layer_norm", "layer normalisation, with the residual add in front", forward=("layer_norm_fwd",),
+       backward=("layer_norm_bwd",), cuda=("layer_norm_fwd", "layer_norm_bwd"), node="LayerNorm",
+       tvm="portlm.layer_norm"),
+    Op("rms_norm", "root-mean-square normalisation, with the residual add in front", forward=("rms_norm_fwd",),
+       backward=("rms_norm_bwd",), cuda=("rms_norm_fwd", "rms_norm_bwd"), node="RmsNorm", tvm="portlm.rms_norm"),
+    Op("rotary", "rotary position embedding", forward=("rotary_fwd",), backward=("rotary_fwd",), node="Rotary",
+       tvm="portlm.rotary"),
+    Op("attention", "softmax(q k^T) v, causal or full, grouped heads", forward=("attention_fwd",),
+       backward=("attention_bwd",)),
+    Op("cached_attention", "attention over a key/value cache", module="attention",
+       forward=("cached_attention_fwd",), node="CachedAttention", tvm="portlm.cached_attention"),
+    Op("gelu_mlp", "linear, GELU, linear", forward=("gemm", "gelu_fwd"), backward=("gemm", "gelu_bwd"),
+       node="GeluMlp", tvm="portlm.gelu_mlp"),
+    Op("swiglu", "silu(gate) * up", forward=("swiglu_fwd",), backward=("swiglu_bwd",),
+       cuda=("swiglu_fwd", "swiglu_bwd"), node="SwiGlu", tvm="portlm.swiglu"),
+    Op("linear_cross_entropy", "cross-entropy of a linear head without the full logits",
+       forward=("linear_cross_entropy",), backward=("linear_cross_entropy",), cuda=("linear_cross_entropy",)),
+    Op("adamw", "decoupled weight decay Adam with clipping in one pass", forward=("adamw_step",),
+       cuda=("adamw_step",)),
+    Op("token_selection", "greedy, temperature, top-k, top-p, min-p", forward=("select_tokens",)),
+)  # fmt: skip
+
+
+def op(name: str) -> Op:
+    """Return the entry of one op.
+
+    Raises:
+        KeyError: no op has that name.
+    """
+    for entry in OPS:
+        if entry.name == name:
+            return entry
+    raise KeyError(name)
+
+
+def reference(entry: Op) -> Any:
+    """Return the reference function of an op, its definition in plain PyTorch (or NumPy)."""
+    module = importlib.import_module(f"portlm.ops.{entry.module or entry.name}")
+    return getattr(module, f"{entry.name}_reference")
+
+
+def _has(owner: object, names: tuple[str, ...]) -> bool:
+    return bool(names) and all(hasattr(owner, name) for name in names)
+
+
+def table() -> list[dict[str, str]]:
+    """Return one row per op: which of its forms this build really has ("yes"), lacks ("-") or does not need ("").
+
+    Columns of packages that are not installed read "?".
+    """
+    try:
+        compiled: Any = importlib.import_module("portlm._C")
+    except ImportError:
+        compiled = None
+    try:
+        forms: Any = importlib.import_module("portlm.compile.forms")
+        lowering: Any = importlib.import_module("portlm.compile.ort_lowering")
+    except ImportError:
+        forms = lowering = None
+
+    def mark(present: bool, wanted: bool) -> str:
+        return "yes" if present else "-" if wanted else ""
+
+    rows = []
+    for entry in OPS:
+        node = entry.node is not None
+        rows.append(
+            {
+                "op": entry.name,
+                "forward": mark(_has(compiled, entry.forward), bool(entry.forward)),
+                "backward": mark(_has(compiled, entry.backward), bool(entry.backward)),
+                "cuda": mark(_has(getattr(compiled, "cuda", None), entry.cuda), bool(entry.cuda)),
+                "portable": "?"
+                if forms is None and node
+                else mark(node and entry.node in forms.PORTABLE, node),
+                "ort": "?"
+                if lowering is None and node
+                else mark(node and entry.node in lowering.LOWERED, node),
+                "tvm-cpu": mark(
+                    entry.tvm is not None and _tvm_has(compiled, entry.tvm), entry.tvm is not None
+                ),
+            }
+        )
+    return rows
+
+
+def _tvm_has(compiled: Any, name: str) -> bool:
+    functions = getattr(compiled, "tvm_functions", None)
+    return functions is not None and name in functions()

@@ -1,0 +1,217 @@
+// Choosing the next token. core/ops/token_selection.py is the definition; this gives the same token, bit for bit.
+//
+// Weights are whole numbers whose sums are exact, so they may be added in any order: nothing is sorted. The k-th
+// largest logit and the edge of the nucleus are found by radix selection, three digits of an order-preserving key,
+// and only what the last digit left open is looked at again. Compute bound by the exponential, about V operations.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+
+namespace portlm::PORTLM_ISA {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kBlock = 1024;           // tokens whose maximum or weight is kept for the second look
+constexpr int64_t kGrain = 1 << 15;        // logits below which a second thread costs more than it brings
+constexpr int kDigitShift[] = {21, 10, 0};  // 11, 11 and 10 bits
+constexpr uint32_t kDigitMask[] = {2047, 2047, 1023};
+__extension__ typedef unsigned __int128 uint128;
+
+template <typename To, typename From>
+To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &value, sizeof(to));
+  return to;
+}
+
+// Larger for larger floats; the same for -0 and +0.
+uint32_t key_of(float x) {
+  const uint32_t bits = bits_of<uint32_t>(x + 0.0f);
+  return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
+}
+
+// First word of Philox4x64-10 (Salmon et al. 2011) for key (seed, 0) and counter (step, row, 0, 0), as u in [0, 1).
+double random_unit(uint64_t seed, uint64_t row, uint64_t step) {
+  uint64_t c0 = step, c1 = row, c2 = 0, c3 = 0, k0 = seed, k1 = 0;
+  for (int round = 0; round < 10; ++round) {
+    const uint128 p0 = uint128{0xD2E7470EE14C6C93u} * c0, p1 = uint128{0xCA5A826395121157u} * c2;
+    c0 = static_cast<uint64_t>(p1 >> 64) ^ c1 ^ k0;
+    c1 = static_cast<uint64_t>(p1);
+    c2 = static_cast<uint64_t>(p0 >> 64) ^ c3 ^ k1;
+    c3 = static_cast<uint64_t>(p0);
+    k0 += 0x9E3779B97F4A7C15u;
+    k1 += 0xBB67AE8584CAA73Bu;
+  }
+  return static_cast<double>(c0 >> 11) * 0x1p-53;
+}
+
+// Largest logit and the lowest id that has it; id -1 if a logit is NaN or +inf, or all are -inf.
+struct Largest {
+  float value;
+  int64_t id;
+};
+
+Largest largest(const float* row, int64_t V) {
+  float best = -kInf;
+  int64_t block = -1;
+  Vec refused(0.0f);
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t size = std::min(kBlock, V - begin);
+    Vec most(-kInf);
+    float m = -kInf;
+    for_each_vec(
+        size,
+        [&](int64_t i) {
+          const Vec x = Vec::load(row + begin + i);
+          most = max(x, most);
+          refused = max(where_lt(x, Vec(kInf), Vec(0.0f), Vec(1.0f)), refused);
+        },
+        [&](int64_t i, int64_t n) {
+          for (int64_t j = begin + i; j < begin + i + n; ++j) {
+            if (!(row[j] < kInf)) refused = Vec(1.0f);
+            m = std::max(m, row[j]);
+          }
+        });
+    m = std::max(m, hmax(most));
+    if (m > best) best = m, block = begin;
+  }
+  if (hmax(refused) > 0.0f || block < 0) return {best, -1};
+  int64_t id = block;
+  while (row[id] != best) ++id;
+  return {best, id};
+}
+
+// w[i] = rint(2^scale exp((row[i] - top) / temperature)). Adding 1.5 2^52 leaves the rounded number in the low bits.
+void weigh(const float* row, int64_t n, float top, double temperature, int scale, int64_t* w) {
+  constexpr double kRound = 0x1.8p52, kWhole = 0x1p52;
+  const double high = top;
+  const int64_t bias = 1023 + scale, whole = bits_of<int64_t>(kWhole);
+  for (int64_t i = 0; i < n; ++i) {
+    const double quotient = (static_cast<double>(row[i]) - high) / temperature;
+    const double x = quotient > -64.0 ? quotient : -64.0;
+    const double shifted = x * 1.4426950408889634 + kRound, k = shifted - kRound;
+    const double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+    double p = 2.505210838544172e-08;
+    p = p * r + 2.755731922398589e-07;
+    p = p * r + 2.7557319223985893e-06;
+    p = p * r + 2.48015873015873e-05;
+    p = p * r + 1.984126984126984e-04;
+    p = p * r + 1.388888888888889e-03;
+    p = p * r + 8.333333333333333e-03;
+    p = p * r + 4.1666666666666664e-02;
+    p = p * r + 1.6666666666666666e-01;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    const uint64_t exponent = (static_cast<uint64_t>(bits_of<int64_t>(shifted)) + static_cast<uint64_t>(bias)) << 52;
+    w[i] = bits_of<int64_t>(p * bits_of<double>(exponent) + kWhole) - whole;
+  }
+}
+
+// What is still in the running: n tokens with ids ascending, and their logits. ids == nullptr: every token.
+struct Candidates {
+  const float* logits;
+  const int64_t* ids;
+  int64_t n;
+};
+
+// Smallest key that stays, when keys are taken from the largest down until `amount(candidate)` adds up to `enough`.
+// Sum is the type of the running amount; open is scratch for n indices.
+template <typename Sum, typename Amount>
+uint32_t cut(Candidates c, Sum enough, Amount amount, int64_t* open) {
+  Sum taken = 0;
+  uint32_t prefix = 0;
+  int64_t left = c.n;
+  for (int digit = 0; digit < 3; ++digit) {
+    Sum total[2048] = {};
+    const int shift = kDigitShift[digit];
+    const uint32_t mask = kDigitMask[digit];
+    const auto index = [&](int64_t i) { return digit == 0 ? i : open[i]; };
+    for (int64_t i = 0; i < left; ++i) total[(key_of(c.logits[index(i)]) >> shift) & mask] += amount(index(i));
+    uint32_t value = mask;
+    while (value > 0 && taken + total[value] < enough) taken += total[value--];
+    prefix |= value << shift;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < left; ++i) {
+      const int64_t j = index(i);
+      open[kept] = j;
+      kept += ((key_of(c.logits[j]) >> shift) & mask) == value;
+    }
+    left = kept;
+  }
+  return prefix;
+}
+
+// Scratch of one thread. Not initialised: every element is written before it is read.
+struct Scratch {
+  explicit Scratch(int64_t V) : weights(new int64_t[V]), open(new int64_t[V]), ids(new int64_t[V]), logits(new float[V]) {}
+  std::unique_ptr<int64_t[]> weights, open, ids;
+  std::unique_ptr<float[]> logits;
+};
+
+int64_t sample(const float* row, int64_t V, float top, double temperature, int64_t top_k, double top_p, double min_p,
+               double u, Scratch& s) {
+  int scale = 52;
+  while ((int64_t{1} << (52 - scale)) < V) --scale;
+  Candidates c{row, nullptr, V};
+  if (top_k > 0 && top_k < V) {
+    const uint32_t lowest = cut(c, top_k, [](int64_t) { return int64_t{1}; }, s.open.get());
+    int64_t n = 0;
+    for (int64_t i = 0; i < V; ++i)
+      if (key_of(row[i]) >= lowest) s.ids[n] = i, s.logits[n++] = row[i];
+    c = {s.logits.get(), s.ids.get(), n};
+  }
+  int64_t* w = s.weights.get();
+  weigh(c.logits, c.n, top, temperature, scale, w);
+  if (top_p < 1.0) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < c.n; ++i) total += w[i];
+    // The amounts are whole numbers, so reaching top_p * total is reaching the next whole number.
+    const auto enough = static_cast<int64_t>(std::ceil(top_p * static_cast<double>(total)));
+    const uint32_t lowest = cut(c, enough, [w](int64_t i) { return w[i]; }, s.open.get());
+    for (int64_t i = 0; i < c.n; ++i)
+      if (key_of(c.logits[i]) < lowest) w[i] = 0;
+  }
+  if (min_p > 0.0) {
+    const double least = min_p * static_cast<double>(int64_t{1} << scale);
+    for (int64_t i = 0; i < c.n; ++i)
+      if (static_cast<double>(w[i]) < least) w[i] = 0;
+  }
+  int64_t total = 0;
+  for (int64_t i = 0; i < c.n; ++i) total += w[i];
+  int64_t target = static_cast<int64_t>(u * static_cast<double>(total));
+  int64_t i = 0;
+  for (; i + kBlock < c.n; i += kBlock) {
+    int64_t block = 0;
+    for (int64_t j = i; j < i + kBlock; ++j) block += w[j];
+    if (block > target) break;
+    target -= block;
+  }
+  while (w[i] <= target) target -= w[i++];
+  return c.ids ? c.ids[i] : i;
+}
+
+}  // namespace
+
+void select_tokens(const float* logits, int64_t rows, int64_t V, double temperature, int64_t top_k, double top_p,
+                   double min_p, const uint64_t* seeds, const uint64_t* streams, uint64_t step, int64_t* tokens) {
+  parallel_for(rows, kGrain / V + 1, [=](int64_t begin, int64_t end) {
+    Scratch scratch(temperature > 0.0 ? V : 0);
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = logits + r * V;
+      const Largest top = largest(row, V);
+      tokens[r] = top.id < 0 || temperature == 0.0
+                      ? top.id
+                      : sample(row, V, top.value, temperature, top_k, top_p, min_p, random_unit(seeds[r], streams[r], step), scratch);
+    }
+  });
+}
+
+}  // namespace portlm::PORTLM_ISA

@@ -1,0 +1,22 @@
+// Linked instead of the CUDA kernels where nvcc was not found: every kernel says so.
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace portlm::cuda {
+
+namespace {
+[[noreturn]] void absent(const char* name) {
+  throw std::runtime_error(std::string(name) + ": this build of portlm has no CUDA kernels: install nvcc and build it again");
+}
+}  // namespace
+
+#define PORTLM_CUDA_KERNEL(name, ...) \
+  void name(__VA_ARGS__, uintptr_t) { absent(#name); }
+#include "cuda/kernels.def"
+#undef PORTLM_CUDA_KERNEL
+
+const char* architectures() { return ""; }
+
+}  // namespace portlm::cuda

@@ -1,0 +1,1 @@
+"""From an artifact to answers. Never imports torch, except in the torch engine itself."""

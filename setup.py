@@ -1,0 +1,80 @@
+"""Build portlm: map the three source roots to one package, and compile portlm._C with CMake.
+
+The extension links neither PyTorch nor TVM, so an ordinary isolated build needs only CMake, Ninja
+and pybind11, and one wheel serves every version of both.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+ROOTS = {"portlm": "core", "portlm.compile": "compile", "portlm.runtimes": "runtimes"}
+
+
+class CMakeExtension(Extension):
+    """An extension whose sources are listed in CMakeLists.txt instead of here."""
+
+    def __init__(self, name: str):
+        super().__init__(name, sources=[])
+
+
+class CMakeBuild(build_ext):
+    """Configure and build with CMake in a directory that survives between installs.
+
+    setuptools gives every editable install a fresh temporary directory; building in
+    ``build/cmake-<python tag>`` instead lets a second install only relink what changed.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = HERE / "build" / f"cmake-{sys.implementation.cache_tag}"
+        self._drop_stale_cache(build)
+        configure = [
+            "cmake",
+            "-S",
+            str(HERE),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('PORTLM_BUILD_TYPE', 'Release')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPORTLM_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPORTLM_EXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+            f"-Dpybind11_DIR={self._pybind11_directory()}",
+            *os.environ.get("PORTLM_CMAKE_ARGS", "").split(),
+        ]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+
+    @staticmethod
+    def _pybind11_directory() -> str:
+        import pybind11
+
+        return pybind11.get_cmake_dir()
+
+    @staticmethod
+    def _drop_stale_cache(build: Path) -> None:
+        # An isolated build runs in a new environment each time. CMake refuses to swap the generator's
+        # program under an existing cache, so forget the remembered paths but keep every object file.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+
+
+setup(
+    package_dir=ROOTS,
+    packages=[
+        name
+        for root, path in ROOTS.items()
+        for name in (root, *(f"{root}.{package}" for package in find_packages(path)))
+    ],
+    package_data={"portlm": ["py.typed", "_C.pyi"]},
+    ext_modules=[CMakeExtension("portlm._C")],
+    cmdclass={"build_ext": CMakeBuild},
+)
