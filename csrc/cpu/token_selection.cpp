@@ -92,26 +92,32 @@ Largest largest(const float* row, int64_t V) {
 void weigh(const float* row, int64_t n, float top, double temperature, int scale, int64_t* w) {
   constexpr double kRound = 0x1.8p52, kWhole = 0x1p52;
   const double high = top;
-  const int64_t bias = 1023 + scale, whole = bits_of<int64_t>(kWhole);
-  for (int64_t i = 0; i < n; ++i) {
-    const double quotient = (static_cast<double>(row[i]) - high) / temperature;
-    const double x = quotient > -64.0 ? quotient : -64.0;
-    const double shifted = x * 1.4426950408889634 + kRound, k = shifted - kRound;
-    const double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
-    double p = 2.505210838544172e-08;
-    p = p * r + 2.755731922398589e-07;
-    p = p * r + 2.7557319223985893e-06;
-    p = p * r + 2.48015873015873e-05;
-    p = p * r + 1.984126984126984e-04;
-    p = p * r + 1.388888888888889e-03;
-    p = p * r + 8.333333333333333e-03;
-    p = p * r + 4.1666666666666664e-02;
-    p = p * r + 1.6666666666666666e-01;
-    p = p * r + 0.5;
-    p = p * r + 1.0;
-    p = p * r + 1.0;
-    const uint64_t exponent = (static_cast<uint64_t>(bits_of<int64_t>(shifted)) + static_cast<uint64_t>(bias)) << 52;
-    w[i] = bits_of<int64_t>(p * bits_of<double>(exponent) + kWhole) - whole;
+  const auto bias = static_cast<uint64_t>(1023 + scale);
+  double x[256];  // in blocks, and apart from the polynomial, because the compiler vectorises only loops without a branch
+  for (int64_t begin = 0; begin < n; begin += 256) {
+    const int64_t size = std::min<int64_t>(256, n - begin);
+    for (int64_t i = 0; i < size; ++i) {
+      const double quotient = (static_cast<double>(row[begin + i]) - high) / temperature;
+      x[i] = quotient > -64.0 ? quotient : -64.0;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const double shifted = x[i] * 1.4426950408889634 + kRound, k = shifted - kRound;
+      const double r = (x[i] - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+      double p = 2.505210838544172e-08;
+      p = p * r + 2.755731922398589e-07;
+      p = p * r + 2.7557319223985893e-06;
+      p = p * r + 2.48015873015873e-05;
+      p = p * r + 1.984126984126984e-04;
+      p = p * r + 1.388888888888889e-03;
+      p = p * r + 8.333333333333333e-03;
+      p = p * r + 4.1666666666666664e-02;
+      p = p * r + 1.6666666666666666e-01;
+      p = p * r + 0.5;
+      p = p * r + 1.0;
+      p = p * r + 1.0;
+      const uint64_t exponent = (bits_of<uint64_t>(shifted) + bias) << 52;
+      w[begin + i] = bits_of<int64_t>(p * bits_of<double>(exponent) + kWhole) - bits_of<int64_t>(kWhole);
+    }
   }
 }
 
