@@ -1,0 +1,399 @@
+"""Checkpoints that survive kill -9, a full disk and a flipped bit.
+
+A save fills ``step-N.tmp-<pid>/``, waits until every file is on the disk, writes ``manifest.json`` (size
+and sha256 of each file, the run's state) last, waits again, renames the folder to ``step-N/``, waits for the
+parent folder, and points ``latest`` at it. Only then are old checkpoints removed, and at least two stay. So
+the newest complete checkpoint is on the disk at every moment, whatever happens to the process or the power.
+
+Reading trusts nothing but the manifest: a resume takes the newest folder whose manifest and files verify,
+says on the way which ones do not, and never deletes those. ``latest`` is for people.
+
+The folder is itself a model checkpoint (``config.json``, ``model.safetensors``, ``tokenizer.json``); what
+else it holds is the caller's business, so every kind of training can use this file. It needs no PyTorch.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from portlm.errors import FormatError, StorageError, UsageError
+from portlm.files import free_bytes, fsync_dir, read_json, safe_join, sha256_file, write_atomic
+
+FORMAT = "portlm-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+# Folders and journals take space besides the files themselves.
+_SPACE_FACTOR = 1.1
+_STEP_FOLDER = re.compile(r"step-(\d{1,18})")
+_LEFTOVER = re.compile(r".+\.tmp-(\d{1,10})")
+_STALE_FILE = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Fill = Callable[[Path], None]
+
+
+class FileOps:
+    """Every operation that a save performs on the disk, one method each.
+
+    The one seam for tests: a subclass that fails or kills the process at the Nth call shows that no moment
+    exists at which the previous checkpoint is lost.
+    """
+
+    def make_folder(self, path: Path) -> None:
+        """Create one folder."""
+        path.mkdir()
+
+    def fill(self, folder: Path, write: Fill) -> None:
+        """Let the caller write its files into a new folder."""
+        write(folder)
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """Create a file, and wait until its contents are on the disk."""
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def seal_file(self, path: Path) -> None:
+        """Wait until a file that somebody else wrote is on the disk."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync_folder(self, path: Path) -> None:
+        """Wait until the names in a folder are on the disk."""
+        fsync_dir(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file or folder another name, atomically."""
+        old.rename(new)
+
+    def replace_file(self, path: Path, data: bytes) -> None:
+        """Replace a small file atomically."""
+        write_atomic(path, data)
+
+    def remove_folder(self, path: Path) -> None:
+        """Delete a folder and what is in it."""
+        shutil.rmtree(path)
+
+    def free_bytes(self, path: Path) -> int:
+        """Return the free space where ``path`` lies."""
+        return free_bytes(path)
+
+
+FILE_OPS = FileOps()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint whose every file has been verified."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    fill: Fill,
+    *,
+    state: dict[str, Any],
+    estimate: int,
+    keep: int = 2,
+    ops: FileOps = FILE_OPS,
+) -> Path:
+    """Write ``root/step-<step>`` and return its path.
+
+    Args:
+        root: Folder of all checkpoints of a run; created when missing.
+        step: Steps taken so far; the newest checkpoint is the one with the highest number.
+        fill: Writes the files into the folder it is given.
+        state: Goes into the manifest: whatever JSON the caller needs to resume.
+        estimate: Bytes that ``fill`` will write, roughly.
+        keep: Checkpoints to keep, this one included; at least 2.
+        ops: The file operations; tests replace them.
+
+    Raises:
+        StorageError: The disk is full or refuses. Earlier checkpoints are untouched.
+        UsageError: This step is saved already, or ``keep`` is below 2.
+    """
+    if keep < 2:
+        raise UsageError(
+            f"keep must be at least 2, got {keep}: with one checkpoint, a damaged one ends the run"
+        )
+    target = root / f"step-{step}"
+    with _storage_errors(f"save the checkpoint {target}", estimate, root, ops):
+        root.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            raise UsageError(f"{target} exists already: resume from it, or choose another folder")
+        remove_leftovers(root, ops)
+        _require_space(root, target, estimate, ops)
+        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "state": state}
+        with _new_folder(target, ops) as temporary:
+            ops.fill(temporary, fill)
+            manifest["files"] = _seal(temporary, ops)
+            manifest["sha256"] = _digest(manifest)
+            data = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+            ops.write_file(temporary / MANIFEST, data)
+            ops.sync_folder(temporary)
+            ops.rename(temporary, target)
+        ops.sync_folder(root)
+        ops.replace_file(root / "latest", f"{target.name}\n".encode())
+        _prune(root, keep, ops)
+    return target
+
+
+def replace_folder(target: Path, fill: Fill, *, estimate: int, ops: FileOps = FILE_OPS) -> Path:
+    """Write a folder as a whole, taking the place of an older one of that name; return its path.
+
+    The old folder stays until the new one is complete on the disk; files of the same name keep their mode.
+
+    Raises:
+        StorageError: The disk is full or refuses. An older folder is untouched.
+    """
+    with _storage_errors(f"write {target}", estimate, target.parent, ops):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent, ops)
+        _require_space(target.parent, target, estimate, ops)
+        with _new_folder(target, ops) as temporary:
+            ops.fill(temporary, fill)
+            if target.exists():
+                _copy_modes(target, temporary)
+            _seal(temporary, ops)
+            ops.sync_folder(temporary)
+            old = target.with_name(f"{target.name}.old.tmp-{os.getpid()}")
+            if target.exists():
+                ops.rename(target, old)
+            try:
+                ops.rename(temporary, target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+        ops.sync_folder(target.parent)
+        if old.exists():
+            ops.remove_folder(old)
+    return target
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of every checkpoint under ``root``, damaged or not, oldest first."""
+    if not root.is_dir():
+        return []
+    matches = ((_STEP_FOLDER.fullmatch(entry.name), entry) for entry in root.iterdir())
+    return sorted((int(match[1]), entry) for match, entry in matches if match and entry.is_dir())
+
+
+def verify_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and compare every file with it.
+
+    Raises:
+        FormatError: A file is missing, truncated or altered, or the manifest is; the message names it.
+    """
+    manifest = _read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = safe_join(folder, name)
+        if sha256_file(path) != expected["sha256"]:
+            raise FormatError(f"{path} was altered: its sha256 is not the manifest's")
+    return Checkpoint(folder, manifest["step"], manifest["state"])
+
+
+def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies, or None when there is none at all.
+
+    Every damaged one on the way is reported through ``warn`` and left alone.
+
+    Raises:
+        FormatError: Checkpoints exist, but none of them is intact.
+    """
+    found = list_checkpoints(root)
+    for _, folder in reversed(found):
+        try:
+            return verify_checkpoint(folder)
+        except FormatError as error:
+            warn(f"{folder} is damaged and not used: {error}")
+    if found:
+        raise FormatError(
+            f"none of the {len(found)} checkpoints in {root} is intact: start again in another folder"
+        )
+    return None
+
+
+def set_aside_newer(root: Path, step: int, warn: Callable[[str], None], ops: FileOps = FILE_OPS) -> None:
+    """Rename every checkpoint after ``step``, so that a run resumed from ``step`` may save there again.
+
+    Nothing is deleted: ``step-200`` becomes ``step-200.aside``, out of the way of pruning for ever.
+
+    Raises:
+        StorageError: The disk refuses.
+    """
+    with _storage_errors(f"rename in {root}", 0, root, ops):
+        for number, folder in list_checkpoints(root):
+            if number > step:
+                aside = _unused_name(folder)
+                ops.rename(folder, aside)
+                warn(f"{folder} is newer than the step resumed from: kept as {aside.name}")
+
+
+def remove_leftovers(folder: Path, ops: FileOps = FILE_OPS) -> None:
+    """Delete what saves that were killed left half written.
+
+    A leftover carries the number of its process. One of a process still alive is left alone; one with our own
+    number can only be from an earlier process that had it, as containers hand out the same few numbers.
+    """
+    for entry in list(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match and entry.is_dir() and not entry.is_symlink() and not _is_other_process(int(match[1])):
+            ops.remove_folder(entry)
+
+
+def remove_stale_files(folder: Path) -> None:
+    """Delete the temporary files of atomic writes that were killed.
+
+    Only for a folder that nobody else is writing to: they carry no process number.
+    """
+    for entry in list(folder.iterdir()):
+        if _STALE_FILE.fullmatch(entry.name) and entry.is_file():
+            entry.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path, ops: FileOps) -> Iterator[Path]:
+    """Yield a fresh folder to fill and rename; whatever goes wrong, it does not stay behind."""
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        ops.make_folder(temporary)
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _storage_errors(action: str, need: int, where: Path, ops: FileOps) -> Iterator[None]:
+    """Turn what the operating system refuses into one line that says what, where and what to do."""
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(f"cannot {action}: {error}; earlier checkpoints are intact") from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        free = ""
+        if full:
+            with contextlib.suppress(OSError, StorageError):
+                free = f" ({need} bytes needed, {ops.free_bytes(where)} free)"
+        advice = "free some space" if full else "check the disk and its permissions"
+        raise StorageError(
+            f"cannot {action}: {error.strerror or error}{free}; "
+            f"earlier checkpoints are intact, {advice} and resume"
+        ) from error
+
+
+def _require_space(where: Path, target: Path, estimate: int, ops: FileOps) -> None:
+    free, need = ops.free_bytes(where), int(estimate * _SPACE_FACTOR)
+    if free < need:
+        raise StorageError(f"{target} needs {need} bytes, {free} are free: free some space and resume")
+
+
+def _seal(folder: Path, ops: FileOps) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of every file below ``folder``, each safely on the disk."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            ops.sync_folder(path)
+        else:
+            ops.seal_file(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    return files
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest's canonical JSON, so that a bit flipped in it is noticed as well."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a manifest, and the sizes (not yet the contents) of the files it lists."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise FormatError(f"{path} is no checkpoint manifest")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{path} has format version {manifest.get('format_version')!r}, this portlm reads 1"
+        )
+    if manifest.get("sha256") != _digest(manifest):
+        raise FormatError(f"{path} was altered: its sha256 does not fit its contents")
+    step, state, files = manifest.get("step"), manifest.get("state"), manifest.get("files")
+    if type(step) is not int or step < 0 or not isinstance(state, dict) or not isinstance(files, dict):
+        raise FormatError(f"{path} lacks a step, a state or a list of files")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int:
+            raise FormatError(f"{path}: the entry of {name!r} has no size")
+        if not isinstance(entry.get("sha256"), str) or not _SHA256.fullmatch(entry["sha256"]):
+            raise FormatError(f"{path}: the entry of {name!r} has no sha256")
+        file = safe_join(folder, name)
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise FormatError(f"cannot read {file}: {error.strerror}") from error
+        if size != entry["size"]:
+            raise FormatError(f"{file} has {size} bytes, the manifest says {entry['size']}")
+    return manifest
+
+
+def _prune(root: Path, keep: int, ops: FileOps) -> None:
+    """Remove old checkpoints once ``keep`` newer ones look complete."""
+    complete = 0
+    for _, folder in reversed(list_checkpoints(root)):
+        if complete >= keep:
+            # Renamed first: a kill half way through the deletion must not leave a damaged step-N.
+            doomed = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+            ops.rename(folder, doomed)
+            ops.remove_folder(doomed)
+            continue
+        with contextlib.suppress(FormatError):
+            _read_manifest(folder)
+            complete += 1
+
+
+def _copy_modes(old: Path, new: Path) -> None:
+    for path in (new, *new.rglob("*")):
+        twin = old / path.relative_to(new)
+        if twin.exists():
+            path.chmod(stat.S_IMODE(twin.stat().st_mode))
+
+
+def _unused_name(folder: Path) -> Path:
+    count = 1
+    while (aside := folder.with_name(f"{folder.name}.aside{'' if count == 1 else f'-{count}'}")).exists():
+        count += 1
+    return aside
+
+
+def _is_other_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

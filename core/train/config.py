@@ -1,0 +1,235 @@
+"""Everything a pretraining run is told, as frozen dataclasses with defaults for a laptop CPU.
+
+The defaults are nanoGPT's CPU setting (4 layers, 4 heads, width 128, context 64, batch 12, 2000 steps), which
+learns Shakespeare's bytes in about a minute. :func:`portlm.settings.load` fills the classes from a preset,
+a TOML file and ``--set`` overrides; every run folder keeps the resolved result as ``config.toml``.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from portlm.errors import ConfigError
+from portlm.settings import require_range
+
+__all__ = [
+    "PRESETS",
+    "CheckpointSettings",
+    "DataSettings",
+    "EvaluationSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PretrainConfig",
+    "ScheduleSettings",
+]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The shape of the model. The vocabulary comes from the tokenizer."""
+
+    family: Literal["gpt2", "llama"] = "gpt2"
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 0  # llama only; 0 means n_head, fewer means grouped-query attention
+    width: int = 128
+    hidden: int = 0  # llama only: width of the feed-forward layer; 0 means 8/3 of the width
+    context_length: int = 64  # tokens the model sees at once
+    dropout: float = 0.0  # gpt2 only
+    rope_theta: float = 10000.0  # llama only: base of the rotary frequencies
+    tie_embeddings: bool = True  # llama only: the head reuses the embedding table
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "width", "context_length"):
+            require_range(f"model.{name}", getattr(self, name), 1, 1 << 20)
+        require_range("model.n_kv_head", self.n_kv_head, 0, self.n_head)
+        require_range("model.hidden", self.hidden, 0, 1 << 24)
+        require_range("model.dropout", self.dropout, 0, 0.99)
+        require_range("model.rope_theta", self.rope_theta, 0, open_low=True)
+        if self.width % self.n_head:
+            raise ConfigError(f"model.width {self.width} must be a multiple of model.n_head {self.n_head}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ConfigError(
+                f"model.n_head {self.n_head} must be a multiple of model.n_kv_head {self.n_kv_head}"
+            )
+        defaults = type(self).__dataclass_fields__
+        foreign = (
+            ("n_kv_head", "hidden", "rope_theta", "tie_embeddings") if self.family == "gpt2" else ("dropout",)
+        )
+        for name in foreign:
+            if getattr(self, name) != defaults[name].default:
+                raise ConfigError(f"model.{name} does not apply to the family {self.family}: leave it out")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the model reads."""
+
+    texts: tuple[str, ...] = ()  # UTF-8 text files, or one folder of prepared shards
+    tokenizer: str = "byte"  # "byte", "bpe:2048" (train one of that size), or a tokenizer.json
+    validation_fraction: float = 0.1  # the last part of the text, never trained on
+    batch_size: int = 12  # sequences per forward pass
+    accumulate: int = 1  # forward passes per optimiser step
+
+    def __post_init__(self) -> None:
+        require_range("data.validation_fraction", self.validation_fraction, 0, 0.5, open_low=True)
+        require_range("data.batch_size", self.batch_size, 1, 1 << 20)
+        require_range("data.accumulate", self.accumulate, 1, 1 << 20)
+        kind, separator, size = self.tokenizer.partition(":")
+        if kind == "bpe" and not (separator and size.isascii() and size.isdigit()):
+            raise ConfigError(f"data.tokenizer {self.tokenizer!r}: write bpe:SIZE, for example bpe:2048")
+        if not self.tokenizer:
+            raise ConfigError("data.tokenizer is empty: write byte, bpe:SIZE or the path of a tokenizer.json")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices only."""
+
+    lr: float = 1e-3  # peak learning rate
+    beta1: float = 0.9
+    beta2: float = 0.99  # shorter memory than 0.999, since a step sees few tokens
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest global gradient norm; 0 means no clipping
+
+    def __post_init__(self) -> None:
+        require_range("optimizer.lr", self.lr, 0, open_low=True)
+        require_range("optimizer.beta1", self.beta1, 0, 0.999999)
+        require_range("optimizer.beta2", self.beta2, 0, 0.999999)
+        require_range("optimizer.eps", self.eps, 0, open_low=True)
+        require_range("optimizer.weight_decay", self.weight_decay, 0)
+        require_range("optimizer.clip", self.clip, 0)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Linear warm-up, then a cosine down to a floor that is reached at the last step."""
+
+    warmup: float = 0.05  # below 1: share of all steps; from 1: a number of steps
+    min_lr: float = 1e-4  # the floor
+
+    def __post_init__(self) -> None:
+        require_range("schedule.warmup", self.warmup, 0)
+        require_range("schedule.min_lr", self.min_lr, 0)
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ConfigError(
+                f"schedule.warmup {self.warmup} must be a share below 1 or a whole number of steps"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How progress is judged: the loss on held-out text, and a sample to look at."""
+
+    interval: int = 250  # steps between evaluations; the last step is always evaluated
+    max_tokens: int = 0  # held-out tokens to use; 0 means all of them
+    prompt: str = "\n"  # the start of every sample
+    sample_tokens: int = 200  # length of a sample; 0 means none
+    temperature: float = 0.8
+    top_k: int = 0  # 0 means no limit
+
+    def __post_init__(self) -> None:
+        require_range("evaluation.interval", self.interval, 1)
+        require_range("evaluation.max_tokens", self.max_tokens, 0)
+        require_range("evaluation.sample_tokens", self.sample_tokens, 0, 1 << 20)
+        require_range("evaluation.temperature", self.temperature, 0)
+        require_range("evaluation.top_k", self.top_k, 0)
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When the whole state is saved, and how much of the past is kept."""
+
+    interval: int = 250  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints that stay on disk, at least 2
+
+    def __post_init__(self) -> None:
+        require_range("checkpoint.interval", self.interval, 1)
+        require_range("checkpoint.keep", self.keep, 2)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
+
+    steps: int = 2000
+    seed: int = 1337
+    threads: int = 0  # CPU threads; 0 means what PyTorch chooses
+    device: str = "cpu"  # "cpu", "cuda" or "cuda:1"
+    log_interval: int = 10  # steps between lines of metrics
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+    def __post_init__(self) -> None:
+        require_range("steps", self.steps, 1, 1 << 40)
+        require_range("seed", self.seed, 0, (1 << 63) - 1)
+        require_range("threads", self.threads, 0, 4096)
+        require_range("log_interval", self.log_interval, 1)
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ConfigError(
+                f"schedule.min_lr {self.schedule.min_lr:g} is above "
+                f"optimizer.lr {self.optimizer.lr:g}: lower it"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        warmup = self.schedule.warmup
+        return int(warmup) if warmup >= 1 else round(warmup * self.steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimiser step learns from."""
+        return self.data.batch_size * self.data.accumulate * self.model.context_length
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A toy that trains in seconds: for tests, demonstrations and continuous integration.
+    "tiny": {
+        "steps": 200,
+        "model": {"n_layer": 2, "n_head": 2, "width": 64, "context_length": 64},
+        "evaluation": {"interval": 100},
+        "checkpoint": {"interval": 100},
+    },
+    # nanoGPT, "I only have a macbook": config/train_shakespeare_char.py with its CPU overrides.
+    "nanogpt-cpu": {},
+    # nanoGPT's config/train_shakespeare_char.py as written, 10.7 million parameters.
+    "nanogpt": {
+        "steps": 5000,
+        "model": {"n_layer": 6, "n_head": 6, "width": 384, "context_length": 256, "dropout": 0.2},
+        "data": {"batch_size": 64},
+    },
+    # LLaMA's block at the size of nanogpt-cpu, with two query heads per key/value head.
+    "llama-tiny": {"model": {"family": "llama", "n_head": 4, "n_kv_head": 2}},
+    # GPT-2 small (Radford et al. 2019); the batch is for one accelerator, use data.accumulate for more.
+    "gpt2": {
+        "steps": 100_000,
+        "model": {"n_layer": 12, "n_head": 12, "width": 768, "context_length": 1024},
+        "data": {"batch_size": 8, "accumulate": 8},
+        "optimizer": {"lr": 6e-4, "beta2": 0.95},
+        "schedule": {"warmup": 2000, "min_lr": 6e-5},
+        "evaluation": {"interval": 1000, "max_tokens": 1 << 20},
+        "checkpoint": {"interval": 1000},
+    },
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return the settings tree of a named preset.
+
+    Raises:
+        ConfigError: No preset has this name; the message lists those that exist.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def resolve_path(text: str) -> str:
+    """Return an absolute path for a setting that names a file, so that a saved config works from anywhere."""
+    return str(Path(text).expanduser().absolute())
