@@ -1,0 +1,188 @@
+"""From a checkpoint folder to an artifact folder: the graphs in each profile, their weights and the manifest.
+
+No PyTorch model is traced: each family writes its decoder directly (compile/families/), so the graph is as small
+as the model and equal bytes come from equal checkpoints.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from portlm.artifact import MANIFEST, Manifest, ModelSpec, RoleSpec, StateSpec, list_files, read_manifest
+from portlm.artifact import hash_files as _hash_files
+from portlm.artifact import write_manifest as _write_manifest
+from portlm.compile.check import check_model
+from portlm.compile.families import CacheShape, Decoder, check_tensors, decoder_of
+from portlm.compile.forms import PROFILES
+from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.errors import FormatError, UsageError
+from portlm.files import check_space, fsync_dir, read_json
+from portlm.weights import load_numpy
+
+WEIGHTS = "decoder.onnx.data"
+
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def export(
+    checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("portable", "fused")
+) -> Path:
+    """Export a checkpoint to an artifact folder, which appears complete or not at all.
+
+    Args:
+        checkpoint: folder with config.json and model.safetensors.
+        out: the artifact folder. An artifact that is already there is replaced, anything else is refused.
+        profiles: which graphs to write.
+
+    Returns:
+        The artifact folder.
+
+    Raises:
+        FormatError: the checkpoint is damaged or not of a known family.
+        UsageError: `out` holds something that is not an artifact, or a profile is unknown.
+        StorageError: not enough room.
+    """
+    source, target = Path(checkpoint), Path(out)
+    if not profiles or set(profiles) - PROFILES.keys():
+        raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
+    _check_target(source, target)
+    config = read_json(source / "config.json")
+    if not isinstance(config, dict):
+        raise FormatError(f"{source / 'config.json'}: must hold an object")
+    decoder = decoder_of(config)
+    tensors = check_tensors(decoder, load_numpy(source / "model.safetensors"))
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copied = [name for name in COPIED if (source / name).is_file()]
+    size = sum((source / name).stat().st_size for name in copied) + sum(t.nbytes for t in tensors.values())
+    check_space(target.parent, size + size // 10)
+
+    workshop = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        (workshop / "onnx").mkdir(parents=True)
+        for name in copied:
+            shutil.copyfile(source / name, workshop / name)
+        write_graphs(decoder, decoder.weights(tensors), workshop / "onnx", profiles)
+        parameters = sum(tensor.size for tensor in tensors.values())
+        manifest = _describe(decoder, parameters, profiles, workshop)
+        _write_manifest(workshop, manifest)
+        _sync(workshop)
+        _put_in_place(workshop, target)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    return target
+
+
+def write_graphs(decoder: Decoder, weights: dict[str, Any], folder: Path, profiles: Sequence[str]) -> None:
+    """Write decoder.<profile>.onnx for each profile, and the weight file they share; check what was written.
+
+    Args:
+        decoder: describes the model.
+        weights: its parameters in graph orientation.
+        folder: an existing folder.
+        profiles: names from forms.PROFILES.
+    """
+    file = WeightFile(WEIGHTS)
+    for profile in profiles:
+        model = build_graph(decoder, weights, profile, file)
+        (folder / f"decoder.{profile}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    file.write(folder / WEIGHTS)
+    for profile in profiles:
+        check_model(folder / f"decoder.{profile}.onnx")
+
+
+def build_graph(decoder: Decoder, weights: dict[str, Any], profile: str, file: WeightFile) -> onnx.ModelProto:
+    """The decoder of one profile as a ModelProto whose initializers point into the weight file."""
+    forms = PROFILES[profile]
+    g = GraphBuilder("decoder", weights, file, forms.domains)
+    g.input("input_ids", "int64", ("batch", "sequence"))
+    g.input("attention_mask", "int64", ("batch", "total"))
+    g.input("position_ids", "int64", ("batch", "sequence"))
+    states = state_specs(decoder.cache)
+    for state in states:
+        g.input(state.name, state.dtype, state.shape)
+    decoder.emit(forms(g))
+    g.output("logits", "float32", ("batch", "sequence", decoder.cache.vocab_size))
+    for state in states:
+        g.output(state.output, state.dtype, ["total" if d == "past" else d for d in state.shape])
+    return g.model({"portlm.profile": profile, "portlm.family": decoder.family})
+
+
+def state_specs(cache: CacheShape) -> tuple[StateSpec, ...]:
+    """The key/value cache, layer by layer, under the names of onnxruntime-genai."""
+    shape = ("batch", cache.n_kv_head, "past", cache.head_dim)
+    return tuple(
+        StateSpec(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", "float32", shape, "empty", "append")
+        for layer in range(cache.n_layer)
+        for kind in ("key", "value")
+    )
+
+
+def _describe(decoder: Decoder, parameters: int, profiles: Sequence[str], folder: Path) -> Manifest:
+    cache = decoder.cache
+    role = RoleSpec(
+        profiles={profile: f"onnx/decoder.{profile}.onnx" for profile in profiles},
+        weights=f"onnx/{WEIGHTS}",
+        inputs=("input_ids", "attention_mask", "position_ids"),
+        outputs=("logits",),
+        state=state_specs(cache),
+    )
+    sizes = cache.vocab_size, cache.context_length, cache.n_layer, cache.n_head, cache.n_kv_head, cache.head_dim
+    model = ModelSpec(decoder.family, parameters, *sizes)
+    return Manifest(model=model, roles={"decoder": role}, files=_hash_files(folder, list_files(folder)))
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
+        raise UsageError(f"{target} holds the checkpoint itself: choose another output folder")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target} exists and is not a folder: choose another output folder")
+    if target.is_dir() and any(target.iterdir()):
+        try:
+            read_manifest(target)
+        except FormatError as error:
+            raise UsageError(
+                f"{target} is not empty and not an artifact: choose another output folder, or empty this one"
+            ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Everything below the folder reaches the disk before its name does."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with (Path(root) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_dir(root)
+
+
+def _put_in_place(workshop: Path, target: Path) -> None:
+    """Rename the finished folder to its name; a previous artifact moves aside first and is deleted last."""
+    previous = None
+    if target.is_dir() and any(target.iterdir()):
+        previous = workshop.with_suffix(".old")
+        target.rename(previous)
+    try:
+        workshop.rename(target)
+    except OSError:
+        if previous is not None:
+            previous.rename(target)
+        raise
+    fsync_dir(target.parent)
+    if previous is not None:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+__all__ = ["MANIFEST", "build_graph", "export", "state_specs", "write_graphs"]

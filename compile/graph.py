@@ -1,0 +1,173 @@
+"""Writes one ONNX graph node by node, under names that mirror the checkpoint's parameter names.
+
+A module's output carries the module's path ("transformer.h.0.attn.c_attn"), its parameters the path of the
+parameter ("transformer.h.0.attn.c_attn.weight"), and what lies inside a module a suffix of its path. So a node
+that differs between two engines is named as in the PyTorch model.
+
+Nothing here depends on time, machine or hash order: the same calls write the same bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from portlm.errors import FormatError
+
+OPSET = 20  # Gelu is standard from 20 on; ONNX Runtime and TVM's importer both read it
+IR_VERSION = 9  # the oldest container that carries opset 20, so that older engines open the file
+ALIGNMENT = 64  # bytes: one cache line, and the widest vector register
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one weight lies in the weight file."""
+
+    offset: int
+    length: int
+    array: np.ndarray  # as stored; possibly a transposed view of the checkpoint, made contiguous on writing
+
+
+class WeightFile:
+    """The sibling file of the graphs: every weight once, shared by all profiles, in order of first use."""
+
+    def __init__(self, location: str):
+        """Args: location: the file's name as the graphs write it, relative to their own folder."""
+        self.location = location
+        self.spans: dict[str, Span] = {}
+        self._end = 0
+
+    def add(self, name: str, array: np.ndarray) -> Span:
+        """Reserve room for a float32 array; the second call with the same name returns the same span."""
+        if name in self.spans:
+            return self.spans[name]
+        if array.dtype != np.float32:
+            raise TypeError(f"{name} is {array.dtype}, the weight file holds float32")
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        span = self.spans[name] = Span(offset, array.nbytes, array)
+        self._end = offset + array.nbytes
+        return span
+
+    @property
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        return self._end
+
+    def write(self, path: Path) -> None:
+        """Write the file, one tensor in memory at a time.
+
+        Raises:
+            FormatError: a weight holds NaN or infinity; no engine would agree with another on it.
+        """
+        with path.open("wb") as file:
+            for name, span in self.spans.items():
+                if not np.isfinite(span.array).all():
+                    raise FormatError(f"{name} holds NaN or infinity: export a checkpoint that has not diverged")
+                file.write(b"\0" * (span.offset - file.tell()))
+                file.write(np.ascontiguousarray(span.array).data)
+
+
+class GraphBuilder:
+    """Collects nodes in topological order, then makes a ModelProto of them."""
+
+    def __init__(self, name: str, weights: Mapping[str, np.ndarray], file: WeightFile, domains: Mapping[str, int]):
+        """Start an empty graph.
+
+        Args:
+            name: of the graph, "decoder".
+            weights: parameter name -> float32 array in the orientation the graph uses.
+            file: where the weights that the graph mentions are collected.
+            domains: operator set versions besides the standard one.
+        """
+        self.name = name
+        self.nodes: list[onnx.NodeProto] = []
+        self._weights, self._file, self._domains = weights, file, dict(domains)
+        self._initializers: dict[str, TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._defined: set[str] = set()
+
+    def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
+        """Declare a graph input; a str dimension is symbolic."""
+        self._define(name)
+        self._inputs.append(_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
+        """Declare a value computed by some node as a graph output."""
+        self._outputs.append(_value_info(name, dtype, shape))
+
+    def has_weight(self, name: str) -> bool:
+        """Whether the model has this parameter (biases are optional)."""
+        return name in self._weights
+
+    def weight(self, name: str) -> str:
+        """Mention a parameter: an initializer whose bytes are in the weight file."""
+        if name not in self._initializers:
+            span = self._file.add(name, self._weights[name])
+            tensor = TensorProto(name=name, dims=span.array.shape, data_type=TensorProto.FLOAT)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", self._file.location), ("offset", span.offset), ("length", span.length)):
+                tensor.external_data.add(key=key, value=str(value))
+            self._define(name)
+            self._initializers[name] = tensor
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A one-dimensional int64 constant, stored in the graph: a shape, axes, split sizes."""
+        return self._constant("ints." + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def scalar(self, value: float) -> str:
+        """A float32 constant of rank 0, stored in the graph."""
+        return self._constant(f"scalar.{value!r}", np.array(value, dtype=np.float32))
+
+    def floats(self, name: str, values: np.ndarray) -> str:
+        """A small float32 table, stored in the graph under a name."""
+        return self._constant(name, values.astype(np.float32))
+
+    def _constant(self, name: str, array: np.ndarray) -> str:
+        if name not in self._initializers:
+            self._define(name)
+            self._initializers[name] = onnx.numpy_helper.from_array(array, name)
+        return name
+
+    def op(self, op_type: str, inputs: Sequence[str], name: str, *, domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output, called like the node; an empty input name is an absent input."""
+        return self.split_op(op_type, inputs, name, (name,), domain=domain, **attributes)[0]
+
+    def split_op(
+        self, op_type: str, inputs: Sequence[str], name: str, outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> tuple[str, ...]:
+        """Append a node with several outputs, whose names are given in full; "" skips an optional output."""
+        for value in inputs:
+            if value and value not in self._defined:
+                raise ValueError(f"node {name} reads {value}, which nothing before it computes")
+        for value in outputs:
+            if value:
+                self._define(value)
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain or None, **attributes))
+        return tuple(outputs)
+
+    def _define(self, name: str) -> None:
+        if name in self._defined:
+            raise ValueError(f"{name} is defined twice")
+        self._defined.add(name)
+
+    def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        """The finished model; its weights still have to be written with WeightFile.write."""
+        graph = helper.make_graph(
+            self.nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, v) for d, v in self._domains.items())]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="portlm")
+        helper.set_model_props(model, dict(metadata))
+        return model
+
+
+def _value_info(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    elem_type = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}[dtype]
+    return helper.make_tensor_value_info(name, elem_type, list(shape))
