@@ -1,26 +1,28 @@
 """Choosing the next token: greedy, temperature, top-k, top-p and min-p.
 
-The same seed gives the same tokens on every engine, instruction set and machine, because nothing here depends on
-the order of a sum or on a mathematical library:
+The same seed gives the same tokens on every engine, instruction set and machine, because nothing here
+depends on the order of a sum or on a mathematical library:
 
 1. A logit of -inf forbids its token. NaN, +inf, or a row of nothing but -inf is an error.
 2. **Greedy** (temperature 0): the largest logit, the lowest id among equals. No other filter matters.
-3. **Weights**: w = rint(2^s exp((logit - largest) / temperature)), a whole number. s is the largest integer for
-   which the weights of V tokens cannot reach 2^52, so that every sum of them is exact in whatever order it is
-   taken. A token below 2^-(s+1) of the most probable one (7e-12 for V = 50 257) has weight 0. The exponential is the
-   polynomial written out below in float64, every operation rounded once, in C++ as here.
+3. **Weights**: w = rint(2^s exp((logit - largest) / temperature)), a whole number. s is the largest integer
+   for which the weights of V tokens add up to 2^52 at most, so that every sum of them is exact in whatever
+   order it is taken. A token less than 2^-(s+1) as probable as the most probable one (7e-12 for V = 50 257)
+   has weight 0. The exponential is the polynomial written out below in float64, every operation rounded
+   once, in C++ as here.
 4. **top_k** > 0 keeps the tokens whose logit is at least the k-th largest (Fan et al. 2018).
-5. **top_p** < 1 keeps a token iff the tokens with a strictly larger logit, among those that top_k left, weigh less
-   than top_p of all that top_k left: the smallest set that reaches top_p (Holtzman et al. 2020).
-6. **min_p** > 0 keeps the tokens at least min_p times as probable as the most probable one (Nguyen et al. 2025).
-7. **Draw**: the kept weights are added up over ids in ascending order; the token is the first whose sum exceeds
-   floor(u total). Ascending ids, not descending probability: logits that differ in the last digit from one engine
-   to the next move the boundaries by that digit, and cannot swap two tokens.
+5. **top_p** < 1 keeps a token iff the tokens with a strictly larger logit weigh less than top_p of all, both
+   counted among what top_k left: the smallest set that reaches top_p (Holtzman et al. 2020).
+6. **min_p** > 0 keeps the tokens at least min_p times as probable as the most probable one (Nguyen et al.
+   2025).
+7. **Draw**: the kept weights are added up over ids in ascending order; the token is the first whose sum
+   exceeds floor(u total). Ascending ids, not descending probability: logits that differ in the last digit
+   from one engine to the next move the boundaries by that digit, and cannot swap two tokens.
 
-Tokens of equal logit are kept or dropped together, so every filter may keep more than it names, never fewer.
+Tokens of equal logit are kept or dropped together, so a filter may keep more than it names, never fewer.
 
-u comes from Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with key (seed, 0)
-and counter (step, row, 0, 0): the upper 53 bits of its first word, times 2^-53.
+u comes from Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with key
+(seed, 0) and counter (step, row, 0, 0): the upper 53 bits of its first word, times 2^-53.
 """
 
 import operator
@@ -98,7 +100,7 @@ def select_tokens(
     return tokens
 
 
-def select_tokens_reference(
+def token_selection_reference(
     logits: npt.NDArray[np.float32],
     temperature: float = 0.0,
     top_k: int = 0,
@@ -130,7 +132,8 @@ def check_filters(vocab_size: int, temperature: float, top_k: int, top_p: float,
         raise UsageError(f"[token_selection] min_p must be from 0 (keeps every token) to 1, got {min_p}")
     if not 0 <= _whole("top_k", top_k) <= vocab_size:
         raise UsageError(
-            f"[token_selection] top_k must be from 0 (keeps every token) to the vocabulary's {vocab_size}, got {top_k}"
+            f"[token_selection] top_k must be from 0 (keeps every token) to the vocabulary's {vocab_size}, "
+            f"got {top_k}"
         )
 
 

@@ -1,8 +1,8 @@
 // Choosing the next token. core/ops/token_selection.py is the definition; this gives the same token, bit for bit.
 //
-// Weights are whole numbers whose sums are exact, so they may be added in any order: nothing is sorted. The k-th
-// largest logit and the edge of the nucleus are found by radix selection, three digits of an order-preserving key,
-// and only what the last digit left open is looked at again. Compute bound by the exponential, about V operations.
+// Weights are whole numbers whose sums are exact, so they may be added in any order, and nothing is sorted: the k-th
+// largest logit comes from a buffer with a rising bound, the edge of the nucleus from a radix selection over three
+// digits of an order-preserving key. O(V) whatever the logits; compute bound by the exponential.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -17,8 +17,9 @@ namespace portlm::PORTLM_ISA {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 1024;           // tokens whose maximum or weight is kept for the second look
-constexpr int64_t kGrain = 1 << 15;        // logits below which a second thread costs more than it brings
+constexpr int64_t kBlock = 1024;            // tokens whose maximum or weight is taken together
+constexpr int64_t kSpan = 64;               // tokens skipped together when all lie below a bound
+constexpr int64_t kGrain = 1 << 15;         // logits below which a second thread costs more than it brings
 constexpr int kDigitShift[] = {21, 10, 0};  // 11, 11 and 10 bits
 constexpr uint32_t kDigitMask[] = {2047, 2047, 1023};
 __extension__ typedef unsigned __int128 uint128;
@@ -31,11 +32,12 @@ To bits_of(From value) {
   return to;
 }
 
-// Larger for larger floats; the same for -0 and +0.
+// Larger for larger floats; the same for -0 and +0. value_of undoes it.
 uint32_t key_of(float x) {
-  const uint32_t bits = bits_of<uint32_t>(x + 0.0f);
-  return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
+  const auto bits = bits_of<uint32_t>(x + 0.0f);
+  return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
 }
+float value_of(uint32_t key) { return bits_of<float>(key ^ ((0u - (1u - (key >> 31))) | 0x80000000u)); }
 
 // First word of Philox4x64-10 (Salmon et al. 2011) for key (seed, 0) and counter (step, row, 0, 0), as u in [0, 1).
 double random_unit(uint64_t seed, uint64_t row, uint64_t step) {
@@ -121,38 +123,64 @@ void weigh(const float* row, int64_t n, float top, double temperature, int scale
   }
 }
 
-// What is still in the running: n tokens with ids ascending, and their logits. ids == nullptr: every token.
-struct Candidates {
-  const float* logits;
-  const int64_t* ids;
-  int64_t n;
-};
+// Calls visit(i) for every i with row[i] >= bound(), in ascending order; skips what lies below a span at a time.
+template <typename Bound, typename Visit>
+void visit_at_least(const float* row, int64_t V, Bound bound, Visit visit) {
+  for (int64_t begin = 0; begin < V; begin += kSpan) {
+    const int64_t size = std::min(kSpan, V - begin);
+    Vec most(-kInf);
+    float m = -kInf;
+    for_each_vec(
+        size, [&](int64_t i) { most = max(Vec::load(row + begin + i), most); },
+        [&](int64_t i, int64_t n) {
+          for (int64_t j = begin + i; j < begin + i + n; ++j) m = std::max(m, row[j]);
+        });
+    if (std::max(m, hmax(most)) < bound()) continue;
+    for (int64_t i = begin; i < begin + size; ++i)
+      if (row[i] >= bound()) visit(i);
+  }
+}
 
-// Smallest key that stays, when keys are taken from the largest down until `amount(candidate)` adds up to `enough`.
-// Sum is the type of the running amount; open is scratch for n indices.
-template <typename Sum, typename Amount>
-uint32_t cut(Candidates c, Sum enough, Amount amount, int64_t* open) {
-  Sum taken = 0;
-  uint32_t prefix = 0;
-  int64_t left = c.n;
+// The k-th largest of V >= k logits. buffer holds V floats. Each time it has k more than it needs it is cut to the k
+// largest, which raises the bound for those to come: O(V) whatever the order.
+float kth_largest(const float* row, int64_t V, int64_t k, float* buffer) {
+  const int64_t capacity = std::min(V, 2 * k + kBlock);
+  int64_t n = 0;
+  float bound = -kInf;
+  const auto keep_largest = [&] {
+    std::nth_element(buffer, buffer + k - 1, buffer + n, [](float a, float b) { return a > b; });
+    bound = buffer[k - 1];
+    n = k;
+  };
+  visit_at_least(row, V, [&] { return bound; }, [&](int64_t i) {
+    buffer[n++] = row[i];
+    if (n == capacity) keep_largest();
+  });
+  keep_largest();
+  return bound;
+}
+
+// The smallest logit in the nucleus: taken from the largest down, weights add up to `enough` when it is reached.
+// open lists the n candidates, and is overwritten with those that share ever more digits of the answer.
+float nucleus_edge(const float* logits, const int64_t* w, int64_t* open, int64_t n, int64_t enough) {
+  int64_t taken = 0;
+  uint32_t key = 0;
   for (int digit = 0; digit < 3; ++digit) {
-    Sum total[2048] = {};
+    int64_t weight[2048] = {};
     const int shift = kDigitShift[digit];
     const uint32_t mask = kDigitMask[digit];
-    const auto index = [&](int64_t i) { return digit == 0 ? i : open[i]; };
-    for (int64_t i = 0; i < left; ++i) total[(key_of(c.logits[index(i)]) >> shift) & mask] += amount(index(i));
+    for (int64_t i = 0; i < n; ++i) weight[(key_of(logits[open[i]]) >> shift) & mask] += w[open[i]];
     uint32_t value = mask;
-    while (value > 0 && taken + total[value] < enough) taken += total[value--];
-    prefix |= value << shift;
+    while (value > 0 && taken + weight[value] < enough) taken += weight[value--];
+    key |= value << shift;
     int64_t kept = 0;
-    for (int64_t i = 0; i < left; ++i) {
-      const int64_t j = index(i);
-      open[kept] = j;
-      kept += ((key_of(c.logits[j]) >> shift) & mask) == value;
+    for (int64_t i = 0; i < n; ++i) {
+      open[kept] = open[i];
+      kept += ((key_of(logits[open[i]]) >> shift) & mask) == value;
     }
-    left = kept;
+    n = kept;
   }
-  return prefix;
+  return value_of(key);
 }
 
 // Scratch of one thread. Not initialised: every element is written before it is read.
@@ -166,42 +194,48 @@ int64_t sample(const float* row, int64_t V, float top, double temperature, int64
                double u, Scratch& s) {
   int scale = 52;
   while ((int64_t{1} << (52 - scale)) < V) --scale;
-  Candidates c{row, nullptr, V};
-  if (top_k > 0 && top_k < V) {
-    const uint32_t lowest = cut(c, top_k, [](int64_t) { return int64_t{1}; }, s.open.get());
-    int64_t n = 0;
-    for (int64_t i = 0; i < V; ++i)
-      if (key_of(row[i]) >= lowest) s.ids[n] = i, s.logits[n++] = row[i];
-    c = {s.logits.get(), s.ids.get(), n};
+  const float* logits = row;  // of the n tokens still in the running, whose ids are s.ids if top_k chose them
+  int64_t n = V;
+  const bool chosen = top_k > 0 && top_k < V;
+  if (chosen) {
+    const float bound = kth_largest(row, V, top_k, s.logits.get());
+    n = 0;
+    visit_at_least(row, V, [=] { return bound; }, [&](int64_t i) { s.ids[n] = i, s.logits[n++] = row[i]; });
+    logits = s.logits.get();
   }
   int64_t* w = s.weights.get();
-  weigh(c.logits, c.n, top, temperature, scale, w);
+  weigh(logits, n, top, temperature, scale, w);
   if (top_p < 1.0) {
     int64_t total = 0;
-    for (int64_t i = 0; i < c.n; ++i) total += w[i];
-    // The amounts are whole numbers, so reaching top_p * total is reaching the next whole number.
+    for (int64_t i = 0; i < n; ++i) total += w[i];
+    // Weights are whole numbers, so reaching top_p * total is reaching the next whole number.
     const auto enough = static_cast<int64_t>(std::ceil(top_p * static_cast<double>(total)));
-    const uint32_t lowest = cut(c, enough, [w](int64_t i) { return w[i]; }, s.open.get());
-    for (int64_t i = 0; i < c.n; ++i)
-      if (key_of(c.logits[i]) < lowest) w[i] = 0;
+    // All tokens lighter than 1/n of what may stay outside are outside together.
+    const int64_t heavy = (total - enough + n - 1) / n;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      s.open[count] = i;
+      count += w[i] >= heavy;
+    }
+    const float edge = nucleus_edge(logits, w, s.open.get(), count, enough);
+    for (int64_t i = 0; i < n; ++i) w[i] = logits[i] < edge ? 0 : w[i];
   }
   if (min_p > 0.0) {
-    const double least = min_p * static_cast<double>(int64_t{1} << scale);
-    for (int64_t i = 0; i < c.n; ++i)
-      if (static_cast<double>(w[i]) < least) w[i] = 0;
+    const auto least = static_cast<int64_t>(std::ceil(min_p * static_cast<double>(int64_t{1} << scale)));
+    for (int64_t i = 0; i < n; ++i) w[i] = w[i] < least ? 0 : w[i];
   }
   int64_t total = 0;
-  for (int64_t i = 0; i < c.n; ++i) total += w[i];
-  int64_t target = static_cast<int64_t>(u * static_cast<double>(total));
+  for (int64_t i = 0; i < n; ++i) total += w[i];
+  auto target = static_cast<int64_t>(u * static_cast<double>(total));
   int64_t i = 0;
-  for (; i + kBlock < c.n; i += kBlock) {
+  for (; i + kBlock < n; i += kBlock) {
     int64_t block = 0;
     for (int64_t j = i; j < i + kBlock; ++j) block += w[j];
     if (block > target) break;
     target -= block;
   }
   while (w[i] <= target) target -= w[i++];
-  return c.ids ? c.ids[i] : i;
+  return chosen ? s.ids[i] : i;
 }
 
 }  // namespace
