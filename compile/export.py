@@ -25,6 +25,7 @@ from portlm.files import check_space, fsync_dir, read_json
 from portlm.weights import load_numpy
 
 WEIGHTS = "decoder.onnx.data"
+TOTAL = "past + sequence"  # TVM's importer reads this as the sum it is, and can then prove that shapes agree
 
 COPIED = (
     "config.json",
@@ -109,7 +110,7 @@ def build_graph(decoder: Decoder, weights: dict[str, Any], profile: str, file: W
     forms = PROFILES[profile]
     g = GraphBuilder("decoder", weights, file, forms.domains)
     g.input("input_ids", "int64", ("batch", "sequence"))
-    g.input("attention_mask", "int64", ("batch", "total"))
+    g.input("attention_mask", "int64", ("batch", TOTAL))
     g.input("position_ids", "int64", ("batch", "sequence"))
     states = state_specs(decoder.cache)
     for state in states:
@@ -117,7 +118,7 @@ def build_graph(decoder: Decoder, weights: dict[str, Any], profile: str, file: W
     decoder.emit(forms(g))
     g.output("logits", "float32", ("batch", "sequence", decoder.cache.vocab_size))
     for state in states:
-        g.output(state.output, state.dtype, ["total" if d == "past" else d for d in state.shape])
+        g.output(state.output, state.dtype, [TOTAL if d == "past" else d for d in state.shape])
     return g.model({"portlm.profile": profile, "portlm.family": decoder.family})
 
 
