@@ -1,1 +1,281 @@
-"""Model families, one file each."""
+"""Model families, one file each, and the checkpoint folder they share.
+
+A checkpoint folder holds config.json, generation_config.json and model.safetensors exactly as Hugging Face's
+transformers would write them, so it opens there as it is. Names, orientations and keys are translated by the
+family's own file; this one reads, checks and writes.
+
+Nothing here imports PyTorch until a model is asked for.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from portlm.errors import ConfigError, FormatError, StorageError
+from portlm.files import read_json, shown, write_atomic
+from portlm.weights import TensorInfo, load_numpy, read_header, save_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from portlm.models.gpt2 import GPT2, GPT2Config
+    from portlm.models.llama import Llama, LlamaConfig
+
+    Config: TypeAlias = GPT2Config | LlamaConfig
+    Model: TypeAlias = GPT2 | Llama
+
+CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+class Family(NamedTuple):
+    """Where a family lives: its module, and the names of its two classes there."""
+
+    module: str
+    config: str
+    model: str
+
+    def config_class(self) -> Any:
+        """Import and return the configuration class."""
+        return getattr(importlib.import_module(self.module), self.config)
+
+    def model_class(self) -> Any:
+        """Import and return the model class."""
+        return getattr(importlib.import_module(self.module), self.model)
+
+    def presets(self) -> "dict[str, Config]":
+        """Import and return the published sizes by name."""
+        presets: dict[str, Config] = importlib.import_module(self.module).PRESETS
+        return presets
+
+
+# The keys are the values of model_type in config.json, and the only ones that lead to code.
+FAMILIES = {
+    "gpt2": Family("portlm.models.gpt2", "GPT2Config", "GPT2"),
+    "llama": Family("portlm.models.llama", "LlamaConfig", "Llama"),
+}
+
+
+class SavesTokenizer(Protocol):
+    """What :func:`save_model` needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids it can produce."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text, if there is one."""
+
+    def save(self, folder: Path) -> Any:
+        """Write tokenizer.json and what belongs to it."""
+
+
+def preset(name: str) -> "Config":
+    """Return the configuration of a published model such as ``gpt2-medium`` or ``llama3-8b``.
+
+    Raises:
+        ConfigError: There is no such preset. The message lists them.
+    """
+    presets = {name: config for family in FAMILIES.values() for name, config in family.presets().items()}
+    if name not in presets:
+        raise ConfigError(f"there is no preset {shown(name)}: choose one of {', '.join(presets)}")
+    return presets[name]
+
+
+def config_from_hf(data: Mapping[str, Any]) -> "Config":
+    """Read the contents of a Hugging Face config.json, strictly.
+
+    Raises:
+        ConfigError: Another family, or a key that is missing, unknown, out of range or asks for another
+            model.
+    """
+    family = data.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {shown(family)}")
+    config: Config = FAMILIES[family].config_class().from_hf(data)
+    return config
+
+
+def build(config: "Config | Mapping[str, Any]", device: "str | torch.device" = "cpu") -> "Model":
+    """Return a freshly initialised model.
+
+    Args:
+        config: A configuration, or the contents of a config.json.
+        device: Where its parameters live; ``meta`` allocates nothing.
+    """
+    import torch
+
+    if isinstance(config, Mapping):
+        config = config_from_hf(config)
+    with torch.device(device):
+        model: Model = FAMILIES[config.family].model_class()(config)
+    return model
+
+
+def load_config(folder: str | os.PathLike[str]) -> "Config":
+    """Read config.json of a checkpoint folder.
+
+    Raises:
+        FormatError: It is missing, no JSON, or not a model portlm computes.
+    """
+    path = Path(folder) / CONFIG
+    data = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
+    if not isinstance(data, dict):
+        raise FormatError(f"{path} must hold a JSON object")
+    try:
+        return config_from_hf(data)
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "cpu") -> "Model":
+    """Read a checkpoint folder.
+
+    Everything is compared with config.json before memory is allocated.
+
+    Returns:
+        The model in float32 on ``device``, in evaluation mode.
+
+    Raises:
+        FormatError: A file is missing or damaged, or a tensor is missing, unexpected, of another shape or not
+            float32. The message names it.
+    """
+    import torch
+
+    config, path = load_config(folder), Path(folder) / WEIGHTS
+    check_tensors(path, read_header(path), expected_shapes(config))
+    model: Model = FAMILIES[config.family].model_class()(config, init=False)
+    mapped = load_numpy(path)  # so that memory never holds the model twice
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            hf_name, transposed = model.hf_name(name)
+            tensor = torch.from_numpy(np.array(mapped[hf_name]))
+            parameter.copy_(tensor.t() if transposed else tensor)
+    return model.to(device).eval()
+
+
+def save_model(
+    folder: str | os.PathLike[str], model: "Model", tokenizer: SavesTokenizer | None = None
+) -> None:
+    """Write a checkpoint folder that transformers opens as it is. Each file is replaced atomically.
+
+    Args:
+        folder: Created if it does not exist.
+        model: Its weights are written in float32.
+        tokenizer: Written beside it. Its end of text is recorded where the configuration names none.
+
+    Raises:
+        ConfigError: The tokenizer has more tokens than the model.
+        StorageError: The disk is full or refuses the write.
+    """
+    folder, config = Path(folder), model.config
+    if tokenizer is not None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary holds "
+                f"{config.vocab_size}: they do not belong together"
+            )
+        if not config.eos_token_ids and tokenizer.eos_id is not None:
+            config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    make_folder(folder)
+    save_tensors(folder / WEIGHTS, hf_tensors(model), metadata={"format": "pt"})
+    write_config(folder, config)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def write_config(folder: Path, config: "Config") -> None:
+    """Write config.json and generation_config.json."""
+    data = config.to_hf()
+    write_json(folder / CONFIG, data)
+    ids = {key: data[key] for key in ("bos_token_id", "eos_token_id") if data[key] is not None}
+    write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON the way Hugging Face does: two spaces, sorted keys, a final newline."""
+    write_atomic(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def hf_tensors(model: "Model") -> "dict[str, torch.Tensor]":
+    """Return every parameter in float32 on the CPU, under its name and in its orientation in the files."""
+    import torch
+
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        hf_name, transposed = model.hf_name(name)
+        tensor = parameter.detach().to("cpu", torch.float32)
+        tensors[hf_name] = tensor.t() if transposed else tensor
+    return tensors
+
+
+def expected_shapes(config: "Config") -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that model.safetensors must hold, without allocating any."""
+    model = build(config, device="meta")
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        hf_name, transposed = model.hf_name(name)
+        shapes[hf_name] = tuple(parameter.shape[::-1] if transposed else parameter.shape)
+    return shapes
+
+
+def check_tensors(
+    path: Path,
+    header: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: tuple[str, ...] = ("F32",),
+) -> None:
+    """Raise FormatError unless a file holds exactly the expected tensors.
+
+    Args:
+        path: Named in the error.
+        header: What the file holds, by name.
+        shapes: What it should hold, by name.
+        dtypes: Accepted number formats, in safetensors' spelling.
+    """
+    missing = [name for name in shapes if name not in header]
+    if missing:
+        raise FormatError(
+            f"{path}: tensor {missing[0]} of shape {shapes[missing[0]]} is missing"
+            f"{_and_others(missing)}: {CONFIG} asks for it"
+        )
+    extra = [name for name in header if name not in shapes]
+    if extra:
+        raise FormatError(
+            f"{path}: tensor {shown(extra[0])} of shape {tuple(header[extra[0]].shape)} is unexpected"
+            f"{_and_others(extra)}: {CONFIG} describes a model without it"
+        )
+    for name, shape in shapes.items():
+        info = header[name]
+        if tuple(info.shape) != shape:
+            raise FormatError(
+                f"{path}: tensor {name} has shape {tuple(info.shape)}, but {CONFIG} asks for {shape}"
+            )
+        if info.dtype not in dtypes:
+            raise FormatError(
+                f"{path}: tensor {name} is {info.dtype}, but must be {' or '.join(dtypes)}: "
+                "portlm import converts half precision"
+            )
+
+
+def _and_others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        StorageError: The file system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be created: {error.strerror}") from error

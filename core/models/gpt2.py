@@ -1,0 +1,384 @@
+"""GPT-2: the decoder of "Attention Is All You Need" (Vaswani et al., 2017) with five changes.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and the code released with it.
+
+- no encoder, so no cross-attention: a block is masked self-attention and a two-layer MLP
+- LayerNorm in front of each sublayer instead of behind it, and one more after the last block
+- learned positions instead of sinusoids
+- GELU, in its tanh form, instead of ReLU
+- the output layer is the token embedding itself, and no factor of sqrt(C) anywhere
+
+B batch, T time, C width, H heads, D = C / H head width, P slots already in the cache, V vocabulary.
+
+The presets are the four published sizes. GPT-3's sizes are not among them: its layers alternate with banded
+sparse attention of an unpublished window, which this file does not compute.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from portlm.errors import ConfigError
+from portlm.models import config_json
+from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
+from portlm.ops.attention import attention, cached_attention
+from portlm.ops.gelu_mlp import gelu_mlp
+from portlm.ops.linear import linear
+from portlm.ops.linear_cross_entropy import linear_cross_entropy
+
+_BOUNDS = {
+    "vocab_size": (1, config_json.MAX_VOCAB),
+    "context_length": (1, config_json.MAX_CONTEXT),
+    "n_layer": (1, config_json.MAX_LAYERS),
+    "n_head": (1, config_json.MAX_HEADS),
+    "width": (1, config_json.MAX_WIDTH),
+    "dropout": (0.0, 0.99),
+    "layer_norm_eps": (1e-12, 0.1),
+    "init_std": (0.0, 1.0),
+}
+Gelu = Literal["tanh", "none"]  # the approximation by tanh, or the exact form with erf
+Init = Literal["scaled", "released", "preferences"]
+_GELU: dict[str, Gelu] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+_INITS: dict[str, Init] = {"scaled": "scaled", "released": "released", "preferences": "preferences"}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2 model, and how its weights begin.
+
+    Three initialisations were published for the same architecture, all with biases 0 and gains 1:
+
+    - ``scaled``: N(0, s²), and N(0, s²/2L) for the two projections that write to the residual stream, so
+      that its variance does not grow with depth. The paper's words, as Hugging Face and Megatron read them.
+    - ``released``: N(0, s²), and N(0, s²/4) for positions. The code OpenAI released with GPT-2.
+    - ``preferences``: N(0, 1/n_in), N(0, 1/(n_in L)) for those two projections, N(0, s²) for tokens and
+      N(0, s²/4) for positions. The code of Ziegler et al., 2019 (arXiv:1909.08593).
+
+    Dropout acts on the embeddings and on what each sublayer adds to the residual stream. Attention weights
+    are not dropped: the fused attention never holds them in memory.
+
+    Raises:
+        ConfigError: A value out of range, or a width that the heads do not divide.
+    """
+
+    family: ClassVar[str] = "gpt2"
+
+    vocab_size: int = 50257
+    context_length: int = 1024  # longest sequence, and the number of learned positions
+    n_layer: int = 12
+    n_head: int = 12
+    width: int = 768
+    dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    gelu: Gelu = "tanh"
+    init: Init = "scaled"
+    init_std: float = 0.02  # s above
+    bos_token_id: int | None = None  # this and the next are not computed with, only kept with the model
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        config_json.check_bounds(self, _BOUNDS)
+        if self.width % self.n_head:
+            raise ConfigError(f"width {self.width} must be a multiple of n_head {self.n_head}")
+        if self.gelu not in ("tanh", "none"):
+            raise ConfigError(f"gelu must be tanh or none, got {self.gelu!r}")
+        if self.init not in _INITS:
+            raise ConfigError(f"init must be one of {', '.join(_INITS)}, got {self.init!r}")
+        config_json.check_token_ids(self)
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one head."""
+        return self.width // self.n_head
+
+    @property
+    def n_kv_head(self) -> int:
+        """Every query head has its own key and value head."""
+        return self.n_head
+
+    @property
+    def hidden(self) -> int:
+        """The inner width of the MLP."""
+        return 4 * self.width
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """Read the contents of a Hugging Face config.json, strictly.
+
+        Raises:
+            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
+        """
+        read = config_json.Reader(data)
+        read.require("model_type", "gpt2")
+        width, context = read.integer("n_embd", 768), read.integer("n_positions", 1024)
+        dropout = read.number("resid_pdrop", 0.1)
+        if read.number("embd_pdrop", dropout) != dropout:
+            raise ConfigError("embd_pdrop must equal resid_pdrop: portlm trains with one rate for both")
+        read.number("attn_pdrop", 0.1)  # concerns training only, see above
+        read.require("n_inner", 4 * width)
+        read.require("n_ctx", context)
+        read.require("scale_attn_weights", True)
+        read.require("scale_attn_by_inverse_layer_idx", False)
+        read.require("add_cross_attention", False)
+        read.require("is_encoder_decoder", False)
+        read.require("tie_word_embeddings", True)
+        read.require("pruned_heads", {})
+        config = cls(
+            vocab_size=read.integer("vocab_size", 50257),
+            context_length=context,
+            n_layer=read.integer("n_layer", 12),
+            n_head=read.integer("n_head", 12),
+            width=width,
+            dropout=dropout,
+            layer_norm_eps=read.number("layer_norm_epsilon", 1e-5),
+            gelu=read.choice("activation_function", "gelu_new", _GELU),
+            init=read.choice("portlm_init", "scaled", _INITS),
+            init_std=read.number("initializer_range", 0.02),
+            bos_token_id=read.token_id("bos_token_id"),
+            eos_token_ids=read.token_ids("eos_token_id"),
+        )
+        # The summary keys belong to GPT2DoubleHeadsModel, and the upcast matters in half precision only.
+        read.finish(
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+            "summary_first_dropout",
+            "reorder_and_upcast_attn",
+        )
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of a config.json that transformers opens as GPT2LMHeadModel."""
+        data = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": self.vocab_size,
+            "n_positions": self.context_length,
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "n_embd": self.width,
+            "activation_function": "gelu_new" if self.gelu == "tanh" else "gelu",
+            "layer_norm_epsilon": self.layer_norm_eps,
+            "resid_pdrop": self.dropout,
+            "embd_pdrop": self.dropout,
+            "attn_pdrop": 0.0,
+            "initializer_range": self.init_std,
+            "tie_word_embeddings": True,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
+        }
+        if self.init != "scaled":
+            data["portlm_init"] = (
+                self.init
+            )  # how the weights began; transformers keeps it as a plain attribute
+        return data
+
+
+PRESETS = {
+    "gpt2": GPT2Config(n_layer=12, n_head=12, width=768),  # 124,439,808 parameters
+    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, width=1024),  # 354,823,168
+    "gpt2-large": GPT2Config(n_layer=36, n_head=20, width=1280),  # 774,030,080
+    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, width=1600),  # 1,557,611,200
+}
+
+
+class Attention(nn.Module):
+    """Masked self-attention: position t looks at positions 0..t."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.c_attn = Linear(config.width, 3 * config.width, bias=True)
+        self.c_proj = Linear(config.width, config.width, bias=True)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue | None]:
+        """Attend from x (B, T, C), within x alone or, given a cache, to its P slots as well."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
+        q, k, v = qkv.unbind(2)  # each (B, T, H, D)
+        present = None
+        if past is None:
+            y = attention(q, k, v)
+        else:
+            y, key, value = cached_attention(q, k, v, *past, mask)
+            present = (key, value)
+        return self.c_proj(y.reshape(B, T, C)), present
+
+
+class MLP(nn.Module):
+    """Two linear maps with GELU between them, position by position."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.c_fc = Linear(config.width, config.hidden, bias=True)
+        self.c_proj = Linear(config.hidden, config.width, bias=True)
+        self.gelu = config.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return gelu_mlp(
+            x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, approximate=self.gelu
+        )
+
+
+class Block(nn.Module):
+    """One layer. The residual stream h and the sublayer output x still to be added to it travel side by side.
+
+    So each addition happens inside the next LayerNorm, which has to read both anyway.
+    """
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.width, config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.width, config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x: Tensor, h: Tensor | None, mask: Tensor | None = None, past: KeyValue | None = None
+    ) -> tuple[Tensor, Tensor, KeyValue | None]:
+        """Map (x, h), both (B, T, C), to the same for the next layer. h is None before the first."""
+        y, h = self.ln_1(x, h)
+        x, present = self.attn(y, mask, past)
+        y, h = self.ln_2(drop(x, self.dropout, self.training), h)
+        return drop(self.mlp(y), self.dropout, self.training), h, present
+
+
+class GPT2(nn.Module):
+    """A GPT-2 language model with randomly initialised weights.
+
+    Args:
+        config: Its shape.
+        init: False leaves the parameters uninitialised, for a caller that fills them all.
+    """
+
+    def __init__(self, config: GPT2Config, *, init: bool = True):
+        super().__init__()
+        self.config = config
+        self.wte = Embedding(config.vocab_size, config.width)
+        self.wpe = Embedding(config.context_length, config.width)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.width, config.layer_norm_eps)
+        if init:
+            self.init_weights()
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V), or the mean cross-entropy when targets are given.
+
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
+
+        Raises:
+            ContextLengthError: T is larger than the context.
+        """
+        T = input_ids.shape[1]
+        check_length(T, self.config.context_length)
+        y, _ = self._decode(self.wte(input_ids) + self.wpe.weight[:T])
+        if targets is None:
+            return linear(y, self.wte.weight)
+        return linear_cross_entropy(y.flatten(0, 1), self.wte.weight, targets.flatten())
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Continue sequences whose P earlier slots are in the cache.
+
+        Args:
+            input_ids: (B, T) int64, the new tokens.
+            position_ids: (B, T) int64, the position of each within its own row.
+            attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
+            past: For each layer (key, value), each (B, H, P, D); None stands for P = 0.
+
+        Returns:
+            Logits (B, T, V), and the cache with P + T slots.
+
+        Raises:
+            ContextLengthError: P + T is larger than the context.
+        """
+        check_length(attention_mask.shape[1], self.config.context_length)
+        if past is None:
+            empty = self.wte.weight.new_empty(len(input_ids), self.config.n_head, 0, self.config.head_dim)
+            past = [(empty, empty)] * self.config.n_layer
+        y, present = self._decode(self.wte(input_ids) + self.wpe(position_ids), attention_mask, past)
+        return linear(y, self.wte.weight), present
+
+    def _decode(
+        self, x: Tensor, mask: Tensor | None = None, past: list[KeyValue] | None = None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Run the blocks on embeddings (B, T, C); return the normalised output and each layer's new cache."""
+        x, h = drop(x, self.config.dropout, self.training), None
+        presents = []
+        for layer, block in enumerate(self.h):
+            x, h, present = block(x, h, mask, None if past is None else past[layer])
+            presents.append(present)
+        y, _ = self.ln_f(x, h)
+        return y, presents
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, the shared embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights from PyTorch's global generator, as ``config.init`` says."""
+        s, L = self.config.init_std, self.config.n_layer
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(1.0)
+            else:
+                p.normal_(0.0, self._std(name, p.shape[1], s, L))
+
+    def _std(self, name: str, n_in: int, s: float, L: int) -> float:
+        init, writes_to_stream = self.config.init, name.endswith("c_proj.weight")
+        if name == "wte.weight":
+            return s
+        if name == "wpe.weight":
+            return s if init == "scaled" else s / 2
+        if init == "preferences":
+            return 1 / math.sqrt(n_in * L) if writes_to_stream else 1 / math.sqrt(n_in)
+        return s / math.sqrt(2 * L) if init == "scaled" and writes_to_stream else s
+
+    @staticmethod
+    def hf_name(name: str) -> tuple[str, bool]:
+        """Return the name of a parameter in Hugging Face's files, and whether it is stored transposed there.
+
+        Their Conv1D keeps its matrices (in, out), as OpenAI's TensorFlow code did.
+        """
+        return f"transformer.{name}", bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))
+
+    @staticmethod
+    def hf_alias(name: str) -> str | None:
+        """Return the usual name of a tensor in a foreign file, or None for one that holds no parameter.
+
+        Files of the bare GPT2Model, OpenAI's own uploads among them, lack the prefix and hold causal masks.
+        """
+        if not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"
+        return None if re.fullmatch(r"transformer\.h\.\d+\.attn\.(masked_)?bias", name) else name
+
+    def hf_tied(self) -> dict[str, str]:
+        """Return {name: name of the tensor it must equal} for what some files store twice."""
+        return {"lm_head.weight": "transformer.wte.weight"}
+
+
+def drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Return x with a share ``rate`` of its entries zeroed and the rest scaled up, only in training."""
+    return F.dropout(x, rate) if training and rate > 0 else x

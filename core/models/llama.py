@@ -1,0 +1,396 @@
+"""LLaMA: GPT-2 with four changes.
+
+Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023 (arXiv:2302.13971), and
+"Llama 2" (arXiv:2307.09288), which brought grouped heads.
+
+- RMSNorm (Zhang and Sennrich, 2019) before each sublayer, and no biases anywhere
+- rotary positions (Su et al., 2021) on queries and keys instead of a learned table
+- SwiGLU (Shazeer, 2020) instead of GELU, so three matrices in the MLP
+- n_kv_head <= n_head: several query heads may share one key/value head (Ainslie et al., 2023)
+
+and the output layer has its own matrix, unless ``tie_embeddings``.
+
+Two orders exist for the rows of the query and key matrices. Meta's checkpoints rotate neighbouring pairs
+(2i, 2i+1) of a head, Hugging Face's rotate (i, i + D/2). This file uses the latter, so weights in Meta's
+order need their rows permuted first; the files Hugging Face hosts have had that done.
+
+B batch, T time, C width, H query heads, K key/value heads, D = C / H head width, P slots already in the
+cache, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from portlm.errors import ConfigError
+from portlm.files import shown
+from portlm.models import config_json
+from portlm.models.layers import Embedding, KeyValue, Linear, RMSNorm, check_length
+from portlm.ops.attention import attention, cached_attention
+from portlm.ops.linear import linear
+from portlm.ops.linear_cross_entropy import linear_cross_entropy
+from portlm.ops.rotary import rotary
+from portlm.ops.swiglu import swiglu
+
+_BOUNDS = {
+    "vocab_size": (1, config_json.MAX_VOCAB),
+    "context_length": (1, config_json.MAX_CONTEXT),
+    "n_layer": (1, config_json.MAX_LAYERS),
+    "n_head": (1, config_json.MAX_HEADS),
+    "n_kv_head": (1, config_json.MAX_HEADS),
+    "width": (1, config_json.MAX_WIDTH),
+    "hidden": (1, config_json.MAX_HIDDEN),
+    "rope_theta": (1.0, 1e12),
+    "rms_norm_eps": (1e-12, 0.1),
+    "init_std": (0.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a LLaMA model. The defaults are LLaMA-7B.
+
+    Raises:
+        ConfigError: A value out of range, heads that do not divide the width or each other, or an odd D.
+    """
+
+    family: ClassVar[str] = "llama"
+
+    vocab_size: int = 32000
+    context_length: int = 2048
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int = 32  # fewer than n_head for grouped heads
+    width: int = 4096
+    hidden: int = 11008  # inner width of the MLP
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = 0.02  # of every matrix; Meta did not publish its own choice, Hugging Face uses this one
+    bos_token_id: int | None = None  # this and the next are not computed with, only kept with the model
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        config_json.check_bounds(self, _BOUNDS)
+        if self.width % self.n_head:
+            raise ConfigError(f"width {self.width} must be a multiple of n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ConfigError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ConfigError(f"rotary positions need an even head width, got {self.width} / {self.n_head}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
+        config_json.check_token_ids(self)
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one head."""
+        return self.width // self.n_head
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """Read the contents of a Hugging Face config.json, strictly.
+
+        Raises:
+            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
+        """
+        read = config_json.Reader(data)
+        read.require("model_type", "llama")
+        width, n_head = read.integer("hidden_size", 4096), read.integer("num_attention_heads", 32)
+        read.require("head_dim", width // max(n_head, 1))
+        read.require("hidden_act", "silu", "swish")
+        read.require("attention_bias", False)
+        read.require("mlp_bias", False)
+        read.number("attention_dropout", 0.0)  # concerns training only, and the fused attention has none
+        read.require("partial_rotary_factor", 1, 1.0)
+        read.require("is_encoder_decoder", False)
+        read.require("pruned_heads", {})
+        config = cls(
+            vocab_size=read.integer("vocab_size", 32000),
+            context_length=read.integer("max_position_embeddings", 2048),
+            n_layer=read.integer("num_hidden_layers", 32),
+            n_head=n_head,
+            n_kv_head=read.integer("num_key_value_heads", n_head),
+            width=width,
+            hidden=read.integer("intermediate_size", 11008),
+            rope_theta=_rope_theta(read),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            tie_embeddings=read.boolean("tie_word_embeddings", False),
+            init_std=read.number("initializer_range", 0.02),
+            bos_token_id=read.token_id("bos_token_id"),
+            eos_token_ids=read.token_ids("eos_token_id"),
+        )
+        # pretraining_tp only reorders sums, to reproduce how a sharded training run rounded.
+        read.finish("pretraining_tp")
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of a config.json that transformers opens as LlamaForCausalLM."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "num_hidden_layers": self.n_layer,
+            "num_attention_heads": self.n_head,
+            "num_key_value_heads": self.n_kv_head,
+            "head_dim": self.head_dim,
+            "hidden_size": self.width,
+            "intermediate_size": self.hidden,
+            "hidden_act": "silu",
+            # Transformers 4 and most other engines read the first of these, transformers 5 the second.
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rms_norm_eps": self.rms_norm_eps,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "initializer_range": self.init_std,
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
+        }
+
+
+def _rope_theta(read: config_json.Reader) -> float:
+    """Return the base of the rotary frequencies, from either of the two places Hugging Face has kept it."""
+    theta = read.number("rope_theta", 10000.0)
+    for key in ("rope_scaling", "rope_parameters"):
+        value = read.raw(key)
+        if value is None:
+            continue
+        inner = value if isinstance(value, dict) else {}
+        kind = inner.get("rope_type", inner.get("type"))
+        if kind != "default" or inner.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+            raise ConfigError(
+                f"{key} = {shown(value)} is not supported: portlm computes unscaled rotary positions only, "
+                "rope_type 'default'"
+            )
+        nested = config_json.Reader(inner)
+        nested.require("partial_rotary_factor", 1, 1.0)
+        theta = nested.number("rope_theta", theta)
+    return theta
+
+
+PRESETS = {
+    "llama-7b": LlamaConfig(),  # 6,738,415,616 parameters
+    "llama-13b": LlamaConfig(n_layer=40, n_head=40, n_kv_head=40, width=5120, hidden=13824),  # 13,015,864,320
+    "llama-33b": LlamaConfig(n_layer=60, n_head=52, n_kv_head=52, width=6656, hidden=17920),  # 32,528,943,616
+    "llama-65b": LlamaConfig(n_layer=80, n_head=64, n_kv_head=64, width=8192, hidden=22016),  # 65,285,660,672
+    "llama2-70b": LlamaConfig(  # 68,976,648,192
+        context_length=4096, n_layer=80, n_head=64, n_kv_head=8, width=8192, hidden=28672, rms_norm_eps=1e-5
+    ),
+    "llama3-8b": LlamaConfig(  # 8,030,261,248
+        vocab_size=128256,
+        context_length=8192,
+        n_kv_head=8,
+        hidden=14336,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+    ),
+}
+
+
+def rotary_frequencies(config: LlamaConfig) -> Tensor:
+    """Return theta^(-2i/D) for i = 0 .. D/2 - 1, float32: radians per position of each pair."""
+    D = config.head_dim
+    return 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine (..., D/2) of the rotation at each position (...).
+
+    Angles are float32 whatever ``dtype`` is. At position 8000 that rounds them by up to 2e-4 radians, and the
+    published checkpoints were trained so: computing them better would be computing another model.
+    """
+    angles = positions[..., None].float() * frequencies.float()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Attention(nn.Module):
+    """Masked self-attention with rotary positions and grouped heads."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(config.width, config.n_head * config.head_dim, bias=False)
+        self.k_proj = Linear(config.width, config.n_kv_head * config.head_dim, bias=False)
+        self.v_proj = Linear(config.width, config.n_kv_head * config.head_dim, bias=False)
+        self.o_proj = Linear(config.n_head * config.head_dim, config.width, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue | None]:
+        """Attend from x (B, T, C), within x alone or, given a cache, to its P slots as well."""
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        present = None
+        if past is None:
+            y = attention(q, k, v)
+        else:
+            y, key, value = cached_attention(q, k, v, *past, mask)
+            present = (key, value)
+        return self.o_proj(y.reshape(B, T, C)), present
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), position by position."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.hidden, bias=False)
+        self.up_proj = Linear(config.width, config.hidden, bias=False)
+        self.down_proj = Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer. As in GPT-2, h is the residual stream and x what the next norm still has to add to it."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        past: KeyValue | None = None,
+    ) -> tuple[Tensor, Tensor, KeyValue | None]:
+        """Map (x, h), both (B, T, C), to the same for the next layer. h is None before the first."""
+        y, h = self.input_layernorm(x, h)
+        x, present = self.self_attn(y, cos, sin, mask, past)
+        y, h = self.post_attention_layernorm(x, h)
+        return self.mlp(y), h, present
+
+
+class Llama(nn.Module):
+    """A LLaMA language model with randomly initialised weights.
+
+    Args:
+        config: Its shape.
+        init: False leaves the parameters uninitialised, for a caller that fills them all.
+    """
+
+    frequencies: Tensor  # (D/2), not saved: it follows from the configuration
+
+    def __init__(self, config: LlamaConfig, *, init: bool = True):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.norm = RMSNorm(config.width, config.rms_norm_eps)
+        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        if init:
+            self.init_weights()
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix (V, C)."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V), or the mean cross-entropy when targets are given.
+
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
+
+        Raises:
+            ContextLengthError: T is larger than the context.
+        """
+        T = input_ids.shape[1]
+        check_length(T, self.config.context_length)
+        y, _ = self._decode(input_ids, torch.arange(T, device=input_ids.device))
+        if targets is None:
+            return linear(y, self.head)
+        return linear_cross_entropy(y.flatten(0, 1), self.head, targets.flatten())
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Continue sequences whose P earlier slots are in the cache.
+
+        Args:
+            input_ids: (B, T) int64, the new tokens.
+            position_ids: (B, T) int64, the position of each within its own row.
+            attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
+            past: For each layer (key, value), each (B, K, P, D), keys already rotated; None stands for P = 0.
+
+        Returns:
+            Logits (B, T, V), and the cache with P + T slots.
+
+        Raises:
+            ContextLengthError: P + T is larger than the context.
+        """
+        check_length(attention_mask.shape[1], self.config.context_length)
+        if past is None:
+            empty = self.head.new_empty(len(input_ids), self.config.n_kv_head, 0, self.config.head_dim)
+            past = [(empty, empty)] * self.config.n_layer
+        y, present = self._decode(input_ids, position_ids, attention_mask, past)
+        return linear(y, self.head), present
+
+    def _decode(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None = None, past: list[KeyValue] | None = None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache."""
+        x, h = self.embed_tokens(ids), None
+        cos, sin = rotary_angles(positions, self.frequencies, x.dtype)  # (T, D/2) or (B, T, D/2), all layers
+        presents = []
+        for layer, block in enumerate(self.layers):
+            x, h, present = block(x, h, cos, sin, mask, None if past is None else past[layer])
+            presents.append(present)
+        y, _ = self.norm(x, h)
+        return y, presents
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, a shared embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights from PyTorch's global generator: N(0, init_std²) for matrices, 1 for gains."""
+        for p in self.parameters():
+            if p.dim() == 1:
+                p.fill_(1.0)
+            else:
+                p.normal_(0.0, self.config.init_std)
+
+    @staticmethod
+    def hf_name(name: str) -> tuple[str, bool]:
+        """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
+        return name if name.startswith("lm_head.") else f"model.{name}", False
+
+    @staticmethod
+    def hf_alias(name: str) -> str | None:
+        """Return the usual name of a tensor in a foreign file, or None for one that holds no parameter.
+
+        Files of the bare LlamaModel lack the prefix, and early files hold every layer's rotary frequencies.
+        """
+        if not name.startswith(("model.", "lm_head.")):
+            name = f"model.{name}"
+        return None if name.endswith(".rotary_emb.inv_freq") else name
+
+    def hf_tied(self) -> dict[str, str]:
+        """Return {name: name of the tensor it must equal} for what some files store twice."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_embeddings else {}
