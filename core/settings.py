@@ -100,7 +100,12 @@ def parse_value(text: str, kind: Any) -> Any:
 
 def to_dict(settings: Any) -> Tree:
     """Return the nested dictionary of a settings object, tuples as lists: what :func:`load` reads back."""
-    tree: Tree = msgspec.to_builtins(settings)
+    tree: Tree = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        tree[field.name] = list(value) if isinstance(value, tuple) else value
     return tree
 
 

@@ -64,13 +64,12 @@ class FileOps:
             file.flush()
             os.fsync(file.fileno())
 
-    def seal_file(self, path: Path) -> None:
-        """Wait until a file that somebody else wrote is on the disk."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def seal_file(self, path: Path) -> dict[str, Any]:
+        """Wait until a file that somebody else wrote is on the disk; return its size and sha256."""
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
     def sync_folder(self, path: Path) -> None:
         """Wait until the names in a folder are on the disk."""
@@ -315,9 +314,7 @@ def _seal(folder: Path, ops: FileOps) -> dict[str, dict[str, Any]]:
         if path.is_dir():
             ops.sync_folder(path)
         else:
-            ops.seal_file(path)
-            name = path.relative_to(folder).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+            files[path.relative_to(folder).as_posix()] = ops.seal_file(path)
     return files
 
 
