@@ -5,6 +5,7 @@ and pybind11, and one wheel serves every version of both.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +33,7 @@ class CMakeBuild(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure and build one extension into the place setuptools asks for."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = HERE / "build" / f"cmake-{sys.implementation.cache_tag}"
         self._drop_stale_cache(build)
@@ -56,9 +58,18 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def _pybind11_directory() -> str:
+        """Return where pybind11's CMake files are, at a path that stays the same from one isolated build to the next.
+
+        pip gives each isolated build a new folder. With headers under a new path every object that includes them
+        would be compiled again, so they are copied once per version.
+        """
         import pybind11
 
-        return pybind11.get_cmake_dir()
+        package = Path(pybind11.__file__).parent
+        copy = HERE / "build" / f"pybind11-{pybind11.__version__}"
+        if not copy.exists():
+            shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        return str(copy / Path(pybind11.get_cmake_dir()).relative_to(package))
 
     @staticmethod
     def _drop_stale_cache(build: Path) -> None:
@@ -74,7 +85,7 @@ setup(
         for root, path in ROOTS.items()
         for name in (root, *(f"{root}.{package}" for package in find_packages(path)))
     ],
-    package_data={"portlm": ["py.typed", "_C.pyi"]},
+    package_data={"portlm": ["py.typed", "_C.pyi", "report.html.jinja"]},
     ext_modules=[CMakeExtension("portlm._C")],
     cmdclass={"build_ext": CMakeBuild},
 )

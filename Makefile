@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all a newcomer needs; each sets up .venv first, once.
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: help setup demo test lint types docs bench clean
+
+help:
+	@echo "make demo    train a GPT on Python's own documentation and run it on every engine here"
+	@echo "make test    run the test suite"
+	@echo "make lint    check style (ruff)"
+	@echo "make types   check types (mypy)"
+	@echo "make docs    regenerate the op table in docs/"
+	@echo "make bench   run the op benchmarks (minutes; do nothing else meanwhile)"
+	@echo "make clean   remove what was built; keeps $(VENV)"
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@$(RUN)/portlm demo --out demo
+
+test: setup
+	@$(RUN)/python -m pytest
+
+lint: setup
+	@$(RUN)/ruff check .
+	@$(RUN)/ruff format --check .
+
+types: setup
+	@scripts/typecheck.sh
+
+docs: setup
+	@$(RUN)/python scripts/op_table.py > docs/ops.md
+
+bench: setup
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(RUN)/python $$file || exit 1; done
+
+clean:
+	rm -rf build demo dist core/_C*.so core/_C/ *.egg-info

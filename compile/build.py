@@ -1,0 +1,75 @@
+"""From exported graphs to compiled files: one table of what can be compiled, one way to record it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from portlm.artifact import CompiledEntry, read_manifest, refresh_files, write_manifest
+from portlm.errors import UsageError
+from portlm.trust import record_built
+
+Compiler = Callable[[Path], CompiledEntry]
+
+# (engine, device, profile) -> function that writes compiled files into an artifact and describes them. An engine
+# that runs the exported graph as it is needs no entry.
+COMPILERS: dict[tuple[str, str, str], str] = {
+    ("ort", "cpu", "fused"): "portlm.compile.ort_lowering:compile_cpu",
+    ("ort", "vulkan", "fused"): "portlm.compile.ort_lowering:compile_vulkan",
+    ("tvm", "cpu", "portable"): "portlm.compile.tvm_portable:compile_portable",
+    ("tvm", "cpu", "fused"): "portlm.compile.tvm_fused:compile_fused",
+}
+
+# Files that are loaded as machine code: class C, so their digests go into this machine's trust store.
+NATIVE_SUFFIXES = (".so", ".dylib", ".dll")
+
+
+def choices(
+    engine: str | None = None, device: str | None = None, profile: str | None = None
+) -> list[tuple[str, str, str]]:
+    """Return the entries of COMPILERS that a partial choice names.
+
+    Raises:
+        UsageError: there is none; the message lists what there is.
+    """
+    wanted = (engine, device, profile)
+    found = [key for key in COMPILERS if all(w is None or w == k for w, k in zip(wanted, key, strict=True))]
+    if not found:
+        asked = ":".join(part or "*" for part in wanted)
+        known = ", ".join(":".join(key) for key in COMPILERS)
+        raise UsageError(f"nothing to compile for {asked}: what can be compiled is {known}")
+    return found
+
+
+def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[CompiledEntry]:
+    """Compile an artifact and record the result in its manifest, replacing what was compiled before.
+
+    Args:
+        artifact: an exported folder.
+        keys: entries of COMPILERS, see choices().
+
+    Returns:
+        One entry per key.
+
+    Raises:
+        FormatError: the artifact is damaged.
+        EngineUnavailableError: the engine's compiler is not installed.
+    """
+    folder = Path(artifact)
+    entries = []
+    for key in keys:
+        read_manifest(folder)
+        module, _, name = COMPILERS[key].partition(":")
+        compiler: Compiler = getattr(importlib.import_module(module), name)
+        entry = compiler(folder)
+        for file in entry.files:
+            if file.endswith(NATIVE_SUFFIXES):
+                record_built(folder / file)
+        manifest = read_manifest(folder)
+        others = tuple(e for e in manifest.compiled if (e.engine, e.device, e.profile) != key)
+        manifest = replace(manifest, compiled=(*others, entry))
+        write_manifest(folder, refresh_files(folder, manifest, entry.files))
+        entries.append(entry)
+    return entries

@@ -1,0 +1,299 @@
+"""Compare engines on one model: prefill, decode, load and memory, interleaved in one run, beside the machine's limit.
+
+Every engine lives in a process of its own, parked while another is measured. Each round visits all engines, in a
+rotated order, so that a slow minute of a shared machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from portlm.errors import PortlmError, UsageError
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """An engine on a device with a graph profile."""
+
+    engine: str
+    device: str
+    profile: str = "auto"
+
+    def __str__(self) -> str:
+        suffix = "" if self.profile == "auto" else f":{self.profile}"
+        return f"{self.engine}:{self.device}{suffix}"
+
+    @staticmethod
+    def parse(text: str) -> Target:
+        """Read ``engine[:device[:profile]]``.
+
+        Raises:
+            UsageError: more than three parts, or an empty one.
+        """
+        parts = text.split(":")
+        if not 1 <= len(parts) <= 3 or not all(parts):
+            raise UsageError(
+                f"'{text}' is no engine: write engine:device or engine:device:profile, e.g. ort:cpu:fused"
+            )
+        return Target(parts[0], parts[1] if len(parts) > 1 else "cpu", parts[2] if len(parts) > 2 else "auto")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured for one target. Rates are medians over the rounds, spreads the interquartile range.
+
+    ``decode_of_limit`` is the share of the rate at which this machine could read the weights once per token, and
+    ``prefill_of_limit`` the share of its peak multiply-add rate; both limits were probed between the rounds.
+    """
+
+    engine: str
+    device: str
+    profile: str
+    prefill_tok_s: float
+    prefill_spread: float
+    decode_tok_s: float
+    decode_spread: float
+    load_s: float
+    model_mib: float
+    peak_rss_mib: float
+    prefill_of_limit: float | None
+    decode_of_limit: float | None
+
+
+class Process:
+    """A worker process and its line protocol."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.pipe = subprocess.Popen(
+            [sys.executable, "-m", "portlm.bench_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send one command and wait for its answer.
+
+        Raises:
+            PortlmError: the worker reported an error or died.
+        """
+        assert self.pipe.stdin is not None
+        assert self.pipe.stdout is not None
+        try:
+            self.pipe.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+            self.pipe.stdin.flush()
+            line = self.pipe.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise PortlmError(f"{self.target}: the engine's process died (exit code {self.pipe.wait()})")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PortlmError(f"{self.target}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the worker."""
+        if self.pipe.stdin is not None:
+            self.pipe.stdin.close()
+        try:
+            self.pipe.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.pipe.kill()
+            self.pipe.wait()
+        if self.pipe.stdout is not None:
+            self.pipe.stdout.close()
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the versions that a figure depends on."""
+    import os
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    cpu = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        cpu = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), cpu)
+    try:
+        from portlm import _C
+
+        isa = _C.isa()
+    except ImportError:
+        isa = "not built"
+    packages = ("portlm", "torch", "onnx", "onnxruntime", "onnxruntime-ep-webgpu", "apache-tvm", "numpy")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "isa": isa,
+        "load": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in packages if (found := installed(name))},
+    }
+
+
+def _spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def measure(
+    model: Path,
+    targets: Iterable[Target],
+    *,
+    prompt: int = 128,
+    tokens: int = 64,
+    rounds: int = 5,
+    threads: int | None = None,
+    progress: Progress = lambda message: None,
+) -> dict[str, Any]:
+    """Measure every target on one artifact.
+
+    Args:
+        model: artifact folder.
+        targets: what to compare; one that cannot be loaded is reported with its reason, not dropped silently.
+        prompt: prompt length in tokens of the prefill, and of the cache that decoding starts behind.
+        tokens: greedy single-token steps per decode sample.
+        rounds: samples per target, after one that is not counted.
+        threads: threads per engine; None leaves the engine's default.
+        progress: called with a line before each step.
+
+    Returns:
+        ``{"model", "settings", "environment", "limits", "rows": [Row as dict], "failed": [{"target", "reason"}]}``.
+
+    Raises:
+        UsageError: a count below 1, or prompt + tokens beyond the context.
+        PortlmError: not one target could be measured.
+    """
+    if prompt < 1 or tokens < 1 or rounds < 1:
+        raise UsageError(f"prompt, tokens and rounds must be at least 1, got {prompt}, {tokens} and {rounds}")
+    processes: list[Process] = []
+    loaded: dict[Target, dict[str, Any]] = {}
+    failed = []
+    prober = Process(Target("probe", "cpu"))
+    try:
+        for target in targets:
+            progress(f"load {target}")
+            process = Process(target)
+            try:
+                loaded[target] = process.call(
+                    "load", path=str(model), engine=target.engine, device=target.device, profile=target.profile,
+                    threads=threads,
+                )  # fmt: skip
+                processes.append(process)
+            except PortlmError as error:
+                failed.append({"target": str(target), "reason": str(error)})
+                process.close()
+        if not loaded:
+            raise PortlmError("no engine could be measured: " + "; ".join(f["reason"] for f in failed))
+        context = min(answer["context_length"] for answer in loaded.values())
+        if prompt + tokens > context:
+            raise UsageError(
+                f"prompt ({prompt}) and tokens ({tokens}) need {prompt + tokens} positions, the model has {context}"
+            )
+        prefill: dict[Target, list[float]] = {target: [] for target in loaded}
+        decode: dict[Target, list[float]] = {target: [] for target in loaded}
+        limits: list[dict[str, float]] = []
+        for round_ in range(rounds + 1):  # round 0 warms up
+            progress(f"round {round_} of {rounds}")
+            limits.append(prober.call("limits"))
+            shift = round_ % len(processes)
+            for process in processes[shift:] + processes[:shift]:
+                p = process.call("prefill", tokens=prompt, seed=round_)["seconds"]
+                d = process.call("decode", prompt=prompt, tokens=tokens, seed=round_)["seconds"]
+                if round_:
+                    prefill[process.target].append(prompt / p)
+                    decode[process.target].append(tokens / d)
+        bandwidth = max(limit["bandwidth"] for limit in limits)
+        flops = max(limit["flops"] for limit in limits)
+        weights, multiplies = _work(model)
+        rows = []
+        for process in processes:
+            target = process.target
+            on_host = target.device == "cpu"
+            p_rate, d_rate = statistics.median(prefill[target]), statistics.median(decode[target])
+            rows.append(
+                Row(
+                    engine=target.engine,
+                    device=target.device,
+                    profile=loaded[target]["profile"],
+                    prefill_tok_s=p_rate,
+                    prefill_spread=_spread(prefill[target]),
+                    decode_tok_s=d_rate,
+                    decode_spread=_spread(decode[target]),
+                    load_s=loaded[target]["load_s"],
+                    model_mib=loaded[target]["model_bytes"] / 2**20,
+                    peak_rss_mib=process.call("memory")["peak_rss"] / 2**20,
+                    prefill_of_limit=p_rate * 2 * multiplies / flops if on_host else None,
+                    decode_of_limit=d_rate * weights / bandwidth if on_host else None,
+                )
+            )
+    finally:
+        for process in (*processes, prober):
+            process.close()
+    return {
+        "model": str(model),
+        "settings": {"prompt": prompt, "tokens": tokens, "rounds": rounds, "threads": threads},
+        "environment": environment(),
+        "limits": {"read_bandwidth_gb_s": bandwidth / 1e9, "fp32_gflop_s": flops / 1e9},
+        "rows": [asdict(row) for row in rows],
+        "failed": failed,
+    }
+
+
+def _work(model: Path) -> tuple[int, int]:
+    """Return (bytes of weights read, multiply-adds made) per decoded token.
+
+    Every matrix is read once and multiplied once, except a pure lookup table: of an embedding that is not also the
+    output head, one row is read.
+    """
+    from portlm.weights import read_header
+
+    total = multiplies = 0
+    tensors = read_header(model / "model.safetensors")
+    tied = "lm_head.weight" not in tensors
+    for name, info in tensors.items():
+        size = info.end - info.start
+        lookup = name.endswith(("wpe.weight", "position_embeddings.weight")) or (
+            not tied and name.endswith(("embed_tokens.weight", "wte.weight"))
+        )
+        if lookup:
+            total += size // info.shape[0]
+            continue
+        total += size
+        if len(info.shape) == 2:
+            multiplies += info.shape[0] * info.shape[1]
+    return total, multiplies
+
+
+def default_targets() -> list[Target]:
+    """Return every engine, device and profile that this machine can run, the torch engine first."""
+    from portlm.runtimes.probe import probe
+
+    order = {"torch": 0, "ort": 1, "tvm": 2}
+    targets = []
+    for row in probe():
+        if row["available"] and row["engine"] in order:
+            profiles = ("native",) if row["engine"] == "torch" else ("portable", "fused")
+            targets += [Target(row["engine"], row["device"], profile) for profile in profiles]
+    return sorted(targets, key=lambda t: (order[t.engine], t.device))

@@ -1,0 +1,103 @@
+"""One engine in a process of its own, measured on command: the far side of portlm.bench.
+
+Reads one JSON object per line on stdin and answers with one on stdout. Between commands the process blocks in
+read(), so that it takes no processor from the engine that is being measured. Run as
+``python -m portlm.bench_worker``.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+
+def _memory() -> dict[str, int]:
+    """Return the resident set size now and at its highest, in bytes."""
+    resident = 0
+    with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - a kernel file
+        for line in status:
+            if line.startswith("VmRSS:"):
+                resident = int(line.split()[1]) * 1024
+    return {"rss": resident, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+class Worker:
+    """Holds a session; each public method is a command."""
+
+    def load(self, path: str, engine: str, device: str, profile: str, threads: int | None) -> dict[str, Any]:
+        """Load the model and run one token, which is when some engines do their real loading."""
+        begin = time.perf_counter()
+        import portlm
+
+        imported = time.perf_counter()
+        before = _memory()["rss"]
+        self.session = portlm.load(path, engine=engine, device=device, profile=profile, threads=threads)
+        self.engine = self.session.engine
+        self._forward(np.zeros((1, 1), np.int64), self.engine.empty_state(1), past=0)
+        loaded = time.perf_counter()
+        return {
+            "import_s": imported - begin,
+            "load_s": loaded - imported,
+            "model_bytes": _memory()["rss"] - before,
+            "profile": self.engine.profile,
+            "vocab_size": self.engine.vocab_size,
+            "context_length": self.engine.context_length,
+        }
+
+    def _forward(self, ids: np.ndarray, state: Any, past: int) -> tuple[np.ndarray, Any]:
+        batch, length = ids.shape
+        positions = np.broadcast_to(np.arange(past, past + length, dtype=np.int64), (batch, length)).copy()
+        mask = np.ones((batch, past + length), np.int64)
+        return self.engine.step(ids, positions, mask, state)
+
+    def prefill(self, tokens: int, seed: int) -> dict[str, Any]:
+        """Time one pass over a prompt of random tokens."""
+        ids = np.random.default_rng(seed).integers(0, self.engine.vocab_size, (1, tokens), dtype=np.int64)
+        state = self.engine.empty_state(1)
+        begin = time.perf_counter()
+        self._forward(ids, state, past=0)
+        return {"seconds": time.perf_counter() - begin}
+
+    def decode(self, prompt: int, tokens: int, seed: int) -> dict[str, Any]:
+        """Time greedy single-token steps behind a prompt, selection included, prompt excluded."""
+        ids = np.random.default_rng(seed).integers(0, self.engine.vocab_size, (1, prompt), dtype=np.int64)
+        logits, state = self._forward(ids, self.engine.empty_state(1), past=0)
+        begin = time.perf_counter()
+        for past in range(prompt, prompt + tokens):
+            token = int(np.argmax(logits[0, -1]))
+            logits, state = self._forward(np.array([[token]], np.int64), state, past)
+        return {"seconds": time.perf_counter() - begin}
+
+    def limits(self) -> dict[str, Any]:
+        """Probe what the hardware gives: read bandwidth in B/s and float32 multiply-adds in FLOP/s, all threads."""
+        from portlm import _C
+
+        return {"bandwidth": _C.probe_bandwidth(1 << 28), "flops": _C.probe_flops(50_000_000)}
+
+    def memory(self) -> dict[str, Any]:
+        """Report resident memory."""
+        return dict(_memory())
+
+
+def main() -> None:
+    """Answer commands until stdin closes."""
+    worker = Worker()
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # a library that prints must not spoil the protocol
+    for line in sys.stdin:
+        request = json.loads(line)
+        name = request.pop("command")
+        try:
+            answer = getattr(worker, name)(**request)
+        except Exception as error:
+            answer = {"error": " ".join(str(error).split()) or type(error).__name__}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""``portlm bench``: every engine on one model, beside the machine's limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("bench")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--engine",
+    "-e",
+    "engines",
+    multiple=True,
+    metavar="ENGINE[:DEVICE[:PROFILE]]",
+    help="What to measure; repeat for several (default: everything available here).",
+)
+@click.option("--prompt", "-p", default=128, show_default=True, help="Prompt length in tokens.")
+@click.option("--tokens", "-n", default=64, show_default=True, help="Decoded tokens per sample.")
+@click.option(
+    "--rounds", "-r", default=5, show_default=True, help="Samples per engine, after one to warm up."
+)
+@click.option("--threads", "-t", type=int, help="Threads per engine (default: the engine's own choice).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(
+    model: Path, engines: tuple[str, ...], prompt: int, tokens: int, rounds: int, threads: int | None, as_json: bool
+) -> None:  # fmt: skip
+    """Measure prefill, decode, load time and memory of the artifact MODEL on every engine.
+
+    Engines run interleaved, each in its own process. "of limit" is the share of what this machine's memory
+    bandwidth (decode) or multiply-add rate (prefill) allows, probed in the same run.
+    """
+    from portlm.bench import Target, default_targets, measure
+
+    targets = [Target.parse(text) for text in engines] or default_targets()
+    result = measure(
+        model, targets, prompt=prompt, tokens=tokens, rounds=rounds, threads=threads,
+        progress=lambda message: click.echo(f"bench: {message}", err=True),
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    print_table(result)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print the rows as a table, and beneath it the limits and what failed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
+    settings = result["settings"]
+    table = Table(
+        title=f"{result['model']}: prompt {settings['prompt']}, {settings['tokens']} tokens decoded"
+    )
+    for name in ("engine", "profile"):
+        table.add_column(name)
+    for name in (
+        "prefill tok/s", "±", "of limit", "decode tok/s", "±", "of limit", "load s", "model MiB", "peak MiB",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['engine']}:{row['device']}", row["profile"],
+            f"{row['prefill_tok_s']:.0f}", f"{row['prefill_spread']:.0f}", share(row["prefill_of_limit"]),
+            f"{row['decode_tok_s']:.0f}", f"{row['decode_spread']:.0f}", share(row["decode_of_limit"]),
+            f"{row['load_s']:.2f}", f"{row['model_mib']:.0f}", f"{row['peak_rss_mib']:.0f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    limits = result["limits"]
+    console.print(
+        f"limit in this run: {limits['read_bandwidth_gb_s']:.1f} GB/s read, "
+        f"{limits['fp32_gflop_s']:.0f} GFLOP/s fp32; ± is the interquartile range"
+    )
+    for failure in result["failed"]:
+        console.print(f"not measured: {failure['reason']}", highlight=False)

@@ -1,0 +1,23 @@
+"""``portlm import``: a Hugging Face folder becomes a portlm checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("import")
+@click.argument("hf_dir", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
+def command(hf_dir: Path, out: Path, as_json: bool) -> None:
+    """Import the GPT-2- or LLaMA-shaped model in HF_DIR into the checkpoint folder OUT.
+
+    Reads safetensors, config.json and tokenizer.json; never a pickle, never code. Prints the path of OUT.
+    """
+    from portlm.hub import import_hf
+
+    import_hf(hf_dir, out)
+    click.echo(json.dumps({"path": str(out)}) if as_json else out)
