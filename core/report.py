@@ -99,11 +99,11 @@ def write_html(
         title=title,
         summary=summary,
         training=training,
-        loss_svg=Markup(loss_curve(metrics)),  # noqa: S704 - drawn here from numbers
+        loss_svg=Markup(loss_curve(metrics)),
         sample=sample,
         sample_rule=sample_rule,
         engines=engines,
-        engines_svg=Markup(engine_bars(engines)),  # noqa: S704 - drawn here
+        engines_svg=Markup(engine_bars(engines)),
         missing=missing,
         environment=environment,
     )
