@@ -1,0 +1,195 @@
+"""The fused graph as calls from TVM's virtual machine into portlm's own kernels.
+
+Each node of domain ai.portlm becomes one call of a native function "portlm.<op>" (csrc/tvm), found by name when the
+library is loaded; what is left to TVM is the schedule of calls, the memory of the intermediates and the few standard
+operators. Weights are passed as opaque objects: the functions check their shapes themselves, so the virtual machine
+need not check every one of them again at every step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from onnx import helper, numpy_helper
+
+from portlm.artifact import CompiledEntry
+from portlm.compile.export import TOTAL
+from portlm.compile.forms import DOMAIN
+from portlm.compile.tvm_build import Graph, build_library, dimensions, read_graph
+from portlm.errors import FormatError
+from portlm.tvm_support import import_tvm
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm import relax
+
+PROFILE = "fused"
+
+
+def compile_fused(artifact: Path, graph: str = "onnx/decoder.fused.onnx") -> CompiledEntry:
+    """Compile the fused graph of an artifact to compiled/tvm-cpu-fused.
+
+    Returns:
+        The entry for the manifest, which the caller updates.
+
+    Raises:
+        FormatError: the graph is missing, damaged, or holds a node that is not of the fused profile.
+        EngineUnavailableError: TVM or a C compiler is missing.
+    """
+    import_tvm()
+    read = read_graph(artifact, graph)
+    return build_library(lower(read), read, artifact, PROFILE, fuse=False, interpret=False)
+
+
+def lower(graph: Graph) -> "tvm.IRModule":
+    """The graph as a Relax module whose function main takes the graph's inputs and then its weights."""
+    import_tvm()
+    return _Lowering(graph).run()
+
+
+class _Lowering:
+    """Walks the nodes in order and emits one Relax binding or two for each."""
+
+    def __init__(self, graph: Graph):
+        from tvm import relax, tirx
+
+        self.relax, self.tirx = relax, tirx
+        self.graph = graph
+        self.bb = relax.BlockBuilder()
+        self.extents: dict[str, Any] = {n: tirx.Var(n, "int64") for n in ("batch", "sequence", "past")}
+        self.extents[TOTAL] = self.extents["past"] + self.extents["sequence"]
+        self.values: dict[str, Any] = {}
+        self.shapes = {weight.name: weight.shape for weight in graph.weights}
+        names = set(self.shapes)
+        tensors = (t for t in graph.proto.graph.initializer if t.name not in names)
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
+        self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]] = {
+            (DOMAIN, "Embedding"): self._embedding,
+            (DOMAIN, "Linear"): self._linear,
+            (DOMAIN, "LayerNorm"): self._norm("layer_norm", residual=False),
+            (DOMAIN, "AddLayerNorm"): self._norm("add_layer_norm", residual=True),
+            (DOMAIN, "RmsNorm"): self._norm("rms_norm", residual=False),
+            (DOMAIN, "AddRmsNorm"): self._norm("add_rms_norm", residual=True),
+            (DOMAIN, "Rotary"): self._rotary,
+            (DOMAIN, "CachedAttention"): self._cached_attention,
+            (DOMAIN, "GeluMlp"): self._gelu_mlp,
+            (DOMAIN, "SwiGlu"): self._swiglu,
+            ("", "Add"): self._add,
+            ("", "Split"): self._split,
+        }
+
+    def run(self) -> "tvm.IRModule":
+        relax, proto = self.relax, self.graph.proto.graph
+        for value in proto.input:
+            dtype = "int64" if value.type.tensor_type.elem_type == onnx.TensorProto.INT64 else "float32"
+            shape = [self.extents[d] if isinstance(d, str) else d for d in dimensions(value)]
+            self.values[value.name] = relax.Var(value.name, relax.TensorType(shape, dtype))
+        for weight in self.graph.weights:
+            self.values[weight.name] = relax.Var(weight.name, relax.ObjectType())
+        parameters = [self.values[name] for name in (*self.graph.inputs, *self.shapes)]
+        with self.bb.function("main", parameters):
+            with self.bb.dataflow():
+                for node in proto.node:
+                    self._emit(node)
+                outputs = relax.Tuple([self.values[name] for name in self.graph.outputs])
+                result = self.bb.emit_output(outputs)
+            self.bb.emit_func_output(result)
+        return self.bb.get()
+
+    def _emit(self, node: onnx.NodeProto) -> None:
+        emitter = self.emitters.get((node.domain, node.op_type))
+        if emitter is None:
+            raise FormatError(
+                f"{node.name}: {node.domain or 'ai.onnx'}.{node.op_type} is not of the fused profile"
+            )
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        try:
+            results = emitter(node, attributes)
+        except KeyError as error:
+            raise FormatError(f"{node.name}: {node.op_type} lacks {error}") from error
+        for name, value in zip(node.output, results, strict=True):
+            self.values[name] = value
+
+    def _call(self, op: str, inputs: Sequence[Any], *shapes: Sequence[Any]) -> Sequence["relax.Expr"]:
+        """One native call that writes float32 outputs of these shapes; plain numbers pass as numbers."""
+        relax, tirx = self.relax, self.tirx
+        arguments = []
+        for value in inputs:
+            if isinstance(value, float):
+                value = relax.prim_value(tirx.FloatImm("float64", value))
+            elif isinstance(value, int):
+                value = relax.prim_value(tirx.IntImm("int64", value))
+            arguments.append(value)
+        types = [relax.TensorType(list(shape), "float32") for shape in shapes]
+        call = relax.op.call_dps_packed(
+            f"portlm.{op}", relax.Tuple(arguments), types[0] if len(types) == 1 else types
+        )
+        result = self.bb.emit(call)
+        return [result] if len(types) == 1 else [self.bb.emit(result[i]) for i in range(len(types))]
+
+    def _inputs(self, node: onnx.NodeProto) -> list[Any]:
+        return [self.values[name] for name in node.input if name]
+
+    def _shape(self, name: str) -> list[Any]:
+        return list(self.values[name].ty.shape)
+
+    def _embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        width = self.shapes[node.input[1]][1]
+        return self._call("embedding", self._inputs(node), [*self._shape(node.input[0]), width])
+
+    def _linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        transposed = int(attributes.get("transposed", 0))
+        width = self.shapes[node.input[1]][0 if transposed else 1]
+        inputs = self._inputs(node)
+        op = "linear" if len(inputs) == 3 else "linear_no_bias"
+        return self._call(op, [*inputs, transposed], [*self._shape(node.input[0])[:-1], width])
+
+    def _norm(self, op: str, residual: bool) -> Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]:
+        def emit(node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+            shapes = [self._shape(node.input[0])] * (2 if residual else 1)
+            return self._call(op, [*self._inputs(node), float(attributes["epsilon"])], *shapes)
+
+        return emit
+
+    def _rotary(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        return self._call(
+            "rotary", [*self._inputs(node), int(attributes["num_heads"])], self._shape(node.input[0])
+        )
+
+    def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        q, k, v, past_key, past_value, mask = self._inputs(node)
+        batch, heads, _, width = past_key.ty.shape
+        grown = [batch, heads, self.extents[TOTAL], width]
+        sizes = [int(attributes["num_heads"]), int(attributes["num_kv_heads"]), float(attributes["scale"])]
+        present_key, present_value = (
+            self.bb.emit(
+                self.relax.op.call_pure_packed(
+                    "portlm.append_cache", past, new, ty_args=[self.relax.TensorType(grown, "float32")]
+                )
+            )
+            for past, new in ((past_key, k), (past_value, v))
+        )
+        (out,) = self._call("cached_attention", [q, present_key, present_value, mask, *sizes], q.ty.shape)
+        return out, present_key, present_value
+
+    def _gelu_mlp(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        kind = attributes["approximate"]
+        if kind not in (b"tanh", b"none"):
+            raise FormatError(f"{node.name}: approximate must be tanh or none, got {kind!r}")
+        width = self.shapes[node.input[3]][1]
+        shape = [*self._shape(node.input[0])[:-1], width]
+        return self._call("gelu_mlp", [*self._inputs(node), int(kind == b"tanh")], shape)
+
+    def _swiglu(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        return self._call("swiglu", self._inputs(node), self._shape(node.input[0]))
+
+    def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        return [self.bb.emit(self.relax.op.add(*self._inputs(node)))]
+
+    def _split(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        ends = self.constants[node.input[1]].cumsum()[:-1].tolist()
+        parts = self.bb.emit(
+            self.relax.op.split(self.values[node.input[0]], ends, axis=int(attributes["axis"]))
+        )
+        return [self.bb.emit(parts[i]) for i in range(len(node.output))]

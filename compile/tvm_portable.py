@@ -1,0 +1,86 @@
+"""The portable graph through TVM's own importer and code generator.
+
+Every operator becomes TVM code: no kernel of portlm runs, so this profile shows what the graph alone gives, on any
+processor TVM knows. It is the reference for TVM, not its fast path: TVM has no schedule for matrix products on CPUs.
+"""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from portlm.artifact import CompiledEntry
+from portlm.compile.tvm_build import Graph, build_library, read_graph
+from portlm.errors import FormatError
+from portlm.tvm_support import import_tvm
+
+if TYPE_CHECKING:
+    import tvm
+
+PROFILE = "portable"
+
+
+def compile_portable(artifact: Path, graph: str = "onnx/decoder.portable.onnx") -> CompiledEntry:
+    """Compile the portable graph of an artifact to compiled/tvm-cpu-portable.
+
+    Returns:
+        The entry for the manifest, which the caller updates.
+
+    Raises:
+        FormatError: the graph is missing, damaged, or holds what TVM cannot import.
+        EngineUnavailableError: TVM or a C compiler is missing.
+    """
+    import_tvm()
+    read = read_graph(artifact, graph)
+    return build_library(lower(read), read, artifact, PROFILE, fuse=True, interpret=True)
+
+
+def lower(graph: Graph) -> "tvm.IRModule":
+    """The graph as a Relax module whose function main takes the graph's inputs and then its weights."""
+    import_tvm()
+    from tvm.relax.frontend.onnx import from_onnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the importer renames inputs and says so one by one
+        try:
+            module = from_onnx(_with_weights_as_inputs(graph))
+        except Exception as error:  # the importer raises whatever its converters raise
+            raise FormatError(f"TVM cannot import this graph: {error}") from error
+    return _bounded_gathers(module)
+
+
+def _with_weights_as_inputs(graph: Graph) -> onnx.ModelProto:
+    """A copy without weights: each is an input instead, so that TVM neither reads nor stores it."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    names = {weight.name for weight in graph.weights}
+    constants = [tensor for tensor in proto.graph.initializer if tensor.name not in names]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(constants)
+    for weight in graph.weights:
+        value = onnx.helper.make_tensor_value_info(weight.name, onnx.TensorProto.FLOAT, weight.shape)
+        proto.graph.input.append(value)
+    return proto
+
+
+def _bounded_gathers(module: "tvm.IRModule") -> "tvm.IRModule":
+    """Clamp every gather's indices: the importer's own mode reads wherever a wrong token id points to."""
+    from tvm import ir, relax
+    from tvm.relax.expr_functor import PyExprMutator, mutator
+
+    take = ir.Op.get("relax.take")
+
+    @mutator
+    class Clamp(PyExprMutator):  # type: ignore[misc]
+        def visit_call_(self, call: relax.Call) -> relax.Expr:
+            call = self.visit_expr_post_order(call)
+            if call.op == take:
+                return relax.op.take(call.args[0], call.args[1], axis=call.attrs.axis, mode="clip")
+            return call
+
+    clamp = Clamp(module)
+    for name, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            clamp.builder_.update_func(name, clamp.visit_expr(function))
+    return clamp.builder_.get()
