@@ -120,20 +120,17 @@ class Reader:
             )
         return choices[value]
 
-    def token_id(self, key: str) -> int | None:
-        """Return a token id, or None for null or a missing key."""
-        value = self.raw(key)
-        if value is not None and type(value) is not int:
-            raise ConfigError(f"{key} must be a token id or null, got {shown(value)}")
-        return value
+    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
+        """Return a token id, a list of them, null or a missing key as a tuple.
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """Return a token id, a list of them, null or a missing key as a tuple."""
+        Ids outside the vocabulary are left out: the model can neither read nor produce them, and small models
+        made with transformers' defaults often name the 50256 of the large ones.
+        """
         value = self.raw(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(token) is int for token in ids):
             raise ConfigError(f"{key} must be a token id, a list of them or null, got {shown(value)}")
-        return tuple(ids)
+        return tuple(token for token in ids if 0 <= token < vocab_size)
 
     def require(self, key: str, *allowed: Any) -> None:
         """Accept ``key`` only when it is missing, null or one of the ``allowed`` values."""

@@ -116,7 +116,8 @@ class GPT2Config:
         """
         read = config_json.Reader(data)
         read.require("model_type", "gpt2")
-        width, context = read.integer("n_embd", 768), read.integer("n_positions", 1024)
+        vocab_size, width = read.integer("vocab_size", 50257), read.integer("n_embd", 768)
+        context = read.integer("n_positions", 1024)
         dropout = read.number("resid_pdrop", 0.1)
         if read.number("embd_pdrop", dropout) != dropout:
             raise ConfigError("embd_pdrop must equal resid_pdrop: portlm trains with one rate for both")
@@ -130,7 +131,7 @@ class GPT2Config:
         read.require("tie_word_embeddings", True)
         read.require("pruned_heads", {})
         config = cls(
-            vocab_size=read.integer("vocab_size", 50257),
+            vocab_size=vocab_size,
             context_length=context,
             n_layer=read.integer("n_layer", 12),
             n_head=read.integer("n_head", 12),
@@ -140,8 +141,8 @@ class GPT2Config:
             gelu=read.choice("activation_function", "gelu_new", _GELU),
             init=read.choice("portlm_init", "scaled", _INITS),
             init_std=read.number("initializer_range", 0.02),
-            bos_token_id=read.token_id("bos_token_id"),
-            eos_token_ids=read.token_ids("eos_token_id"),
+            bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),
+            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
         )
         # The summary keys belong to GPT2DoubleHeadsModel, and the upcast matters in half precision only.
         read.finish(

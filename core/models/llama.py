@@ -99,7 +99,8 @@ class LlamaConfig:
         """
         read = config_json.Reader(data)
         read.require("model_type", "llama")
-        width, n_head = read.integer("hidden_size", 4096), read.integer("num_attention_heads", 32)
+        vocab_size, width = read.integer("vocab_size", 32000), read.integer("hidden_size", 4096)
+        n_head = read.integer("num_attention_heads", 32)
         read.require("head_dim", width // max(n_head, 1))
         read.require("hidden_act", "silu", "swish")
         read.require("attention_bias", False)
@@ -109,7 +110,7 @@ class LlamaConfig:
         read.require("is_encoder_decoder", False)
         read.require("pruned_heads", {})
         config = cls(
-            vocab_size=read.integer("vocab_size", 32000),
+            vocab_size=vocab_size,
             context_length=read.integer("max_position_embeddings", 2048),
             n_layer=read.integer("num_hidden_layers", 32),
             n_head=n_head,
@@ -120,8 +121,8 @@ class LlamaConfig:
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             tie_embeddings=read.boolean("tie_word_embeddings", False),
             init_std=read.number("initializer_range", 0.02),
-            bos_token_id=read.token_id("bos_token_id"),
-            eos_token_ids=read.token_ids("eos_token_id"),
+            bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),
+            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
         )
         # pretraining_tp only reorders sums, to reproduce how a sharded training run rounded.
         read.finish("pretraining_tp")
