@@ -375,8 +375,9 @@ class GPT2(nn.Module):
             name = f"transformer.{name}"
         return None if re.fullmatch(r"transformer\.h\.\d+\.attn\.(masked_)?bias", name) else name
 
-    def hf_tied(self) -> dict[str, str]:
-        """Return {name: name of the tensor it must equal} for what some files store twice."""
+    @staticmethod
+    def hf_tied(config: GPT2Config) -> dict[str, str]:
+        """Return {name: the tensor it must equal} for what some files store twice."""
         return {"lm_head.weight": "transformer.wte.weight"}
 
 

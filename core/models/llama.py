@@ -392,6 +392,7 @@ class Llama(nn.Module):
             name = f"model.{name}"
         return None if name.endswith(".rotary_emb.inv_freq") else name
 
-    def hf_tied(self) -> dict[str, str]:
-        """Return {name: name of the tensor it must equal} for what some files store twice."""
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_embeddings else {}
+    @staticmethod
+    def hf_tied(config: LlamaConfig) -> dict[str, str]:
+        """Return {name: the tensor it must equal} for what some files store twice."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}

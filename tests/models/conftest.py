@@ -3,6 +3,35 @@
 import warnings
 
 import pytest
+import torch
+
+from portlm.models import build
+from portlm.models.gpt2 import GPT2Config
+from portlm.models.llama import LlamaConfig
+
+TINY = {
+    "gpt2": GPT2Config(vocab_size=61, context_length=32, n_layer=2, n_head=4, width=24, eos_token_ids=(3,)),
+    "llama": LlamaConfig(
+        vocab_size=61,
+        context_length=32,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        width=32,
+        hidden=44,
+        bos_token_id=1,
+    ),
+    "llama-tied": LlamaConfig(
+        vocab_size=61,
+        context_length=32,
+        n_layer=1,
+        n_head=2,
+        n_kv_head=2,
+        width=8,
+        hidden=12,
+        tie_embeddings=True,
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -10,7 +39,34 @@ def transformers():
     """The package, imported when the first test of a file needs it: that takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other packages deprecate is not ours to fix
-        package = pytest.importorskip("transformers", reason="transformers is missing: pip install portlm[hf]")
+        package = pytest.importorskip(
+            "transformers", reason="transformers is missing: pip install portlm[hf]"
+        )
         package.utils.logging.set_verbosity_error()
         package.utils.logging.disable_progress_bar()
     return package
+
+
+@pytest.fixture(params=TINY)
+def model(request):
+    """A tiny model of each family whose every parameter matters to the result."""
+    torch.manual_seed(0)
+    model = build(TINY[request.param]).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture
+def gpt2():
+    """A tiny GPT-2."""
+    torch.manual_seed(0)
+    return build(TINY["gpt2"]).eval()
+
+
+@pytest.fixture
+def llama():
+    """A tiny LLaMA with grouped heads and an output matrix of its own."""
+    torch.manual_seed(0)
+    return build(TINY["llama"]).eval()

@@ -284,7 +284,10 @@ def test_the_config_of_transformers_4_is_understood():
         ({"rope_scaling": "yarn"}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1"}}, "rope_theta"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),

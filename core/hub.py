@@ -1,0 +1,339 @@
+"""Checkpoints from and to Hugging Face's folders.
+
+A portlm checkpoint uses the same names, keys and orientations, so importing is mostly checking: one file of
+float32 weights instead of several or of half precision, nothing that is no parameter, and a config.json in which
+every key was understood. Pickles (pytorch_model.bin) are never opened: reading one runs whatever it contains.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portlm.errors import FormatError, StorageError, UsageError
+from portlm.files import (
+    atomic_file,
+    fsync_dir,
+    open_regular,
+    parse_json,
+    read_json,
+    safe_join,
+    shown,
+    write_atomic,
+)
+from portlm.models import (
+    CONFIG,
+    FAMILIES,
+    GENERATION_CONFIG,
+    WEIGHTS,
+    check_tensors,
+    expected_shapes,
+    load_config,
+    make_folder,
+    write_config,
+    write_json,
+)
+from portlm.weights import TensorInfo, read_header, save_tensors
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_TOKENIZER_EXTRAS = ("special_tokens_map.json", "chat_template.jinja")
+_MAX_SHARDS = 4096
+_MAX_TOKENIZER_BYTES = 64 << 20
+_MAX_TEXT_BYTES = 4 << 20
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf")
+# What sampling needs. Other keys are dropped: some of them name code or files to load.
+_GENERATION_KEYS = {
+    "_from_model_config",
+    "bos_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "min_p",
+    "pad_token_id",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+}
+_UNNEEDED_GENERATION_KEYS = {"output_attentions", "output_hidden_states", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What an import or export produced.
+
+    Attributes:
+        folder: The new folder.
+        family: Such as ``gpt2``.
+        parameters: How many, a shared matrix counted once.
+        notes: What was changed or left out on the way, a sentence each.
+    """
+
+    folder: Path
+    family: str
+    parameters: int
+    notes: tuple[str, ...]
+
+
+def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Transfer:
+    """Turn a Hugging Face folder into a portlm checkpoint.
+
+    Args:
+        src: A folder with config.json and either model.safetensors or shards with their index, and usually
+            tokenizer.json, tokenizer_config.json and generation_config.json.
+        out: The folder to create. It appears when everything is in it.
+
+    Raises:
+        FormatError: A file is missing, damaged, a pickle, or describes a model portlm does not compute.
+        UsageError: ``out`` exists and holds something.
+        StorageError: The disk is full or refuses the write.
+    """
+    src, out, notes = Path(src), Path(out), list[str]()
+    config = load_config(src)
+    shapes = expected_shapes(config)
+    tensors = _parameters(src, config, notes)
+    where = src / (WEIGHTS if (src / WEIGHTS).exists() else INDEX)
+    check_tensors(where, tensors.infos, shapes, dtypes=("F32", "F16", "BF16"))
+    halves = sorted({info.dtype for info in tensors.infos.values()} - {"F32"})
+    if halves:
+        notes.append(
+            f"weights were {' and '.join(halves)} and are float32 now, which holds every value exactly"
+        )
+    with _new_folder(out) as folder:
+        save_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+        write_config(folder, config)
+        _copy_generation_config(src, folder, notes)
+        _copy_tokenizer(src, folder, config.vocab_size, notes)
+    return Transfer(out, config.family, _count(shapes), tuple(notes))
+
+
+def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> Transfer:
+    """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open without remote code.
+
+    Args:
+        checkpoint: A portlm checkpoint or artifact folder.
+        out: The folder to create. It appears when everything is in it. The weights are the same bytes.
+
+    Raises:
+        FormatError: A file of the checkpoint is missing or damaged.
+        UsageError: ``out`` exists and holds something.
+        StorageError: The disk is full or refuses the write.
+    """
+    checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
+    config = load_config(checkpoint)
+    shapes = expected_shapes(config)
+    header = read_header(checkpoint / WEIGHTS)
+    check_tensors(checkpoint / WEIGHTS, header, shapes)
+    with _new_folder(out) as folder:
+        size = max((info.end for info in header.values()), default=0)
+        with open_regular(checkpoint / WEIGHTS) as source, atomic_file(folder / WEIGHTS, need=size) as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+        write_config(folder, config)
+        _copy_generation_config(checkpoint, folder, notes)
+        _copy_tokenizer(checkpoint, folder, config.vocab_size, notes)
+    return Transfer(out, config.family, _count(shapes), tuple(notes))
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+    """Tensors of one or several files, each read and made float32 when it is asked for, so one at a time."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, TensorInfo]]):
+        self._places = places
+        self.infos = {name: info for name, (_, info) in places.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        path, info = self._places[name]
+        with open_regular(path) as file:
+            file.seek(info.start)
+            raw = file.read(info.nbytes)
+        if len(raw) != info.nbytes:
+            raise FormatError(f"{path} was truncated while it was read: import it again")
+        match info.dtype:
+            case "F32":
+                values = np.frombuffer(raw, "<f4")
+            case "F16":
+                values = np.frombuffer(raw, "<f2").astype(np.float32)
+            case "BF16":  # the upper half of a float32
+                values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+            case _:
+                raise FormatError(f"{path}: tensor {shown(name)} is {info.dtype}, not a float")
+        return values.reshape(info.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def without(self, name: str) -> "_Tensors":
+        """Return the same tensors but one."""
+        return _Tensors({other: place for other, place in self._places.items() if other != name})
+
+
+def _parameters(src: Path, config: Any, notes: list[str]) -> _Tensors:
+    """Find the parameters in a folder's weight files, under the names a checkpoint uses."""
+    model = FAMILIES[config.family].model_class()
+    places: dict[str, tuple[Path, TensorInfo]] = {}
+    dropped = 0
+    for original, place in _stored(src).items():
+        name = model.hf_alias(original)
+        if name is None:
+            dropped += 1
+        elif name in places:
+            raise FormatError(
+                f"{place[0]}: {shown(original)} and another tensor both stand for {shown(name)}"
+            )
+        else:
+            places[name] = place
+    if dropped:
+        notes.append(f"{dropped} tensors that hold no parameters (masks, rotary frequencies) were left out")
+    tensors = _Tensors(places)
+    for copy, name in model.hf_tied(config).items():
+        if copy in tensors and name in tensors:
+            if not np.array_equal(tensors[copy].view(np.uint32), tensors[name].view(np.uint32)):
+                raise FormatError(
+                    f"{src}: {copy} differs from {name}, but {CONFIG} says that they are one matrix"
+                )
+            tensors = tensors.without(copy)
+            notes.append(f"{copy} repeats {name} and was left out")
+    return tensors
+
+
+def _stored(src: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Return where each tensor of a folder is stored, from one file or from shards and their index."""
+    if (src / WEIGHTS).exists():
+        return {name: (src / WEIGHTS, info) for name, info in read_header(src / WEIGHTS).items()}
+    if not (src / INDEX).exists():
+        raise FormatError(_no_weights(src))
+    index = read_json(src / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{src / INDEX} must hold a weight_map from tensor names to file names")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise FormatError(f"{src / INDEX}: every value of weight_map must be a file name")
+    shards = sorted(set(weight_map.values()))
+    if len(shards) > _MAX_SHARDS:
+        raise FormatError(f"{src / INDEX} names {len(shards)} files and {_MAX_SHARDS} are allowed")
+    places: dict[str, tuple[Path, TensorInfo]] = {}
+    for shard in shards:
+        path = safe_join(src, shard)
+        for name, info in read_header(path).items():
+            if weight_map.get(name) != shard:
+                raise FormatError(f"{path} holds tensor {shown(name)}, which {INDEX} does not place there")
+            places[name] = path, info
+    for name, shard in weight_map.items():
+        if name not in places:
+            raise FormatError(f"{src / INDEX} places tensor {shown(name)} in {shown(shard)}, which lacks it")
+    return places
+
+
+def _no_weights(src: Path) -> str:
+    """Say why a folder without safetensors cannot be imported, and what would help."""
+    try:
+        others = sorted(entry.name for entry in src.iterdir() if entry.suffix in _OTHER_WEIGHTS)
+    except OSError:
+        others = []
+    if not others:
+        return f"{src} holds neither {WEIGHTS} nor {INDEX}: give a folder with safetensors weights"
+    return (
+        f"{src} holds {shown(others[0])} but no safetensors, and portlm opens no pickles or other formats: convert "
+        "it where you trust it, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) in "
+        "transformers"
+    )
+
+
+def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
+    """Replace the minimal generation_config.json in ``folder`` by what the source says about sampling."""
+    if not (src / GENERATION_CONFIG).exists():
+        return
+    data = read_json(src / GENERATION_CONFIG, max_bytes=_MAX_TEXT_BYTES)
+    if not isinstance(data, dict):
+        raise FormatError(f"{src / GENERATION_CONFIG} must hold a JSON object")
+    kept = {key: value for key, value in data.items() if key in _GENERATION_KEYS and _is_plain(value)}
+    left = sorted(data.keys() - kept.keys() - _UNNEEDED_GENERATION_KEYS)
+    if left:
+        notes.append(
+            f"{GENERATION_CONFIG}: {', '.join(map(shown, left[:8]))} left out, portlm does not use them"
+        )
+    write_json(folder / GENERATION_CONFIG, kept)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) <= 1024 and all(type(item) is int for item in value)
+    return (
+        value is None
+        or isinstance(value, bool | int | float)
+        or (isinstance(value, str) and len(value) <= 64)
+    )
+
+
+def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:
+    """Copy the tokenizer's files, without what would ask transformers to run code."""
+    if not (src / TOKENIZER).exists():
+        notes.append(f"{src} holds no {TOKENIZER}, so the checkpoint takes token ids only")
+        return
+    from portlm.tokenizer import Tokenizer
+
+    raw = _read_bounded(src / TOKENIZER, _MAX_TOKENIZER_BYTES)
+    parse_json(raw, str(src / TOKENIZER))
+    write_atomic(folder / TOKENIZER, raw)
+    settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if (src / TOKENIZER_CONFIG).exists():
+        settings = read_json(src / TOKENIZER_CONFIG, max_bytes=_MAX_TEXT_BYTES)
+        if not isinstance(settings, dict):
+            raise FormatError(f"{src / TOKENIZER_CONFIG} must hold a JSON object")
+    if settings.pop("auto_map", None) is not None:
+        notes.append(f"{TOKENIZER_CONFIG}: auto_map left out, portlm never runs code from a model folder")
+    write_json(folder / TOKENIZER_CONFIG, settings)
+    for name in _TOKENIZER_EXTRAS:
+        if (src / name).exists():
+            raw = _read_bounded(src / name, _MAX_TEXT_BYTES)
+            if name.endswith(".json"):
+                parse_json(raw, str(src / name))
+            write_atomic(folder / name, raw)
+    known = Tokenizer.load(folder).vocab_size
+    if known > vocab_size:
+        notes.append(
+            f"the tokenizer knows {known} tokens and the model {vocab_size}: ids from {vocab_size} cannot be used"
+        )
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    with open_regular(path) as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise FormatError(f"{path} is larger than the {limit} bytes allowed for it")
+    return raw
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``out`` that becomes ``out`` when the block has ended well."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists already and is left alone: choose another name or remove it")
+    parent = out.absolute().parent
+    make_folder(parent)
+    temporary = parent / f".{out.name[:32]}.{secrets.token_hex(8)}.tmp"
+    make_folder(temporary)
+    try:
+        yield temporary
+        temporary.replace(out)
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    fsync_dir(parent)
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
