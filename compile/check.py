@@ -20,7 +20,13 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto
 
-from portlm.compile.forms import DOMAIN, DOMAIN_VERSION, FUSED_OPS, PORTABLE_OPS
+from portlm.compile.forms import (
+    CONTRIB_OPS,
+    DOMAIN,
+    DOMAIN_VERSION,
+    FUSED_OPS,
+    PORTABLE_OPS,
+)
 from portlm.compile.graph import OPSET
 from portlm.errors import FormatError
 from portlm.files import open_regular, safe_join
@@ -33,11 +39,13 @@ MAX_DIMENSION = 2**31
 MAX_NAME = 256  # bytes
 MAX_VALUES_PER_NODE = 64  # inputs, outputs or attributes
 
-OPERATORS = {
+CONTRIB = "com.microsoft"
+OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
     "": PORTABLE_OPS,
     DOMAIN: FUSED_OPS,
+    CONTRIB: CONTRIB_OPS,
 }
-OPSETS = {"": OPSET, DOMAIN: DOMAIN_VERSION}
+OPSETS = {"": OPSET, DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
 ITEM_BYTES = {TensorProto.FLOAT: 4, TensorProto.INT64: 8}
 ATTRIBUTE_TYPES = (
     AttributeProto.INT,

@@ -83,6 +83,16 @@ FUSED_OPS = {
     "Rotary": ("num_heads",),
     "SwiGlu": (),
 }
+CONTRIB_OPS = {  # of domain com.microsoft, in graphs lowered for ONNX Runtime (compile/ort_lowering.py)
+    "BiasGelu": (),
+    "FastGelu": (),
+    "FusedMatMul": ("transB",),
+    "MultiHeadAttention": ("num_heads", "scale"),
+    "QuickGelu": ("alpha",),
+    "RotaryEmbedding": (),
+    "SkipLayerNormalization": ("epsilon",),
+    "SkipSimplifiedLayerNormalization": ("epsilon",),
+}
 
 
 class Forms(Protocol):

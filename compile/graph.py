@@ -101,6 +101,22 @@ class GraphBuilder:
         """Declare a value computed by some node as a graph output."""
         self._outputs.append(_value_info(name, dtype, shape))
 
+    def adopt(self, graph: onnx.GraphProto) -> None:
+        """Take over the inputs, outputs and weights of another graph, whose nodes are about to be rewritten."""
+        for value in graph.input:
+            self._define(value.name)
+        for tensor in graph.initializer:
+            self._define(tensor.name)
+            self._initializers[tensor.name] = tensor
+        self._inputs.extend(graph.input)
+        self._outputs.extend(graph.output)
+
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Append a node of another graph as it is."""
+        for value in node.output:
+            self._define(value)
+        self.nodes.append(node)
+
     def has_weight(self, name: str) -> bool:
         """Whether the model has this parameter (biases are optional)."""
         return name in self._weights
@@ -120,6 +136,11 @@ class GraphBuilder:
     def ints(self, *values: int) -> str:
         """A one-dimensional int64 constant, stored in the graph: a shape, axes, split sizes."""
         return self._constant("ints." + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def head_dim(self, past_key: str) -> int:
+        """Width of a head, from the declared shape (batch, K, past, D) of a cache input."""
+        value = next(value for value in self._inputs if value.name == past_key)
+        return int(value.type.tensor_type.shape.dim[3].dim_value)
 
     def scalar(self, value: float) -> str:
         """A float32 constant of rank 0, stored in the graph."""
