@@ -11,15 +11,15 @@ from portlm.artifact import CompiledEntry, read_manifest, refresh_files, write_m
 from portlm.errors import UsageError
 from portlm.trust import record_built
 
-Compiler = Callable[[Path], CompiledEntry]
+Compiler = Callable[..., CompiledEntry]
 
-# (engine, device, profile) -> function that writes compiled files into an artifact and describes them. An engine
-# that runs the exported graph as it is needs no entry.
-COMPILERS: dict[tuple[str, str, str], str] = {
-    ("ort", "cpu", "fused"): "portlm.compile.ort_lowering:compile_cpu",
-    ("ort", "vulkan", "fused"): "portlm.compile.ort_lowering:compile_vulkan",
-    ("tvm", "cpu", "portable"): "portlm.compile.tvm_portable:compile_portable",
-    ("tvm", "cpu", "fused"): "portlm.compile.tvm_fused:compile_fused",
+# (engine, device, profile) -> the function that writes compiled files into an artifact and describes them, and its
+# further arguments. An engine that runs the exported graph as it is needs no entry.
+COMPILERS: dict[tuple[str, str, str], tuple[str, dict[str, str]]] = {
+    ("ort", "cpu", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "cpu"}),
+    ("ort", "vulkan", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "vulkan"}),
+    ("tvm", "cpu", "portable"): ("portlm.compile.tvm_portable:compile_portable", {}),
+    ("tvm", "cpu", "fused"): ("portlm.compile.tvm_fused:compile_fused", {}),
 }
 
 # Files that are loaded as machine code: class C, so their digests go into this machine's trust store.
@@ -61,9 +61,10 @@ def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[Co
     entries = []
     for key in keys:
         read_manifest(folder)
-        module, _, name = COMPILERS[key].partition(":")
+        place, arguments = COMPILERS[key]
+        module, _, name = place.partition(":")
         compiler: Compiler = getattr(importlib.import_module(module), name)
-        entry = compiler(folder)
+        entry = compiler(folder, **arguments)
         for file in entry.files:
             if file.endswith(NATIVE_SUFFIXES):
                 record_built(folder / file)
