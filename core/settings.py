@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import re
 import tomllib
 import typing
@@ -34,7 +35,7 @@ def load(
     cls: type[T],
     *,
     file: str | Path | None = None,
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str | tuple[str, Any]] = (),
     preset: Mapping[str, Any] | None = None,
 ) -> T:
     """Return an instance of the settings class ``cls``.
@@ -42,7 +43,8 @@ def load(
     Args:
         cls: A frozen dataclass, possibly with sections that are frozen dataclasses.
         file: A TOML file, or None.
-        overrides: ``dotted.key=value`` strings; values are TOML, and bare words are strings.
+        overrides: ``dotted.key=value`` strings, whose values are TOML or bare words for strings; or pairs of a
+            dotted key and a value.
         preset: A nested dictionary applied before the file.
 
     Raises:
@@ -59,13 +61,16 @@ def load(
     for name, source in sources:
         for key, value in _leaves(source, keys):
             _assign(tree, key, value, keys, name, origin)
-    for text in overrides:
-        key, separator, value = text.partition("=")
+    for override in overrides:
+        if isinstance(override, tuple):
+            _assign(tree, *override, keys, "an argument", origin)
+            continue
+        key, separator, value = override.partition("=")
         if not separator:
-            raise ConfigError(f"override {text!r} has no '=': write key=value, for example seed=1")
+            raise ConfigError(f"override {override!r} has no '=': write key=value, for example seed=1")
         key = key.strip()
-        _check_key(key, keys, f"override {text!r}")
-        _assign(tree, key, parse_value(value.strip(), keys[key]), keys, f"override {text!r}", origin)
+        _check_key(key, keys, f"override {override!r}")
+        _assign(tree, key, parse_value(value.strip(), keys[key]), keys, f"override {override!r}", origin)
     return _convert(tree, cls, keys, origin)
 
 
@@ -118,10 +123,13 @@ def to_toml(settings: Any) -> str:
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Return ``{dotted key: (old value, new value)}`` for every leaf where two settings objects differ."""
-    keys = known_keys(type(old))
-    before, after = to_dict(old), to_dict(new)
-    pairs = {key: (_look_up(before, key), _look_up(after, key)) for key in keys}
+    pairs = {key: (look_up(old, key), look_up(new, key)) for key in known_keys(type(old))}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def look_up(settings: Any, key: str) -> Any:
+    """Return the value of a dotted key."""
+    return operator.attrgetter(key)(settings)
 
 
 def require_range(
@@ -198,12 +206,12 @@ def _convert(tree: Tree, cls: type[T], keys: Mapping[str, Any], origin: Mapping[
         key = where.partition("[")[0]
         choices = typing.get_args(keys.get(key)) if "enum" in what else ()
         if choices:
-            what = f"expected one of {', '.join(map(str, choices))}, got {_look_up(tree, key)!r}"
+            what = f"expected one of {', '.join(map(str, choices))}, got {_reached(tree, key)!r}"
         source = f" (from {origin[key]})" if key in origin else ""
         raise ConfigError(f"{where}: {what[:1].lower()}{what[1:]}{source}") from error
 
 
-def _look_up(tree: Tree, key: str) -> Any:
+def _reached(tree: Tree, key: str) -> Any:
     node: Any = tree
     for part in key.split("."):
         node = node[part]

@@ -6,7 +6,6 @@ a TOML file and ``--set`` overrides; every run folder keeps the resolved result 
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from portlm.errors import ConfigError
@@ -219,7 +218,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
+def preset_settings(name: str) -> dict[str, Any]:
     """Return the settings tree of a named preset.
 
     Raises:
@@ -228,8 +227,3 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
-
-
-def resolve_path(text: str) -> str:
-    """Return an absolute path for a setting that names a file, so that a saved config works from anywhere."""
-    return str(Path(text).expanduser().absolute())

@@ -151,12 +151,12 @@ def test_the_default_config_survives_its_own_toml():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_config(name):
-    assert isinstance(settings.load(PretrainConfig, preset=config.preset(name)), PretrainConfig)
+    assert isinstance(settings.load(PretrainConfig, preset=config.preset_settings(name)), PretrainConfig)
 
 
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match="nanogpt-cpu"):
-        config.preset("huge")
+        config.preset_settings("huge")
 
 
 @pytest.mark.parametrize(

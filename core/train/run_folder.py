@@ -1,0 +1,138 @@
+"""The folder of one training run: where everything lies, who may write, and what it was told.
+
+::
+
+    config.toml      the resolved settings: `portlm pretrain --config config.toml` repeats the run
+    tokenizer.json   what turns text into ids
+    data/            token shards
+    metrics.jsonl    one line per event
+    loss.svg .png    the loss curve
+    checkpoints/     step-N/ folders to resume from
+    final/           the trained model
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from portlm import settings
+from portlm.errors import ConfigError, FormatError, StorageError, UsageError
+from portlm.files import write_atomic
+from portlm.train.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_leftovers,
+    remove_stale_files,
+    set_aside_newer,
+    verify_checkpoint,
+)
+from portlm.train.config import PretrainConfig
+
+# What decides every number of a run: a resumed one must not change it. The text itself is compared by content.
+_FIXED = ("seed", "model.", "data.")
+_FREE = ("data.texts",)
+
+
+class RunFolder:
+    """Names of the parts of a run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.data = self.path / "data"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and keep every other process from training in it.
+
+        The lock belongs to the process and ends with it, also by kill -9.
+
+        Raises:
+            UsageError: Another process trains here.
+            StorageError: The folder cannot be created.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError(f"cannot create the run folder {self.path}: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"another process is training in {self.path}: wait, or choose another --out"
+                ) from (error)
+            except OSError as error:  # a file system without locks: no reason to refuse
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+            for folder in (self.path, self.checkpoints):
+                remove_leftovers(folder)
+                remove_stale_files(folder)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def write_config(self, config: PretrainConfig) -> None:
+        """Keep the resolved settings."""
+        write_atomic(self.config, settings.to_toml(config))
+
+    def start_point(self, resume: str, warn: Callable[[str], None]) -> Checkpoint | None:
+        """Return the checkpoint to continue from, or None for a fresh start.
+
+        Args:
+            resume: ``none``, ``auto`` (the newest intact checkpoint of this run, if any), or the path of a
+                checkpoint or of another run.
+            warn: Told about every checkpoint that is damaged or set aside.
+
+        Raises:
+            UsageError: ``none``, although the folder holds a run; or a path, although it holds another run.
+            FormatError: No intact checkpoint where there should be one.
+        """
+        own = list_checkpoints(self.checkpoints)
+        if resume == "none":
+            if own or self.final.exists():
+                raise UsageError(
+                    f"{self.path} holds a run already: continue it with --resume auto, or choose another --out"
+                )
+            return None
+        if resume == "auto":
+            found = newest_checkpoint(self.checkpoints, warn)
+        else:
+            found = _find(Path(resume), warn)
+            if own and found.path.resolve().parent != self.checkpoints.resolve():
+                raise UsageError(f"{self.path} holds another run already: choose another --out")
+        if found is not None:
+            set_aside_newer(self.checkpoints, found.step, warn)
+        return found
+
+
+def check_same_run(saved: PretrainConfig, asked: PretrainConfig, note: Callable[[str], None]) -> None:
+    """Refuse settings that would make a resumed run a different one, and report those that merely change.
+
+    Raises:
+        ConfigError: A setting that decides the model or the data differs.
+    """
+    for key, (old, new) in settings.differences(saved, asked).items():
+        if key.startswith(_FIXED) and key not in _FREE:
+            raise ConfigError(
+                f"{key} is {old!r} in the checkpoint and {new!r} now: leave it out to resume, or start anew "
+                "with another --out"
+            )
+        note(f"resuming with {key} = {new!r} instead of {old!r}")
+
+
+def _find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
+    for root in (path / "checkpoints", path):
+        if list_checkpoints(root) and (found := newest_checkpoint(root, warn)) is not None:
+            return found
+    if not path.is_dir():
+        raise FormatError(f"{path} is no folder: give a checkpoint (step-N) or a run to resume")
+    return verify_checkpoint(path)
