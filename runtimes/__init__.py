@@ -1,1 +1,214 @@
-"""From an artifact to answers. Never imports torch, except in the torch engine itself."""
+"""From an artifact to answers. Never imports torch, except in the torch engine itself.
+
+`load` is the only function that knows the table of engines; each engine's module, and the packages behind it, are
+imported when it is asked for.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from portlm.errors import EngineUnavailableError, FormatError, UsageError
+
+if TYPE_CHECKING:
+    from portlm.artifact import Manifest
+    from portlm.runtimes.engine import Engine
+    from portlm.runtimes.session import Session
+
+__all__ = ["ENGINES", "EngineEntry", "Session", "load"]
+
+
+class EngineEntry(NamedTuple):
+    """One row of the table of engines.
+
+    Attributes:
+        target: "module:class" of an implementation of portlm.runtimes.engine.Engine.
+        devices: those it can run on, on a machine that has them.
+        package: what it imports, or None.
+        extra: of portlm, which brings that package.
+    """
+
+    target: str
+    devices: tuple[str, ...]
+    package: str | None
+    extra: str
+
+
+ENGINES = {
+    "torch": EngineEntry("portlm.runtimes.eager:TorchEngine", ("cpu", "cuda"), "torch", "train"),
+    "ort": EngineEntry("portlm.runtimes.ort:OrtEngine", ("cpu", "vulkan"), "onnxruntime", "onnx"),
+    "tvm": EngineEntry("portlm.runtimes.tvm:TvmEngine", ("cpu",), "tvm", "tvm"),
+    "null": EngineEntry("portlm.runtimes.null:NullEngine", ("cpu",), None, ""),
+}
+DEVICES = ("cpu", "cuda", "vulkan")
+
+TOKENIZER = "tokenizer.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Session":
+        from portlm.runtimes.session import Session
+
+        return Session
+    raise AttributeError(f"module 'portlm.runtimes' has no attribute {name!r}")
+
+
+def load(
+    path: str | Path,
+    engine: str = "auto",
+    device: str = "auto",
+    profile: str = "auto",
+    allow_fallback: bool = False,
+    threads: int | None = None,
+) -> "Session":
+    """Load an artifact, or for the torch engine a plain checkpoint folder, and return a session.
+
+    Every file that is used is first compared with the size and the hash in the manifest.
+
+    Args:
+        path: the folder.
+        engine: "torch", "ort", "tvm", "null", or "auto": the first of ort, tvm and torch that is installed and for
+            which the folder holds what it needs; torch if there is a CUDA device that it can use.
+        device: "cpu", "cuda", "vulkan", or "auto": cuda for torch where there is one, otherwise cpu. Vulkan is
+            never chosen by itself.
+        profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device.
+        allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
+        threads: of the CPU, None for one per core.
+
+    Raises:
+        UsageError: an unknown engine, device or profile, or one that the folder was not exported or compiled for.
+        EngineUnavailableError: a package, driver or device is missing. The message says how to get it.
+        FormatError: a file is missing, truncated, altered or not what it should be.
+        PlacementError: a node would run on another device.
+    """
+    from portlm.runtimes.engine import PROFILES
+    from portlm.runtimes.session import Session
+
+    _one_of("engine", engine, ("auto", *ENGINES))
+    _one_of("device", device, ("auto", *DEVICES))
+    _one_of("profile", profile, PROFILES)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads must be a whole number of at least 1, got {threads!r}")
+    folder = Path(path)
+    manifest = _manifest(folder)
+    if engine == "auto":
+        engine, device = _choose(manifest, device, profile)
+    elif device == "auto":
+        device = "cuda" if engine == "torch" and _cuda_works() else "cpu"
+    if device not in ENGINES[engine].devices:
+        raise UsageError(f"{engine} does not run on {device}: choose {' or '.join(ENGINES[engine].devices)}")
+    implementation = engine_class(engine)
+    tokenizer, eos_ids = _texts(folder, manifest)
+    opened = implementation.open(folder, manifest, device, profile, allow_fallback, threads)
+    try:
+        return Session(opened, tokenizer, eos_ids)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def engine_class(name: str) -> "type[Engine]":
+    """Import one engine's class.
+
+    Raises:
+        UsageError: there is no such engine.
+        EngineUnavailableError: its package is missing or broken.
+    """
+    _one_of("engine", name, tuple(ENGINES))
+    entry = ENGINES[name]
+    if entry.package is not None and importlib.util.find_spec(entry.package) is None:
+        raise EngineUnavailableError(
+            f"{name}: {entry.package} is not installed, try pip install 'portlm[{entry.extra}]'"
+        )
+    module, _, attribute = entry.target.partition(":")
+    try:
+        found: type[Engine] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, OSError) as error:
+        raise EngineUnavailableError(
+            f"{name}: {entry.package} does not load here ({error}), "
+            f"try pip install --force-reinstall 'portlm[{entry.extra}]'"
+        ) from error
+    return found
+
+
+def _manifest(folder: Path) -> "Manifest | None":
+    """The manifest of an artifact, or None for a plain checkpoint folder."""
+    from portlm.artifact import MANIFEST, read_manifest
+
+    if (folder / MANIFEST).exists():
+        return read_manifest(folder)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
+    if not (folder / "config.json").is_file():
+        raise FormatError(f"{folder}: holds neither manifest.json nor config.json, so it is no model")
+    return None
+
+
+def _texts(folder: Path, manifest: "Manifest | None") -> tuple[Any, frozenset[int]]:
+    """The tokenizer, and the tokens that end a text according to generation_config.json."""
+    from portlm.artifact import verify_files
+    from portlm.files import read_json
+    from portlm.tokenizer import Tokenizer
+
+    if manifest is not None:
+        verify_files(folder, [name for name in (TOKENIZER, GENERATION_CONFIG) if name in manifest.files])
+    if not (folder / TOKENIZER).is_file():
+        raise FormatError(
+            f"{folder / TOKENIZER}: missing; put the tokenizer that the model was trained with there"
+        )
+    path = folder / GENERATION_CONFIG
+    ids: Any = None
+    if path.exists():
+        config = read_json(path)
+        ids = config.get("eos_token_id") if isinstance(config, dict) else None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise FormatError(f"{path}: eos_token_id must be a token id, a list of them or null")
+    return Tokenizer.load(folder), frozenset(ids)
+
+
+def _choose(manifest: "Manifest | None", device: str, profile: str) -> tuple[str, str]:
+    """Engine and device for engine="auto": what is installed, prepared in the folder, and fastest."""
+    if device in ("auto", "cuda") and profile in ("auto", "native") and _cuda_works():
+        return "torch", "cuda"
+    if device == "cuda":
+        return "torch", "cuda"  # which says what is missing
+    if device == "vulkan":
+        return "ort", "vulkan"
+    compiled = (
+        {(entry.engine, entry.device) for entry in manifest.compiled} if manifest is not None else set()
+    )
+    candidates = []
+    if manifest is not None and profile != "native":
+        if ("ort", "cpu") in compiled or profile != "fused":
+            candidates.append("ort")
+        if ("tvm", "cpu") in compiled:
+            candidates.append("tvm")
+    if profile in ("auto", "native"):
+        candidates.append("torch")
+    for name in candidates:
+        package = ENGINES[name].package
+        if package is not None and importlib.util.find_spec(package) is not None:
+            return name, "cpu"
+    if not candidates:
+        raise UsageError(
+            f"no engine has profile {profile} in this folder: run portlm export or portlm compile"
+        )
+    wanted = " or ".join(f"{name} (pip install 'portlm[{ENGINES[name].extra}]')" for name in candidates)
+    raise EngineUnavailableError(f"no engine that can run this folder is installed: install {wanted}")
+
+
+def _cuda_works() -> bool:
+    """Whether PyTorch can use a CUDA device. PyTorch is only imported on a machine with NVIDIA's driver."""
+    if not Path("/proc/driver/nvidia/version").exists() or importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"there is no {what} {value!r}: choose one of {', '.join(known)}")

@@ -1,0 +1,415 @@
+import codecs
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from portlm.errors import ContextLengthError, PortlmError, UsageError
+from portlm.runtimes import session as session_module
+from portlm.runtimes.engine import Placement
+from portlm.runtimes.null import NullEngine
+from portlm.runtimes.session import Session
+from portlm.runtimes.stopping import StopScanner
+
+EOS = 256
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes, and 256 the end of a text."""
+
+    vocab_size = 257
+    eos_id: int | None = EOS
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def stream_decoder(self):
+        return ByteDecoder()
+
+
+class ByteDecoder:
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token):
+        return self.decoder.decode(bytes([token]) if token < 256 else b"")
+
+    def flush(self):
+        return self.decoder.decode(b"", final=True)
+
+
+class Scripted:
+    """Answers each prompt with the tokens that a script has for it, whatever stands to its left or beside it.
+
+    It knows a row only by the tokens that the mask shows, so a wrong mask, position or order gives another answer.
+    """
+
+    name, device, profile, precision = "scripted", "cpu", "native", "fp32"
+    vocab_size, context_length = 257, 64
+
+    def __init__(self, script):
+        self.script = {tuple(p.encode()): list(a.encode()) if isinstance(a, str) else a for p, a in script.items()}
+        self.steps = []
+        self.closed = 0
+
+    def empty_state(self, batch):
+        return {"ids": np.zeros((batch, 0), np.int64)}
+
+    def step(self, input_ids, position_ids, attention_mask, state):
+        self.steps.append(input_ids.shape)
+        ids = np.concatenate([state["ids"], input_ids], axis=1)
+        assert attention_mask.shape == ids.shape
+        logits = np.zeros((*input_ids.shape, self.vocab_size), np.float32)
+        past = state["ids"].shape[1]
+        for b in range(len(ids)):
+            for t in range(input_ids.shape[1]):
+                seen = np.flatnonzero(attention_mask[b, : past + t + 1])
+                if not attention_mask[b, past + t]:
+                    continue
+                assert position_ids[b, t] == len(seen) - 1
+                logits[b, t, self.next(tuple(ids[b, seen].tolist()))] = 9
+        return logits, {"ids": ids}
+
+    def next(self, seen):
+        for prompt, answer in self.script.items():
+            if seen[: len(prompt)] == prompt and list(seen[len(prompt) :]) == answer[: len(seen) - len(prompt)]:
+                rest = answer[len(seen) - len(prompt) :]
+                return rest[0] if rest else EOS
+        return 0
+
+    def placement(self):
+        return Placement({"cpu": 1})
+
+    def close(self):
+        self.closed += 1
+
+
+def null(context=64, tokenizer=None):
+    return Session(NullEngine(257, context), tokenizer or Bytes())
+
+
+# --- generate ---------------------------------------------------------------------------------------
+
+
+def test_generate_continues_the_prompt():
+    result = null().generate("abc", max_new_tokens=4)
+    assert result.text == str(result) == "defg"
+    assert result.token_ids == tuple(b"defg")
+    assert (result.finish_reason, result.stop, result.prompt_tokens, result.new_tokens) == ("length", None, 3, 4)
+
+
+def test_the_end_of_text_token_ends_the_text_and_is_not_part_of_it():
+    session = Session(Scripted({"a": "bcd"}), Bytes())
+    result = session.generate("a", max_new_tokens=20)
+    assert (result.text, result.finish_reason, result.token_ids) == ("bcd", "eos", (*b"bcd", EOS))
+    result = session.generate("a", max_new_tokens=5, ignore_eos=True)
+    assert (result.finish_reason, result.new_tokens, result.token_ids[3]) == ("length", 5, EOS)
+
+
+def test_eos_ids_beyond_the_tokenizers_own_end_a_text_too():
+    session = Session(Scripted({"a": "bcd"}), Bytes(), eos_ids=[ord("c")])
+    assert session.generate("a", max_new_tokens=20).text == "b"
+
+
+PROMPTS = ["a", "hello", "xy", "q" * 20, "hel"]
+SCRIPT = {"a": "B", "hello": ", world", "xy": "", "q" * 20: "r" * 30, "hel": "icopter"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("logits_per_step", [1 << 24, 257 * 5 * 3, 257])
+def test_prompts_of_any_length_get_the_same_answer_alone_and_in_a_batch(batch_size, logits_per_step, monkeypatch):
+    monkeypatch.setattr(session_module, "LOGITS_PER_STEP", logits_per_step)
+    results = Session(Scripted(SCRIPT), Bytes()).generate(PROMPTS, max_new_tokens=25, batch_size=batch_size)
+    assert [r.text for r in results] == [SCRIPT[p][:25] for p in PROMPTS]
+    assert [r.finish_reason for r in results] == ["eos", "eos", "eos", "length", "eos"]
+    assert [r.prompt_tokens for r in results] == [len(p) for p in PROMPTS]
+
+
+def test_a_prompt_draws_the_same_tokens_alone_and_in_a_batch_when_it_brings_its_seed():
+    session, options = null(), {"temperature": 5.0, "max_new_tokens": 10}
+    together = session.generate(["a", "bcd", "ef"], seed=[3, 1, 4], **options)
+    alone = [session.generate(p, seed=s, **options) for p, s in (("a", 3), ("bcd", 1), ("ef", 4))]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+
+
+def test_equal_prompts_of_one_seed_get_different_answers_whatever_the_batch_size():
+    session, options = null(), {"temperature": 5.0, "max_new_tokens": 8, "seed": 7}
+    results = [r.token_ids for r in session.generate(["a"] * 6, **options)]
+    assert len(set(results)) == 6
+    assert [r.token_ids for r in session.generate(["a"] * 6, batch_size=2, **options)] == results
+    assert [r.token_ids for r in session.generate(["a"] * 6, **options)] == results
+
+
+def test_the_filters_reach_the_selection():
+    session = null()
+    greedy = session.generate("a", max_new_tokens=5).text
+    assert session.generate("a", max_new_tokens=5, temperature=9.0, top_k=1).text == greedy
+    assert session.generate("a", max_new_tokens=5, temperature=9.0, top_p=1e-9).text == greedy
+    assert session.generate("a", max_new_tokens=5, temperature=9.0, min_p=1.0).text == greedy
+    assert session.generate("a", max_new_tokens=5, temperature=9.0).text != greedy
+
+
+def test_token_ids_can_stand_for_text():
+    session = null()
+    assert session.generate([[97, 98]], max_new_tokens=2)[0].text == "cd"
+    assert session.generate([np.array([97, 98]), "ab"], max_new_tokens=2)[0].text == "cd"
+
+
+def test_an_empty_prompt_starts_from_the_end_of_text_token():
+    result = Session(NullEngine(257, 8), Bytes()).generate("", max_new_tokens=1)
+    assert (result.token_ids, result.prompt_tokens) == ((0,), 1)
+
+
+def test_an_empty_prompt_without_an_end_of_text_token_is_an_error():
+    coder = Bytes()
+    coder.eos_id = None
+    with pytest.raises(UsageError, match="prompt 1 is empty"):
+        null(tokenizer=coder).generate(["a", ""], max_new_tokens=1)
+
+
+def test_no_prompts_give_no_answers():
+    assert null().generate([]) == []
+
+
+def test_no_step_is_computed_beyond_the_last_token():
+    engine = Scripted({"abc": "defghij"})
+    Session(engine, Bytes()).generate("abc", max_new_tokens=3)
+    assert engine.steps == [(1, 3), (1, 1), (1, 1)]
+    engine.steps.clear()
+    Session(engine, Bytes()).generate("abc", max_new_tokens=20, stop="de")
+    assert engine.steps == [(1, 3), (1, 1)]
+
+
+def test_stats_count_tokens_and_time():
+    result = Session(Scripted(SCRIPT), Bytes()).generate(["a", "hello"], max_new_tokens=20)
+    stats = result[0].stats
+    assert stats is result[1].stats
+    assert (stats.prompt_tokens, stats.new_tokens, stats.rows) == (6, len("B, world") + 2, 2)
+    assert stats.prefill_seconds > 0
+    assert stats.decode_seconds > 0
+    assert stats.tokens_per_second == pytest.approx(8 / stats.decode_seconds)
+
+
+# --- stop strings and characters --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "found"),
+    [
+        ("fg", "de", "fg"),
+        (["zz", "efg"], "d", "efg"),
+        ("zz", "defgh", None),
+        ("d", "", "d"),
+        ("ghi", "defgh", None),  # only begins: what was held back is part of the text
+        (["efgh", "fg"], "de", "fg"),  # complete first
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it(stop, text, found):
+    result = null().generate("abc", max_new_tokens=5, stop=stop)
+    assert (result.text, result.stop) == (text, found)
+    assert result.finish_reason == ("stop" if found else "length")
+
+
+def test_a_character_is_never_cut():
+    text = "é漢🙂 ok"
+    session = Session(Scripted({"a": text}), Bytes())
+    assert list(session.stream("a", max_new_tokens=30)) == list(text)
+    for length in range(1, len(text.encode())):
+        result = session.generate("a", max_new_tokens=length)
+        assert result.text == text.encode()[:length].decode(errors="replace")
+
+
+def test_a_stop_string_may_be_longer_than_a_token_and_of_any_script():
+    session = Session(Scripted({"a": "問い。答え:🙂🙃"}), Bytes())
+    assert session.generate("a", max_new_tokens=60, stop="答え:").text == "問い。"
+    assert session.generate("a", max_new_tokens=60, stop="🙃").text == "問い。答え:🙂"
+
+
+def first_complete(text, stops):
+    """The definition: the end of the first stop string to be complete, character by character."""
+    for end in range(len(text) + 1):
+        whole = [s for s in stops if text[:end].endswith(s)]
+        if whole:
+            longest = max(whole, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+letters = st.text("ab", max_size=12)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(letters, max_size=8), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
+def test_stopping_does_not_depend_on_how_the_text_is_cut(pieces, stops):
+    scanner = StopScanner(stops)
+    shown = [scanner.push(piece) for piece in pieces]
+    if scanner.found is None:
+        shown.append(scanner.flush())
+    assert ("".join(shown), scanner.found) == first_complete("".join(pieces), stops)
+
+
+@settings(max_examples=200, deadline=None)
+@given(letters, st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4))
+def test_text_is_held_back_no_longer_than_needed(text, stops):
+    scanner = StopScanner(stops)
+    shown = "".join(scanner.push(letter) for letter in text)
+    if scanner.found is None:
+        held = text[len(shown) :]
+        assert any(s.startswith(held) for s in stops)
+        assert all(not s.startswith(text[i:]) for s in stops for i in range(len(shown)))
+
+
+# --- stream -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stop": "ghi"}, {"stop": ["i", "fz"]}, {"temperature": 2.0, "seed": 5}, {"max_new_tokens": 1}],
+    ids=str,
+)
+def test_a_stream_says_what_generate_says(options):
+    session = null()
+    options = {"max_new_tokens": 12, **options}
+    stream = session.stream("abc", **options)
+    pieces = list(stream)
+    whole = session.generate("abc", **options)
+    assert "".join(pieces) == whole.text
+    assert all(pieces)
+    assert stream.generation.token_ids == whole.token_ids
+    assert stream.generation.finish_reason == whole.finish_reason
+    assert stream.generation.text == whole.text
+
+
+def test_closing_a_stream_stops_the_model():
+    engine = Scripted({"a": "b" * 50})
+    stream = Session(engine, Bytes()).stream("a", max_new_tokens=50)
+    assert next(stream) == "b"
+    stream.close()
+    assert list(stream) == []
+    assert stream.generation is None
+    assert len(engine.steps) == 1
+
+
+def test_time_between_the_pieces_of_a_stream_is_not_counted():
+    import time
+
+    stream = null().stream("a", max_new_tokens=3)
+    for _ in stream:
+        time.sleep(0.05)
+    assert stream.generation.stats.decode_seconds < 0.05
+
+
+def test_errors_in_the_arguments_of_a_stream_are_raised_at_once():
+    with pytest.raises(UsageError, match="temperature"):
+        null().stream("a", temperature=-1)
+    with pytest.raises(ContextLengthError):
+        null().stream("a" * 65)
+
+
+# --- limits and errors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "new", "fits"), [(63, 1, True), (62, 2, True), (1, 63, True), (63, 2, False)])
+def test_a_prompt_may_fill_the_context_to_the_last_token(prompt, new, fits):
+    if fits:
+        assert null().generate("a" * prompt, max_new_tokens=new).new_tokens == new
+    else:
+        with pytest.raises(ContextLengthError, match=r"= 2 \(1 would fit\) has 65 tokens.* 64"):
+            null().generate("a" * prompt, max_new_tokens=new)
+
+
+@pytest.mark.parametrize("tokens", [65, 640])
+def test_a_prompt_longer_than_the_context_is_an_error_with_both_numbers(tokens):
+    with pytest.raises(ContextLengthError, match=f"prompt 1 has {tokens} tokens.*holds 64") as error:
+        null().generate(["a", "a" * tokens], max_new_tokens=1)
+    assert (error.value.tokens, error.value.limit) == (tokens, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"), ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 258}, "top_k"), ({"top_p": 0}, "top_p"), ({"min_p": 2}, "min_p"),
+        ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"), ({"seed": [1, 2]}, "seed was given for 2 prompts"),
+        ({"seed": "1"}, "seed"), ({"stop": ""}, "stop string"), ({"stop": ["a"] * 17}, "16 stop strings"),
+        ({"stop": "é" * 129}, "256 bytes"), ({"stop": [3]}, "stop string"), ({"batch_size": 0}, "batch_size"),
+    ],
+)  # fmt: skip
+def test_an_argument_out_of_range_is_named(options, words):
+    with pytest.raises(UsageError, match=words):
+        null().generate(["a"], **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([97, 98], "prompt 0 is a number"), ([[97, 257]], "holds token 257"), ([[-1]], "holds token -1"),
+        (b"abc", "a text or a list"), ([b"abc"], "prompt 0 must be a text"), (7, "a text or a list"),
+        ([[0.5]], "whole number"), ([None], "prompt 0 must be a text"),
+    ],
+)  # fmt: skip
+def test_a_prompt_of_another_kind_is_refused(prompts, words):
+    with pytest.raises(UsageError, match=words):
+        null().generate(prompts)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_numbers_are_an_error_that_names_engine_and_place(bad):
+    class Broken(NullEngine):
+        def step(self, *inputs):
+            logits, state = super().step(*inputs)
+            if inputs[0].shape[1] == 1:
+                logits[-1, -1, 5] = bad
+            return logits, state
+
+    with pytest.raises(PortlmError, match=r"null:cpu: new token 1: .*row 1: the logit of token 5 is"):
+        Session(Broken(257, 64), Bytes()).generate(["ab", "cd"], max_new_tokens=3)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    with pytest.raises(UsageError, match="257 tokens, but the model only 256"):
+        Session(NullEngine(256, 8), Bytes())
+
+
+def test_a_session_closes_its_engine():
+    engine = Scripted({})
+    with Session(engine, Bytes()) as session:
+        assert session.placement() == Placement({"cpu": 1})
+        assert repr(session) == "<portlm.Session scripted:cpu native fp32>"
+    assert engine.closed == 1
+
+
+# --- score ------------------------------------------------------------------------------------------
+
+
+def test_score_gives_the_log_softmax_of_each_next_token():
+    hit, miss = -np.log(1 + 256 * np.exp(-1.0)), -1 - np.log(1 + 256 * np.exp(-1.0))
+    score = null().score("abcx")
+    assert score.token_ids == tuple(b"abcx")
+    assert score.logprobs == pytest.approx([hit, hit, miss], rel=1e-12)
+    assert score.greedy == (True, True, False)
+    assert score.total == pytest.approx(2 * hit + miss)
+    assert score.perplexity == pytest.approx(np.exp(-(2 * hit + miss) / 3))
+
+
+@pytest.mark.parametrize("logits_per_step", [1 << 24, 257 * 8, 257])
+def test_texts_score_the_same_alone_and_in_a_batch(logits_per_step, monkeypatch):
+    session = Session(Scripted(SCRIPT), Bytes())
+    texts = ["hello, world", "a", "helicopter", "xyzzy", [97, 66, EOS], "q" * 40]
+    alone = [session.score([text])[0] for text in texts]
+    monkeypatch.setattr(session_module, "LOGITS_PER_STEP", logits_per_step)
+    assert session.score(texts) == alone
+    assert session.score(texts, batch_size=2) == alone
+    assert alone[0].greedy[4:] == (True,) * 7
+    assert alone[4].greedy == (True, True)
+    assert np.isnan(alone[1].perplexity)
+
+
+def test_a_text_may_fill_the_context_and_no_more():
+    assert len(null().score("a" * 64).logprobs) == 63
+    with pytest.raises(ContextLengthError, match="text 0 has 65 tokens"):
+        null().score("a" * 65)
+    with pytest.raises(UsageError, match="text 1 is empty"):
+        null().score(["a", ""])
