@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,64 +11,34 @@ from typing import Any
 from portlm.files import write_atomic
 
 
-def _svg(figure: Any) -> str:
-    """Return a matplotlib figure as an <svg> element, without the XML prologue."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _figure(width: float, height: float) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "portlm"  # the same figure gives the same bytes
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def loss_curve(metrics: Iterable[Mapping[str, Any]]) -> str:
-    """Draw training and held-out loss over steps as SVG.
-
-    Args:
-        metrics: records of metrics.jsonl; those with "loss" are training points, those with "val_loss" held-out ones.
-    """
-    records = list(metrics)
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    held_out = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-    figure = _figure(8, 3.2)
-    axes = figure.subplots()
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#9aa5b1", linewidth=0.8, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="#0b6e99", marker="o", markersize=3, label="held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return _svg(figure)
+def _element(svg: str) -> str:
+    """Return the <svg> element of a file's text, without the XML prologue, to stand inside a page."""
+    return svg[svg.index("<svg") :]
 
 
 def engine_bars(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Draw decode and prefill rates of every engine side by side as SVG, on logarithmic axes."""
-    figure = _figure(8, 0.9 + 0.35 * max(len(rows), 1))
+    """Draw decode and prefill rates of every engine side by side as an <svg> element, on logarithmic axes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     names = [f"{row['engine']}:{row['device']} {row['profile']}" for row in rows]
-    for axes, key, title in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("decode_tok_s", "prefill_tok_s"),
-        ("decode, tokens/s", "prefill, tokens/s"),
-        strict=True,
-    ):
-        values = [row[key] for row in rows]
-        bars = axes.barh(names, values, color="#0b6e99", log=True)
-        axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=8)
-        axes.set_title(title, fontsize=10)
-        axes.margins(x=0.35)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.invert_yaxis() if key == "decode_tok_s" else None
-    return _svg(figure)
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "portlm", "font.size": 9}):  # the same figures give the same bytes
+        figure = Figure(figsize=(8, 0.9 + 0.35 * max(len(rows), 1)), layout="constrained")
+        decode, prefill = figure.subplots(1, 2, sharey=True)
+        for axes, key, title in (
+            (decode, "decode_tok_s", "decode, tokens/s"),
+            (prefill, "prefill_tok_s", "prefill, tokens/s"),
+        ):
+            values = [row[key] for row in rows]
+            bars = axes.barh(names, values, color="#0b6e99", log=True)
+            axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=8)
+            axes.set_title(title, fontsize=10)
+            axes.margins(x=0.35)
+            axes.spines[["top", "right"]].set_visible(False)
+        decode.invert_yaxis()  # the first row on top; the other axes share it
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _element(buffer.getvalue())
 
 
 def write_html(
@@ -77,7 +47,7 @@ def write_html(
     title: str,
     summary: str,
     training: Sequence[tuple[str, str]],
-    metrics: Iterable[Mapping[str, Any]],
+    metrics: Sequence[dict[str, Any]],
     sample: str,
     sample_rule: str,
     engines: Sequence[Mapping[str, Any]],
@@ -92,6 +62,8 @@ def write_html(
     from jinja2 import Environment
     from markupsafe import Markup
 
+    from portlm.train.plot import render_loss
+
     template = Environment(autoescape=True, trim_blocks=True).from_string(
         files("portlm").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
@@ -99,7 +71,7 @@ def write_html(
         title=title,
         summary=summary,
         training=training,
-        loss_svg=Markup(loss_curve(metrics)),
+        loss_svg=Markup(_element(render_loss(metrics)["svg"].decode())),
         sample=sample,
         sample_rule=sample_rule,
         engines=engines,

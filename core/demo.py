@@ -1,0 +1,250 @@
+"""The whole path on one machine: text to tokenizer to model to every engine, with the proof and the figures.
+
+Everything is the ordinary public path, nothing is special to the demonstration: the same functions are behind
+``portlm pretrain``, ``export``, ``compile``, ``verify``, ``generate`` and ``bench``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from portlm.bench import Target, measure
+from portlm.errors import FormatError, UsageError
+from portlm.files import write_atomic
+
+Progress = Callable[[str], None]
+
+# Sized so that two cores of a laptop train it in a few minutes: about 2 million parameters, 11 passes over the text.
+SETTINGS: dict[str, Any] = {
+    "steps": 800,
+    "log_interval": 10,
+    "model": {
+        "family": "gpt2",
+        "n_layer": 4,
+        "n_head": 6,
+        "width": 192,
+        "context_length": 256,
+        "dropout": 0.1,
+    },
+    "data": {"tokenizer": "bpe:1024", "batch_size": 8},
+    "optimizer": {"lr": 2e-3},
+    "schedule": {"min_lr": 1e-4},
+    "evaluation": {
+        "interval": 200,
+        "sample_tokens": 120,
+        "prompt": "# while\n\n",
+        "temperature": 0.8,
+        "top_k": 40,
+    },
+    "checkpoint": {"interval": 400},
+}
+PROMPT = '# for\n\nThe "for" statement'
+SAMPLE = {"max_new_tokens": 200, "temperature": 0.7, "top_k": 40, "seed": 7}
+BENCH = {"prompt": 64, "tokens": 64, "rounds": 3}
+
+# Every engine that the demonstration tries; one that this machine lacks is reported with the reason.
+TARGETS = (
+    Target("torch", "cpu", "native"),
+    Target("ort", "cpu", "portable"),
+    Target("ort", "cpu", "fused"),
+    Target("ort", "vulkan", "portable"),
+    Target("ort", "vulkan", "fused"),
+    Target("tvm", "cpu", "portable"),
+    Target("tvm", "cpu", "fused"),
+)
+
+
+def run(out: Path, *, steps: int | None = None, progress: Progress = lambda message: None) -> dict[str, Any]:
+    """Train a GPT on Python's own documentation, run it on every engine here, and write the report.
+
+    Args:
+        out: folder for everything; what an earlier demonstration left there is replaced.
+        steps: training steps instead of the usual number.
+        progress: called with a line before each stage.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        UsageError: `out` exists and is not an earlier demonstration.
+        PortlmError: whatever fails on the way.
+    """
+    begin = time.perf_counter()
+    _clear(out)
+    progress("text: the language reference behind Python's help()")
+    text = _write_corpus(out)
+    progress("train: tokenizer and model")
+    result, metrics = _train(text, out / "run", steps)
+    progress("export: ONNX, portable and fused")
+    model = _export(result.checkpoint, out / "model")
+    targets, missing = _available()
+    progress("compile: " + ", ".join(str(target) for target in targets))
+    _compile(model, targets)
+    progress("verify: every engine against eager PyTorch")
+    certificate = _verify(model, targets)
+    progress("measure: prefill and decode on every engine, interleaved")
+    figures = measure(model, targets, progress=progress, **BENCH)
+    progress("write: one page of documentation")
+    sample = _sample(model)
+    report = _report(result, metrics, certificate, figures, missing, sample, time.perf_counter() - begin)
+    write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
+    _page(out / "report.html", report, metrics)
+    return report
+
+
+def _clear(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: choose another --out")
+    known = {"topics.txt", "run", "model", "report.json", "report.html"}
+    if out.exists() and any(entry.name not in known for entry in out.iterdir()):
+        raise UsageError(f"{out} holds files that are not a demonstration's: choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+
+
+def _write_corpus(out: Path) -> Path:
+    from portlm.data.corpus import python_topics
+
+    path = out / "topics.txt"
+    write_atomic(path, python_topics())
+    return path
+
+
+def _train(text: Path, run: Path, steps: int | None) -> tuple[Any, list[dict[str, Any]]]:
+    from portlm import settings
+    from portlm.train.config import PretrainConfig
+    from portlm.train.metrics import read_metrics
+    from portlm.train.pretrain import pretrain
+
+    preset = {**SETTINGS, "data": {**SETTINGS["data"], "texts": (str(text),)}}
+    if steps is not None:
+        preset |= {"steps": steps, "evaluation": {**SETTINGS["evaluation"], "interval": max(1, steps // 4)}}
+    config = settings.load(PretrainConfig, preset=preset)
+    result = pretrain(config, run)
+    return result, read_metrics(run / "metrics.jsonl")
+
+
+def _export(checkpoint: Path, out: Path) -> Path:
+    from portlm.compile.export import export
+
+    return export(checkpoint, out)
+
+
+def _available() -> tuple[list[Target], list[str]]:
+    from portlm.runtimes.probe import probe
+
+    rows = {(row["engine"], row["device"]): row for row in probe()}
+    targets, missing = [], {}
+    for target in TARGETS:
+        row = rows[target.engine, target.device]
+        if row["available"]:
+            targets.append(target)
+        else:
+            advice = f" ({row['command']})" if row["command"] else ""
+            missing[f"{target.engine}:{target.device}"] = f"{row['reason']}{advice}"
+    return targets, [f"{name}: {reason}" for name, reason in missing.items()]
+
+
+def _compile(model: Path, targets: list[Target]) -> None:
+    from portlm.compile.build import COMPILERS, build
+
+    build(model, [key for t in targets if (key := (t.engine, t.device, t.profile)) in COMPILERS])
+
+
+def _verify(model: Path, targets: list[Target]) -> list[Any]:
+    from portlm.compile.parity import certify
+
+    return list(certify(model, [(t.engine, t.device, t.profile) for t in targets]))
+
+
+def _sample(model: Path) -> str:
+    import portlm
+
+    with portlm.load(model) as session:
+        return PROMPT + session.generate(PROMPT, **SAMPLE).text
+
+
+def _report(
+    result: Any,
+    metrics: list[dict[str, Any]],
+    certificate: list[Any],
+    figures: dict[str, Any],
+    missing: list[str],
+    sample: str,
+    seconds: float,
+) -> dict[str, Any]:
+    evaluations = [record for record in metrics if record["kind"] == "eval"]
+    if not evaluations:
+        raise FormatError(f"{result.run / 'metrics.jsonl'}: holds no evaluation")
+    rates = {(row["engine"], row["device"], row["profile"]): row for row in figures["rows"]}
+    engines = []
+    for row in certificate:
+        rate = rates[row.engine, row.device, row.profile]
+        engines.append(
+            {
+                "engine": row.engine,
+                "device": row.device,
+                "profile": row.profile,
+                "precision": row.precision,
+                "max_logit_error": row.max_logit_error,
+                "greedy_match": row.greedy_match,
+                "greedy_total": row.greedy_total,
+                "fallback_nodes": len(row.fallback),
+                "prefill_tok_s": rate["prefill_tok_s"],
+                "decode_tok_s": rate["decode_tok_s"],
+                "load_s": rate["load_s"],
+            }
+        )
+    return {
+        "train": {
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+            "parameters": result.parameters,
+            "tokens_per_second": result.tokens_per_second,
+            "val_bits_per_byte_start": evaluations[0]["bits_per_byte"],
+            "val_bits_per_byte_end": evaluations[-1]["bits_per_byte"],
+        },
+        "engines": engines,
+        "missing": missing,
+        "limits": figures["limits"],
+        "environment": figures["environment"],
+        "sample": sample,
+        "seconds": seconds,
+    }
+
+
+def _page(path: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+    from portlm.report import write_html
+
+    train, env = report["train"], report["environment"]
+    write_html(
+        path,
+        title="A GPT trained on Python's documentation, on every engine here",
+        summary=(
+            f"{train['parameters']:,} parameters, {train['tokens']:,} tokens in {train['seconds']:.0f} s, "
+            f"then the same model on {len(report['engines'])} engines; {report['seconds']:.0f} s in all."
+        ),
+        training=[
+            ("held-out bits per byte, untrained", f"{train['val_bits_per_byte_start']:.3f}"),
+            ("held-out bits per byte, trained", f"{train['val_bits_per_byte_end']:.3f}"),
+            ("tokens learned from", f"{train['tokens']:,}"),
+            ("tokens per second", f"{train['tokens_per_second']:,.0f}"),
+        ],
+        metrics=metrics,
+        sample=report["sample"],
+        sample_rule=f"{SAMPLE['top_k']} best at temperature {SAMPLE['temperature']}, seed {SAMPLE['seed']}",
+        engines=report["engines"],
+        missing=report["missing"],
+        environment=[
+            ("processor", f"{env['cpu']}, {env['cores']} cores, kernels for {env['isa']}"),
+            ("read bandwidth, measured", f"{report['limits']['read_bandwidth_gb_s']:.1f} GB/s"),
+            ("multiply-add rate, measured", f"{report['limits']['fp32_gflop_s']:.0f} GFLOP/s"),
+            ("system", f"{env['system']}, Python {env['python']}, load {env['load']:.2f}"),
+            ("packages", ", ".join(f"{name} {version}" for name, version in env["versions"].items())),
+        ],
+    )
