@@ -6,6 +6,8 @@ operators. Weights are passed as opaque objects: the functions check their shape
 need not check every one of them again at every step.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,6 @@ import onnx
 from onnx import helper, numpy_helper
 
 from portlm.artifact import CompiledEntry
-from portlm.compile.export import TOTAL
 from portlm.compile.forms import DOMAIN
 from portlm.compile.tvm_build import Graph, build_library, dimensions, read_graph
 from portlm.errors import FormatError
@@ -57,8 +58,7 @@ class _Lowering:
         self.relax, self.tirx = relax, tirx
         self.graph = graph
         self.bb = relax.BlockBuilder()
-        self.extents: dict[str, Any] = {n: tirx.Var(n, "int64") for n in ("batch", "sequence", "past")}
-        self.extents[TOTAL] = self.extents["past"] + self.extents["sequence"]
+        self.extents = {n: tirx.Var(n, "int64") for n in ("batch", "sequence", "past")}
         self.values: dict[str, Any] = {}
         self.shapes = {weight.name: weight.shape for weight in graph.weights}
         names = set(self.shapes)
@@ -83,7 +83,7 @@ class _Lowering:
         relax, proto = self.relax, self.graph.proto.graph
         for value in proto.input:
             dtype = "int64" if value.type.tensor_type.elem_type == onnx.TensorProto.INT64 else "float32"
-            shape = [self.extents[d] if isinstance(d, str) else d for d in dimensions(value)]
+            shape = [self._extent(d) if isinstance(d, str) else d for d in dimensions(value)]
             self.values[value.name] = relax.Var(value.name, relax.TensorType(shape, dtype))
         for weight in self.graph.weights:
             self.values[weight.name] = relax.Var(weight.name, relax.ObjectType())
@@ -96,6 +96,10 @@ class _Lowering:
                 result = self.bb.emit_output(outputs)
             self.bb.emit_func_output(result)
         return self.bb.get()
+
+    def _extent(self, text: str) -> Any:
+        """A symbolic extent of the graph: "batch", or a sum, "past + sequence"."""
+        return functools.reduce(operator.add, (self.extents[name.strip()] for name in text.split("+")))
 
     def _emit(self, node: onnx.NodeProto) -> None:
         emitter = self.emitters.get((node.domain, node.op_type))
@@ -160,7 +164,7 @@ class _Lowering:
     def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         q, k, v, past_key, past_value, mask = self._inputs(node)
         batch, heads, _, width = past_key.ty.shape
-        grown = [batch, heads, self.extents[TOTAL], width]
+        grown = [batch, heads, self.extents["past"] + self.extents["sequence"], width]
         sizes = [int(attributes["num_heads"]), int(attributes["num_kv_heads"]), float(attributes["scale"])]
         present_key, present_value = (
             self.bb.emit(

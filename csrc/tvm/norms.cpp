@@ -36,3 +36,30 @@ PORTLM_TVM_FUNCTION(add_layer_norm) {
                              call.real(4, "epsilon"), y.data<float>(), h.data<float>(), nullptr, nullptr, x.rows(), C);
   });
 }
+
+// (x (..., C), weight (C), epsilon) -> y (..., C)
+PORTLM_TVM_FUNCTION(rms_norm) {
+  return guarded("rms_norm", args, count, [](const Call& call) {
+    call.expect_count(4);
+    const auto x = call.f32(0, "x"), weight = call.f32(1, "weight", 1), y = call.f32(3, "y");
+    call.expect_shape(weight, {x.size(-1)});
+    call.expect_same_shape(x, y);
+    kernels().rms_norm_fwd(x.data<float>(), nullptr, weight.data<float>(), call.real(2, "epsilon"), y.data<float>(),
+                           nullptr, nullptr, x.rows(), x.size(-1));
+  });
+}
+
+// (x (..., C), residual (..., C), weight (C), epsilon) -> y (..., C), h = x + residual (..., C)
+PORTLM_TVM_FUNCTION(add_rms_norm) {
+  return guarded("add_rms_norm", args, count, [](const Call& call) {
+    call.expect_count(6);
+    const auto x = call.f32(0, "x"), residual = call.f32(1, "residual"), weight = call.f32(2, "weight", 1),
+               y = call.f32(4, "y"), h = call.f32(5, "h");
+    call.expect_same_shape(x, residual);
+    call.expect_shape(weight, {x.size(-1)});
+    call.expect_same_shape(x, y);
+    call.expect_same_shape(x, h);
+    kernels().rms_norm_fwd(x.data<float>(), residual.data<float>(), weight.data<float>(), call.real(3, "epsilon"),
+                           y.data<float>(), h.data<float>(), nullptr, x.rows(), x.size(-1));
+  });
+}
