@@ -28,17 +28,19 @@ MAX_CONTEXT = 1 << 20
 # fmt: off
 HARMLESS = frozenset(
     {
-        "_name_or_path", "architectures", "bad_words_ids", "begin_suppress_tokens",
-        "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-        "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
-        "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
-        "id2label", "is_decoder", "label2id", "length_penalty", "max_length", "max_new_tokens",
-        "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
-        "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
-        "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
-        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-        "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p",
-        "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+        "_attn_implementation_autoset", "_flash_attn_2_enabled", "_name_or_path", "_num_labels",
+        "architectures", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
+        "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+        "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_decoder",
+        "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
+        "output_attentions", "output_hidden_states", "output_past", "output_scores", "pad_token_id",
+        "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+        "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+        "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+        "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
+        "unsloth_version", "use_bfloat16", "use_cache",
     }
 )
 # fmt: on

@@ -107,6 +107,7 @@ class LlamaConfig:
         read.require("mlp_bias", False)
         read.number("attention_dropout", 0.0)  # concerns training only, and the fused attention has none
         read.require("partial_rotary_factor", 1, 1.0)
+        read.require("rope_interleaved", False)
         read.require("is_encoder_decoder", False)
         read.require("pruned_heads", {})
         config = cls(
@@ -125,7 +126,7 @@ class LlamaConfig:
             eos_token_ids=read.token_ids("eos_token_id", vocab_size),
         )
         # pretraining_tp only reorders sums, to reproduce how a sharded training run rounded.
-        read.finish("pretraining_tp")
+        read.finish("pretraining_tp", "max_sequence_length", "is_llama_config")
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 def rotary_angles(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and sine (..., D/2) of the rotation at each position (...).
 
-    Angles are float32 whatever ``dtype`` is. At position 8000 that rounds them by up to 2e-4 radians, and the
+    Angles are float32 whatever ``dtype`` is. At position 8000 that rounds them by up to 5e-4 radians, and the
     published checkpoints were trained so: computing them better would be computing another model.
     """
     angles = positions[..., None].float() * frequencies.float()

@@ -249,6 +249,40 @@ def test_the_config_that_transformers_writes_is_understood(transformers):
     assert LlamaConfig.from_hf(written) == TINY
 
 
+def test_the_config_of_a_small_model_from_the_hub_is_understood():
+    # The keys and values of SmolLM2-135M.
+    written = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": 576,
+        "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "transformers_version": "4.40.1",
+        "use_cache": True,
+        "vocab_size": 49152,
+    }
+    assert build(LlamaConfig.from_hf(written), device="meta").num_parameters() == 134_515_008
+
+
 def test_the_config_of_transformers_4_is_understood():
     written = {
         "architectures": ["LlamaForCausalLM"],
@@ -288,6 +322,7 @@ def test_the_config_of_transformers_4_is_understood():
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
         ),
+        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
