@@ -35,7 +35,7 @@ class StreamDecoder(Protocol):
         """Take a token; return the text that is complete now."""
         ...
 
-    def flush(self) -> str:
+    def finish(self) -> str:
         """Return the rest, with U+FFFD for a character that never became complete."""
         ...
 
@@ -57,8 +57,8 @@ class TextCoder(Protocol):
         """Text to token ids."""
         ...
 
-    def stream_decoder(self) -> StreamDecoder:
-        """A decoder for one text."""
+    def stream_decoder(self, skip_special: bool = False) -> StreamDecoder:
+        """A decoder for one text, which can leave control tokens out."""
         ...
 
 
@@ -132,7 +132,7 @@ class _Row:
             self._finish("length")
 
     def _finish(self, reason: str) -> None:
-        self.pieces += [self.scanner.push(self.decoder.flush()), self.scanner.flush()]
+        self.pieces += [self.scanner.push(self.decoder.finish()), self.scanner.flush()]
         self.finish_reason = reason if self.scanner.found is None else "stop"
 
     def generation(self, stats: Stats) -> Generation:
@@ -345,7 +345,7 @@ class Session:
                 raise ContextLengthError(total, limit, what)
             if type(own_seed) is bool or not 0 <= _whole("seed", own_seed) < 2**64:
                 raise UsageError(f"seed must be from 0 to 2^64 - 1, got {own_seed!r}")
-            decoder = self.tokenizer.stream_decoder()
+            decoder = self.tokenizer.stream_decoder(skip_special=True)
             rows.append(_Row(tokens, own_seed, stream, decoder, StopScanner(options.stops)))
         return rows
 
@@ -382,9 +382,8 @@ class Session:
         place = positions[:, -1:].copy()
         for count in range(options.max_new_tokens):
             last = np.array(logits[:, -1])
-            last[[row.finish_reason is not None for row in rows]] = (
-                0  # whatever a finished row says is ignored
-            )
+            last[:, self.tokenizer.vocab_size :] = -np.inf  # rows of the table that stand for no token
+            last[[row.finish_reason is not None for row in rows]] = 0  # what a finished row says is ignored
             try:
                 tokens = select_tokens(
                     last, options.temperature, options.top_k, options.top_p, options.min_p,

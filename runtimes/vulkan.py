@@ -11,7 +11,10 @@ from dataclasses import dataclass
 KINDS = ("other", "integrated GPU", "discrete GPU", "virtual GPU", "software")  # VkPhysicalDeviceType
 
 LOADER = "libvulkan.so.1"
-HOW_TO_GET_ONE = "install your GPU's Vulkan driver, or for a software device `apt-get install libvulkan1 mesa-vulkan-drivers`"
+HOW_TO_GET_ONE = (
+    "install your GPU's Vulkan driver, or for a software device "
+    "`apt-get install libvulkan1 mesa-vulkan-drivers`"
+)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,3 @@
-import codecs
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,32 +9,10 @@ from portlm.runtimes.engine import Placement
 from portlm.runtimes.null import NullEngine
 from portlm.runtimes.session import Session
 from portlm.runtimes.stopping import StopScanner
+from portlm.tokenizer import byte_tokenizer
 
 EOS = 256
-
-
-class Bytes:
-    """A tokenizer whose ids are bytes, and 256 the end of a text."""
-
-    vocab_size = 257
-    eos_id: int | None = EOS
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def stream_decoder(self):
-        return ByteDecoder()
-
-
-class ByteDecoder:
-    def __init__(self):
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token):
-        return self.decoder.decode(bytes([token]) if token < 256 else b"")
-
-    def flush(self):
-        return self.decoder.decode(b"", final=True)
+BYTES = byte_tokenizer(eos="<|endoftext|>")
 
 
 class Scripted:
@@ -86,7 +62,7 @@ class Scripted:
 
 
 def null(context=64, tokenizer=None):
-    return Session(NullEngine(257, context), tokenizer or Bytes())
+    return Session(NullEngine(257, context), tokenizer or BYTES)
 
 
 # --- generate ---------------------------------------------------------------------------------------
@@ -100,7 +76,7 @@ def test_generate_continues_the_prompt():
 
 
 def test_the_end_of_text_token_ends_the_text_and_is_not_part_of_it():
-    session = Session(Scripted({"a": "bcd"}), Bytes())
+    session = Session(Scripted({"a": "bcd"}), BYTES)
     result = session.generate("a", max_new_tokens=20)
     assert (result.text, result.finish_reason, result.token_ids) == ("bcd", "eos", (*b"bcd", EOS))
     result = session.generate("a", max_new_tokens=5, ignore_eos=True)
@@ -108,7 +84,7 @@ def test_the_end_of_text_token_ends_the_text_and_is_not_part_of_it():
 
 
 def test_eos_ids_beyond_the_tokenizers_own_end_a_text_too():
-    session = Session(Scripted({"a": "bcd"}), Bytes(), eos_ids=[ord("c")])
+    session = Session(Scripted({"a": "bcd"}), BYTES, eos_ids=[ord("c")])
     assert session.generate("a", max_new_tokens=20).text == "b"
 
 
@@ -120,7 +96,7 @@ SCRIPT = {"a": "B", "hello": ", world", "xy": "", "q" * 20: "r" * 30, "hel": "ic
 @pytest.mark.parametrize("logits_per_step", [1 << 24, 257 * 5 * 3, 257])
 def test_prompts_of_any_length_get_the_same_answer_alone_and_in_a_batch(batch_size, logits_per_step, monkeypatch):
     monkeypatch.setattr(session_module, "LOGITS_PER_STEP", logits_per_step)
-    results = Session(Scripted(SCRIPT), Bytes()).generate(PROMPTS, max_new_tokens=25, batch_size=batch_size)
+    results = Session(Scripted(SCRIPT), BYTES).generate(PROMPTS, max_new_tokens=25, batch_size=batch_size)
     assert [r.text for r in results] == [SCRIPT[p][:25] for p in PROMPTS]
     assert [r.finish_reason for r in results] == ["eos", "eos", "eos", "length", "eos"]
     assert [r.prompt_tokens for r in results] == [len(p) for p in PROMPTS]
@@ -157,15 +133,26 @@ def test_token_ids_can_stand_for_text():
 
 
 def test_an_empty_prompt_starts_from_the_end_of_text_token():
-    result = Session(NullEngine(257, 8), Bytes()).generate("", max_new_tokens=1)
+    result = Session(NullEngine(257, 8), BYTES).generate("", max_new_tokens=1)
     assert (result.token_ids, result.prompt_tokens) == ((0,), 1)
 
 
 def test_an_empty_prompt_without_an_end_of_text_token_is_an_error():
-    coder = Bytes()
-    coder.eos_id = None
     with pytest.raises(UsageError, match="prompt 1 is empty"):
-        null(tokenizer=coder).generate(["a", ""], max_new_tokens=1)
+        null(tokenizer=byte_tokenizer()).generate(["a", ""], max_new_tokens=1)
+
+
+def test_a_row_of_the_table_without_a_token_is_never_drawn():
+    """Models pad their vocabulary to round numbers; the tokenizer has no text for what lies beyond its own."""
+    session = Session(NullEngine(300, 64), BYTES)
+    assert session.generate([[255]], max_new_tokens=3, ignore_eos=True)[0].token_ids == (256, 0, 1)
+    tokens = session.generate("a", max_new_tokens=60, temperature=100.0, ignore_eos=True).token_ids
+    assert max(tokens) <= 256
+
+
+def test_control_tokens_leave_no_text():
+    result = Session(Scripted({"a": [98, EOS, 99]}), BYTES).generate("a", max_new_tokens=3, ignore_eos=True)
+    assert (result.text, result.token_ids) == ("bc", (98, EOS, 99))
 
 
 def test_no_prompts_give_no_answers():
@@ -174,15 +161,15 @@ def test_no_prompts_give_no_answers():
 
 def test_no_step_is_computed_beyond_the_last_token():
     engine = Scripted({"abc": "defghij"})
-    Session(engine, Bytes()).generate("abc", max_new_tokens=3)
+    Session(engine, BYTES).generate("abc", max_new_tokens=3)
     assert engine.steps == [(1, 3), (1, 1), (1, 1)]
     engine.steps.clear()
-    Session(engine, Bytes()).generate("abc", max_new_tokens=20, stop="de")
+    Session(engine, BYTES).generate("abc", max_new_tokens=20, stop="de")
     assert engine.steps == [(1, 3), (1, 1)]
 
 
 def test_stats_count_tokens_and_time():
-    result = Session(Scripted(SCRIPT), Bytes()).generate(["a", "hello"], max_new_tokens=20)
+    result = Session(Scripted(SCRIPT), BYTES).generate(["a", "hello"], max_new_tokens=20)
     stats = result[0].stats
     assert stats is result[1].stats
     assert (stats.prompt_tokens, stats.new_tokens, stats.rows) == (6, len("B, world") + 2, 2)
@@ -213,7 +200,7 @@ def test_a_stop_string_ends_the_text_before_it(stop, text, found):
 
 def test_a_character_is_never_cut():
     text = "é漢🙂 ok"
-    session = Session(Scripted({"a": text}), Bytes())
+    session = Session(Scripted({"a": text}), BYTES)
     assert list(session.stream("a", max_new_tokens=30)) == list(text)
     for length in range(1, len(text.encode())):
         result = session.generate("a", max_new_tokens=length)
@@ -221,7 +208,7 @@ def test_a_character_is_never_cut():
 
 
 def test_a_stop_string_may_be_longer_than_a_token_and_of_any_script():
-    session = Session(Scripted({"a": "問い。答え:🙂🙃"}), Bytes())
+    session = Session(Scripted({"a": "問い。答え:🙂🙃"}), BYTES)
     assert session.generate("a", max_new_tokens=60, stop="答え:").text == "問い。"
     assert session.generate("a", max_new_tokens=60, stop="🙃").text == "問い。答え:🙂"
 
@@ -283,7 +270,7 @@ def test_a_stream_says_what_generate_says(options):
 
 def test_closing_a_stream_stops_the_model():
     engine = Scripted({"a": "b" * 50})
-    stream = Session(engine, Bytes()).stream("a", max_new_tokens=50)
+    stream = Session(engine, BYTES).stream("a", max_new_tokens=50)
     assert next(stream) == "b"
     stream.close()
     assert list(stream) == []
@@ -365,17 +352,17 @@ def test_logits_that_are_not_numbers_are_an_error_that_names_engine_and_place(ba
             return logits, state
 
     with pytest.raises(PortlmError, match=r"null:cpu: new token 1: .*row 1: the logit of token 5 is"):
-        Session(Broken(257, 64), Bytes()).generate(["ab", "cd"], max_new_tokens=3)
+        Session(Broken(257, 64), BYTES).generate(["ab", "cd"], max_new_tokens=3)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
     with pytest.raises(UsageError, match="257 tokens, but the model only 256"):
-        Session(NullEngine(256, 8), Bytes())
+        Session(NullEngine(256, 8), BYTES)
 
 
 def test_a_session_closes_its_engine():
     engine = Scripted({})
-    with Session(engine, Bytes()) as session:
+    with Session(engine, BYTES) as session:
         assert session.placement() == Placement({"cpu": 1})
         assert repr(session) == "<portlm.Session scripted:cpu native fp32>"
     assert engine.closed == 1
@@ -396,7 +383,7 @@ def test_score_gives_the_log_softmax_of_each_next_token():
 
 @pytest.mark.parametrize("logits_per_step", [1 << 24, 257 * 8, 257])
 def test_texts_score_the_same_alone_and_in_a_batch(logits_per_step, monkeypatch):
-    session = Session(Scripted(SCRIPT), Bytes())
+    session = Session(Scripted(SCRIPT), BYTES)
     texts = ["hello, world", "a", "helicopter", "xyzzy", [97, 66, EOS], "q" * 40]
     alone = [session.score([text])[0] for text in texts]
     monkeypatch.setattr(session_module, "LOGITS_PER_STEP", logits_per_step)
