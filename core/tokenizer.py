@@ -1,0 +1,405 @@
+"""Text to token ids and back: byte-level BPE, and plain bytes.
+
+Bytes in are bytes out, for any input. Every byte has a token, so there is no unknown token, no normalisation
+and no added space; bytes that are not valid UTF-8 become their byte tokens. Text never becomes a control
+token such as <|endoftext|>, however it is spelled, unless the caller asks for that.
+
+The merging is done by the `tokenizers` library, after GPT-2's scheme (Radford et al., "Language Models are
+Unsupervised Multitask Learners", 2019; BPE from Sennrich et al., arXiv 1508.07909). A saved tokenizer.json
+also opens in transformers and gives the same ids there.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from portlm.errors import FormatError, StorageError, UsageError
+from portlm.files import read_json, shown, write_atomic
+from portlm.tokenizer_file import (
+    BYTE_TO_CHAR,
+    MAX_FILE_BYTES,
+    MAX_VOCAB,
+    TokenizerFile,
+    byte_level,
+    parse,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_CONFIG_BYTES = 2**20
+MAX_LEARNED_CHARS = (
+    128  # longest token that training makes, as in GPT-2: runs of one character would grow for ever
+)
+
+_PIECE_CHARS = 2**16  # the library's working memory is some hundred bytes per token
+_PIECES_AT_ONCE = 16  # encoded in parallel
+# Every supported way to cut words cuts here, whatever stands before and after: before a space that follows a
+# visible character, and before a newline that follows a letter or digit. So pieces encode to what the whole
+# would.
+_CUT = re.compile(r"[!-~](?= )|[0-9A-Za-z](?=\n)")
+_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
+
+
+class Tokenizer:
+    """A tokenizer. Make one with `Tokenizer.load`, `train_bpe` or `byte_tokenizer`.
+
+    Attributes:
+        vocab_size: V, all ids are below it.
+        special: the control tokens and their ids.
+        eos_id: the id that ends a text, or None.
+        bos_id: the id that begins a text, or None.
+        sha256: digest of tokenizer.json as `save` writes it; two tokenizers with the same digest are the
+            same.
+    """
+
+    def __init__(self, file: TokenizerFile, eos: str | None = None, bos: str | None = None):
+        self._file = file
+        self._tokens = file.tokens()
+        self._ids_of_byte = [file.vocab[char] for char in BYTE_TO_CHAR]
+        # Without merges an id is a byte, and the library is not needed.
+        self._plain_bytes = not file.merges and not file.ignore_merges
+        self._library: tokenizers.Tokenizer | None = None if self._plain_bytes else _build(file)
+        self._added = _splitter(file.added)
+        self._added_and_special = _splitter(file.added | file.special)
+        self._eos, self._bos = eos, bos
+        self.vocab_size = len(self._tokens)
+        self.special = dict(file.special)
+        self._control = frozenset(file.special.values())
+        self.eos_id = None if eos is None else file.special[eos]
+        self.bos_id = None if bos is None else file.special[bos]
+        self.sha256 = hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Open a tokenizer.json, or a folder that holds one, after checking all of it.
+
+        A tokenizer_config.json beside it names the tokens that begin and end a text; nothing else in it is
+        read. Without one, <|endoftext|> ends a text if it is a control token.
+
+        Raises:
+            FormatError: a file is missing, malformed, contradictory, or no byte-level BPE.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "tokenizer.json"
+        checked = parse(read_json(file, MAX_FILE_BYTES), str(file))
+        eos, bos = _special_roles(file.with_name("tokenizer_config.json"), checked.special)
+        return cls(checked, eos, bos)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json into a folder, created when missing.
+
+        Raises:
+            StorageError: the disk is full or refuses the write.
+        """
+        root = Path(folder)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{root} cannot be made a folder: {error.strerror}") from error
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        if self._bos is not None:
+            config["bos_token"] = self._bos
+        if self._eos is not None:
+            config["eos_token"] = self._eos
+        write_atomic(root / "tokenizer.json", self.to_json())
+        write_atomic(root / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def to_json(self) -> str:
+        """Return tokenizer.json."""
+        return json.dumps(self._file.document(), ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes one id stands for; of a control token, its name.
+
+        Raises:
+            UsageError: the id is outside the vocabulary.
+        """
+        return self.decode_bytes([token])
+
+    def encode(self, text: str | bytes, special: bool = False) -> list[int]:
+        """Turn text or any bytes into ids.
+
+        In a str, the lone surrogates U+DC80 to U+DCFF stand for the bytes 0x80 to 0xFF, as in Python's own
+        file names and arguments (PEP 383's "surrogateescape"). Any other half of a surrogate pair is an
+        error.
+
+        Args:
+            text: what to encode; "" gives [].
+            special: let the names of control tokens in the text become control tokens. Never for a user's
+                text.
+
+        Raises:
+            UsageError: the str holds a lone surrogate that stands for no byte.
+        """
+        ids: list[int] = []
+        for piece in self.encode_pieces(text, special):
+            ids += piece
+        return ids
+
+    def encode_batch(self, texts: Iterable[str | bytes], special: bool = False) -> list[list[int]]:
+        """Encode several texts, each as `encode` does."""
+        return [self.encode(text, special) for text in texts]
+
+    def encode_pieces(self, text: str | bytes, special: bool = False) -> Iterator[list[int]]:
+        """Yield the ids of `encode` piece by piece, so that a large text's ids need not fit into memory."""
+        added = self._added_and_special if special else self._added
+        for segment in _segments(text):
+            if isinstance(segment, bytes):
+                yield [self._ids_of_byte[byte] for byte in segment]
+                continue
+            for i, part in enumerate([segment] if added is None else added.split(segment)):
+                if i % 2:  # what the pattern captured
+                    yield [self._file.added.get(part, self._file.special.get(part, -1))]
+                elif part:
+                    yield from self._encode_plain(part)
+
+    def _encode_plain(self, text: str) -> Iterator[list[int]]:
+        """Encode valid Unicode without added tokens."""
+        if self._library is None:
+            yield [self._ids_of_byte[byte] for byte in text.encode()]
+            return
+        pieces = list(_cut(text))
+        for start in range(0, len(pieces), _PIECES_AT_ONCE):
+            group = pieces[start : start + _PIECES_AT_ONCE]
+            for encoding in self._library.encode_batch_fast(group, add_special_tokens=False):
+                yield encoding.ids
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> bytes:
+        """Return the bytes that ids stand for.
+
+        Args:
+            ids: token ids.
+            skip_special: leave control tokens out instead of writing their names.
+
+        Raises:
+            UsageError: an id is outside the vocabulary.
+        """
+        numbers = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        if numbers and not 0 <= min(numbers) <= max(numbers) < self.vocab_size:
+            bad = min(numbers) if min(numbers) < 0 else max(numbers)
+            raise UsageError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
+        if skip_special:
+            numbers = [index for index in numbers if index not in self._control]
+        return b"".join([self._tokens[index] for index in numbers])
+
+    def decode(
+        self, ids: Sequence[int] | np.ndarray, skip_special: bool = False, errors: str = "replace"
+    ) -> str:
+        """Return the text that ids stand for.
+
+        Args:
+            ids: token ids.
+            skip_special: leave control tokens out instead of writing their names.
+            errors: what becomes of bytes that are not UTF-8, as in `bytes.decode`: "replace" gives U+FFFD,
+                and "surrogateescape" gives back the str that was encoded.
+
+        Raises:
+            UsageError: an id is outside the vocabulary.
+        """
+        return self.decode_bytes(ids, skip_special).decode("utf-8", errors)
+
+    def stream_decoder(self, skip_special: bool = False) -> "StreamDecoder":
+        """Return a decoder that takes one id at a time."""
+        return StreamDecoder(self, skip_special)
+
+
+class StreamDecoder:
+    """Text as it grows: `push` ids one by one, then `finish`.
+
+    The pieces joined equal `Tokenizer.decode` of all ids. A character split over several tokens appears when
+    it is complete, so U+FFFD stands only for bytes that no later token can make valid.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """Take one id and return the text that is now certain, which may be "".
+
+        Raises:
+            UsageError: the id is outside the vocabulary.
+        """
+        return self._utf8.decode(self._tokenizer.decode_bytes([token], self._skip_special))
+
+    def finish(self) -> str:
+        """Return what is left, U+FFFD for an incomplete character, and begin anew."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def byte_tokenizer(eos: str | None = None) -> Tokenizer:
+    """Return the tokenizer whose ids are the bytes 0 to 255.
+
+    Args:
+        eos: name of a control token that ends a text, with id 256, such as <|endoftext|>.
+    """
+    vocab = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+    return Tokenizer(_trained_file(vocab, [], eos, use_regex=False), eos)
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, eos: str | None = END_OF_TEXT, min_frequency: int = 2
+) -> Tokenizer:
+    """Learn byte-level BPE. The same texts give the same tokenizer.
+
+    Ids 0 to 255 are the bytes, then come the merged tokens in the order they were learned, and the control
+    token last.
+
+    Args:
+        texts: what to learn from.
+        vocab_size: V, the bytes and the control token included.
+        eos: name of the control token that ends a text, or None for none.
+        min_frequency: how often a pair must occur to be merged; one that occurs once is memory, not language.
+
+    Raises:
+        UsageError: the vocabulary is too small for the bytes, or larger than the texts support.
+    """
+    import tokenizers
+
+    smallest = 256 + (eos is not None)
+    if not smallest <= vocab_size <= MAX_VOCAB:
+        raise UsageError(
+            f"a vocabulary of {vocab_size} tokens is not possible: give {smallest} to {MAX_VOCAB}"
+        )
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - (eos is not None),
+        min_frequency=min_frequency,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_LEARNED_CHARS,
+    )
+    learner.train_from_iterator(_training_pieces([texts] if isinstance(texts, str) else texts), trainer)
+    vocab = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    found = len(vocab) + (eos is not None)
+    if found < vocab_size:
+        raise UsageError(
+            f"a vocabulary of {vocab_size} tokens is more than this text supports, which is {found}: "
+            f"ask for at most {found} or give more text"
+        )
+    return Tokenizer(_trained_file(vocab, merges, eos, use_regex=True), eos)
+
+
+def _trained_file(
+    vocab: dict[str, int], merges: list[tuple[str, str]], eos: str | None, use_regex: bool
+) -> TokenizerFile:
+    """Describe a tokenizer made here, checked like any other."""
+    special = {} if eos is None else {eos: len(vocab)}
+    file = TokenizerFile(vocab, merges, False, byte_level(use_regex), special, {})
+    return parse(file.document(), "the new tokenizer")
+
+
+def _build(file: TokenizerFile) -> "tokenizers.Tokenizer":
+    """Hand a checked file to the library."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(file.document(runnable=True)))
+    except BaseException as error:
+        # A panic of the Rust code arrives as a BaseException of a type that cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise FormatError(
+                f"tokenizer.json is refused by the tokenizers library: {shown(str(error))}"
+            ) from error
+        raise
+
+
+def _splitter(tokens: dict[str, int]) -> re.Pattern[str] | None:
+    """Return a pattern that finds the tokens in text, the longest where several begin."""
+    if not tokens:
+        return None
+    return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=lambda t: (-len(t), t)))})")
+
+
+def _segments(text: str | bytes) -> Iterator[str | bytes]:
+    """Cut input into valid Unicode (str) and what is not UTF-8 (bytes)."""
+    if isinstance(text, str):
+        try:
+            raw = text.encode()
+        except UnicodeEncodeError:
+            try:
+                raw = text.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"character {error.start} of the text is {text[error.start]!a}, half of a surrogate pair: "
+                    "no bytes can hold it"
+                ) from error
+        else:
+            yield text
+            return
+    else:
+        raw = bytes(text)
+    # Valid UTF-8 never decodes to a surrogate, so surrogates mark exactly the bytes that are not.
+    for segment in _NOT_UTF8.split(raw.decode("utf-8", "surrogateescape")):
+        if _NOT_UTF8.match(segment):
+            yield segment.encode("utf-8", "surrogateescape")
+        elif segment:
+            yield segment
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Cut a long text where the cut does not show."""
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        found = _CUT.search(text, start + _PIECE_CHARS - 1)
+        if found is None:
+            break
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts in pieces that count the same as the whole."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"character {error.start} of a training text is half of a surrogate pair"
+            ) from error
+        yield from _cut(text)
+
+
+def _special_roles(path: Path, special: dict[str, int]) -> tuple[str | None, str | None]:
+    """Return the names of the tokens that end and begin a text."""
+    if not path.exists():
+        return (END_OF_TEXT if END_OF_TEXT in special else None), None
+    config = read_json(path, MAX_CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    roles: list[str | None] = []
+    for key in ("eos_token", "bos_token"):
+        value = config.get(key)
+        content = value.get("content") if isinstance(value, dict) else value  # old files write an object
+        if content is None:
+            default = key == "eos_token" and key not in config and END_OF_TEXT in special
+            roles.append(END_OF_TEXT if default else None)
+        elif isinstance(content, str) and content in special:
+            roles.append(content)
+        else:
+            raise FormatError(
+                f"{path}: {key} is {shown(content)}, which is no control token of tokenizer.json"
+            )
+    return roles[0], roles[1]
