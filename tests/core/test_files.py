@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from portlm import files
 from portlm.errors import FormatError, StorageError
 

@@ -57,7 +57,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # each example waits for the disk
 @given(st.dictionaries(NAMES, ARRAYS, max_size=5), st.dictionaries(NAMES, NAMES, max_size=2))
 def test_what_is_written_is_read_here_and_by_the_library(arrays, metadata):
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def test_what_is_written_is_read_here_and_by_the_library(arrays, metadata):
         assert weights.read_metadata(path) == metadata
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # each example waits for the disk
 @given(st.dictionaries(NAMES, ARRAYS, max_size=5))
 def test_what_the_library_writes_is_read_here(arrays):
     with tempfile.TemporaryDirectory() as folder:
