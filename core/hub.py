@@ -45,7 +45,6 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _TOKENIZER_EXTRAS = ("special_tokens_map.json", "chat_template.jinja")
 _MAX_SHARDS = 4096
-_MAX_TOKENIZER_BYTES = 64 << 20
 _MAX_TEXT_BYTES = 4 << 20
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf")
 # What sampling needs. Other keys are dropped: some of them name code or files to load.
@@ -278,15 +277,19 @@ def _is_plain(value: object) -> bool:
 
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:
-    """Copy the tokenizer's files, without what would ask transformers to run code."""
-    if not (src / TOKENIZER).exists():
-        notes.append(f"{src} holds no {TOKENIZER}, so the checkpoint takes token ids only")
-        return
-    from portlm.tokenizer import Tokenizer
+    """Copy the tokenizer's files if portlm can use them, without what would ask transformers to run code."""
+    from portlm.tokenizer import MAX_FILE_BYTES, Tokenizer
 
-    raw = _read_bounded(src / TOKENIZER, _MAX_TOKENIZER_BYTES)
-    parse_json(raw, str(src / TOKENIZER))
-    write_atomic(folder / TOKENIZER, raw)
+    if not (src / TOKENIZER).exists():
+        notes.append(f"there is no {TOKENIZER}, so the checkpoint takes token ids only")
+        return
+    try:
+        known = Tokenizer.load(src).vocab_size
+    except FormatError as error:
+        notes.append(f"the tokenizer was left out, so the checkpoint takes token ids only: {error}")
+        return
+    if known > vocab_size:
+        notes.append(f"the tokenizer has {known} tokens, but the model cannot read ids from {vocab_size} on")
     settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if (src / TOKENIZER_CONFIG).exists():
         settings = read_json(src / TOKENIZER_CONFIG, max_bytes=_MAX_TEXT_BYTES)
@@ -294,6 +297,7 @@ def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) 
             raise FormatError(f"{src / TOKENIZER_CONFIG} must hold a JSON object")
     if settings.pop("auto_map", None) is not None:
         notes.append(f"{TOKENIZER_CONFIG}: auto_map left out, portlm never runs code from a model folder")
+    write_atomic(folder / TOKENIZER, _read_bounded(src / TOKENIZER, MAX_FILE_BYTES))
     write_json(folder / TOKENIZER_CONFIG, settings)
     for name in _TOKENIZER_EXTRAS:
         if (src / name).exists():
@@ -301,11 +305,6 @@ def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) 
             if name.endswith(".json"):
                 parse_json(raw, str(src / name))
             write_atomic(folder / name, raw)
-    known = Tokenizer.load(folder).vocab_size
-    if known > vocab_size:
-        notes.append(
-            f"the tokenizer knows {known} tokens and the model {vocab_size}: ids from {vocab_size} cannot be used"
-        )
 
 
 def _read_bounded(path: Path, limit: int) -> bytes:

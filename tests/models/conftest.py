@@ -10,9 +10,11 @@ from portlm.models.gpt2 import GPT2Config
 from portlm.models.llama import LlamaConfig
 
 TINY = {
-    "gpt2": GPT2Config(vocab_size=61, context_length=32, n_layer=2, n_head=4, width=24, eos_token_ids=(3,)),
+    "gpt2": GPT2Config(
+        vocab_size=259, context_length=32, n_layer=2, n_head=4, width=24, eos_token_ids=(256,)
+    ),
     "llama": LlamaConfig(
-        vocab_size=61,
+        vocab_size=259,
         context_length=32,
         n_layer=2,
         n_head=4,
@@ -22,7 +24,7 @@ TINY = {
         bos_token_id=1,
     ),
     "llama-tied": LlamaConfig(
-        vocab_size=61,
+        vocab_size=259,
         context_length=32,
         n_layer=1,
         n_head=2,

@@ -2,18 +2,19 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portlm.errors import FormatError, PortlmError, UsageError
 from portlm.hub import export_hf, import_hf
-from portlm.models import load_model, save_model
+from portlm.models import build, load_model, save_model
+from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer
 from portlm.weights import load_numpy, load_torch, save_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -21,23 +22,8 @@ INDEX = "model.safetensors.index.json"
 
 def folder_of(model, folder: Path) -> Path:
     """Write a Hugging Face folder with a tokenizer, the way its Hub has them."""
-    save_model(folder, model)
-    write_tokenizer(folder)
+    save_model(folder, model, byte_tokenizer(END_OF_TEXT))
     return folder
-
-
-def write_tokenizer(folder: Path) -> None:
-    alphabet = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            vocab={"<eos>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}, "th": 27, "the": 28},
-            merges=[("t", "h"), ("th", "e")],
-        )
-    )
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "model_max_length": 32}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def shard(folder: Path, names: tuple[str, ...] = ("model-00001-of-00002", "model-00002-of-00002")) -> None:
@@ -68,7 +54,7 @@ def test_what_transformers_saved_comes_back_byte_for_byte(transformers, model, t
     save_model(tmp_path / "ours", model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    write_tokenizer(tmp_path / "theirs")
+    byte_tokenizer(END_OF_TEXT).save(tmp_path / "theirs")
     report = import_hf(tmp_path / "theirs", tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "back")
     assert report.notes == ()
@@ -85,8 +71,8 @@ def test_transformers_opens_an_export_without_remote_code(transformers, model, t
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert type(other).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM")
     ids = tokenizer("the", return_tensors="pt")["input_ids"]
-    assert ids.tolist() == [[28]]
-    assert tokenizer.eos_token_id == 0
+    assert ids.tolist() == [list(b"the")]
+    assert tokenizer.eos_token_id == 256
     torch.testing.assert_close(other(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
 
 
@@ -95,7 +81,7 @@ def test_an_export_without_tokenizer_config_still_opens_as_a_tokenizer(transform
     (tmp_path / "checkpoint" / "tokenizer_config.json").unlink()
     export_hf(tmp_path / "checkpoint", tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
-    assert tokenizer("the")["input_ids"] == [28]
+    assert tokenizer("the")["input_ids"] == list(b"the")
 
 
 def test_shards_are_joined(model, tmp_path):
@@ -273,15 +259,26 @@ def test_nothing_that_asks_for_code_reaches_the_checkpoint(gpt2, tmp_path):
     assert any("custom_generate" in note for note in report.notes)
 
 
-def test_a_missing_tokenizer_is_noted_and_a_broken_one_refused(gpt2, tmp_path):
+@pytest.mark.parametrize(
+    "text", [None, "{", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}'], ids=str
+)
+def test_without_a_tokenizer_portlm_can_use_the_weights_come_alone_and_a_note_says_so(gpt2, tmp_path, text):
     hf = folder_of(gpt2, tmp_path / "hf")
-    (hf / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    with pytest.raises(FormatError, match=r"tokenizer\.json"):
-        import_hf(hf, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
     (hf / "tokenizer.json").unlink()
+    if text is not None:
+        (hf / "tokenizer.json").write_text(text)
     report = import_hf(hf, tmp_path / "out")
     assert any("token ids only" in note for note in report.notes)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert same_weights(load_model(tmp_path / "out"), gpt2)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_noted(gpt2, tmp_path):
+    save_model(tmp_path / "hf", build(replace(gpt2.config, vocab_size=256, eos_token_ids=())))
+    byte_tokenizer(END_OF_TEXT).save(tmp_path / "hf")
+    report = import_hf(tmp_path / "hf", tmp_path / "out")
+    assert any("257 tokens, but the model cannot read ids from 256 on" in note for note in report.notes)
+    assert Tokenizer.load(tmp_path / "out").vocab_size == 257
 
 
 def test_an_existing_folder_is_left_alone(gpt2, tmp_path):

@@ -22,6 +22,7 @@ from portlm.models import (
     preset,
     save_model,
 )
+from portlm.tokenizer import Tokenizer, train_bpe
 from portlm.weights import load_numpy, save_tensors
 
 
@@ -63,7 +64,7 @@ def test_a_float64_model_is_written_as_float32(model, tmp_path):
 
 def test_gpt2_matrices_are_stored_input_first_and_llama_ones_output_first(gpt2, llama):
     assert expected_shapes(gpt2.config)["transformer.h.0.mlp.c_fc.weight"] == (24, 96)
-    assert expected_shapes(gpt2.config)["transformer.wte.weight"] == (61, 24)
+    assert expected_shapes(gpt2.config)["transformer.wte.weight"] == (259, 24)
     assert expected_shapes(llama.config)["model.layers.1.self_attn.k_proj.weight"] == (16, 32)
 
 
@@ -161,30 +162,19 @@ def test_any_config_gives_a_configuration_or_a_one_line_error(family, change):
     assert len(message) < 400
 
 
-class BytesTokenizer:
-    """The part of a tokenizer that saving a model uses."""
-
-    vocab_size = 61
-    eos_id = 7
-
-    def save(self, folder):
-        (folder / "tokenizer.json").write_text("{}")
-
-
 def test_the_end_of_text_comes_from_the_tokenizer_where_the_model_names_none(llama, gpt2, tmp_path):
-    save_model(tmp_path / "llama", llama, BytesTokenizer())
-    assert load_config(tmp_path / "llama").eos_token_ids == (7,)
-    assert json.loads((tmp_path / "llama" / "generation_config.json").read_text())["eos_token_id"] == 7
-    assert (tmp_path / "llama" / "tokenizer.json").exists()
-    save_model(tmp_path / "gpt2", gpt2, BytesTokenizer())
-    assert load_config(tmp_path / "gpt2").eos_token_ids == (3,)
+    tokenizer = train_bpe(["the then"], 258)
+    save_model(tmp_path / "llama", llama, tokenizer)
+    assert load_config(tmp_path / "llama").eos_token_ids == (257,)
+    assert json.loads((tmp_path / "llama" / "generation_config.json").read_text())["eos_token_id"] == 257
+    assert Tokenizer.load(tmp_path / "llama").sha256 == tokenizer.sha256
+    save_model(tmp_path / "gpt2", gpt2, tokenizer)
+    assert load_config(tmp_path / "gpt2").eos_token_ids == (256,)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(llama, tmp_path):
-    tokenizer = BytesTokenizer()
-    tokenizer.vocab_size = 62
-    with pytest.raises(ConfigError, match="62 tokens, but the model's vocabulary holds 61"):
-        save_model(tmp_path / "out", llama, tokenizer)
+    with pytest.raises(ConfigError, match="260 tokens, but the model's vocabulary holds 259"):
+        save_model(tmp_path / "out", llama, train_bpe(["the then"] * 2, 260))
     assert not (tmp_path / "out").exists()
 
 
