@@ -85,8 +85,10 @@ def check_model(path: str | Path) -> onnx.ModelProto:
         _check_nodes(model.graph)
         _check_weights(model.graph, path)
         onnx.checker.check_model(str(path))
-    except (_Refused, onnx.checker.ValidationError) as error:
-        raise FormatError(f"{path}: {str(error).splitlines()[0]}; export again from the checkpoint") from error
+    except (_RefusedError, onnx.checker.ValidationError) as error:
+        raise FormatError(
+            f"{path}: {str(error).splitlines()[0]}; export again from the checkpoint"
+        ) from error
     return model
 
 
@@ -100,49 +102,59 @@ def check_isolated(path: str | Path) -> None:
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=ISOLATED_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise FormatError(f"{path}: checking it took more than {ISOLATED_SECONDS} s; do not use this file") from error
+        raise FormatError(
+            f"{path}: checking it took more than {ISOLATED_SECONDS} s; do not use this file"
+        ) from error
     if child.returncode == FormatError.exit_code and child.stdout:
         raise FormatError(child.stdout.strip())
     if child.returncode != 0:
-        raise FormatError(f"{path}: the process that checked it died ({child.returncode}); do not use this file")
+        raise FormatError(
+            f"{path}: the process that checked it died ({child.returncode}); do not use this file"
+        )
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Something the exporter never writes."""
 
 
 def _check_structure(model: onnx.ModelProto) -> None:
     graph = model.graph
     if model.functions or model.training_info or model.configuration:
-        raise _Refused("holds functions, training or device information")
+        raise _RefusedError("holds functions, training or device information")
     if graph.sparse_initializer or graph.quantization_annotation:
-        raise _Refused("holds sparse or annotated weights")
+        raise _RefusedError("holds sparse or annotated weights")
     if len(graph.node) > MAX_NODES or len(graph.initializer) > MAX_INITIALIZERS:
-        raise _Refused("has too many nodes or weights")
+        raise _RefusedError("has too many nodes or weights")
     for opset in model.opset_import:
         if OPSETS.get(opset.domain) != opset.version:
-            raise _Refused(f"asks for operator set {opset.domain[:80]!r} {opset.version}")
+            raise _RefusedError(f"asks for operator set {opset.domain[:80]!r} {opset.version}")
     for value in (*graph.input, *graph.output):
         kind = value.type.tensor_type
         if kind.elem_type not in ITEM_BYTES or len(kind.shape.dim) > MAX_RANK:
-            raise _Refused(f"value {value.name[:80]!r} has a type or rank that no graph of ours has")
+            raise _RefusedError(f"value {value.name[:80]!r} has a type or rank that no graph of ours has")
 
 
 def _check_nodes(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         allowed = OPERATORS.get(node.domain, {}).get(node.op_type)
         if allowed is None:
-            raise _Refused(f"operator {node.domain[:80]}:{node.op_type[:80]} is not one of ours")
+            raise _RefusedError(f"operator {node.domain[:80]}:{node.op_type[:80]} is not one of ours")
         if max(len(node.input), len(node.output), len(node.attribute)) > MAX_VALUES_PER_NODE:
-            raise _Refused(f"node {node.name[:80]!r} has too many inputs, outputs or attributes")
+            raise _RefusedError(f"node {node.name[:80]!r} has too many inputs, outputs or attributes")
         for name in (node.name, *node.input, *node.output):
             if len(name.encode()) > MAX_NAME:
-                raise _Refused(f"a name is longer than {MAX_NAME} bytes: {name[:80]!r}")
+                raise _RefusedError(f"a name is longer than {MAX_NAME} bytes: {name[:80]!r}")
         for attribute in node.attribute:
-            if attribute.name not in allowed or attribute.type not in ATTRIBUTE_TYPES or attribute.ref_attr_name:
-                raise _Refused(f"node {node.name[:80]!r} has the attribute {attribute.name[:80]!r}")
+            if (
+                attribute.name not in allowed
+                or attribute.type not in ATTRIBUTE_TYPES
+                or attribute.ref_attr_name
+            ):
+                raise _RefusedError(f"node {node.name[:80]!r} has the attribute {attribute.name[:80]!r}")
             if attribute.name == "num_outputs" and attribute.i != len(node.output):
-                raise _Refused(f"node {node.name[:80]!r} has {len(node.output)} outputs and says {attribute.i}")
+                raise _RefusedError(
+                    f"node {node.name[:80]!r} has {len(node.output)} outputs and says {attribute.i}"
+                )
 
 
 def _check_weights(graph: onnx.GraphProto, path: Path) -> None:
@@ -150,41 +162,49 @@ def _check_weights(graph: onnx.GraphProto, path: Path) -> None:
     for tensor in graph.initializer:
         name, item = tensor.name[:80], ITEM_BYTES.get(tensor.data_type)
         if item is None:
-            raise _Refused(f"weight {name!r} is of a type that no graph of ours has")
+            raise _RefusedError(f"weight {name!r} is of a type that no graph of ours has")
         if len(tensor.dims) > MAX_RANK or not all(0 <= d <= MAX_DIMENSION for d in tensor.dims):
-            raise _Refused(f"weight {name!r} has an impossible shape")
+            raise _RefusedError(f"weight {name!r} has an impossible shape")
         size = math.prod(tensor.dims) * item
         if tensor.data_location == TensorProto.EXTERNAL:
             _check_external(tensor, size, path, locations)
         elif len(tensor.raw_data) != size or tensor.external_data:
-            raise _Refused(f"weight {name!r} has {len(tensor.raw_data)} bytes, its shape asks for {size}")
+            raise _RefusedError(
+                f"weight {name!r} has {len(tensor.raw_data)} bytes, its shape asks for {size}"
+            )
         fields = {field.name for field, _ in tensor.ListFields()}
         if fields - {"name", "dims", "data_type", "raw_data", "data_location", "external_data"}:
-            raise _Refused(f"weight {name!r} is not stored as raw bytes")
+            raise _RefusedError(f"weight {name!r} is not stored as raw bytes")
 
 
 def _check_external(tensor: TensorProto, size: int, path: Path, locations: dict[str, int]) -> None:
     name, entries = tensor.name[:80], {entry.key: entry.value for entry in tensor.external_data}
-    if tensor.raw_data or len(entries) != len(tensor.external_data) or entries.keys() != {"location", "offset", "length"}:
-        raise _Refused(f"weight {name!r} does not say location, offset and length, each once")
+    if (
+        tensor.raw_data
+        or len(entries) != len(tensor.external_data)
+        or entries.keys() != {"location", "offset", "length"}
+    ):
+        raise _RefusedError(f"weight {name!r} does not say location, offset and length, each once")
     location = entries["location"]
     if location not in locations:
         if locations or "/" in location:
-            raise _Refused(f"weight {name!r} is in a second file or another folder: {location[:80]!r}")
+            raise _RefusedError(f"weight {name!r} is in a second file or another folder: {location[:80]!r}")
         sibling = safe_join(path.parent, location)
         if not sibling.is_file():
-            raise _Refused(f"the weight file {location} beside it is missing")
+            raise _RefusedError(f"the weight file {location} beside it is missing")
         locations[location] = sibling.stat().st_size
     offset, length = (_decimal(entries[key]) for key in ("offset", "length"))
     if length != size:
-        raise _Refused(f"weight {name!r} has {length} bytes, its shape asks for {size}")
+        raise _RefusedError(f"weight {name!r} has {length} bytes, its shape asks for {size}")
     if offset + length > locations[location]:
-        raise _Refused(f"weight {name!r} ends at byte {offset + length} of {location}, which has {locations[location]}")
+        raise _RefusedError(
+            f"weight {name!r} ends at byte {offset + length} of {location}, which has {locations[location]}"
+        )
 
 
 def _decimal(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 15:
-        raise _Refused(f"offset or length is {text[:80]!r}")
+        raise _RefusedError(f"offset or length is {text[:80]!r}")
     return int(text)
 
 

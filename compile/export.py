@@ -38,9 +38,7 @@ COPIED = (
 )
 
 
-def export(
-    checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("portable", "fused")
-) -> Path:
+def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("portable", "fused")) -> Path:
     """Export a checkpoint to an artifact folder, which appears complete or not at all.
 
     Args:
@@ -126,7 +124,9 @@ def state_specs(cache: CacheShape) -> tuple[StateSpec, ...]:
     """The key/value cache, layer by layer, under the names of onnxruntime-genai."""
     shape = ("batch", cache.n_kv_head, "past", cache.head_dim)
     return tuple(
-        StateSpec(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", "float32", shape, "empty", "append")
+        StateSpec(
+            f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", "float32", shape, "empty", "append"
+        )
         for layer in range(cache.n_layer)
         for kind in ("key", "value")
     )
@@ -141,7 +141,14 @@ def _describe(decoder: Decoder, parameters: int, profiles: Sequence[str], folder
         outputs=("logits",),
         state=state_specs(cache),
     )
-    sizes = cache.vocab_size, cache.context_length, cache.n_layer, cache.n_head, cache.n_kv_head, cache.head_dim
+    sizes = (
+        cache.vocab_size,
+        cache.context_length,
+        cache.n_layer,
+        cache.n_head,
+        cache.n_kv_head,
+        cache.head_dim,
+    )
     model = ModelSpec(decoder.family, parameters, *sizes)
     return Manifest(model=model, roles={"decoder": role}, files=_hash_files(folder, list_files(folder)))
 

@@ -37,7 +37,7 @@ What the portable profile avoids, each for a measured reason:
 - Shape and Slice: TVM needs to know shapes, so head splits are Reshape to (0, 0, H, D), which copies B and T.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class Forms(Protocol):
         """Rows of {name}.weight (V, C): (B, T) int64 -> (B, T, C)."""
 
     def linear(self, x: str, name: str) -> str:
-        """x @ {name}.weight (I, O) + {name}.bias, if there is one: (B, T, I) -> (B, T, O)."""
+        """Return x @ {name}.weight (I, O) + {name}.bias, if there is one: (B, T, I) -> (B, T, O)."""
 
     def tied_head(self, x: str, table: str) -> str:
         """Logits x @ {table}.weight (V, C) transposed: (B, T, C) -> "logits" (B, T, V)."""
@@ -119,7 +119,7 @@ class Forms(Protocol):
         """(y, h) with h = x + residual and y = layer_norm(h)."""
 
     def rms_norm(self, x: str, name: str, epsilon: float) -> str:
-        """x / sqrt(mean(x^2) + epsilon) * {name}.weight over the last axis of (B, T, C)."""
+        """Return x / sqrt(mean(x^2) + epsilon) * {name}.weight over the last axis of (B, T, C)."""
 
     def add_rms_norm(self, x: str, residual: str, name: str, epsilon: float) -> tuple[str, str]:
         """(y, h) with h = x + residual and y = rms_norm(h)."""
@@ -137,7 +137,16 @@ class Forms(Protocol):
         """Rotate each of the `count` heads of x by its position's angles."""
 
     def attention(
-        self, q: str, k: str, v: str, mask: str, layer: int, n_head: int, n_kv_head: int, head_dim: int, name: str
+        self,
+        q: str,
+        k: str,
+        v: str,
+        mask: str,
+        layer: int,
+        n_head: int,
+        n_kv_head: int,
+        head_dim: int,
+        name: str,
     ) -> str:
         """Append k and v to the layer's cache and attend: heads -> (B, T, H*D)."""
 
@@ -152,7 +161,7 @@ class Portable:
     """Standard operators of opset 20 only."""
 
     profile = "portable"
-    domains: dict[str, int] = {}
+    domains: ClassVar[dict[str, int]] = {}
 
     def __init__(self, g: GraphBuilder):
         self.g = g
@@ -205,7 +214,9 @@ class Portable:
         counted = g.op("CumSum", (columns, g.ints(0)), "mask.counted")
         rows = g.op("Transpose", (counted,), "mask.rows", perm=[1, 0])
         near = g.op("Mul", (ones, g.scalar(FAR)), "mask.near")
-        slots = g.op("Sub", (rows, near), "mask.slots")  # position + 1 - FAR, or number seen so far where masked
+        slots = g.op(
+            "Sub", (rows, near), "mask.slots"
+        )  # position + 1 - FAR, or number seen so far where masked
         keys = g.op("Unsqueeze", (slots, g.ints(1, 2)), "mask.keys")  # (B, 1, 1, P+T)
         table = g.floats("mask.positions", np.arange(context, dtype=np.float32) + 1 - FAR)
         positions = g.op("Gather", (table, position_ids), "mask.positions_at", axis=0)
@@ -228,14 +239,25 @@ class Portable:
     def rotary(self, x: str, rotation: tuple[str, ...], count: int, name: str) -> str:  # noqa: D102
         g, (cos, sin) = self.g, rotation
         name = f"{name}.rotary"
-        x1, x2 = g.split_op("Split", (x,), f"{name}.halves", (f"{name}.x1", f"{name}.x2"), axis=-1, num_outputs=2)
+        x1, x2 = g.split_op(
+            "Split", (x,), f"{name}.halves", (f"{name}.x1", f"{name}.x2"), axis=-1, num_outputs=2
+        )
         first = g.op("Mul", (x1, cos), f"{name}.x1_cos"), g.op("Mul", (x2, sin), f"{name}.x2_sin")
         second = g.op("Mul", (x2, cos), f"{name}.x2_cos"), g.op("Mul", (x1, sin), f"{name}.x1_sin")
         y1, y2 = g.op("Sub", first, f"{name}.y1"), g.op("Add", second, f"{name}.y2")
         return g.op("Concat", (y1, y2), name, axis=-1)
 
     def attention(
-        self, q: str, k: str, v: str, mask: str, layer: int, n_head: int, n_kv_head: int, head_dim: int, name: str
+        self,
+        q: str,
+        k: str,
+        v: str,
+        mask: str,
+        layer: int,
+        n_head: int,
+        n_kv_head: int,
+        head_dim: int,
+        name: str,
     ) -> str:
         """Attention over the cache in plain products.
 
@@ -282,7 +304,7 @@ class Fused:
     """One node of domain ai.portlm per op."""
 
     profile = "fused"
-    domains = {DOMAIN: DOMAIN_VERSION}
+    domains: ClassVar[dict[str, int]] = {DOMAIN: DOMAIN_VERSION}
 
     def __init__(self, g: GraphBuilder):
         self.g = g
@@ -297,7 +319,9 @@ class Fused:
         return self.g.op("Linear", inputs, name, domain=DOMAIN)
 
     def tied_head(self, x: str, table: str) -> str:  # noqa: D102
-        return self.g.op("Linear", (x, self.g.weight(f"{table}.weight")), "logits", domain=DOMAIN, transposed=1)
+        return self.g.op(
+            "Linear", (x, self.g.weight(f"{table}.weight")), "logits", domain=DOMAIN, transposed=1
+        )
 
     def head(self, x: str, name: str) -> str:  # noqa: D102
         return self.g.op("Linear", (x, self.g.weight(f"{name}.weight")), "logits", domain=DOMAIN)
@@ -313,7 +337,9 @@ class Fused:
         return y, h
 
     def rms_norm(self, x: str, name: str, epsilon: float) -> str:  # noqa: D102
-        return self.g.op("RmsNorm", (x, self.g.weight(f"{name}.weight")), name, domain=DOMAIN, epsilon=epsilon)
+        return self.g.op(
+            "RmsNorm", (x, self.g.weight(f"{name}.weight")), name, domain=DOMAIN, epsilon=epsilon
+        )
 
     def add_rms_norm(self, x: str, residual: str, name: str, epsilon: float) -> tuple[str, str]:  # noqa: D102
         inputs, outputs = (x, residual, self.g.weight(f"{name}.weight")), (name, f"{name}.input")
@@ -333,15 +359,28 @@ class Fused:
         return self.g.op("Rotary", (x, *rotation), f"{name}.rotary", domain=DOMAIN, num_heads=count)
 
     def attention(  # noqa: D102
-        self, q: str, k: str, v: str, mask: str, layer: int, n_head: int, n_kv_head: int, head_dim: int, name: str
+        self,
+        q: str,
+        k: str,
+        v: str,
+        mask: str,
+        layer: int,
+        n_head: int,
+        n_kv_head: int,
+        head_dim: int,
+        name: str,
     ) -> str:
         past = f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
         outputs = (name, f"present.{layer}.key", f"present.{layer}.value")
         attributes = {"num_heads": n_head, "num_kv_heads": n_kv_head, "scale": head_dim**-0.5}
-        return self.g.split_op("CachedAttention", (q, k, v, *past, mask), name, outputs, domain=DOMAIN, **attributes)[0]
+        return self.g.split_op(
+            "CachedAttention", (q, k, v, *past, mask), name, outputs, domain=DOMAIN, **attributes
+        )[0]
 
     def gelu_mlp(self, x: str, name: str, fc: str, proj: str, approximate: str) -> str:  # noqa: D102
-        weights = (self.g.weight(f"{name}.{part}.{kind}") for part in (fc, proj) for kind in ("weight", "bias"))
+        weights = (
+            self.g.weight(f"{name}.{part}.{kind}") for part in (fc, proj) for kind in ("weight", "bias")
+        )
         return self.g.op("GeluMlp", (x, *weights), f"{name}.{proj}", domain=DOMAIN, approximate=approximate)
 
     def swiglu(self, gate: str, up: str, name: str) -> str:  # noqa: D102

@@ -66,7 +66,9 @@ class WeightFile:
         with path.open("wb") as file:
             for name, span in self.spans.items():
                 if not np.isfinite(span.array).all():
-                    raise FormatError(f"{name} holds NaN or infinity: export a checkpoint that has not diverged")
+                    raise FormatError(
+                        f"{name} holds NaN or infinity: export a checkpoint that has not diverged"
+                    )
                 file.write(b"\0" * (span.offset - file.tell()))
                 file.write(np.ascontiguousarray(span.array).data)
 
@@ -74,7 +76,9 @@ class WeightFile:
 class GraphBuilder:
     """Collects nodes in topological order, then makes a ModelProto of them."""
 
-    def __init__(self, name: str, weights: Mapping[str, np.ndarray], file: WeightFile, domains: Mapping[str, int]):
+    def __init__(
+        self, name: str, weights: Mapping[str, np.ndarray], file: WeightFile, domains: Mapping[str, int]
+    ):
         """Start an empty graph.
 
         Args:
@@ -127,7 +131,11 @@ class GraphBuilder:
             span = self._file.add(name, self._weights[name])
             tensor = TensorProto(name=name, dims=span.array.shape, data_type=TensorProto.FLOAT)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", self._file.location), ("offset", span.offset), ("length", span.length)):
+            for key, value in (
+                ("location", self._file.location),
+                ("offset", span.offset),
+                ("length", span.length),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
             self._define(name)
             self._initializers[name] = tensor
@@ -156,12 +164,21 @@ class GraphBuilder:
             self._initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name
 
-    def op(self, op_type: str, inputs: Sequence[str], name: str, *, domain: str = "", **attributes: Any) -> str:
+    def op(
+        self, op_type: str, inputs: Sequence[str], name: str, *, domain: str = "", **attributes: Any
+    ) -> str:
         """Append a node with one output, called like the node; an empty input name is an absent input."""
         return self.split_op(op_type, inputs, name, (name,), domain=domain, **attributes)[0]
 
     def split_op(
-        self, op_type: str, inputs: Sequence[str], name: str, outputs: Sequence[str], *, domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        name: str,
+        outputs: Sequence[str],
+        *,
+        domain: str = "",
+        **attributes: Any,
     ) -> tuple[str, ...]:
         """Append a node with several outputs, whose names are given in full; "" skips an optional output."""
         for value in inputs:
@@ -170,7 +187,9 @@ class GraphBuilder:
         for value in outputs:
             if value:
                 self._define(value)
-        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain or None, **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, inputs, outputs, name=name, domain=domain or None, **attributes)
+        )
         return tuple(outputs)
 
     def _define(self, name: str) -> None:
@@ -183,7 +202,10 @@ class GraphBuilder:
         graph = helper.make_graph(
             self.nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, v) for d, v in self._domains.items())]
+        opsets = [
+            helper.make_opsetid("", OPSET),
+            *(helper.make_opsetid(d, v) for d, v in self._domains.items()),
+        ]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="portlm")
         helper.set_model_props(model, dict(metadata))
         return model

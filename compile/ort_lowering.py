@@ -1,6 +1,7 @@
 """Lowers the fused profile for ONNX Runtime: each node of domain ai.portlm becomes the operator ORT runs fastest.
 
-What ORT's own optimiser does afterwards is left to it (it moves the bias of a Linear into the normalisation that
+A value keeps the name it has in the portable graph only if it is the same value, so that compile/bisect.py can
+compare by name. What ORT's own optimiser does afterwards is left to it (it moves the bias of a Linear into the normalisation that
 follows, for example).
 
 Where the file goes: ONNX Runtime refuses weights outside the model's folder, by ../ and by symbolic link alike, so
@@ -14,39 +15,51 @@ stacked along time, (B, G*T, K*D), so the cache is read once and not repeated.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import helper
 
-from portlm.artifact import CompiledEntry, read_manifest, refresh_files, verify_files, write_manifest
+from portlm.artifact import CompiledEntry, read_manifest, verify_files
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.forms import DOMAIN, Portable
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.errors import UsageError
 from portlm.files import write_atomic
 
-DEVICES = ("cpu", "cuda", "vulkan")
+
+def compile_cpu(folder: Path) -> CompiledEntry:
+    """Lower for CPUExecutionProvider; see lower."""
+    return lower(folder, "cpu")
 
 
-def lower(folder: str | Path, device: str = "cpu") -> CompiledEntry:
-    """Lower an artifact's fused decoder for one device, and enter it in the manifest.
+def compile_cuda(folder: Path) -> CompiledEntry:
+    """Lower for CUDAExecutionProvider; see lower."""
+    return lower(folder, "cuda")
+
+
+def compile_vulkan(folder: Path) -> CompiledEntry:
+    """Lower for the WebGPU plugin provider, which is Vulkan on Linux; see lower."""
+    return lower(folder, "vulkan")
+
+
+def lower(folder: str | Path, device: str) -> CompiledEntry:
+    """Write an artifact's fused decoder lowered for one device.
 
     Args:
         folder: the artifact.
         device: "cpu", "cuda" or "vulkan".
 
     Returns:
-        The manifest's new entry; its one file is onnx/decoder.ort-<device>-fused.onnx.
+        What compile/build.py enters in the manifest; the one file is onnx/decoder.ort-<device>-fused.onnx.
 
     Raises:
-        UsageError: the device is unknown, or the artifact was exported without its fused profile.
+        UsageError: the artifact was exported without its fused profile.
         FormatError: the fused graph is not the one the manifest lists, or not one of ours.
+        StorageError: the disk is full or refuses.
     """
-    if device not in DEVICES:
-        raise UsageError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     root = Path(folder)
     manifest = read_manifest(root)
     role = manifest.roles.get("decoder")
@@ -58,11 +71,7 @@ def lower(folder: str | Path, device: str = "cpu") -> CompiledEntry:
     name = f"onnx/decoder.ort-{device}-fused.onnx"
     write_atomic(root / name, model.SerializeToString(deterministic=True))
     check_model(root / name)
-
-    entry = CompiledEntry("ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")})
-    others = tuple(e for e in manifest.compiled if (e.engine, e.device, e.profile) != ("ort", device, "fused"))
-    write_manifest(root, refresh_files(root, replace(manifest, compiled=(*others, entry)), [name]))
-    return entry
+    return CompiledEntry("ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")})
 
 
 def lower_model(model: onnx.ModelProto, context_length: int, device: str) -> onnx.ModelProto:
@@ -130,7 +139,12 @@ class _Lowering:
         self.g.op("LayerNormalization", node.input, node.output[0], axis=-1, **_attributes(node))
 
     def add_layer_norm(self, node: onnx.NodeProto) -> None:
-        outputs = (node.output[0], "", "", node.output[1])  # the mean and deviation between them are not needed
+        outputs = (
+            node.output[0],
+            "",
+            "",
+            node.output[1],
+        )  # the mean and deviation between them are not needed
         self.g.split_op(
             "SkipLayerNormalization", node.input, node.output[0], outputs, domain=CONTRIB, **_attributes(node)
         )
@@ -143,7 +157,12 @@ class _Lowering:
     def add_rms_norm(self, node: onnx.NodeProto) -> None:
         outputs = (node.output[0], "", "", node.output[1])
         self.g.split_op(
-            "SkipSimplifiedLayerNormalization", node.input, node.output[0], outputs, domain=CONTRIB, **_attributes(node)
+            "SkipSimplifiedLayerNormalization",
+            node.input,
+            node.output[0],
+            outputs,
+            domain=CONTRIB,
+            **_attributes(node),
         )
 
     def rotary(self, node: onnx.NodeProto) -> None:
@@ -174,18 +193,18 @@ class _Lowering:
         if not self._masks:
             self._masks[G] = Portable(g).mask(mask, "position_ids", self._context, G)
         if G > 1:
-            q = g.op("Reshape", (q, g.ints(0, 0, K, G, D)), f"{name}.groups")  # (B, T, K, G, D)
-            q = g.op("Transpose", (q,), f"{name}.grouped", perm=[0, 3, 1, 2, 4])  # (B, G, T, K, D)
-            q = g.op("Reshape", (q, g.ints(0, -1, K * D)), f"{name}.queries")  # (B, G*T, K*D)
+            q = g.op("Reshape", (q, g.ints(0, 0, K, G, D)), f"{name}.stacked_heads")  # (B, T, K, G, D)
+            q = g.op("Transpose", (q,), f"{name}.stacked_groups", perm=[0, 3, 1, 2, 4])  # (B, G, T, K, D)
+            q = g.op("Reshape", (q, g.ints(0, -1, K * D)), f"{name}.stacked_queries")  # (B, G*T, K*D)
         inputs = (q, k, v, "", "", self._masks[G], past_key, past_value)
-        out = name if G == 1 else f"{name}.context"
+        out = name if G == 1 else f"{name}.stacked"
         options = {"num_heads": K, "scale": attributes["scale"]}
         g.split_op("MultiHeadAttention", inputs, out, (out, *node.output[1:]), domain=CONTRIB, **options)
         if G > 1:
-            out = g.op("Reshape", (out, g.ints(0, G, -1, K, D)), f"{name}.ungrouped")  # (B, G, T, K, D)
-            out = g.op("Transpose", (out,), f"{name}.joined", perm=[0, 2, 3, 1, 4])  # (B, T, K, G, D)
+            out = g.op("Reshape", (out, g.ints(0, G, -1, K, D)), f"{name}.stacked_out")  # (B, G, T, K, D)
+            out = g.op("Transpose", (out,), f"{name}.unstacked", perm=[0, 2, 3, 1, 4])  # (B, T, K, G, D)
             g.op("Reshape", (out, g.ints(0, 0, H * D)), name)
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, int | float | bytes]:
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -149,7 +149,9 @@ def read_manifest(folder: str | Path) -> Manifest:
             "export again, or use the portlm that wrote it"
         )
     if data.get("sha256") != _digest(data):
-        raise FormatError(f"{path}: altered or damaged, its digest does not match; export again or restore the file")
+        raise FormatError(
+            f"{path}: altered or damaged, its digest does not match; export again or restore the file"
+        )
     manifest = _Parser(path).manifest(data)
     for name in manifest.files:
         safe_join(Path(folder), name)
@@ -188,7 +190,9 @@ def verify_files(folder: str | Path, names: Iterable[str] | None = None) -> Mani
         if size < entry.size:
             raise FormatError(f"{path}: truncated, it ends at byte {size} of {entry.size}; restore the file")
         if size > entry.size or sha256_file(path) != entry.sha256:
-            raise FormatError(f"{path}: altered since the manifest was written; restore the file or export again")
+            raise FormatError(
+                f"{path}: altered since the manifest was written; restore the file or export again"
+            )
     return manifest
 
 
@@ -206,7 +210,11 @@ def hash_files(folder: str | Path, names: Iterable[str]) -> dict[str, FileEntry]
 def list_files(folder: str | Path) -> list[str]:
     """Relative names of every file below the folder except its manifest, sorted."""
     root = Path(folder)
-    names = (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = (
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if not path.is_dir() or path.is_symlink()
+    )
     return sorted(name for name in names if name != MANIFEST)
 
 
@@ -239,10 +247,22 @@ class _Parser:
 
     def fail(self, where: str, wanted: str, value: object) -> FormatError:
         shown = repr(value)
-        return FormatError(f"{self.path}: {where} must be {wanted}, got {shown[:80]}{'...' * (len(shown) > 80)}")
+        return FormatError(
+            f"{self.path}: {where} must be {wanted}, got {shown[:80]}{'...' * (len(shown) > 80)}"
+        )
 
     def manifest(self, data: Any) -> Manifest:
-        keys = ("format", "format_version", "model", "roles", "files", "compiled", "quantization", "parity", "sha256")
+        keys = (
+            "format",
+            "format_version",
+            "model",
+            "roles",
+            "files",
+            "compiled",
+            "quantization",
+            "parity",
+            "sha256",
+        )
         fields = self.record(data, "manifest", keys)
         files = self.table(fields["files"], "files", self.file, MAX_FILES)
         for name in files:
@@ -336,7 +356,9 @@ class _Parser:
             date=self.text(f["date"], f"{where}.date"),
         )
         if row.greedy_match > row.greedy_total:
-            raise self.fail(f"{where}.greedy_match", f"at most greedy_total = {row.greedy_total}", row.greedy_match)
+            raise self.fail(
+                f"{where}.greedy_match", f"at most greedy_total = {row.greedy_total}", row.greedy_match
+            )
         return row
 
     def quantization(self, value: Any) -> dict[str, str | int] | None:
@@ -346,7 +368,9 @@ class _Parser:
         if not isinstance(value, dict):
             raise self.fail(where, "an object", value)
         for key in sorted(set(keys) ^ value.keys()):
-            raise FormatError(f"{self.path}: {where} {'lacks' if key in keys else 'has an unknown'} key {key[:80]!r}")
+            raise FormatError(
+                f"{self.path}: {where} {'lacks' if key in keys else 'has an unknown'} key {key[:80]!r}"
+            )
         return value
 
     def table(
@@ -382,10 +406,14 @@ class _Parser:
         return self.whole(value, where, 0, MAX_DIMENSION)
 
     def dimension(self, value: Any, where: str) -> int | str:
-        return self.text(value, where) if isinstance(value, str) else self.whole(value, where, 1, MAX_DIMENSION)
+        return (
+            self.text(value, where) if isinstance(value, str) else self.whole(value, where, 1, MAX_DIMENSION)
+        )
 
     def setting(self, value: Any, where: str) -> str | int:
-        return self.text(value, where) if isinstance(value, str) else self.whole(value, where, 0, MAX_DIMENSION)
+        return (
+            self.text(value, where) if isinstance(value, str) else self.whole(value, where, 0, MAX_DIMENSION)
+        )
 
     def one_of(self, value: Any, where: str, options: tuple[str, ...]) -> str:
         if not isinstance(value, str) or value not in options:
