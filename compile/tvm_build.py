@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from portlm import _C
 from portlm.artifact import CompiledEntry
+from portlm.compile.tvm_schedule import cpu_passes
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import fsync_dir, safe_join
 from portlm.tvm_support import (
@@ -85,17 +86,17 @@ def read_graph(artifact: Path, name: str) -> Graph:
 
 
 def build_library(
-    module: "tvm.IRModule", graph: Graph, artifact: Path, profile: str, *, fuse: bool, interpret: bool
+    module: "tvm.IRModule", graph: Graph, artifact: Path, profile: str, *, generate: bool
 ) -> CompiledEntry:
-    """Compile a Relax module for this processor and store it in the artifact.
+    """Compile a Relax module for this processor, store it in the artifact.
 
     Args:
         module: its function main takes the graph's inputs, then its weights, and returns its outputs.
         graph: what the module was made from.
         artifact: the artifact's folder.
         profile: "portable" or "fused".
-        fuse: let TVM fuse neighbouring operators into one loop.
-        interpret: keep the sequence of calls as bytecode, which compiles faster; native code calls faster.
+        generate: True if TVM generates the operators, which it then fuses and schedules, and keeps the sequence of
+            calls as bytecode; False if it only calls kernels, which it then does from native code.
 
     Returns:
         The entry for the manifest's list "compiled".
@@ -111,10 +112,8 @@ def build_library(
         raise EngineUnavailableError("tvm: linking needs a C compiler: install g++ or clang, or set CXX")
     processor = PROCESSORS[_C.isa()]
     target = tvm.target.Target({"kind": "llvm", "mcpu": processor})
-    pipeline = relax.get_default_pipeline(target) if fuse else "default"
-    executable = relax.build(
-        module, target, relax_pipeline=pipeline, exec_mode="bytecode" if interpret else "compiled"
-    )
+    passes, mode = (cpu_passes(target), "bytecode") if generate else ("default", "compiled")
+    executable = relax.build(module, target, relax_pipeline=passes, exec_mode=mode)
     name = folder_name("cpu", profile)
     folder = artifact / name
     folder.mkdir(parents=True, exist_ok=True)

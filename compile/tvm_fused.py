@@ -40,7 +40,7 @@ def compile_fused(artifact: Path, graph: str = "onnx/decoder.fused.onnx") -> Com
     """
     import_tvm()
     read = read_graph(artifact, graph)
-    return build_library(lower(read), read, artifact, PROFILE, fuse=False, interpret=False)
+    return build_library(lower(read), read, artifact, PROFILE, generate=False)
 
 
 def lower(graph: Graph) -> "tvm.IRModule":
