@@ -211,7 +211,7 @@ class Portable:
         g = self.g
         ones = g.op("Gather", (g.floats("mask.values", np.arange(2)), attention_mask), "mask.ones", axis=0)
         columns = g.op("Transpose", (ones,), "mask.columns", perm=[1, 0])  # (P+T, B)
-        counted = g.op("CumSum", (columns, g.ints(0)), "mask.counted")
+        counted = g.op("CumSum", (columns, g.axis(0)), "mask.counted")
         rows = g.op("Transpose", (counted,), "mask.rows", perm=[1, 0])
         near = g.op("Mul", (ones, g.scalar(FAR)), "mask.near")
         slots = g.op(

@@ -150,6 +150,10 @@ class GraphBuilder:
         value = next(value for value in self._inputs if value.name == past_key)
         return int(value.type.tensor_type.shape.dim[3].dim_value)
 
+    def axis(self, value: int) -> str:
+        """An int64 constant of rank 0, stored in the graph."""
+        return self._constant(f"axis.{value}", np.array(value, dtype=np.int64))
+
     def scalar(self, value: float) -> str:
         """A float32 constant of rank 0, stored in the graph."""
         return self._constant(f"scalar.{value!r}", np.array(value, dtype=np.float32))
