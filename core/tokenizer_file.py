@@ -20,6 +20,7 @@ from portlm.files import shown
 MAX_FILE_BYTES = 64 * 2**20
 MAX_VOCAB = 2**20
 MAX_TOKEN_CHARS = 4096
+MAX_ADDED = 1024  # each is looked for at every position of a text
 MAX_ADDED_BYTES = 256
 
 # Splitting patterns by name, since an arbitrary one could backtrack for ever.
@@ -239,8 +240,8 @@ def _merges(value: object, vocab: dict[str, int], name: str) -> list[tuple[str, 
 
 def _added_tokens(value: object, vocab: dict[str, int], name: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return the control tokens and the other added tokens."""
-    if not isinstance(value, list) or len(value) > MAX_VOCAB:
-        raise FormatError(f"{name}: added_tokens must be a list of at most {MAX_VOCAB}")
+    if not isinstance(value, list) or len(value) > MAX_ADDED:
+        raise FormatError(f"{name}: added_tokens must be a list of at most {MAX_ADDED}")
     special: dict[str, int] = {}
     added: dict[str, int] = {}
     for item in value:
