@@ -218,7 +218,10 @@ def hf_tensors(model: "Model") -> "dict[str, torch.Tensor]":
 
 def expected_shapes(config: "Config") -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that model.safetensors must hold, without allocating any."""
-    model = build(config, device="meta")
+    import torch
+
+    with torch.device("meta"):
+        model = FAMILIES[config.family].model_class()(config, init=False)
     shapes = {}
     for name, parameter in model.named_parameters():
         hf_name, transposed = model.hf_name(name)

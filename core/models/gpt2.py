@@ -176,9 +176,7 @@ class GPT2Config:
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),
         }
         if self.init != "scaled":
-            data["portlm_init"] = (
-                self.init
-            )  # how the weights began; transformers keeps it as a plain attribute
+            data["portlm_init"] = self.init  # transformers keeps it as an attribute nobody reads
         return data
 
 
