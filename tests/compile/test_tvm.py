@@ -1,0 +1,155 @@
+"""From ONNX graphs to TVM libraries. That the libraries answer like PyTorch is tests/runtimes/test_contract.py."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+pytest.importorskip("tvm", reason="TVM is missing: pip install portlm[tvm]")
+
+import onnx
+import tvm
+from tvm import relax
+
+from portlm.compile import tvm_fused, tvm_portable
+from portlm.compile.tvm_build import read_graph
+from portlm.compile.tvm_schedule import cpu_passes
+from portlm.errors import EngineUnavailableError, FormatError
+from portlm.tvm_support import LIBRARY, SIGNATURE, Signature, folder_name
+
+GRAPHS = {"portable": "onnx/decoder.portable.onnx", "fused": "onnx/decoder.fused.onnx"}
+COMPILE = {"portable": tvm_portable.compile_portable, "fused": tvm_fused.compile_fused}
+
+
+@pytest.fixture
+def artifact(artifacts, tmp_path):
+    """A copy of the GPT-2 artifact that a test may change."""
+    return shutil.copytree(artifacts["gpt2"], tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("profile", GRAPHS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_signature_points_at_every_weight(compiled, family, profile):
+    folder = compiled[family]
+    signature = Signature.read(folder / folder_name("cpu", profile) / SIGNATURE, folder)
+    model = onnx.load(folder / GRAPHS[profile])
+    expected = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    data = (folder / signature.weights_file).read_bytes()
+    assert signature.weights
+    for weight in signature.weights:
+        stored = np.frombuffer(data, np.float32, weight.nbytes // 4, weight.offset).reshape(weight.shape)
+        np.testing.assert_array_equal(stored, expected[weight.name])
+
+
+@pytest.mark.parametrize("profile", GRAPHS)
+def test_weights_stay_out_of_the_library(compiled, profile):
+    folder = compiled["gpt2"]
+    name = folder_name("cpu", profile)
+    code = (folder / name / LIBRARY).read_bytes()
+    signature = Signature.read(folder / name / SIGNATURE, folder)
+    data = (folder / signature.weights_file).read_bytes()
+    for weight in signature.weights:
+        assert data[weight.offset : weight.offset + min(64, weight.nbytes)] not in code, weight.name
+
+
+def test_every_fused_node_becomes_a_kernel_call(artifacts):
+    graph = read_graph(artifacts["llama"], GRAPHS["fused"])
+    script = tvm_fused.lower(graph)["main"].script()
+    for node in graph.proto.graph.node:
+        assert node.domain == "ai.portlm", "GPT-2 has standard nodes, LLaMA none"
+    attention = sum(node.op_type == "CachedAttention" for node in graph.proto.graph.node)
+    # attention is three calls: the cache of keys, that of values, and the product over both
+    assert script.count('"portlm.') == len(graph.proto.graph.node) + 2 * attention
+
+
+def product(b_shape, transposed, rows):
+    """A module that multiplies (rows, K) by a matrix, or by its transpose."""
+    K = b_shape[1] if transposed else b_shape[0]
+    builder = relax.BlockBuilder()
+    a = relax.Var("a", relax.TensorType((rows, K), "float32"))
+    b = relax.Var("b", relax.TensorType(b_shape, "float32"))
+    with builder.function("main", [a, b]):
+        with builder.dataflow():
+            right = builder.emit(relax.op.permute_dims(b, [1, 0])) if transposed else b
+            result = builder.emit_output(relax.op.matmul(a, right))
+        builder.emit_func_output(result)
+    return builder.get()
+
+
+@pytest.mark.parametrize("K", [1, 6, 40])
+@pytest.mark.parametrize("N", [1, 24, 130])
+@pytest.mark.parametrize("transposed", [False, True], ids=["x @ W", "x @ W^T"])
+def test_a_scheduled_product_equals_numpys(K, N, transposed):
+    rng, target = np.random.default_rng(0), tvm.target.Target({"kind": "llvm"})
+    shape = (N, K) if transposed else (K, N)
+    module = product(shape, transposed, tvm.tirx.Var("rows", "int64"))
+    library = relax.build(module, target, relax_pipeline=cpu_passes(target))
+    machine = relax.VirtualMachine(library, tvm.cpu())
+    b = rng.standard_normal(shape, dtype=np.float32)
+    for rows in (1, 5):
+        a = rng.standard_normal((rows, K), dtype=np.float32)
+        expected = a.astype(np.float64) @ (b.T if transposed else b).astype(np.float64)
+        result = machine["main"](tvm.runtime.tensor(a), tvm.runtime.tensor(b)).numpy()
+        # K sums of products of size 1, each rounded once
+        np.testing.assert_allclose(result, expected, rtol=0, atol=K * 1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["x @ W", "x @ W^T"])
+def test_a_product_is_vectorised(transposed):
+    target = tvm.target.Target({"kind": "llvm"})
+    with target:
+        module = cpu_passes(target)(product((64, 64), transposed, 5))
+    (function,) = (f for f in module.functions.values() if isinstance(f, tvm.tirx.PrimFunc))
+    assert "T.vectorized(" in function.script()
+
+
+@pytest.mark.parametrize("profile", GRAPHS)
+def test_a_missing_graph_says_to_export(artifact, profile):
+    (artifact / GRAPHS[profile]).unlink()
+    with pytest.raises(FormatError, match="export"):
+        COMPILE[profile](artifact)
+
+
+@pytest.mark.parametrize("profile", GRAPHS)
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 100, b"not a model"], ids=["empty", "zeros", "text"])
+def test_a_damaged_graph_is_a_format_error(artifact, profile, damage):
+    (artifact / GRAPHS[profile]).write_bytes(damage)
+    with pytest.raises(FormatError):
+        COMPILE[profile](artifact)
+
+
+def test_a_node_outside_the_profile_is_named(artifact):
+    path = artifact / GRAPHS["fused"]
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node[3].op_type = "Mystery"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match="Mystery") as error:
+        tvm_fused.compile_fused(artifact)
+    assert model.graph.node[3].name in str(error.value)
+
+
+def test_a_node_without_its_attribute_is_named(artifact):
+    path = artifact / GRAPHS["fused"]
+    model = onnx.load(path, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "CachedAttention")
+    del node.attribute[:]
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match=node.name):
+        tvm_fused.compile_fused(artifact)
+
+
+def test_without_a_c_compiler_the_error_says_what_to_install(artifact, monkeypatch):
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+    with pytest.raises(EngineUnavailableError, match=r"install g\+\+"):
+        tvm_fused.compile_fused(artifact)
+    assert not (artifact / "compiled").exists()
+
+
+def test_compiling_again_replaces_the_library(artifact):
+    folder = artifact / folder_name("cpu", "fused")
+    first = tvm_fused.compile_fused(artifact)
+    inode = (folder / LIBRARY).stat().st_ino
+    assert tvm_fused.compile_fused(artifact) == first
+    assert (folder / LIBRARY).stat().st_ino != inode, "a running engine keeps the old file"
+    assert sorted(path.name for path in folder.iterdir()) == sorted((LIBRARY, SIGNATURE))
