@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,7 @@ MAX_LEARNED_CHARS = (
 _PIECE_CHARS = 2**16  # the library's working memory is some hundred bytes per token
 _PIECES_AT_ONCE = 16  # encoded in parallel
 # Every supported way to cut words cuts here, whatever stands before and after: before a space that follows a
-# visible character, and before a newline that follows a letter or digit. So pieces encode to what the whole
-# would.
+# visible character, and before a newline that follows a letter or digit. So the pieces give the whole's ids.
 _CUT = re.compile(r"[!-~](?= )|[0-9A-Za-z](?=\n)")
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
@@ -57,8 +57,6 @@ class Tokenizer:
         special: the control tokens and their ids.
         eos_id: the id that ends a text, or None.
         bos_id: the id that begins a text, or None.
-        sha256: digest of tokenizer.json as `save` writes it; two tokenizers with the same digest are the
-            same.
     """
 
     def __init__(self, file: TokenizerFile, eos: str | None = None, bos: str | None = None):
@@ -66,8 +64,8 @@ class Tokenizer:
         self._tokens = file.tokens()
         self._ids_of_byte = [file.vocab[char] for char in BYTE_TO_CHAR]
         # Without merges an id is a byte, and the library is not needed.
-        self._plain_bytes = not file.merges and not file.ignore_merges
-        self._library: tokenizers.Tokenizer | None = None if self._plain_bytes else _build(file)
+        plain_bytes = not file.merges and not file.ignore_merges
+        self._library: tokenizers.Tokenizer | None = None if plain_bytes else _build(file)
         self._added = _splitter(file.added)
         self._added_and_special = _splitter(file.added | file.special)
         self._eos, self._bos = eos, bos
@@ -76,7 +74,6 @@ class Tokenizer:
         self._control = frozenset(file.special.values())
         self.eos_id = None if eos is None else file.special[eos]
         self.bos_id = None if bos is None else file.special[bos]
-        self.sha256 = hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -116,6 +113,11 @@ class Tokenizer:
             config["eos_token"] = self._eos
         write_atomic(root / "tokenizer.json", self.to_json())
         write_atomic(root / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of tokenizer.json as `save` writes it; the same digest means the same ids for every text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return tokenizer.json."""

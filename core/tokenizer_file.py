@@ -227,9 +227,11 @@ def _merges(value: object, vocab: dict[str, int], name: str) -> list[tuple[str, 
     merges = []
     for number, item in enumerate(value):
         pair = item.split(" ") if isinstance(item, str) else item
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
+        if not isinstance(pair, list) or len(pair) != 2:
             raise FormatError(f"{name}: merge {number} is not a pair of tokens: {shown(item)}")
         left, right = pair
+        if not isinstance(left, str) or not isinstance(right, str):
+            raise FormatError(f"{name}: merge {number} is not a pair of tokens: {shown(item)}")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise FormatError(f"{name}: merge {number} needs a token that is not in vocab: {shown(item)}")
         merges.append((left, right))

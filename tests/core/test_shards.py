@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portlm.data import shards
+from portlm.data.corpus import python_topics
 from portlm.data.shards import TokenShards, write_shards
 from portlm.errors import FormatError, StorageError, UsageError
+from portlm.tokenizer import train_bpe
 
 
 def write(folder, ids, **options):
@@ -204,3 +206,14 @@ def test_prepare_holds_out_the_last_tenth_of_the_text(tmp_path):
     assert train.tokenizer_sha256 == "a" * 64
     with pytest.raises(UsageError, match="held-out"):
         shards.prepare(text, tokenizer, tmp_path, held_out=0)
+
+
+def test_prepared_ids_are_the_text_again_and_carry_their_tokenizer(tmp_path):
+    text = python_topics()[:20_000]
+    tokenizer = train_bpe([text], 300)
+    train, val = shards.prepare(text, tokenizer, tmp_path)
+    assert tokenizer.decode(train[:]) + tokenizer.decode(val[:]) == text
+    assert train.vocab_size == 300
+    train.check_tokenizer(tokenizer)
+    with pytest.raises(FormatError, match="another tokenizer"):
+        val.check_tokenizer(train_bpe([text], 301))
