@@ -66,8 +66,13 @@ def connect_kernels() -> None:
         raise EngineUnavailableError(
             f"tvm: portlm's kernels do not know version {found} of TVM's binary interface"
         )
-    for name in FUNCTIONS:
-        tvm_ffi.register_global_func(f"portlm.{name}", module.get_function(f"portlm_{name}"), override=True)
+    try:
+        functions = {name: module.get_function(f"portlm_{name}") for name in FUNCTIONS}
+    except AttributeError as error:
+        reason = f"the build of portlm's kernels lacks one ({_last_line(error)})"
+        raise EngineUnavailableError(f"tvm: {reason}: reinstall portlm") from error
+    for name, function in functions.items():
+        tvm_ffi.register_global_func(f"portlm.{name}", function, override=True)
     _connected = True
 
 
@@ -142,9 +147,9 @@ class TvmEngine:
         # TVM's own pool would spin beside the kernels' threads; it reads these when it is first needed.
         os.environ["TVM_NUM_THREADS"] = "1"
         os.environ["TVM_BIND_THREADS"] = "0"
+        module = _load_trusted(tvm, safe_join(folder, f"{name}/{LIBRARY}"), command)
         if profile == "fused":
             connect_kernels()
-        module = _load_trusted(tvm, safe_join(folder, f"{name}/{LIBRARY}"), command)
         weights = map_weights(safe_join(folder, signature.weights_file), signature.weights)
         from tvm import relax
 
@@ -197,9 +202,13 @@ class TvmEngine:
             raise UsageError(
                 f"attention_mask must be ({ids.shape[0]}, {past + ids.shape[1]}) after {past} tokens, got {mask.shape}"
             )
+        if positions.min() < 0 or positions.max() >= self.context_length:
+            positions = np.where(
+                mask[:, past:] != 0, positions, 0
+            )  # where it is padding any value is allowed
+            _check_range("position_ids", positions, self.context_length)
         if self._generated:
             _check_range("input_ids", ids, self.vocab_size)
-            _check_range("position_ids", positions, self.context_length)
             _check_range("attention_mask", mask, 2)
         tensor = _aligned if self._generated else _tensor
         values = [state[name] for name in self._inputs]
