@@ -39,6 +39,10 @@ def _is_traced(first: Tensor) -> bool:
     )
 
 
+def _needs_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
 class FusedOp:
     """One operator ``portlm::<name>``, callable like the function it wraps.
 
@@ -61,6 +65,7 @@ class FusedOp:
         mutates_args: tuple[str, ...] = (),
     ):
         self.forward = forward
+        self.differentiable = backward is not None
         self.op = torch.library.custom_op(f"portlm::{name}", forward, mutates_args=mutates_args)
         self.op.register_fake(fake)
         self.direct: Callable[..., Any] = forward
@@ -70,7 +75,10 @@ class FusedOp:
             self.direct = _function(name, forward, backward, setup_context).apply
 
     def __call__(self, *args: Any) -> Any:
-        return self.op(*args) if _is_traced(args[0]) else self.direct(*args)
+        """Run the op on contiguous tensors, by the short way if nothing traces."""
+        # Without a backward the short way would drop the gradient in silence; the registered op refuses it.
+        refuse = not self.differentiable and torch.is_grad_enabled() and _needs_grad(args)
+        return self.op(*args) if refuse or _is_traced(args[0]) else self.direct(*args)
 
 
 def _function(

@@ -45,7 +45,7 @@ def layer_norm(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalise the last dimension of ``h = x + residual`` and scale it: ``(h - mean) / sqrt(var + eps) * weight + bias``.
+    """Normalise the last dimension of ``h = x + residual``: ``(h - mean) / sqrt(var + eps) * weight + bias``.
 
     Args:
         x: (..., C).

@@ -8,6 +8,9 @@
 
 namespace portlm::PORTLM_ISA {
 
+// Floats of elementwise work below which waking another thread costs more than it brings.
+constexpr int64_t kElementwiseGrain = 1 << 14;
+
 // Threads that a loop of n items would get, if a thread is worth waking for `grain` items or more.
 inline int threads_for(int64_t n, int64_t grain) {
 #ifdef _OPENMP

@@ -25,6 +25,55 @@ def as_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
     return assert_as_accurate
 
 
+def assert_gradients_as_accurate(
+    ours: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: list[Tensor],
+) -> None:
+    """Assert as_accurate for the values, and for every floating input's gradient under random upstream gradients."""
+    upstream: list[Tensor] = []
+
+    def run(function: Callable[..., Tensor | tuple[Tensor, ...]], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [
+            t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t.detach() for t in inputs
+        ]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not upstream:
+            upstream.extend(torch.randn(y.shape) for y in outputs)
+        grads = torch.autograd.grad(
+            outputs, [t for t in leaves if t.requires_grad], [u.to(dtype) for u in upstream]
+        )
+        return [*(y.detach() for y in outputs), *grads]
+
+    results = (run(ours, torch.float32), run(reference, torch.float32), run(reference, torch.float64))
+    for o, e, r in zip(*results, strict=True):
+        assert_as_accurate(o, e, r)
+
+
+@pytest.fixture
+def gradients_as_accurate() -> Callable[..., None]:
+    return assert_gradients_as_accurate
+
+
+def equal_for_all_thread_counts(function: Callable[[], list[Tensor]]) -> bool:
+    """Say whether a computation gives the same bits on one, two and three threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    return all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.fixture
+def same_on_all_thread_counts() -> Callable[[Callable[[], list[Tensor]]], bool]:
+    return equal_for_all_thread_counts
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
