@@ -1,7 +1,16 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019), with the residual add in front."""
+"""Root-mean-square normalisation (Zhang and Sennrich 2019), with the residual add in front fused into the same pass.
+
+Shapes: x, residual, y, h are (..., C); weight is (C,). All float32 in the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+from portlm.ops.fused import FusedOp, has_kernel, kernels
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 
@@ -9,10 +18,136 @@ __all__ = ["rms_norm", "rms_norm_reference"]
 def rms_norm_reference(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return h / sqrt(mean(h^2) + eps) * weight for h = x + residual; (y, h) when a residual is given."""
+    """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
     h = x if residual is None else x + residual
     y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
     return y if residual is None else (y, h)
 
 
-rms_norm = rms_norm_reference
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = ..., residual: None = ...) -> Tensor: ...
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = ..., *, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scale the last dimension of ``h = x + residual`` to unit size: ``h / sqrt(mean(h^2) + eps) * weight``.
+
+    Args:
+        x: (..., C).
+        weight: (C,) gain.
+        eps: added to the mean of the squares.
+        residual: (..., C), added to x first.
+
+    Returns:
+        y of x's shape, or (y, h) when a residual is given, because the next residual add needs h.
+
+    Raises:
+        ValueError: the shapes do not fit; the message names them.
+    """
+    C = x.shape[-1] if x.dim() else 0
+    if not x.dim() or weight.shape != (C,):
+        raise ValueError(
+            f"[rms_norm] weight must be ({C},) for x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"[rms_norm] shapes must match, got {tuple(x.shape)} and {tuple(residual.shape)}")
+    if not has_kernel(x, weight, residual):
+        return rms_norm_reference(x, weight, eps, residual)
+    if residual is None:
+        return _fused(x.contiguous(), weight.contiguous(), eps)[0]
+    y, h, _ = _fused_add(x.contiguous(), residual.contiguous(), weight.contiguous(), eps)
+    return y, h
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, rstd = torch.empty_like(x), _statistic(x)
+    kernels.rms_norm_fwd(
+        x.data_ptr(), 0, weight.data_ptr(), eps, y.data_ptr(), 0, rstd.data_ptr(), rstd.numel(), x.shape[-1]
+    )
+    return y, rstd
+
+
+def _forward_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, rstd = torch.empty_like(x), torch.empty_like(x), _statistic(x)
+    kernels.rms_norm_fwd(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps,
+        y.data_ptr(), h.data_ptr(), rstd.data_ptr(), rstd.numel(), x.shape[-1],
+    )  # fmt: skip
+    return y, h, rstd
+
+
+def _gradients(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = torch.empty_like(h), torch.empty_like(weight)
+    kernels.rms_norm_bwd(
+        dy.data_ptr(), 0 if dh is None else dh.data_ptr(), h.data_ptr(), weight.data_ptr(), rstd.data_ptr(),
+        dx.data_ptr(), dweight.data_ptr(), rstd.numel(), h.shape[-1],
+    )  # fmt: skip
+    return dx, dweight
+
+
+_fused_gradients = FusedOp(
+    "rms_norm_backward",
+    _gradients,
+    fake=lambda dy, dh, h, weight, rstd: (torch.empty_like(h), torch.empty_like(weight)),
+)
+
+
+def _contiguous(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _ = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    h, weight, rstd = ctx.saved_tensors
+    return *_fused_gradients(_contiguous(dy, h), None, h, weight, rstd), None
+
+
+def _save_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, _ = inputs
+    _, h, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(h, weight, rstd)
+
+
+def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    h, weight, rstd = ctx.saved_tensors
+    dh = None if dh is None else dh.contiguous()
+    dx, dweight = _fused_gradients(_contiguous(dy, h), dh, h, weight, rstd)
+    return dx, dx, dweight, None
+
+
+_fused = FusedOp(
+    "rms_norm",
+    _forward,
+    fake=lambda x, weight, eps: (torch.empty_like(x), _statistic(x)),
+    backward=_backward,
+    setup_context=_save,
+)
+_fused_add = FusedOp(
+    "add_rms_norm",
+    _forward_add,
+    fake=lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x), _statistic(x)),
+    backward=_backward_add,
+    setup_context=_save_add,
+)

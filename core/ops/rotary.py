@@ -1,16 +1,87 @@
-"""Rotary position embedding (Su et al. 2021), halves convention."""
+"""Rotary position embedding (Su et al. 2021), halves convention: each head splits at D / 2, as in transformers.
+
+Shapes: x and y are (B, T, H, D); cos and sin are (T, D / 2) or (B, T, D / 2). All float32 in the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from portlm.ops.fused import FusedOp, has_kernel, kernels
 
 __all__ = ["rotary", "rotary_reference"]
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (x1, x2) to (x1 cos - x2 sin, x2 cos + x1 sin): x (B, T, H, D), cos and sin (T, D/2) or (B, T, D/2)."""
+    """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-rotary = rotary_reference
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves (x1, x2) of every head to (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Args:
+        x: (B, T, H, D), D even. Heads of a wider projection need no copy: any distance between tokens will do.
+        cos: (T, D / 2), the same for every row of the batch, or (B, T, D / 2).
+        sin: like cos. The kernel has no gradient for the tables; tables that require one take the reference.
+
+    Returns:
+        (B, T, H, D), contiguous.
+
+    Raises:
+        ValueError: the shapes do not fit; the message names them.
+    """
+    B, T, _, D = x.shape if x.dim() == 4 else (0, 0, 0, 1)
+    if D % 2 or cos.shape != sin.shape or cos.shape not in ((T, D // 2), (B, T, D // 2)):
+        raise ValueError(
+            f"[rotary] x must be (B, T, H, D) with D even, cos and sin (T, D/2) or (B, T, D/2), "
+            f"got {tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if not has_kernel(x, cos, sin) or cos.requires_grad or sin.requires_grad:
+        return rotary_reference(x, cos, sin)
+    return _fused(_heads_together(x), cos.contiguous(), sin.contiguous(), False)
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """Return x if its tokens lie at even distances, each with its heads in one piece; else a contiguous copy."""
+    _, T, H, D = x.shape
+    batch, token, head, element = x.stride()
+    fits = element == 1 and head == D and token >= H * D and batch == T * token
+    return x if fits else x.contiguous()
+
+
+def _forward(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    B, T, H, D = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernels.rotary_fwd(
+        x.data_ptr(), x.stride(1), cos.data_ptr(), sin.data_ptr(), 0, y.data_ptr(),
+        B * T, T if cos.dim() == 2 else B * T, H, D, inverse,
+    )  # fmt: skip
+    return y
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, inverse = inputs
+    ctx.inverse = inverse
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None, None
+    cos, sin = ctx.saved_tensors
+    return _fused(_heads_together(dy), cos, sin, not ctx.inverse), None, None, None
+
+
+_fused = FusedOp(
+    "rotary",
+    _forward,
+    fake=lambda x, cos, sin, inverse: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    backward=_backward,
+    setup_context=_save,
+)

@@ -1,14 +1,79 @@
-"""SwiGLU gate (Shazeer 2020), y = silu(gate) * up."""
+"""SwiGLU gate (Shazeer 2020), y = silu(gate) * up, fused into one pass over memory.
 
+Shapes: gate, up and y are (..., F), equal. All float32 in the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from portlm.ops.fused import FusedOp, has_kernel, kernels
 
 __all__ = ["swiglu", "swiglu_reference"]
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up for two tensors of equal shape (..., F)."""
+    """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
     return F.silu(gate) * up
 
 
-swiglu = swiglu_reference
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, where silu(g) = g / (1 + e^-g).
+
+    Args:
+        gate: (..., F).
+        up: (..., F).
+
+    Returns:
+        (..., F).
+
+    Raises:
+        ValueError: the shapes differ; the message names them.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"[swiglu] shapes must match, got {tuple(gate.shape)} and {tuple(up.shape)}")
+    if not has_kernel(gate, up):
+        return swiglu_reference(gate, up)
+    return _fused(gate.contiguous(), up.contiguous())
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate)
+    kernels.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+    return y
+
+
+def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    kernels.swiglu_bwd(
+        dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel()
+    )
+    return dgate, dup
+
+
+_fused_gradients = FusedOp(
+    "swiglu_backward",
+    _gradients,
+    fake=lambda dy, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (None, None) if dy is None else _fused_gradients(dy.contiguous(), *ctx.saved_tensors)
+
+
+_fused = FusedOp(
+    "swiglu",
+    _forward,
+    fake=lambda gate, up: torch.empty_like(gate),
+    backward=_backward,
+    setup_context=_save,
+)
