@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from portlm.artifact import ParityRow
 from portlm.bench import Target, measure
-from portlm.errors import FormatError, UsageError
+from portlm.errors import FormatError, ParityError, UsageError
 from portlm.files import write_atomic
 
 Progress = Callable[[str], None]
@@ -86,7 +87,7 @@ def run(out: Path, *, steps: int | None = None, progress: Progress = lambda mess
     progress("compile: " + ", ".join(str(target) for target in targets))
     _compile(model, targets)
     progress("verify: every engine against eager PyTorch")
-    certificate = _verify(model, targets)
+    certificate = _verify(model, targets, progress)
     progress("measure: prefill and decode on every engine, interleaved")
     figures = measure(model, targets, progress=progress, **BENCH)
     progress("write: one page of documentation")
@@ -156,10 +157,14 @@ def _compile(model: Path, targets: list[Target]) -> None:
     build(model, [key for t in targets if (key := (t.engine, t.device, t.profile)) in COMPILERS])
 
 
-def _verify(model: Path, targets: list[Target]) -> list[Any]:
-    from portlm.compile.parity import certify
+def _verify(model: Path, targets: list[Target], progress: Progress) -> list[ParityRow]:
+    from portlm.verify import verify_artifact
 
-    return list(certify(model, [(t.engine, t.device, t.profile) for t in targets]))
+    results = verify_artifact(model, targets, certify=True, progress=progress)
+    problems = [f"{r.problem}{f' ({r.node})' if r.node else ''}" for r in results if r.problem]
+    if problems:
+        raise ParityError("; ".join(problems))
+    return [result.row for result in results if result.row is not None]
 
 
 def _sample(model: Path) -> str:
@@ -172,7 +177,7 @@ def _sample(model: Path) -> str:
 def _report(
     result: Any,
     metrics: list[dict[str, Any]],
-    certificate: list[Any],
+    certificate: list[ParityRow],
     figures: dict[str, Any],
     missing: list[str],
     sample: str,

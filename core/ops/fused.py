@@ -7,7 +7,8 @@ way, an `autograd.Function` around the same functions, and everything that trace
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ try:
 except ImportError:  # a source tree that was not built: every op runs its reference
     _C = None  # type: ignore[assignment]
 
-__all__ = ["FusedOp", "has_kernel", "kernels"]
+__all__ = ["FusedOp", "has_kernel", "kernels", "without_kernels"]
 
 kernels: Any = _C
 """The compiled kernels (``portlm._C``), or None where they were not built."""
@@ -26,9 +27,26 @@ kernels: Any = _C
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+_enabled = True
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Make every op run its reference inside the block: PyTorch's own operators and nothing of ours.
+
+    Affects the whole process, so it is for proofs and tests, not for serving.
+    """
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
 def has_kernel(*tensors: Tensor | None) -> bool:
     """Say whether the compiled CPU kernels take these tensors: built, float32, on the CPU, and not being exported."""
-    if _C is None or torch.compiler.is_exporting():
+    if _C is None or not _enabled or torch.compiler.is_exporting():
         return False
     return all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
 

@@ -1,0 +1,82 @@
+"""``portlm verify``: the same answer on every engine, proved on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from portlm.verify import Result
+
+
+@click.command("verify")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--engine",
+    "-e",
+    "engines",
+    multiple=True,
+    metavar="ENGINE[:DEVICE[:PROFILE]]",
+    help="What to check; repeat for several (default: everything that runs here).",
+)
+@click.option("--certify", is_flag=True, help="Write the certificate anew instead of checking against it.")
+@click.option(
+    "--bisect/--no-bisect",
+    "search",
+    default=True,
+    show_default=True,
+    help="Search for the node that differs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(model: Path, engines: tuple[str, ...], certify: bool, search: bool, as_json: bool) -> int:
+    """Check every file of the artifact MODEL, and every engine against eager PyTorch.
+
+    The first call writes the parity certificate into the manifest; later calls measure again and compare. If an
+    engine differs, the first node that does is named and the exit code is 1.
+    """
+    from portlm.bench import Target
+    from portlm.verify import verify_artifact
+
+    results = verify_artifact(
+        model,
+        [Target.parse(text) for text in engines] or None,
+        certify=certify,
+        search=search,
+        progress=lambda message: click.echo(f"verify: {message}", err=True),
+    )
+    if as_json:
+        click.echo(json.dumps([result.as_dict() for result in results], indent=2))
+    else:
+        print_table(model, results)
+    return int(any(result.problem for result in results))
+
+
+def print_table(model: Path, results: list[Result]) -> None:
+    """Print one row per target, and beneath the table what is wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model}: distance from eager PyTorch")
+    for name in ("engine", "profile", "precision"):
+        table.add_column(name)
+    for name in ("max logit error", "certificate", "KL", "top-1", "greedy", "off device"):
+        table.add_column(name, justify="right")
+    for result in results:
+        row = result.row
+        if row is None:
+            continue
+        table.add_row(
+            f"{row.engine}:{row.device}", row.profile, row.precision, f"{row.max_logit_error:.1e}",
+            f"{result.recorded.max_logit_error:.1e}" if result.recorded else "written",
+            f"{row.kl:.1e}", f"{row.top1:.1%}", f"{row.greedy_match}/{row.greedy_total}", str(len(row.fallback)),
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    for result in results:
+        if result.problem:
+            console.print(f"{result.target}: {result.problem}", highlight=False, style="red", soft_wrap=True)
+        if result.node:
+            console.print(f"  {result.node}", highlight=False, soft_wrap=True)

@@ -1,0 +1,181 @@
+"""Does every engine give the model's answer on this machine? Measured, written down, and measured again.
+
+The first time, eager PyTorch on its own operators answers a probe, the answer is stored in the artifact, and every
+engine's distance from it becomes a row of the certificate in the manifest. Afterwards the same probe is put to the
+engines again, wherever the artifact has gone, and no PyTorch is needed. An engine that differs is searched for the
+first node that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portlm.artifact import Manifest, ParityRow, read_manifest, verify_files
+from portlm.bench import Target
+from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
+
+if TYPE_CHECKING:
+    from portlm.runtimes.engine import Engine
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found for one target.
+
+    Attributes:
+        target: engine, device and profile.
+        row: what was measured, None if the engine could not be measured.
+        recorded: the certificate's row for it, None if it has none.
+        problem: what is wrong in one line, None if nothing is.
+        node: the first node that differs, where the search found one.
+    """
+
+    target: Target
+    row: ParityRow | None = None
+    recorded: ParityRow | None = None
+    problem: str | None = None
+    node: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**asdict(self), "target": str(self.target)}
+
+
+def verify_artifact(
+    folder: str | Path,
+    targets: Sequence[Target] | None = None,
+    *,
+    certify: bool = False,
+    search: bool = True,
+    progress: Progress = lambda message: None,
+) -> list[Result]:
+    """Check every file of an artifact, then every engine against the stored answer of eager PyTorch.
+
+    Args:
+        folder: the artifact.
+        targets: what to check; None for every engine that runs here and has what it needs in the artifact.
+        certify: make the answer and the certificate anew, as happens by itself when there is none.
+        search: on a difference, look for the first node that differs.
+        progress: called with a line before each step.
+
+    Returns:
+        One result per target. A problem is in the result, not raised.
+
+    Raises:
+        FormatError: a file is missing, truncated or altered.
+        EngineUnavailableError: there is no stored answer and no PyTorch to make one.
+        UsageError: there is nothing to check.
+    """
+    from portlm.compile import parity
+
+    root = Path(folder)
+    progress("files")
+    manifest = verify_files(root)
+    chosen = list(targets) if targets is not None else ready_targets(manifest)
+    if not chosen:
+        raise UsageError(
+            f"{root}: no engine of this machine can run it; run `portlm compile` first, or see doctor"
+        )
+    if certify or parity.REFERENCE not in manifest.files:
+        progress("the answer of eager PyTorch")
+        with closing(_open(root, Target("torch", "cpu", "native"))) as engine:
+            parity.certify(root, [], reference=PlainPyTorch(engine))
+        certify = True
+    results = []
+    for target in chosen:
+        progress(str(target))
+        results.append(_check(root, target, certify, search, progress))
+    return results
+
+
+def ready_targets(manifest: Manifest) -> list[Target]:
+    """Return what this machine has engines for and the artifact has graphs or compiled code for."""
+    from portlm.runtimes.probe import probe
+
+    compiled = {(entry.engine, entry.device, entry.profile) for entry in manifest.compiled}
+    profiles = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
+    targets = []
+    for row in probe():
+        engine, device = row["engine"], row["device"]
+        if not row["available"]:
+            continue
+        if engine == "torch":
+            targets.append(Target(engine, device, "native"))
+        if engine == "ort" and "portable" in profiles:
+            targets.append(Target(engine, device, "portable"))
+        targets += [Target(*key) for key in sorted(compiled) if key[:2] == (engine, device)]
+    return targets
+
+
+class PlainPyTorch:
+    """The torch engine with portlm's kernels switched off: PyTorch's own operators, which every engine must match."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self, *arguments: Any) -> Any:
+        """Run one step on the references of all ops."""
+        from portlm.ops.fused import without_kernels
+
+        with without_kernels():
+            return self._engine.step(*arguments)
+
+
+def _open(root: Path, target: Target) -> Engine:
+    import portlm
+
+    return portlm.load(root, engine=target.engine, device=target.device, profile=target.profile).engine
+
+
+def _check(root: Path, target: Target, certify: bool, search: bool, progress: Progress) -> Result:
+    from portlm.compile import parity
+
+    try:
+        with closing(_open(root, target)) as engine:
+            if certify:
+                return Result(target, *parity.certify(root, [engine]))
+            found = parity.verify(root, engine)
+            return Result(target, found.measured, found.recorded)
+    except ParityError as error:
+        problem = str(error)
+    except PortlmError as error:
+        return Result(target, problem=str(error))
+    node = None
+    if search:
+        progress(f"{target} differs: looking for the first node that does")
+        node = next(_first_wrong_node(root, target), None)
+    return Result(target, problem=problem, node=node)
+
+
+def _first_wrong_node(root: Path, target: Target) -> Iterator[str]:
+    """Yield the first node that differs, if the search finds one."""
+    from portlm.compile.bisect import bisect, ort_runner, tvm_runner
+
+    manifest = read_manifest(root)
+    graphs = dict(manifest.roles["decoder"].profiles)
+    if target.engine == "ort":
+        runner = ort_runner(target.device)
+        for entry in manifest.compiled:
+            if (entry.engine, entry.device, entry.profile) == ("ort", target.device, target.profile):
+                graphs[target.profile] = entry.files[0]
+    elif target.engine == "tvm":
+        runner = tvm_runner(target.profile)
+    else:  # no graph to search
+        return
+    try:
+        with closing(_open(root, target)):  # registers the device or the kernels that the runner needs
+            found = bisect(root, runner, graphs[target.profile])
+    except (EngineUnavailableError, UsageError) as error:
+        yield f"not found: {error}"
+        return
+    if found is not None:
+        yield str(found)
