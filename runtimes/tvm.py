@@ -17,9 +17,9 @@ from typing import Any, Self
 import numpy as np
 
 from portlm.artifact import Manifest, verify_files
-from portlm.errors import EngineUnavailableError, FormatError, UsageError
+from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
-from portlm.runtimes.engine import Ids, Logits, Placement, State
+from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.trust import is_trusted
 from portlm.tvm_support import LIBRARY, PROCESSORS, SIGNATURE, Signature, Weight, folder_name, import_tvm
 
@@ -187,36 +187,31 @@ class TvmEngine:
 
         Raises:
             UsageError: shapes that do not belong together, a token or position out of range, or a closed engine.
+            ContextLengthError: more tokens than the context holds.
+            PortlmError: not enough memory.
         """
         if self._step is None:
             raise UsageError("this engine is closed: load the model again")
+        check_inputs(self, input_ids, position_ids, attention_mask)
+        rows, _, past, _ = state[self._inputs[0]].shape
+        if rows != len(input_ids) or attention_mask.shape[1] != past + input_ids.shape[1]:
+            raise UsageError(
+                f"a state of {rows} rows and {past} tokens does not go with input_ids {input_ids.shape} "
+                f"and attention_mask {attention_mask.shape}"
+            )
         ids, positions, mask = (
             np.ascontiguousarray(a, np.int64) for a in (input_ids, position_ids, attention_mask)
         )
-        past = state[self._inputs[0]].shape[2] if self._inputs else 0
-        if ids.ndim != 2 or 0 in ids.shape or positions.shape != ids.shape:
-            raise UsageError(
-                f"input_ids and position_ids must both be (B, T), got {ids.shape} and {positions.shape}"
-            )
-        if mask.shape != (ids.shape[0], past + ids.shape[1]):
-            raise UsageError(
-                f"attention_mask must be ({ids.shape[0]}, {past + ids.shape[1]}) after {past} tokens, got {mask.shape}"
-            )
-        if positions.min() < 0 or positions.max() >= self.context_length:
-            positions = np.where(
-                mask[:, past:] != 0, positions, 0
-            )  # where it is padding any value is allowed
-            _check_range("position_ids", positions, self.context_length)
-        if self._generated:
-            _check_range("input_ids", ids, self.vocab_size)
-            _check_range("attention_mask", mask, 2)
         tensor = _aligned if self._generated else _tensor
         values = [state[name] for name in self._inputs]
         others = set_threads(self._threads) if self._threads else 0
         try:
             outputs = self._step(tensor(ids), tensor(mask), tensor(positions), *values)
-        except (ValueError, RuntimeError) as error:  # a kernel's check, or the virtual machine's
-            raise UsageError(f"tvm: {_last_line(error)}") from error
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # a kernel's check, or the virtual machine's: memory, above all
+            raise PortlmError(f"tvm: {_last_line(error)}") from error
         finally:
             if others:
                 set_threads(others)
@@ -269,11 +264,6 @@ def _aligned(array: np.ndarray) -> Any:
     tensor = tvm.runtime.empty(array.shape, str(array.dtype))
     np.from_dlpack(tensor)[...] = array
     return tensor
-
-
-def _check_range(name: str, values: np.ndarray, limit: int) -> None:
-    if values.min() < 0 or values.max() >= limit:
-        raise UsageError(f"{name} must be from 0 to {limit - 1}, got {values.min()} to {values.max()}")
 
 
 def _last_line(error: Exception) -> str:
