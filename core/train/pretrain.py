@@ -68,7 +68,12 @@ class PretrainResult:
 
 
 def pretrain(
-    config: PretrainConfig, out: str | Path, *, resume: str = "none", quiet: bool = False
+    config: PretrainConfig,
+    out: str | Path,
+    *,
+    resume: str = "none",
+    quiet: bool = False,
+    plot: bool = True,
 ) -> PretrainResult:
     """Train a model in the folder ``out`` and return where it is and how good it became.
 
@@ -77,6 +82,7 @@ def pretrain(
         out: The run folder (:mod:`portlm.train.run_folder` draws it).
         resume: ``none``, ``auto`` or the path of a checkpoint.
         quiet: Report nothing but warnings on stderr.
+        plot: Draw the loss curve when training ends or is interrupted.
 
     Raises:
         InterruptedTraining: A signal came; the state is saved.
@@ -110,9 +116,12 @@ def pretrain(
             trainer.describe("resume")
         progress.start = trainer.step
         interrupt = stack.enter_context(Interrupt())
-        with progress:
-            trainer.run(interrupt)
-        _draw(folder, progress)
+        try:
+            with progress:
+                trainer.run(interrupt)
+        finally:
+            if plot:
+                _draw(folder, progress)
         return trainer.finish()
 
 
@@ -180,7 +189,6 @@ class Trainer:
                 self.save()
         if self.step < config.steps:
             self.save()
-            _draw(self.folder, self.progress)
             raise InterruptedTraining(
                 f"stopped after step {self.step} of {config.steps} and saved {self.folder.checkpoints}"
                 f"/step-{self.step}: continue with --resume auto",
@@ -482,4 +490,8 @@ def _draw(folder: RunFolder, progress: ProgressReport) -> None:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    """Return a sample for people: an untrained model also writes the codes that move a terminal's cursor."""
+    lines = text.expandtabs().split("\n")
+    return "\n".join(
+        "    " + "".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in line) for line in lines
+    )

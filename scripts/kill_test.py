@@ -1,0 +1,266 @@
+"""Kill a training that saves all the time, again and again, and count what it costs.
+
+A tiny model is trained with a checkpoint after every step. Each trial resumes it in a child process and ends that
+with SIGKILL: half of them at a random moment, half at a random file operation of a save, before it, after it, or
+with half of its bytes written. After every kill all checkpoints are verified; when a run is complete, its weights,
+moments, random state and metrics are compared with those of an undisturbed run, bit for bit, and the next run begins.
+
+    python scripts/kill_test.py --kills 200
+
+Counts, all of which but the first have to be 0: kills; corrupt checkpoints under a final name; unresumable runs;
+fallbacks to an older checkpoint; lost steps that had been reported as saved; runs that ended differently; and
+leftovers after a completed run. A kill loses the process, not the power: what the page cache holds survives it, so
+the waiting for the disk is what tests/train/test_checkpoint.py is for.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # every optimiser loads it when made, which takes seconds: here once, for all children
+
+from portlm import settings
+from portlm.errors import FormatError
+from portlm.train.checkpoint import FileOps, list_checkpoints, verify_checkpoint
+from portlm.train.config import PretrainConfig
+from portlm.train.metrics import comparable, read_metrics
+from portlm.train.pretrain import Trainer, pretrain
+
+STEPS = 30
+MEMORY = Path("/dev/shm")
+TEXT = "".join(
+    f"{i} green bottles hanging on the wall, and if one should fall: {i - 1}.\n" for i in range(99, 0, -1)
+)
+FILE_OPERATIONS = [name for name in vars(FileOps) if not name.startswith("_")]
+
+
+@dataclass
+class Counts:
+    """What happened. Everything but the first three is a failure."""
+
+    kills: int = 0
+    kills_inside_a_save: int = 0
+    runs: int = 0
+    corrupt: int = 0
+    unresumable: int = 0
+    fallbacks: int = 0
+    lost: int = 0
+    different: int = 0
+    leftovers: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def failures(self) -> int:
+        """Return how much went wrong."""
+        return self.corrupt + self.unresumable + self.fallbacks + self.lost + self.different + self.leftovers
+
+
+def config(text: Path) -> PretrainConfig:
+    """Return settings under which a step and a save take about equally long; dropout draws random numbers."""
+    return settings.load(PretrainConfig, overrides=[
+        ("steps", STEPS), ("log_interval", 4), ("threads", 1), ("data.texts", [str(text)]), ("data.batch_size", 4),
+        ("model.n_layer", 2), ("model.n_head", 2), ("model.width", 32), ("model.context_length", 16),
+        ("model.dropout", 0.1), ("evaluation.interval", 7), ("evaluation.max_tokens", 64),
+        ("evaluation.sample_tokens", 8), ("checkpoint.interval", 1),
+    ])  # fmt: skip
+
+
+def start_child(
+    run: Path, options: PretrainConfig, prepare: Callable[[], None] | None = None
+) -> tuple[int, int]:
+    """Train in a forked process; return its id and a pipe that carries the step of every completed save.
+
+    Forking costs milliseconds where starting Python costs seconds. It is safe because this process never computes:
+    PyTorch starts its threads in the children.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        return child, read
+    code = 3
+    try:
+        os.close(read)
+        save = Trainer.save
+
+        def reporting(self: Trainer) -> None:
+            save(self)
+            os.write(write, struct.pack("<q", self.step))
+
+        Trainer.save = reporting  # type: ignore[method-assign]
+        if prepare is not None:
+            prepare()
+        pretrain(options, run, resume="auto", quiet=True, plot=False)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def kill_at_operation(number: int, how: str) -> None:
+    """Make this process kill itself at one file operation of its saves."""
+    count = 0
+
+    def patch(name: str) -> None:
+        original = getattr(FileOps, name)
+
+        def operation(self: FileOps, *arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count != number:
+                return original(self, *arguments)
+            if how == "after":
+                original(self, *arguments)
+            elif how == "half" and name == "write_file":
+                path, data = arguments
+                path.write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("still alive after SIGKILL")
+
+        setattr(FileOps, name, operation)
+
+    for name in FILE_OPERATIONS:
+        patch(name)
+
+
+def wait(child: int, pipe: int) -> tuple[int, int]:
+    """Return the child's status and the last step it reported as saved, -1 for none."""
+    reported = -1
+    while chunk := os.read(pipe, 8 * 1024):
+        if whole := len(chunk) // 8 * 8:
+            (reported,) = struct.unpack("<q", chunk[whole - 8 : whole])
+    os.close(pipe)
+    return os.waitpid(child, 0)[1], reported
+
+
+def fingerprint(run: Path) -> dict[str, Any]:
+    """Return all that a bit-exact resume has to reproduce."""
+    last = run / "checkpoints" / f"step-{STEPS}"
+    names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+    state = verify_checkpoint(last).state
+    for key in ("seconds", "config"):
+        state.pop(key)
+    return {
+        **{name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names},
+        "final": hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest(),
+        "state": state,
+        "metrics": comparable(read_metrics(run / "metrics.jsonl")),
+    }
+
+
+def inspect(run: Path, saved: int, counts: Counts) -> None:
+    """Verify every checkpoint after a kill; ``saved`` is the last step that was reported as saved."""
+    good = []
+    found = list_checkpoints(run / "checkpoints")
+    for step, folder in found:
+        try:
+            verify_checkpoint(folder)
+            good.append(step)
+        except FormatError as error:
+            counts.corrupt += 1
+            counts.notes.append(f"{folder.name}: {error}")
+    if found and not good:
+        counts.unresumable += 1
+    elif found and good[-1] != found[-1][0]:
+        counts.fallbacks += 1
+    if saved > (good[-1] if good else -1):
+        counts.lost += 1
+        counts.notes.append(f"step {saved} was reported as saved, the newest intact one is {good[-1:]}")
+
+
+def leftovers(run: Path) -> list[str]:
+    """Return the temporary files and folders below a run."""
+    return [
+        str(path.relative_to(run)) for path in run.rglob("*") if ".tmp" in path.name or ".aside" in path.name
+    ]
+
+
+def test(folder: Path, kills: int, generator: random.Random) -> Counts:
+    """Kill and resume until ``kills`` kills happened and the last run is complete."""
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    options = config(text)
+    begin = time.monotonic()
+    status, _ = wait(*start_child(folder / "undisturbed", options))
+    if status:
+        raise SystemExit("the undisturbed run failed")
+    # Long enough to get through the start and some saves, short enough to be killed many times per run.
+    horizon = (time.monotonic() - begin) / 5
+    expected = fingerprint(folder / "undisturbed")
+    counts = Counts()
+    while counts.kills < kills:
+        counts.runs += 1
+        run = folder / f"run-{counts.runs}"
+        saved = -1
+        status = -1
+        while status != 0:
+            prepare = None
+            timed = generator.random() < 0.5
+            if counts.kills < kills and not timed:
+                number, how = generator.randint(1, 120), generator.choice(["before", "after", "half"])
+                prepare = lambda number=number, how=how: kill_at_operation(number, how)  # noqa: E731
+            child, pipe = start_child(run, options, prepare)
+            if counts.kills < kills and timed:
+                time.sleep(generator.uniform(0, horizon))
+                os.kill(child, signal.SIGKILL)
+            status, reported = wait(child, pipe)
+            saved = max(saved, reported)
+            killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            counts.kills += killed
+            counts.kills_inside_a_save += killed and any((run / "checkpoints").glob("*.tmp-*"))
+            if not killed and status:
+                counts.unresumable += 1
+                counts.notes.append(f"a resumed run failed with status {status}")
+                break
+            if (run / "checkpoints").exists():
+                inspect(run, saved, counts)
+        else:
+            if fingerprint(run) != expected:
+                counts.different += 1
+            if rest := leftovers(run):
+                counts.leftovers += 1
+                counts.notes.append(f"left behind: {', '.join(rest)}")
+        print(
+            f"run {counts.runs}: {counts.kills}/{kills} kills, {counts.failures()} failures", file=sys.stderr
+        )
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100, help="kills to survive (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where to train (default: in memory if possible)")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    place = arguments.folder or (MEMORY if os.access(MEMORY, os.W_OK) else None)
+    with tempfile.TemporaryDirectory(prefix="portlm-kill-", dir=place) as folder:
+        counts = test(Path(folder), arguments.kills, random.Random(arguments.seed))
+    result = {**asdict(counts), "seconds": round(time.monotonic() - begin, 1)}
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        for key, value in result.items():
+            print(f"{key:>20}: {value}")
+    sys.exit(1 if counts.failures() else 0)
+
+
+if __name__ == "__main__":
+    main()

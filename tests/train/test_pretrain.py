@@ -1,0 +1,488 @@
+"""Pretraining: it learns, it resumes bit for bit, and whatever stops it leaves a good checkpoint."""
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from click.testing import CliRunner  # noqa: E402
+
+from portlm import models, settings  # noqa: E402
+from portlm.commands.pretrain import command  # noqa: E402
+from portlm.data.shards import prepare  # noqa: E402
+from portlm.errors import (  # noqa: E402
+    ConfigError,
+    ContextLengthError,
+    DivergenceError,
+    FormatError,
+    StorageError,
+    UsageError,
+)
+from portlm.tokenizer import byte_tokenizer  # noqa: E402
+from portlm.train.checkpoint import FileOps, list_checkpoints, verify_checkpoint  # noqa: E402
+from portlm.train.config import PretrainConfig  # noqa: E402
+from portlm.train.evaluation import HeldOut, evaluate, sample  # noqa: E402
+from portlm.train.interrupt import InterruptedTraining  # noqa: E402
+from portlm.train.metrics import comparable, read_metrics  # noqa: E402
+from portlm.train.pretrain import Trainer, accumulate_gradients  # noqa: E402
+from portlm.train.pretrain import pretrain as pretrain_and_plot  # noqa: E402
+from portlm.train.run_folder import RunFolder  # noqa: E402
+
+TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer. Äpfel!\n" for i in range(99, 0, -1))
+
+
+# A picture takes longer than these runs.
+pretrain = functools.partial(pretrain_and_plot, plot=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models here are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def tiny(text, *overrides, **values):
+    """Return settings for a model that takes a few milliseconds per step."""
+    values = {
+        "steps": 12, "log_interval": 3, "model.n_layer": 1, "model.n_head": 2, "model.width": 16,
+        "model.context_length": 16, "data.batch_size": 4, "evaluation.interval": 6, "evaluation.max_tokens": 128,
+        "evaluation.sample_tokens": 20, "checkpoint.interval": 4, "data.texts": [str(text)], "threads": 1,
+    } | {key.replace("__", "."): value for key, value in values.items()}  # fmt: skip
+    return settings.load(PretrainConfig, overrides=[*values.items(), *overrides])
+
+
+def digest(folder):
+    """Return the sha256 of everything that a bit-exact resume must reproduce."""
+    names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def newest(run):
+    return list_checkpoints(run / "checkpoints")[-1][1]
+
+
+def stop_at(monkeypatch, step, action):
+    """Do something right after the step with this number."""
+    original = Trainer.train_step
+
+    def train_step(self):
+        original(self)
+        if self.step == step:
+            action()
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+# ---- learning ----------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_leaves_a_complete_run(text, tmp_path):
+    config = tiny(text, steps=200, optimizer__lr=1e-2, evaluation__interval=100, checkpoint__interval=100)
+    result = pretrain(config, tmp_path / "run", quiet=True)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[0] > 4.0  # ln 256 = 5.5 for a model that knows nothing
+    assert losses[-1] < 2.2
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [100, 200]
+    assert [record["step"] for record in records if record["kind"] == "sample"] == [100, 200]
+    assert settings.load(PretrainConfig, file=tmp_path / "run" / "config.toml") == config
+    assert result.checkpoint == tmp_path / "run" / "final"
+    assert result.steps == 200
+    assert result.tokens == 200 * 4 * 16
+    assert not (result.checkpoint / "optimizer.safetensors").exists()
+    model = models.load_model(result.checkpoint)
+    assert model.num_parameters() == result.parameters
+    for name, weight in models.load_model(newest(tmp_path / "run")).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    assert not list((tmp_path / "run").glob("loss.*"))
+
+
+def test_the_loss_curve_is_drawn_also_when_the_run_is_interrupted(text, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    stop_at(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(InterruptedTraining):
+        pretrain_and_plot(tiny(text), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "loss.svg").exists()
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_bits_per_byte_is_the_held_out_likelihood_in_bits_over_the_bytes(text, tmp_path):
+    """Recomputed from the logits in float64, over the whole held-out tenth, independently of the windows' code."""
+    result = pretrain(tiny(text, evaluation__max_tokens=0), tmp_path / "run", quiet=True)
+    raw = TEXT.encode()
+    cut = len(raw) - int(len(raw) * 0.1)
+    assert raw[cut] & 0xC0 != 0x80, "the text above happens to be cut between characters"
+    held_out, T = raw[cut:], 16
+    model = models.load_model(result.checkpoint)
+    total = 0.0
+    for start in range(0, len(held_out), T):
+        window = raw[cut + start - 1 : cut + min(start + T, len(held_out))]
+        logits = model(torch.tensor([list(window[:-1])])).double()
+        total -= torch.log_softmax(logits[0], -1)[range(len(window) - 1), list(window[1:])].sum().item()
+    # The trainer adds float32 means of 64 tokens each: a relative error of a few 2^-24.
+    assert math.isclose(result.bits_per_byte, total / math.log(2) / len(held_out), rel_tol=1e-5)
+    assert math.isclose(result.loss, total / len(held_out), rel_tol=1e-5)
+
+
+def test_a_part_of_the_held_out_text_counts_its_own_bytes():
+    """One byte is one token here, so nats per token and bits per byte differ by ln 2 and nothing else."""
+    model = models.build(tiny_model())
+    ids = torch.randint(0, 256, (100,)).numpy()
+    for count in (1, 15, 16, 17, 99):
+        got = evaluate(model, HeldOut(ids[:count], 7, count), 3, torch.device("cpu"))
+        assert math.isclose(got.bits_per_byte, got.loss / math.log(2), rel_tol=1e-12)
+
+
+def tiny_model():
+    from portlm.models.gpt2 import GPT2Config
+
+    return GPT2Config(vocab_size=256, context_length=16, n_layer=1, n_head=2, width=16)
+
+
+@pytest.mark.parametrize("passes", [2, 3, 6])
+def test_accumulating_gives_the_gradient_of_the_whole_batch(passes):
+    """The sums are the same numbers in another order: float32 keeps 2^-24 of the largest term each time."""
+    torch.manual_seed(0)
+    model = models.build(tiny_model())
+    inputs, targets = torch.randint(0, 256, (2, 6, 16))
+    loss = accumulate_gradients(model, inputs, targets)
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    parts = accumulate_gradients(model, inputs, targets, passes)
+    assert math.isclose(loss.item(), parts.item(), rel_tol=1e-6)
+    for name, parameter in model.named_parameters():
+        bound = 1e-5 * whole[name].abs().max().item()
+        assert (parameter.grad - whole[name]).abs().max().item() <= bound, name
+
+
+def test_the_llama_family_and_a_trained_tokenizer_work(text, tmp_path):
+    config = tiny(
+        text, model__family="llama", model__n_kv_head=1, data__tokenizer="bpe:280", evaluation__prompt="1"
+    )
+    result = pretrain(config, tmp_path / "run", quiet=True)
+    assert json.loads((result.checkpoint / "config.json").read_text())["vocab_size"] == 280
+    assert result.bits_per_byte < result.loss / math.log(2)  # tokens are longer than a byte
+
+
+def test_prepared_shards_are_read_in_place(text, tmp_path):
+    prepare(TEXT, byte_tokenizer(), tmp_path / "shards")
+    from_text = pretrain(tiny(text), tmp_path / "a", quiet=True)
+    from_shards = pretrain(tiny(tmp_path / "shards"), tmp_path / "b", quiet=True)
+    assert digest(newest(from_text.run)) == digest(newest(from_shards.run))
+    assert not (tmp_path / "b" / "data").exists()
+
+
+def test_a_sample_outgrows_the_context_and_draws_no_random_number_of_pytorch():
+    model, tokenizer = models.build(tiny_model()), byte_tokenizer()
+    before = torch.get_rng_state()
+    model.train()
+    first = sample(model, tokenizer, "abc", tokens=50, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert first == sample(model, tokenizer, "abc", tokens=50, seed=3)
+    assert first != sample(model, tokenizer, "abc", tokens=50, seed=4)
+    assert first.startswith("abc")
+    greedy = sample(model, tokenizer, "a" * 16, tokens=1, temperature=0)
+    model.eval()
+    assert greedy[16:] == tokenizer.decode([int(model(torch.tensor([[97] * 16]))[0, -1].argmax())])
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
+    text, tmp_path, monkeypatch, dropout, accumulate
+):
+    """Weights, moments, random state and every line of metrics but the clock's."""
+    config = tiny(text, model__dropout=dropout, data__accumulate=accumulate)
+    straight = pretrain(config, tmp_path / "straight", quiet=True)
+    broken = tmp_path / "broken"
+    for step in sorted(random.Random(f"{dropout} {accumulate}").sample(range(1, 12), 3)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(InterruptedTraining, match=f"after step {step} of 12") as caught:
+                pretrain(config, broken, resume="auto", quiet=True)
+        assert caught.value.exit_code == 143
+        assert verify_checkpoint(newest(broken)).step == step
+    torch.manual_seed(99)  # whatever the process did before does not matter
+    resumed = pretrain(config, broken, resume="auto", quiet=True)
+    assert digest(newest(broken)) == digest(newest(straight.run))
+    assert comparable(read_metrics(broken / "metrics.jsonl")) == comparable(
+        read_metrics(straight.run / "metrics.jsonl")
+    )
+    assert (resumed.loss, resumed.bits_per_byte) == (straight.loss, straight.bits_per_byte)
+    assert (
+        verify_checkpoint(newest(broken)).state["sampler"]
+        == verify_checkpoint(newest(straight.run)).state["sampler"]
+    )
+
+
+class CrashError(Exception):
+    """Stands for whatever kills a process between two saves."""
+
+
+def crash(monkeypatch, config, run, step, resume="none"):
+    def raise_it():
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, raise_it)
+        with pytest.raises(CrashError):
+            pretrain(config, run, resume=resume, quiet=True)
+
+
+def test_a_crash_loses_at_most_the_steps_since_the_last_checkpoint(text, tmp_path, monkeypatch):
+    straight = pretrain(tiny(text), tmp_path / "straight", quiet=True)
+    run = tmp_path / "run"
+    crash(monkeypatch, tiny(text), run, 7)
+    assert newest(run).name == "step-4"
+    pretrain(tiny(text), run, resume="auto", quiet=True)
+    assert digest(newest(run)) == digest(newest(straight.run))
+    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
+    assert steps == [3, 6, 9, 12]
+
+
+def test_resuming_a_finished_run_only_repeats_its_result(text, tmp_path):
+    first = pretrain(tiny(text), tmp_path / "run", quiet=True)
+    before = digest(newest(first.run))
+    again = pretrain(tiny(text), tmp_path / "run", resume="auto", quiet=True)
+    assert dataclasses.replace(again, seconds=0, tokens_per_second=0) == dataclasses.replace(
+        first, seconds=0, tokens_per_second=0
+    )
+    assert digest(newest(first.run)) == before
+
+
+def test_a_damaged_newest_checkpoint_is_reported_kept_and_not_used(text, tmp_path, monkeypatch, capsys):
+    straight = pretrain(tiny(text), tmp_path / "straight", quiet=True)
+    run = tmp_path / "run"
+    crash(monkeypatch, tiny(text), run, 10)
+    damaged = newest(run) / "optimizer.safetensors"
+    raw = bytearray(damaged.read_bytes())
+    raw[-5] ^= 4
+    damaged.write_bytes(raw)
+    pretrain(tiny(text), run, resume="auto", quiet=True)
+    said = capsys.readouterr().err
+    assert "step-8 is damaged" in said
+    assert "optimizer.safetensors was altered" in said
+    assert (run / "checkpoints" / "step-8.aside" / "optimizer.safetensors").read_bytes() == raw
+    assert digest(newest(run)) == digest(newest(straight.run))
+
+
+def test_with_no_intact_checkpoint_resuming_stops(text, tmp_path):
+    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
+    for _, folder in list_checkpoints(run / "checkpoints"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(FormatError, match="none of the 2 checkpoints"):
+        pretrain(tiny(text), run, resume="auto", quiet=True)
+    assert len(list_checkpoints(run / "checkpoints")) == 2
+
+
+def test_resuming_from_an_earlier_checkpoint_keeps_the_later_ones(text, tmp_path):
+    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
+    expected = digest(newest(run))
+    pretrain(tiny(text), run, resume=str(run / "checkpoints" / "step-8"), quiet=True)
+    assert digest(newest(run)) == expected
+    assert verify_checkpoint(run / "checkpoints" / "step-12.aside").step == 12
+
+
+def test_another_run_can_be_continued_in_a_new_folder(text, tmp_path):
+    first = pretrain(tiny(text), tmp_path / "run", quiet=True)
+    longer = tiny(text, steps=16)
+    for number, source in enumerate((first.run, first.run / "checkpoints", newest(first.run))):
+        result = pretrain(longer, tmp_path / f"more-{number}", resume=str(source), quiet=True)
+        assert result.steps == 16
+    with pytest.raises(UsageError, match="another run"):
+        pretrain(longer, tmp_path / "more-0", resume=str(first.run), quiet=True)
+
+
+def test_a_second_run_does_not_overwrite_the_first(text, tmp_path):
+    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
+    with pytest.raises(UsageError, match="--resume auto"):
+        pretrain(tiny(text), run, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "change", ["model.width=32", "data.batch_size=2", "seed=4", "data.tokenizer=bpe:280"]
+)
+def test_a_setting_that_decides_the_run_cannot_change_on_resume(text, tmp_path, change):
+    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
+    with pytest.raises(ConfigError, match=change.partition("=")[0]):
+        pretrain(tiny(text, change), run, resume="auto", quiet=True)
+
+
+def test_other_settings_may_change_on_resume_and_are_reported(text, tmp_path, capsys):
+    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
+    assert pretrain(tiny(text, steps=14, optimizer__lr=5e-4), run, resume="auto").steps == 14
+    assert "optimizer.lr = 0.0005 instead of 0.001" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="14 steps already"):
+        pretrain(tiny(text, steps=5), run, resume="auto", quiet=True)
+
+
+def test_other_text_is_noticed_on_resume(text, tmp_path):
+    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
+    prepare(TEXT + "more", byte_tokenizer(), run / "data")
+    with pytest.raises(ConfigError, match="not those of the checkpoint"):
+        pretrain(tiny(text), run, resume="auto", quiet=True)
+
+
+# ---- what stops a run --------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    text, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+
+    def poison():
+        for trainer in trainers:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(float("nan"))
+
+    trainers = []
+    original = Trainer.__init__
+
+    def remember(self, *args):
+        original(self, *args)
+        trainers.append(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", remember)
+        stop_at(patch, 6, poison)
+        with pytest.raises(DivergenceError, match=r"nan at step 7: .*step-4") as caught:
+            pretrain(tiny(text, evaluation__interval=100), run, quiet=True)
+    assert caught.value.exit_code == 1
+    assert verify_checkpoint(newest(run)).step == 4
+    weights = models.load_model(newest(run)).state_dict()
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+    assert pretrain(tiny(text), run, resume="auto", quiet=True).steps == 12
+
+
+@pytest.mark.parametrize("operation", ["write_file", "fill", "rename"])
+def test_a_full_disk_stops_the_run_with_one_line_and_keeps_the_last_checkpoint(
+    text, tmp_path, monkeypatch, operation
+):
+    run = tmp_path / "run"
+    real = getattr(FileOps, operation)
+
+    def full(self, path, *rest):
+        if "step-8" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileOps, operation, full)
+        with pytest.raises(StorageError, match=r"step-8.*No space left.*intact.*free some space") as caught:
+            pretrain(tiny(text), run, quiet=True)
+    assert "\n" not in str(caught.value)
+    assert verify_checkpoint(newest(run)).step == 4
+    assert pretrain(tiny(text), run, resume="auto", quiet=True).steps == 12
+
+
+def test_a_vocabulary_larger_than_the_text_is_refused_in_one_line(text, tmp_path):
+    with pytest.raises(UsageError, match="more than this text supports") as caught:
+        pretrain(tiny(text, data__tokenizer="bpe:30000"), tmp_path / "run", quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_text_is_refused_in_one_line(tmp_path):
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(UsageError) as caught:
+        pretrain(tiny(tmp_path / "short.txt"), tmp_path / "run", quiet=True)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "short.txt").write_text("abcdefghijklm")
+    with pytest.raises(UsageError, match="17"):
+        pretrain(tiny(tmp_path / "short.txt"), tmp_path / "run", quiet=True)
+
+
+def test_no_text_a_missing_text_and_a_long_prompt_are_refused(text, tmp_path):
+    with pytest.raises(UsageError, match="no text"):
+        pretrain(tiny(text, data__texts=[]), tmp_path / "a", quiet=True)
+    with pytest.raises(FormatError, match="absent"):
+        pretrain(tiny(tmp_path / "absent.txt"), tmp_path / "b", quiet=True)
+    with pytest.raises(ContextLengthError, match="prompt"):
+        pretrain(tiny(text, evaluation__prompt="x" * 17), tmp_path / "c", quiet=True)
+
+
+def test_two_processes_cannot_train_in_one_folder(text, tmp_path):
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(UsageError, match="another process"):
+        pretrain(tiny(text), tmp_path / "run", quiet=True)
+
+
+def test_a_device_that_does_not_exist_is_named(text, tmp_path):
+    with pytest.raises(ConfigError, match="abacus"):
+        pretrain(tiny(text, device="abacus"), tmp_path / "run", quiet=True)
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    "--steps", "6", "--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4",
+    "--eval-interval", "3", "--checkpoint-interval", "2", "--threads", "1", "--set", "evaluation.sample_tokens=4",
+]  # fmt: skip
+
+
+def test_the_command_prints_the_checkpoint_on_stdout_and_progress_on_stderr(text, tmp_path):
+    run = tmp_path / "run"
+    done = CliRunner().invoke(command, [str(text), "--out", str(run), *FLAGS], catch_exceptions=False)
+    assert done.stdout == f"{run / 'final'}\n"
+    assert "held-out loss" in done.stderr
+    done = CliRunner().invoke(
+        command,
+        ["--out", str(run), "--resume", "auto", "--json", "-q", "--steps", "8"],
+        catch_exceptions=False,
+    )
+    result = json.loads(done.stdout)
+    assert result["steps"] == 8
+    assert Path(result["checkpoint"]) == run / "final"
+    assert result["bits_per_byte"] > 0
+    assert done.stderr == ""
+
+
+def test_a_terminated_run_saves_and_leaves_with_143(text, tmp_path):
+    run = tmp_path / "run"
+    arguments = [str(text), "--out", str(run), *FLAGS, "--steps", "100000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "portlm", "pretrain", *arguments], stderr=subprocess.PIPE, text=True
+    ) as child:
+        deadline = time.monotonic() + 60
+        latest = run / "checkpoints" / "latest"
+        while not latest.exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        said = child.communicate(timeout=30)[1]
+    assert child.returncode == 143, said
+    assert "SIGTERM: finishing this step" in said
+    step = verify_checkpoint(newest(run)).step
+    assert f"stopped after step {step}" in said
+    assert "Traceback" not in said
+
+
+def test_reading_the_settings_does_not_load_pytorch():
+    program = "import sys, portlm.commands.pretrain; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
