@@ -76,14 +76,14 @@ def lower(folder: str | Path, device: str) -> CompiledEntry:
 
 def lower_model(model: onnx.ModelProto, context_length: int, device: str) -> onnx.ModelProto:
     """The graph with every ai.portlm node replaced; inputs, outputs and weights stay."""
-    lowering = _Lowering(model, context_length, device)
+    lowering = Lowering(model, context_length, device)
     for node in model.graph.node:
         lowering.lower(node)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return lowering.g.model({**metadata, "portlm.lowered": f"ort-{device}"})
 
 
-class _Lowering:
+class Lowering:
     """One method per op of the fused profile."""
 
     def __init__(self, model: onnx.ModelProto, context_length: int, device: str):

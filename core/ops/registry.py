@@ -6,6 +6,7 @@ compile step which of them exist, so that it cannot claim more than there is.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ class Op:
         forward: kernels of ``portlm._C`` that compute it.
         backward: kernels of ``portlm._C`` that differentiate it; empty where no gradient is defined.
         cuda: kernels of ``portlm._C.cuda`` that are its twins.
-        node: type of its node in the fused graph profile (domain ``ai.portlm``), or None if it never enters a graph.
-        tvm: name of the function that TVM calls for it, or None.
+        graph: its graph form, a method of ``portlm.compile.forms.Forms``, or "" if it never enters a graph. ONNX
+            Runtime's lowering and TVM's function have the name of the op itself.
     """
 
     name: str
@@ -33,29 +34,26 @@ class Op:
     forward: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
     cuda: tuple[str, ...] = ()
-    node: str | None = None
-    tvm: str | None = None
+    graph: str = ""
 
 
 OPS: tuple[Op, ...] = (
     Op("embedding", "rows of a table by token id", forward=("embedding_fwd",), backward=("embedding_bwd",),
-       node="Embedding", tvm="portlm.embedding"),
-    Op("linear", "x W^T + b", forward=("gemm",), backward=("gemm",), node="Linear", tvm="portlm.linear"),
+       graph="embedding"),
+    Op("linear", "x W^T + b", forward=("gemm",), backward=("gemm",), graph="linear"),
     Op("layer_norm", "layer normalisation, with the residual add in front", forward=("layer_norm_fwd",),
-       backward=("layer_norm_bwd",), cuda=("layer_norm_fwd", "layer_norm_bwd"), node="LayerNorm",
-       tvm="portlm.layer_norm"),
+       backward=("layer_norm_bwd",), cuda=("layer_norm_fwd", "layer_norm_bwd"), graph="layer_norm"),
     Op("rms_norm", "root-mean-square normalisation, with the residual add in front", forward=("rms_norm_fwd",),
-       backward=("rms_norm_bwd",), cuda=("rms_norm_fwd", "rms_norm_bwd"), node="RmsNorm", tvm="portlm.rms_norm"),
-    Op("rotary", "rotary position embedding", forward=("rotary_fwd",), backward=("rotary_fwd",), node="Rotary",
-       tvm="portlm.rotary"),
+       backward=("rms_norm_bwd",), cuda=("rms_norm_fwd", "rms_norm_bwd"), graph="rms_norm"),
+    Op("rotary", "rotary position embedding", forward=("rotary_fwd",), backward=("rotary_fwd",), graph="rotary"),
     Op("attention", "softmax(q k^T) v, causal or full, grouped heads", forward=("attention_fwd",),
        backward=("attention_bwd",)),
     Op("cached_attention", "attention over a key/value cache", module="attention",
-       forward=("cached_attention_fwd",), node="CachedAttention", tvm="portlm.cached_attention"),
-    Op("gelu_mlp", "linear, GELU, linear", forward=("gemm", "gelu_fwd"), backward=("gemm", "gelu_bwd"),
-       node="GeluMlp", tvm="portlm.gelu_mlp"),
+       forward=("cached_attention",), graph="attention"),
+    Op("gelu_mlp", "linear, GELU, linear", forward=("gemm", "gelu_bias_fwd"), backward=("gemm", "gelu_bias_bwd"),
+       graph="gelu_mlp"),
     Op("swiglu", "silu(gate) * up", forward=("swiglu_fwd",), backward=("swiglu_bwd",),
-       cuda=("swiglu_fwd", "swiglu_bwd"), node="SwiGlu", tvm="portlm.swiglu"),
+       cuda=("swiglu_fwd", "swiglu_bwd"), graph="swiglu"),
     Op("linear_cross_entropy", "cross-entropy of a linear head without the full logits",
        forward=("linear_cross_entropy",), backward=("linear_cross_entropy",), cuda=("linear_cross_entropy",)),
     Op("adamw", "decoupled weight decay Adam with clipping in one pass", forward=("adamw_step",),
@@ -96,37 +94,34 @@ def table() -> list[dict[str, str]]:
     except ImportError:
         compiled = None
     try:
-        forms: Any = importlib.import_module("portlm.compile.forms")
-        lowering: Any = importlib.import_module("portlm.compile.ort_lowering")
+        forms: Any = importlib.import_module("portlm.compile.forms").Portable
+        lowering: Any = importlib.import_module("portlm.compile.ort_lowering").Lowering
     except ImportError:
         forms = lowering = None
+    functions = None if compiled is None else ctypes.CDLL(compiled.__file__)
 
-    def mark(present: bool, wanted: bool) -> str:
-        return "yes" if present else "-" if wanted else ""
+    def mark(wanted: bool, known: bool, present: bool) -> str:
+        return "" if not wanted else "?" if not known else "yes" if present else "-"
 
     rows = []
     for entry in OPS:
-        node = entry.node is not None
+        in_graph = bool(entry.graph)
+        cuda = getattr(compiled, "cuda", None)
         rows.append(
             {
                 "op": entry.name,
-                "forward": mark(_has(compiled, entry.forward), bool(entry.forward)),
-                "backward": mark(_has(compiled, entry.backward), bool(entry.backward)),
-                "cuda": mark(_has(getattr(compiled, "cuda", None), entry.cuda), bool(entry.cuda)),
-                "portable": "?"
-                if forms is None and node
-                else mark(node and entry.node in forms.PORTABLE, node),
-                "ort": "?"
-                if lowering is None and node
-                else mark(node and entry.node in lowering.LOWERED, node),
+                "forward": mark(bool(entry.forward), True, _has(compiled, *entry.forward)),
+                "backward": mark(bool(entry.backward), True, _has(compiled, *entry.backward)),
+                "cuda": mark(bool(entry.cuda), True, _has(cuda, *entry.cuda)),
+                "portable": mark(in_graph, forms is not None, _has(forms, entry.graph)),
+                "ort": mark(in_graph, lowering is not None, _has(lowering, entry.name)),
                 "tvm-cpu": mark(
-                    entry.tvm is not None and _tvm_has(compiled, entry.tvm), entry.tvm is not None
+                    in_graph, functions is not None, _has(functions, f"__tvm_ffi_portlm_{entry.name}")
                 ),
             }
         )
     return rows
 
 
-def _tvm_has(compiled: Any, name: str) -> bool:
-    functions = getattr(compiled, "tvm_functions", None)
-    return functions is not None and name in functions()
+def _has(owner: object, *names: str) -> bool:
+    return all(hasattr(owner, name) for name in names)
