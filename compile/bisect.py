@@ -12,6 +12,7 @@ place.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +29,11 @@ Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray
 
 WEBGPU = "WebGpuExecutionProvider"
 TOLERANCE = 2e-5  # of a value's largest element, or of 1 if that is larger; float32 noise is below 1e-5 here
+MOVEMENT = (
+    "Reshape",
+    "Transpose",
+    "Unsqueeze",
+)  # compute nothing, and TVM cannot both fuse and expose a Transpose
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,9 @@ def ort_runner(device: str = "cpu") -> Runner:
     """
     import onnxruntime
 
-    def run(
-        model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
-    ) -> list[np.ndarray]:
+    opened: dict[tuple[str, ...], Any] = {}
+
+    def open_session(model: onnx.ModelProto, folder: Path) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come back as exceptions
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -118,13 +124,66 @@ def ort_runner(device: str = "cpu") -> Runner:
                     "ort:vulkan: no WebGPU device is registered, open the engine first"
                 )
             options.add_provider_for_devices([found[0]], {"dawnBackendType": "Vulkan"})
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers, enable_fallback=0
-        )
-        results: list[np.ndarray] = session.run(list(names), dict(inputs))
+        graph = model.SerializeToString()
+        return onnxruntime.InferenceSession(graph, options, providers, enable_fallback=0)
+
+    def run(
+        model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        key = _outputs(model)
+        if key not in opened:
+            opened[key] = open_session(model, folder)
+        results: list[np.ndarray] = opened[key].run(list(names), dict(inputs))
         return results
 
     return run
+
+
+def tvm_runner(profile: str) -> Runner:
+    """Run graphs compiled by TVM for this processor as its engine does, "portable" or "fused".
+
+    For the fused profile portlm's kernels must be registered in this process, which opening the engine does.
+    """
+    from portlm import _C
+    from portlm.compile import tvm_build, tvm_fused, tvm_portable
+    from portlm.compile.tvm_schedule import cpu_passes
+    from portlm.tvm_support import PROCESSORS, Weight, import_tvm
+
+    tvm = import_tvm()
+    lower = {"portable": tvm_portable.lower, "fused": tvm_fused.lower}[profile]
+    opened: dict[tuple[str, ...], Callable[..., Any]] = {}
+
+    def open_machine(model: onnx.ModelProto, folder: Path) -> Callable[..., Any]:
+        from tvm import relax
+
+        weights, tensors = [], []
+        for tensor in model.graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+                weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
+                tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
+        target = tvm.target.Target({"kind": "llvm", "mcpu": PROCESSORS[_C.isa()]})
+        passes = cpu_passes(target) if profile == "portable" else "default"
+        module = lower(tvm_build.Graph(model, "", tuple(weights)))
+        machine = relax.VirtualMachine(relax.build(module, target, relax_pipeline=passes), tvm.cpu())
+        return lambda *inputs: machine["main"](*inputs, *tensors)
+
+    def run(
+        model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        key = _outputs(model)
+        if key not in opened:
+            opened[key] = open_machine(model, folder)
+        values = [np.ascontiguousarray(inputs[value.name]) for value in model.graph.input]
+        results = opened[key](*(tvm.runtime.tensor(value) for value in values))
+        named = dict(zip(key, results, strict=True))
+        return [named[name].numpy() for name in names]
+
+    return run
+
+
+def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:
+    return tuple(value.name for value in model.graph.output)
 
 
 class _Reference:
@@ -178,7 +237,11 @@ class _Subject:
             tolerance,
         )
         self.watched = [
-            (node, value) for node in model.graph.node for value in node.output if value in self._expected
+            (node, value)
+            for node in model.graph.node
+            if node.op_type not in MOVEMENT
+            for value in node.output
+            if value in expected
         ]
 
     def difference(self, exposed: Sequence[str]) -> Iterator[tuple[str, float, float]]:
