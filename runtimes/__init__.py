@@ -37,7 +37,7 @@ class EngineEntry(NamedTuple):
 
 ENGINES = {
     "torch": EngineEntry("portlm.runtimes.eager:TorchEngine", ("cpu", "cuda"), "torch", "train"),
-    "ort": EngineEntry("portlm.runtimes.ort:OrtEngine", ("cpu", "vulkan"), "onnxruntime", "onnx"),
+    "ort": EngineEntry("portlm.runtimes.ort:OrtEngine", ("cpu", "cuda", "vulkan"), "onnxruntime", "onnx"),
     "tvm": EngineEntry("portlm.runtimes.tvm:TvmEngine", ("cpu",), "tvm", "tvm"),
     "null": EngineEntry("portlm.runtimes.null:NullEngine", ("cpu",), None, ""),
 }

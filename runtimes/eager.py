@@ -12,7 +12,7 @@ import torch
 from portlm.artifact import Manifest, verify_files
 from portlm.errors import EngineUnavailableError, PortlmError, UsageError
 from portlm.models import load_model
-from portlm.runtimes.engine import Ids, Logits, Placement, State
+from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 
 if TYPE_CHECKING:
     from portlm.models import Model
@@ -88,6 +88,7 @@ class TorchEngine:
     ) -> tuple[Logits, State]:
         """Read T tokens for each row; see Engine."""
         model = self._loaded()
+        check_inputs(self, input_ids, position_ids, attention_mask)
         inputs = [
             torch.from_numpy(array.copy()).to(self.device)
             for array in (input_ids, position_ids, attention_mask)

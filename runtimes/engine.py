@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portlm.artifact import Manifest
+from portlm.errors import ContextLengthError, UsageError
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -114,3 +115,28 @@ class Engine(Protocol):
 
 
 PROFILES = ("auto", "portable", "fused", "native")
+
+
+def check_inputs(engine: Engine, input_ids: Ids, position_ids: Ids, attention_mask: Ids) -> None:
+    """Raise UsageError unless the inputs of a step belong together and lie inside the model's tables.
+
+    What runs below is generated or compiled code, some of which reads memory at any index it is given.
+    """
+    B, T = input_ids.shape if input_ids.ndim == 2 else (0, 0)
+    if B < 1 or T < 1 or position_ids.shape != (B, T):
+        raise UsageError(
+            f"input_ids and position_ids must both be (B, T), got {input_ids.shape} and {position_ids.shape}"
+        )
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+        raise UsageError(f"attention_mask must be ({B}, P + {T}), got {attention_mask.shape}")
+    if attention_mask.shape[1] > engine.context_length:
+        raise ContextLengthError(
+            attention_mask.shape[1], engine.context_length, "the longest row with its padding"
+        )
+    for name, values, limit in (
+        ("input_ids", input_ids, engine.vocab_size),
+        ("position_ids", position_ids, engine.context_length),
+        ("attention_mask", attention_mask, 2),
+    ):
+        if values.min() < 0 or values.max() >= limit:
+            raise UsageError(f"{name} must be from 0 to {limit - 1}, got {values.min()} to {values.max()}")

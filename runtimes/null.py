@@ -11,7 +11,7 @@ import numpy as np
 from portlm.artifact import Manifest
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json
-from portlm.runtimes.engine import Ids, Logits, Placement, State
+from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 
 
 class NullEngine:
@@ -57,6 +57,7 @@ class NullEngine:
         self, input_ids: Ids, position_ids: Ids, attention_mask: Ids, state: State
     ) -> tuple[Logits, State]:
         """Answer each token with its successor."""
+        check_inputs(self, input_ids, position_ids, attention_mask)
         B, T = input_ids.shape
         if state["tokens"].shape != (B,) or (attention_mask.shape[1] - T != state["tokens"]).any():
             raise UsageError("null: the attention mask must cover the tokens of the state and the new ones")

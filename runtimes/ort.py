@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: exported graphs on the CPU, or on Vulkan through the WebGPU plugin provider.
+"""The ONNX Runtime engine: exported graphs on the CPU, on CUDA, or on Vulkan through the WebGPU plugin provider.
 
 Nothing runs where it was not asked to. ONNX Runtime would place nodes that a device lacks on the CPU, and its Python
 layer would retry the whole model there if a provider failed, both silently: the first is switched off, the second
@@ -20,12 +20,13 @@ import onnxruntime
 from portlm.artifact import Manifest, RoleSpec, verify_files
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import safe_join
-from portlm.runtimes.engine import Ids, Logits, Placement, State
+from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
 
 WEBGPU = "WebGpuExecutionProvider"
-PROVIDERS = {"CPUExecutionProvider": "cpu", WEBGPU: "vulkan"}
-MEMORY = {"cpu": "cpu", "vulkan": "webgpu"}  # ONNX Runtime's name for each device's memory
+CUDA = "CUDAExecutionProvider"
+PROVIDERS = {"CPUExecutionProvider": "cpu", CUDA: "cuda", WEBGPU: "vulkan"}
+MEMORY = {"cpu": "cpu", "cuda": "cuda", "vulkan": "webgpu"}  # ONNX Runtime's name for each device's memory
 SOFTWARE_ADAPTER = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
 
 _register = threading.Lock()
@@ -69,7 +70,7 @@ class OrtEngine:
         Args:
             folder: the artifact.
             manifest: its manifest; None, a plain checkpoint, is refused.
-            device: "cpu" or "vulkan".
+            device: "cpu", "cuda" or "vulkan".
             profile: "portable" (the exported graph), "fused" (compiled for this device), or "auto", which takes
                 the fused one if it was compiled.
             allow_fallback: let nodes that the device lacks run on the CPU; placement() then names them.
@@ -89,11 +90,7 @@ class OrtEngine:
         graph, profile, files = _choose(folder, manifest, role, device, profile)
         verify_files(folder, files)
         path = safe_join(folder, graph)
-        note = ""
-        ep_device = None
-        if device == "vulkan":
-            ep_device, found = _vulkan_device()
-            note = _software_note(found)
+        ep_device, note = _find_device(device)
         session = _load(path, device, ep_device, allow_fallback, threads)
         placement = _placement(session, device, note)
         if placement.fallback and not allow_fallback:
@@ -116,6 +113,7 @@ class OrtEngine:
         """Read T tokens for each row; see Engine."""
         if self._session is None:
             raise UsageError("this engine is closed: load the model again")
+        check_inputs(self, input_ids, position_ids, attention_mask)
         binding = self._session.io_binding()
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
         for name in self._wanted & inputs.keys():
@@ -140,6 +138,43 @@ class OrtEngine:
     def close(self) -> None:
         """Let go of the session and its memory."""
         self._session = None
+
+
+# The smallest model that shows whether a device computes: y = x + x, two float32, opset 17.
+SMALLEST = (
+    b'\x08\x08:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x02'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x02B\x04\n\x00\x10\x11"
+)
+
+
+def try_device(device: str) -> str:
+    """Run the smallest model on a device and return what is to be said of it, "" for nothing.
+
+    Raises:
+        EngineUnavailableError: it cannot be used; the message says why.
+    """
+    ep_device, note = _find_device(device)
+    try:
+        session = _session(SMALLEST, _session_options(device, ep_device, 1), device)
+        (y,) = session.run(["y"], {"x": np.array([1, 2], np.float32)})
+    except Exception as error:  # its exceptions have no common base but this
+        raise EngineUnavailableError(f"ort:{device}: the device does not start: {_line(error)}") from error
+    if _placement(session, device, "").fallback or y.tolist() != [2, 4]:
+        raise EngineUnavailableError(f"ort:{device}: the device does not compute: update its driver")
+    return note
+
+
+def _find_device(device: str) -> tuple[Any, str]:
+    """Return what a session needs to be put on a device, and what is to be said of that device."""
+    if device == "vulkan":
+        ep_device, found = _vulkan_device()
+        return ep_device, _software_note(found)
+    if device == "cuda" and CUDA not in onnxruntime.get_available_providers():
+        raise EngineUnavailableError(
+            "ort:cuda: the installed onnxruntime has no CUDA provider, try "
+            "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+        )
+    return None, ""
 
 
 def _choose(
@@ -247,9 +282,9 @@ def _load(path: Path, device: str, ep_device: Any, allow_fallback: bool, threads
         raise FormatError(f"{path}: ONNX Runtime does not take it: {_line(error)}; export again") from error
 
 
-def _session(path: Path, options: Any, device: str) -> Any:
-    providers = ["CPUExecutionProvider"] if device == "cpu" else None
-    session = onnxruntime.InferenceSession(path, options, providers, enable_fallback=0)
+def _session(model: Path | bytes, options: Any, device: str) -> Any:
+    providers = {"cpu": ["CPUExecutionProvider"], "cuda": [CUDA]}.get(device)  # Vulkan is in the options
+    session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
     session.disable_fallback()
     return session
 

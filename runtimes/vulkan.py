@@ -12,8 +12,7 @@ KINDS = ("other", "integrated GPU", "discrete GPU", "virtual GPU", "software")  
 
 LOADER = "libvulkan.so.1"
 HOW_TO_GET_ONE = (
-    "install your GPU's Vulkan driver, or for a software device "
-    "`apt-get install libvulkan1 mesa-vulkan-drivers`"
+    "a GPU's driver brings it, a software driver too, try apt-get install libvulkan1 mesa-vulkan-drivers"
 )
 
 

@@ -1,0 +1,151 @@
+"""``portlm generate``: continue a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from portlm.errors import FormatError, UsageError
+
+if TYPE_CHECKING:
+    from portlm.runtimes.results import Generation
+    from portlm.runtimes.session import Session
+
+HARMLESS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by mistake
+
+
+@click.command("generate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
+@click.option("--engine", "-e", default="auto", show_default=True, help="torch, ort, tvm, null or auto.")
+@click.option("--device", "-d", default="auto", show_default=True, help="cpu, cuda, vulkan or auto.")
+@click.option("--profile", "-p", default="auto", show_default=True, help="portable, fused, native or auto.")
+@click.option("--max-new-tokens", "-n", default=128, show_default=True, help="Tokens to generate at most.")
+@click.option("--temperature", "-t", default=0.0, show_default=True, help="0 is greedy, 1 the model's own.")
+@click.option("--top-k", default=0, show_default=True, help="Sample among this many tokens; 0 for all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability; 1 for all.")
+@click.option("--min-p", default=0.0, show_default=True, help="Least probability, relative to the largest.")
+@click.option("--seed", default=0, show_default=True, help="Of the random numbers, 0 to 2^64 - 1.")
+@click.option("--stop", multiple=True, help="End before this text; repeat for several.")
+@click.option(
+    "--stream/--no-stream", default=True, help="Print text as it comes, or at the end (default: as it comes)."
+)
+@click.option("--threads", type=int, help="CPU threads (default: one per core).")
+@click.option("--allow-fallback", is_flag=True, help="Let the CPU run what the device cannot.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+def command(
+    model: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    engine: str,
+    device: str,
+    profile: str,
+    stream: bool,
+    threads: int | None,
+    allow_fallback: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue PROMPT with MODEL, an artifact or (for the torch engine) a checkpoint folder.
+
+    Without PROMPT, or with "-", the prompt is read from stdin; one newline at its end is not part of it. Only the new
+    text goes to stdout.
+    """
+    text = read_prompt(prompt, prompt_file)
+    import portlm
+
+    with portlm.load(model, engine, device, profile, allow_fallback, threads) as session:
+        note = session.placement().note
+        if note:
+            click.echo(f"generate: {session.engine.name}:{session.engine.device}: {note}", err=True)
+        if as_json:
+            click.echo(json.dumps(describe(session, session.generate(text, **sampling)), ensure_ascii=False))
+            return
+        result = write_text(session, text, stream, sampling, sys.stdout.buffer)
+    if sys.stderr.isatty():
+        stats = result.stats
+        click.echo(
+            f"generate: {stats.prompt_tokens} tokens read in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
+            f"written at {stats.tokens_per_second:.1f}/s ({result.finish_reason}), {session!r}",
+            err=True,
+        )
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the prompt from the argument, a file or stdin.
+
+    Bytes that are not UTF-8 become lone surrogates, as in Python's own arguments: the tokenizer turns them back.
+
+    Raises:
+        UsageError: both an argument and a file were given.
+        FormatError: the file cannot be read, or is larger than any prompt.
+    """
+    if prompt is not None and file is not None:
+        raise UsageError("give the prompt or --prompt-file, not both")
+    if file is not None:
+        try:
+            with file.open("rb") as source:
+                raw = source.read(MAX_PROMPT_BYTES + 1)
+        except OSError as error:
+            raise FormatError(f"{file}: cannot be read: {error.strerror}") from error
+    elif prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            click.echo("generate: reading the prompt from the terminal, end it with Ctrl-D", err=True)
+        raw = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    else:
+        return prompt
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise FormatError(f"{file or 'stdin'}: more than {MAX_PROMPT_BYTES} bytes, which no prompt can have")
+    return raw.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+
+
+def write_text(
+    session: Session, text: str, stream: bool, sampling: dict[str, Any], out: BinaryIO
+) -> Generation:
+    """Write the continuation as UTF-8, with a newline behind it."""
+    # A model can write the sequences that move a terminal's cursor or set its title; a file gets what it wrote.
+    shown = HARMLESS if out.isatty() else {}
+    if not stream:
+        result = session.generate(text, **sampling)
+        out.write(result.text.translate(shown).encode() + b"\n")
+        out.flush()
+        return result
+    pieces = session.stream(text, **sampling)
+    for piece in pieces:
+        out.write(piece.translate(shown).encode())
+        out.flush()
+    out.write(b"\n")
+    out.flush()
+    assert pieces.generation is not None  # the stream has ended
+    return pieces.generation
+
+
+def describe(session: Session, result: Generation) -> dict[str, Any]:
+    """Return what --json prints."""
+    engine, placement, stats = session.engine, session.placement(), result.stats
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "stop": result.stop,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": result.new_tokens,
+        "engine": engine.name,
+        "device": engine.device,
+        "profile": engine.profile,
+        "precision": engine.precision,
+        "placement": {
+            "nodes": dict(placement.nodes),
+            "fallback": placement.fallback,
+            "note": placement.note,
+        },
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "tokens_per_second": stats.tokens_per_second,
+    }

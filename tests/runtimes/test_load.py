@@ -1,0 +1,349 @@
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import portlm
+from portlm import runtimes
+from portlm.artifact import read_manifest, write_manifest
+from portlm.errors import (
+    ContextLengthError,
+    EngineUnavailableError,
+    FormatError,
+    PlacementError,
+    UsageError,
+)
+from portlm.runtimes import ENGINES, engine_class, load
+
+needs_ort = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing: pip install portlm[onnx]"
+)
+
+
+@pytest.fixture
+def artifact(artifacts, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Make packages look as if they were not installed."""
+    real = importlib.util.find_spec
+
+    def hide(*names):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, package=None: None if name in names else real(name, package)
+        )
+
+    return hide
+
+
+def test_importing_portlm_and_its_runtimes_loads_no_heavy_package():
+    program = (
+        "import sys, portlm, portlm.runtimes, portlm.runtimes.session, portlm.runtimes.null, portlm.runtimes.probe\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'tvm', 'matplotlib', 'transformers', 'numba'} & sys.modules.keys()\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in ("torch", "tvm")])
+def test_an_engine_other_than_torch_runs_without_torch(engine, artifacts):
+    if ENGINES[engine].package and importlib.util.find_spec(ENGINES[engine].package) is None:
+        pytest.skip(f"{ENGINES[engine].package} is missing")
+    program = (
+        "import sys, portlm\n"
+        "session = portlm.load(sys.argv[1], sys.argv[2])\n"
+        "assert session.generate('hello', max_new_tokens=3).new_tokens == 3\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, str(artifacts["gpt2"]), engine]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_load_is_reached_from_the_package(artifacts):
+    with portlm.load(artifacts["gpt2"], engine="null") as session:
+        assert session.generate("abc", max_new_tokens=3).text == "def"
+    assert portlm.load is load
+
+
+@needs_ort
+def test_auto_takes_onnx_runtime_for_an_artifact_and_torch_for_a_checkpoint(artifacts, checkpoints):
+    with load(artifacts["llama"]) as session:
+        assert (session.engine.name, session.engine.device) == ("ort", "cpu")
+        expected = session.generate("hello", max_new_tokens=8).token_ids
+    with load(checkpoints["llama"]) as session:
+        assert (session.engine.name, session.engine.profile) == ("torch", "native")
+        assert session.generate("hello", max_new_tokens=8).token_ids == expected
+
+
+@needs_ort
+def test_auto_takes_the_fused_profile_once_it_is_compiled(artifacts, compiled):
+    with load(artifacts["gpt2"], "ort") as session:
+        assert session.engine.profile == "portable"
+    with load(compiled["gpt2"], "ort") as session:
+        assert session.engine.profile == "fused"
+
+
+def test_auto_takes_the_next_engine_when_a_package_is_missing(artifacts, missing):
+    missing("onnxruntime")
+    with load(artifacts["gpt2"]) as session:
+        assert session.engine.name == "torch"
+    missing("onnxruntime", "torch")
+    with pytest.raises(EngineUnavailableError, match=r"ort \(pip install 'portlm\[onnx\]'\) or torch"):
+        load(artifacts["gpt2"])
+
+
+@pytest.mark.parametrize("engine", [name for name, entry in ENGINES.items() if entry.package])
+def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, missing):
+    entry = ENGINES[engine]
+    missing(entry.package)
+    words = rf"^{engine}: {entry.package} is not installed, try pip install 'portlm\[{entry.extra}\]'$"
+    with pytest.raises(EngineUnavailableError, match=words):
+        load(artifacts["gpt2"], engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"engine": "tensorrt"}, "no engine 'tensorrt': choose one of auto, torch, ort, tvm, null"),
+        ({"device": "tpu"}, "no device 'tpu': choose one of auto, cpu, cuda, vulkan"),
+        ({"profile": "best"}, "no profile 'best': choose one of auto, portable, fused, native"),
+        ({"engine": "null", "device": "cuda"}, "null does not run on cuda: choose cpu"),
+        ({"engine": "torch", "device": "vulkan"}, "torch does not run on vulkan: choose cpu or cuda"),
+        ({"engine": "torch", "profile": "fused"}, "its profile is native, not fused"),
+        ({"threads": 0}, "threads must be"),
+        ({"threads": 1.0}, "threads must be"),
+        ({"threads": True}, "threads must be"),
+    ],
+)
+def test_an_unknown_choice_lists_the_known_ones(options, words, artifacts):
+    with pytest.raises(UsageError, match=words):
+        load(artifacts["gpt2"], **options)
+
+
+@needs_ort
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"profile": "native"}, "choose portable or fused"), ({"profile": "fused"}, "run portlm compile .* --engine ort")],
+)
+def test_a_profile_that_was_not_made_is_an_error_with_the_command(options, words, artifacts):
+    with pytest.raises(UsageError, match=words):
+        load(artifacts["gpt2"], "ort", **options)
+
+
+def test_a_plain_checkpoint_runs_on_torch_alone(checkpoints):
+    for engine in ("ort", "tvm"):
+        if importlib.util.find_spec(ENGINES[engine].package) is not None:
+            with pytest.raises(UsageError, match=r"run portlm export .* first"):
+                load(checkpoints["gpt2"], engine)
+    with load(checkpoints["gpt2"], "null") as session:
+        assert (session.engine.vocab_size, session.engine.context_length) == (257, 48)
+
+
+# --- damaged folders --------------------------------------------------------------------------------
+
+
+@needs_ort
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        ("ort", "onnx/decoder.portable.onnx"), ("ort", "onnx/decoder.onnx.data"), ("ort", "tokenizer.json"),
+        ("ort", "generation_config.json"), ("torch", "model.safetensors"), ("torch", "config.json"),
+        ("null", "tokenizer.json"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
+def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damage):
+    path = artifact / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(FormatError, match=f"{path.name}.*{damage}"):
+        load(artifact, engine)
+
+
+@needs_ort
+def test_a_file_that_is_not_used_may_be_damaged(artifact):
+    (artifact / "model.safetensors").unlink()
+    with load(artifact, "ort") as session:
+        assert session.generate("hello", max_new_tokens=2).new_tokens == 2
+
+
+def test_a_damaged_manifest_is_an_error(artifact):
+    text = (artifact / "manifest.json").read_text()
+    (artifact / "manifest.json").write_text(text.replace('"vocab_size": 257', '"vocab_size": 258'))
+    with pytest.raises(FormatError, match=r"manifest\.json"):
+        load(artifact, "null")
+
+
+def test_a_folder_that_is_no_model_is_an_error(tmp_path):
+    with pytest.raises(FormatError, match="no such folder"):
+        load(tmp_path / "nothing", "null")
+    with pytest.raises(FormatError, match=r"neither manifest\.json nor config\.json"):
+        load(tmp_path, "null")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FormatError, match="no such folder"):
+        load(tmp_path / "file", "null")
+
+
+@pytest.mark.parametrize("config", ["[]", '{"vocab_size": 0, "n_positions": 8}', '{"vocab_size": 300}'])
+def test_sizes_that_cannot_be_are_an_error(checkpoints, tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    shutil.copy(checkpoints["gpt2"] / "tokenizer.json", tmp_path)
+    with pytest.raises(FormatError, match=r"config\.json"):
+        load(tmp_path, "null")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_an_error(checkpoints, tmp_path):
+    shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
+    with pytest.raises(FormatError, match=r"tokenizer\.json: missing"):
+        load(tmp_path, "null")
+
+
+@pytest.mark.parametrize(("eos", "fine"), [(100, True), ([100, 101], True), (None, True), ("x", False), (-1, False)])
+def test_generation_config_says_which_tokens_end_a_text(checkpoints, tmp_path, eos, fine):
+    folder = shutil.copytree(checkpoints["gpt2"], tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    if not fine:
+        with pytest.raises(FormatError, match=r"generation_config\.json: eos_token_id"):
+            load(folder, "null")
+        return
+    with load(folder, "null") as session:
+        result = session.generate("a", max_new_tokens=10)
+    assert result.text == ("bcdefghijk" if eos is None else "bc")
+
+
+@needs_ort
+def test_a_graph_that_onnx_runtime_does_not_take_is_an_error_that_names_it(artifact):
+    path = artifact / "onnx/decoder.portable.onnx"
+    path.write_bytes(b"\x08\x08 this is no graph")
+    from portlm.artifact import refresh_files
+
+    write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
+    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: ONNX Runtime does not take it"):
+        load(artifact, "ort")
+
+
+# --- where nodes run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def det(artifact):
+    """The artifact with a node that the WebGPU provider does not have."""
+    onnx = pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.artifact import refresh_files
+
+    path = artifact / "onnx/decoder.portable.onnx"
+    model = onnx.load_model(path, load_external_data=False)
+    graph = model.graph
+    logits = next(node for node in graph.node if "logits" in node.output)
+    logits.output[list(logits.output).index("logits")] = "raw"
+    # The determinant of the 1 x 1 matrix of each logit is the logit.
+    graph.node.append(onnx.helper.make_node("Unsqueeze", ["raw", "where"], ["matrices"], name="lift"))
+    graph.node.append(onnx.helper.make_node("Det", ["matrices"], ["logits"], name="culprit"))
+    graph.initializer.append(onnx.helper.make_tensor("where", onnx.TensorProto.INT64, [2], [3, 4]))
+    path.write_bytes(model.SerializeToString())
+    write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
+    return artifact
+
+
+def load_vulkan(*arguments, **options):
+    try:
+        return load(*arguments, "ort", "vulkan", **options)
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def test_a_node_that_the_device_lacks_is_an_error_that_names_it(det):
+    with pytest.raises(PlacementError, match=r"1 of \d+ nodes cannot run on vulkan.*culprit \(Det\)"):
+        load_vulkan(det)
+
+
+def test_with_allow_fallback_it_runs_on_the_cpu_and_is_reported(det, artifacts):
+    with load_vulkan(det, allow_fallback=True) as session:
+        placement = session.placement()
+        tokens = session.generate("hello", max_new_tokens=6).token_ids
+    assert placement.fallback == ("culprit (Det)",)
+    assert placement.nodes["cpu"] == 1
+    assert placement.nodes["vulkan"] > 50
+    with load(artifacts["gpt2"], "torch", "cpu") as session:
+        assert session.generate("hello", max_new_tokens=6).token_ids == tokens
+
+
+def test_a_software_device_is_said_to_be_one(artifacts):
+    from portlm.runtimes.vulkan import vulkan_devices
+
+    with load_vulkan(artifacts["gpt2"]) as session:
+        software = all(device.kind == "software" for device in vulkan_devices())
+        assert ("software device" in session.placement().note) == software
+
+
+@needs_ort
+def test_the_switch_for_software_devices_does_not_stay_in_the_environment(artifacts, monkeypatch):
+    import os
+
+    from portlm.runtimes.ort import SOFTWARE_ADAPTER
+
+    monkeypatch.delenv(SOFTWARE_ADAPTER, raising=False)
+    load_vulkan(artifacts["gpt2"]).close()
+    assert SOFTWARE_ADAPTER not in os.environ
+
+
+@needs_ort
+def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch):
+    key = "session.intra_op.allow_spinning"
+
+    def setting():
+        with load(artifacts["gpt2"], "ort", threads=1) as session:
+            options = session.engine._session.get_session_options()
+            assert options.intra_op_num_threads == 1
+            return options.get_session_config_entry(key)
+
+    monkeypatch.delenv("PORTLM_ORT_SPINNING", raising=False)
+    assert setting() == "0"
+    monkeypatch.setenv("PORTLM_ORT_SPINNING", "1")
+    assert setting() == "1"
+
+
+# --- torch ------------------------------------------------------------------------------------------
+
+
+def test_threads_of_torch_are_set_when_asked(artifacts):
+    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    before = torch.get_num_threads()
+    try:
+        load(artifacts["gpt2"], "torch", "cpu", threads=1).close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cuda_without_a_device_is_an_error_that_says_so(artifacts):
+    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(EngineUnavailableError, match="finds no CUDA device"):
+        load(artifacts["gpt2"], "torch", "cuda")
+    with pytest.raises(EngineUnavailableError, match="finds no CUDA device"):
+        load(artifacts["gpt2"], device="cuda")
+
+
+def test_a_long_prompt_is_never_truncated(artifacts):
+    with load(artifacts["gpt2"], "torch", "cpu") as session, pytest.raises(ContextLengthError, match=r"49 .*48"):
+        session.generate("x" * 49, max_new_tokens=1)
+
+
+def test_every_engine_of_the_table_exists():
+    for name, entry in ENGINES.items():
+        if entry.package is None or importlib.util.find_spec(entry.package) is not None:
+            assert engine_class(name).name == name
+        assert set(entry.devices) <= set(runtimes.DEVICES)
