@@ -89,14 +89,14 @@ class TorchEngine:
         """Read T tokens for each row; see Engine."""
         model = self._loaded()
         check_inputs(self, input_ids, position_ids, attention_mask)
-        inputs = [
+        ids, positions, mask = (
             torch.from_numpy(array.copy()).to(self.device)
             for array in (input_ids, position_ids, attention_mask)
-        ]
+        )
         past = [(state[key], state[value]) for key, value in self._names]
         try:
             with torch.inference_mode():
-                logits, present = model.step(*inputs, past)
+                logits, present = model.step(ids, positions, mask, past)
                 answer: Logits = logits.float().cpu().numpy()
         except torch.cuda.OutOfMemoryError as error:
             raise PortlmError(

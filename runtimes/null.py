@@ -4,13 +4,13 @@ It runs everything around a model without one, so the rest can be tested by itse
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from portlm.artifact import Manifest
 from portlm.errors import FormatError, UsageError
-from portlm.files import read_json
+from portlm.files import read_json, shown
 from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 
 
@@ -43,11 +43,8 @@ class NullEngine:
         config = read_json(path)
         if not isinstance(config, dict):
             raise FormatError(f"{path}: not a model configuration; it must be a JSON object")
-        sizes = [config.get("vocab_size"), config.get("n_positions", config.get("max_position_embeddings"))]
-        for name, size in zip(("vocab_size", "n_positions"), sizes, strict=True):
-            if type(size) is not int or size < 1:
-                raise FormatError(f"{path}: {name} must be a number of at least 1, got {size!r}")
-        return cls(*sizes)
+        lengths = config.get("n_positions", config.get("max_position_embeddings"))
+        return cls(_size(path, "vocab_size", config.get("vocab_size")), _size(path, "n_positions", lengths))
 
     def empty_state(self, batch: int) -> State:
         """Return a count of 0 for each row."""
@@ -71,3 +68,9 @@ class NullEngine:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def _size(path: Path, name: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise FormatError(f"{path}: {name} must be a number of at least 1, got {shown(value)}")
+    return value

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, overload
+from typing import Any, Protocol, Self, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -60,6 +60,20 @@ class TextCoder(Protocol):
     def stream_decoder(self, skip_special: bool = False) -> StreamDecoder:
         """A decoder for one text, which can leave control tokens out."""
         ...
+
+
+class Options(TypedDict, total=False):
+    """Arguments of Session.generate, which documents them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int | Sequence[int]
+    stop: str | Sequence[str]
+    ignore_eos: bool
+    batch_size: int
 
 
 class TextStream:
@@ -167,10 +181,10 @@ class Session:
             )
 
     @overload
-    def generate(self, prompts: str, **options: Any) -> Generation: ...
+    def generate(self, prompts: str, **options: Unpack[Options]) -> Generation: ...  # type: ignore[overload-overlap]
 
     @overload
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Generation]: ...
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Generation]: ...
 
     def generate(
         self,
@@ -246,7 +260,7 @@ class Session:
         return TextStream(self._run(rows, options, stats), rows[0], stats)
 
     @overload
-    def score(self, texts: str, *, batch_size: int = ...) -> Score: ...
+    def score(self, texts: str, *, batch_size: int = ...) -> Score: ...  # type: ignore[overload-overlap]
 
     @overload
     def score(self, texts: Sequence[Prompt], *, batch_size: int = ...) -> list[Score]: ...

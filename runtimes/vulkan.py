@@ -78,7 +78,7 @@ def vulkan_devices() -> list[VulkanDevice]:
         vulkan.vkDestroyInstance(instance, None)
 
 
-def _device(vulkan: ctypes.CDLL, handle: int) -> VulkanDevice:
+def _device(vulkan: ctypes.CDLL, handle: int | None) -> VulkanDevice:
     # VkPhysicalDeviceProperties begins: apiVersion, driverVersion, vendorID, deviceID, deviceType, deviceName[256].
     # It has 824 bytes in Vulkan 1.x, with the limits behind.
     properties = ctypes.create_string_buffer(4096)
