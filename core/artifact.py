@@ -143,7 +143,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f"{path}: not a {FORMAT} manifest; export the checkpoint again")
-    if data.get("format_version") != FORMAT_VERSION:
+    if type(data.get("format_version")) is not int or data["format_version"] != FORMAT_VERSION:
         raise FormatError(
             f"{path}: format version {data.get('format_version')!r}, this portlm reads {FORMAT_VERSION}: "
             "export again, or use the portlm that wrote it"
