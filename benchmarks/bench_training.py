@@ -12,6 +12,7 @@ end has to be above 1 to claim it. The multiply-add peak is probed between the r
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -176,9 +177,9 @@ def pytorch_step(
 CONTESTANTS: dict[str, Callable[[GPT2Config, dict[str, Tensor], PretrainConfig], Step]] = {
     "portlm": portlm_step,
     "eager": pytorch_step,
-    "compile": lambda *args: pytorch_step(*args, mode="default"),
-    "compile+update": lambda *args: pytorch_step(*args, mode="default", compiled_update=True),
-    "compile-tuned": lambda *args: pytorch_step(*args, mode="max-autotune-no-cudagraphs"),
+    "compile": functools.partial(pytorch_step, mode="default"),
+    "compile+update": functools.partial(pytorch_step, mode="default", compiled_update=True),
+    "compile-tuned": functools.partial(pytorch_step, mode="max-autotune-no-cudagraphs"),
 }
 
 
