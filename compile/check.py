@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, TensorProto
 
 from portlm.compile.forms import (
@@ -36,7 +36,7 @@ MAX_NODES = 2**17
 MAX_INITIALIZERS = 65_536
 MAX_RANK = 8
 MAX_DIMENSION = 2**31
-MAX_NAME = 256  # bytes
+MAX_NAME = 256  # characters
 MAX_VALUES_PER_NODE = 64  # inputs, outputs or attributes
 
 CONTRIB = "com.microsoft"
@@ -53,6 +53,15 @@ ATTRIBUTE_TYPES = (
     AttributeProto.FLOAT,
     AttributeProto.STRING,
 )
+
+# The fields that the exporter sets, by message; any other is refused, known to us or not.
+FIELDS = {
+    "ModelProto": {"ir_version", "opset_import", "producer_name", "graph", "metadata_props"},
+    "GraphProto": {"name", "input", "output", "initializer", "node"},
+    "NodeProto": {"name", "domain", "op_type", "input", "output", "attribute"},
+    "AttributeProto": {"name", "type", "i", "f", "s", "ints"},
+    "TensorProto": {"name", "dims", "data_type", "raw_data", "data_location", "external_data"},
+}
 
 ISOLATED_BYTES = 4 * 2**30  # address space of the checking child
 ISOLATED_SECONDS = 60
@@ -119,48 +128,51 @@ class _RefusedError(Exception):
 
 def _check_structure(model: onnx.ModelProto) -> None:
     graph = model.graph
-    if model.functions or model.training_info or model.configuration:
-        raise _RefusedError("holds functions, training or device information")
-    if graph.sparse_initializer or graph.quantization_annotation:
-        raise _RefusedError("holds sparse or annotated weights")
+    _check_fields(model)
+    _check_fields(graph)
+    _text(graph.name)
     if len(graph.node) > MAX_NODES or len(graph.initializer) > MAX_INITIALIZERS:
         raise _RefusedError("has too many nodes or weights")
     for opset in model.opset_import:
-        if OPSETS.get(opset.domain) != opset.version:
-            raise _RefusedError(f"asks for operator set {opset.domain[:80]!r} {opset.version}")
+        if OPSETS.get(_text(opset.domain)) != opset.version:
+            raise _RefusedError(f"asks for operator set {opset.domain!r} {opset.version}")
     for value in (*graph.input, *graph.output):
-        kind = value.type.tensor_type
+        kind, name = value.type.tensor_type, _text(value.name)
         if kind.elem_type not in ITEM_BYTES or len(kind.shape.dim) > MAX_RANK:
-            raise _RefusedError(f"value {value.name[:80]!r} has a type or rank that no graph of ours has")
+            raise _RefusedError(f"value {name!r} has a type or rank that no graph of ours has")
+
+
+def _check_fields(message: Message) -> None:
+    kind = message.DESCRIPTOR.name
+    for field, _ in message.ListFields():
+        if field.name not in FIELDS[kind]:
+            raise _RefusedError(f"a {kind} has the field {field.name}, which export never writes")
 
 
 def _check_nodes(graph: onnx.GraphProto) -> None:
     for node in graph.node:
-        allowed = OPERATORS.get(node.domain, {}).get(node.op_type)
+        _check_fields(node)
+        name, domain, operator = _text(node.name), _text(node.domain), _text(node.op_type)
+        allowed = OPERATORS.get(domain, {}).get(operator)
         if allowed is None:
-            raise _RefusedError(f"operator {node.domain[:80]}:{node.op_type[:80]} is not one of ours")
+            raise _RefusedError(f"operator {operator!r} of {domain!r} is not one of ours")
         if max(len(node.input), len(node.output), len(node.attribute)) > MAX_VALUES_PER_NODE:
-            raise _RefusedError(f"node {node.name[:80]!r} has too many inputs, outputs or attributes")
-        for name in (node.name, *node.input, *node.output):
-            if len(name.encode()) > MAX_NAME:
-                raise _RefusedError(f"a name is longer than {MAX_NAME} bytes: {name[:80]!r}")
+            raise _RefusedError(f"node {name!r} has too many inputs, outputs or attributes")
+        for value in (*node.input, *node.output):
+            _text(value)
         for attribute in node.attribute:
-            if (
-                attribute.name not in allowed
-                or attribute.type not in ATTRIBUTE_TYPES
-                or attribute.ref_attr_name
-            ):
-                raise _RefusedError(f"node {node.name[:80]!r} has the attribute {attribute.name[:80]!r}")
+            _check_fields(attribute)
+            if _text(attribute.name) not in allowed or attribute.type not in ATTRIBUTE_TYPES:
+                raise _RefusedError(f"node {name!r} has the attribute {attribute.name!r}")
             if attribute.name == "num_outputs" and attribute.i != len(node.output):
-                raise _RefusedError(
-                    f"node {node.name[:80]!r} has {len(node.output)} outputs and says {attribute.i}"
-                )
+                raise _RefusedError(f"node {name!r} has {len(node.output)} outputs and says {attribute.i}")
 
 
 def _check_weights(graph: onnx.GraphProto, path: Path) -> None:
     locations: dict[str, int] = {}  # file name -> size; one at most
     for tensor in graph.initializer:
-        name, item = tensor.name[:80], ITEM_BYTES.get(tensor.data_type)
+        _check_fields(tensor)
+        name, item = _text(tensor.name), ITEM_BYTES.get(tensor.data_type)
         if item is None:
             raise _RefusedError(f"weight {name!r} is of a type that no graph of ours has")
         if len(tensor.dims) > MAX_RANK or not all(0 <= d <= MAX_DIMENSION for d in tensor.dims):
@@ -172,13 +184,10 @@ def _check_weights(graph: onnx.GraphProto, path: Path) -> None:
             raise _RefusedError(
                 f"weight {name!r} has {len(tensor.raw_data)} bytes, its shape asks for {size}"
             )
-        fields = {field.name for field, _ in tensor.ListFields()}
-        if fields - {"name", "dims", "data_type", "raw_data", "data_location", "external_data"}:
-            raise _RefusedError(f"weight {name!r} is not stored as raw bytes")
 
 
 def _check_external(tensor: TensorProto, size: int, path: Path, locations: dict[str, int]) -> None:
-    name, entries = tensor.name[:80], {entry.key: entry.value for entry in tensor.external_data}
+    name, entries = tensor.name, {_text(entry.key): _text(entry.value) for entry in tensor.external_data}
     if (
         tensor.raw_data
         or len(entries) != len(tensor.external_data)
@@ -188,7 +197,7 @@ def _check_external(tensor: TensorProto, size: int, path: Path, locations: dict[
     location = entries["location"]
     if location not in locations:
         if locations or "/" in location:
-            raise _RefusedError(f"weight {name!r} is in a second file or another folder: {location[:80]!r}")
+            raise _RefusedError(f"weight {name!r} is in a second file or another folder: {location!r}")
         sibling = safe_join(path.parent, location)
         if not sibling.is_file():
             raise _RefusedError(f"the weight file {location} beside it is missing")
@@ -202,9 +211,16 @@ def _check_external(tensor: TensorProto, size: int, path: Path, locations: dict[
         )
 
 
+def _text(value: str | bytes) -> str:
+    """A name as text of bounded length. Where it is not UTF-8, protobuf hands out the bytes."""
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        raise _RefusedError(f"a name is not text, or longer than {MAX_NAME} characters: {value[:80]!r}")
+    return value
+
+
 def _decimal(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 15:
-        raise _RefusedError(f"offset or length is {text[:80]!r}")
+        raise _RefusedError(f"offset or length is {text!r}")
     return int(text)
 
 

@@ -123,7 +123,10 @@ def test_any_flipped_bit_is_found(folder):
     with path.open("r+b", buffering=0) as file:
         for position in range(len(raw) - 1):  # the last byte is the newline after the object
             for bit in range(8):
-                os.pwrite(file.fileno(), bytes([raw[position] ^ 1 << bit]), position)
+                flipped = raw[position] ^ 1 << bit
+                if bytes([raw[position], flipped]) == b"eE":
+                    continue  # 1e-6 and 1E-6 are one number
+                os.pwrite(file.fileno(), bytes([flipped]), position)
                 with pytest.raises(FormatError, match=r"manifest\.json"):
                     read_manifest(folder)
             os.pwrite(file.fileno(), raw[position : position + 1], position)
