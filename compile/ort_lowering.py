@@ -1,8 +1,8 @@
 """Lowers the fused profile for ONNX Runtime: each node of domain ai.portlm becomes the operator ORT runs fastest.
 
 A value keeps the name it has in the portable graph only if it is the same value, so that compile/bisect.py can
-compare by name. What ORT's own optimiser does afterwards is left to it (it moves the bias of a Linear into the normalisation that
-follows, for example).
+compare by name. What ORT's own optimiser does afterwards is left to it (it moves the bias of a Linear into the
+normalisation that follows, for example).
 
 Where the file goes: ONNX Runtime refuses weights outside the model's folder, by ../ and by symbolic link alike, so
 the lowered graph lies in onnx/ beside the weight file and no weight is stored twice. The manifest lists it under
@@ -192,6 +192,9 @@ class Lowering:
         G, D = H // K, g.head_dim(past_key)
         if not self._masks:
             self._masks[G] = Portable(g).mask(mask, "position_ids", self._context, G)
+        if self.device == "vulkan":
+            self.plain_attention(q, k, v, past_key, self._masks[G], H, K, name)
+            return
         if G > 1:
             q = g.op("Reshape", (q, g.ints(0, 0, K, G, D)), f"{name}.stacked_heads")  # (B, T, K, G, D)
             q = g.op("Transpose", (q,), f"{name}.stacked_groups", perm=[0, 3, 1, 2, 4])  # (B, G, T, K, D)
@@ -204,6 +207,20 @@ class Lowering:
             out = g.op("Reshape", (out, g.ints(0, G, -1, K, D)), f"{name}.stacked_out")  # (B, G, T, K, D)
             out = g.op("Transpose", (out,), f"{name}.unstacked", perm=[0, 2, 3, 1, 4])  # (B, T, K, G, D)
             g.op("Reshape", (out, g.ints(0, 0, H * D)), name)
+
+    def plain_attention(
+        self, q: str, k: str, v: str, past_key: str, bias: str, n_head: int, n_kv_head: int, name: str
+    ) -> None:
+        """Attention in plain products, as in the portable profile.
+
+        From 32 queries on, WebGPU's MultiHeadAttention is its flash attention, which plugin 0.4 computes wrongly where
+        a subgroup has 8 lanes: from the ninth query on, logits are off by 1. No option or input keeps it from that.
+        """
+        portable, D = Portable(self.g), self.g.head_dim(past_key)
+        q = portable.heads(q, n_head, D, f"{name}.q")
+        k, v = portable.heads(k, n_kv_head, D, f"{name}.k"), portable.heads(v, n_kv_head, D, f"{name}.v")
+        layer = int(past_key.split(".")[1])  # past_key_values.N.key
+        portable.attention(q, k, v, bias, layer, n_head, n_kv_head, D, name)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
