@@ -48,7 +48,10 @@ def has_kernel(*tensors: Tensor | None) -> bool:
     """Say whether the compiled CPU kernels take these tensors: built, float32, on the CPU, and not being exported."""
     if _C is None or not _enabled or torch.compiler.is_exporting():
         return False
-    return all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in tensors)
+    for t in tensors:  # noqa: SIM110 - a generator expression would double the cost of this check
+        if t is not None and not (t.is_cpu and t.dtype is torch.float32):
+            return False
+    return True
 
 
 def _is_traced(first: Tensor) -> bool:
@@ -58,7 +61,11 @@ def _is_traced(first: Tensor) -> bool:
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if torch.is_grad_enabled():
+        for a in args:
+            if getattr(a, "requires_grad", False):
+                return True
+    return False
 
 
 class FusedOp:
@@ -94,9 +101,12 @@ class FusedOp:
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on contiguous tensors, by the short way if nothing traces."""
-        # Without a backward the short way would drop the gradient in silence; the registered op refuses it.
-        refuse = not self.differentiable and torch.is_grad_enabled() and _needs_grad(args)
-        return self.op(*args) if refuse or _is_traced(args[0]) else self.direct(*args)
+        if _is_traced(args[0]):
+            return self.op(*args)
+        if _needs_grad(args):
+            # Without a backward the short way would drop the gradient in silence; the registered op refuses it.
+            return self.direct(*args) if self.differentiable else self.op(*args)
+        return self.forward(*args)
 
 
 def _function(

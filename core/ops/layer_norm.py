@@ -72,51 +72,44 @@ def layer_norm(
         return layer_norm_reference(x, weight, bias, eps, residual)
     if residual is None:
         return _fused(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)[0]
-    y, h, _, _ = _fused_add(
-        x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), eps
-    )
+    y, h, _ = _fused_add(x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), eps)
     return y, h
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    shape = x.shape[:-1]
-    return torch.empty(shape, dtype=x.dtype, device=x.device), torch.empty(
-        shape, dtype=x.dtype, device=x.device
-    )
+def _statistics(x: Tensor) -> Tensor:
+    return x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)  # mean and 1 / deviation of each row
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    C = x.shape[-1]
-    y = torch.empty_like(x)
-    mean, rstd = _statistics(x)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, statistics = torch.empty_like(x), _statistics(x)
+    rows, mean = statistics.numel() // 2, statistics.data_ptr()
     kernels.layer_norm_fwd(
         x.data_ptr(), 0, weight.data_ptr(), bias.data_ptr(), eps,
-        y.data_ptr(), 0, mean.data_ptr(), rstd.data_ptr(), mean.numel(), C,
+        y.data_ptr(), 0, mean, mean + 4 * rows, rows, x.shape[-1],
     )  # fmt: skip
-    return y, mean, rstd
+    return y, statistics
 
 
 def _forward_add(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C = x.shape[-1]
-    y, h = torch.empty_like(x), torch.empty_like(x)
-    mean, rstd = _statistics(x)
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, statistics = torch.empty_like(x), torch.empty_like(x), _statistics(x)
+    rows, mean = statistics.numel() // 2, statistics.data_ptr()
     kernels.layer_norm_fwd(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
-        y.data_ptr(), h.data_ptr(), mean.data_ptr(), rstd.data_ptr(), mean.numel(), C,
+        y.data_ptr(), h.data_ptr(), mean, mean + 4 * rows, rows, x.shape[-1],
     )  # fmt: skip
-    return y, h, mean, rstd
+    return y, h, statistics
 
 
 def _gradients(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = torch.empty_like(h), torch.empty_like(weight), torch.empty_like(weight)
+    rows, mean = statistics.numel() // 2, statistics.data_ptr()
     kernels.layer_norm_bwd(
         dy.data_ptr(), 0 if dh is None else dh.data_ptr(), h.data_ptr(), weight.data_ptr(),
-        mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
-        mean.numel(), h.shape[-1],
+        mean, mean + 4 * rows, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), rows, h.shape[-1],
     )  # fmt: skip
     return dx, dweight, dbias
 
@@ -124,7 +117,7 @@ def _gradients(
 _fused_gradients = FusedOp(
     "layer_norm_backward",
     _gradients,
-    fake=lambda dy, dh, h, weight, mean, rstd: (
+    fake=lambda dy, dh, h, weight, statistics: (
         torch.empty_like(h),
         torch.empty_like(weight),
         torch.empty_like(weight),
@@ -138,41 +131,41 @@ def _contiguous(grad: Tensor | None, like: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, mean, rstd)
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, weight, statistics)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    h, weight, mean, rstd = ctx.saved_tensors
-    return *_fused_gradients(_contiguous(dy, h), None, h, weight, mean, rstd), None
+    h, weight, statistics = ctx.saved_tensors
+    return *_fused_gradients(_contiguous(dy, h), None, h, weight, statistics), None
 
 
 def _save_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, weight, _, _ = inputs
-    _, h, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(h, weight, mean, rstd)
+    _, h, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(h, weight, statistics)
 
 
 def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    h, weight, mean, rstd = ctx.saved_tensors
+    h, weight, statistics = ctx.saved_tensors
     dh = None if dh is None else dh.contiguous()
-    dx, dweight, dbias = _fused_gradients(_contiguous(dy, h), dh, h, weight, mean, rstd)
+    dx, dweight, dbias = _fused_gradients(_contiguous(dy, h), dh, h, weight, statistics)
     return dx, dx, dweight, dbias, None
 
 
 _fused = FusedOp(
     "layer_norm",
     _forward,
-    fake=lambda x, weight, bias, eps: (torch.empty_like(x), *_statistics(x)),
+    fake=lambda x, weight, bias, eps: (torch.empty_like(x), _statistics(x)),
     backward=_backward,
     setup_context=_save,
 )
 _fused_add = FusedOp(
     "add_layer_norm",
     _forward_add,
-    fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), *_statistics(x)),
+    fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), _statistics(x)),
     backward=_backward_add,
     setup_context=_save_add,
 )

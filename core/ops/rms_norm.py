@@ -69,7 +69,7 @@ def rms_norm(
 
 
 def _statistic(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)  # 1 / root mean square of each row
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

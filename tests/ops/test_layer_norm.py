@@ -99,3 +99,12 @@ def test_layer_norm_names_wrong_shapes(x, weight, residual):
     extra = None if residual is None else torch.zeros(residual)
     with pytest.raises(ValueError, match=r"\[layer_norm\]"):
         layer_norm(torch.zeros(x), torch.zeros(weight), torch.zeros(weight), residual=extra)
+
+
+def test_layer_norm_of_wide_rows_sums_accurately(as_accurate):
+    """One accumulator would err by thousands of roundings on a row this wide; the tree of sums does not."""
+    x, weight, bias = torch.rand(2, 20_000) + 1, torch.ones(20_000), torch.zeros(20_000)
+    args = [t.double() for t in (x, weight, bias)]
+    as_accurate(
+        layer_norm(x, weight, bias), layer_norm_reference(x, weight, bias), layer_norm_reference(*args)
+    )
