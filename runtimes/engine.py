@@ -122,6 +122,9 @@ def check_inputs(engine: Engine, input_ids: Ids, position_ids: Ids, attention_ma
 
     What runs below is generated or compiled code, some of which reads memory at any index it is given.
     """
+    for array in (input_ids, position_ids, attention_mask):
+        if array.dtype != np.int64:
+            raise UsageError(f"the inputs of a step must be int64, got {array.dtype}")
     B, T = input_ids.shape if input_ids.ndim == 2 else (0, 0)
     if B < 1 or T < 1 or position_ids.shape != (B, T):
         raise UsageError(
@@ -138,5 +141,5 @@ def check_inputs(engine: Engine, input_ids: Ids, position_ids: Ids, attention_ma
         ("position_ids", position_ids, engine.context_length),
         ("attention_mask", attention_mask, 2),
     ):
-        if values.min() < 0 or values.max() >= limit:
+        if values.view(np.uint64).max() >= limit:  # a negative number is a huge one there
             raise UsageError(f"{name} must be from 0 to {limit - 1}, got {values.min()} to {values.max()}")

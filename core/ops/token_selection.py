@@ -91,12 +91,12 @@ def select_tokens(
     B, V = logits.shape
     tokens = np.empty(B, np.int64)
     _C.select_tokens(
-        logits.ctypes.data, B, V, temperature, top_k, top_p, min_p,
-        seeds.ctypes.data, streams.ctypes.data, step, tokens.ctypes.data,
+        _address(logits), B, V, temperature, top_k, top_p, min_p,
+        _address(seeds), _address(streams), step, _address(tokens),
     )  # fmt: skip
-    refused = np.flatnonzero(tokens < 0)
-    if refused.size:
-        raise _bad_row(logits, int(refused[0]))
+    for index in range(B):
+        if tokens[index] < 0:
+            raise _bad_row(logits, index)
     return tokens
 
 
@@ -225,6 +225,11 @@ def _checked(
     _word("step", step)
     seeds = _per_row("seed", [seed] * B if isinstance(seed, (int, np.integer)) else seed, B)
     return np.ascontiguousarray(logits), seeds, _per_row("row", range(B) if rows is None else rows, B)
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]  # a tenth of the time that .ctypes.data takes
+    return address
 
 
 def _per_row(name: str, values: Any, B: int) -> npt.NDArray[np.uint64]:
