@@ -151,9 +151,9 @@ def measure(engine: Engine, reference: Reference) -> Measurement:
     Raises:
         ParityError: the engine's logits are not finite.
     """
-    logits, greedy, _ = _answer(engine, reference.probe, reference.greedy.shape[1])
+    logits, greedy, own_margins = _answer(engine, reference.probe, reference.greedy.shape[1])
     expected = reference.logits
-    if logits.shape != expected.shape or not np.isfinite(logits).all():
+    if logits.shape != expected.shape or not (np.isfinite(logits).all() and np.isfinite(own_margins).all()):
         raise ParityError(
             f"{_label(engine)}: logits have shape {logits.shape} or are not finite, see `portlm verify`"
         )
@@ -310,11 +310,13 @@ def _answer(engine: Engine, probe: Probe, steps: int) -> tuple[np.ndarray, np.nd
     read = np.concatenate(parts, axis=1)
     last, tokens, margins = read[:, -1], [], []
     position = positions[:, -1:]
-    for _ in range(steps):
+    while len(tokens) < steps:
         best = last.argmax(1)
         second = np.partition(last, -2, axis=1)[:, -2] if last.shape[1] > 1 else last[:, 0]
         tokens.append(best)
         margins.append(last.max(1) - second)
+        if len(tokens) == steps:
+            break
         mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
         position = position + 1
         logits, state = engine.step(best[:, None].astype(np.int64), position, mask, state)

@@ -1,0 +1,319 @@
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+
+from portlm.artifact import read_manifest, refresh_files, verify_files, write_manifest
+from portlm.compile.bisect import bisect, ort_runner
+from portlm.compile.build import build
+from portlm.compile.parity import (
+    REFERENCE,
+    Probe,
+    Reference,
+    certify,
+    load_reference,
+    make_probe,
+    make_reference,
+    measure,
+    verify,
+)
+from portlm.errors import FormatError, ParityError, UsageError
+from portlm.weights import load_numpy, save_tensors
+
+GRAPH = "onnx/decoder.portable.onnx"
+
+
+def open_torch(folder):
+    from portlm.runtimes.eager import TorchEngine
+
+    return TorchEngine.open(folder, read_manifest(folder), "cpu", "auto", False, None)
+
+
+def open_ort(folder, profile="portable"):
+    from portlm.runtimes.ort import OrtEngine
+
+    return OrtEngine.open(folder, read_manifest(folder), "cpu", profile, False, 1)
+
+
+@pytest.fixture(scope="module")
+def certified(artifacts, tmp_path_factory):
+    """A LLaMA artifact with a fused graph for ONNX Runtime and a certificate; tests that change it copy it."""
+    folder = shutil.copytree(artifacts["llama"], tmp_path_factory.mktemp("certified") / "artifact")
+    build(folder, [("ort", "cpu", "fused")])
+    certify(folder, [open_ort(folder), open_ort(folder, "fused")], open_torch(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(certified, tmp_path):
+    return shutil.copytree(certified, tmp_path / "artifact")
+
+
+class Wrapped:
+    """An engine whose logits are changed on their way out."""
+
+    def __init__(self, engine, change):
+        self.inner, self.change = engine, change
+        self.name, self.device, self.profile, self.precision = "null", "cpu", "native", "fp32"
+        self.empty_state, self.placement = engine.empty_state, engine.placement
+
+    def step(self, input_ids, position_ids, attention_mask, state):
+        logits, state = self.inner.step(input_ids, position_ids, attention_mask, state)
+        return self.change(np.array(logits)), state
+
+
+class Scripted:
+    """An engine without a model: the logits of the n-th step come from a list, for one row and three tokens."""
+
+    name, device, profile, precision = "null", "cpu", "native", "fp32"
+
+    def __init__(self, *steps):
+        self.steps = [np.array(logits, np.float32) for logits in steps]
+
+    def empty_state(self, batch):
+        return 0
+
+    def step(self, input_ids, position_ids, attention_mask, state):
+        return self.steps[state][None, None], state + 1
+
+    def placement(self):
+        return SimpleNamespace(nodes={"cpu": 1}, fallback=())
+
+
+def scripted_reference(*steps):
+    probe = Probe(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64), (1,))
+    greedy = np.array([[np.argmax(step) for step in steps]])
+    margins = np.array([[np.diff(np.sort(step))[-1] for step in steps]], np.float32)
+    return Reference(probe, np.array(steps[:1], np.float32), greedy, margins)
+
+
+def test_certificate_holds_what_was_measured(certified):
+    manifest = verify_files(certified)
+    assert [(row.engine, row.profile) for row in manifest.parity] == [("ort", "portable"), ("ort", "fused")]
+    for row in manifest.parity:
+        assert (
+            0 < row.max_logit_error < 1e-4
+        )  # the promise; zero would mean that the engine ran nothing of its own
+        assert row.kl < 1e-9
+        assert row.top1 == 1.0
+        assert row.greedy_match == row.greedy_total == 3 * (48 - 12)
+        assert row.fallback == ()
+        assert set(row.placement) == {"cpu"}
+        assert {"onnxruntime", "portlm"} <= row.versions.keys()
+
+
+def test_reference_engine_measures_itself_as_exact(artifacts):
+    torch_engine = open_torch(artifacts["gpt2"])
+    measurement = measure(torch_engine, make_reference(torch_engine, 257, 48))
+    assert measurement.row.max_logit_error == 0.0
+    assert measurement.row.kl == 0.0
+    assert measurement.row.greedy_match == measurement.row.greedy_total
+    assert measurement.problem() is None
+
+
+def test_verify_measures_again_and_finds_the_recorded_row(certified):
+    before = (certified / "manifest.json").read_bytes()
+    result = verify(certified, open_ort(certified, "fused"))
+    assert result.recorded == read_manifest(certified).parity[1]
+    assert result.measured.max_logit_error == pytest.approx(result.recorded.max_logit_error)
+    assert (certified / "manifest.json").read_bytes() == before
+
+
+def test_certificate_can_be_made_without_the_reference_engine(copy):
+    write_manifest(copy, replace(read_manifest(copy), parity=()))
+    certify(copy, [open_ort(copy)])
+    assert [row.engine for row in read_manifest(copy).parity] == ["ort"]
+    certify(copy, [open_ort(copy)])  # again: replaced, not added
+    assert len(read_manifest(copy).parity) == 1
+
+
+def test_artifact_without_an_answer_needs_the_reference_engine(artifacts):
+    with pytest.raises(UsageError, match="holds no reference answer"):
+        verify(artifacts["gpt2"], open_ort(artifacts["gpt2"]))
+
+
+def test_engine_that_is_off_is_refused_and_not_certified(copy):
+    engine = Wrapped(open_ort(copy), lambda logits: logits + 0.001)
+    with pytest.raises(
+        ParityError, match=r"null:cpu, profile native: its logits are off by 0\.001, allowed are 0\.0001"
+    ):
+        certify(copy, [engine])
+    assert "null" not in [row.engine for row in read_manifest(copy).parity]
+    with pytest.raises(ParityError, match="its logits are off"):
+        verify(copy, engine)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_engine_with_non_finite_logits_is_refused(certified, bad):
+    def poison(logits):
+        logits[0, -1, 5] = bad
+        return logits
+
+    with pytest.raises(ParityError, match="not finite"):
+        verify(certified, Wrapped(open_ort(certified), poison))
+
+
+def test_lower_precision_is_measured_but_not_judged(certified):
+    engine = Wrapped(open_ort(certified), lambda logits: logits.astype(np.float16).astype(np.float32))
+    engine.precision = "fp16"
+    row = verify(certified, engine).measured
+    assert row.max_logit_error > 1e-4
+
+
+def test_divergence_and_agreement_are_those_of_the_definition():
+    reference = scripted_reference([0.0, np.log(2.0), np.log(5.0)], [0.0, 1.0, 2.0])
+    row = measure(Scripted([np.log(5.0), np.log(2.0), 0.0], [0.0, 1.0, 2.0]), reference).row
+    assert row.kl == pytest.approx(
+        (5 / 8 - 1 / 8) * np.log(5.0)
+    )  # sum p log p/q with p = 1/8, 2/8, 5/8 and q reversed
+    assert row.top1 == 0.0
+    assert row.max_logit_error == pytest.approx(np.log(5.0))
+    assert (row.greedy_match, row.greedy_total) == (0, 2)
+
+
+def test_greedy_difference_is_excused_only_by_a_near_tie():
+    """The engine chooses otherwise in both cases. In the first the reference was undecided, in the second sure."""
+    first, engine = [0.0, 3.0, 1.0], Scripted([0.0, 3.0, 1.0], [2.00005, 0.0, 2.0], [0.0, 1.0, 0.0])
+    tie = scripted_reference(first, [2.0, 0.0, 2.00005], [1.0, 0.0, 0.0])
+    measurement = measure(engine, tie)
+    assert (measurement.row.greedy_match, measurement.row.greedy_total) == (1, 3)
+    assert measurement.problem() is None
+    sure = scripted_reference(first, [2.0, 0.0, 2.5], [1.0, 0.0, 0.0])
+    assert "1 of 3 tokens, and the difference is no near tie (0.5)" in measure(engine, sure).problem()
+
+
+def test_large_logits_are_allowed_their_rounding():
+    reference = scripted_reference([0.0, 1000.0, 10.0], [0.0, 1.0, 0.0])
+    assert measure(Scripted([0.0, 1000.001, 10.0], [0.0, 1.0, 0.0]), reference).problem() is None
+    assert "off by" in measure(Scripted([0.0, 1000.01, 10.0], [0.0, 1.0, 0.0]), reference).problem()
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 5, 48, 1024])
+def test_probe_fits_every_context(context):
+    probe = make_probe(11, context)
+    rows, total = probe.input_ids.shape
+    assert total <= max(1, context // 2)
+    assert probe.cuts[-1] == total
+    assert (np.diff(probe.attention_mask, axis=1) >= 0).all()  # padding is on the left
+    assert (probe.attention_mask.sum(1) >= 1).all()
+    assert (probe.input_ids < 11).all()
+    if context >= 24:
+        assert len({*probe.attention_mask.sum(1)}) == rows  # ragged
+        assert np.diff(probe.cuts).max() > 1  # several tokens at once on a filled cache
+
+
+def test_damaged_answer_is_refused(copy):
+    path = copy / REFERENCE
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(FormatError, match=r"parity\.safetensors: altered"):
+        verify(copy, open_ort(copy))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("margins"),
+        lambda t: t.update(extra=t["greedy"]),
+        lambda t: t.update(logits=t["logits"].astype(np.float64)),
+        lambda t: t.update(logits=t["logits"][:-1]),
+        lambda t: t.update(logits=t["logits"][:, :-1]),
+        lambda t: t.update(input_ids=t["input_ids"] - 1000),
+        lambda t: t.update(attention_mask=t["attention_mask"] * 2),
+        lambda t: t.update(attention_mask=t["attention_mask"][:, :-1]),
+        lambda t: t.update(greedy=t["greedy"][:-1], margins=t["margins"][:-1]),
+        lambda t: t.update(greedy=np.tile(t["greedy"], 3), margins=np.tile(t["margins"], 3)),
+        lambda t: t.update(cuts=t["cuts"][:-1]),
+        lambda t: t.update(cuts=t["cuts"][::-1].copy()),
+        lambda t: t.update(cuts=t["cuts"] * 0),
+        lambda t: t.update(cuts=t["cuts"][:0]),
+    ],
+    ids=range(14),
+)
+def test_answer_that_contradicts_itself_is_refused(copy, change):
+    """Even when the manifest lists it: whoever made it may have made the manifest too."""
+    tensors = {name: tensor.copy() for name, tensor in load_numpy(copy / REFERENCE).items()}
+    change(tensors)
+    save_tensors(copy / REFERENCE, tensors, None)
+    write_manifest(copy, refresh_files(copy, read_manifest(copy), [REFERENCE]))
+    with pytest.raises(FormatError, match=r"parity\.safetensors"):
+        load_reference(copy, read_manifest(copy))
+
+
+@pytest.mark.parametrize("graph", [GRAPH, "onnx/decoder.ort-cpu-fused.onnx"])
+def test_bisect_finds_nothing_where_nothing_is_wrong(certified, graph):
+    assert bisect(certified, ort_runner(), graph) is None
+
+
+def break_node(name, operator):
+    """A runner of ONNX Runtime that gets one node wrong."""
+    run = ort_runner()
+
+    def broken(model, folder, names, inputs):
+        model = onnx.ModelProto.FromString(model.SerializeToString())
+        (node,) = (node for node in model.graph.node if node.name == name)
+        node.op_type = operator
+        return run(model, folder, names, inputs)
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("mask.slots", "Add"),
+        ("model.layers.0.input_layernorm.rms", "Relu"),
+        ("model.layers.1.self_attn.k.rotary.y2", "Sub"),
+        ("model.layers.1.self_attn.biased", "Sub"),
+        ("model.layers.1.mlp.sigmoid", "Relu"),
+        ("model.norm.input", "Sub"),
+    ],
+)
+def test_bisect_names_the_node_that_is_wrong(certified, name, operator):
+    found = bisect(certified, break_node(name, operator), GRAPH)
+    assert found.node == name
+    assert found.situation == "prefill"
+    assert found.node in str(found)
+
+
+def test_bisect_finds_a_fault_that_only_padding_shows(certified):
+    run = ort_runner()
+
+    def ignores_padding(model, folder, names, inputs):
+        return run(model, folder, names, inputs | {"attention_mask": np.ones_like(inputs["attention_mask"])})
+
+    found = bisect(certified, ignores_padding, GRAPH)
+    assert found.situation.startswith("ragged")
+    assert found.operator in ("MatMul", "Softmax")
+
+
+def test_bisect_finds_a_fault_that_exposing_everything_hides(certified):
+    """Such is a wrong fused kernel: the engine does not fuse across a value that somebody wants to see."""
+    run = ort_runner()
+    faulty = "model.layers.1.mlp.swiglu"
+
+    def fuses(model, folder, names, inputs):
+        results = run(model, folder, names, inputs)
+        if len(names) > 1:
+            return results
+        order = [value for node in model.graph.node for value in node.output]
+        return [
+            r + 1.0 if order.index(n) >= order.index(faulty) else r
+            for n, r in zip(names, results, strict=True)
+        ]
+
+    found = bisect(certified, fuses, GRAPH)
+    assert found.node == faulty
+    assert found.alone
+    assert "only when fused with its neighbours" in str(found)
+
+
+def test_bisect_needs_the_portable_profile(checkpoints, tmp_path):
+    from portlm.compile.export import export
+
+    folder = export(checkpoints["gpt2"], tmp_path / "out", profiles=("fused",))
+    with pytest.raises(UsageError, match="no portable decoder graph to compare with"):
+        bisect(folder, ort_runner(), "onnx/decoder.fused.onnx")
