@@ -113,10 +113,12 @@ class Lowering:
         methods[node.op_type](node)
 
     def embedding(self, node: onnx.NodeProto) -> None:
+        """Gather of rows."""
         ids, weight = node.input
         self.g.op("Gather", (weight, ids), node.output[0], axis=0)
 
     def linear(self, node: onnx.NodeProto) -> None:
+        """MatMul, and Add for the bias, which ORT moves into a following normalisation."""
         x, weight, *bias = node.input
         name = node.output[0]
         if _attributes(node).get("transposed"):
@@ -136,9 +138,11 @@ class Lowering:
             self.g.op("FusedMatMul", (x, weight), name, domain=CONTRIB, transB=1)
 
     def layer_norm(self, node: onnx.NodeProto) -> None:
+        """The standard operator, which ORT has a kernel for."""
         self.g.op("LayerNormalization", node.input, node.output[0], axis=-1, **_attributes(node))
 
     def add_layer_norm(self, node: onnx.NodeProto) -> None:
+        """SkipLayerNormalization, which also returns the sum."""
         outputs = (
             node.output[0],
             "",
@@ -155,6 +159,7 @@ class Lowering:
         Portable(self.g).rms_norm(x, weight.removesuffix(".weight"), _attributes(node)["epsilon"])
 
     def add_rms_norm(self, node: onnx.NodeProto) -> None:
+        """SkipSimplifiedLayerNormalization, which also returns the sum."""
         outputs = (node.output[0], "", "", node.output[1])
         self.g.split_op(
             "SkipSimplifiedLayerNormalization",
@@ -170,6 +175,7 @@ class Lowering:
         self.g.op("RotaryEmbedding", node.input, node.output[0], domain=CONTRIB)
 
     def gelu_mlp(self, node: onnx.NodeProto) -> None:
+        """Two products; the first bias and the activation are one node."""
         x, w1, b1, w2, b2 = node.input
         name = node.output[0]
         gelu = "FastGelu" if _attributes(node)["approximate"] == b"tanh" else "BiasGelu"
@@ -179,6 +185,7 @@ class Lowering:
         self.g.op("Add", (product, b2), name)
 
     def swiglu(self, node: onnx.NodeProto) -> None:
+        """QuickGelu with alpha 1 is silu."""
         gate, up = node.input
         name = node.output[0]
         silu = self.g.op("QuickGelu", (gate,), f"{name}.silu", domain=CONTRIB, alpha=1.0)

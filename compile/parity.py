@@ -308,7 +308,9 @@ def _answer(engine: Engine, probe: Probe, steps: int) -> tuple[np.ndarray, np.nd
         parts.append(np.array(logits, dtype=np.float32))  # a copy: an engine may reuse its output buffer
         start = end
     read = np.concatenate(parts, axis=1)
-    last, tokens, margins = read[:, -1], [], []
+    last = read[:, -1]
+    tokens: list[np.ndarray] = []
+    margins: list[np.ndarray] = []
     position = positions[:, -1:]
     while len(tokens) < steps:
         best = last.argmax(1)
