@@ -38,7 +38,8 @@ from portlm import bench, settings
 from portlm.data.corpus import python_topics
 from portlm.models.gpt2 import GPT2, GPT2Config
 from portlm.train.config import PretrainConfig
-from portlm.train.pretrain import accumulate_gradients, make_optimizer
+from portlm.train.pretrain import accumulate_gradients
+from portlm.train.setup import make_optimizer
 
 GATE_STEPS = 50
 # Rounding of float32 grows along a training run; a wrong gradient shows in the first steps, far above this.
@@ -119,7 +120,7 @@ class EagerMLP(nn.Module):
 def portlm_step(config: GPT2Config, weights: dict[str, Tensor], options: PretrainConfig) -> Step:
     model = GPT2(config)
     model.load_state_dict(weights)
-    optimizer = make_optimizer(model.train(), options)
+    optimizer = make_optimizer(model.train(), options.optimizer)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         loss = accumulate_gradients(model, inputs, targets)

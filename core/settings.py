@@ -55,7 +55,7 @@ def load(
     origin: dict[str, str] = {}
     sources: list[tuple[str, Tree]] = []
     if preset is not None:
-        sources.append(("the preset", _copy(preset)))
+        sources.append(("the given settings", _copy(preset)))
     if file is not None:
         sources.append((str(file), _read_toml(Path(file))))
     for name, source in sources:

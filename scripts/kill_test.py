@@ -151,7 +151,7 @@ def fingerprint(run: Path) -> dict[str, Any]:
     last = run / "checkpoints" / f"step-{STEPS}"
     names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
     state = verify_checkpoint(last).state
-    for key in ("seconds", "config"):
+    for key in ("seconds", "seconds_since_log", "config"):
         state.pop(key)
     return {
         **{name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names},

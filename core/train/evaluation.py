@@ -4,7 +4,7 @@ B batch, T time, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,16 +49,32 @@ class Evaluation:
     bits_per_byte: float
 
 
-def evaluate(model: "Model", held_out: HeldOut, batch_size: int, device: torch.device) -> Evaluation:
+def never() -> bool:
+    """Do not stop."""
+    return False
+
+
+def evaluate(
+    model: "Model", held_out: HeldOut, batch_size: int, device: torch.device, stop: Callable[[], bool] = never
+) -> Evaluation | None:
     """Predict every held-out token once, in windows of the model's context.
 
     A token at the start of a window sees little before it, so this is an upper bound on what a sliding window
     would measure. No random number is drawn.
+
+    Args:
+        model: Any mode; dropout is off meanwhile.
+        held_out: What to predict.
+        batch_size: Windows per forward pass.
+        device: Where the model is.
+        stop: Asked before each pass whether to give up; the result is then None.
     """
     total, count = 0.0, 0
     batches = evaluation_batches(held_out.tokens, batch_size, model.config.context_length, held_out.before)
     with evaluating(model), torch.no_grad():
         for inputs, targets in batches:  # both (B, T)
+            if stop():
+                return None
             predicted = int((targets != IGNORE).sum())
             loss = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
             total += loss.item() * predicted
@@ -76,8 +92,9 @@ def sample(
     top_k: int = 0,
     seed: int = 0,
     device: torch.device | None = None,
+    stop: Callable[[], bool] = never,
 ) -> str:
-    """Return the prompt and ``tokens`` tokens that follow it, fewer when the text ends before.
+    """Return the prompt and ``tokens`` tokens that follow it, fewer when the text ends or ``stop`` says so.
 
     When the context is full, writing goes on from its second half. PyTorch's generators are not touched: the
     same weights and seed give the same text.
@@ -90,6 +107,8 @@ def sample(
     window, past = list(ids), None
     with evaluating(model), torch.no_grad():
         for step in range(tokens):
+            if stop():
+                break
             slots = past[0][0].shape[2] if past else 0
             if slots + len(window) > context:
                 window, past, slots = ids[-max(context // 2, 1) :], None, 0

@@ -8,7 +8,7 @@ that the finished diary of an interrupted run reads like that of an undisturbed 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,15 +27,16 @@ class MetricsLog:
     """An append-only metrics file.
 
     Every record has ``kind`` and ``step``. Opening keeps the records up to and including ``resume_step`` and
-    drops the rest; with ``resume_step=None`` the file starts empty.
+    drops the rest; with ``resume_step=None`` the file starts empty. Records of the kinds in ``redo`` are dropped
+    at ``resume_step`` itself as well: the run is about to write them again.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None):
+    def __init__(self, path: str | Path, resume_step: int | None = None, redo: Collection[str] = ()):
         self.path = Path(path)
         if resume_step is None:
             write_atomic(self.path, b"")
         else:
-            _drop_after(self.path, resume_step)
+            _drop_after(self.path, resume_step, redo)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -112,7 +113,7 @@ def comparable(records: list[Record]) -> list[Record]:
     ]
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int, redo: Collection[str]) -> None:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -123,7 +124,9 @@ def _drop_after(path: Path, step: int) -> None:
     for line in _whole_lines(data):
         record = _parse(line)
         # An unreadable line in the middle is worth less than the run: it goes too.
-        if record is not None and record["step"] <= step:
+        if record is None or record["step"] > step:
+            continue
+        if record["step"] < step or record["kind"] not in redo:
             kept.append(line + b"\n")
     if (clean := b"".join(kept)) != data or not path.exists():
         write_atomic(path, clean)

@@ -20,8 +20,7 @@ from torch import Tensor
 import portlm
 from portlm import models, settings
 from portlm.data.batches import BatchSampler
-from portlm.errors import ConfigError, DivergenceError, EngineUnavailableError, PortlmError
-from portlm.ops.adamw import AdamW
+from portlm.errors import DivergenceError, PortlmError
 from portlm.train import checkpoint, state
 from portlm.train.config import PretrainConfig
 from portlm.train.corpus import Corpus, open_corpus
@@ -30,12 +29,13 @@ from portlm.train.interrupt import Interrupt, InterruptedTraining
 from portlm.train.metrics import MetricsLog
 from portlm.train.plot import plot_loss
 from portlm.train.progress import ProgressReport, duration
-from portlm.train.run_folder import RunFolder, check_same_run
+from portlm.train.run_folder import RunFolder, SavedRun, check_same_run
 from portlm.train.schedule import WarmupCosine
+from portlm.train.setup import make_optimizer, model_config, training_device
 from portlm.weights import load_torch, save_tensors
 
 if TYPE_CHECKING:
-    from portlm.models import Config, Model
+    from portlm.models import Model
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 
@@ -91,29 +91,23 @@ def pretrain(
         PortlmError: Whatever else is wrong with the text, the settings or the folder.
     """
     folder = RunFolder(out)
-    device = _device(config)
+    device = training_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
         progress = ProgressReport(config.steps, quiet=quiet)
         start = folder.start_point(resume, progress.warn)
-        if start is not None:
-            saved = settings.load(PretrainConfig, preset=start.state["config"])
+        saved = None if start is None else SavedRun.from_checkpoint(start)
+        if saved is not None:
             check_same_run(saved, config, progress.note)
-            if start.step > config.steps:
-                raise ConfigError(
-                    f"the run has taken {start.step} steps already, more than steps = {config.steps}"
-                )
         folder.write_config(config)
         corpus = open_corpus(config.data, folder.data, fresh=start is None, note=progress.note)
-        metrics = stack.enter_context(MetricsLog(folder.metrics, None if start is None else start.step))
+        metrics = stack.enter_context(_open_metrics(folder, saved))
         trainer = Trainer(config, folder, corpus, device, metrics, progress)
-        if start is None:
-            trainer.describe("run")
-        else:
-            trainer.restore(start)
-            trainer.describe("resume")
+        if start is not None and saved is not None:
+            trainer.restore(start.path, saved)
+        trainer.describe("run" if start is None else "resume")
         progress.start = trainer.step
         interrupt = stack.enter_context(Interrupt())
         try:
@@ -145,13 +139,13 @@ class Trainer:
     ):
         self.config, self.folder, self.corpus, self.device = config, folder, corpus, device
         self.metrics, self.progress = metrics, progress
-        shape = model_config(config, corpus)
+        shape = model_config(config.model, corpus.tokenizer)
         prompt_ids(
             corpus.tokenizer, config.evaluation.prompt, shape.context_length
         )  # fail now, not at step 250
         torch.manual_seed(config.seed)
         self.model: Model = models.build(shape).to(device).train()
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
         self.sampler = BatchSampler(
             corpus.train,
             config.data.batch_size * config.data.accumulate,
@@ -163,12 +157,12 @@ class Trainer:
         )
         self.step = 0
         self.evaluation: Evaluation | None = None
+        self._evaluated_step = self._saved_step = -1
+        self._grad_norm = 0.0
         self._seconds = 0.0  # training time until the last log line
         self._loss_sum = torch.zeros((), device=device)  # over the steps since then
         self._loss_count = 0
-        self._grad_norm = 0.0
-        self._saved_step = -1
-        self._mark = time.perf_counter()
+        self._mark = time.perf_counter()  # when those steps began
 
     def run(self, interrupt: Interrupt) -> None:
         """Train to the last step, or until a signal comes.
@@ -177,17 +171,16 @@ class Trainer:
             InterruptedTraining: After the state was saved.
         """
         config = self.config
-        self._mark = time.perf_counter()
+        self.evaluate_if_due(interrupt)  # a signal may have cut the evaluation of the step resumed from short
         while self.step < config.steps and not interrupt.signal_number:
             self.train_step()
             last = self.step == config.steps
             if last or self.step % config.log_interval == 0:
                 self.log()
-            if last or self.step % config.evaluation.interval == 0:
-                self.evaluate()
+            self.evaluate_if_due(interrupt)
             if last or self.step % config.checkpoint.interval == 0:
                 self.save()
-        if self.step < config.steps:
+        if self.step < config.steps or self._evaluated_step < self.step:
             self.save()
             raise InterruptedTraining(
                 f"stopped after step {self.step} of {config.steps} and saved {self.folder.checkpoints}"
@@ -237,22 +230,31 @@ class Trainer:
         self._loss_sum.zero_()
         self._loss_count = 0
 
-    def evaluate(self) -> None:
-        """Measure the held-out loss and write a sample."""
+    def evaluate_if_due(self, interrupt: Interrupt) -> None:
+        """Measure the held-out loss and write a sample, if this step asks for it and nobody is waiting to stop."""
         config = self.config.evaluation
+        due = self.step and (self.step == self.config.steps or self.step % config.interval == 0)
+        if not due or self._evaluated_step == self.step:
+            return
+
+        def stop() -> bool:
+            return interrupt.signal_number != 0
+
         with self._off_the_clock():
-            self.evaluation = evaluate(self.model, self.corpus.held_out(config.max_tokens),
-                                       self.config.data.batch_size, self.device)  # fmt: skip
-            self.metrics.write("eval", self.step, **asdict(self.evaluation))
+            held_out = self.corpus.held_out(config.max_tokens)
+            found = evaluate(self.model, held_out, self.config.data.batch_size, self.device, stop)
+            text = sample(
+                self.model, self.corpus.tokenizer, config.prompt, tokens=config.sample_tokens, stop=stop,
+                temperature=config.temperature, top_k=config.top_k, seed=self.config.seed, device=self.device,
+            )  # fmt: skip
+            if found is None or stop():
+                return  # all of it is done again on resume
+            self.evaluation, self._evaluated_step = found, self.step
+            self.metrics.write("eval", self.step, **asdict(found))
             self.progress.note(
-                f"step {self.step}: held-out loss {self.evaluation.loss:.4f}, "
-                f"{self.evaluation.bits_per_byte:.4f} bits per byte"
+                f"step {self.step}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
             )
             if config.sample_tokens:
-                text = sample(
-                    self.model, self.corpus.tokenizer, config.prompt, tokens=config.sample_tokens,
-                    temperature=config.temperature, top_k=config.top_k, seed=self.config.seed, device=self.device,
-                )  # fmt: skip
                 self.metrics.write("sample", self.step, text=text)
                 self.progress.note(_indented(text))
 
@@ -260,7 +262,7 @@ class Trainer:
         """Save the whole state, unless this step was saved already.
 
         Raises:
-            DivergenceError: The state holds a loss that is not finite.
+            DivergenceError: A loss since the last log line was not finite.
             StorageError: The disk is full or refuses; earlier checkpoints are kept.
         """
         if self._saved_step == self.step:
@@ -281,38 +283,34 @@ class Trainer:
                 self.folder.checkpoints,
                 self.step,
                 fill,
-                state=self._manifest_state(numbers),
+                state=self._snapshot(numbers).to_json(),
                 estimate=self._bytes(moments),
                 keep=self.config.checkpoint.keep,
             )
             self._saved_step = self.step
 
-    def restore(self, start: checkpoint.Checkpoint) -> None:
+    def restore(self, folder: Path, saved: SavedRun) -> None:
         """Continue from a verified checkpoint.
 
         Raises:
-            FormatError: It is no pretraining checkpoint, or belongs to another model.
+            FormatError: Its tensors do not fit this model.
             ConfigError: It was trained on other data.
         """
-        saved = start.state
-        self.corpus.check_digest(saved["data"])
-        weights = models.load_model(start.path).state_dict()
-        self.model.load_state_dict(weights)
-        state.set_optimizer_state(
-            self.model, self.optimizer, load_torch(start.path / OPTIMIZER), saved["optimizer"]
-        )
-        state.set_random_state(load_torch(start.path / RNG), self.device)
-        self.sampler.load_state_dict(saved["sampler"])
-        self.step = self._saved_step = start.step
-        self._seconds = saved["seconds"]
-        self._loss_sum.fill_(saved["loss_sum"])
-        self._loss_count = saved["loss_count"]
-        self._grad_norm = saved["grad_norm"]
-        self.evaluation = Evaluation(**saved["evaluation"]) if saved["evaluation"] else None
-        if saved["threads"] != torch.get_num_threads():
+        self.corpus.check_digest(saved.data)
+        self.model.load_state_dict(models.load_model(folder).state_dict())
+        state.set_optimizer_state(self.model, self.optimizer, load_torch(folder / OPTIMIZER), saved.optimizer)
+        state.set_random_state(load_torch(folder / RNG), self.device)
+        self.sampler.load_state_dict(saved.sampler)
+        self.step = self._saved_step = saved.step
+        self.evaluation, self._evaluated_step = saved.evaluation, saved.evaluated_step
+        self._grad_norm, self._seconds = saved.grad_norm, saved.seconds
+        self._loss_sum.fill_(saved.loss_sum)
+        self._loss_count = saved.loss_count
+        self._mark = time.perf_counter() - saved.seconds_since_log
+        if saved.threads != torch.get_num_threads():
             self.progress.note(
-                f"trained with {saved['threads']} threads so far and {torch.get_num_threads()} from now on: "
-                "the last digits will differ from an uninterrupted run"
+                f"trained with {saved.threads} threads so far and {torch.get_num_threads()} from now on: "
+                "the last digits may differ from an uninterrupted run"
             )
 
     def describe(self, kind: str) -> None:
@@ -325,7 +323,7 @@ class Trainer:
             "tokens_per_step": self.config.tokens_per_step,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "portlm": portlm.__version__,
         }
         self.metrics.write(kind, self.step, **facts)
@@ -339,9 +337,7 @@ class Trainer:
 
     def finish(self) -> PretrainResult:
         """Write the trained model by itself and sum up the run."""
-        if self.evaluation is None:  # resumed from another run's last step
-            self.evaluate()
-        assert self.evaluation is not None
+        assert self.evaluation is not None, "the last step is always evaluated"
         final = checkpoint.replace_folder(
             self.folder.final,
             lambda folder: models.save_model(folder, self.model, self.corpus.tokenizer),
@@ -365,21 +361,23 @@ class Trainer:
         )
         return result
 
-    def _manifest_state(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "kind": "pretrain",
-            "config": settings.to_dict(self.config),
-            "sampler": self.sampler.state_dict(),
-            "optimizer": numbers,
-            "data": self.corpus.digest,
-            "evaluation": asdict(self.evaluation) if self.evaluation else None,
-            "loss_sum": self._loss_sum.item(),
-            "loss_count": self._loss_count,
-            "grad_norm": self._grad_norm,
-            "seconds": self._seconds,
-            "threads": torch.get_num_threads(),
-            "versions": {"portlm": portlm.__version__, "torch": torch.__version__},
-        }
+    def _snapshot(self, numbers: dict[str, Any]) -> SavedRun:
+        return SavedRun(
+            step=self.step,
+            config=settings.to_dict(self.config),
+            sampler=self.sampler.state_dict(),
+            optimizer=numbers,
+            data=self.corpus.digest,
+            evaluation=self.evaluation,
+            evaluated_step=self._evaluated_step,
+            loss_sum=self._loss_sum.item(),
+            loss_count=self._loss_count,
+            grad_norm=self._grad_norm,
+            seconds=self._seconds,
+            seconds_since_log=time.perf_counter() - self._mark,
+            threads=torch.get_num_threads(),
+            versions={"portlm": portlm.__version__, "torch": str(torch.__version__)},
+        )
 
     def _bytes(self, tensors: dict[str, Tensor]) -> int:
         """Return about how many bytes the weights and some tensors take on the disk."""
@@ -433,52 +431,11 @@ def accumulate_gradients(
     return total
 
 
-def make_optimizer(model: torch.nn.Module, config: PretrainConfig) -> AdamW:
-    """Return AdamW over a model's parameters, as the settings say."""
-    options = config.optimizer
-    return AdamW(
-        state.decay_groups(model, options.weight_decay),
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-        max_grad_norm=options.clip or None,
-    )
-
-
-def model_config(config: PretrainConfig, corpus: Corpus) -> "Config":
-    """Return the family's configuration for the asked shape and the tokenizer's vocabulary."""
-    shape, tokenizer = config.model, corpus.tokenizer
-    options: dict[str, Any] = {
-        "vocab_size": tokenizer.vocab_size,
-        "context_length": shape.context_length,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "width": shape.width,
-        "eos_token_ids": () if tokenizer.eos_id is None else (tokenizer.eos_id,),
-    }
-    if shape.family == "gpt2":
-        options["dropout"] = shape.dropout
-    else:
-        options["n_kv_head"] = shape.n_kv_head or shape.n_head
-        # LLaMA's own rule: three matrices of 8/3 C hold as much as two of 4 C; a multiple of 32 suits kernels.
-        options["hidden"] = shape.hidden or -(-8 * shape.width // 3 // 32) * 32
-        options["rope_theta"], options["tie_embeddings"] = shape.rope_theta, shape.tie_embeddings
-    built: Config = models.FAMILIES[shape.family].config_class()(**options)
-    return built
-
-
-def _device(config: PretrainConfig) -> torch.device:
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ConfigError(f"device {config.device!r} is no device: write cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {config.device!r} cannot train: write cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EngineUnavailableError(
-            "this machine or this PyTorch has no CUDA device: train with device = cpu"
-        )
-    return device
+def _open_metrics(folder: RunFolder, saved: SavedRun | None) -> MetricsLog:
+    if saved is None:
+        return MetricsLog(folder.metrics)
+    done = saved.evaluated_step == saved.step
+    return MetricsLog(folder.metrics, saved.step, redo=() if done else ("eval", "sample"))
 
 
 def _draw(folder: RunFolder, progress: ProgressReport) -> None:

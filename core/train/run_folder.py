@@ -1,4 +1,4 @@
-"""The folder of one training run: where everything lies, who may write, and what it was told.
+"""The folder of one training run: where everything lies, who may write, and what a resume must agree with.
 
 ::
 
@@ -16,7 +16,11 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
 
 from portlm import settings
 from portlm.errors import ConfigError, FormatError, StorageError, UsageError
@@ -31,6 +35,7 @@ from portlm.train.checkpoint import (
     verify_checkpoint,
 )
 from portlm.train.config import PretrainConfig
+from portlm.train.evaluation import Evaluation
 
 # What decides every number of a run: a resumed one must not change it. The text itself is compared by content.
 _FIXED = ("seed", "model.", "data.")
@@ -114,13 +119,71 @@ class RunFolder:
         return found
 
 
-def check_same_run(saved: PretrainConfig, asked: PretrainConfig, note: Callable[[str], None]) -> None:
+@dataclass(frozen=True)
+class SavedRun:
+    """All of a run but its tensors, as it stands in a checkpoint's manifest.
+
+    Attributes:
+        step: Optimiser steps taken.
+        config: The resolved settings.
+        sampler: Where the sampler of batches stands.
+        optimizer: What the optimiser remembers besides tensors.
+        data: Digests of the tokens.
+        evaluation: The latest, None before the first.
+        evaluated_step: The step it belongs to.
+        loss_sum: Over the steps since the last log line.
+        loss_count: How many those are.
+        grad_norm: Of the last step.
+        seconds: Training time until the last log line.
+        seconds_since_log: And since then.
+        threads: CPU threads; another number may round differently.
+        versions: Of portlm and PyTorch, for whoever has to explain a difference.
+    """
+
+    step: int
+    config: dict[str, Any]
+    sampler: dict[str, int]
+    optimizer: dict[str, Any]
+    data: dict[str, str]
+    evaluation: Evaluation | None
+    evaluated_step: int
+    loss_sum: float
+    loss_count: int
+    grad_norm: float
+    seconds: float
+    seconds_since_log: float
+    threads: int
+    versions: dict[str, str]
+    kind: Literal["pretrain"] = "pretrain"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what goes into the manifest."""
+        state: dict[str, Any] = msgspec.to_builtins(self)
+        return state
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "SavedRun":
+        """Read it back.
+
+        Raises:
+            FormatError: The checkpoint is not of a pretraining run, or of another version of portlm.
+        """
+        try:
+            return msgspec.convert(checkpoint.state, cls, strict=True)
+        except msgspec.ValidationError as error:
+            raise FormatError(f"{checkpoint.path} cannot be resumed as a pretraining run: {error}") from error
+
+
+def check_same_run(saved: SavedRun, asked: PretrainConfig, note: Callable[[str], None]) -> None:
     """Refuse settings that would make a resumed run a different one, and report those that merely change.
 
     Raises:
-        ConfigError: A setting that decides the model or the data differs.
+        ConfigError: A setting that decides the model or the data differs, or the run is already past its end.
     """
-    for key, (old, new) in settings.differences(saved, asked).items():
+    if saved.step > asked.steps:
+        raise ConfigError(f"the run has taken {saved.step} steps already, more than steps = {asked.steps}")
+    before = settings.load(PretrainConfig, preset=saved.config)
+    for key, (old, new) in settings.differences(before, asked).items():
         if key.startswith(_FIXED) and key not in _FREE:
             raise ConfigError(
                 f"{key} is {old!r} in the checkpoint and {new!r} now: leave it out to resume, or start anew "

@@ -242,6 +242,26 @@ def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
     )
 
 
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_signal_before_an_evaluation_puts_it_off_until_the_resume(text, tmp_path, monkeypatch, step):
+    """Evaluating may take minutes; stopping must not. 12 is the last step."""
+    straight = pretrain(tiny(text), tmp_path / "straight", quiet=True)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(InterruptedTraining) as caught:
+            pretrain(tiny(text), run, quiet=True)
+    assert caught.value.exit_code == 130
+    assert not (run / "final").exists()
+    assert [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == step] == []
+    for _ in range(2):
+        resumed = pretrain(tiny(text), run, resume="auto", quiet=True)
+        assert resumed.loss == straight.loss
+        assert comparable(read_metrics(run / "metrics.jsonl")) == comparable(
+            read_metrics(straight.run / "metrics.jsonl")
+        )
+
+
 class CrashError(Exception):
     """Stands for whatever kills a process between two saves."""
 
