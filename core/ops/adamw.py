@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from portlm.ops.fused import kernels
+from portlm.ops.fused import has_kernel, kernels
 
 __all__ = ["AdamW", "adamw_reference", "gradient_norm_reference"]
 
@@ -172,7 +172,7 @@ class AdamW(torch.optim.Optimizer):
         if not active:
             return 0.0
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        if kernels is not None and all(_dense(p) and _dense(g) for p, g, _ in active):
+        if has_kernel() and all(_dense(p) and _dense(g) for p, g, _ in active):
             norm = self._plan_for(active).run(self.param_groups, max_norm)
         else:
             norm = self._step_reference(active, max_norm)
