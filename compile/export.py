@@ -13,15 +13,22 @@ from typing import Any
 
 import onnx
 
-from portlm.artifact import MANIFEST, Manifest, ModelSpec, RoleSpec, StateSpec, list_files, read_manifest
-from portlm.artifact import hash_files as _hash_files
-from portlm.artifact import write_manifest as _write_manifest
+from portlm.artifact import (
+    Manifest,
+    ModelSpec,
+    RoleSpec,
+    StateSpec,
+    hash_files,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 from portlm.compile.check import check_model
 from portlm.compile.families import CacheShape, Decoder, check_tensors, decoder_of
 from portlm.compile.forms import PROFILES
 from portlm.compile.graph import GraphBuilder, WeightFile
-from portlm.errors import FormatError, UsageError
-from portlm.files import check_space, fsync_dir, read_json
+from portlm.errors import FormatError, StorageError, UsageError
+from portlm.files import check_space, free_bytes, fsync_dir, read_json
 from portlm.weights import load_numpy
 
 WEIGHTS = "decoder.onnx.data"
@@ -52,34 +59,38 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     Raises:
         FormatError: the checkpoint is damaged or not of a known family.
         UsageError: `out` holds something that is not an artifact, or a profile is unknown.
-        StorageError: not enough room.
+        StorageError: the disk is full or refuses. What was there before is untouched.
     """
     source, target = Path(checkpoint), Path(out)
     if not profiles or set(profiles) - PROFILES.keys():
         raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
     _check_target(source, target)
-    config = read_json(source / "config.json")
+    config_file, weight_file = source / "config.json", source / "model.safetensors"
+    config = read_json(config_file)
     if not isinstance(config, dict):
-        raise FormatError(f"{source / 'config.json'}: must hold an object")
-    decoder = decoder_of(config)
-    tensors = check_tensors(decoder, load_numpy(source / "model.safetensors"))
+        raise FormatError(f"{config_file}: must hold an object")
+    decoder = decoder_of(config, config_file)
+    tensors = check_tensors(decoder, load_numpy(weight_file), weight_file)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     copied = [name for name in COPIED if (source / name).is_file()]
     size = sum((source / name).stat().st_size for name in copied) + sum(t.nbytes for t in tensors.values())
-    check_space(target.parent, size + size // 10)
+    size += size // 10
+    check_space(target.parent, size)
 
     workshop = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         (workshop / "onnx").mkdir(parents=True)
         for name in copied:
             shutil.copyfile(source / name, workshop / name)
         write_graphs(decoder, decoder.weights(tensors), workshop / "onnx", profiles)
         parameters = sum(tensor.size for tensor in tensors.values())
-        manifest = _describe(decoder, parameters, profiles, workshop)
-        _write_manifest(workshop, manifest)
+        write_manifest(workshop, _describe(decoder, parameters, profiles, workshop))
         _sync(workshop)
         _put_in_place(workshop, target)
+    except OSError as error:
+        room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
+        raise StorageError(f"{target} cannot be written: {error.strerror or error}; {room}") from error
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     return target
@@ -150,7 +161,7 @@ def _describe(decoder: Decoder, parameters: int, profiles: Sequence[str], folder
         cache.head_dim,
     )
     model = ModelSpec(decoder.family, parameters, *sizes)
-    return Manifest(model=model, roles={"decoder": role}, files=_hash_files(folder, list_files(folder)))
+    return Manifest(model=model, roles={"decoder": role}, files=hash_files(folder, list_files(folder)))
 
 
 def _check_target(source: Path, target: Path) -> None:
@@ -191,6 +202,3 @@ def _put_in_place(workshop: Path, target: Path) -> None:
     fsync_dir(target.parent)
     if previous is not None:
         shutil.rmtree(previous, ignore_errors=True)
-
-
-__all__ = ["MANIFEST", "build_graph", "export", "state_specs", "write_graphs"]

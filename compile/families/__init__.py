@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,27 +69,36 @@ class Decoder(Protocol):
         """Write the decoder with cache, from "input_ids" to "logits" and "present.N.key"."""
 
 
-def decoder_of(config: Mapping[str, Any]) -> Decoder:
+def decoder_of(config: Mapping[str, Any], where: str | Path = "config.json") -> Decoder:
     """Describe the model of a config.json.
+
+    Args:
+        config: its contents.
+        where: its path, for messages.
 
     Raises:
         FormatError: the family is unknown, or a field is missing, of the wrong type or out of range.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise FormatError(
-            f"config.json: model_type is {shown(family)}, known families are {', '.join(FAMILIES)}"
-        )
+        raise FormatError(f"{where}: model_type is {shown(family)}, known families are {', '.join(FAMILIES)}")
     module, _, name = FAMILIES[family].partition(":")
     try:
         decoder: Decoder = getattr(importlib.import_module(module), name).from_config(Reader(config))
     except ConfigError as error:
-        raise FormatError(f"config.json: {error}") from error
+        raise FormatError(f"{where}: {error}") from error
     return decoder
 
 
-def check_tensors(decoder: Decoder, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def check_tensors(
+    decoder: Decoder, tensors: Mapping[str, np.ndarray], where: str | Path = "model.safetensors"
+) -> dict[str, np.ndarray]:
     """Float32 tensors exactly as the family expects them.
+
+    Args:
+        decoder: describes the model.
+        tensors: all that the checkpoint holds.
+        where: its path, for messages.
 
     Raises:
         FormatError: a tensor is missing, superfluous, of another shape or not floating point.
@@ -97,18 +107,14 @@ def check_tensors(decoder: Decoder, tensors: Mapping[str, np.ndarray]) -> dict[s
     for name in sorted(expected.keys() ^ tensors.keys()):
         state = "lacks" if name in expected else "has an unknown"
         raise FormatError(
-            f"model.safetensors {state} tensor {name}, which does not fit config.json ({decoder.family})"
+            f"{where} {state} tensor {shown(name)}, which does not fit config.json ({decoder.family})"
         )
     checked = {}
     for name, shape in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape:
-            raise FormatError(
-                f"model.safetensors: {name} has shape {tensor.shape}, config.json asks for {shape}"
-            )
+            raise FormatError(f"{where}: {name} has shape {tensor.shape}, config.json asks for {shape}")
         if tensor.dtype not in (np.float16, np.float32, np.float64):
-            raise FormatError(
-                f"model.safetensors: {name} has dtype {tensor.dtype}, export needs floating point"
-            )
+            raise FormatError(f"{where}: {name} has dtype {tensor.dtype}, export needs floating point")
         checked[name] = tensor.astype(np.float32, copy=False)
     return checked

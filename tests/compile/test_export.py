@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import subprocess
@@ -144,6 +145,24 @@ def test_failed_export_leaves_what_was_there(checkpoint, tmp_path, monkeypatch, 
         verify_files(out)
 
 
+def test_full_disk_is_a_storage_error_and_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    def no_space(self, path):
+        path.write_bytes(b"some of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_module.WeightFile, "write", no_space)
+    with pytest.raises(
+        StorageError, match=r"out cannot be written: No space left.*\d+ bytes are needed and \d+ are free"
+    ):
+        export(checkpoint, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_export_into_an_empty_folder_that_exists(checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    verify_files(export(checkpoint, tmp_path / "out"))
+
+
 def test_unknown_profile_is_refused(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="profiles must be among portable, fused, got fast"):
         export(checkpoint, tmp_path / "out", profiles=("fast",))
@@ -188,8 +207,8 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused(checkpoint, tmp_p
     tensors = {name: tensor.copy() for name, tensor in load_numpy(path).items()}
     name = "model.layers.0.mlp.up_proj.weight"
     for damaged, message in (
-        ({n: t for n, t in tensors.items() if n != name}, f"lacks tensor {name}"),
-        (tensors | {"extra": np.zeros(1, np.float32)}, "has an unknown tensor extra"),
+        ({n: t for n, t in tensors.items() if n != name}, f"lacks tensor '{name}'"),
+        (tensors | {"extra": np.zeros(1, np.float32)}, "has an unknown tensor 'extra'"),
         (tensors | {name: tensors[name][:-1]}, f"{name} has shape"),
         (tensors | {name: tensors[name].astype(np.int32)}, f"{name} has dtype int32"),
         (tensors | {name: tensors[name] * np.inf}, f"{name} holds NaN or infinity"),

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from portlm.artifact import read_manifest, refresh_files, verify_files, write_manifest
-from portlm.compile.bisect import bisect, ort_runner
+from portlm.compile.bisect import bisect, ort_runner, tvm_runner
 from portlm.compile.build import build
 from portlm.compile.parity import (
     REFERENCE,
@@ -309,6 +309,28 @@ def test_bisect_finds_a_fault_that_exposing_everything_hides(certified):
     assert found.node == faulty
     assert found.alone
     assert "only when fused with its neighbours" in str(found)
+
+
+@pytest.mark.parametrize("profile", ["portable", "fused"])
+def test_bisect_runs_what_tvm_compiles(exported, profile):
+    from portlm.errors import EngineUnavailableError
+
+    try:
+        if profile == "fused":
+            from portlm.runtimes.tvm import connect_kernels
+
+            connect_kernels()
+        run = tvm_runner(profile)
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+    graph = f"onnx/decoder.{profile}.onnx"
+    assert bisect(exported["gpt2-one-head"], run, graph) is None
+
+    def broken(model, folder, names, inputs):
+        results = run(model, folder, names, inputs)
+        return [r + 1.0 if n == "transformer.ln_f" else r for n, r in zip(names, results, strict=True)]
+
+    assert bisect(exported["gpt2-one-head"], broken, graph).value == "transformer.ln_f"
 
 
 def test_bisect_needs_the_portable_profile(checkpoints, tmp_path):
