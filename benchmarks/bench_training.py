@@ -17,11 +17,9 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from harness import bootstrap, environment
 from torch import Tensor, nn
 
-from portlm import bench, settings
+from portlm import _C, settings
 from portlm.data.corpus import python_topics
 from portlm.models.gpt2 import GPT2, GPT2Config
 from portlm.train.config import PretrainConfig
@@ -219,27 +217,6 @@ class NoiseMeter:
         return sum(fields[:8]), fields[7], resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def peak_flops() -> tuple[float, str]:
-    """Return the multiply-add peak of all threads in FLOP/s, and how it was probed."""
-    try:
-        from portlm import _C
-
-        if hasattr(_C, "probe_flops"):
-            return float(_C.probe_flops(50_000_000)), "multiply-add loop"
-    except ImportError:
-        pass
-    a = torch.randn(1536, 1536)
-    torch.mm(a, a)
-    best = min(_seconds(lambda: torch.mm(a, a)) for _ in range(5))
-    return 2 * 1536**3 / best, "sgemm of 1536"
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    action()
-    return time.perf_counter() - begin
-
-
 def step_flops(config: GPT2Config, batch: int) -> float:
     """Return the FLOPs of one step: 6 per matrix weight and token, and attention with its causal half skipped."""
     C, T, L = config.width, config.context_length, config.n_layer
@@ -298,7 +275,7 @@ def race(
         times: dict[str, list[float]] = {name: [] for name in steps}
         for name in order + order[::-1]:
             times[name].append(sample(steps[name], source, counts[name]))
-        noise, (peak, _) = meter.stop(), peak_flops()
+        noise, peak = meter.stop(), _C.probe_flops(20_000_000)
         order = order[1:] + order[:1]
         if noise.too_much(torch.get_num_threads()) and thrown < patience:
             thrown += 1
@@ -312,45 +289,10 @@ def race(
     return kept, thrown
 
 
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Return the median of the ratios and its bootstrapped 95 % interval."""
-    generator = np.random.default_rng(0)
-    draws = generator.choice(np.array(ratios), (10_000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return statistics.median(ratios), float(low), float(high)
-
-
-def environment() -> dict[str, Any]:
-    """Describe the machine beyond what every benchmark notes."""
-
-    def read(path: str) -> str | None:
-        try:
-            return Path(path).read_text().strip()
-        except OSError:
-            return None
-
-    flags = next(
-        (
-            line.split(":")[1]
-            for line in (read("/proc/cpuinfo") or "").splitlines()
-            if line.startswith("flags")
-        ),
-        "",
-    )
-    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=False).stdout
-    return {
-        **bench.environment(),
-        "cpu_flags": sorted(set(flags.split()) & {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile"}),
-        "kernel": platform.release(),
-        "transparent_hugepages": read("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "compiler": compiler.partition("\n")[0],
-        "threads": torch.get_num_threads(),
-        "torch_threading": [
-            line.strip() for line in torch.__config__.parallel_info().splitlines()
-            if line.startswith(("OpenMP", "Intel(R) oneAPI", "mkl_get", "omp_get"))
-        ],
-    }  # fmt: skip
+def cpu_flags() -> list[str]:
+    """Return which of the instruction sets that matter here the CPU has."""
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    return sorted(set(flags.split()) & {"avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile"})
 
 
 # ---- command line ----------------------------------------------------------------------------------------------
@@ -412,25 +354,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if stray > GATE_TOLERANCE:
             raise SystemExit(f"{name} does not train the same model: its loss strays by {stray:.2e}")
     rounds, thrown = race(steps, data, arguments.rounds, arguments.seconds, arguments.patience)
-    flops, peak = step_flops(config, arguments.batch), statistics.median(r.peak for r in rounds)
+    flops, peak = step_flops(config, arguments.batch), max(r.peak for r in rounds)
     tokens = arguments.batch * config.context_length
     rows = []
     for name in steps:
         typical = statistics.median(r.seconds[name] for r in rounds)
-        ratio, low, high = interval([r.seconds[name] / r.seconds["portlm"] for r in rounds])
+        ratios = [r.seconds[name] / r.seconds["portlm"] for r in rounds]
+        low, high = bootstrap(ratios)
         rows.append({
             "name": name, "ms": 1e3 * typical, "tokens_per_second": tokens / typical, "of_peak": flops / typical / peak,
-            "portlm_is_faster_by": ratio, "low": low, "high": high, "loss_stray": strays[name],
+            "portlm_is_faster_by": statistics.median(ratios), "low": low, "high": high, "loss_stray": strays[name],
         })  # fmt: skip
     return {
         "setting": asdict(config) | {"batch": arguments.batch, "gflop_per_step": flops / 1e9},
         "rows": rows,
         "absent": absent,
         "peak_gflop_s": peak / 1e9,
-        "peak_probe": peak_flops()[1],
         "rounds": [asdict(r) for r in rounds],
         "thrown_away": thrown,
-        "environment": environment(),
+        "environment": environment() | {"threads": torch.get_num_threads(), "cpu_flags": cpu_flags()},
     }
 
 
@@ -454,7 +396,7 @@ def show(result: dict[str, Any]) -> None:
     for name, reason in result["absent"].items():
         print(f"{name:>15} not available: {reason}")
     print(
-        f"peak {result['peak_gflop_s']:.0f} GFLOP/s ({result['peak_probe']}), "
+        f"peak {result['peak_gflop_s']:.0f} GFLOP/s, "
         f"{result['setting']['gflop_per_step']:.2f} GFLOP per step, {len(result['rounds'])} rounds kept, "
         f"{result['thrown_away']} thrown away"
     )

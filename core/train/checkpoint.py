@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 # Folders and journals take space besides the files themselves.
 _SPACE_FACTOR = 1.1
 _STEP_FOLDER = re.compile(r"step-(\d{1,18})")
-_LEFTOVER = re.compile(r".+\.tmp-(\d{1,10})")
+_LEFTOVER = re.compile(r"(?P<name>.+?)(?P<old>\.old)?\.tmp-(?P<pid>\d{1,10})")
 _STALE_FILE = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -251,11 +251,16 @@ def remove_leftovers(folder: Path, ops: FileOps = FILE_OPS) -> None:
     """Delete what saves that were killed left half written.
 
     A leftover carries the number of its process. One of a process still alive is left alone; one with our own
-    number can only be from an earlier process that had it, as containers hand out the same few numbers.
+    number can only be from an earlier process that had it, as containers hand out the same few numbers. A folder
+    that was about to be replaced, and was not, gets its name back.
     """
     for entry in list(folder.iterdir()):
         match = _LEFTOVER.fullmatch(entry.name)
-        if match and entry.is_dir() and not entry.is_symlink() and not _is_other_process(int(match[1])):
+        if not match or not entry.is_dir() or entry.is_symlink() or _is_other_process(int(match["pid"])):
+            continue
+        if match["old"] and not (folder / match["name"]).exists():
+            ops.rename(entry, folder / match["name"])
+        else:
             ops.remove_folder(entry)
 
 

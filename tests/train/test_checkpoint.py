@@ -414,6 +414,23 @@ def test_failing_any_operation_of_a_replacement_keeps_the_old_folder(memory_path
     assert fail_at > 5
 
 
+@pytest.mark.parametrize("fail_at", range(4))
+def test_a_process_killed_while_replacing_leaves_the_old_folder_or_the_new(tmp_path, fail_at):
+    """The moments around the two renames: what the next process finds, and what it makes of it."""
+    new, old = tmp_path / f"final.tmp-{dead_pid()}", tmp_path / f"final.old.tmp-{dead_pid()}"
+    target = replace_folder(tmp_path / "final", fill_with(1), estimate=0)
+    shutil.copytree(target, new)
+    if fail_at >= 1:
+        target.rename(old)
+    if fail_at >= 2:
+        new.rename(target)
+    if fail_at >= 3:
+        shutil.rmtree(old)
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert (target / "model.bin").read_bytes() == bytes([1]) * 5000
+
+
 def test_every_error_is_one_of_ours(tmp_path):
     """A folder that cannot be made: the root is a file."""
     (tmp_path / "file").write_text("x")
