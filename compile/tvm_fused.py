@@ -9,6 +9,7 @@ need not check every one of them again at every step.
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,14 +118,8 @@ class _Lowering:
 
     def _call(self, op: str, inputs: Sequence[Any], *shapes: Sequence[Any]) -> Sequence["relax.Expr"]:
         """One native call that writes float32 outputs of these shapes; plain numbers pass as numbers."""
-        relax, tirx = self.relax, self.tirx
-        arguments = []
-        for value in inputs:
-            if isinstance(value, float):
-                value = relax.prim_value(tirx.FloatImm("float64", value))
-            elif isinstance(value, int):
-                value = relax.prim_value(tirx.IntImm("int64", value))
-            arguments.append(value)
+        relax = self.relax
+        arguments = [self._number(value) if isinstance(value, int | float) else value for value in inputs]
         types = [relax.TensorType(list(shape), "float32") for shape in shapes]
         call = relax.op.call_dps_packed(
             f"portlm.{op}", relax.Tuple(arguments), types[0] if len(types) == 1 else types
@@ -132,11 +127,26 @@ class _Lowering:
         result = self.bb.emit(call)
         return [result] if len(types) == 1 else [self.bb.emit(result[i]) for i in range(len(types))]
 
+    def _number(self, value: int | float) -> Any:
+        tirx = self.tirx
+        real = isinstance(value, float)
+        return self.relax.prim_value(tirx.FloatImm("float64", value) if real else tirx.IntImm("int64", value))
+
     def _inputs(self, node: onnx.NodeProto) -> list[Any]:
-        return [self.values[name] for name in node.input if name]
+        return [self._whole(self.values[name]) for name in node.input if name]
+
+    def _whole(self, value: Any) -> Any:
+        """A value as a tensor of its own; the part of a Split is copied out of what it is part of."""
+        if not isinstance(value, _Columns):
+            return value
+        end = value.first + value.width
+        return self.bb.emit(self.relax.op.strided_slice(value.source, [2], [value.first], [end]))
 
     def _shape(self, name: str) -> list[Any]:
-        return list(self.values[name].ty.shape)
+        value = self.values[name]
+        if isinstance(value, _Columns):
+            return [*value.source.ty.shape[:2], value.width]
+        return list(value.ty.shape)
 
     def _embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         width = self.shapes[node.input[1]][1]
@@ -162,19 +172,23 @@ class _Lowering:
         )
 
     def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        q, k, v, past_key, past_value, mask = self._inputs(node)
-        batch, heads, _, width = past_key.ty.shape
-        grown = [batch, heads, self.extents["past"] + self.extents["sequence"], width]
-        sizes = [int(attributes["num_heads"]), int(attributes["num_kv_heads"]), float(attributes["scale"])]
+        q, k, v = (self._columns(name) for name in node.input[:3])
+        past_key, past_value, mask = (self.values[name] for name in node.input[3:])
+        batch, kv_heads, past, width = past_key.ty.shape
+        sequence = q.source.ty.shape[1]
+        heads = int(attributes["num_heads"])
+        sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]
+        grown = self.relax.TensorType([batch, kv_heads, past + sequence, width], "float32")
         present_key, present_value = (
             self.bb.emit(
                 self.relax.op.call_pure_packed(
-                    "portlm.append_cache", past, new, ty_args=[self.relax.TensorType(grown, "float32")]
+                    "portlm.append_cache", cache, new.source, self._number(new.first), ty_args=[grown]
                 )
             )
-            for past, new in ((past_key, k), (past_value, v))
+            for cache, new in ((past_key, k), (past_value, v))
         )
-        (out,) = self._call("cached_attention", [q, present_key, present_value, mask, *sizes], q.ty.shape)
+        inputs = [q.source, q.first, present_key, present_value, mask, *sizes]
+        (out,) = self._call("cached_attention", inputs, [batch, sequence, heads * width])
         return out, present_key, present_value
 
     def _gelu_mlp(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
@@ -192,8 +206,22 @@ class _Lowering:
         return [self.bb.emit(self.relax.op.add(*self._inputs(node)))]
 
     def _split(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        ends = self.constants[node.input[1]].cumsum()[:-1].tolist()
-        parts = self.bb.emit(
-            self.relax.op.split(self.values[node.input[0]], ends, axis=int(attributes["axis"]))
-        )
-        return [self.bb.emit(parts[i]) for i in range(len(node.output))]
+        source = self.values[node.input[0]]
+        if int(attributes["axis"]) not in (-1, 2):
+            raise FormatError(f"{node.name}: only the last axis can be split")
+        ends = self.constants[node.input[1]].cumsum().tolist()
+        return [_Columns(source, first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
+
+    def _columns(self, name: str) -> "_Columns":
+        """A value as columns of itself or of what it was split from."""
+        value = self.values[name]
+        return value if isinstance(value, _Columns) else _Columns(value, 0, value.ty.shape[2])
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns [first, first + width) of a value: a part of a Split, which the kernels read where it lies."""
+
+    source: Any
+    first: int
+    width: Any

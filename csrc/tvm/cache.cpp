@@ -1,10 +1,10 @@
 // The key/value cache of one layer, grown in place.
 //
-// append_cache(past (B, K, P, D), new (B, T, K*D)) -> present (B, K, P+T, D) returns a view of a buffer with room for
-// more positions than it holds, so that the next call only writes its T new rows. The function stays pure for its
-// caller: a buffer is extended only from the view that reaches its end, and rows once written never change, so an
-// older view keeps its content. Extending such an older view again (another continuation of the same prefix) finds
-// the end moved on, and copies.
+// append_cache(past (B, K, P, D), source (B, T, W), first) -> present (B, K, P+T, D) adds columns [first, first + K*D) of
+// source. It returns a view of a buffer with room for more positions than it holds, so that the next call only writes
+// its T new rows. The function stays pure for its caller: a buffer is extended only from the view that reaches its end,
+// and rows once written never change, so an older view keeps its content. Extending such an older view again (another
+// continuation of the same prefix) finds the end moved on, and copies.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -118,10 +118,12 @@ void hand_over(Buffer* buffer, int64_t positions, Any* result) {
 PORTLM_TVM_FUNCTION(append_cache) {
   using namespace portlm::tvm;
   return guarded("append_cache", args, count, [result](const Call& call) {
-    call.expect_count(2);
-    const auto past = call.strided_f32(0, "past", 4), fresh = call.f32(1, "new", 3);
-    const int64_t B = past.size(0), K = past.size(1), P = past.size(2), D = past.size(3), T = fresh.size(1);
-    call.expect_shape(fresh, {B, T, K * D});
+    call.expect_count(3);
+    const auto past = call.strided_f32(0, "past", 4), source = call.f32(1, "source", 3);
+    const int64_t B = past.size(0), K = past.size(1), P = past.size(2), D = past.size(3);
+    const int64_t T = source.size(1), W = source.size(2), first = call.integer(2, "first");
+    call.expect_shape(source, {B, T, W});
+    call.expect_columns(source, first, K * D);
     Buffer* buffer = claim(past, T);
     if (!buffer) {
       if (P > 0 && past.stride(3) != 1) call.fail("past must have contiguous rows");
@@ -138,7 +140,7 @@ PORTLM_TVM_FUNCTION(append_cache) {
       for (int64_t k = 0; k < K; ++k)
         for (int64_t t = 0; t < T; ++t)
           std::memcpy(buffer->data + ((b * K + k) * buffer->capacity + P + t) * D,
-                      fresh.data<float>() + ((b * T + t) * K + k) * D, static_cast<size_t>(D) * sizeof(float));
+                      source.data<float>() + (b * T + t) * W + first + k * D, static_cast<size_t>(D) * sizeof(float));
     hand_over(buffer, P + T, result);
   });
 }

@@ -112,6 +112,12 @@ void Call::expect_last(const Tensor& tensor, int64_t wanted) const {
          shape_text(tensor.raw().shape, tensor.ndim()));
 }
 
+void Call::expect_columns(const Tensor& tensor, int64_t first, int64_t width) const {
+  if (first < 0 || width < 0 || first > tensor.size(-1) - width)
+    fail("columns " + std::to_string(first) + " to " + std::to_string(first + width) + " of " + tensor.name() +
+         " do not exist, its shape is " + shape_text(tensor.raw().shape, tensor.ndim()));
+}
+
 int report(const char* kind, const std::string& message) {
   if (runtime().set_error) runtime().set_error(kind, message.c_str());
   return -1;

@@ -59,6 +59,8 @@ class Call {
   void expect_shape(const Tensor& tensor, std::initializer_list<int64_t> wanted) const;
   void expect_same_shape(const Tensor& a, const Tensor& b) const;
   void expect_last(const Tensor& tensor, int64_t wanted) const;
+  // Columns [first, first + width) of the last axis exist.
+  void expect_columns(const Tensor& tensor, int64_t first, int64_t width) const;
   [[noreturn]] void fail(const std::string& message) const;
 
  private:

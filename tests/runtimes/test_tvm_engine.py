@@ -277,28 +277,36 @@ def test_appending_writes_behind_the_past_without_copying_it(function):
     cache, expected, addresses = tensor(2, 3, 0, 4), np.zeros((2, 3, 0, 4), np.float32), set()
     for T in (5, 1, 1, 2):
         new = rng.standard_normal((2, T, 12), dtype=np.float32)
-        cache = append(cache, tvm_ffi.from_dlpack(new))
+        cache = append(cache, tvm_ffi.from_dlpack(new), 0)
         expected = np.concatenate([expected, new.reshape(2, T, 3, 4).transpose(0, 2, 1, 3)], axis=2)
         np.testing.assert_array_equal(np.from_dlpack(cache), expected)
         addresses.add(np.from_dlpack(cache).ctypes.data)
     assert len(addresses) == 1
 
 
+def test_only_the_named_columns_are_appended(function):
+    source = np.arange(24, dtype=np.float32).reshape(1, 2, 12)
+    cache = function("append_cache")(tensor(1, 2, 0, 3), tvm_ffi.from_dlpack(source), 5)
+    np.testing.assert_array_equal(
+        np.from_dlpack(cache), source[:, :, 5:11].reshape(1, 2, 2, 3).swapaxes(1, 2)
+    )
+
+
 def test_a_cache_that_outgrows_its_room_moves_and_keeps_its_content(function):
     append = function("append_cache")
     cache = tensor(1, 2, 0, 3)
     for t in range(300):
-        cache = append(cache, tensor(1, 1, 6, fill=t))
+        cache = append(cache, tensor(1, 1, 6, fill=t), 0)
     array = np.from_dlpack(cache)
     np.testing.assert_array_equal(array, np.broadcast_to(np.arange(300)[:, None], (1, 2, 300, 3)))
 
 
 def test_two_continuations_of_one_past_do_not_meet(function):
     append = function("append_cache")
-    past = append(tensor(1, 1, 0, 2), tensor(1, 4, 2, fill=1))
-    one = append(past, tensor(1, 1, 2, fill=2))
-    two = append(past, tensor(1, 1, 2, fill=3))
-    three = append(one, tensor(1, 1, 2, fill=4))
+    past = append(tensor(1, 1, 0, 2), tensor(1, 4, 2, fill=1), 0)
+    one = append(past, tensor(1, 1, 2, fill=2), 0)
+    two = append(past, tensor(1, 1, 2, fill=3), 0)
+    three = append(one, tensor(1, 1, 2, fill=4), 0)
     for value, expected in (
         (past, [1] * 4),
         (one, [1] * 4 + [2]),
@@ -310,11 +318,11 @@ def test_two_continuations_of_one_past_do_not_meet(function):
 
 def test_a_view_outlives_the_cache_it_came_from(function):
     append = function("append_cache")
-    cache = append(tensor(1, 1, 0, 2), tensor(1, 4, 2, fill=7))
+    cache = append(tensor(1, 1, 0, 2), tensor(1, 4, 2, fill=7), 0)
     view = np.from_dlpack(cache)
     del cache
     for _ in range(50):
-        append(tensor(1, 1, 0, 2), tensor(1, 4, 2, fill=9))
+        append(tensor(1, 1, 0, 2), tensor(1, 4, 2, fill=9), 0)
     assert (view == 7).all()
 
 
@@ -348,19 +356,34 @@ BAD_CALLS = {
     "gelu_mlp: hidden sizes differ": (
         "gelu_mlp", x, lambda: tensor(8, 5), lambda: tensor(5), lambda: tensor(6, 8), c, 1, x,
     ),
-    "append_cache: heads of another width": ("append_cache", lambda: tensor(2, 2, 1, 3), x),
-    "append_cache: another batch": ("append_cache", lambda: tensor(1, 2, 1, 4), x),
+    "append_cache: heads of another width": ("append_cache", lambda: tensor(2, 2, 1, 5), x, 0),
+    "append_cache: another batch": ("append_cache", lambda: tensor(1, 2, 1, 4), x, 0),
+    "append_cache: columns that do not exist": ("append_cache", lambda: tensor(2, 2, 1, 3), x, 3),
+    "append_cache: columns before the first": ("append_cache", lambda: tensor(2, 2, 1, 3), x, -1),
     "cached_attention: heads that do not fit": (
-        "cached_attention", x, lambda: tensor(2, 2, 4, 4), lambda: tensor(2, 2, 4, 4), lambda: ids(4), 3, 2, 0.5, x,
+        "cached_attention", x, 0, lambda: tensor(2, 2, 4, 4), lambda: tensor(2, 2, 4, 4), lambda: ids(4), 3, 2, 0.5, x,
+    ),
+    "cached_attention: columns that do not exist": (
+        "cached_attention", x, 1, lambda: tensor(2, 2, 4, 4), lambda: tensor(2, 2, 4, 4), lambda: ids(4), 2, 2, 0.5, x,
     ),
     "cached_attention: a short mask": (
-        "cached_attention", x, lambda: tensor(2, 2, 4, 4), lambda: tensor(2, 2, 4, 4), lambda: ids(3), 2, 2, 0.5, x,
+        "cached_attention", x, 0, lambda: tensor(2, 2, 4, 4), lambda: tensor(2, 2, 4, 4), lambda: ids(3), 2, 2, 0.5, x,
     ),
     "cached_attention: values shorter than keys": (
-        "cached_attention", x, lambda: tensor(2, 2, 4, 4), lambda: tensor(2, 2, 3, 4), lambda: ids(4), 2, 2, 0.5, x,
+        "cached_attention", x, 0, lambda: tensor(2, 2, 4, 4), lambda: tensor(2, 2, 3, 4), lambda: ids(4), 2, 2, 0.5, x,
     ),
     "cached_attention: fewer slots than queries": (
-        "cached_attention", x, lambda: tensor(2, 2, 2, 4), lambda: tensor(2, 2, 2, 4), lambda: ids(2), 2, 2, 0.5, x,
+        "cached_attention", x, 0, lambda: tensor(2, 2, 2, 4), lambda: tensor(2, 2, 2, 4), lambda: ids(2), 2, 2, 0.5, x,
+    ),
+    "cached_attention: keys with gaps": (
+        "cached_attention", x, 0,
+        lambda: tvm_ffi.from_dlpack(np.zeros((2, 2, 4, 8), np.float32)[..., ::2]), lambda: tensor(2, 2, 4, 4),
+        lambda: ids(4), 2, 2, 0.5, x,
+    ),
+    "cached_attention: values laid out otherwise": (
+        "cached_attention", x, 0,
+        lambda: tensor(2, 2, 4, 4), lambda: tvm_ffi.from_dlpack(np.zeros((2, 2, 5, 4), np.float32)[:, :, :4]),
+        lambda: ids(4), 2, 2, 0.5, x,
     ),
 }  # fmt: skip
 
