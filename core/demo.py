@@ -45,8 +45,8 @@ SETTINGS: dict[str, Any] = {
     "checkpoint": {"interval": 400},
 }
 PROMPT = '# for\n\nThe "for" statement'
-SAMPLE = {"max_new_tokens": 200, "temperature": 0.7, "top_k": 40, "seed": 7}
-BENCH = {"prompt": 64, "tokens": 64, "rounds": 3}
+SAMPLE: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.7, "top_k": 40, "seed": 7}
+BENCH: dict[str, Any] = {"prompt": 64, "tokens": 64, "rounds": 3}
 
 # Every engine that the demonstration tries; one that this machine lacks is reported with the reason.
 TARGETS = (

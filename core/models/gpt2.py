@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
-from portlm.ops.attention import attention, cached_attention
+from portlm.ops.attention import attention
+from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
 from portlm.ops.linear import linear
 from portlm.ops.linear_cross_entropy import linear_cross_entropy

@@ -29,7 +29,8 @@ from portlm.errors import ConfigError
 from portlm.files import shown
 from portlm.models import config_json
 from portlm.models.layers import Embedding, KeyValue, Linear, RMSNorm, check_length
-from portlm.ops.attention import attention, cached_attention
+from portlm.ops.attention import attention
+from portlm.ops.cached_attention import cached_attention
 from portlm.ops.linear import linear
 from portlm.ops.linear_cross_entropy import linear_cross_entropy
 from portlm.ops.rotary import rotary

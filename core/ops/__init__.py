@@ -9,7 +9,7 @@ from typing import Any
 _HOME = {
     "AdamW": "adamw",
     "attention": "attention",
-    "cached_attention": "attention",
+    "cached_attention": "cached_attention",
     "embedding": "embedding",
     "gelu_mlp": "gelu_mlp",
     "layer_norm": "layer_norm",

@@ -7,7 +7,7 @@ __all__ = ["attention", "attention_reference", "cached_attention", "cached_atten
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
-    """q (B, T, H, D), k and v (B, S, K, D), visible broadcastable to (B, H, T, S) -> (B, T, H, D)."""
+    """Attend for q (B, T, H, D), k and v (B, S, K, D), visible broadcastable to (B, H, T, S) -> (B, T, H, D)."""
     H, K = q.shape[2], k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
