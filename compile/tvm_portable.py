@@ -72,7 +72,7 @@ def _bounded_gathers(module: "tvm.IRModule") -> "tvm.IRModule":
     take = ir.Op.get("relax.take")
 
     @mutator
-    class Clamp(PyExprMutator):  # type: ignore[misc]
+    class Clamp(PyExprMutator):
         def visit_call_(self, call: relax.Call) -> relax.Expr:
             call = self.visit_expr_post_order(call)
             if call.op == take:

@@ -215,7 +215,8 @@ class TvmEngine:
         finally:
             if others:
                 set_threads(others)
-        return np.from_dlpack(outputs[0]), dict(zip(self._inputs, list(outputs)[1:], strict=True))
+        logits: Logits = np.from_dlpack(outputs[0])  # type: ignore[assignment]
+        return logits, dict(zip(self._inputs, list(outputs)[1:], strict=True))
 
     def placement(self) -> Placement:
         """Everything runs on the one device a library was compiled for."""
