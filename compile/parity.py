@@ -170,8 +170,8 @@ def measure(engine: Engine, reference: Reference) -> Measurement:
         max_logit_error=float(np.abs(logits - expected).max()),
         kl=_divergence(expected, logits),
         top1=float((logits.argmax(1) == expected.argmax(1)).mean()),
-        greedy_match=int(matched.sum()),
-        greedy_total=greedy.size,
+        greedy_match=int(matched.min()),  # of the prompt that differs first
+        greedy_total=greedy.shape[1],
         placement=dict(placement.nodes),
         fallback=tuple(placement.fallback),
         versions=_versions(engine),

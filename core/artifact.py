@@ -103,7 +103,7 @@ class ParityRow:
 
     `max_logit_error` is the largest absolute difference of a logit, `kl` the mean divergence in nats, `top1` the
     share of positions with the same best token, `greedy_match` of `greedy_total` the tokens that greedy decoding
-    agrees on before the first difference, summed over prompts. `placement` counts nodes per device.
+    agrees on before the first difference in any of the probe's prompts. `placement` counts nodes per device.
     """
 
     engine: str
@@ -140,6 +140,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         FormatError: there is none, it is damaged, or it says something that cannot be.
     """
     path = Path(folder) / MANIFEST
+    if not path.exists():
+        raise FormatError(f"{path} does not exist: {instead(folder) or 'give an artifact, made by portlm export'}")
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f"{path}: not a {FORMAT} manifest; export the checkpoint again")
@@ -156,6 +158,18 @@ def read_manifest(folder: str | Path) -> Manifest:
     for name in manifest.files:
         safe_join(Path(folder), name)
     return manifest
+
+
+def instead(folder: str | Path) -> str:
+    """Say what to give in place of a folder without the file that was looked for, or "" if nothing can be guessed."""
+    root = Path(folder)
+    if not root.is_dir():
+        return "there is no such folder"
+    if (root / "final" / "config.json").is_file():
+        return f"this is a run folder, the trained model is in {root / 'final'}"
+    if (root / "config.json").is_file() and not (root / MANIFEST).exists():
+        return f"this is a checkpoint, run portlm export {root} OUT first and give OUT"
+    return ""
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:

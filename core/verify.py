@@ -57,6 +57,8 @@ def verify_artifact(
 ) -> list[Result]:
     """Check every file of an artifact, then every engine against the stored answer of eager PyTorch.
 
+    Graphs are first read in a child process, where one made to harm its reader can harm nothing else.
+
     Args:
         folder: the artifact.
         targets: what to check; None for every engine that runs here and has what it needs in the artifact.
@@ -73,11 +75,14 @@ def verify_artifact(
         UsageError: there is nothing to check.
     """
     from portlm.compile import parity
+    from portlm.compile.check import check_isolated
 
     root = Path(folder)
     progress("files")
     manifest = verify_files(root)
-    chosen = list(targets) if targets is not None else ready_targets(manifest)
+    for graph in _graphs(manifest):
+        check_isolated(root / graph)
+    chosen = list(targets) if targets is not None else ready_targets(manifest, progress)
     if not chosen:
         raise UsageError(
             f"{root}: no engine of this machine can run it; run `portlm compile` first, or see doctor"
@@ -94,8 +99,20 @@ def verify_artifact(
     return results
 
 
-def ready_targets(manifest: Manifest) -> list[Target]:
-    """Return what this machine has engines for and the artifact has graphs or compiled code for."""
+def _graphs(manifest: Manifest) -> list[str]:
+    """Return every ONNX file that some engine would open."""
+    exported = [name for role in manifest.roles.values() for name in role.profiles.values()]
+    lowered = [name for entry in manifest.compiled for name in entry.files if name.endswith(".onnx")]
+    return sorted({*exported, *lowered})
+
+
+def ready_targets(manifest: Manifest, progress: Progress = lambda message: None) -> list[Target]:
+    """Return what this machine has engines for and the artifact has graphs or compiled code for.
+
+    Args:
+        manifest: of the artifact.
+        progress: called with a line for each engine that the artifact was compiled for and this machine lacks.
+    """
     from portlm.runtimes.probe import probe
 
     compiled = {(entry.engine, entry.device, entry.profile) for entry in manifest.compiled}
@@ -104,6 +121,8 @@ def ready_targets(manifest: Manifest) -> list[Target]:
     for row in probe():
         engine, device = row["engine"], row["device"]
         if not row["available"]:
+            if any(key[:2] == (engine, device) for key in compiled):
+                progress(f"{engine}:{device} is compiled but not checked, it does not run here: {row['reason']}")
             continue
         if engine == "torch":
             targets.append(Target(engine, device, "native"))
