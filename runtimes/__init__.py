@@ -65,6 +65,8 @@ def load(
 ) -> "Session":
     """Load an artifact, or for the torch engine a plain checkpoint folder, and return a session.
 
+    A folder without tokenizer.json gives a session that takes and returns token ids only.
+
     Every file that is used is first compared with the size and the hash in the manifest.
 
     Args:
@@ -84,6 +86,7 @@ def load(
         PlacementError: a node would run on another device.
     """
     from portlm.runtimes.engine import PROFILES
+    from portlm.runtimes.no_tokenizer import NoTokenizer
     from portlm.runtimes.session import Session
 
     _one_of("engine", engine, ("auto", *ENGINES))
@@ -103,7 +106,7 @@ def load(
     tokenizer, eos_ids = _texts(folder, manifest)
     opened = implementation.open(folder, manifest, device, profile, allow_fallback, threads)
     try:
-        return Session(opened, tokenizer, eos_ids)
+        return Session(opened, tokenizer or NoTokenizer(opened.vocab_size), eos_ids)
     except BaseException:
         opened.close()
         raise
@@ -135,29 +138,26 @@ def engine_class(name: str) -> "type[Engine]":
 
 def _manifest(folder: Path) -> "Manifest | None":
     """The manifest of an artifact, or None for a plain checkpoint folder."""
-    from portlm.artifact import MANIFEST, read_manifest
+    from portlm.artifact import MANIFEST, instead, read_manifest
 
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
     if not (folder / "config.json").is_file():
-        raise FormatError(f"{folder}: holds neither manifest.json nor config.json, so it is no model")
+        hint = instead(folder) or "give an artifact or a checkpoint folder"
+        raise FormatError(f"{folder}: holds neither manifest.json nor config.json: {hint}")
     return None
 
 
 def _texts(folder: Path, manifest: "Manifest | None") -> tuple[Any, frozenset[int]]:
-    """The tokenizer, and the tokens that end a text according to generation_config.json."""
+    """The tokenizer if there is one, and the tokens that end a text according to generation_config.json."""
     from portlm.artifact import verify_files
     from portlm.files import read_json
     from portlm.tokenizer import Tokenizer
 
     if manifest is not None:
         verify_files(folder, [name for name in (TOKENIZER, GENERATION_CONFIG) if name in manifest.files])
-    if not (folder / TOKENIZER).is_file():
-        raise FormatError(
-            f"{folder / TOKENIZER}: missing; put the tokenizer that the model was trained with there"
-        )
     path = folder / GENERATION_CONFIG
     ids: Any = None
     if path.exists():
@@ -166,7 +166,7 @@ def _texts(folder: Path, manifest: "Manifest | None") -> tuple[Any, frozenset[in
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise FormatError(f"{path}: eos_token_id must be a token id, a list of them or null")
-    return Tokenizer.load(folder), frozenset(ids)
+    return Tokenizer.load(folder) if (folder / TOKENIZER).exists() else None, frozenset(ids)
 
 
 def _choose(manifest: "Manifest | None", device: str, profile: str) -> tuple[str, str]:
@@ -204,9 +204,9 @@ def _cuda_works() -> bool:
     """Whether PyTorch can use a CUDA device. PyTorch is only imported on a machine with NVIDIA's driver."""
     if not Path("/proc/driver/nvidia/version").exists() or importlib.util.find_spec("torch") is None:
         return False
-    import torch
+    from portlm.runtimes.eager import cuda_name
 
-    return torch.cuda.is_available()
+    return cuda_name() is not None
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 CHECKPOINT = ("config.json", "model.safetensors")
 
 
+def cuda_name() -> str | None:
+    """Return what PyTorch calls its CUDA device, or None where it finds none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 class TorchEngine:
     """A model in float32 on the CPU, with portlm's kernels, or on a CUDA device.
 

@@ -218,11 +218,10 @@ def _answer(engine: str, device: str) -> dict[str, str]:
 
             connect_kernels()
             return {"detail": ""}
-        import torch
+        from portlm.runtimes.eager import cuda_name
 
-        if not torch.cuda.is_available():
-            return {"reason": "PyTorch finds no CUDA device", "command": "nvidia-smi"}
-        return {"detail": torch.cuda.get_device_name()}
+        name = cuda_name()
+        return {"detail": name} if name else {"reason": "PyTorch finds no CUDA device", "command": "nvidia-smi"}
     except EngineUnavailableError as error:
         reason = str(error).removeprefix(f"{engine}:{device}: ").removeprefix(f"{engine}: ")
         reason, _, command = reason.partition(", try ")
