@@ -19,6 +19,7 @@ from portlm.artifact import (
     RoleSpec,
     StateSpec,
     hash_files,
+    instead,
     list_files,
     read_manifest,
     write_manifest,
@@ -66,6 +67,8 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
         raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
     _check_target(source, target)
     config_file, weight_file = source / "config.json", source / "model.safetensors"
+    if not config_file.exists() and (hint := instead(source)):
+        raise FormatError(f"{config_file} does not exist: {hint}")
     config = read_json(config_file)
     if not isinstance(config, dict):
         raise FormatError(f"{config_file}: must hold an object")

@@ -141,7 +141,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
-        raise FormatError(f"{path} does not exist: {instead(folder) or 'give an artifact, made by portlm export'}")
+        raise FormatError(
+            f"{path} does not exist: {instead(folder) or 'give an artifact, made by portlm export'}"
+        )
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f"{path}: not a {FORMAT} manifest; export the checkpoint again")

@@ -38,14 +38,25 @@ class Target:
         """Read ``engine[:device[:profile]]``.
 
         Raises:
-            UsageError: more than three parts, or an empty one.
+            UsageError: more than three parts, an empty one, or a name that no engine has.
         """
+        from portlm.runtimes import ENGINES
+        from portlm.runtimes.engine import PROFILES
+
         parts = text.split(":")
         if not 1 <= len(parts) <= 3 or not all(parts):
             raise UsageError(
                 f"'{text}' is no engine: write engine:device or engine:device:profile, e.g. ort:cpu:fused"
             )
-        return Target(parts[0], parts[1] if len(parts) > 1 else "cpu", parts[2] if len(parts) > 2 else "auto")
+        engine, device, profile = (*parts, "cpu", "auto")[:3] if len(parts) == 1 else (*parts, "auto")[:3]
+        if engine not in ENGINES:
+            raise UsageError(f"there is no engine {engine!r}: choose one of {', '.join(ENGINES)}")
+        if device not in ENGINES[engine].devices:
+            devices = " or ".join(ENGINES[engine].devices)
+            raise UsageError(f"{engine} does not run on {device!r}: choose {devices}")
+        if profile not in PROFILES:
+            raise UsageError(f"there is no profile {profile!r}: choose one of {', '.join(PROFILES)}")
+        return Target(engine, device, profile)
 
 
 @dataclass(frozen=True)
@@ -183,10 +194,12 @@ def measure(
 
     Raises:
         UsageError: a count below 1, or prompt + tokens beyond the context.
+        FormatError: the folder is no artifact.
         PortlmError: not one target could be measured.
     """
     if prompt < 1 or tokens < 1 or rounds < 1:
         raise UsageError(f"prompt, tokens and rounds must be at least 1, got {prompt}, {tokens} and {rounds}")
+    _check_room(model, prompt, tokens)
     processes: list[Process] = []
     loaded: dict[Target, dict[str, Any]] = {}
     failed = []
@@ -206,11 +219,6 @@ def measure(
                 process.close()
         if not loaded:
             raise PortlmError("no engine could be measured: " + "; ".join(f["reason"] for f in failed))
-        context = min(answer["context_length"] for answer in loaded.values())
-        if prompt + tokens > context:
-            raise UsageError(
-                f"prompt ({prompt}) and tokens ({tokens}) need {prompt + tokens} positions, the model has {context}"
-            )
         prefill: dict[Target, list[float]] = {target: [] for target in loaded}
         decode: dict[Target, list[float]] = {target: [] for target in loaded}
         limits: list[dict[str, float]] = []
@@ -259,6 +267,17 @@ def measure(
         "rows": [asdict(row) for row in rows],
         "failed": failed,
     }
+
+
+def _check_room(model: Path, prompt: int, tokens: int) -> None:
+    from portlm.artifact import read_manifest
+
+    context = read_manifest(model).model.context_length
+    if prompt + tokens > context:
+        raise UsageError(
+            f"a prompt of {prompt} and {tokens} new tokens need {prompt + tokens} positions, but the model has "
+            f"{context}: choose smaller numbers, such as prompt = {context // 2} and tokens = {context // 4}"
+        )
 
 
 def _work(model: Path) -> tuple[int, int]:

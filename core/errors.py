@@ -27,10 +27,11 @@ class FormatError(PortlmError):
 class ContextLengthError(UsageError):
     """More tokens than the model has positions for. Nothing is ever truncated silently."""
 
-    def __init__(self, tokens: int, limit: int, what: str = "the prompt"):
+    def __init__(self, tokens: int, limit: int, what: str = "the prompt", advice: str = ""):
+        advice = advice or f"shorten it by {tokens - limit} tokens"
         super().__init__(
-            f"{what} has {tokens} tokens, but the model's context holds {limit}: "
-            f"shorten it by {tokens - limit} tokens, or train with a longer context"
+            f"{what} has {tokens} tokens, but the model's context holds {limit}: {advice}, "
+            "or train with a longer context"
         )
         self.tokens, self.limit = tokens, limit
 

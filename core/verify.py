@@ -122,7 +122,9 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
         engine, device = row["engine"], row["device"]
         if not row["available"]:
             if any(key[:2] == (engine, device) for key in compiled):
-                progress(f"{engine}:{device} is compiled but not checked, it does not run here: {row['reason']}")
+                progress(
+                    f"{engine}:{device} is compiled but not checked, it does not run here: {row['reason']}"
+                )
             continue
         if engine == "torch":
             targets.append(Target(engine, device, "native"))

@@ -352,11 +352,10 @@ class Session:
                 raise ContextLengthError(len(tokens), limit, f"prompt {i}")
             total = len(tokens) + options.max_new_tokens
             if total > limit:
-                what = (
-                    f"prompt {i} ({len(tokens)} tokens) with max_new_tokens = {options.max_new_tokens} "
-                    f"({limit - len(tokens)} would fit)"
-                )
-                raise ContextLengthError(total, limit, what)
+                what = f"prompt {i} ({len(tokens)} tokens) with max_new_tokens = {options.max_new_tokens}"
+                room = limit - len(tokens)
+                advice = f"set max_new_tokens to at most {room}, shorten the prompt" if room else ""
+                raise ContextLengthError(total, limit, what, advice)
             if type(own_seed) is bool or not 0 <= _whole("seed", own_seed) < 2**64:
                 raise UsageError(f"seed must be from 0 to 2^64 - 1, got {own_seed!r}")
             decoder = self.tokenizer.stream_decoder(skip_special=True)

@@ -19,12 +19,12 @@ import click
     metavar="ENGINE[:DEVICE[:PROFILE]]",
     help="What to measure; repeat for several (default: everything available here).",
 )
-@click.option("--prompt", "-p", default=128, show_default=True, help="Prompt length in tokens.")
+@click.option("--prompt", default=128, show_default=True, help="Prompt length in tokens.")
 @click.option("--tokens", "-n", default=64, show_default=True, help="Decoded tokens per sample.")
 @click.option(
     "--rounds", "-r", default=5, show_default=True, help="Samples per engine, after one to warm up."
 )
-@click.option("--threads", "-t", type=int, help="Threads per engine (default: the engine's own choice).")
+@click.option("--threads", type=int, help="Threads per engine (default: the engine's own choice).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
     model: Path, engines: tuple[str, ...], prompt: int, tokens: int, rounds: int, threads: int | None, as_json: bool
@@ -50,26 +50,30 @@ def command(
 def print_table(result: dict[str, Any]) -> None:
     """Print the rows as a table, and beneath it the limits and what failed."""
     from rich.console import Console
-    from rich.table import Table
+
+    from portlm.commands.tables import figures
 
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.0%}"
 
+    def spread(row: dict[str, Any], name: str) -> str:
+        return share(row[f"{name}_spread"] / row[f"{name}_tok_s"])
+
     settings = result["settings"]
-    table = Table(
-        title=f"{result['model']}: prompt {settings['prompt']}, {settings['tokens']} tokens decoded"
-    )
-    for name in ("engine", "profile"):
-        table.add_column(name)
-    for name in (
-        "prefill tok/s", "±", "of limit", "decode tok/s", "±", "of limit", "load s", "model MiB", "peak MiB",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
+    table = figures(
+        f"{result['model']}: prompt {settings['prompt']}, {settings['tokens']} tokens decoded",
+        ("engine", "profile"),
+        (
+            "prefill\ntok/s", "±", "of\nlimit", "decode\ntok/s", "±", "of\nlimit", "load\ns", "model\nMiB",
+            "peak\nMiB",
+        ),
+        gap=1,
+    )  # fmt: skip
     for row in result["rows"]:
         table.add_row(
             f"{row['engine']}:{row['device']}", row["profile"],
-            f"{row['prefill_tok_s']:.0f}", f"{row['prefill_spread']:.0f}", share(row["prefill_of_limit"]),
-            f"{row['decode_tok_s']:.0f}", f"{row['decode_spread']:.0f}", share(row["decode_of_limit"]),
+            f"{row['prefill_tok_s']:,.0f}", spread(row, "prefill"), share(row["prefill_of_limit"]),
+            f"{row['decode_tok_s']:,.0f}", spread(row, "decode"), share(row["decode_of_limit"]),
             f"{row['load_s']:.2f}", f"{row['model_mib']:.0f}", f"{row['peak_rss_mib']:.0f}",
         )  # fmt: skip
     console = Console()
@@ -77,7 +81,8 @@ def print_table(result: dict[str, Any]) -> None:
     limits = result["limits"]
     console.print(
         f"limit in this run: {limits['read_bandwidth_gb_s']:.1f} GB/s read, "
-        f"{limits['fp32_gflop_s']:.0f} GFLOP/s fp32; ± is the interquartile range"
+        f"{limits['fp32_gflop_s']:.0f} GFLOP/s fp32; ± is the interquartile range, as a share of the median",
+        soft_wrap=True,
     )
     for failure in result["failed"]:
-        console.print(f"not measured: {failure['reason']}", highlight=False)
+        console.print(f"not measured: {failure['reason']}", highlight=False, soft_wrap=True)

@@ -37,7 +37,8 @@ def command(out: Path, steps: int | None, as_json: bool) -> None:
 
 def _print(report: dict[str, Any], out: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from portlm.commands.tables import figures
 
     console = Console()
     train = report["train"]
@@ -46,11 +47,13 @@ def _print(report: dict[str, Any], out: Path) -> None:
         f"held-out bits per byte {train['val_bits_per_byte_start']:.2f} -> {train['val_bits_per_byte_end']:.2f}",
         highlight=False,
     )
-    table = Table(title="the same model on every engine")
-    for name in ("engine", "profile"):
-        table.add_column(name)
-    for name in ("max logit error", "greedy", "off device", "prefill tok/s", "decode tok/s", "load s"):
-        table.add_column(name, justify="right")
+    table = figures(
+        "the same model on every engine",
+        ("engine", "profile"),
+        (
+            "max logit\nerror", "greedy", "off\ndevice", "prefill\ntok/s", "decode\ntok/s", "load\ns",
+        ),
+    )  # fmt: skip
     for row in report["engines"]:
         table.add_row(
             f"{row['engine']}:{row['device']}", row["profile"], f"{row['max_logit_error']:.1e}",

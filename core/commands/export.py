@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from portlm.errors import UsageError
+
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -35,7 +37,10 @@ def command(checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], a
     if form == "hf":
         from portlm.hub import export_hf
 
-        export_hf(checkpoint, out)
+        if profiles:
+            raise UsageError("--profile chooses ONNX graphs, and --to hf writes none: leave it out")
+        for note in export_hf(checkpoint, out).notes:
+            click.echo(f"export: {note}", err=True)
     else:
         from portlm.compile.export import export
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from portlm.runtimes.session import Session
 
 HARMLESS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+DEFAULT_TOKENS = 128
 MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by mistake
 
 
@@ -26,7 +27,9 @@ MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by 
 @click.option("--engine", "-e", default="auto", show_default=True, help="torch, ort, tvm, null or auto.")
 @click.option("--device", "-d", default="auto", show_default=True, help="cpu, cuda, vulkan or auto.")
 @click.option("--profile", "-p", default="auto", show_default=True, help="portable, fused, native or auto.")
-@click.option("--max-new-tokens", "-n", default=128, show_default=True, help="Tokens to generate at most.")
+@click.option(
+    "--max-new-tokens", "-n", type=int, help="Tokens to generate at most (default: 128, or what the context holds)."
+)  # fmt: skip
 @click.option("--temperature", "-t", default=0.0, show_default=True, help="0 is greedy, 1 the model's own.")
 @click.option("--top-k", default=0, show_default=True, help="Sample among this many tokens; 0 for all.")
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability; 1 for all.")
@@ -61,6 +64,8 @@ def command(
     import portlm
 
     with portlm.load(model, engine, device, profile, allow_fallback, threads) as session:
+        if sampling["max_new_tokens"] is None:
+            sampling["max_new_tokens"] = room(session, text)
         note = session.placement().note
         if note:
             click.echo(f"generate: {session.engine.name}:{session.engine.device}: {note}", err=True)
@@ -75,6 +80,12 @@ def command(
             f"written at {stats.tokens_per_second:.1f}/s ({result.finish_reason}), {session!r}",
             err=True,
         )
+
+
+def room(session: Session, text: str) -> int:
+    """Return how many tokens to generate when nobody said: DEFAULT_TOKENS, or what the context leaves."""
+    used = len(session.tokenizer.encode(text)) or 1  # an empty text starts from the end-of-text token
+    return max(1, min(DEFAULT_TOKENS, session.engine.context_length - used))
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -15,9 +15,12 @@ import click
 def command(hf_dir: Path, out: Path, as_json: bool) -> None:
     """Import the GPT-2- or LLaMA-shaped model in HF_DIR into the checkpoint folder OUT.
 
-    Reads safetensors, config.json and tokenizer.json; never a pickle, never code. Prints the path of OUT.
+    Reads safetensors, config.json and tokenizer.json; never a pickle, never code. Prints the path of OUT,
+    and on stderr what was changed or left out.
     """
     from portlm.hub import import_hf
 
-    import_hf(hf_dir, out)
-    click.echo(json.dumps({"path": str(out)}) if as_json else out)
+    done = import_hf(hf_dir, out)
+    for note in done.notes:
+        click.echo(f"import: {note}", err=True)
+    click.echo(json.dumps({"path": str(out), "notes": done.notes}) if as_json else out)

@@ -57,26 +57,30 @@ def command(model: Path, engines: tuple[str, ...], certify: bool, search: bool, 
 def print_table(model: Path, results: list[Result]) -> None:
     """Print one row per target, and beneath the table what is wrong."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{model}: distance from eager PyTorch")
-    for name in ("engine", "profile", "precision"):
-        table.add_column(name)
-    for name in ("max logit error", "certificate", "KL", "top-1", "greedy", "off device"):
-        table.add_column(name, justify="right")
+    from portlm.commands.tables import figures
+
+    table = figures(
+        f"{model}: distance from eager PyTorch",
+        ("engine", "profile"),
+        ("max logit\nerror", "in the\ncertificate", "KL", "top-1", "greedy", "off\ndevice"),
+    )
     for result in results:
         row = result.row
         if row is None:
             continue
         table.add_row(
-            f"{row.engine}:{row.device}", row.profile, row.precision, f"{row.max_logit_error:.1e}",
+            f"{row.engine}:{row.device}", row.profile, f"{row.max_logit_error:.1e}",
             f"{result.recorded.max_logit_error:.1e}" if result.recorded else "written",
             f"{row.kl:.1e}", f"{row.top1:.1%}", f"{row.greedy_match}/{row.greedy_total}", str(len(row.fallback)),
         )  # fmt: skip
     console = Console()
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     for result in results:
         if result.problem:
-            console.print(f"{result.target}: {result.problem}", highlight=False, style="red", soft_wrap=True)
+            # An engine's own messages begin with its name.
+            problem = result.problem.removeprefix(f"{result.target.engine}:{result.target.device}: ")
+            console.print(f"{result.target}: {problem}", highlight=False, style="red", soft_wrap=True)
         if result.node:
             console.print(f"  {result.node}", highlight=False, soft_wrap=True)

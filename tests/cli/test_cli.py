@@ -93,7 +93,7 @@ def test_the_whole_path_from_text_to_every_engine(portlm, text, tmp_path, monkey
     }
     assert len(set(texts.values())) == 1
     measured = portlm(
-        "bench", model, "-e", "torch:cpu", "-e", "ort:cpu:portable", "-p", 8, "-n", 4, "-r", 1, "--json"
+        "bench", model, "-e", "torch:cpu", "-e", "ort:cpu:portable", "--prompt", 8, "-n", 4, "-r", 1, "--json"
     )
     figures = json.loads(measured.out)
     assert [row["engine"] for row in figures["rows"]] == ["torch", "ort"]
