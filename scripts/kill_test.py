@@ -6,6 +6,7 @@ with half of its bytes written. After every kill all checkpoints are verified; w
 moments, random state and metrics are compared with those of an undisturbed run, bit for bit, and the next run begins.
 
     python scripts/kill_test.py --kills 200
+    python scripts/kill_test.py --kills 100 --signal TERM    # asks politely, and half of the time a second time
 
 Counts, all of which but the first have to be 0: kills; corrupt checkpoints under a final name; unresumable runs;
 fallbacks to an older checkpoint; lost steps that had been reported as saved; runs that ended differently; and
@@ -14,6 +15,7 @@ the waiting for the disk is what tests/train/test_checkpoint.py is for.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -30,12 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # every optimiser loads it when made, which takes seconds: here once, for all children
+import torch._dynamo
 
+import portlm.models.gpt2  # noqa: F401  like torch._dynamo, otherwise loaded by every child, which takes seconds
 from portlm import settings
 from portlm.errors import FormatError
 from portlm.train.checkpoint import FileOps, list_checkpoints, verify_checkpoint
 from portlm.train.config import PretrainConfig
+from portlm.train.interrupt import InterruptedTraining
 from portlm.train.metrics import comparable, read_metrics
 from portlm.train.pretrain import Trainer, pretrain
 
@@ -104,6 +108,10 @@ def start_child(
             prepare()
         pretrain(options, run, resume="auto", quiet=True, plot=False)
         code = 0
+    except InterruptedTraining as error:
+        code = error.exit_code
+    except KeyboardInterrupt:  # before training began; the command line makes the same of it
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
@@ -151,7 +159,8 @@ def fingerprint(run: Path) -> dict[str, Any]:
     last = run / "checkpoints" / f"step-{STEPS}"
     names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
     state = verify_checkpoint(last).state
-    for key in ("seconds", "seconds_since_log", "config"):
+    # Clocks; and a signal may put the last evaluation off until after the save, its result is in the metrics.
+    for key in ("seconds", "seconds_since_log", "evaluation", "evaluated_step"):
         state.pop(key)
     return {
         **{name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names},
@@ -188,7 +197,14 @@ def leftovers(run: Path) -> list[str]:
     ]
 
 
-def test(folder: Path, kills: int, generator: random.Random) -> Counts:
+def was_stopped(status: int, number: signal.Signals) -> bool:
+    """Say whether a child ended because of the signal: at once, or after saving."""
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) == number
+    return os.WEXITSTATUS(status) == 128 + number
+
+
+def test(folder: Path, kills: int, generator: random.Random, number: signal.Signals) -> Counts:
     """Kill and resume until ``kills`` kills happened and the last run is complete."""
     text = folder / "text.txt"
     text.write_text(TEXT)
@@ -208,17 +224,20 @@ def test(folder: Path, kills: int, generator: random.Random) -> Counts:
         status = -1
         while status != 0:
             prepare = None
-            timed = generator.random() < 0.5
+            timed = number != signal.SIGKILL or generator.random() < 0.5
             if counts.kills < kills and not timed:
-                number, how = generator.randint(1, 120), generator.choice(["before", "after", "half"])
-                prepare = lambda number=number, how=how: kill_at_operation(number, how)  # noqa: E731
+                operation, how = generator.randint(1, 120), generator.choice(["before", "after", "half"])
+                prepare = functools.partial(kill_at_operation, operation, how)
             child, pipe = start_child(run, options, prepare)
             if counts.kills < kills and timed:
                 time.sleep(generator.uniform(0, horizon))
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
+                if number != signal.SIGKILL and generator.random() < 0.5:
+                    time.sleep(generator.uniform(0, 0.02))
+                    os.kill(child, number)
             status, reported = wait(child, pipe)
             saved = max(saved, reported)
-            killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            killed = was_stopped(status, number)
             counts.kills += killed
             counts.kills_inside_a_save += killed and any((run / "checkpoints").glob("*.tmp-*"))
             if not killed and status:
@@ -228,8 +247,11 @@ def test(folder: Path, kills: int, generator: random.Random) -> Counts:
             if (run / "checkpoints").exists():
                 inspect(run, saved, counts)
         else:
-            if fingerprint(run) != expected:
+            found = fingerprint(run)
+            if found != expected:
                 counts.different += 1
+                unequal = [key for key, value in found.items() if value != expected[key]]
+                counts.notes.append(f"run {counts.runs} ended with other {', '.join(unequal)}")
             if rest := leftovers(run):
                 counts.leftovers += 1
                 counts.notes.append(f"left behind: {', '.join(rest)}")
@@ -244,6 +266,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=100, help="kills to survive (default: %(default)s)")
+    parser.add_argument(
+        "--signal", choices=["KILL", "TERM", "INT"], default="KILL", help="(default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides the moments (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to train (default: in memory if possible)")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
@@ -252,7 +277,8 @@ def main() -> None:
     begin = time.monotonic()
     place = arguments.folder or (MEMORY if os.access(MEMORY, os.W_OK) else None)
     with tempfile.TemporaryDirectory(prefix="portlm-kill-", dir=place) as folder:
-        counts = test(Path(folder), arguments.kills, random.Random(arguments.seed))
+        number = signal.Signals[f"SIG{arguments.signal}"]
+        counts = test(Path(folder), arguments.kills, random.Random(arguments.seed), number)
     result = {**asdict(counts), "seconds": round(time.monotonic() - begin, 1)}
     if arguments.json:
         print(json.dumps(result, indent=1))
