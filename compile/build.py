@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, write_manifest
-from portlm.errors import UsageError
+from portlm.errors import EngineUnavailableError, UsageError
 from portlm.trust import record_built
 
 Compiler = Callable[..., CompiledEntry]
@@ -41,6 +41,48 @@ def choices(
         known = ", ".join(":".join(key) for key in COMPILERS)
         raise UsageError(f"nothing to compile for {asked}: what can be compiled is {known}")
     return found
+
+
+def build_choice(
+    artifact: str | Path,
+    engine: str | None = None,
+    device: str | None = None,
+    profile: str | None = None,
+    *,
+    note: Callable[[str], None] = lambda message: None,
+) -> list[CompiledEntry]:
+    """Compile everything that a partial choice names; what was not named and is not there is left out.
+
+    Args:
+        artifact: an exported folder.
+        engine: None for those whose compiler is installed.
+        device: None for all.
+        profile: None for those the artifact has a graph of.
+        note: called with a line for each thing left out.
+
+    Raises:
+        UsageError: nothing is left.
+        EngineUnavailableError: the engine was named and its compiler is not installed.
+        FormatError: the artifact is damaged.
+    """
+    manifest = read_manifest(artifact)
+    graphs = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
+    entries = []
+    for key in choices(engine, device, profile):
+        if profile is None and key[2] not in graphs:
+            note(f"{':'.join(key)} left out: the artifact has no {key[2]} graph")
+            continue
+        try:
+            entries += build(artifact, [key])
+        except EngineUnavailableError as error:
+            if engine is not None:
+                raise
+            note(f"{':'.join(key)} left out: {error}")
+    if not entries:
+        raise UsageError(
+            f"{artifact}: there is nothing to compile, run portlm doctor or export more profiles"
+        )
+    return entries
 
 
 def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[CompiledEntry]:

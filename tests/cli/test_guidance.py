@@ -1,0 +1,145 @@
+"""What the command line says to somebody who gave it the wrong folder, or asked for more than is there."""
+
+import json
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def run_folder(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["gpt2"], tmp_path / "run" / "final")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("verb", ["export", "compile", "verify", "generate", "bench"])
+def test_a_run_folder_is_answered_with_the_model_in_it(verb, portlm, run_folder):
+    extra = {"export": [run_folder.parent / "out"], "generate": ["hello"], "bench": ["-e", "torch"]}.get(
+        verb, []
+    )
+    outcome = portlm(verb, run_folder, *extra)
+    assert outcome.code == 1
+    assert f"this is a run folder, the trained model is in {run_folder / 'final'}" in outcome.error
+
+
+@pytest.mark.parametrize("verb", ["compile", "verify"])
+def test_a_checkpoint_where_an_artifact_is_needed_is_answered_with_the_command(verb, portlm, run_folder):
+    outcome = portlm(verb, run_folder / "final")
+    assert outcome.code == 1
+    assert f"this is a checkpoint, run portlm export {run_folder / 'final'} OUT first" in outcome.error
+
+
+def test_generate_fills_a_short_context_when_no_number_is_given(portlm, checkpoints):
+    outcome = portlm("generate", checkpoints["gpt2"], "abc", "--engine", "null", "--json")
+    assert json.loads(outcome.out)["new_tokens"] == 45  # the context holds 48
+
+
+def test_compile_leaves_out_what_the_artifact_has_no_graph_of(portlm, checkpoints, tmp_path):
+    portlm("export", checkpoints["gpt2"], tmp_path / "model", "--profile", "portable")
+    outcome = portlm("compile", tmp_path / "model", "--engine", "ort")
+    assert outcome.code == 2
+    assert "ort:cpu:fused left out: the artifact has no fused graph" in outcome.err
+    assert "there is nothing to compile" in outcome.error
+
+
+def test_compile_leaves_out_an_engine_that_is_not_installed_unless_it_was_named(
+    portlm, artifacts, tmp_path, monkeypatch
+):
+    from portlm.compile import build
+    from portlm.errors import EngineUnavailableError
+
+    def missing(folder, keys):
+        if keys[0][0] == "tvm":
+            raise EngineUnavailableError("tvm: not installed")
+        return original(folder, keys)
+
+    original = build.build
+    monkeypatch.setattr(build, "build", missing)
+    model = shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+    outcome = portlm("compile", model)
+    assert outcome.code == 0
+    assert "tvm:cpu:portable left out: tvm: not installed" in outcome.err
+    assert [line.rpartition("/")[2] for line in outcome.out.splitlines()] == [
+        "decoder.ort-cpu-fused.onnx",
+        "decoder.ort-vulkan-fused.onnx",
+    ]
+    assert portlm("compile", model, "--engine", "tvm").error == "tvm: not installed"
+
+
+def test_import_says_what_it_left_out(portlm, checkpoints, tmp_path):
+    hf = shutil.copytree(checkpoints["gpt2"], tmp_path / "hf")
+    (hf / "tokenizer.json").unlink()
+    outcome = portlm("import", hf, tmp_path / "out", "--json")
+    assert json.loads(outcome.out)["notes"] == [
+        "there is no tokenizer.json, so the checkpoint takes token ids only"
+    ]
+    assert "import: there is no tokenizer.json" in outcome.err
+
+
+def test_a_choice_of_graphs_for_a_form_without_graphs_is_an_error(portlm, checkpoints, tmp_path):
+    outcome = portlm("export", checkpoints["gpt2"], tmp_path / "out", "--to", "hf", "--profile", "fused")
+    assert outcome.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["cuda", "ort:tpu", "torch:vulkan", "ort:cpu:best"])
+@pytest.mark.parametrize("verb", ["verify", "bench"])
+def test_an_unknown_target_is_refused_before_anything_runs(verb, target, portlm, artifacts):
+    outcome = portlm(verb, artifacts["gpt2"], "-e", target)
+    assert outcome.code == 2
+    assert "choose" in outcome.error
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_benchmark_longer_than_the_context_is_refused_before_anything_is_loaded(portlm, artifacts):
+    outcome = portlm("bench", artifacts["gpt2"], "-e", "torch")
+    assert outcome.code == 2
+    assert "the model has 48" in outcome.error
+    assert "load" not in outcome.err
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench", "demo"])
+def test_tables_of_figures_fit_80_columns(verb, portlm, capsys, monkeypatch):
+    """With the widest names and figures a laptop gives, no cell is cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    from portlm.artifact import ParityRow
+    from portlm.bench import Target
+    from portlm.commands import bench, demo, verify
+    from portlm.verify import Result
+
+    figures = {
+        "engine": "ort", "device": "vulkan", "profile": "portable", "prefill_tok_s": 123456.0, "prefill_spread": 1e5,
+        "prefill_of_limit": 0.123, "decode_tok_s": 12345.0, "decode_spread": 1e4, "decode_of_limit": 0.987,
+        "load_s": 12.34, "model_mib": 12345.0, "peak_rss_mib": 12345.0, "max_logit_error": 1.2e-6,
+        "greedy_match": 384, "greedy_total": 384, "fallback_nodes": 0,
+    }  # fmt: skip
+    if verb == "bench":
+        bench.print_table(
+            {
+                "model": "model", "settings": {"prompt": 128, "tokens": 64}, "rows": [figures], "failed": [],
+                "limits": {"read_bandwidth_gb_s": 20.0, "fp32_gflop_s": 200.0},
+            }
+        )  # fmt: skip
+        cells = ("ort:vulkan", "portable", "123,456", "12,345", "81%", "12%", "99%", "12.34", "12345")
+    elif verb == "demo":
+        train = {
+            "parameters": 1,
+            "tokens": 1,
+            "seconds": 1,
+            "val_bits_per_byte_start": 8,
+            "val_bits_per_byte_end": 2,
+        }
+        from pathlib import Path
+
+        demo._print({"train": train, "engines": [figures], "missing": [], "sample": ""}, Path("demo"))
+        cells = ("ort:vulkan", "portable", "1.2e-06", "384/384", "123,456", "12,345", "12.34")
+    else:
+        row = ParityRow(
+            "ort", "vulkan", "portable", "fp32", 1.2e-6, 1e-14, 1.0, 384, 384, {}, (), {}, "2026-01-01"
+        )
+        verify.print_table("model", [Result(Target("ort", "vulkan", "portable"), row, row)])
+        cells = ("ort:vulkan", "portable", "1.2e-06", "1.0e-14", "100.0%", "384/384")
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("ort:vulkan"))
+    assert len(line) <= 80
+    assert all(cell in line for cell in cells), line
