@@ -40,7 +40,7 @@ class Op:
 OPS: tuple[Op, ...] = (
     Op("embedding", "rows of a table by token id", forward=("embedding_fwd",), backward=("embedding_bwd",),
        graph="embedding"),
-    Op("linear", "x W^T + b", forward=("gemm",), backward=("gemm",), graph="linear"),
+    Op("linear", "x W^T + b", forward=("gemm",), backward=("linear_bwd",), graph="linear"),
     Op("layer_norm", "layer normalisation, with the residual add in front", forward=("layer_norm_fwd",),
        backward=("layer_norm_bwd",), cuda=("layer_norm_fwd", "layer_norm_bwd"), graph="layer_norm"),
     Op("rms_norm", "root-mean-square normalisation, with the residual add in front", forward=("rms_norm_fwd",),
