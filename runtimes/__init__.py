@@ -139,7 +139,11 @@ def engine_class(name: str) -> "type[Engine]":
 def _manifest(folder: Path) -> "Manifest | None":
     """The manifest of an artifact, or None for a plain checkpoint folder."""
     from portlm.artifact import MANIFEST, instead, read_manifest
+    from portlm.train.checkpoint import is_checkpoint, verify_checkpoint
 
+    if is_checkpoint(folder):  # saved in the middle of training: its manifest is another one
+        verify_checkpoint(folder)
+        return None
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
     if not folder.is_dir():

@@ -196,6 +196,15 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), entry) for match, entry in matches if match and entry.is_dir())
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Say whether a folder's manifest is that of a checkpoint; nothing else of it is checked."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except FormatError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
 def verify_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's manifest and compare every file with it.
 

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 
 from click.testing import CliRunner  # noqa: E402
 
+import portlm  # noqa: E402
 from portlm import models, settings  # noqa: E402
 from portlm.commands.pretrain import command  # noqa: E402
 from portlm.data.batches import BatchSampler  # noqa: E402
@@ -207,6 +208,16 @@ def test_accumulating_gives_the_gradient_of_the_whole_batch(passes):
     for name, parameter in model.named_parameters():
         bound = 1e-5 * whole[name].abs().max().item()
         assert (parameter.grad - whole[name]).abs().max().item() <= bound, name
+
+
+def test_a_checkpoint_of_an_unfinished_run_can_be_used_as_a_model(text, tmp_path, monkeypatch):
+    crash(monkeypatch, tiny(text), tmp_path / "run", 7)
+    folder = newest(tmp_path / "run")
+    with portlm.load(folder, engine="torch") as session:
+        assert session.generate("9", max_new_tokens=3).text
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FormatError, match=r"model\.safetensors has 0 bytes"):
+        portlm.load(folder, engine="torch")
 
 
 def test_the_llama_family_and_a_trained_tokenizer_work(text, tmp_path):
