@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from portlm.ops.adamw_cuda import CudaPlan
+from portlm.ops.cuda import has_cuda_kernel
 from portlm.ops.fused import has_kernel, kernels
 
 __all__ = ["AdamW", "adamw_reference", "gradient_norm_reference"]
@@ -67,8 +69,8 @@ class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay, and clipping by the global gradient norm inside the update.
 
     The state of each parameter has the names of torch.optim.AdamW (``step``, ``exp_avg``, ``exp_avg_sq``), so state
-    dictionaries are interchangeable with it. float32 parameters on the CPU are updated by one kernel call; anything
-    else by :func:`adamw_reference`.
+    dictionaries are interchangeable with it. float32 parameters that are all on the CPU, or all on one CUDA device, are
+    updated by one kernel call; anything else by :func:`adamw_reference`.
 
     Args:
         params: parameters or parameter groups; each group may set its own lr, betas, eps and weight_decay.
@@ -98,7 +100,8 @@ class AdamW(torch.optim.Optimizer):
                 f"[adamw] max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm}"
             )
         self.max_grad_norm = max_grad_norm
-        self._plan: _Plan | None = None
+        self._plan: _Plan | CudaPlan | None = None
+        self._key: list[tuple[int, ...]] = []  # what the plan was made for
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,7 +161,7 @@ class AdamW(torch.optim.Optimizer):
             running means and the step counts are left as they were.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a parameter has changed its shape or dtype since its first step.
+            RuntimeError: a gradient is sparse, or a parameter has changed shape, dtype or device since its first step.
         """
         if closure is not None:
             with torch.enable_grad():
@@ -172,31 +175,44 @@ class AdamW(torch.optim.Optimizer):
         if not active:
             return 0.0
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        if has_kernel() and all(_dense(p) and _dense(g) for p, g, _ in active):
-            norm = self._plan_for(active).run(self.param_groups, max_norm)
-        else:
-            norm = self._step_reference(active, max_norm)
+        if not all(_dense(p) and _dense(g) for p, g, _ in active) or not _one_device(
+            [p for p, _, _ in active]
+        ):
+            return self._step_reference(active, max_norm)
+        plan = self._plan_for(active)
+        plan.update_addresses([p.data_ptr() for p, _, _ in active], [g.data_ptr() for _, g, _ in active])
+        settings = np.array(
+            [(g["lr"], *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups], dtype=np.float64
+        )
+        norm = plan.run(settings, max_norm)
+        # The kernel writes behind autograd's back: say so, or a graph that still needs the old weights goes unnoticed.
+        torch.autograd.graph.increment_version(plan.params)
         return norm
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if state and (state["exp_avg"].shape != param.shape or state["exp_avg"].dtype != param.dtype):
-            raise RuntimeError(
-                f"[adamw] a parameter became {tuple(param.shape)} {param.dtype}, but its running means are "
-                f"{tuple(state['exp_avg'].shape)} {state['exp_avg'].dtype}: make a new optimiser"
-            )
+        if state:
+            kinds = [
+                (tuple(t.shape), t.dtype, t.device) for t in (param, state["exp_avg"], state["exp_avg_sq"])
+            ]
+            if not kinds[0] == kinds[1] == kinds[2]:
+                raise RuntimeError(
+                    f"[adamw] a parameter became {kinds[0]}, but its running means are {kinds[1]} and {kinds[2]}: "
+                    "make a new optimiser after changing a model"
+                )
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         return state
 
-    def _plan_for(self, active: list[tuple[Tensor, Tensor, int]]) -> _Plan:
-        plan = self._plan
-        if plan is None or not plan.fits(active):
-            plan = self._plan = _Plan(active, [self._state_of(p) for p, _, _ in active])
-        plan.update_addresses(active)
-        return plan
+    def _plan_for(self, active: list[tuple[Tensor, Tensor, int]]) -> _Plan | CudaPlan:
+        key = [(id(p), p.numel(), p.get_device(), index) for p, _, index in active]
+        if self._plan is None or key != self._key:
+            params, groups = [p for p, _, _ in active], [index for _, _, index in active]
+            make = CudaPlan if params[0].is_cuda else _Plan
+            self._plan, self._key = make(params, [self._state_of(p) for p in params], groups), key
+        return self._plan
 
     def _step_reference(self, active: list[tuple[Tensor, Tensor, int]], max_norm: float) -> float:
         if any(g.layout is not torch.strided for _, g, _ in active):
@@ -217,11 +233,11 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _dense(t: Tensor) -> bool:
-    return t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and t.is_contiguous()
+    return t.dtype is torch.float32 and t.layout is torch.strided and t.is_contiguous()
 
 
-def _key(active: list[tuple[Tensor, Tensor, int]]) -> list[tuple[int, int, int]]:
-    return [(id(p), p.numel(), index) for p, _, index in active]
+def _one_device(params: list[Tensor]) -> bool:
+    return has_kernel(*params) or has_cuda_kernel(*params)
 
 
 class _Plan:
@@ -230,29 +246,20 @@ class _Plan:
     Only the addresses of weights and gradients can change from step to step; the rest is written once.
     """
 
-    def __init__(self, active: list[tuple[Tensor, Tensor, int]], states: list[dict[str, Any]]):
-        self.key = _key(active)
-        self.params = [p for p, _, _ in active]
-        self.states = states  # keeps the moments alive while their addresses are in the table
-        self.table = np.empty((7, len(active)), np.int64)
+    def __init__(self, params: list[Tensor], states: list[dict[str, Any]], groups: list[int]):
+        self.params = params
+        self.states = states  # keeps the moments alive: the table holds their addresses
+        self.table = np.empty((7, len(params)), np.int64)
         self.table[2] = [s["exp_avg"].data_ptr() for s in states]
         self.table[3] = [s["exp_avg_sq"].data_ptr() for s in states]
         self.table[4] = [s["step"].data_ptr() for s in states]
-        self.table[5] = [p.numel() for p in self.params]
-        self.table[6] = [index for _, _, index in active]
+        self.table[5] = [p.numel() for p in params]
+        self.table[6] = groups
 
-    def fits(self, active: list[tuple[Tensor, Tensor, int]]) -> bool:
-        return self.key == _key(active)
+    def update_addresses(self, params: list[int], grads: list[int]) -> None:
+        self.table[0], self.table[1] = params, grads
 
-    def update_addresses(self, active: list[tuple[Tensor, Tensor, int]]) -> None:
-        self.table[0] = [p.data_ptr() for p, _, _ in active]
-        self.table[1] = [g.data_ptr() for _, g, _ in active]
-
-    def run(self, groups: list[dict[str, Any]], max_norm: float) -> float:
-        settings = np.array(
-            [(g["lr"], *g["betas"], g["eps"], g["weight_decay"]) for g in groups], dtype=np.float64
+    def run(self, settings: np.ndarray, max_norm: float) -> float:
+        return float(
+            kernels.adamw_step(self.table.ctypes.data, self.table.shape[1], settings.ctypes.data, max_norm)
         )
-        norm = kernels.adamw_step(self.table.ctypes.data, self.table.shape[1], settings.ctypes.data, max_norm)
-        # The kernel writes behind autograd's back: say so, or a graph that still needs the old weights goes unnoticed.
-        torch.autograd.graph.increment_version(self.params)
-        return float(norm)

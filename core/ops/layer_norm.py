@@ -1,6 +1,6 @@
 """Layer normalisation (Ba, Kiros and Hinton 2016), with the residual add in front fused into the same pass.
 
-Shapes: x, residual, y, h are (..., C); weight and bias are (C,). All float32 in the kernel.
+Shapes: x, residual, y, h are (..., C); weight and bias are (C,). All float32 in the kernel; on CUDA all bfloat16, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from portlm.ops import cuda
 from portlm.ops.fused import FusedOp, has_kernel, kernels
 
 __all__ = ["layer_norm", "layer_norm_reference"]
@@ -68,7 +69,7 @@ def layer_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"[layer_norm] shapes must match, got {tuple(x.shape)} and {tuple(residual.shape)}")
-    if not has_kernel(x, weight, bias, residual):
+    if not has_kernel(x, weight, bias, residual) and not cuda.has_cuda_kernel(x, weight, bias, residual):
         return layer_norm_reference(x, weight, bias, eps, residual)
     if residual is None:
         return _fused(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)[0]
@@ -80,13 +81,24 @@ def _statistics(x: Tensor) -> Tensor:
     return x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)  # mean and 1 / deviation of each row
 
 
+def _run_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+    y: Tensor, h: Tensor | None, statistics: Tensor,
+) -> None:  # fmt: skip
+    rows, mean = statistics.numel() // 2, statistics.data_ptr()
+    arguments = (
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
+        y.data_ptr(), 0 if h is None else h.data_ptr(), mean, mean + 4 * rows,
+    )  # fmt: skip
+    if x.is_cuda:
+        cuda.launch("layer_norm_fwd", x.device, *arguments, rows, x.shape[-1], x.dtype is torch.bfloat16)
+    else:
+        kernels.layer_norm_fwd(*arguments, rows, x.shape[-1])
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, statistics = torch.empty_like(x), _statistics(x)
-    rows, mean = statistics.numel() // 2, statistics.data_ptr()
-    kernels.layer_norm_fwd(
-        x.data_ptr(), 0, weight.data_ptr(), bias.data_ptr(), eps,
-        y.data_ptr(), 0, mean, mean + 4 * rows, rows, x.shape[-1],
-    )  # fmt: skip
+    _run_forward(x, None, weight, bias, eps, y, None, statistics)
     return y, statistics
 
 
@@ -94,11 +106,7 @@ def _forward_add(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, h, statistics = torch.empty_like(x), torch.empty_like(x), _statistics(x)
-    rows, mean = statistics.numel() // 2, statistics.data_ptr()
-    kernels.layer_norm_fwd(
-        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
-        y.data_ptr(), h.data_ptr(), mean, mean + 4 * rows, rows, x.shape[-1],
-    )  # fmt: skip
+    _run_forward(x, residual, weight, bias, eps, y, h, statistics)
     return y, h, statistics
 
 
@@ -106,11 +114,18 @@ def _gradients(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = torch.empty_like(h), torch.empty_like(weight), torch.empty_like(weight)
-    rows, mean = statistics.numel() // 2, statistics.data_ptr()
-    kernels.layer_norm_bwd(
+    C, rows, mean = h.shape[-1], statistics.numel() // 2, statistics.data_ptr()
+    arguments = (
         dy.data_ptr(), 0 if dh is None else dh.data_ptr(), h.data_ptr(), weight.data_ptr(),
-        mean, mean + 4 * rows, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), rows, h.shape[-1],
+        mean, mean + 4 * rows, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
     )  # fmt: skip
+    if h.is_cuda:
+        blocks = cuda.row_blocks(rows)
+        partial = statistics.new_empty((blocks, 2, C))
+        bfloat16 = h.dtype is torch.bfloat16
+        cuda.launch("layer_norm_bwd", h.device, *arguments, partial.data_ptr(), blocks, rows, C, bfloat16)
+    else:
+        kernels.layer_norm_bwd(*arguments, rows, C)
     return dx, dweight, dbias
 
 

@@ -54,7 +54,7 @@ OPS: tuple[Op, ...] = (
     Op("swiglu", "silu(gate) * up", forward=("swiglu_fwd",), backward=("swiglu_bwd",),
        cuda=("swiglu_fwd", "swiglu_bwd"), graph="swiglu"),
     Op("linear_cross_entropy", "cross-entropy of a linear head without the full logits",
-       forward=("linear_cross_entropy",), backward=("linear_cross_entropy",), cuda=("linear_cross_entropy",)),
+       forward=("linear_cross_entropy",), backward=("linear_cross_entropy",), cuda=("cross_entropy",)),
     Op("adamw", "decoupled weight decay Adam with clipping in one pass", forward=("adamw_step",),
        cuda=("adamw_step",)),
     Op("token_selection", "greedy, temperature, top-k, top-p, min-p", forward=("select_tokens",)),

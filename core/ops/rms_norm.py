@@ -1,6 +1,6 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019), with the residual add in front fused into the same pass.
 
-Shapes: x, residual, y, h are (..., C); weight is (C,). All float32 in the kernel.
+Shapes: x, residual, y, h are (..., C); weight is (C,). All float32 in the kernel; on CUDA all bfloat16, too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from portlm.ops import cuda
 from portlm.ops.fused import FusedOp, has_kernel, kernels
 
 __all__ = ["rms_norm", "rms_norm_reference"]
@@ -60,7 +61,7 @@ def rms_norm(
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"[rms_norm] shapes must match, got {tuple(x.shape)} and {tuple(residual.shape)}")
-    if not has_kernel(x, weight, residual):
+    if not has_kernel(x, weight, residual) and not cuda.has_cuda_kernel(x, weight, residual):
         return rms_norm_reference(x, weight, eps, residual)
     if residual is None:
         return _fused(x.contiguous(), weight.contiguous(), eps)[0]
@@ -72,20 +73,28 @@ def _statistic(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.float32)  # 1 / root mean square of each row
 
 
+def _run_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, y: Tensor, h: Tensor | None, rstd: Tensor
+) -> None:
+    arguments = (
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), eps,
+        y.data_ptr(), 0 if h is None else h.data_ptr(), rstd.data_ptr(), rstd.numel(), x.shape[-1],
+    )  # fmt: skip
+    if x.is_cuda:
+        cuda.launch("rms_norm_fwd", x.device, *arguments, x.dtype is torch.bfloat16)
+    else:
+        kernels.rms_norm_fwd(*arguments)
+
+
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, rstd = torch.empty_like(x), _statistic(x)
-    kernels.rms_norm_fwd(
-        x.data_ptr(), 0, weight.data_ptr(), eps, y.data_ptr(), 0, rstd.data_ptr(), rstd.numel(), x.shape[-1]
-    )
+    _run_forward(x, None, weight, eps, y, None, rstd)
     return y, rstd
 
 
 def _forward_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, h, rstd = torch.empty_like(x), torch.empty_like(x), _statistic(x)
-    kernels.rms_norm_fwd(
-        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps,
-        y.data_ptr(), h.data_ptr(), rstd.data_ptr(), rstd.numel(), x.shape[-1],
-    )  # fmt: skip
+    _run_forward(x, residual, weight, eps, y, h, rstd)
     return y, h, rstd
 
 
@@ -93,10 +102,18 @@ def _gradients(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     dx, dweight = torch.empty_like(h), torch.empty_like(weight)
-    kernels.rms_norm_bwd(
+    C, rows = h.shape[-1], rstd.numel()
+    arguments = (
         dy.data_ptr(), 0 if dh is None else dh.data_ptr(), h.data_ptr(), weight.data_ptr(), rstd.data_ptr(),
-        dx.data_ptr(), dweight.data_ptr(), rstd.numel(), h.shape[-1],
+        dx.data_ptr(), dweight.data_ptr(),
     )  # fmt: skip
+    if h.is_cuda:
+        blocks = cuda.row_blocks(rows)
+        partial = rstd.new_empty((blocks, C))
+        bfloat16 = h.dtype is torch.bfloat16
+        cuda.launch("rms_norm_bwd", h.device, *arguments, partial.data_ptr(), blocks, rows, C, bfloat16)
+    else:
+        kernels.rms_norm_bwd(*arguments, rows, C)
     return dx, dweight
 
 

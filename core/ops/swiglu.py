@@ -1,6 +1,6 @@
 """SwiGLU gate (Shazeer 2020), y = silu(gate) * up, fused into one pass over memory.
 
-Shapes: gate, up and y are (..., F), equal. All float32 in the kernel.
+Shapes: gate, up and y are (..., F), equal. All float32 in the kernel; on CUDA all bfloat16, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from portlm.ops import cuda
 from portlm.ops.fused import FusedOp, has_kernel, kernels
 
 __all__ = ["swiglu", "swiglu_reference"]
@@ -36,22 +37,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape:
         raise ValueError(f"[swiglu] shapes must match, got {tuple(gate.shape)} and {tuple(up.shape)}")
-    if not has_kernel(gate, up):
+    if not has_kernel(gate, up) and not cuda.has_cuda_kernel(gate, up):
         return swiglu_reference(gate, up)
     return _fused(gate.contiguous(), up.contiguous())
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
-    kernels.swiglu_fwd(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+    arguments = (gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+    if gate.is_cuda:
+        cuda.launch("swiglu_fwd", gate.device, *arguments, gate.dtype is torch.bfloat16)
+    else:
+        kernels.swiglu_fwd(*arguments)
     return y
 
 
 def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    kernels.swiglu_bwd(
+    arguments = (
         dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel()
-    )
+    )  # fmt: skip
+    if gate.is_cuda:
+        cuda.launch("swiglu_bwd", gate.device, *arguments, gate.dtype is torch.bfloat16)
+    else:
+        kernels.swiglu_bwd(*arguments)
     return dgate, dup
 
 

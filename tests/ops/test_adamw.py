@@ -181,7 +181,7 @@ def test_weights_that_change_shape_are_refused():
     p.grad = None
     p.data = torch.ones(11)
     p.grad = torch.ones(11)
-    with pytest.raises(RuntimeError, match=r"\[adamw\] a parameter became \(11,\)"):
+    with pytest.raises(RuntimeError, match=r"\[adamw\] a parameter became \(\(11,\)"):
         optimizer.step()
 
 

@@ -1,0 +1,52 @@
+"""The CUDA twins of the kernels: which tensors they take, and on which device and stream they run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portlm.ops.fused import has_kernel, kernels
+
+__all__ = ["has_cuda_kernel", "launch", "row_blocks"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def has_cuda_kernel(first: Tensor, *others: Tensor | None) -> bool:
+    """Say whether the CUDA kernels take these tensors: built, one device, all float32 or all bfloat16, no export."""
+    if not first.is_cuda or first.dtype not in _DTYPES or not has_kernel():
+        return False
+    return _runs_on(first.device) and all(
+        t is None or (t.device == first.device and t.dtype is first.dtype) for t in others
+    )
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Say whether this build holds code for a device: the oldest architecture it was compiled for, or a newer one."""
+    architectures = kernels.cuda.architectures()
+    if not architectures or not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= min(int(a) for a in architectures.split(","))
+
+
+def launch(name: str, device: torch.device, *arguments: Any) -> None:
+    """Start ``portlm._C.cuda.<name>`` on PyTorch's current stream of a device; it does not wait for the end.
+
+    Raises:
+        RuntimeError: the launch failed; the message names the CUDA error.
+    """
+    with torch.cuda.device(device):
+        getattr(kernels.cuda, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def row_blocks(rows: int) -> int:
+    """Return how many blocks add up the rows of a gradient: enough to fill any device, 16 rows or more for each.
+
+    It depends on nothing but ``rows``, so that sums over rows have the same bits on every device.
+    """
+    return max(1, min(1024, rows // 16))
