@@ -19,7 +19,7 @@ try:
 except ImportError:  # a source tree that was not built: every op runs its reference
     _C = None  # type: ignore[assignment]
 
-__all__ = ["FusedOp", "has_kernel", "kernels", "without_kernels"]
+__all__ = ["FusedOp", "has_kernel", "is_traced", "kernels", "without_kernels"]
 
 kernels: Any = _C
 """The compiled kernels (``portlm._C``), or None where they were not built."""
@@ -54,7 +54,8 @@ def has_kernel(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _is_traced(first: Tensor) -> bool:
+def is_traced(first: Tensor) -> bool:
+    """Say whether a call with this tensor is being recorded or intercepted, so that it must use registered ops."""
     return (
         type(first) not in _PLAIN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     )
@@ -101,7 +102,7 @@ class FusedOp:
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on contiguous tensors, by the short way if nothing traces."""
-        if _is_traced(args[0]):
+        if is_traced(args[0]):
             return self.op(*args)
         if _needs_grad(args):
             # Without a backward the short way would drop the gradient in silence; the registered op refuses it.

@@ -1,0 +1,226 @@
+// Cross-entropy of a linear head without the (N, V) logits: loss and both gradients, a chunk of rows at a time.
+//
+// Compute bound: three products of 2 N C V operations each. So the logits are computed once, not again for the
+// gradients, and a chunk has enough rows to outweigh the two readings of the weight and the update of its gradient
+// that each chunk costs. A chunk's logits lie transposed, (V, rows): then each product takes the weight, its gradient
+// and the logits as they lie, packs little but x, and the softmax runs along vectors, one lane per row of x.
+//
+// The vocabulary is cut into slabs that a thread keeps in its L2 cache. Exponentials are taken against the largest
+// logit of the slab and corrected by a factor per slab once the largest of all is known (Milakov and Gimelshein 2018),
+// so each logit costs one exponential. Chunks, slabs and the order of all sums depend on the sizes alone: results are
+// the same, bit for bit, for every number of threads.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/vecmath.h"
+
+namespace portlm::PORTLM_ISA {
+namespace {
+
+constexpr int64_t kLogits = 1 << 18;   // floats of logits at a time, 1 MB, unless the rows would be fewer than
+constexpr int64_t kLeastRows = 128;    // these,
+constexpr int64_t kManyRows = 256;     // or these, if four chunks or more remain: 6 % faster for 50257 x 768
+constexpr int64_t kMostRows = 1024;    // beyond, nothing is gained
+constexpr int64_t kSlab = 1 << 16;     // floats of logits in a slab
+constexpr int64_t kSlabs = 4;          // slabs are a multiple of this, so that few threads get equal shares
+constexpr int64_t kLane = 16;          // rows are padded to whole vectors of the widest instruction set
+constexpr int64_t kBlock = 64;         // terms added up before they join the total, which bounds the rounding error
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a problem is cut.
+struct Plan {
+  int64_t rows;   // of x in a chunk
+  int64_t ld;     // floats between two rows of the transposed logits
+  int64_t slab;   // rows of the weight in a slab
+  int64_t slabs;
+};
+
+Plan plan(int64_t N, int64_t V) {
+  const int64_t least = std::clamp(N / 4, kLeastRows, kManyRows);
+  const int64_t most = std::clamp(kLogits / V, least, kMostRows);
+  Plan p;
+  p.rows = std::min(N, ceil_div(ceil_div(N, ceil_div(N, most)), 2 * kLane) * 2 * kLane);
+  p.ld = kLane * (ceil_div(p.rows, kLane) | 1);  // an odd number of cache lines: columns do not fall into few sets
+  const int64_t slabs = ceil_div(V, std::max<int64_t>(kSlab / p.ld, 1));
+  p.slab = ceil_div(V, slabs == 1 ? 1 : ceil_div(slabs, kSlabs) * kSlabs);
+  p.slabs = ceil_div(V, p.slab);
+  return p;
+}
+
+// Calls body(slab, first row of the weight, number of rows) for every slab: a slab per thread at a time or, if there
+// are fewer slabs than threads, one after the other with all threads on each.
+template <typename Body>
+void for_slabs(const Plan& p, int64_t V, Body body) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) body(s, s * p.slab, std::min(p.slab, V - s * p.slab));
+  };
+  if (p.slabs < threads_for(INT64_MAX, 1))
+    run(0, p.slabs);
+  else
+    parallel_for(p.slabs, 1, run);
+}
+
+// For K vectors of columns of a slab (count, ld): the largest logit of each column and the sum of e^(logit - largest).
+// With Keep the logits become those exponentials.
+template <int K, bool Keep, typename Lanes>
+inline void exponentials(float* logits, int64_t count, int64_t ld, Lanes lanes, float* largest, float* total) {
+  // Not -inf as the start: a column of -inf then gives exponentials of 0, and not of -inf + inf.
+  Vec most[K], sum[K];
+  for (int k = 0; k < K; ++k) most[k] = Vec(std::numeric_limits<float>::lowest()), sum[k] = Vec(0.0f);
+  for (int64_t v = 0; v < count; ++v)
+    for (int k = 0; k < K; ++k) most[k] = max(load(logits + v * ld + k * Vec::N, lanes), most[k]);
+  for (int64_t block = 0; block < count; block += kBlock) {
+    Vec part[K];
+    for (int k = 0; k < K; ++k) part[k] = Vec(0.0f);
+    for (int64_t v = block; v < std::min(block + kBlock, count); ++v)
+      for (int k = 0; k < K; ++k) {
+        float* const at = logits + v * ld + k * Vec::N;
+        const Vec e = exp(load(at, lanes) - most[k]);  // NaN stays NaN, although max passed over it
+        if (Keep) store(e, at, lanes);
+        part[k] += e;
+      }
+    for (int k = 0; k < K; ++k) sum[k] += part[k];
+  }
+  for (int k = 0; k < K; ++k) {
+    store(most[k], largest + k * Vec::N, lanes);
+    store(sum[k], total + k * Vec::N, lanes);
+  }
+}
+
+template <bool Keep>
+void exponentials_of_slab(float* logits, int64_t count, int64_t ld, int64_t rows, float* largest, float* total) {
+  constexpr int64_t kWide = 4 * Vec::N;  // four columns of vectors hide the latency of one exponential
+  parallel_for(ceil_div(rows, kWide), kElementwiseGrain / (count * kWide) + 1, [=](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kWide; j < std::min(end * kWide, rows); j += kWide) {
+      if (j + kWide <= rows) {
+        exponentials<4, Keep>(logits + j, count, ld, Whole{}, largest + j, total + j);
+      } else {
+        for_lanes(rows - j, [=](int64_t i, auto lanes) {
+          exponentials<1, Keep>(logits + j + i, count, ld, lanes, largest + j + i, total + j + i);
+        });
+      }
+    }
+  });
+}
+
+// Turns the slabs' statistics (slabs, ld) into the loss of each row, which replaces the logit of its target, and
+// `largest` into the factors that make probabilities * scale of the exponentials.
+void combine(const Plan& p, int64_t rows, float scale, float* largest, const float* total, float* correct) {
+  for_lanes(rows, [=](int64_t j, auto lanes) {
+    Vec most(std::numeric_limits<float>::lowest()), sum(0.0f);
+    for (int64_t s = 0; s < p.slabs; ++s) most = max(load(largest + s * p.ld + j, lanes), most);
+    for (int64_t s = 0; s < p.slabs; ++s) {
+      const Vec shift = exp(load(largest + s * p.ld + j, lanes) - most);
+      sum = fma(load(total + s * p.ld + j, lanes), shift, sum);
+      store(shift, largest + s * p.ld + j, lanes);
+    }
+    const Vec factor = Vec(scale) / sum;
+    for (int64_t s = 0; s < p.slabs; ++s)
+      store(load(largest + s * p.ld + j, lanes) * factor, largest + s * p.ld + j, lanes);
+    store(log(sum) + (most - load(correct + j, lanes)), correct + j, lanes);
+  });
+}
+
+// `rows` rows of x (rows, C) with their targets, whose gradients go to dx (rows, C) and are added to dweight (V, C), or
+// make it if `first`. Either may be nullptr. Scratch: logits (V, ld), not used if there are no gradients; largest and
+// total (slabs, ld); correct (ld).
+struct Chunk {
+  const float* x;
+  const int64_t* targets;
+  float* dx;
+  float* dweight;
+  float *logits, *largest, *total, *correct;
+  int64_t rows;
+  bool first;
+};
+
+// Returns the sum of the chunk's losses. `scale` is the factor of the gradients.
+double run(const Chunk& c, const Plan& p, const float* weight, int64_t C, int64_t V, float scale) {
+  const bool gradients = c.dx || c.dweight;
+  for_slabs(p, V, [&](int64_t s, int64_t v0, int64_t count) {
+    thread_local Scratch scratch;
+    float* const logits = gradients ? c.logits + v0 * p.ld : scratch.floats(p.slab * p.ld);
+    multiply({weight + v0 * C, c.x, nullptr, logits, count, c.rows, C, C, C, p.ld, false, true, false});
+    for (int64_t r = 0; r < c.rows; ++r)
+      if (c.targets[r] >= v0 && c.targets[r] < v0 + count) c.correct[r] = logits[(c.targets[r] - v0) * p.ld + r];
+    float *const largest = c.largest + s * p.ld, *const total = c.total + s * p.ld;
+    if (gradients)
+      exponentials_of_slab<true>(logits, count, p.ld, c.rows, largest, total);
+    else
+      exponentials_of_slab<false>(logits, count, p.ld, c.rows, largest, total);
+  });
+  combine(p, c.rows, scale, c.largest, c.total, c.correct);
+  double loss = 0.0;
+  for (int64_t r = 0; r < c.rows; ++r) loss += static_cast<double>(c.correct[r]);
+  if (!gradients) return loss;
+  for_slabs(p, V, [&](int64_t s, int64_t v0, int64_t count) {
+    float* const logits = c.logits + v0 * p.ld;
+    const float* const factor = c.largest + s * p.ld;
+    parallel_for(count, kElementwiseGrain / c.rows + 1, [=](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v)
+        for_lanes(c.rows, [=](int64_t j, auto lanes) {
+          store(load(logits + v * p.ld + j, lanes) * load(factor + j, lanes), logits + v * p.ld + j, lanes);
+        });
+    });
+    for (int64_t r = 0; r < c.rows; ++r)
+      if (c.targets[r] >= v0 && c.targets[r] < v0 + count) logits[(c.targets[r] - v0) * p.ld + r] -= scale;
+    if (c.dweight)
+      multiply({logits, c.x, nullptr, c.dweight + v0 * C, count, C, c.rows, p.ld, C, C, false, false, !c.first});
+  });
+  if (c.dx) multiply({c.logits, weight, nullptr, c.dx, c.rows, C, V, p.ld, C, C, true, false, false});
+  return loss;
+}
+
+}  // namespace
+
+int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t* targets, float* loss, float* dx,
+                             float* dweight, int64_t N, int64_t C, int64_t V, int64_t ignore_index, int mean) {
+  std::vector<int64_t> kept;  // rows that count
+  for (int64_t i = 0; i < N; ++i) {
+    if (targets[i] == ignore_index) continue;
+    if (targets[i] < 0 || targets[i] >= V) return i;
+    kept.push_back(i);
+  }
+  const int64_t count = static_cast<int64_t>(kept.size());
+  if (dx && count < N) std::fill(dx, dx + N * C, 0.0f);
+  if (dweight && count == 0) std::fill(dweight, dweight + V * C, 0.0f);
+  const float scale = mean ? 1.0f / static_cast<float>(count) : 1.0f;
+  double total = 0.0;
+  if (count > 0) {
+    const Plan p = plan(count, V);
+    const bool gather = count < N;  // leave out the rows that do not count: they would cost as much as the others
+    const int64_t logits = dx || dweight ? V * p.ld : 0, statistics = p.slabs * p.ld;
+    const int64_t gathered = gather ? p.rows * C : 0;
+    thread_local Scratch scratch;
+    float* const memory = scratch.floats(logits + 2 * statistics + p.ld + 2 * gathered);
+    float* const largest = memory + logits;
+    float* const correct = largest + 2 * statistics;
+    float *const some_x = correct + p.ld, *const some_dx = some_x + gathered;
+    std::vector<int64_t> some_targets(static_cast<size_t>(p.rows));
+    for (int64_t begin = 0; begin < count; begin += p.rows) {
+      const int64_t rows = std::min(p.rows, count - begin);
+      Chunk c{x + begin * C, targets + begin, dx ? dx + begin * C : nullptr, dweight, memory, largest,
+              largest + statistics, correct, rows, begin == 0};
+      if (gather) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t row = kept[begin + r];
+          std::copy(x + row * C, x + (row + 1) * C, some_x + r * C);
+          some_targets[r] = targets[row];
+        }
+        c.x = some_x, c.targets = some_targets.data(), c.dx = dx ? some_dx : nullptr;
+      }
+      total += run(c, p, weight, C, V, scale);
+      if (gather && dx)
+        for (int64_t r = 0; r < rows; ++r) std::copy(some_dx + r * C, some_dx + (r + 1) * C, dx + kept[begin + r] * C);
+    }
+  }
+  *loss = static_cast<float>(mean ? total / static_cast<double>(count) : total);  // the mean of nothing is NaN
+  return -1;
+}
+
+}  // namespace portlm::PORTLM_ISA
