@@ -21,13 +21,13 @@ from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import fsync_dir, safe_join
 from portlm.tvm_support import (
     LIBRARY,
-    PROCESSORS,
     SIGNATURE,
     VERSIONS,
     Signature,
     Weight,
     folder_name,
     import_tvm,
+    processor_of,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def build_library(
 
     if cc.get_cc() is None:
         raise EngineUnavailableError("tvm: linking needs a C compiler: install g++ or clang, or set CXX")
-    processor = PROCESSORS[_C.isa()]
+    processor = processor_of(_C.isa())
     target = tvm.target.Target({"kind": "llvm", "mcpu": processor})
     passes, mode = (cpu_passes(target), "bytecode") if generate else ("default", "compiled")
     executable = relax.build(module, target, relax_pipeline=passes, exec_mode=mode)

@@ -7,6 +7,7 @@ beside it does: a JSON file whose weights point into the weight file of the ONNX
 import importlib.metadata
 import json
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,13 @@ VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
 FORMAT, FORMAT_VERSION = "portlm-tvm", 1
 LIBRARY, SIGNATURE = "model.so", "signature.json"
 
-# Processor levels that a library is compiled for, by the instruction set that portlm._C names.
-PROCESSORS = {"scalar": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4", "neon": "generic"}
+# Processor levels of LLVM by the instruction set that portlm._C names; "generic" for anything but x86-64.
+PROCESSORS = {"scalar": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+
+
+def processor_of(isa: str) -> str:
+    """The processor to compile for, such that every machine whose kernels run with this instruction set can run it."""
+    return PROCESSORS[isa] if platform.machine() in ("x86_64", "AMD64") else "generic"
 
 
 def folder_name(device: str, profile: str) -> str:
@@ -73,7 +79,7 @@ class Signature:
     """How to call a compiled library: its function main takes `inputs`, then `weights`, and returns `outputs`."""
 
     profile: str
-    processor: str  # a value of PROCESSORS
+    processor: str  # of processor_of
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights_file: str  # relative to the artifact

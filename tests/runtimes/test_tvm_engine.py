@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +268,16 @@ def test_a_token_or_position_out_of_range_is_an_error(compiled, profile, family,
     ones = np.ones((1, 1), np.int64)
     with pytest.raises(PortlmError):
         engine.step(token * ones, position * ones, ones, engine.empty_state(1))
+
+
+@pytest.mark.parametrize("profile", ["fused", "portable"])
+def test_threads_may_share_an_engine(compiled, profile):
+    engine = open_engine(compiled["gpt2"], profile)
+    expected = first_step(engine)[0].copy()
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: first_step(engine)[0].copy(), range(40)))
+    for answer in answers:
+        np.testing.assert_array_equal(answer, expected)
 
 
 # --- the growing cache --------------------------------------------------------------------------------------
