@@ -231,9 +231,12 @@ class Trainer:
         self._loss_count = 0
 
     def evaluate_if_due(self, interrupt: Interrupt) -> None:
-        """Measure the held-out loss and write a sample, if this step asks for it and nobody is waiting to stop."""
+        """Measure the held-out loss and write a sample, if this step asks for it and nobody is waiting to stop.
+
+        Step 0 is asked too: what an untrained model reaches is where the curve begins.
+        """
         config = self.config.evaluation
-        due = self.step and (self.step == self.config.steps or self.step % config.interval == 0)
+        due = self.step == self.config.steps or self.step % config.interval == 0
         if not due or self._evaluated_step == self.step:
             return
 
@@ -243,8 +246,9 @@ class Trainer:
         with self._off_the_clock():
             held_out = self.corpus.held_out(config.max_tokens)
             found = evaluate(self.model, held_out, self.config.data.batch_size, self.device, stop)
+            length = config.sample_tokens if self.step else 0  # an untrained model has nothing to show
             text = sample(
-                self.model, self.corpus.tokenizer, config.prompt, tokens=config.sample_tokens, stop=stop,
+                self.model, self.corpus.tokenizer, config.prompt, tokens=length, stop=stop,
                 temperature=config.temperature, top_k=config.top_k, seed=self.config.seed, device=self.device,
             )  # fmt: skip
             if found is None or stop():
@@ -254,7 +258,7 @@ class Trainer:
             self.progress.note(
                 f"step {self.step}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte"
             )
-            if config.sample_tokens:
+            if length:
                 self.metrics.write("sample", self.step, text=text)
                 self.progress.note(_indented(text))
 
