@@ -101,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
             )
         self.max_grad_norm = max_grad_norm
         self._plan: _Plan | CudaPlan | None = None
-        self._key: list[tuple[int, ...]] = []  # what the plan was made for
+        self._key: list[tuple[int, int, int, int]] = []  # what the plan was made for
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class CudaPlan:
         self.chunks = torch.tensor(chunks, dtype=torch.int64).reshape(-1, 2).to(self.device)
         self.partial = torch.empty(max(len(chunks), 1), dtype=torch.float64, device=self.device)
         self.norm = torch.zeros(1, dtype=torch.float64, device=self.device)
-        self._sent = np.empty(0, np.int64)
+        self._sent: np.ndarray = np.empty(0, np.int64)
         self._device_table = torch.empty(0, dtype=torch.int64, device=self.device)
 
     def update_addresses(self, params: list[int], grads: list[int]) -> None:
