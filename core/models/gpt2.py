@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
-from portlm.ops.attention import attention
+from portlm.ops.attention import attention_qkv
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
 from portlm.ops.linear import linear
@@ -203,15 +203,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeyValue | None]:
         """Attend from x (B, T, C), within x alone or, given a cache, to its P slots as well."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
-        q, k, v = qkv.unbind(2)  # each (B, T, H, D)
-        present = None
+        qkv = self.c_attn(x)  # (B, T, 3 C)
         if past is None:
-            y = attention(q, k, v)
-        else:
-            y, key, value = cached_attention(q, k, v, *past, mask)
-            present = (key, value)
-        return self.c_proj(y.reshape(B, T, C)), present
+            return self.c_proj(attention_qkv(qkv, self.n_head).reshape(B, T, C)), None
+        q, k, v = qkv.view(B, T, 3, self.n_head, self.head_dim).unbind(2)  # each (B, T, H, D)
+        y, key, value = cached_attention(q, k, v, *past, mask)
+        return self.c_proj(y.reshape(B, T, C)), (key, value)
 
 
 class MLP(nn.Module):

@@ -1,52 +1,229 @@
-"""Attention, softmax(q k^T / sqrt(D)) v, causal or full, and one step of it over a key/value cache."""
+"""Attention, softmax(q k^T / sqrt(D)) v, causal or full.
+
+Shapes: B sequences, T positions, H query heads, K key/value heads (K divides H: query head h uses h // (H / K)), D
+the width of a head.
+
+The kernels follow FlashAttention (Dao et al. 2022): the T x T scores exist in blocks that fit the cache. Where one
+linear map yields q, k and v together, `attention_qkv` takes its output as it is, and writes one gradient for it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "attention_reference", "cached_attention", "cached_attention_reference"]
+from portlm.ops.fused import FusedOp, has_kernel, kernels
 
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
-    """Attend for q (B, T, H, D), k and v (B, S, K, D), visible broadcastable to (B, H, T, S) -> (B, T, H, D)."""
-    H, K = q.shape[2], k.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-    k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, S)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    weights = torch.softmax(scores, dim=-1)
-    if visible is not None:  # a query that sees nothing gives 0, not NaN
-        weights = torch.where(visible.any(-1, keepdim=True), weights, torch.zeros_like(weights))
-    return (weights @ v).transpose(1, 2)
+__all__ = ["attention", "attention_qkv", "attention_qkv_reference", "attention_reference"]
 
 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None
 ) -> Tensor:
-    """Return softmax(q k^T scale) v: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
-    T = q.shape[1]
-    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril() if causal else None
-    return _attend(q, k, v, visible, scale)
+    """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
+    T, H, K = q.shape[1], q.shape[2], k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+    k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, T)
+    if causal:
+        visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
 
 
-def cached_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    mask: Tensor | None = None,
-    scale: float | None = None,
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
+    """Return softmax(q k^T scale) v, where query t sees keys 0 .. t if causal, else all.
+
+    Views are read where they lie, as long as the last dimension is contiguous.
+
+    Args:
+        q: (B, T, H, D).
+        k: (B, T, K, D).
+        v: (B, T, K, D).
+        causal: hide later positions.
+        scale: of the scores; 1 / sqrt(D) if None.
+
+    Returns:
+        (B, T, H, D).
+
+    Raises:
+        ValueError: the shapes do not fit; the message names them.
+    """
+    _check(q, k, v)
+    D = q.shape[3]
+    if D == 0 or not has_kernel(q, k, v):
+        return attention_reference(q, k, v, causal, scale)
+    return _fused(_rows(q), _rows(k), _rows(v), causal, D**-0.5 if scale is None else scale)[0]
+
+
+def attention_qkv_reference(
+    qkv: Tensor, n_head: int, n_kv_head: int | None = None, causal: bool = True, scale: float | None = None
+) -> Tensor:
+    """Compute the definition of attention_qkv in plain PyTorch."""
+    q, k, v = _split(qkv, n_head, n_kv_head or n_head)
+    return attention_reference(q, k, v, causal, scale)
+
+
+def attention_qkv(
+    qkv: Tensor, n_head: int, n_kv_head: int | None = None, causal: bool = True, scale: float | None = None
+) -> Tensor:
+    """Return the attention of queries, keys and values that lie side by side, as one linear map yields them.
+
+    Args:
+        qkv: (B, T, (H + 2 K) D): H heads of queries, then K of keys, then K of values.
+        n_head: H.
+        n_kv_head: K; H if None.
+        causal: hide later positions.
+        scale: of the scores; 1 / sqrt(D) if None.
+
+    Returns:
+        (B, T, H, D).
+
+    Raises:
+        ValueError: the shapes do not fit; the message names them.
+    """
+    H, K = n_head, n_head if n_kv_head is None else n_kv_head
+    if qkv.dim() != 3 or K < 1 or H < 1 or H % K or qkv.shape[2] % (H + 2 * K):
+        raise ValueError(
+            f"[attention_qkv] qkv must be (B, T, (H + 2 K) D) with K a divisor of H, "
+            f"got {tuple(qkv.shape)} with H = {H}, K = {K}"
+        )
+    D = qkv.shape[2] // (H + 2 * K)
+    if D == 0 or not has_kernel(qkv):
+        return attention_qkv_reference(qkv, H, K, causal, scale)
+    return _fused_qkv(qkv.contiguous(), H, K, causal, D**-0.5 if scale is None else scale)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2]
+    if not fits or q.shape[3] != k.shape[3] or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"[attention] q must be (B, T, H, D), k and v (B, T, K, D) with K a divisor of H, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x, copied only if the elements of a head are not side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _split(qkv: Tensor, H: int, K: int) -> tuple[Tensor, ...]:
+    """View (B, T, (H + 2 K) D) as q (B, T, H, D), k and v (B, T, K, D)."""
+    B, T, width = qkv.shape
+    return qkv.view(B, T, H + 2 * K, width // (H + 2 * K)).split((H, K, K), dim=2)
+
+
+def _strides(*tensors: Tensor) -> array[int]:
+    """Return what the kernels read: floats from batch to batch, row to row and head to head of each tensor."""
+    return array("q", [s for t in tensors for s in t.stride()[:3]])
+
+
+def _address(values: array[int]) -> int:
+    return values.buffer_info()[0]
+
+
+def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, D = q.shape
+    return q.new_empty((B, T, H, D)), q.new_empty((B, H, T, 2))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the result and what backward needs of each query: (B, H, T, 2), see kernels.def."""
+    out, stats = _empty_results(q)
+    strides = _strides(q, k, v)
+    B, T, H, D = q.shape
+    kernels.attention_fwd(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), _address(strides), out.data_ptr(), stats.data_ptr(),
+        B, T, H, k.shape[2], D, causal, scale,
+    )  # fmt: skip
+    return out, stats
+
+
+def _differentiate(
+    dout: Tensor, inputs: tuple[Tensor, ...], out: Tensor, stats: Tensor, grads: tuple[Tensor, ...],
+    causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v where `grads` lie."""
+    strides, grad_strides = _strides(*inputs), _strides(*grads)
+    B, T, H, D = inputs[0].shape
+    kernels.attention_bwd(
+        dout.data_ptr(), *(t.data_ptr() for t in inputs), _address(strides), out.data_ptr(), stats.data_ptr(),
+        *(t.data_ptr() for t in grads), _address(grad_strides), B, T, H, inputs[1].shape[2], D, causal, scale,
+    )  # fmt: skip
+
+
+def _empty_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Append k, v (B, T, K, D) to the cache (B, K, P, D) and attend: query i sees slot j <= P + i where mask is not 0."""
-    T, P = q.shape[1], past_key.shape[2]
-    key = torch.cat((past_key, k.transpose(1, 2)), dim=2)  # (B, K, P+T, D)
-    value = torch.cat((past_value, v.transpose(1, 2)), dim=2)
-    visible = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P)
-    if mask is not None:
-        visible = visible & (mask != 0)[:, None, None, :]
-    return _attend(q, key.transpose(1, 2), value.transpose(1, 2), visible, scale), key, value
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-attention = attention_reference
-cached_attention = cached_attention_reference
+def _gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _empty_gradients(dout, q, k, v, out, stats, causal, scale)
+    _differentiate(dout, (q, k, v), out, stats, grads, causal, scale)
+    return grads
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    ctx.settings = inputs[len(tensors) :]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+_fused_gradients = FusedOp("attention_backward", _gradients, fake=_empty_gradients)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None, None
+    return *_fused_gradients(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
+
+
+_fused = FusedOp(
+    "attention",
+    _forward,
+    fake=lambda q, k, v, causal, scale: _empty_results(q),
+    backward=_backward,
+    setup_context=_save,
+)
+
+
+def _forward_qkv(qkv: Tensor, H: int, K: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return _forward(*_split(qkv, H, K), causal, scale)
+
+
+def _gradient_qkv(
+    dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, H: int, K: int, causal: bool, scale: float
+) -> Tensor:
+    dqkv = torch.empty_like(qkv)
+    _differentiate(dout, _split(qkv, H, K), out, stats, _split(dqkv, H, K), causal, scale)
+    return dqkv
+
+
+_fused_gradient_qkv = FusedOp(
+    "attention_qkv_backward",
+    _gradient_qkv,
+    fake=lambda dout, qkv, out, stats, H, K, causal, scale: torch.empty_like(qkv),
+)
+
+
+def _backward_qkv(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None, None
+    return _fused_gradient_qkv(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+_fused_qkv = FusedOp(
+    "attention_qkv",
+    _forward_qkv,
+    fake=lambda qkv, H, K, causal, scale: _empty_results(_split(qkv, H, K)[0]),
+    backward=_backward_qkv,
+    setup_context=_save,
+)

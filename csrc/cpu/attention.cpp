@@ -1,0 +1,274 @@
+// Attention, softmax(q k^T scale) v, forward and backward, without a T x T matrix in memory (Dao et al. 2022).
+//
+// A task is one key/value head of one sequence, with all the query heads that share it: its keys and values are packed
+// once for the register tiles of gemm_tile.h. Forward, up to kTileRows queries at a time go through blocks of kKeys
+// keys with an online softmax (Milakov and Gimelshein 2018). Backward recomputes the weights of a block of queries and
+// keys from each query's largest score and the sum of its exponentials: the same bits as forward, which one saved
+// logarithm of the two would not give. A causal block computes only the tiles that some query of it sees.
+#include <cmath>
+#include <limits>
+
+#include "cpu/gemm.h"
+#include "cpu/gemm_tile.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/vecmath.h"
+
+namespace portlm::PORTLM_ISA {
+namespace {
+
+// Scores in flight, chosen to stay in L1: kTileRows x kKeys forward, two of kBlock x kBlock backward.
+constexpr int64_t kKeys = 128;
+constexpr int64_t kBlock = 64;
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Where an array (B, T, heads, D) lies: floats from batch to batch, from row to row and from head to head.
+struct Layout {
+  int64_t batch, row, head;
+};
+Layout layout(const int64_t* strides, int which) { return {strides[3 * which], strides[3 * which + 1], strides[3 * which + 2]}; }
+
+void fill(float value, float* p, int64_t count) {
+  for_lanes(count, [=](int64_t i, auto lanes) { store(Vec(value), p + i, lanes); });
+}
+
+void scale_by(float factor, float* p, int64_t count) {
+  for_lanes(count, [=](int64_t i, auto lanes) { store(load(p + i, lanes) * Vec(factor), p + i, lanes); });
+}
+
+// Rows 0 .. T of x (T, D) as columns of panels, for products with x^T: panel p holds rows p * kTileCols and following.
+void pack_as_columns(const float* x, int64_t ld, int64_t T, int64_t D, float* panels) {
+  for (int64_t t = 0; t < T; t += kTileCols)
+    pack_panel_transposed(x + t * ld, ld, D, min(kTileCols, T - t), panels + t * D);
+}
+
+// Rows of x (T, D) as rows of panels, for products with x: panel p holds columns p * kTileCols and following.
+void pack_as_rows(const float* x, int64_t ld, int64_t T, int64_t D, float* panels) {
+  for (int64_t d = 0; d < D; d += kTileCols)
+    pack_panel(x + d, ld, T, min(kTileCols, D - d), panels + d * T);
+}
+
+// C (R, columns) = A panels, or += it, where A is (R, depth) with lda floats from row to row (or from column to column if
+// kTransposed) and panel p starts at panels + p * panel_size. C's columns are written up to a whole panel if `padded`.
+template <bool kTransposed>
+void times_panels(int64_t R, int64_t depth, const float* A, int64_t lda, const float* panels, int64_t panel_size, float* C,
+                  int64_t ldc, int64_t columns, bool padded, bool accumulate) {
+  const Tile tile = tile_of<kTransposed>(R);
+  for (int64_t j = 0; j < columns; j += kTileCols, panels += panel_size)
+    tile(depth, A, lda, panels, {C + j, ldc, padded ? kTileCols : min(kTileCols, columns - j), nullptr, accumulate});
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  float out[1];
+  row_sums(n, out, [=](int64_t i, auto lanes) { return Sums<1>{{keep(load(a + i, lanes) * load(b + i, lanes), lanes)}}; });
+  return out[0];
+}
+
+// Turns G rows of scores, kKeys apart, into exp(score - top), where top rises to the largest score of the row, and adds
+// the row's sum to total, which is first scaled by exp(old top - new top); so is `shrink`. G rows at once, because the
+// reductions of one row are a chain of dependent operations.
+template <int G>
+void exponentials(float* rows, int64_t width, float* top, float* total, float* shrink) {
+  Vec m[G], s[G];
+  for (int g = 0; g < G; ++g) m[g] = Vec(top[g]), s[g] = Vec(0.0f);
+  for (int64_t j = 0; j < width; j += Vec::N)
+    for (int g = 0; g < G; ++g) m[g] = max(Vec::load(rows + g * kKeys + j), m[g]);
+  for (int g = 0; g < G; ++g) {
+    const float before = top[g];
+    top[g] = hmax(m[g]);
+    m[g] = Vec(top[g]);
+    shrink[g] = before == kHidden ? 0.0f : std::exp(before - top[g]);
+  }
+  for (int64_t j = 0; j < width; j += Vec::N)
+    for (int g = 0; g < G; ++g) {
+      const Vec e = exp(Vec::load(rows + g * kKeys + j) - m[g]);
+      e.store(rows + g * kKeys + j);
+      s[g] += e;
+    }
+  for (int g = 0; g < G; ++g) total[g] = total[g] * shrink[g] + sum(s[g]);
+}
+
+struct Shape {
+  int64_t T, D;
+  bool causal;
+};
+
+// Queries [first, last) of one head. keys: columns times scale, values: rows.
+void attend(const Shape& s, const float* q, int64_t q_row, const float* keys, const float* values, int64_t packed_rows,
+            float* scores, float* out, int64_t out_row, float* stats, int64_t first, int64_t last) {
+  const int64_t panels = ceil_div(last - first, kTileRows);
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t i0 = first + (last - first) * p / panels, R = first + (last - first) * (p + 1) / panels - i0;
+    const int64_t end = s.causal ? i0 + R : s.T;
+    float top[kTileRows], total[kTileRows], shrink[kTileRows];
+    for (int64_t r = 0; r < R; ++r) top[r] = kHidden, total[r] = 0.0f;
+    for (int64_t j0 = 0; j0 < end; j0 += kKeys) {
+      const int64_t n = min(kKeys, end - j0), width = round_up(n, Vec::N);
+      times_panels<false>(R, s.D, q + i0 * q_row, q_row, keys + j0 * s.D, kTileCols * s.D, scores, kKeys, n, true, false);
+      // Hidden scores become -inf and then weights of 0. A block that begins right of the diagonal hides whole rows.
+      for (int64_t r = 0; r < R; ++r) {
+        const int64_t visible = s.causal ? max(0, min(n, i0 + r + 1 - j0)) : n;
+        fill(kHidden, scores + r * kKeys + visible, width - visible);
+      }
+      int64_t r = 0;
+      for (; r + 4 <= R; r += 4) exponentials<4>(scores + r * kKeys, width, top + r, total + r, shrink + r);
+      for (; r < R; ++r) exponentials<1>(scores + r * kKeys, width, top + r, total + r, shrink + r);
+      if (j0 > 0)
+        for (r = 0; r < R; ++r) scale_by(shrink[r], out + (i0 + r) * out_row, s.D);
+      times_panels<false>(R, n, scores, kKeys, values + j0 * kTileCols, kTileCols * packed_rows, out + i0 * out_row, out_row,
+                          s.D, false, j0 > 0);
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      const float inverse = 1.0f / total[r];
+      scale_by(inverse, out + (i0 + r) * out_row, s.D);
+      stats[2 * (i0 + r)] = top[r];
+      stats[2 * (i0 + r) + 1] = inverse;
+    }
+  }
+}
+
+// The packed operands of one task's backward pass and its blocks of scores.
+struct Workspace {
+  float* keys_as_columns;  // times scale
+  float* values_as_columns;
+  float* keys_as_rows;
+  float* queries;  // kBlock rows of q, as rows
+  float* grads;    // kBlock rows of dout, as rows
+  float* weights;  // kBlock x kBlock probabilities
+  float* dscores;  // kBlock x kBlock gradients with respect to q k^T
+};
+
+// One query head's part of the gradients: dq is overwritten, dk and dv are added to. All pointers are of that head.
+struct Head {
+  const float *q, *out, *dout, *stats;
+  float *dq, *dk, *dv;
+  int64_t q_row, out_row, dq_row, dk_row, dv_row;
+};
+
+void differentiate(const Shape& s, const Head& h, const Workspace& w, float scale) {
+  for (int64_t i0 = 0; i0 < s.T; i0 += kBlock) {
+    const int64_t queries = min(kBlock, s.T - i0);
+    pack_as_rows(h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
+    pack_as_rows(h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
+    float delta[kBlock];  // sum over the keys of weight * its gradient
+    for (int64_t i = 0; i < queries; ++i) delta[i] = dot(h.dout + (i0 + i) * h.out_row, h.out + (i0 + i) * h.out_row, s.D);
+    const int64_t end = s.causal ? i0 + queries : s.T;
+    for (int64_t j0 = 0; j0 < end; j0 += kBlock) {
+      const int64_t keys = min(kBlock, end - j0), panels = ceil_div(queries, kTileRows);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t i = queries * p / panels, R = queries * (p + 1) / panels - i;
+        const int64_t n = s.causal ? min(keys, i0 + i + R - j0) : keys, width = round_up(n, kTileCols);
+        if (n <= 0) continue;
+        float *weights = w.weights + i * kBlock, *dscores = w.dscores + i * kBlock;
+        times_panels<false>(R, s.D, h.q + (i0 + i) * h.q_row, h.q_row, w.keys_as_columns + j0 * s.D, kTileCols * s.D, weights,
+                            kBlock, n, true, false);
+        times_panels<false>(R, s.D, h.dout + (i0 + i) * h.out_row, h.out_row, w.values_as_columns + j0 * s.D,
+                            kTileCols * s.D, dscores, kBlock, n, true, false);
+        for (int64_t r = 0; r < R; ++r) {
+          const int64_t visible = s.causal ? max(0, min(n, i0 + i + r + 1 - j0)) : n;
+          float *weight = weights + r * kBlock, *dscore = dscores + r * kBlock;
+          const float* stats = h.stats + 2 * (i0 + i + r);
+          const Vec top(stats[0]), inverse(stats[1]), shift(delta[i + r]);
+          for_lanes(visible, [=](int64_t j, auto lanes) {
+            const Vec e = exp(load(weight + j, lanes) - top) * inverse;
+            store(e, weight + j, lanes);
+            store(e * (load(dscore + j, lanes) - shift) * Vec(scale), dscore + j, lanes);
+          });
+          fill(0.0f, weight + visible, width - visible);
+          fill(0.0f, dscore + visible, width - visible);
+        }
+        times_panels<false>(R, n, dscores, kBlock, w.keys_as_rows + j0 * kTileCols, kTileCols * s.T,
+                            h.dq + (i0 + i) * h.dq_row, h.dq_row, s.D, false, j0 > 0);
+      }
+      const int64_t key_panels = ceil_div(keys, kTileRows);
+      for (int64_t p = 0; p < key_panels; ++p) {
+        const int64_t j = keys * p / key_panels, R = keys * (p + 1) / key_panels - j;
+        const int64_t from = s.causal ? max(0, j0 + j - i0) : 0;  // the first query that sees key j
+        const int64_t depth = queries - from, panel = kTileCols * queries;
+        times_panels<true>(R, depth, w.weights + from * kBlock + j, kBlock, w.grads + from * kTileCols, panel,
+                           h.dv + (j0 + j) * h.dv_row, h.dv_row, s.D, false, true);
+        times_panels<true>(R, depth, w.dscores + from * kBlock + j, kBlock, w.queries + from * kTileCols, panel,
+                           h.dk + (j0 + j) * h.dk_row, h.dk_row, s.D, false, true);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void attention_fwd(const float* q, const float* k, const float* v, const int64_t* strides, float* out, float* stats, int64_t B,
+                   int64_t T, int64_t H, int64_t K, int64_t D, int causal, float scale) {
+  if (B <= 0 || T <= 0 || H <= 0 || D <= 0) return;
+  const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
+  const Shape shape{T, D, causal != 0};
+  // Few heads are cut into chunks of queries, which pack the keys again. Two neighbours in the order 0, last, 1, last - 1,
+  // ... have, in sum, as many keys to see as any other two.
+  constexpr int64_t kChunk = 128, kEnoughTasks = 64;
+  const int64_t chunks = B * K >= kEnoughTasks ? 1 : ceil_div(T, kChunk), tasks = B * K * chunks;
+  const int64_t cycles = (T * T * D * (H / K) / 16 + T * D) / chunks + 1;
+  parallel_for(tasks, (1 << 13) / cycles + 1, [=](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    const int64_t rows = round_up(T, kTileCols), columns = round_up(D, kTileCols);
+    float* const keys = scratch.floats(rows * D + T * columns + kTileRows * kKeys);
+    float *const values = keys + rows * D, *const scores = values + T * columns;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / chunks, c = task % chunks, b = head / K, kv = head % K;
+      const int64_t chunk = c % 2 ? chunks - 1 - c / 2 : c / 2;
+      const int64_t first = T * chunk / chunks, last = T * (chunk + 1) / chunks, seen = causal ? last : T;
+      pack_as_columns(k + b * kl.batch + kv * kl.head, kl.row, seen, D, keys);
+      scale_by(scale, keys, round_up(seen, kTileCols) * D);
+      pack_as_rows(v + b * vl.batch + kv * vl.head, vl.row, seen, D, values);
+      for (int64_t h = kv * (H / K); h < (kv + 1) * (H / K); ++h)
+        attend(shape, q + b * ql.batch + h * ql.head, ql.row, keys, values, seen, scores, out + (b * T * H + h) * D, H * D,
+               stats + 2 * (b * H + h) * T, first, last);
+    }
+  });
+}
+
+void attention_bwd(const float* dout, const float* q, const float* k, const float* v, const int64_t* strides, const float* out,
+                   const float* stats, float* dq, float* dk, float* dv, const int64_t* grad_strides, int64_t B, int64_t T,
+                   int64_t H, int64_t K, int64_t D, int causal, float scale) {
+  if (B <= 0 || T <= 0 || H <= 0 || D <= 0) return;
+  const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
+  const Layout dql = layout(grad_strides, 0), dkl = layout(grad_strides, 1), dvl = layout(grad_strides, 2);
+  const Shape shape{T, D, causal != 0};
+  parallel_for(B * K, 1, [=](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    const int64_t rows = round_up(T, kTileCols), columns = round_up(D, kTileCols);
+    Workspace w;
+    w.keys_as_columns = scratch.floats(2 * rows * D + T * columns + 2 * kBlock * columns + 2 * kBlock * kBlock);
+    w.values_as_columns = w.keys_as_columns + rows * D;
+    w.keys_as_rows = w.values_as_columns + rows * D;
+    w.queries = w.keys_as_rows + T * columns;
+    w.grads = w.queries + kBlock * columns;
+    w.weights = w.grads + kBlock * columns;
+    w.dscores = w.weights + kBlock * kBlock;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / K, kv = task % K;
+      const float *key = k + b * kl.batch + kv * kl.head, *value = v + b * vl.batch + kv * vl.head;
+      pack_as_columns(key, kl.row, T, D, w.keys_as_columns);
+      scale_by(scale, w.keys_as_columns, rows * D);
+      pack_as_columns(value, vl.row, T, D, w.values_as_columns);
+      pack_as_rows(key, kl.row, T, D, w.keys_as_rows);
+      float *dkey = dk + b * dkl.batch + kv * dkl.head, *dvalue = dv + b * dvl.batch + kv * dvl.head;
+      for (int64_t t = 0; t < T; ++t) {
+        fill(0.0f, dkey + t * dkl.row, D);
+        fill(0.0f, dvalue + t * dvl.row, D);
+      }
+      for (int64_t h = kv * (H / K); h < (kv + 1) * (H / K); ++h) {
+        const int64_t at = (b * T * H + h) * D;
+        differentiate(shape,
+                      {q + b * ql.batch + h * ql.head, out + at, dout + at, stats + 2 * (b * H + h) * T,
+                       dq + b * dql.batch + h * dql.head, dkey, dvalue, ql.row, H * D, dql.row, dkl.row, dvl.row},
+                      w, scale);
+      }
+    }
+  });
+}
+
+}  // namespace portlm::PORTLM_ISA
