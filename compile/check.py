@@ -155,7 +155,7 @@ def _check_nodes(graph: onnx.GraphProto) -> None:
         name, domain, operator = _text(node.name), _text(node.domain), _text(node.op_type)
         allowed = OPERATORS.get(domain, {}).get(operator)
         if allowed is None:
-            raise _RefusedError(f"operator {operator!r} of {domain!r} is not one of ours")
+            raise _RefusedError(f"operator {operator!r} of {domain!r} is not one of ours (node {name!r})")
         if max(len(node.input), len(node.output), len(node.attribute)) > MAX_VALUES_PER_NODE:
             raise _RefusedError(f"node {name!r} has too many inputs, outputs or attributes")
         for value in (*node.input, *node.output):

@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from portlm import _C
 from portlm.artifact import CompiledEntry
+from portlm.compile.check import check_model
 from portlm.compile.tvm_schedule import cpu_passes
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import fsync_dir, safe_join
@@ -32,8 +33,6 @@ from portlm.tvm_support import (
 
 if TYPE_CHECKING:
     import tvm
-
-MAX_GRAPH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,13 @@ def read_graph(artifact: Path, name: str) -> Graph:
     """Read onnx/decoder.*.onnx of an artifact without its weights.
 
     Raises:
-        FormatError: the file is missing or no ONNX model, or a weight is not float32 in one sibling file.
+        FormatError: the file is missing or holds anything that export never writes, or a weight is not float32 in
+            one sibling file.
     """
     path = safe_join(artifact, name)
     if not path.is_file():
         raise FormatError(f"{artifact} lacks {name}: export the model first")
-    if path.stat().st_size > MAX_GRAPH_BYTES:
-        raise FormatError(f"{path} is larger than {MAX_GRAPH_BYTES} bytes, though its weights are elsewhere")
-    try:
-        proto = onnx.load_model(path, load_external_data=False)
-    except Exception as error:  # protobuf raises its own family of errors
-        raise FormatError(f"{path} is not an ONNX model: {error}") from error
+    proto = check_model(path)
     weights, locations = [], set()
     for tensor in proto.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:

@@ -153,3 +153,12 @@ def test_compiling_again_replaces_the_library(artifact):
     assert tvm_fused.compile_fused(artifact) == first
     assert (folder / LIBRARY).stat().st_ino != inode, "a running engine keeps the old file"
     assert sorted(path.name for path in folder.iterdir()) == sorted((LIBRARY, SIGNATURE))
+
+
+def test_a_graph_that_export_would_not_write_is_refused_before_tvm_sees_it(artifact):
+    path = artifact / GRAPHS["portable"]
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("Det", ["logits"], ["hostile"], name="hostile"))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match="operator 'Det' of '' is not one of ours"):
+        read_graph(artifact, GRAPHS["portable"])
