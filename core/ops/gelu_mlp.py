@@ -1,7 +1,18 @@
-"""The two-layer perceptron of the GPT family: linear, GELU (Hendrycks and Gimpel 2016), linear."""
+"""The two-layer perceptron of the GPT family: linear, GELU (Hendrycks and Gimpel 2016), linear.
 
+Shapes: x is (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), y (..., N); in the models N = C and F = 4 C. All float32
+in the kernel, which keeps one hidden layer for backward where autograd through the three operators keeps two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from portlm.ops.fused import FusedOp, has_kernel, kernels
 
 __all__ = ["gelu_mlp", "gelu_mlp_reference"]
 
@@ -9,8 +20,130 @@ __all__ = ["gelu_mlp", "gelu_mlp_reference"]
 def gelu_mlp_reference(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "tanh"
 ) -> Tensor:
-    """Return gelu(x W1^T + b1) W2^T + b2: x (..., C), w1 (F, C), w2 (C, F) -> (..., C)."""
+    """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
-gelu_mlp = gelu_mlp_reference
+def gelu_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "tanh"
+) -> Tensor:
+    """Return gelu(x W1^T + b1) W2^T + b2.
+
+    Results and gradients are the same bits on any number of threads.
+
+    Args:
+        x: (..., C).
+        w1: (F, C).
+        b1: (F,).
+        w2: (N, F).
+        b2: (N,).
+        approximate: "tanh" for the approximation that GPT-2 uses, "none" for x Phi(x) with the normal distribution.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError: the shapes do not fit, or approximate is neither; the message names it.
+    """
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"[gelu_mlp] approximate must be 'tanh' or 'none', got {approximate!r}")
+    if (
+        x.dim() == 0 or w1.dim() != 2 or w2.dim() != 2 or w1.shape[1] != x.shape[-1] or w2.shape[1] != w1.shape[0]
+        or (b1 is not None and b1.shape != w1.shape[:1]) or (b2 is not None and b2.shape != w2.shape[:1])
+    ):  # fmt: skip
+        biases = ", ".join("None" if b is None else str(tuple(b.shape)) for b in (b1, b2))
+        raise ValueError(
+            "[gelu_mlp] need x (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), "
+            f"got x {tuple(x.shape)}, w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)}, biases {biases}"
+        )
+    if not has_kernel(x, w1, b1, w2, b2):
+        return gelu_mlp_reference(x, w1, b1, w2, b2, approximate)
+    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    b1, b2 = b1 if b1 is None else b1.contiguous(), b2 if b2 is None else b2.contiguous()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
+        return _fused(x, w1, b1, w2, b2, approximate == "tanh")[0]
+    return _fused_value(x, w1, b1, w2, b2, approximate == "tanh")
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _run(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, pre: Tensor | None, tanh: bool
+) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], w2.shape[0]))
+    kernels.gelu_mlp_fwd(
+        x.data_ptr(), w1.data_ptr(), _address(b1), w2.data_ptr(), _address(b2), _address(pre), y.data_ptr(),
+        x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0], tanh,
+    )  # fmt: skip
+    return y
+
+
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
+) -> tuple[Tensor, Tensor]:
+    """Return y and, for backward, the argument of GELU."""
+    pre = x.new_empty((*x.shape[:-1], w1.shape[0]))
+    return _run(x, w1, b1, w2, b2, pre, tanh), pre
+
+
+def _value(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool) -> Tensor:
+    return _run(x, w1, b1, w2, b2, None, tanh)
+
+
+def _empty_gradients(
+    dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
+) -> list[Tensor]:
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    return [x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
+) -> list[Tensor]:
+    """Return dx, dw1, db1, dw2 and db2, empty where not needed: no op can return None."""
+    grads = _empty_gradients(dy, x, pre, w1, w2, needs, tanh)
+    kernels.gelu_mlp_bwd(
+        dy.data_ptr(), x.data_ptr(), pre.data_ptr(), w1.data_ptr(), w2.data_ptr(),
+        *(g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)),
+        x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0], tanh,
+    )  # fmt: skip
+    return grads
+
+
+_fused_gradients = FusedOp("gelu_mlp_backward", _gradients, fake=_empty_gradients)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w1, b1, w2, b2, ctx.tanh = inputs
+    ctx.has_bias = b1 is not None, b2 is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], w1, w2)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    needs = list(ctx.needs_input_grad[:5])
+    needs[2] &= ctx.has_bias[0]
+    needs[4] &= ctx.has_bias[1]
+    grads = _fused_gradients(dy.contiguous(), *ctx.saved_tensors, needs, ctx.tanh)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+_fused = FusedOp(
+    "gelu_mlp",
+    _forward,
+    fake=lambda x, w1, b1, w2, b2, tanh: (
+        x.new_empty((*x.shape[:-1], w2.shape[0])),
+        x.new_empty((*x.shape[:-1], w1.shape[0])),
+    ),
+    backward=_backward,
+    setup_context=_save,
+)
+_fused_value = FusedOp(
+    "gelu_mlp_value",
+    _value,
+    fake=lambda x, w1, b1, w2, b2, tanh: x.new_empty((*x.shape[:-1], w2.shape[0])),
+)

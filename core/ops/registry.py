@@ -49,7 +49,7 @@ OPS: tuple[Op, ...] = (
     Op("attention", "softmax(q k^T) v, causal or full, grouped heads", forward=("attention_fwd",),
        backward=("attention_bwd",)),
     Op("cached_attention", "attention over a key/value cache", forward=("cached_attention",), graph="attention"),
-    Op("gelu_mlp", "linear, GELU, linear", forward=("gemm", "gelu_bias_fwd"), backward=("gemm", "gelu_bias_bwd"),
+    Op("gelu_mlp", "linear, GELU, linear", forward=("gelu_mlp_fwd",), backward=("gelu_mlp_bwd",),
        graph="gelu_mlp"),
     Op("swiglu", "silu(gate) * up", forward=("swiglu_fwd",), backward=("swiglu_bwd",),
        cuda=("swiglu_fwd", "swiglu_bwd"), graph="swiglu"),

@@ -133,7 +133,7 @@ void multiply(const Product& p, PartDone done, void* context) {
   });
 }
 
-void sum_rows(const float* x, int64_t ld, float* out, int64_t rows, int64_t N) {
+void sum_rows(const float* x, int64_t ld, float* out, int64_t rows, int64_t N, bool accumulate) {
   constexpr int64_t kBlock = 32;            // rows that are added up before they join the total, to keep rounding errors low
   constexpr int64_t kColumns = 4 * Vec::N;  // at a time, so that memory is read in runs
   const int64_t groups = ceil_div(N, kColumns);
@@ -152,8 +152,9 @@ void sum_rows(const float* x, int64_t ld, float* out, int64_t rows, int64_t N) {
           }
           for (int v = 0; v < V; ++v) total[v] += s[v];
         }
+        const auto finish = [=](Vec sum, float* to, auto lane) { store(accumulate ? load(to, lane) + sum : sum, to, lane); };
         int v = 0;
-        ((store(total[v], out + j + v * Vec::N, lanes), ++v), ...);
+        ((finish(total[v], out + j + v * Vec::N, lanes), ++v), ...);
       };
       if (j + kColumns <= N) {
         group(Whole{}, Whole{}, Whole{}, Whole{});

@@ -28,8 +28,8 @@ using PartDone = void (*)(void* context, int64_t i0, int64_t i1, int64_t j0, int
 // Runs on all threads, or on the calling one alone if that already is one of several at work.
 void multiply(const Product& product, PartDone done = nullptr, void* context = nullptr);
 
-// out[j] = sum over the rows i of x (rows, N), ld floats apart, of x[i][j].
-void sum_rows(const float* x, int64_t ld, float* out, int64_t rows, int64_t N);
+// out[j] = sum over the rows i of x (rows, N), ld floats apart, of x[i][j]; or += that.
+void sum_rows(const float* x, int64_t ld, float* out, int64_t rows, int64_t N, bool accumulate = false);
 
 // Memory of one thread that grows to the largest size asked for, so that a training loop allocates in its first step
 // only. Declare it thread_local. What was in it is lost when it grows.

@@ -1,0 +1,118 @@
+"""gelu_mlp against its float64 oracle, its gradients, and its errors."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from portlm.ops.gelu_mlp import _fused, _fused_gradients, _fused_value, gelu_mlp, gelu_mlp_reference
+
+# (shape of x, F, N): one row, tails, several tiles, no rows, no hidden layer; 600 rows of 4100 are two chunks
+SHAPES = [
+    ((1, 5), 3, 5),
+    ((7, 33), 65, 17),
+    ((2, 20, 32), 128, 32),
+    ((600, 4), 4100, 3),
+    ((0, 8), 16, 8),
+    ((3, 8), 0, 4),
+]
+
+
+def _inputs(shape: tuple[int, ...], F: int, N: int) -> list[Tensor]:
+    C = shape[-1]
+    return [
+        torch.randn(shape),
+        torch.randn(F, C),
+        torch.randn(F),
+        torch.randn(N, F) * max(F, 1) ** -0.5,
+        torch.randn(N),
+    ]
+
+
+@pytest.mark.parametrize(("shape", "F", "N"), SHAPES, ids=str)
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_mlp_and_its_gradients_are_as_accurate_as_pytorch(
+    shape, F, N, approximate, gradients_as_accurate
+):
+    gradients_as_accurate(
+        lambda *t: gelu_mlp(*t, approximate=approximate),
+        lambda *t: gelu_mlp_reference(*t, approximate=approximate),
+        _inputs(shape, F, N),
+    )
+
+
+def test_gelu_mlp_needs_no_biases(gradients_as_accurate):
+    x, w1, _, w2, _ = _inputs((30, 12), 40, 12)
+    gradients_as_accurate(
+        lambda x, w1, w2: gelu_mlp(x, w1, None, w2, None),
+        lambda x, w1, w2: gelu_mlp_reference(x, w1, None, w2, None),
+        [x, w1, w2],
+    )
+
+
+def test_gelu_mlp_gives_the_same_bits_with_and_without_gradients():
+    inputs = _inputs((40, 24), 70, 24)
+    assert torch.equal(gelu_mlp(*inputs), gelu_mlp(*(t.clone().requires_grad_() for t in inputs)))
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_gelu_mlp_computes_only_the_gradients_that_are_asked_for(wanted):
+    inputs = _inputs((20, 9), 30, 9)
+    inputs[wanted].requires_grad_()
+    gelu_mlp(*inputs).square().sum().backward()
+    assert [t.grad is not None for t in inputs] == [i == wanted for i in range(5)]
+
+
+def test_gelu_mlp_gradients_do_not_depend_on_the_number_of_threads(same_on_all_thread_counts):
+    inputs = _inputs((400, 64), 256, 64)
+
+    def gradients() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        return list(torch.autograd.grad(gelu_mlp(*leaves).square().sum(), leaves))
+
+    assert same_on_all_thread_counts(gradients)
+
+
+def test_gelu_mlp_keeps_one_hidden_layer_for_backward():
+    x, w1, b1, w2, b2 = (t.requires_grad_() for t in _inputs((16, 8), 32, 8))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gelu_mlp(x, w1, b1, w2, b2)
+    assert sum(t.shape == (16, 32) for t in kept) == 1
+
+
+def test_gelu_mlp_passes_opcheck():
+    inputs = [t.requires_grad_() for t in _inputs((3, 6), 10, 5)]
+    torch.library.opcheck(_fused.op, (*inputs, True))
+    x, w1, b1, w2, b2 = (t.detach() for t in inputs)
+    torch.library.opcheck(_fused_value.op, (x, w1, None, w2, b2, False))
+    _, pre = _fused.op(x, w1, b1, w2, b2, True)
+    torch.library.opcheck(
+        _fused_gradients.op, (torch.randn(3, 5), x, pre, w1, w2, [True, False, True, True, False], True)
+    )
+
+
+def test_gelu_mlp_accepts_strided_inputs():
+    x, w1, b1, w2, b2 = _inputs((10, 6), 20, 6)
+    strided = [torch.stack((t, t), dim=-1)[..., 0] for t in (x, w1, b1, w2, b2)]
+    assert torch.equal(gelu_mlp(*strided), gelu_mlp(x, w1, b1, w2, b2))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 3), (4, 2), (4,), (3, 4), (3,)),
+        ((2, 3), (4, 3), (3,), (3, 4), (3,)),
+        ((2, 3), (4, 3), (4,), (3, 5), (3,)),
+        ((2, 3), (4, 3), (4,), (3, 4), (4,)),
+        ((), (4, 1), (4,), (1, 4), (1,)),
+    ],
+    ids=str,
+)
+def test_gelu_mlp_names_wrong_shapes(shapes):
+    with pytest.raises(ValueError, match=r"\[gelu_mlp\] need"):
+        gelu_mlp(*map(torch.zeros, shapes))
+
+
+def test_gelu_mlp_names_an_unknown_approximation():
+    with pytest.raises(ValueError, match=r"\[gelu_mlp\] approximate"):
+        gelu_mlp(*_inputs((2, 3), 4, 3), approximate="sigmoid")
