@@ -111,10 +111,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _split(qkv: Tensor, H: int, K: int) -> tuple[Tensor, ...]:
+def _split(qkv: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """View (B, T, (H + 2 K) D) as q (B, T, H, D), k and v (B, T, K, D)."""
     B, T, width = qkv.shape
-    return qkv.view(B, T, H + 2 * K, width // (H + 2 * K)).split((H, K, K), dim=2)
+    q, k, v = qkv.view(B, T, H + 2 * K, width // (H + 2 * K)).split((H, K, K), dim=2)
+    return q, k, v
 
 
 def _strides(*tensors: Tensor) -> array[int]:
