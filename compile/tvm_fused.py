@@ -93,7 +93,7 @@ class _Lowering:
             with self.bb.dataflow():
                 for node in proto.node:
                     self._emit(node)
-                outputs = relax.Tuple([self.values[name] for name in self.graph.outputs])
+                outputs = relax.Tuple([self._whole(self.values[name]) for name in self.graph.outputs])
                 result = self.bb.emit_output(outputs)
             self.bb.emit_func_output(result)
         return self.bb.get()
