@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from portlm._C import cuda as cuda
+cuda: Any
 
 def isa() -> str: ...
 def usable_isas() -> list[str]: ...

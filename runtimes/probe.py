@@ -221,7 +221,9 @@ def _answer(engine: str, device: str) -> dict[str, str]:
         from portlm.runtimes.eager import cuda_name
 
         name = cuda_name()
-        return {"detail": name} if name else {"reason": "PyTorch finds no CUDA device", "command": "nvidia-smi"}
+        return (
+            {"detail": name} if name else {"reason": "PyTorch finds no CUDA device", "command": "nvidia-smi"}
+        )
     except EngineUnavailableError as error:
         reason = str(error).removeprefix(f"{engine}:{device}: ").removeprefix(f"{engine}: ")
         reason, _, command = reason.partition(", try ")

@@ -79,10 +79,6 @@ def reference(entry: Op) -> Any:
     return getattr(module, f"{entry.name}_reference")
 
 
-def _has(owner: object, names: tuple[str, ...]) -> bool:
-    return bool(names) and all(hasattr(owner, name) for name in names)
-
-
 def table() -> list[dict[str, str]]:
     """Return one row per op: which of its forms this build really has ("yes"), lacks ("-") or does not need ("").
 

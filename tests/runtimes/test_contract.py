@@ -105,7 +105,9 @@ def test_tokens_at_once_equal_tokens_in_steps(engine, cuts):
     assert_close(feed(engine, ids, cuts), feed(engine, ids))
 
 
-@pytest.mark.parametrize("cuts", [(), (9,), (3, 9, 10)], ids=["at once", "in two", "a step of nothing but padding"])
+@pytest.mark.parametrize(
+    "cuts", [(), (9,), (3, 9, 10)], ids=["at once", "in two", "a step of nothing but padding"]
+)
 def test_a_ragged_batch_equals_its_rows_alone(engine, cuts):
     ids, lengths = random_ids(4, 12, seed=2), [12, 1, 7, 3]
     together = feed(engine, ids, cuts, lengths)
@@ -153,7 +155,9 @@ def test_an_index_outside_the_models_tables_is_an_error_not_a_crash(engine, toke
         engine.step(np.array([[token]]), np.array([[position]]), np.array([[mask]]), engine.empty_state(1))
 
 
-@pytest.mark.parametrize("shapes", [((1, 2), (1, 1), (1, 2)), ((2, 1), (2, 1), (1, 1)), ((1, 2), (1, 2), (1, 1))])
+@pytest.mark.parametrize(
+    "shapes", [((1, 2), (1, 1), (1, 2)), ((2, 1), (2, 1), (1, 1)), ((1, 2), (1, 2), (1, 1))]
+)
 def test_shapes_that_do_not_belong_together_are_an_error_not_a_crash(engine, shapes):
     with pytest.raises(PortlmError):
         engine.step(*(np.zeros(shape, np.int64) for shape in shapes), engine.empty_state(1))

@@ -36,7 +36,9 @@ def missing(monkeypatch):
 
     def hide(*names):
         monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, package=None: None if name in names else real(name, package)
+            importlib.util,
+            "find_spec",
+            lambda name, package=None: None if name in names else real(name, package),
         )
 
     return hide
@@ -131,7 +133,10 @@ def test_an_unknown_choice_lists_the_known_ones(options, words, artifacts):
 @needs_ort
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"profile": "native"}, "choose portable or fused"), ({"profile": "fused"}, "run portlm compile .* --engine ort")],
+    [
+        ({"profile": "native"}, "choose portable or fused"),
+        ({"profile": "fused"}, "run portlm compile .* --engine ort"),
+    ],
 )
 def test_a_profile_that_was_not_made_is_an_error_with_the_command(options, words, artifacts):
     with pytest.raises(UsageError, match=words):
@@ -215,7 +220,9 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(checkpoints, tmp_path)
                 session.generate(text)
 
 
-@pytest.mark.parametrize(("eos", "fine"), [(100, True), ([100, 101], True), (None, True), ("x", False), (-1, False)])
+@pytest.mark.parametrize(
+    ("eos", "fine"), [(100, True), ([100, 101], True), (None, True), ("x", False), (-1, False)]
+)
 def test_generation_config_says_which_tokens_end_a_text(checkpoints, tmp_path, eos, fine):
     folder = shutil.copytree(checkpoints["gpt2"], tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
@@ -344,7 +351,10 @@ def test_cuda_without_a_device_is_an_error_that_says_so(artifacts):
 
 
 def test_a_long_prompt_is_never_truncated(artifacts):
-    with load(artifacts["gpt2"], "torch", "cpu") as session, pytest.raises(ContextLengthError, match=r"49 .*48"):
+    with (
+        load(artifacts["gpt2"], "torch", "cpu") as session,
+        pytest.raises(ContextLengthError, match=r"49 .*48"),
+    ):
         session.generate("x" * 49, max_new_tokens=1)
 
 

@@ -96,7 +96,7 @@ def test_a_build_of_torch_without_cuda_is_told_from_a_missing_driver(installed, 
         ("raise ImportError('no such symbol')", "cannot be loaded: ImportError: no such symbol"),
         ("print('[1, 2]')", "cannot be loaded"),
         ("print('nonsense')", "cannot be loaded"),
-        ("print('{\"reason\": \"no device\", \"command\": \"buy one\"}')", "no device"),
+        ('print(\'{"reason": "no device", "command": "buy one"}\')', "no device"),
     ],
 )
 def test_a_driver_that_crashes_or_hangs_is_reported_and_not_met(program, reason, monkeypatch, tmp_path):
@@ -161,5 +161,11 @@ def test_doctor_prints_a_table_for_a_person(report, monkeypatch):
     monkeypatch.setattr(probe, "conflicts", lambda: ["two wheels clash"])
     result = CliRunner().invoke(command, [])
     assert result.exit_code == 0
-    for words in ("torch", "[no] loader", "→ pip install 'portlm[vulkan]'", "processor", "warning: two wheels clash"):
+    for words in (
+        "torch",
+        "[no] loader",
+        "→ pip install 'portlm[vulkan]'",
+        "processor",
+        "warning: two wheels clash",
+    ):
         assert words in result.stdout

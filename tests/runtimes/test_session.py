@@ -25,7 +25,9 @@ class Scripted:
     vocab_size, context_length = 257, 64
 
     def __init__(self, script):
-        self.script = {tuple(p.encode()): list(a.encode()) if isinstance(a, str) else a for p, a in script.items()}
+        self.script = {
+            tuple(p.encode()): list(a.encode()) if isinstance(a, str) else a for p, a in script.items()
+        }
         self.steps = []
         self.closed = 0
 
@@ -49,7 +51,10 @@ class Scripted:
 
     def next(self, seen):
         for prompt, answer in self.script.items():
-            if seen[: len(prompt)] == prompt and list(seen[len(prompt) :]) == answer[: len(seen) - len(prompt)]:
+            if (
+                seen[: len(prompt)] == prompt
+                and list(seen[len(prompt) :]) == answer[: len(seen) - len(prompt)]
+            ):
                 rest = answer[len(seen) - len(prompt) :]
                 return rest[0] if rest else EOS
         return 0
@@ -72,7 +77,12 @@ def test_generate_continues_the_prompt():
     result = null().generate("abc", max_new_tokens=4)
     assert result.text == str(result) == "defg"
     assert result.token_ids == tuple(b"defg")
-    assert (result.finish_reason, result.stop, result.prompt_tokens, result.new_tokens) == ("length", None, 3, 4)
+    assert (result.finish_reason, result.stop, result.prompt_tokens, result.new_tokens) == (
+        "length",
+        None,
+        3,
+        4,
+    )
 
 
 def test_the_end_of_text_token_ends_the_text_and_is_not_part_of_it():
@@ -94,7 +104,9 @@ SCRIPT = {"a": "B", "hello": ", world", "xy": "", "q" * 20: "r" * 30, "hel": "ic
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("logits_per_step", [1 << 24, 257 * 5 * 3, 257])
-def test_prompts_of_any_length_get_the_same_answer_alone_and_in_a_batch(batch_size, logits_per_step, monkeypatch):
+def test_prompts_of_any_length_get_the_same_answer_alone_and_in_a_batch(
+    batch_size, logits_per_step, monkeypatch
+):
     monkeypatch.setattr(session_module, "LOGITS_PER_STEP", logits_per_step)
     results = Session(Scripted(SCRIPT), BYTES).generate(PROMPTS, max_new_tokens=25, batch_size=batch_size)
     assert [r.text for r in results] == [SCRIPT[p][:25] for p in PROMPTS]
@@ -297,7 +309,9 @@ def test_errors_in_the_arguments_of_a_stream_are_raised_at_once():
 # --- limits and errors ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("prompt", "new", "fits"), [(63, 1, True), (62, 2, True), (1, 63, True), (63, 2, False)])
+@pytest.mark.parametrize(
+    ("prompt", "new", "fits"), [(63, 1, True), (62, 2, True), (1, 63, True), (63, 2, False)]
+)
 def test_a_prompt_may_fill_the_context_to_the_last_token(prompt, new, fits):
     if fits:
         assert null().generate("a" * prompt, max_new_tokens=new).new_tokens == new
