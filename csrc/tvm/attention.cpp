@@ -1,7 +1,6 @@
 // Attention over the key/value cache as a TVM-FFI function, output last (destination passing).
 #include <cstring>
-#include <string>
-#include <vector>
+#include <memory>
 
 #include "cpu/kernels.h"
 #include "tvm/call.h"
@@ -22,7 +21,8 @@ PORTLM_TVM_FUNCTION(cached_attention) {
     const auto source = call.f32(0, "source", 3), out = call.f32(8, "out", 3);
     const auto keys = call.strided_f32(2, "keys", 4), values = call.strided_f32(3, "values", 4);
     const auto mask = call.i64(4, "mask", 2);
-    const int64_t first = call.integer(1, "first"), H = call.integer(5, "num_heads"), K = call.integer(6, "num_kv_heads");
+    const int64_t first = call.integer(1, "first");
+    const int64_t H = call.integer(5, "num_heads"), K = call.integer(6, "num_kv_heads");
     const int64_t B = source.size(0), T = source.size(1), W = source.size(2), S = keys.size(2), D = keys.size(3);
     if (K < 1 || H < 1 || H % K != 0) call.fail("num_kv_heads must divide num_heads");
     call.expect_columns(source, first, H * D);
@@ -37,14 +37,14 @@ PORTLM_TVM_FUNCTION(cached_attention) {
     if (values.stride(0) != batch_stride || values.stride(1) != head_stride)
       call.fail("keys and values must be laid out alike");
     const float* q = source.data<float>() + first;
+    std::unique_ptr<float[]> gathered;  // the kernel wants the queries of all tokens side by side
     if (W != H * D && B * T > 1) {
-      static thread_local std::vector<float> gathered;
-      gathered.resize(static_cast<size_t>(B * T * H * D));
+      gathered.reset(new float[static_cast<size_t>(B * T * H * D)]);
       for (int64_t row = 0; row < B * T; ++row)
-        std::memcpy(gathered.data() + row * H * D, q + row * W, static_cast<size_t>(H * D) * sizeof(float));
-      q = gathered.data();
+        std::memcpy(gathered.get() + row * H * D, q + row * W, static_cast<size_t>(H * D) * sizeof(float));
+      q = gathered.get();
     }
-    kernels().cached_attention(q, keys.data<float>(), values.data<float>(), batch_stride, head_stride, mask.data<int64_t>(),
-                               call.real(7, "scale"), out.data<float>(), B, T, S, H, K, D);
+    kernels().cached_attention(q, keys.data<float>(), values.data<float>(), batch_stride, head_stride,
+                               mask.data<int64_t>(), call.real(7, "scale"), out.data<float>(), B, T, S, H, K, D);
   });
 }

@@ -1,5 +1,5 @@
 // Linear maps as TVM-FFI functions, outputs last (destination passing).
-#include <string>
+#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -12,6 +12,10 @@ using portlm::tvm::guarded;
 using portlm::tvm::Tensor;
 
 namespace {
+
+// Rows of the MLP's hidden layer that exist at a time: enough for a full-speed product, and no memory that grows with
+// the batch.
+constexpr int64_t kHiddenRows = 256;
 
 // y (rows, N) = x (rows, K) W + bias, W (K, N), or (N, K) if transposed; bias may be nullptr.
 void multiply(const float* x, const float* weight, const float* bias, float* y, int64_t rows, int64_t N, int64_t K,
@@ -63,10 +67,14 @@ PORTLM_TVM_FUNCTION(gelu_mlp) {
     call.expect_shape(b2, {N});
     call.expect_last(y, N);
     if (y.rows() != rows) call.fail("x and y must have the same number of rows");
+    const bool tanh = call.integer(5, "approximate_tanh") != 0;
     static thread_local std::vector<float> hidden;
-    hidden.resize(static_cast<size_t>(rows * F));
-    multiply(x.data<float>(), w1.data<float>(), nullptr, hidden.data(), rows, F, C, false);
-    kernels().gelu_bias_fwd(hidden.data(), b1.data<float>(), hidden.data(), rows, F, call.integer(5, "approximate_tanh") != 0);
-    multiply(hidden.data(), w2.data<float>(), b2.data<float>(), y.data<float>(), rows, N, F, false);
+    hidden.resize(static_cast<size_t>(std::min(rows, kHiddenRows) * F));
+    for (int64_t r = 0; r < rows; r += kHiddenRows) {
+      const int64_t n = std::min(kHiddenRows, rows - r);
+      multiply(x.data<float>() + r * C, w1.data<float>(), nullptr, hidden.data(), n, F, C, false);
+      kernels().gelu_bias_fwd(hidden.data(), b1.data<float>(), hidden.data(), n, F, tanh);
+      multiply(hidden.data(), w2.data<float>(), b2.data<float>(), y.data<float>() + r * N, n, N, F, false);
+    }
   });
 }
