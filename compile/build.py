@@ -9,7 +9,7 @@ from pathlib import Path
 
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, write_manifest
 from portlm.errors import EngineUnavailableError, UsageError
-from portlm.trust import record_built
+from portlm.trust import NATIVE_SUFFIXES, record_built
 
 Compiler = Callable[..., CompiledEntry]
 
@@ -21,9 +21,6 @@ COMPILERS: dict[tuple[str, str, str], tuple[str, dict[str, str]]] = {
     ("tvm", "cpu", "portable"): ("portlm.compile.tvm_portable:compile_portable", {}),
     ("tvm", "cpu", "fused"): ("portlm.compile.tvm_fused:compile_fused", {}),
 }
-
-# Files that are loaded as machine code: class C, so their digests go into this machine's trust store.
-NATIVE_SUFFIXES = (".so", ".dylib", ".dll")
 
 
 def choices(

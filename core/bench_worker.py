@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from portlm.threads import bound_spinning
+
 
 def _memory() -> dict[str, int]:
     """Return the resident set size now and at its highest, in bytes."""
@@ -86,6 +88,7 @@ class Worker:
 
 def main() -> None:
     """Answer commands until stdin closes."""
+    bound_spinning()
     worker = Worker()
     answers = sys.stdout
     sys.stdout = sys.stderr  # a library that prints must not spoil the protocol

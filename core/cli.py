@@ -17,6 +17,7 @@ import click
 
 import portlm
 from portlm.errors import PortlmError
+from portlm.threads import bound_spinning
 
 # verb -> (module under portlm.commands, one line for --help); modules load when their verb is used
 VERBS = {
@@ -85,6 +86,7 @@ def _terminate(*_: Any) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit with its code."""
+    bound_spinning()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         result = cli.main(args=arguments, prog_name="portlm", standalone_mode=False)

@@ -14,6 +14,9 @@ from pathlib import Path
 from portlm.errors import FormatError, StorageError
 from portlm.files import sha256_file, write_atomic
 
+# Files that are loaded as machine code.
+NATIVE_SUFFIXES = (".so", ".dylib", ".dll")
+
 
 def trust_folder() -> Path:
     """Where the digests are: $PORTLM_HOME/trust, or portlm/trust in the XDG cache folder."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from portlm.artifact import Manifest, ParityRow, read_manifest, verify_files
 from portlm.bench import Target
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
+from portlm.trust import NATIVE_SUFFIXES, is_trusted
 
 if TYPE_CHECKING:
     from portlm.runtimes.engine import Engine
@@ -130,8 +131,28 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
             targets.append(Target(engine, device, "native"))
         if engine == "ort" and "portable" in profiles:
             targets.append(Target(engine, device, "portable"))
-        targets += [Target(*key) for key in sorted(compiled) if key[:2] == (engine, device)]
+        for key in sorted(compiled):
+            if key[:2] == (engine, device):
+                if _is_foreign(manifest, key):
+                    progress(
+                        f"{Target(*key)} is not checked: it was compiled on another machine; run `portlm compile`"
+                    )
+                else:
+                    targets.append(Target(*key))
     return targets
+
+
+def _is_foreign(manifest: Manifest, key: tuple[str, str, str]) -> bool:
+    """Say whether compiled files hold machine code that this machine did not make, which no engine loads."""
+    names = {
+        name
+        for entry in manifest.compiled
+        if (entry.engine, entry.device, entry.profile) == key
+        for name in entry.files
+    }
+    return any(
+        name.endswith(NATIVE_SUFFIXES) and not is_trusted(manifest.files[name].sha256) for name in names
+    )
 
 
 class PlainPyTorch:

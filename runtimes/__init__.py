@@ -88,7 +88,9 @@ def load(
     from portlm.runtimes.engine import PROFILES
     from portlm.runtimes.no_tokenizer import NoTokenizer
     from portlm.runtimes.session import Session
+    from portlm.threads import bound_spinning
 
+    bound_spinning()
     _one_of("engine", engine, ("auto", *ENGINES))
     _one_of("device", device, ("auto", *DEVICES))
     _one_of("profile", profile, PROFILES)

@@ -8,9 +8,13 @@ Its threads park when idle instead of spinning, so that they take nothing from w
 PORTLM_ORT_SPINNING=1 in the environment lets them spin, which is faster when nothing else does.
 """
 
+import contextlib
 import os
+import sys
+import tempfile
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -284,9 +288,31 @@ def _load(path: Path, device: str, ep_device: Any, allow_fallback: bool, threads
 
 def _session(model: Path | bytes, options: Any, device: str) -> Any:
     providers = {"cpu": ["CPUExecutionProvider"], "cuda": [CUDA]}.get(device)  # Vulkan is in the options
-    session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
+    with _without_chatter() if device == "vulkan" else contextlib.nullcontext():
+        session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
     session.disable_fallback()
     return session
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Hold back what native code writes to stderr, and pass on all of it but Dawn's notes on artificial limits.
+
+    Dawn prints two lines about limits that it lowers, whenever a software device starts, through no log level.
+    """
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if b"artificially reduced" not in line:
+                    os.write(2, line)
 
 
 def _session_options(device: str, ep_device: Any, threads: int | None) -> Any:

@@ -1,7 +1,9 @@
 """Progress on stderr: a bar with tokens/s, loss and ETA on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -71,7 +73,11 @@ class ProgressReport:
             # Plain text: a model's sample may look like rich markup.
             self._bar.console.print(text, markup=False, highlight=False, emoji=False)
         else:
-            print(text, file=self.stream, flush=True)
+            try:
+                print(text, file=self.stream, flush=True)
+            except BrokenPipeError:
+                # Whoever read our progress has gone (`portlm pretrain ... 2>&1 | head`): no reason to stop training.
+                self.stream = Path(os.devnull).open("w")  # noqa: SIM115 - lives as long as the process
 
     def _start_bar(self) -> None:
         from rich.console import Console

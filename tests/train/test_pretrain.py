@@ -565,3 +565,19 @@ def test_a_terminated_run_saves_and_leaves_with_143(text, tmp_path):
 def test_reading_the_settings_does_not_load_pytorch():
     program = "import sys, portlm.commands.pretrain; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_reader_of_the_progress_that_leaves_does_not_stop_the_training():
+    """As in `portlm pretrain ... 2>&1 | head`."""
+    import io
+
+    from portlm.train.progress import ProgressReport
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    report = ProgressReport(3, stream=Gone())
+    report.note("nobody reads this")
+    report.update(1, 2.0, 3.0)
+    report.stream.close()
