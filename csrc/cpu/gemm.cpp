@@ -34,12 +34,19 @@ Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, 
 // Rough number of cycles: 32 products per cycle, and bringing in and writing the matrices.
 int64_t cost(int64_t M, int64_t N, int64_t K) { return M * N * K / 32 + (M * K + N * K + M * N) / 4; }
 
+// Asks for `rows` x `columns` floats that are needed soon, lying ld floats apart.
+void prefetch(const float* p, int64_t ld, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(p + r * ld + c, 0, 2);
+}
+
 void multiply_part(const Product& p, Range rows, Range columns, PartDone done, void* context) {
   thread_local Scratch scratch;
   const int64_t depth_blocks = p.K > kDepth ? ceil_div(p.K, kDepth) : 1;
   const int64_t depth_step = ceil_div(ceil_div(p.K, depth_blocks), 16) * 16;
   float* const packed = scratch.floats(depth_step * min(kWidth, ceil_div(columns.size(), kTileCols) * kTileCols));
   const int64_t row_panels = ceil_div(rows.size(), kTileRows);
+  const bool far = p.M * p.K + p.K * p.N > 1 << 18;  // more than 1 MB does not stay in L2
   for (int64_t j0 = columns.begin; j0 < columns.end; j0 += kWidth) {
     const int64_t j1 = min(j0 + kWidth, columns.end);
     int64_t k = 0;
@@ -58,6 +65,12 @@ void multiply_part(const Product& p, Range rows, Range columns, PartDone done, v
         const int64_t i = rows.begin + r.begin;
         const Tile tile = p.transpose_a ? tile_of<true>(r.size()) : tile_of<false>(r.size());
         const float* A = p.transpose_a ? p.A + k * p.lda + i : p.A + i * p.lda + k;
+        if (far && panel + 1 < row_panels) {
+          if (p.transpose_a)
+            prefetch(A + r.size(), p.lda, depth, kTileRows);
+          else
+            prefetch(A + r.size() * p.lda, p.lda, kTileRows, depth);
+        }
         for (int64_t j = j0; j < j1; j += kTileCols) {
           tile(depth, A, p.lda, packed + (j - j0) * depth,
                {p.C + i * p.ldc + j, p.ldc, min(kTileCols, j1 - j), first && p.bias ? p.bias + j : nullptr,

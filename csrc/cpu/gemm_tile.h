@@ -161,6 +161,8 @@ inline void pack_panel(const float* B, int64_t ld, int64_t K, int64_t columns, f
     const float* from = B;
     float* to = panel;
     for (int64_t k = 0; k < K; ++k, from += ld, to += kTileCols) {
+      __builtin_prefetch(from + kTileCols, 0, 2);  // of the next panel
+      __builtin_prefetch(from + kTileCols + Vec::N, 0, 2);
       load(from, lanes0).store(to);
       load(from + Vec::N, lanes1).store(to + Vec::N);
     }
@@ -181,6 +183,7 @@ inline void pack_panel_transposed(const float* B, int64_t ld, int64_t K, int64_t
     const int64_t depth = K - k < N ? K - k : N;
     for (int64_t j = 0; j < kTileCols; j += N) {
       const int64_t width = columns - j < 0 ? 0 : columns - j < N ? columns - j : N;
+      for (int64_t c = 0; c < N; ++c) __builtin_prefetch(B + (kTileCols + j + c) * ld + k, 0, 2);  // of the next panel
       if (depth == N && width == N) {
         transpose_block(B + j * ld + k, ld, panel + j, kTileCols);
         continue;
