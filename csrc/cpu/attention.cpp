@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/kernels.h"
@@ -71,9 +72,9 @@ float dot(const float* a, const float* b, int64_t n) {
 
 // Turns G rows of scores, kKeys apart, into exp(score - top), where top rises to the largest score of the row, and adds
 // the row's sum to total, which is first scaled by exp(old top - new top); so is `shrink`. G rows at once, because the
-// reductions of one row are a chain of dependent operations.
+// reductions of one row are a chain of dependent operations. If masked, a row may have nothing but -inf.
 template <int G>
-void exponentials(float* rows, int64_t width, float* top, float* total, float* shrink) {
+void exponentials(float* rows, int64_t width, bool masked, float* top, float* total, float* shrink) {
   Vec m[G], s[G];
   for (int g = 0; g < G; ++g) m[g] = Vec(top[g]), s[g] = Vec(0.0f);
   for (int64_t j = 0; j < width; j += Vec::N)
@@ -81,7 +82,7 @@ void exponentials(float* rows, int64_t width, float* top, float* total, float* s
   for (int g = 0; g < G; ++g) {
     const float before = top[g];
     top[g] = hmax(m[g]);
-    m[g] = Vec(top[g]);
+    m[g] = Vec(top[g] == kHidden && masked ? 0.0f : top[g]);
     shrink[g] = before == kHidden ? 0.0f : std::exp(before - top[g]);
   }
   for (int64_t j = 0; j < width; j += Vec::N)
@@ -93,9 +94,12 @@ void exponentials(float* rows, int64_t width, float* top, float* total, float* s
   for (int g = 0; g < G; ++g) total[g] = total[g] * shrink[g] + sum(s[g]);
 }
 
+// T queries of width D and S keys, of which the last query is the last; mask (S) hides keys where it is 0, or is nullptr.
 struct Shape {
-  int64_t T, D;
+  int64_t T, S, D;
   bool causal;
+  const int64_t* mask;
+  int64_t end(int64_t queries) const { return causal ? S - T + queries : S; }  // keys that so many queries see
 };
 
 // Queries [first, last) of one head. keys: columns times scale, values: rows.
@@ -104,7 +108,7 @@ void attend(const Shape& s, const float* q, int64_t q_row, const float* keys, co
   const int64_t panels = ceil_div(last - first, kTileRows);
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t i0 = first + (last - first) * p / panels, R = first + (last - first) * (p + 1) / panels - i0;
-    const int64_t end = s.causal ? i0 + R : s.T;
+    const int64_t end = s.end(i0 + R);
     float top[kTileRows], total[kTileRows], shrink[kTileRows];
     for (int64_t r = 0; r < R; ++r) top[r] = kHidden, total[r] = 0.0f;
     for (int64_t j0 = 0; j0 < end; j0 += kKeys) {
@@ -112,20 +116,24 @@ void attend(const Shape& s, const float* q, int64_t q_row, const float* keys, co
       times_panels<false>(R, s.D, q + i0 * q_row, q_row, keys + j0 * s.D, kTileCols * s.D, scores, kKeys, n, true, false);
       // Hidden scores become -inf and then weights of 0. A block that begins right of the diagonal hides whole rows.
       for (int64_t r = 0; r < R; ++r) {
-        const int64_t visible = s.causal ? max(0, min(n, i0 + r + 1 - j0)) : n;
+        const int64_t visible = max(0, min(n, s.end(i0 + r + 1) - j0));
         fill(kHidden, scores + r * kKeys + visible, width - visible);
+        if (s.mask)
+          for (int64_t j = 0; j < visible; ++j)
+            if (s.mask[j0 + j] == 0) scores[r * kKeys + j] = kHidden;
       }
       int64_t r = 0;
-      for (; r + 4 <= R; r += 4) exponentials<4>(scores + r * kKeys, width, top + r, total + r, shrink + r);
-      for (; r < R; ++r) exponentials<1>(scores + r * kKeys, width, top + r, total + r, shrink + r);
+      for (; r + 4 <= R; r += 4) exponentials<4>(scores + r * kKeys, width, s.mask, top + r, total + r, shrink + r);
+      for (; r < R; ++r) exponentials<1>(scores + r * kKeys, width, s.mask, top + r, total + r, shrink + r);
       if (j0 > 0)
         for (r = 0; r < R; ++r) scale_by(shrink[r], out + (i0 + r) * out_row, s.D);
       times_panels<false>(R, n, scores, kKeys, values + j0 * kTileCols, kTileCols * packed_rows, out + i0 * out_row, out_row,
                           s.D, false, j0 > 0);
     }
     for (int64_t r = 0; r < R; ++r) {
-      const float inverse = 1.0f / total[r];
+      const float inverse = s.mask && total[r] == 0.0f ? 0.0f : 1.0f / total[r];  // 0 for a query that sees nothing
       scale_by(inverse, out + (i0 + r) * out_row, s.D);
+      if (!stats) continue;
       stats[2 * (i0 + r)] = top[r];
       stats[2 * (i0 + r) + 1] = inverse;
     }
@@ -199,35 +207,59 @@ void differentiate(const Shape& s, const Head& h, const Workspace& w, float scal
   }
 }
 
-}  // namespace
+// What attention_fwd and attend_to_cache have in common. mask is (B, S).
+struct Problem {
+  const float *q, *k, *v;
+  Layout ql, kl, vl;
+  const int64_t* mask;
+  float *out, *stats;
+  int64_t B, T, S, H, K, D;
+  bool causal;
+  float scale;
+};
 
-void attention_fwd(const float* q, const float* k, const float* v, const int64_t* strides, float* out, float* stats, int64_t B,
-                   int64_t T, int64_t H, int64_t K, int64_t D, int causal, float scale) {
-  if (B <= 0 || T <= 0 || H <= 0 || D <= 0) return;
-  const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
-  const Shape shape{T, D, causal != 0};
+void forward(const Problem& p) {
+  const int64_t T = p.T, S = p.S, H = p.H, K = p.K, D = p.D, group = H / K;
+  if (p.B <= 0 || T <= 0 || H <= 0 || D <= 0) return;
   // Few heads are cut into chunks of queries, which pack the keys again. Two neighbours in the order 0, last, 1, last - 1,
   // ... have, in sum, as many keys to see as any other two.
   constexpr int64_t kChunk = 128, kEnoughTasks = 64;
-  const int64_t chunks = B * K >= kEnoughTasks ? 1 : ceil_div(T, kChunk), tasks = B * K * chunks;
-  const int64_t cycles = (T * T * D * (H / K) / 16 + T * D) / chunks + 1;
+  const int64_t chunks = p.B * K >= kEnoughTasks ? 1 : ceil_div(T, kChunk), tasks = p.B * K * chunks;
+  const int64_t cycles = (T * S * D * group / 16 + S * D) / chunks + 1;
   parallel_for(tasks, (1 << 13) / cycles + 1, [=](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    const int64_t rows = round_up(T, kTileCols), columns = round_up(D, kTileCols);
-    float* const keys = scratch.floats(rows * D + T * columns + kTileRows * kKeys);
-    float *const values = keys + rows * D, *const scores = values + T * columns;
+    const int64_t rows = round_up(S, kTileCols), columns = round_up(D, kTileCols);
+    float* const keys = scratch.floats(rows * D + S * columns + kTileRows * kKeys);
+    float *const values = keys + rows * D, *const scores = values + S * columns;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / chunks, c = task % chunks, b = head / K, kv = head % K;
       const int64_t chunk = c % 2 ? chunks - 1 - c / 2 : c / 2;
-      const int64_t first = T * chunk / chunks, last = T * (chunk + 1) / chunks, seen = causal ? last : T;
-      pack_as_columns(k + b * kl.batch + kv * kl.head, kl.row, seen, D, keys);
-      scale_by(scale, keys, round_up(seen, kTileCols) * D);
-      pack_as_rows(v + b * vl.batch + kv * vl.head, vl.row, seen, D, values);
-      for (int64_t h = kv * (H / K); h < (kv + 1) * (H / K); ++h)
-        attend(shape, q + b * ql.batch + h * ql.head, ql.row, keys, values, seen, scores, out + (b * T * H + h) * D, H * D,
-               stats + 2 * (b * H + h) * T, first, last);
+      const int64_t first = T * chunk / chunks, last = T * (chunk + 1) / chunks;
+      const Shape shape{T, S, D, p.causal, p.mask ? p.mask + b * S : nullptr};
+      const int64_t seen = shape.end(last);
+      pack_as_columns(p.k + b * p.kl.batch + kv * p.kl.head, p.kl.row, seen, D, keys);
+      scale_by(p.scale, keys, round_up(seen, kTileCols) * D);
+      pack_as_rows(p.v + b * p.vl.batch + kv * p.vl.head, p.vl.row, seen, D, values);
+      for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+        attend(shape, p.q + b * p.ql.batch + h * p.ql.head, p.ql.row, keys, values, seen, scores, p.out + (b * T * H + h) * D,
+               H * D, p.stats ? p.stats + 2 * (b * H + h) * T : nullptr, first, last);
     }
   });
+}
+
+}  // namespace
+
+void attention_fwd(const float* q, const float* k, const float* v, const int64_t* strides, float* out, float* stats,
+                   int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int causal, float scale) {
+  forward({q, k, v, layout(strides, 0), layout(strides, 1), layout(strides, 2), nullptr, out, stats, B, T, T, H, K, D,
+           causal != 0, scale});
+}
+
+void attend_to_cache(const float* q, const float* keys, const float* values, int64_t batch_stride, int64_t head_stride,
+                     const int64_t* mask, float scale, float* out, int64_t B, int64_t T, int64_t S, int64_t H, int64_t K,
+                     int64_t D) {
+  const Layout cache{batch_stride, D, head_stride};
+  forward({q, keys, values, {T * H * D, H * D, D}, cache, cache, mask, out, nullptr, B, T, S, H, K, D, true, scale});
 }
 
 void attention_bwd(const float* dout, const float* q, const float* k, const float* v, const int64_t* strides, const float* out,
@@ -236,7 +268,7 @@ void attention_bwd(const float* dout, const float* q, const float* k, const floa
   if (B <= 0 || T <= 0 || H <= 0 || D <= 0) return;
   const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
   const Layout dql = layout(grad_strides, 0), dkl = layout(grad_strides, 1), dvl = layout(grad_strides, 2);
-  const Shape shape{T, D, causal != 0};
+  const Shape shape{T, T, D, causal != 0, nullptr};
   parallel_for(B * K, 1, [=](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     const int64_t rows = round_up(T, kTileCols), columns = round_up(D, kTileCols);

@@ -1,4 +1,5 @@
-// Attention over a key/value cache: a few new queries against all positions so far. Forward only.
+// Attention over a key/value cache: new queries against all positions so far. Forward only. Here for a few queries,
+// as generation has; many, as a prompt has, take the tiles of attention.cpp.
 //
 // The cache is read once per block of queries that share it: the G query heads of a key/value head, and up to
 // kRows of their T queries, go through it together. The softmax is online (Milakov and Gimelshein 2018), over blocks
@@ -8,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/vecmath.h"
@@ -165,6 +167,8 @@ void cached_attention(const float* q, const float* keys, const float* values, in
                       const int64_t* mask, float scale, float* out, int64_t B, int64_t T, int64_t S, int64_t H, int64_t K,
                       int64_t D) {
   if (B == 0 || T == 0 || H == 0 || D == 0) return;
+  if (T >= kTiledQueries)
+    return attend_to_cache(q, keys, values, batch_stride, head_stride, mask, scale, out, B, T, S, H, K, D);
   const int64_t G = H / K, rows = T * G, blocks = (rows + kRows - 1) / kRows;  // of one key/value head
   const int64_t work = 2 * kRows * S * D;
   parallel_for(B * K * blocks, kWorkPerThread / (work + 1) + 1, [=](int64_t begin, int64_t end) {

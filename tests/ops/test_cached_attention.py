@@ -7,12 +7,14 @@ from portlm.ops.attention import attention_reference
 from portlm.ops.cached_attention import _fused, cached_attention, cached_attention_reference
 
 # B, T, P, H, K, D: decode, prefill, a step of several tokens behind a cache, grouped heads, odd widths, more than
-# one block of 64 positions, no batch
+# one block of 64 positions, the tiles of a prompt (16 queries and more) alone and behind a cache, no batch
 SHAPES = [
     (1, 1, 0, 1, 1, 1),
     (1, 1, 70, 4, 4, 32),
     (2, 3, 5, 4, 2, 33),
     (3, 7, 130, 6, 1, 64),
+    (1, 16, 0, 1, 1, 5),
+    (2, 40, 150, 4, 2, 33),
     (0, 1, 3, 2, 2, 8),
 ]
 
@@ -36,16 +38,18 @@ def test_cached_attention_is_as_accurate_as_pytorch(shape, padded, as_accurate):
     assert torch.equal(ours[2], eager[2])
 
 
-def test_a_query_that_sees_nothing_gives_zero():
-    tensors = _inputs(2, 2, 3, 4, 2, 8)
-    out, _, _ = cached_attention(*tensors, torch.tensor([[0] * 5, [1] * 5]))
-    assert torch.equal(out[0], torch.zeros(2, 4, 8))
+@pytest.mark.parametrize("T", [2, 150], ids=["few", "tiles"])
+def test_a_query_that_sees_nothing_gives_zero(T):
+    tensors = _inputs(2, T, 3, 4, 2, 8)
+    out, _, _ = cached_attention(*tensors, torch.tensor([[0] * (3 + T), [1] * (3 + T)]))
+    assert torch.equal(out[0], torch.zeros(T, 4, 8))
     assert out[1].abs().min() > 0
 
 
-def test_what_is_masked_does_not_matter():
-    q, k, v, past_key, past_value = _inputs(1, 2, 4, 2, 2, 8)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+@pytest.mark.parametrize("T", [2, 20], ids=["few", "tiles"])
+def test_what_is_masked_does_not_matter(T):
+    q, k, v, past_key, past_value = _inputs(1, T, 4, 2, 2, 8)
+    mask = torch.tensor([[0, 0, 1, 1] + [1] * T])
     before, _, _ = cached_attention(q, k, v, past_key, past_value, mask)
     past_key[:, :, :2] = 1e4
     past_value[:, :, :2] = 1e4

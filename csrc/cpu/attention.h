@@ -1,0 +1,15 @@
+// Attention of many queries over a key/value cache, for cached_attention.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace portlm::PORTLM_ISA {
+
+// As cached_attention in kernels.def. It packs keys and values for register tiles, which about kTiledQueries queries
+// outweigh.
+constexpr int64_t kTiledQueries = 16;
+void attend_to_cache(const float* q, const float* keys, const float* values, int64_t batch_stride, int64_t head_stride,
+                     const int64_t* mask, float scale, float* out, int64_t B, int64_t T, int64_t S, int64_t H, int64_t K,
+                     int64_t D);
+
+}  // namespace portlm::PORTLM_ISA
