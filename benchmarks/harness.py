@@ -10,6 +10,8 @@ The protocol:
 - **The limit in the same run.** Memory bandwidth and multiply-add peak are probed between the rounds; bytes or
   operations that the task needs, divided by the time, are printed as a share of them.
 - **Noise is thrown away.** A round in which the hypervisor stole more than 1 % of the time is repeated.
+- **Same memory.** malloc keeps what is freed, for all contenders: else the page faults of fresh 64 MiB results would
+  drown every kernel. `--fresh-memory` shows what that is like.
 - **Losses stay in the table**, and so does a contender that cannot run, with the reason.
 """
 
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from portlm import _C, bench
+from portlm.train.allocator import keep_freed_memory
 
 Call = Callable[[], Any]
 
@@ -258,6 +261,9 @@ def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", default=None, help="thread counts (default: 1 and all)"
     )
+    parser.add_argument(
+        "--fresh-memory", action="store_true", help="let malloc return large blocks to the system"
+    )
     parser.add_argument("--only", default="", help="run the cases whose name contains this text")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, two short rounds: does it run?")
     parser.add_argument("--json", type=Path, default=None, help="also write everything measured to this file")
@@ -265,7 +271,8 @@ def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:
     if options.smoke:
         options.rounds, options.seconds = 2, 0.002
     thread_counts = options.threads or sorted({1, torch.get_num_threads()})
-    described, limits, results = environment(), {}, []
+    kept = not options.fresh_memory and keep_freed_memory()
+    described, limits, results = {**environment(), "memory": "kept" if kept else "fresh"}, {}, []
     print(title)
     print(", ".join(f"{k} {v}" for k, v in described.items() if k not in ("versions", "compiler")))
     print(", ".join(f"{k} {v}" for k, v in described["versions"].items()))
