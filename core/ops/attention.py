@@ -63,7 +63,9 @@ def attention_qkv_reference(
     qkv: Tensor, n_head: int, n_kv_head: int | None = None, causal: bool = True, scale: float | None = None
 ) -> Tensor:
     """Compute the definition of attention_qkv in plain PyTorch."""
-    q, k, v = _split(qkv, n_head, n_kv_head or n_head)
+    H, K = n_head, n_kv_head or n_head
+    B, T, width = qkv.shape
+    q, k, v = qkv.view(B, T, H + 2 * K, width // (H + 2 * K)).split((H, K, K), dim=2)
     return attention_reference(q, k, v, causal, scale)
 
 
@@ -111,50 +113,54 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _split(qkv: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """View (B, T, (H + 2 K) D) as q (B, T, H, D), k and v (B, T, K, D)."""
-    B, T, width = qkv.shape
-    q, k, v = qkv.view(B, T, H + 2 * K, width // (H + 2 * K)).split((H, K, K), dim=2)
-    return q, k, v
+# What the kernels read of q, k and v: their addresses, and the floats from batch to batch, row to row and head to head.
+_Where = tuple[tuple[int, int, int], "array[int]"]
 
 
-def _strides(*tensors: Tensor) -> array[int]:
-    """Return what the kernels read: floats from batch to batch, row to row and head to head of each tensor."""
-    return array("q", [s for t in tensors for s in t.stride()[:3]])
+def _where(q: Tensor, k: Tensor, v: Tensor) -> _Where:
+    strides = array("q", (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]))
+    return (q.data_ptr(), k.data_ptr(), v.data_ptr()), strides
 
 
-def _address(values: array[int]) -> int:
-    return values.buffer_info()[0]
+def _where_in(qkv: Tensor, H: int, K: int) -> _Where:
+    """Return the same for the parts of a contiguous (B, T, (H + 2 K) D), without the cost of making views."""
+    _, T, width = qkv.shape
+    D = width // (H + 2 * K)
+    base, size = qkv.data_ptr(), D * qkv.element_size()
+    return (base, base + H * size, base + (H + K) * size), array("q", (T * width, width, D) * 3)
 
 
-def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    B, T, H, D = q.shape
-    return q.new_empty((B, T, H, D)), q.new_empty((B, H, T, 2))
+def _empty_results(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the result (B, T, H, D), and what backward needs of each query: (B, H, T, 2), see kernels.def."""
+    B, T, H, _ = shape
+    return like.new_empty(shape), like.new_empty((B, H, T, 2))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the result and what backward needs of each query: (B, H, T, 2), see kernels.def."""
-    out, stats = _empty_results(q)
-    strides = _strides(q, k, v)
-    B, T, H, D = q.shape
+def _attend(
+    where: _Where, out: Tensor, stats: Tensor, K: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    addresses, strides = where
+    B, T, H, D = out.shape
     kernels.attention_fwd(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), _address(strides), out.data_ptr(), stats.data_ptr(),
-        B, T, H, k.shape[2], D, causal, scale,
-    )  # fmt: skip
+        *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(), B, T, H, K, D, causal, scale
+    )
     return out, stats
 
 
 def _differentiate(
-    dout: Tensor, inputs: tuple[Tensor, ...], out: Tensor, stats: Tensor, grads: tuple[Tensor, ...],
-    causal: bool, scale: float,
-) -> None:  # fmt: skip
-    """Write the gradients of q, k and v where `grads` lie."""
-    strides, grad_strides = _strides(*inputs), _strides(*grads)
-    B, T, H, D = inputs[0].shape
+    dout: Tensor, where: _Where, out: Tensor, stats: Tensor, grads: _Where, K: int, causal: bool, scale: float
+) -> None:
+    addresses, strides = where
+    grad_addresses, grad_strides = grads
+    B, T, H, D = out.shape
     kernels.attention_bwd(
-        dout.data_ptr(), *(t.data_ptr() for t in inputs), _address(strides), out.data_ptr(), stats.data_ptr(),
-        *(t.data_ptr() for t in grads), _address(grad_strides), B, T, H, inputs[1].shape[2], D, causal, scale,
+        dout.data_ptr(), *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(),
+        *grad_addresses, grad_strides.buffer_info()[0], B, T, H, K, D, causal, scale,
     )  # fmt: skip
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return _attend(_where(q, k, v), *_empty_results(q, q.shape), k.shape[2], causal, scale)
 
 
 def _empty_gradients(
@@ -167,7 +173,7 @@ def _gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty_gradients(dout, q, k, v, out, stats, causal, scale)
-    _differentiate(dout, (q, k, v), out, stats, grads, causal, scale)
+    _differentiate(dout, _where(q, k, v), out, stats, _where(*grads), k.shape[2], causal, scale)
     return grads
 
 
@@ -190,21 +196,27 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 _fused = FusedOp(
     "attention",
     _forward,
-    fake=lambda q, k, v, causal, scale: _empty_results(q),
+    fake=lambda q, k, v, causal, scale: _empty_results(q, q.shape),
     backward=_backward,
     setup_context=_save,
 )
 
 
+def _empty_results_qkv(qkv: Tensor, H: int, K: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    return _empty_results(qkv, (B, T, H, width // (H + 2 * K)))
+
+
 def _forward_qkv(qkv: Tensor, H: int, K: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(*_split(qkv, H, K), causal, scale)
+    results = _empty_results_qkv(qkv, H, K, causal, scale)
+    return _attend(_where_in(qkv, H, K), *results, K, causal, scale)
 
 
 def _gradient_qkv(
     dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, H: int, K: int, causal: bool, scale: float
 ) -> Tensor:
     dqkv = torch.empty_like(qkv)
-    _differentiate(dout, _split(qkv, H, K), out, stats, _split(dqkv, H, K), causal, scale)
+    _differentiate(dout, _where_in(qkv, H, K), out, stats, _where_in(dqkv, H, K), K, causal, scale)
     return dqkv
 
 
@@ -224,7 +236,7 @@ def _backward_qkv(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None
 _fused_qkv = FusedOp(
     "attention_qkv",
     _forward_qkv,
-    fake=lambda qkv, H, K, causal, scale: _empty_results(_split(qkv, H, K)[0]),
+    fake=_empty_results_qkv,
     backward=_backward_qkv,
     setup_context=_save,
 )

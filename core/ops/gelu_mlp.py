@@ -60,8 +60,10 @@ def gelu_mlp(
         return gelu_mlp_reference(x, w1, b1, w2, b2, approximate)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = b1 if b1 is None else b1.contiguous(), b2 if b2 is None else b2.contiguous()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)):
-        return _fused(x, w1, b1, w2, b2, approximate == "tanh")[0]
+    if torch.is_grad_enabled():
+        for t in (x, w1, w2, b1, b2):
+            if t is not None and t.requires_grad:
+                return _fused(x, w1, b1, w2, b2, approximate == "tanh")[0]
     return _fused_value(x, w1, b1, w2, b2, approximate == "tanh")
 
 

@@ -151,6 +151,19 @@ struct Workspace {
   float* dscores;  // kBlock x kBlock gradients with respect to q k^T
 };
 
+// Turns G rows of scores, kBlock apart, into weights, and the gradients of the weights into those of the scores before
+// scaling. stats holds two numbers per row, see kernels.def, and delta the row's sum of weight times gradient.
+template <int G>
+void weigh(float* weights, float* dscores, int64_t n, const float* stats, const float* delta, float scale) {
+  for (int64_t j = 0; j < n; j += Vec::N)
+    for (int g = 0; g < G; ++g) {
+      float *const weight = weights + g * kBlock + j, *const dscore = dscores + g * kBlock + j;
+      const Vec e = exp(Vec::load(weight) - Vec(stats[2 * g])) * Vec(stats[2 * g + 1]);
+      e.store(weight);
+      (e * (Vec::load(dscore) - Vec(delta[g])) * Vec(scale)).store(dscore);
+    }
+}
+
 // One query head's part of the gradients: dq is overwritten, dk and dv are added to. All pointers are of that head.
 struct Head {
   const float *q, *out, *dout, *stats;
@@ -165,30 +178,27 @@ void differentiate(const Shape& s, const Head& h, const Workspace& w, float scal
     pack_as_rows(h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
     float delta[kBlock];  // sum over the keys of weight * its gradient
     for (int64_t i = 0; i < queries; ++i) delta[i] = dot(h.dout + (i0 + i) * h.out_row, h.out + (i0 + i) * h.out_row, s.D);
-    const int64_t end = s.causal ? i0 + queries : s.T;
+    const int64_t end = s.end(i0 + queries);
     for (int64_t j0 = 0; j0 < end; j0 += kBlock) {
       const int64_t keys = min(kBlock, end - j0), panels = ceil_div(queries, kTileRows);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t i = queries * p / panels, R = queries * (p + 1) / panels - i;
-        const int64_t n = s.causal ? min(keys, i0 + i + R - j0) : keys, width = round_up(n, kTileCols);
+        const int64_t n = min(keys, s.end(i0 + i + R) - j0);  // that the last of these rows sees
         if (n <= 0) continue;
         float *weights = w.weights + i * kBlock, *dscores = w.dscores + i * kBlock;
         times_panels<false>(R, s.D, h.q + (i0 + i) * h.q_row, h.q_row, w.keys_as_columns + j0 * s.D, kTileCols * s.D, weights,
                             kBlock, n, true, false);
         times_panels<false>(R, s.D, h.dout + (i0 + i) * h.out_row, h.out_row, w.values_as_columns + j0 * s.D,
                             kTileCols * s.D, dscores, kBlock, n, true, false);
-        for (int64_t r = 0; r < R; ++r) {
-          const int64_t visible = s.causal ? max(0, min(n, i0 + i + r + 1 - j0)) : n;
-          float *weight = weights + r * kBlock, *dscore = dscores + r * kBlock;
-          const float* stats = h.stats + 2 * (i0 + i + r);
-          const Vec top(stats[0]), inverse(stats[1]), shift(delta[i + r]);
-          for_lanes(visible, [=](int64_t j, auto lanes) {
-            const Vec e = exp(load(weight + j, lanes) - top) * inverse;
-            store(e, weight + j, lanes);
-            store(e * (load(dscore + j, lanes) - shift) * Vec(scale), dscore + j, lanes);
-          });
-          fill(0.0f, weight + visible, width - visible);
-          fill(0.0f, dscore + visible, width - visible);
+        int64_t r = 0;
+        for (; r + 4 <= R; r += 4)
+          weigh<4>(weights + r * kBlock, dscores + r * kBlock, n, h.stats + 2 * (i0 + i + r), delta + i + r, scale);
+        for (; r < R; ++r)
+          weigh<1>(weights + r * kBlock, dscores + r * kBlock, n, h.stats + 2 * (i0 + i + r), delta + i + r, scale);
+        for (r = 0; r < R; ++r) {
+          const int64_t visible = max(0, min(n, s.end(i0 + i + r + 1) - j0));
+          fill(0.0f, weights + r * kBlock + visible, n - visible);
+          fill(0.0f, dscores + r * kBlock + visible, n - visible);
         }
         times_panels<false>(R, n, dscores, kBlock, w.keys_as_rows + j0 * kTileCols, kTileCols * s.T,
                             h.dq + (i0 + i) * h.dq_row, h.dq_row, s.D, false, j0 > 0);
