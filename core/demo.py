@@ -20,10 +20,10 @@ from portlm.files import write_atomic
 
 Progress = Callable[[str], None]
 
-# Sized so that two cores of a laptop train it in two or three minutes: about 2 million parameters, 15 passes over the
+# Sized so that two cores of a laptop train it in two or three minutes: about 2 million parameters, 12 passes over the
 # text in many small steps. The context holds the certificate's probe and 128 greedy tokens after it.
 SETTINGS: dict[str, Any] = {
-    "steps": 2200,
+    "steps": 1800,
     "log_interval": 20,
     "model": {
         "family": "gpt2",
@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
         "prompt": 'The "while" statement',
         "temperature": 0.6,
     },
-    "checkpoint": {"interval": 1100},
+    "checkpoint": {"interval": 900},
 }
 PROMPT = 'The "while" statement'
 SAMPLE: dict[str, Any] = {"max_new_tokens": 140, "temperature": 0.5, "top_k": 40, "seed": 2}
