@@ -85,7 +85,7 @@ setup(
         for root, path in ROOTS.items()
         for name in (root, *(f"{root}.{package}" for package in find_packages(path)))
     ],
-    package_data={"portlm": ["py.typed", "_C.pyi", "report.html.jinja"]},
+    package_data={"portlm": ["py.typed", "_C.pyi"], "portlm.flows": ["report.html.jinja"]},
     ext_modules=[CMakeExtension("portlm._C")],
     cmdclass={"build_ext": CMakeBuild},
 )

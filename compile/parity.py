@@ -4,7 +4,7 @@ The model's answer is eager PyTorch in float32 on a probe: a ragged, left-padded
 steps (a prefill, some tokens at once on a filled cache, single tokens) and then continued greedily. Probe and
 answer are kept in parity.safetensors, so a machine without PyTorch can measure its engines against them.
 
-No engine is imported here. They are objects with the attributes and methods of portlm.runtimes.engine.Engine.
+No engine is imported here. They are objects with the attributes and methods of portlm.engine.Engine.
 """
 
 import datetime
@@ -48,7 +48,7 @@ class Placement(Protocol):
 
 
 class Engine(Protocol):
-    """What is needed of an engine; portlm.runtimes.engine documents it."""
+    """What is needed of an engine; portlm.engine documents it."""
 
     name: str
     device: str

@@ -13,7 +13,7 @@ from portlm.errors import EngineUnavailableError, FormatError, UsageError
 
 if TYPE_CHECKING:
     from portlm.artifact import Manifest
-    from portlm.runtimes.engine import Engine
+    from portlm.engine import Engine
     from portlm.runtimes.session import Session
 
 __all__ = ["ENGINES", "EngineEntry", "Session", "load"]
@@ -23,7 +23,7 @@ class EngineEntry(NamedTuple):
     """One row of the table of engines.
 
     Attributes:
-        target: "module:class" of an implementation of portlm.runtimes.engine.Engine.
+        target: "module:class" of an implementation of portlm.engine.Engine.
         devices: those it can run on, on a machine that has them.
         package: what it imports, or None.
         extra: of portlm, which brings that package.
@@ -85,7 +85,7 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
-    from portlm.runtimes.engine import PROFILES
+    from portlm.engine import PROFILES
     from portlm.runtimes.no_tokenizer import NoTokenizer
     from portlm.runtimes.session import Session
     from portlm.threads import bound_spinning

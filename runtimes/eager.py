@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from portlm.artifact import Manifest, verify_files
+from portlm.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.errors import EngineUnavailableError, PortlmError, UsageError
 from portlm.models import load_model
-from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 
 if TYPE_CHECKING:
     from portlm.models import Model

@@ -9,9 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from portlm.artifact import Manifest
+from portlm.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json, shown
-from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 
 
 class NullEngine:

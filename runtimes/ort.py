@@ -22,9 +22,9 @@ import numpy as np
 import onnxruntime
 
 from portlm.artifact import Manifest, RoleSpec, verify_files
+from portlm.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import safe_join
-from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
 
 WEBGPU = "WebGpuExecutionProvider"

@@ -16,9 +16,9 @@ from typing import Any, Protocol, Self, TypedDict, Unpack, overload
 
 import numpy as np
 
+from portlm.engine import Engine, Ids, Placement
 from portlm.errors import ContextLengthError, PortlmError, UsageError
 from portlm.ops.token_selection import check_filters, select_tokens
-from portlm.runtimes.engine import Engine, Ids, Placement
 from portlm.runtimes.results import Generation, Score, Stats
 from portlm.runtimes.stopping import StopScanner, check_stops
 

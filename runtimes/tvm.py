@@ -18,9 +18,9 @@ from typing import Any, Self
 import numpy as np
 
 from portlm.artifact import Manifest, verify_files
+from portlm.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
-from portlm.runtimes.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.trust import is_trusted
 from portlm.tvm_support import (
     LIBRARY,

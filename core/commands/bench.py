@@ -34,7 +34,7 @@ def command(
     Engines run interleaved, each in its own process. "of limit" is the share of what this machine's memory
     bandwidth (decode) or multiply-add rate (prefill) allows, probed in the same run.
     """
-    from portlm.bench import Target, default_targets, measure
+    from portlm.flows.bench import Target, default_targets, measure
 
     targets = [Target.parse(text) for text in engines] or default_targets()
     result = measure(

@@ -26,7 +26,7 @@ def command(out: Path, steps: int | None, as_json: bool) -> None:
     Trains a tokenizer and a model, exports it to ONNX, compiles it, proves that every engine gives the answer of
     eager PyTorch, measures them, and writes OUT/report.json and OUT/report.html. Takes a few minutes on two cores.
     """
-    from portlm.demo import run
+    from portlm.flows.demo import run
 
     report = run(out, steps=steps, progress=lambda message: click.echo(f"demo: {message}", err=True))
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from portlm.verify import Result
+    from portlm.flows.verify import Result
 
 
 @click.command("verify")
@@ -37,8 +37,8 @@ def command(model: Path, engines: tuple[str, ...], certify: bool, search: bool, 
     The first call writes the parity certificate into the manifest; later calls measure again and compare. If an
     engine differs, the first node that does is named and the exit code is 1.
     """
-    from portlm.bench import Target
-    from portlm.verify import verify_artifact
+    from portlm.flows.bench import Target
+    from portlm.flows.verify import verify_artifact
 
     results = verify_artifact(
         model,

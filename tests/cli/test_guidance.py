@@ -103,9 +103,9 @@ def test_tables_of_figures_fit_80_columns(verb, portlm, capsys, monkeypatch):
     """With the widest names and figures a laptop gives, no cell is cut."""
     monkeypatch.setenv("COLUMNS", "80")
     from portlm.artifact import ParityRow
-    from portlm.bench import Target
     from portlm.commands import bench, demo, verify
-    from portlm.verify import Result
+    from portlm.flows.bench import Target
+    from portlm.flows.verify import Result
 
     figures = {
         "engine": "ort", "device": "vulkan", "profile": "portable", "prefill_tok_s": 123456.0, "prefill_spread": 1e5,

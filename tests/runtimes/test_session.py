@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from portlm.engine import Placement
 from portlm.errors import ContextLengthError, PortlmError, UsageError
 from portlm.runtimes import session as session_module
-from portlm.runtimes.engine import Placement
 from portlm.runtimes.null import NullEngine
 from portlm.runtimes.session import Session
 from portlm.runtimes.stopping import StopScanner

@@ -66,7 +66,7 @@ def write_html(
     from portlm.train.plot import render_loss
 
     template = Environment(autoescape=True, trim_blocks=True).from_string(
-        files("portlm").joinpath("report.html.jinja").read_text(encoding="utf-8")
+        files("portlm.flows").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
     page = template.render(
         title=title,

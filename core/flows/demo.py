@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from portlm.artifact import ParityRow
-from portlm.bench import Target, measure
 from portlm.errors import FormatError, ParityError, UsageError
 from portlm.files import write_atomic
+from portlm.flows.bench import Target, measure
 
 Progress = Callable[[str], None]
 
@@ -158,7 +158,7 @@ def _compile(model: Path, targets: list[Target]) -> None:
 
 
 def _verify(model: Path, targets: list[Target], progress: Progress) -> list[ParityRow]:
-    from portlm.verify import verify_artifact
+    from portlm.flows.verify import verify_artifact
 
     results = verify_artifact(model, targets, certify=True, progress=progress)
     problems = [f"{r.problem}{f' ({r.node})' if r.node else ''}" for r in results if r.problem]
@@ -224,7 +224,7 @@ def _report(
 
 
 def _page(path: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
-    from portlm.report import write_html
+    from portlm.flows.report import write_html
 
     train, env = report["train"], report["environment"]
     write_html(

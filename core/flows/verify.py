@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portlm.artifact import Manifest, ParityRow, read_manifest, verify_files
-from portlm.bench import Target
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
+from portlm.flows.bench import Target
 from portlm.trust import NATIVE_SUFFIXES, is_trusted
 
 if TYPE_CHECKING:
-    from portlm.runtimes.engine import Engine
+    from portlm.engine import Engine
 
 Progress = Callable[[str], None]
 

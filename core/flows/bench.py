@@ -40,8 +40,8 @@ class Target:
         Raises:
             UsageError: more than three parts, an empty one, or a name that no engine has.
         """
+        from portlm.engine import PROFILES
         from portlm.runtimes import ENGINES
-        from portlm.runtimes.engine import PROFILES
 
         parts = text.split(":")
         if not 1 <= len(parts) <= 3 or not all(parts):
@@ -87,7 +87,7 @@ class Process:
     def __init__(self, target: Target):
         self.target = target
         self.pipe = subprocess.Popen(
-            [sys.executable, "-m", "portlm.bench_worker"],
+            [sys.executable, "-m", "portlm.flows.bench_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,8 +1,8 @@
-"""One engine in a process of its own, measured on command: the far side of portlm.bench.
+"""One engine in a process of its own, measured on command: the far side of portlm.flows.bench.
 
 Reads one JSON object per line on stdin and answers with one on stdout. Between commands the process blocks in
 read(), so that it takes no processor from the engine that is being measured. Run as
-``python -m portlm.bench_worker``.
+``python -m portlm.flows.bench_worker``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What one asks of a whole model: prove it, measure it, show it. Here core, compile and runtimes meet."""
