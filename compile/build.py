@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from portlm.artifact import CompiledEntry, read_manifest, refresh_files, write_manifest
+from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.trust import NATIVE_SUFFIXES, record_built
 

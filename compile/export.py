@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
+from portlm import __version__
 from portlm.artifact import (
     Manifest,
     ModelSpec,
+    Provenance,
     RoleSpec,
     StateSpec,
+    TensorSpec,
     hash_files,
     instead,
     list_files,
@@ -26,14 +30,20 @@ from portlm.artifact import (
 )
 from portlm.compile.check import check_model
 from portlm.compile.families import CacheShape, Decoder, check_tensors, decoder_of
-from portlm.compile.forms import PROFILES
-from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.compile.forms import DOMAIN_VERSION, PROFILES
+from portlm.compile.graph import OPSET, GraphBuilder, WeightFile
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, fsync_dir, read_json
 from portlm.weights import load_numpy
 
 WEIGHTS = "decoder.onnx.data"
 TOTAL = "past + sequence"  # TVM's importer reads this as the sum it is, and can then prove that shapes agree
+
+INPUTS = (
+    TensorSpec("input_ids", "int64", ("batch", "sequence")),
+    TensorSpec("attention_mask", "int64", ("batch", TOTAL)),
+    TensorSpec("position_ids", "int64", ("batch", "sequence")),
+)
 
 COPIED = (
     "config.json",
@@ -121,17 +131,22 @@ def build_graph(decoder: Decoder, weights: dict[str, Any], profile: str, file: W
     """The decoder of one profile as a ModelProto whose initializers point into the weight file."""
     forms = PROFILES[profile]
     g = GraphBuilder("decoder", weights, file, forms.domains)
-    g.input("input_ids", "int64", ("batch", "sequence"))
-    g.input("attention_mask", "int64", ("batch", TOTAL))
-    g.input("position_ids", "int64", ("batch", "sequence"))
+    for spec in INPUTS:
+        g.input(spec.name, spec.dtype, spec.shape)
     states = state_specs(decoder.cache)
     for state in states:
         g.input(state.name, state.dtype, state.shape)
     decoder.emit(forms(g))
-    g.output("logits", "float32", ("batch", "sequence", decoder.cache.vocab_size))
+    for spec in output_specs(decoder.cache):
+        g.output(spec.name, spec.dtype, spec.shape)
     for state in states:
         g.output(state.output, state.dtype, [TOTAL if d == "past" else d for d in state.shape])
     return g.model({"portlm.profile": profile, "portlm.family": decoder.family})
+
+
+def output_specs(cache: CacheShape) -> tuple[TensorSpec, ...]:
+    """What a decoder returns beside its cache."""
+    return (TensorSpec("logits", "float32", ("batch", "sequence", cache.vocab_size)),)
 
 
 def state_specs(cache: CacheShape) -> tuple[StateSpec, ...]:
@@ -151,19 +166,15 @@ def _describe(decoder: Decoder, parameters: int, profiles: Sequence[str], folder
     role = RoleSpec(
         profiles={profile: f"onnx/decoder.{profile}.onnx" for profile in profiles},
         weights=f"onnx/{WEIGHTS}",
-        inputs=("input_ids", "attention_mask", "position_ids"),
-        outputs=("logits",),
+        inputs=INPUTS,
+        outputs=output_specs(cache),
         state=state_specs(cache),
+        provenance=Provenance(
+            versions={"portlm": __version__, "onnx": onnx.__version__, "numpy": np.__version__},
+            settings={"opset": OPSET, "domain_version": DOMAIN_VERSION},
+        ),
     )
-    sizes = (
-        cache.vocab_size,
-        cache.context_length,
-        cache.n_layer,
-        cache.n_head,
-        cache.n_kv_head,
-        cache.head_dim,
-    )
-    model = ModelSpec(decoder.family, parameters, *sizes)
+    model = ModelSpec(decoder.family, parameters, cache.vocab_size, cache.context_length)
     return Manifest(model=model, roles={"decoder": role}, files=hash_files(folder, list_files(folder)))
 
 

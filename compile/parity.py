@@ -9,14 +9,22 @@ No engine is imported here. They are objects with the attributes and methods of 
 
 import datetime
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from portlm.artifact import Manifest, ParityRow, read_manifest, refresh_files, verify_files, write_manifest
+from portlm.artifact import (
+    Manifest,
+    ParityRow,
+    read_manifest,
+    refresh_files,
+    replace,
+    verify_files,
+    write_manifest,
+)
 from portlm.errors import FormatError, ParityError, UsageError
 from portlm.weights import load_numpy, save_tensors
 

@@ -1,104 +1,122 @@
-"""The artifact's manifest: what a folder holds, what a decoder keeps between steps, and what was measured of it.
+"""The artifact's manifest: what a folder holds, what each role takes, returns and keeps, and what was measured of it.
 
 An artifact is a checkpoint folder with graphs, compiled code and manifest.json beside it. The manifest lists the
 size and sha256 of every file and carries a digest of itself, so that a damaged folder is noticed before anything
 runs. It says who made nothing: a manifest that verifies is complete and unaltered, not trustworthy.
+
+Its fields are the structs below, and the constraints in their annotations are what is checked. The format grows by
+optional fields: one that this version does not know is ignored (the digest covers it all the same) and is gone once
+this version writes the manifest again. An older format is converted on reading (`_FORMAT_1_TENSORS`).
 """
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from portlm.errors import FormatError
-from portlm.files import read_json, safe_join, sha256_file, write_atomic
+from portlm.files import read_json, safe_join, sha256_file, shown, write_atomic
+from portlm.roles import DTYPES, MAX_DIMENSION, Dtype, StateSpec, TensorSpec, Text, symbols
+
+__all__ = [
+    "DTYPES", "FORMAT", "FORMAT_VERSION", "MANIFEST", "MAX_FILE_BYTES", "CompiledEntry", "FileEntry", "Manifest",
+    "ModelSpec", "ParityRow", "Provenance", "RoleSpec", "StateSpec", "TensorSpec", "hash_files", "instead",
+    "list_files", "read_manifest", "refresh_files", "replace", "verify_files", "write_manifest",
+]  # fmt: skip
 
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-FORMAT, FORMAT_VERSION = "portlm-artifact", 1
+FORMAT, FORMAT_VERSION = "portlm-artifact", 2
 
 MAX_FILES = 65_536
 MAX_FILE_BYTES = 2**44  # 16 TiB; a larger number is damage, not a file
 MAX_COUNT = 2**40  # parameters
-MAX_DIMENSION = 2**31
-MAX_LAYERS = 1024
 MAX_VOCABULARY = 2**20
 MAX_ENTRIES = 4096  # roles, states, compiled entries, parity rows
-MAX_TEXT = 1024  # characters of any string
 
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8")
-INITIALS = ("empty", "zeros")
-UPDATES = ("append", "replace", "constant")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The sizes of the model that an engine or a user needs without opening its weights."""
-
-    family: str
-    parameters: int
-    vocab_size: int
-    context_length: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
+Table = Annotated[dict[Text, T], Meta(max_length=MAX_ENTRIES)]
+Sequence = Annotated[tuple[T, ...], Meta(max_length=MAX_ENTRIES)]
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Measure = Annotated[float, Meta(ge=0, le=sys.float_info.max)]  # finite, zero or above
+Number = (
+    Annotated[int, Meta(ge=-(2**53), le=2**53)]
+    | Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+)
 
 
-@dataclass(frozen=True)
-class StateSpec:
-    """One tensor carried from step to step.
+class ModelSpec(Struct, frozen=True):
+    """What an engine or a user needs to know of the model without opening its weights.
 
-    `shape` mixes sizes and the symbols "batch" and "past"; `initial` says how it begins ("empty": past is 0);
-    `update` how the graph's `output` becomes the next step's `name`: "append" (it is the old value, grown),
-    "replace" or "constant".
+    `family` is "module" for a model that portlm has no family of.
     """
 
-    name: str
-    output: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    initial: str
-    update: str
+    family: Text
+    parameters: Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+    vocab_size: Annotated[int, Meta(ge=1, le=MAX_VOCABULARY)]
+    context_length: Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
 
 
-@dataclass(frozen=True)
-class RoleSpec:
-    """One graph of the model, in each of its profiles: inputs and outputs beside the state, by name."""
+class Provenance(Struct, frozen=True):
+    """How a role's graphs came about: by which package versions and settings, traced with inputs of which shapes."""
 
-    profiles: dict[str, str]
-    weights: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    state: tuple[StateSpec, ...]
+    versions: Table[Text] = {}
+    settings: Table[Text | bool | Number] = {}
+    traced: Table[
+        Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_DIMENSION)], ...], Meta(max_length=8)]
+    ] = {}
 
 
-@dataclass(frozen=True)
-class FileEntry:
+class RoleSpec(Struct, frozen=True):
+    """One function of the model: its graph in each of its profiles, and what every one of them takes and returns.
+
+    Attributes:
+        profiles: graph file by profile.
+        weights: the file with the weights of all of them.
+        inputs: of one call, beside the state.
+        outputs: of one call, beside the state.
+        state: what an engine carries from call to call.
+        dtypes: of weights, by name; float32 for one that is not named.
+        provenance: of the graphs.
+    """
+
+    profiles: Table[Text]
+    weights: Text
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    state: Sequence[StateSpec]
+    dtypes: Annotated[dict[Text, Dtype], Meta(max_length=MAX_FILES)] = {}
+    provenance: Provenance = Provenance()
+
+
+class FileEntry(Struct, frozen=True):
     """Size and sha256 of one file."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
-@dataclass(frozen=True)
-class CompiledEntry:
-    """Files that one engine made of a profile for one device and target."""
+class CompiledEntry(Struct, frozen=True):
+    """Files that one engine made of a role's profile for one device and target."""
 
-    engine: str
-    device: str
-    profile: str
-    target: str
-    files: tuple[str, ...]
-    versions: dict[str, str]
+    engine: Text
+    device: Text
+    profile: Text
+    target: Text
+    files: Sequence[Text]
+    versions: Table[Text]
+    role: Text = "decoder"
 
 
-@dataclass(frozen=True)
-class ParityRow:
+class ParityRow(Struct, frozen=True):
     """What was measured of one engine on one machine, against eager PyTorch in float32.
 
     `max_logit_error` is the largest absolute difference of a logit, `kl` the mean divergence in nats, `top1` the
@@ -106,31 +124,31 @@ class ParityRow:
     agrees on before the first difference in any of the probe's prompts. `placement` counts nodes per device.
     """
 
-    engine: str
-    device: str
-    profile: str
-    precision: str
-    max_logit_error: float
-    kl: float
-    top1: float
-    greedy_match: int
-    greedy_total: int
-    placement: dict[str, int]
-    fallback: tuple[str, ...]
-    versions: dict[str, str]
-    date: str
+    engine: Text
+    device: Text
+    profile: Text
+    precision: Text
+    max_logit_error: Measure
+    kl: Measure
+    top1: Measure
+    greedy_match: Count
+    greedy_total: Count
+    placement: Table[Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]]
+    fallback: Sequence[Text]
+    versions: Table[Text]
+    date: Text
+    role: Text = "decoder"
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """Everything manifest.json says, checked."""
 
     model: ModelSpec
-    roles: dict[str, RoleSpec]
-    files: dict[str, FileEntry]
-    compiled: tuple[CompiledEntry, ...] = ()
-    quantization: dict[str, str | int] | None = None
-    parity: tuple[ParityRow, ...] = ()
+    roles: Table[RoleSpec]
+    files: Annotated[dict[Text, FileEntry], Meta(max_length=MAX_FILES)]
+    compiled: Sequence[CompiledEntry] = ()
+    quantization: Table[Text | Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]] | None = None
+    parity: Sequence[ParityRow] = ()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -147,19 +165,17 @@ def read_manifest(folder: str | Path) -> Manifest:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f"{path}: not a {FORMAT} manifest; export the checkpoint again")
-    if type(data.get("format_version")) is not int or data["format_version"] != FORMAT_VERSION:
+    version = data.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FormatError(
-            f"{path}: format version {data.get('format_version')!r}, this portlm reads {FORMAT_VERSION}: "
+            f"{path}: format version {shown(version)}, this portlm reads 1 to {FORMAT_VERSION}: "
             "export again, or use the portlm that wrote it"
         )
     if data.get("sha256") != _digest(data):
         raise FormatError(
             f"{path}: altered or damaged, its digest does not match; export again or restore the file"
         )
-    manifest = _Parser(path).manifest(data)
-    for name in manifest.files:
-        safe_join(Path(folder), name)
-    return manifest
+    return _checked(path, _from_format_1(path, data) if version == 1 else data)
 
 
 def instead(folder: str | Path) -> str:
@@ -182,9 +198,13 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
         StorageError: the disk is full or refuses.
     """
     path = Path(folder) / MANIFEST
-    data: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, **_plain(asdict(manifest))}
+    try:
+        fields = msgspec.to_builtins(manifest)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: the manifest holds what JSON has no word for: {error}") from error
+    _checked(path, fields)
+    data = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
     data["sha256"] = _digest(data)
-    _Parser(path).manifest(data)
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -241,13 +261,6 @@ def refresh_files(folder: str | Path, manifest: Manifest, names: Iterable[str] |
     return replace(manifest, files=dict(sorted({**manifest.files, **hash_files(folder, names)}.items())))
 
 
-def _plain(value: Any) -> Any:
-    """Dataclass dictionaries with lists for tuples, as JSON has them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
 def _digest(data: Mapping[str, Any]) -> str:
     """Sha256 of the canonical JSON (sorted keys, no spaces, UTF-8) without the digest itself."""
     body = {key: value for key, value in data.items() if key != "sha256"}
@@ -255,188 +268,141 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class _Parser:
-    """Checks parsed JSON field by field. Unknown and missing keys, wrong types and impossible numbers are errors."""
+def _checked(path: Path, data: Any) -> Manifest:
+    """Convert JSON to a manifest. Wrong types, impossible numbers and contradictions are errors.
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def fail(self, where: str, wanted: str, value: object) -> FormatError:
-        shown = repr(value)
-        return FormatError(
-            f"{self.path}: {where} must be {wanted}, got {shown[:80]}{'...' * (len(shown) > 80)}"
-        )
-
-    def manifest(self, data: Any) -> Manifest:
-        keys = (
-            "format",
-            "format_version",
-            "model",
-            "roles",
-            "files",
-            "compiled",
-            "quantization",
-            "parity",
-            "sha256",
-        )
-        fields = self.record(data, "manifest", keys)
-        files = self.table(fields["files"], "files", self.file, MAX_FILES)
-        for name in files:
-            safe_join(self.path.parent, name)
-        manifest = Manifest(
-            model=self.model(fields["model"], "model"),
-            roles=self.table(fields["roles"], "roles", self.role),
-            files=files,
-            compiled=self.sequence(fields["compiled"], "compiled", self.compiled),
-            quantization=self.quantization(fields["quantization"]),
-            parity=self.sequence(fields["parity"], "parity", self.parity_row),
-        )
-        self.references(manifest)
-        return manifest
-
-    def references(self, manifest: Manifest) -> None:
-        """Every file that a role or a compiled entry names is listed with its hash."""
-        named = {name for role in manifest.roles.values() for name in (*role.profiles.values(), role.weights)}
-        named |= {name for entry in manifest.compiled for name in entry.files}
-        for name in sorted(named - manifest.files.keys()):
-            raise FormatError(f"{self.path}: {name[:80]!r} is used but not listed under files")
-
-    def model(self, value: Any, where: str) -> ModelSpec:
-        f = self.record(value, where, tuple(ModelSpec.__dataclass_fields__))
-        spec = ModelSpec(
-            family=self.text(f["family"], f"{where}.family"),
-            parameters=self.whole(f["parameters"], f"{where}.parameters", 1, MAX_COUNT),
-            vocab_size=self.whole(f["vocab_size"], f"{where}.vocab_size", 1, MAX_VOCABULARY),
-            context_length=self.whole(f["context_length"], f"{where}.context_length", 1, MAX_DIMENSION),
-            n_layer=self.whole(f["n_layer"], f"{where}.n_layer", 1, MAX_LAYERS),
-            n_head=self.whole(f["n_head"], f"{where}.n_head", 1, MAX_DIMENSION),
-            n_kv_head=self.whole(f["n_kv_head"], f"{where}.n_kv_head", 1, MAX_DIMENSION),
-            head_dim=self.whole(f["head_dim"], f"{where}.head_dim", 1, MAX_DIMENSION),
-        )
-        if spec.n_head % spec.n_kv_head:
-            raise self.fail(f"{where}.n_kv_head", f"a divisor of n_head = {spec.n_head}", spec.n_kv_head)
-        return spec
-
-    def role(self, value: Any, where: str) -> RoleSpec:
-        f = self.record(value, where, tuple(RoleSpec.__dataclass_fields__))
-        return RoleSpec(
-            profiles=self.table(f["profiles"], f"{where}.profiles", self.text),
-            weights=self.text(f["weights"], f"{where}.weights"),
-            inputs=self.sequence(f["inputs"], f"{where}.inputs", self.text),
-            outputs=self.sequence(f["outputs"], f"{where}.outputs", self.text),
-            state=self.sequence(f["state"], f"{where}.state", self.state),
-        )
-
-    def state(self, value: Any, where: str) -> StateSpec:
-        f = self.record(value, where, tuple(StateSpec.__dataclass_fields__))
-        return StateSpec(
-            name=self.text(f["name"], f"{where}.name"),
-            output=self.text(f["output"], f"{where}.output"),
-            dtype=self.one_of(f["dtype"], f"{where}.dtype", DTYPES),
-            shape=self.sequence(f["shape"], f"{where}.shape", self.dimension, 8),
-            initial=self.one_of(f["initial"], f"{where}.initial", INITIALS),
-            update=self.one_of(f["update"], f"{where}.update", UPDATES),
-        )
-
-    def file(self, value: Any, where: str) -> FileEntry:
-        f = self.record(value, where, ("size", "sha256"))
-        size = self.whole(f["size"], f"{where}.size", 0, MAX_FILE_BYTES)
-        return FileEntry(size, self.sha256(f["sha256"], f"{where}.sha256"))
-
-    def compiled(self, value: Any, where: str) -> CompiledEntry:
-        f = self.record(value, where, tuple(CompiledEntry.__dataclass_fields__))
-        return CompiledEntry(
-            engine=self.text(f["engine"], f"{where}.engine"),
-            device=self.text(f["device"], f"{where}.device"),
-            profile=self.text(f["profile"], f"{where}.profile"),
-            target=self.text(f["target"], f"{where}.target"),
-            files=self.sequence(f["files"], f"{where}.files", self.text),
-            versions=self.table(f["versions"], f"{where}.versions", self.text),
-        )
-
-    def parity_row(self, value: Any, where: str) -> ParityRow:
-        f = self.record(value, where, tuple(ParityRow.__dataclass_fields__))
-        row = ParityRow(
-            engine=self.text(f["engine"], f"{where}.engine"),
-            device=self.text(f["device"], f"{where}.device"),
-            profile=self.text(f["profile"], f"{where}.profile"),
-            precision=self.text(f["precision"], f"{where}.precision"),
-            max_logit_error=self.number(f["max_logit_error"], f"{where}.max_logit_error"),
-            kl=self.number(f["kl"], f"{where}.kl"),
-            top1=self.number(f["top1"], f"{where}.top1"),
-            greedy_match=self.whole(f["greedy_match"], f"{where}.greedy_match", 0, MAX_COUNT),
-            greedy_total=self.whole(f["greedy_total"], f"{where}.greedy_total", 0, MAX_COUNT),
-            placement=self.table(f["placement"], f"{where}.placement", self.node_count),
-            fallback=self.sequence(f["fallback"], f"{where}.fallback", self.text),
-            versions=self.table(f["versions"], f"{where}.versions", self.text),
-            date=self.text(f["date"], f"{where}.date"),
-        )
+    Raises:
+        FormatError: says the file, the field, what was expected and what is there.
+    """
+    try:
+        manifest = msgspec.convert(data, Manifest)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{path}: {_explain(data, str(error))}") from error
+    for text in _texts(msgspec.to_builtins(manifest)):
+        if not text.isprintable():
+            raise FormatError(f"{path}: the text {shown(text)} must be printable")
+    for name in manifest.files:
+        safe_join(path.parent, name)
+    named = {name for role in manifest.roles.values() for name in (*role.profiles.values(), role.weights)}
+    named |= {name for entry in manifest.compiled for name in entry.files}
+    for name in sorted(named - manifest.files.keys()):
+        raise FormatError(f"{path}: {name[:80]!r} is used but not listed under files")
+    for key, role in manifest.roles.items():
+        if problem := _contradiction(role):
+            raise FormatError(f"{path}: roles[{key[:80]!r}]: {problem}")
+    for i, row in enumerate(manifest.parity):
         if row.greedy_match > row.greedy_total:
-            raise self.fail(
-                f"{where}.greedy_match", f"at most greedy_total = {row.greedy_total}", row.greedy_match
-            )
-        return row
-
-    def quantization(self, value: Any) -> dict[str, str | int] | None:
-        return None if value is None else self.table(value, "quantization", self.setting)
-
-    def record(self, value: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise self.fail(where, "an object", value)
-        for key in sorted(set(keys) ^ value.keys()):
             raise FormatError(
-                f"{self.path}: {where} {'lacks' if key in keys else 'has an unknown'} key {key[:80]!r}"
+                f"{path}: parity[{i}].greedy_match must be at most greedy_total = {row.greedy_total}, "
+                f"got {row.greedy_match}"
             )
-        return value
+    return manifest
 
-    def table(
-        self, value: Any, where: str, item: Callable[[Any, str], T], limit: int = MAX_ENTRIES
-    ) -> dict[str, T]:
-        if not isinstance(value, dict) or len(value) > limit:
-            raise self.fail(where, f"an object of at most {limit} entries", value)
-        return {self.text(key, f"{where} key"): item(v, f"{where}[{key[:80]!r}]") for key, v in value.items()}
 
-    def sequence(
-        self, value: Any, where: str, item: Callable[[Any, str], T], limit: int = MAX_ENTRIES
-    ) -> tuple[T, ...]:
-        if not isinstance(value, list) or len(value) > limit:
-            raise self.fail(where, f"a list of at most {limit} entries", value)
-        return tuple(item(v, f"{where}[{i}]") for i, v in enumerate(value))
+def _contradiction(role: RoleSpec) -> str:
+    """What an engine could not carry out, or ""."""
+    taken = [*(spec.name for spec in role.inputs), *(state.name for state in role.state)]
+    returned = [*(spec.name for spec in role.outputs), *(s.output for s in role.state if s.output)]
+    for what, names in (("taken", taken), ("returned", returned)):
+        (name, count), *_ = Counter(names).most_common(1) or [("", 0)]
+        if count > 1:
+            return f"{name[:80]!r} is {what} twice"
+    shapes = [*(spec.shape for spec in role.inputs), *(state.shape for state in role.state)]
+    known = {"batch"}.union(*map(symbols, shapes))
+    for output in role.outputs:
+        if unknown := symbols(output.shape) - known:
+            return f"output {output.name[:80]!r} has a dimension {min(unknown)[:80]!r} that no input has"
+    for state in role.state:
+        what = f"state {state.name[:80]!r}"
+        if (state.update == "constant") != (state.output == ""):
+            return f"{what} must have an output, unless it is constant"
+        if state.initial != "given" and (unknown := symbols(state.shape) - {"batch", "past"}):
+            return f"{what} begins {state.initial} with a dimension {min(unknown)[:80]!r} that nobody says"
+        if (state.initial == "empty" or state.update == "append") and state.shape.count("past") != 1:
+            return f'{what} must have one dimension "past" to grow'
+    return ""
 
-    def text(self, value: Any, where: str) -> str:
-        if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not value.isprintable():
-            raise self.fail(where, f"a printable string of 1 to {MAX_TEXT} characters", value)
-        return value
 
-    def whole(self, value: Any, where: str, low: int, high: int) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise self.fail(where, f"a whole number from {low} to {high}", value)
-        return value
+def _explain(data: Any, message: str) -> str:
+    """One line of msgspec's message: where, what was expected, and what is there.
 
-    def number(self, value: Any, where: str) -> float:
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise self.fail(where, "a finite number, zero or above", value)
-        return float(value)
+    It names an entry of an object "[...]"; which one is found by converting with half of the entries, again and again.
+    """
+    problem, _, place = message.partition(" - at ")
+    value, where = data, ""
+    steps: list[tuple[str, str]] = re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place)
+    if place.startswith("`key`"):
+        steps.append(("", "key"))
+    for name, item in steps:
+        if name:
+            value, where = value[name], f"{where}.{name}".lstrip(".")
+        elif item.isdigit():
+            value, where = value[int(item)], f"{where}[{item}]"
+        else:
+            entries = list(value.items())
+            while len(entries) > 1:
+                value.clear()
+                value.update(entries[: len(entries) // 2])
+                fails = _message(data) == message
+                entries = list(value.items()) if fails else entries[len(entries) // 2 :]
+            value.clear()
+            value.update(entries)
+            [(key, value)] = entries
+            where = f"{where}[{shown(key)}]"
+            if item == "key":
+                value, where = key, f"the key {where}"
+    where = where or "the manifest"
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", problem):
+        return f"{where} lacks the key {missing[1]!r}"
+    wanted = problem.partition(", got `")[0].replace("Expected", "must be")
+    return f"{where} {wanted}, got {shown(value)}"
 
-    def node_count(self, value: Any, where: str) -> int:
-        return self.whole(value, where, 0, MAX_DIMENSION)
 
-    def dimension(self, value: Any, where: str) -> int | str:
-        return (
-            self.text(value, where) if isinstance(value, str) else self.whole(value, where, 1, MAX_DIMENSION)
-        )
+def _message(data: Any) -> str:
+    try:
+        msgspec.convert(data, Manifest)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
-    def setting(self, value: Any, where: str) -> str | int:
-        return (
-            self.text(value, where) if isinstance(value, str) else self.whole(value, where, 0, MAX_DIMENSION)
-        )
 
-    def one_of(self, value: Any, where: str, options: tuple[str, ...]) -> str:
-        if not isinstance(value, str) or value not in options:
-            raise self.fail(where, f"one of {', '.join(options)}", value)
-        return value
+def _texts(value: Any) -> Iterable[str]:
+    """Every string of plain data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
-    def sha256(self, value: Any, where: str) -> str:
-        if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-            raise self.fail(where, "64 lower-case hexadecimal digits", value)
-        return value
+
+# Format 1 knew decoders alone, said inputs and outputs by name, and returned the logits of every token.
+_FORMAT_1_TENSORS = {
+    "input_ids": ("int64", ("batch", "sequence")),
+    "attention_mask": ("int64", ("batch", "past + sequence")),
+    "position_ids": ("int64", ("batch", "sequence")),
+    "logits": ("float32", ("batch", "sequence", "vocab_size")),
+}
+
+
+def _from_format_1(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1 as one of format 2; what is wrong with it is left for the checks of format 2."""
+    model, roles = data.get("model"), data.get("roles")
+    vocab_size = model.get("vocab_size") if isinstance(model, dict) else None
+    for key, role in roles.items() if isinstance(roles, dict) else ():
+        for field in ("inputs", "outputs"):
+            names = role.get(field) if isinstance(role, dict) else None
+            if not isinstance(names, list):
+                continue
+            for i, name in enumerate(names):
+                if not isinstance(name, str) or name not in _FORMAT_1_TENSORS:
+                    known = ", ".join(_FORMAT_1_TENSORS)
+                    where = f"roles[{shown(key)}].{field}[{i}]"
+                    raise FormatError(f"{path}: {where} must be one of {known}, got {shown(name)}")
+                dtype, shape = _FORMAT_1_TENSORS[name]
+                sizes = [vocab_size if d == "vocab_size" else d for d in shape]
+                names[i] = {"name": name, "dtype": dtype, "shape": sizes}
+    return data

@@ -6,20 +6,43 @@ state is carried by the engine from call to call. Shapes mix sizes and symbols: 
 is written "past + sequence". Every shape begins with "batch", save those of inputs that are the same for all rows.
 
 A masked token (0 in attention_mask) leaves every state as if it had not been there.
+
+The constraints in the annotations are checked when a manifest is read or written, not when an object is made.
 """
 
-import msgspec
+import re
+from typing import Annotated
 
+import msgspec
+from msgspec import Meta
+
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8")
 INITIALS = ("empty", "zeros", "given")
 UPDATES = ("append", "replace", "constant")
+
+MAX_TEXT = 1024  # characters of any string
+MAX_DIMENSION = 2**31
+_SYMBOL = r"[A-Za-z_][A-Za-z0-9_]*"
+
+
+def one_of(options: tuple[str, ...]) -> Meta:
+    """The constraint that a string is one of a few."""
+    return Meta(pattern=rf"\A({'|'.join(options)})\Z")
+
+
+Text = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)]
+Size = Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
+Symbol = Annotated[str, Meta(max_length=MAX_TEXT, pattern=rf"\A{_SYMBOL}( \+ {_SYMBOL})*\Z")]
+Shape = Annotated[tuple[Size | Symbol, ...], Meta(max_length=8)]
+Dtype = Annotated[str, one_of(DTYPES)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
     """One input or output of a call."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Text
+    dtype: Dtype
+    shape: Shape
 
 
 class StateSpec(msgspec.Struct, frozen=True):
@@ -34,9 +57,14 @@ class StateSpec(msgspec.Struct, frozen=True):
         update: "append" (the output is the old value, grown along "past"), "replace" or "constant".
     """
 
-    name: str
-    output: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    initial: str
-    update: str
+    name: Text
+    output: Annotated[str, Meta(max_length=MAX_TEXT)]
+    dtype: Dtype
+    shape: Shape
+    initial: Annotated[str, one_of(INITIALS)]
+    update: Annotated[str, one_of(UPDATES)]
+
+
+def symbols(shape: tuple[int | str, ...]) -> set[str]:
+    """The names in a shape, those of sums apart: {"batch", "past", "sequence"} of ("batch", "past + sequence")."""
+    return {name for part in shape if isinstance(part, str) for name in re.findall(_SYMBOL, part)}

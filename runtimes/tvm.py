@@ -308,8 +308,8 @@ def _check_signature(signature: Signature, manifest: Manifest, profile: str, com
     from portlm import _C
 
     role = manifest.roles["decoder"]
-    inputs = (*role.inputs, *(state.name for state in role.state))
-    outputs = (*role.outputs, *(state.output for state in role.state))
+    inputs = (*(spec.name for spec in role.inputs), *(state.name for state in role.state))
+    outputs = (*(spec.name for spec in role.outputs), *(state.output for state in role.state))
     if signature.profile != profile or signature.inputs != inputs or signature.outputs != outputs:
         raise FormatError(f"tvm: the compiled {profile} library is of another model: run {command}")
     usable = [processor_of(isa) for isa in _C.usable_isas()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -21,13 +20,15 @@ def command(model: Path, engine: str | None, device: str | None, profile: str | 
     ONNX Runtime runs the portable graph as it is, so only its fused graph is lowered; TVM compiles both. Prints the
     files written.
     """
+    import msgspec
+
     from portlm.compile.build import build_choice
 
     entries = build_choice(
         model, engine, device, profile, note=lambda message: click.echo(f"compile: {message}", err=True)
     )
     if as_json:
-        click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        click.echo(json.dumps([msgspec.to_builtins(entry) for entry in entries], indent=2))
         return
     for entry in entries:
         for file in entry.files:

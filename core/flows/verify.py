@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from portlm.artifact import Manifest, ParityRow, read_manifest, verify_files
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
@@ -45,7 +47,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {**asdict(self), "target": str(self.target)}
+        return {**msgspec.to_builtins(self), "target": str(self.target)}
 
 
 def verify_artifact(

@@ -1,12 +1,11 @@
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
-from portlm.artifact import read_manifest, refresh_files, verify_files, write_manifest
+from portlm.artifact import read_manifest, refresh_files, replace, verify_files, write_manifest
 from portlm.compile.bisect import bisect, ort_runner, tvm_runner
 from portlm.compile.build import build
 from portlm.compile.parity import (
