@@ -17,7 +17,7 @@ pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 import tvm_ffi
 
 from portlm import tvm_support
-from portlm.artifact import read_manifest, refresh_files, write_manifest
+from portlm.artifact import read_manifest, refresh_files, replace, write_manifest
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.runtimes import tvm as engine_module
 from portlm.runtimes.tvm import TvmEngine, connect_kernels, map_weights, set_threads
@@ -134,7 +134,7 @@ def test_auto_prefers_the_fused_profile_and_takes_what_there_is(artifact):
     assert open_engine(artifact, "auto").profile == "fused"
     manifest = read_manifest(artifact)
     rows = tuple(e for e in manifest.compiled if (e.engine, e.profile) != ("tvm", "fused"))
-    write_manifest(artifact, manifest.__class__(**{**manifest.__dict__, "compiled": rows}))
+    write_manifest(artifact, replace(manifest, compiled=rows))
     assert open_engine(artifact, "auto").profile == "portable"
 
 
