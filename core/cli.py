@@ -44,7 +44,6 @@ EXTRAS = {
     "tvm_ffi": "tvm",
     "matplotlib": "report",
     "transformers": "hf",
-    "psutil": "bench",
 }
 
 

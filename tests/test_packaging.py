@@ -1,14 +1,16 @@
 """What the package promises before any of it is used: light imports, one root, no pickles."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "onnx", "onnxruntime", "tvm", "matplotlib", "transformers", "numba")
+HEAVY = ("torch", "onnx", "onnxruntime", "tvm", "matplotlib", "transformers")
 SOURCES = sorted(path for folder in ("core", "compile", "runtimes") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -58,6 +60,59 @@ def test_packages_import_only_downwards(package, may_import):
             pattern = rf"^\s*(import|from) {re.escape(module)}(\.|\s|$)"
             if path.name not in exceptions and path.name != "registry.py":
                 assert not re.search(pattern, text, re.MULTILINE), f"{path} imports {module}"
+
+
+# What is imported under another name than it is installed by.
+IMPORT_NAMES = {
+    "apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi", "onnxruntime-ep-webgpu": "onnxruntime_ep_webgpu",
+    "protobuf": "google",
+}  # fmt: skip
+FOR_TESTS = {"hf", "dev"}  # extras that no product file needs
+
+
+def _declared() -> dict[str, set[str]]:
+    """Import names by extra, "" for what is always installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {
+        extra: {
+            IMPORT_NAMES.get(name, name)
+            for name in (re.match(r"[\w-]+", requirement)[0] for requirement in requirements)
+            if name != "portlm"
+        }
+        for extra, requirements in groups.items()
+    }
+
+
+def _imported() -> set[str]:
+    """Top-level names of every foreign package that a product file imports, in functions too."""
+    names = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"portlm"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    declared = _declared()
+    product = set().union(*(names for extra, names in declared.items() if extra not in FOR_TESTS))
+    assert _imported() == product
+
+
+def test_every_pinned_version_is_of_something_declared():
+    pins = {
+        line.partition("==")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    requirements = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    for extra in project["project"]["optional-dependencies"].values():
+        requirements += extra
+    assert pins == {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} - {"portlm"}
 
 
 def test_the_extension_links_neither_pytorch_nor_tvm():

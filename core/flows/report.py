@@ -61,7 +61,6 @@ def write_html(
         StorageError: the file cannot be written.
     """
     from jinja2 import Environment
-    from markupsafe import Markup
 
     from portlm.train.plot import render_loss
 
@@ -72,12 +71,12 @@ def write_html(
         title=title,
         summary=summary,
         training=training,
-        loss_svg=Markup(_element(render_loss(metrics)["svg"].decode())),
+        loss_svg=_element(render_loss(metrics)["svg"].decode()),
         prompt=prompt,
         sample=sample,
         sample_rule=sample_rule,
         engines=engines,
-        engines_svg=Markup(engine_bars(engines)),
+        engines_svg=engine_bars(engines),
         missing=missing,
         environment=environment,
     )
