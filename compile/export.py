@@ -4,8 +4,6 @@ No PyTorch model is traced: each family writes its decoder directly (compile/fam
 as the model and equal bytes come from equal checkpoints.
 """
 
-import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +31,8 @@ from portlm.compile.families import CacheShape, Decoder, check_tensors, decoder_
 from portlm.compile.forms import DOMAIN_VERSION, PROFILES
 from portlm.compile.graph import OPSET, GraphBuilder, WeightFile
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import check_space, free_bytes, fsync_dir, read_json
+from portlm.files import check_space, free_bytes, read_json
+from portlm.folders import new_folder
 from portlm.weights import load_numpy
 
 WEIGHTS = "decoder.onnx.data"
@@ -90,22 +89,17 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     size += size // 10
     check_space(target.parent, size)
 
-    workshop = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (workshop / "onnx").mkdir(parents=True)
-        for name in copied:
-            shutil.copyfile(source / name, workshop / name)
-        write_graphs(decoder, decoder.weights(tensors), workshop / "onnx", profiles)
-        parameters = sum(tensor.size for tensor in tensors.values())
-        write_manifest(workshop, _describe(decoder, parameters, profiles, workshop))
-        _sync(workshop)
-        _put_in_place(workshop, target)
+        with new_folder(target) as folder:
+            for name in copied:
+                shutil.copyfile(source / name, folder / name)
+            (folder / "onnx").mkdir()
+            write_graphs(decoder, decoder.weights(tensors), folder / "onnx", profiles)
+            parameters = sum(tensor.size for tensor in tensors.values())
+            write_manifest(folder, _describe(decoder, parameters, profiles, folder))
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
         raise StorageError(f"{target} cannot be written: {error.strerror or error}; {room}") from error
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
     return target
 
 
@@ -190,29 +184,3 @@ def _check_target(source: Path, target: Path) -> None:
             raise UsageError(
                 f"{target} is not empty and not an artifact: choose another output folder, or empty this one"
             ) from error
-
-
-def _sync(folder: Path) -> None:
-    """Everything below the folder reaches the disk before its name does."""
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            with (Path(root) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        fsync_dir(root)
-
-
-def _put_in_place(workshop: Path, target: Path) -> None:
-    """Rename the finished folder to its name; a previous artifact moves aside first and is deleted last."""
-    previous = None
-    if target.is_dir() and any(target.iterdir()):
-        previous = workshop.with_suffix(".old")
-        target.rename(previous)
-    try:
-        workshop.rename(target)
-    except OSError:
-        if previous is not None:
-            previous.rename(target)
-        raise
-    fsync_dir(target.parent)
-    if previous is not None:
-        shutil.rmtree(previous, ignore_errors=True)

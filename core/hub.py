@@ -6,7 +6,6 @@ every key was understood. Pickles (pytorch_model.bin) are never opened: reading 
 """
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import numpy as np
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import (
     atomic_file,
-    fsync_dir,
     open_regular,
     parse_json,
     read_json,
@@ -27,6 +25,7 @@ from portlm.files import (
     shown,
     write_atomic,
 )
+from portlm.folders import new_folder
 from portlm.models import (
     CONFIG,
     FAMILIES,
@@ -35,7 +34,6 @@ from portlm.models import (
     check_tensors,
     expected_shapes,
     load_config,
-    make_folder,
     write_config,
     write_json,
 )
@@ -317,21 +315,14 @@ def _read_bounded(path: Path, limit: int) -> bytes:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``out`` that becomes ``out`` when the block has ended well."""
+    """Give a folder that becomes ``out``, which must not hold anything, when the block has ended well."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already and is left alone: choose another name or remove it")
-    parent = out.absolute().parent
-    make_folder(parent)
-    temporary = parent / f".{out.name[:32]}.{secrets.token_hex(8)}.tmp"
-    make_folder(temporary)
     try:
-        yield temporary
-        temporary.replace(out)
+        with new_folder(out.absolute()) as folder:
+            yield folder
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    fsync_dir(parent)
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:

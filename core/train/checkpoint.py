@@ -18,15 +18,20 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import free_bytes, fsync_dir, read_json, safe_join, sha256_file, write_atomic
+from portlm.files import read_json, safe_join, sha256_file
+from portlm.folders import FILE_OPS, FileOps, Fill, new_folder, remove_leftovers, remove_stale_files
+
+__all__ = [
+    "FORMAT", "FORMAT_VERSION", "MANIFEST", "Checkpoint", "FileOps", "is_checkpoint", "list_checkpoints",
+    "newest_checkpoint", "remove_leftovers", "remove_stale_files", "replace_folder", "save_checkpoint",
+    "set_aside_newer", "verify_checkpoint",
+]  # fmt: skip
 
 FORMAT = "portlm-checkpoint"
 FORMAT_VERSION = 1
@@ -35,64 +40,7 @@ MANIFEST = "manifest.json"
 # Folders and journals take space besides the files themselves.
 _SPACE_FACTOR = 1.1
 _STEP_FOLDER = re.compile(r"step-(\d{1,18})")
-_LEFTOVER = re.compile(r"(?P<name>.+?)(?P<old>\.old)?\.tmp-(?P<pid>\d{1,10})")
-_STALE_FILE = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Fill = Callable[[Path], None]
-
-
-class FileOps:
-    """Every operation that a save performs on the disk, one method each.
-
-    The one seam for tests: a subclass that fails or kills the process at the Nth call shows that no moment
-    exists at which the previous checkpoint is lost.
-    """
-
-    def make_folder(self, path: Path) -> None:
-        """Create one folder."""
-        path.mkdir()
-
-    def fill(self, folder: Path, write: Fill) -> None:
-        """Let the caller write its files into a new folder."""
-        write(folder)
-
-    def write_file(self, path: Path, data: bytes) -> None:
-        """Create a file, and wait until its contents are on the disk."""
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def seal_file(self, path: Path) -> dict[str, Any]:
-        """Wait until a file that somebody else wrote is on the disk; return its size and sha256."""
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
-
-    def sync_folder(self, path: Path) -> None:
-        """Wait until the names in a folder are on the disk."""
-        fsync_dir(path)
-
-    def rename(self, old: Path, new: Path) -> None:
-        """Give a file or folder another name, atomically."""
-        old.rename(new)
-
-    def replace_file(self, path: Path, data: bytes) -> None:
-        """Replace a small file atomically."""
-        write_atomic(path, data)
-
-    def remove_folder(self, path: Path) -> None:
-        """Delete a folder and what is in it."""
-        shutil.rmtree(path)
-
-    def free_bytes(self, path: Path) -> int:
-        """Return the free space where ``path`` lies."""
-        return free_bytes(path)
-
-
-FILE_OPS = FileOps()
 
 
 @dataclass(frozen=True)
@@ -140,16 +88,16 @@ def save_checkpoint(
             raise UsageError(f"{target} exists already: resume from it, or choose another folder")
         remove_leftovers(root, ops)
         _require_space(root, target, estimate, ops)
-        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "state": state}
-        with _new_folder(target, ops) as temporary:
-            ops.fill(temporary, fill)
+
+        def seal(temporary: Path) -> None:
+            manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "state": state}
             manifest["files"] = _seal(temporary, ops)
             manifest["sha256"] = _digest(manifest)
             data = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
             ops.write_file(temporary / MANIFEST, data)
-            ops.sync_folder(temporary)
-            ops.rename(temporary, target)
-        ops.sync_folder(root)
+
+        with new_folder(target, ops, seal) as temporary:
+            ops.fill(temporary, fill)
         ops.replace_file(root / "latest", f"{target.name}\n".encode())
         _prune(root, keep, ops)
     return target
@@ -167,24 +115,8 @@ def replace_folder(target: Path, fill: Fill, *, estimate: int, ops: FileOps = FI
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, ops)
         _require_space(target.parent, target, estimate, ops)
-        with _new_folder(target, ops) as temporary:
+        with new_folder(target, ops) as temporary:
             ops.fill(temporary, fill)
-            if target.exists():
-                _copy_modes(target, temporary)
-            _seal(temporary, ops)
-            ops.sync_folder(temporary)
-            old = target.with_name(f"{target.name}.old.tmp-{os.getpid()}")
-            if target.exists():
-                ops.rename(target, old)
-            try:
-                ops.rename(temporary, target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
-        ops.sync_folder(target.parent)
-        if old.exists():
-            ops.remove_folder(old)
     return target
 
 
@@ -254,45 +186,6 @@ def set_aside_newer(root: Path, step: int, warn: Callable[[str], None], ops: Fil
                 aside = _unused_name(folder)
                 ops.rename(folder, aside)
                 warn(f"{folder} is newer than the step resumed from: kept as {aside.name}")
-
-
-def remove_leftovers(folder: Path, ops: FileOps = FILE_OPS) -> None:
-    """Delete what saves that were killed left half written.
-
-    A leftover carries the number of its process. One of a process still alive is left alone; one with our own
-    number can only be from an earlier process that had it, as containers hand out the same few numbers. A folder
-    that was about to be replaced, and was not, gets its name back.
-    """
-    for entry in list(folder.iterdir()):
-        match = _LEFTOVER.fullmatch(entry.name)
-        if not match or not entry.is_dir() or entry.is_symlink() or _is_other_process(int(match["pid"])):
-            continue
-        if match["old"] and not (folder / match["name"]).exists():
-            ops.rename(entry, folder / match["name"])
-        else:
-            ops.remove_folder(entry)
-
-
-def remove_stale_files(folder: Path) -> None:
-    """Delete the temporary files of atomic writes that were killed.
-
-    Only for a folder that nobody else is writing to: they carry no process number.
-    """
-    for entry in list(folder.iterdir()):
-        if _STALE_FILE.fullmatch(entry.name) and entry.is_file():
-            entry.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path, ops: FileOps) -> Iterator[Path]:
-    """Yield a fresh folder to fill and rename; whatever goes wrong, it does not stay behind."""
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        ops.make_folder(temporary)
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -384,27 +277,8 @@ def _prune(root: Path, keep: int, ops: FileOps) -> None:
             complete += 1
 
 
-def _copy_modes(old: Path, new: Path) -> None:
-    for path in (new, *new.rglob("*")):
-        twin = old / path.relative_to(new)
-        if twin.exists():
-            path.chmod(stat.S_IMODE(twin.stat().st_mode))
-
-
 def _unused_name(folder: Path) -> Path:
     count = 1
     while (aside := folder.with_name(f"{folder.name}.aside{'' if count == 1 else f'-{count}'}")).exists():
         count += 1
     return aside
-
-
-def _is_other_process(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -136,7 +136,7 @@ def test_failed_export_leaves_what_was_there(checkpoint, tmp_path, monkeypatch, 
     def full_disk(*_):
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(export_module, "_sync", full_disk)
+    monkeypatch.setattr(export_module, "write_manifest", full_disk)
     with pytest.raises(StorageError):
         export(checkpoint, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", *(["out"] if previous else [])]
