@@ -33,10 +33,10 @@ from harness import bootstrap, environment
 from torch import Tensor, nn
 
 from portlm import _C, settings
-from portlm.data.corpus import python_topics
+from portlm.data.python_topics import python_topics
 from portlm.models.gpt2 import GPT2, GPT2Config
 from portlm.train.config import PretrainConfig
-from portlm.train.pretrain import accumulate_gradients
+from portlm.train.loop import accumulate_gradients
 from portlm.train.setup import make_optimizer
 
 GATE_STEPS = 50
@@ -121,7 +121,7 @@ def portlm_step(config: GPT2Config, weights: dict[str, Tensor], options: Pretrai
     optimizer = make_optimizer(model.train(), options.optimizer)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = accumulate_gradients(model, inputs, targets)
+        loss = accumulate_gradients(lambda batch: model(*batch), [(inputs, targets)])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss

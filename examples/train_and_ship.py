@@ -19,7 +19,8 @@ from portlm.artifact import read_manifest
 from portlm.compile.build import build_choice
 from portlm.compile.export import export
 from portlm.flows.verify import ready_targets
-from portlm.train.config import PretrainConfig, preset_settings
+from portlm.train.config import PretrainConfig
+from portlm.train.presets import preset_settings
 from portlm.train.pretrain import pretrain
 
 

@@ -166,15 +166,15 @@ def test_the_presets_are_as_large_as_the_page_says():
     pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
     from portlm import models, settings
     from portlm.tokenizer import byte_tokenizer
-    from portlm.train.config import PRESETS, PretrainConfig
-    from portlm.train.setup import model_config
+    from portlm.train.config import PretrainConfig
+    from portlm.train.presets import PRESETS
 
     page = (DOCS / "pretrain.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
     assert {name for name, *_ in rows} == set(PRESETS)
     for name, parameters, context, steps in rows:
         config = settings.load(PretrainConfig, preset=PRESETS[name])
-        model = models.build(model_config(config.model, byte_tokenizer()), device="meta")
+        model = models.build(config.model.config(byte_tokenizer().vocab_size), device="meta")
         assert f"{model.num_parameters():,}" == parameters, name
         assert (str(config.model.context_length), str(config.steps)) == (context, steps), name
 

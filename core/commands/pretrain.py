@@ -11,12 +11,15 @@ from typing import Any
 import click
 
 from portlm import settings
-from portlm.train.config import PRESETS, PretrainConfig, preset_settings
+from portlm.models import FAMILIES
+from portlm.train import presets
+from portlm.train.config import PretrainConfig
+from portlm.train.presets import PRESETS, preset_settings
 
-# flag: (setting it is short for, type, help); the default in the help is that of the setting
+# flag: (setting it is short for, type, help)
 _SHORT: dict[str, tuple[str, Any, str]] = {
     "tokenizer": ("data.tokenizer", str, "byte, bpe:SIZE (trained on TEXT) or a tokenizer.json"),
-    "family": ("model.family", click.Choice(["gpt2", "llama"]), "Architecture"),
+    "family": ("model.family", click.Choice(list(FAMILIES)), "Architecture"),
     "layers": ("model.n_layer", int, "Layers"),
     "heads": ("model.n_head", int, "Attention heads per layer"),
     "width": ("model.width", int, "Numbers per token inside the model"),
@@ -37,10 +40,15 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
 
 
 def _short_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags of the table above, in its order."""
-    defaults = PretrainConfig()
+    """Add the flags of the table above, in its order.
+
+    The defaults in the help are those of the classes, and of the default preset for the model, whose settings belong
+    to the family: to ask it would load PyTorch.
+    """
+    model = PRESETS[presets.DEFAULT]["model"]
     for flag, (key, kind, text) in reversed(_SHORT.items()):
-        default = settings.look_up(defaults, key)
+        section, _, name = key.partition(".")
+        default = model[name] if section == "model" else settings.default(PretrainConfig, key)
         shown = f"{default:g}" if isinstance(default, float) else default
         function = click.option(f"--{flag}", type=kind, help=f"{text} (default: {shown}).")(function)
     return function
@@ -57,7 +65,7 @@ def _short_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Go on from the newest intact checkpoint of OUT, or from a checkpoint or run elsewhere.",
 )  # fmt: skip
 @click.option(
-    "--preset", type=click.Choice(list(PRESETS)), help="Settings to start from (default: nanogpt-cpu)."
+    "--preset", type=click.Choice(list(PRESETS)), help=f"Settings to start from (default: {presets.DEFAULT})."
 )
 @click.option(
     "--config", type=click.Path(path_type=Path), help="TOML file of settings; wins over the preset."

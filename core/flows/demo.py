@@ -109,7 +109,7 @@ def _clear(out: Path) -> None:
 
 
 def _write_corpus(out: Path) -> Path:
-    from portlm.data.corpus import python_topics
+    from portlm.data.python_topics import python_topics
 
     path = out / "topics.txt"
     write_atomic(path, python_topics())

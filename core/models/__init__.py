@@ -10,10 +10,10 @@ Nothing here imports PyTorch until a model is asked for.
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -24,14 +24,99 @@ from portlm.weights import TensorInfo, load_numpy, read_header, save_tensors
 if TYPE_CHECKING:
     import torch
 
-    from portlm.models.gpt2 import GPT2, GPT2Config
-    from portlm.models.llama import Llama, LlamaConfig
-
-    Config: TypeAlias = GPT2Config | LlamaConfig
-    Model: TypeAlias = GPT2 | Llama
-
 CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
+
+
+class Config(Protocol):
+    """What every family's configuration has: a frozen dataclass that checks itself.
+
+    Attributes:
+        family: Its key in FAMILIES, and model_type in config.json.
+        SETTINGS: Names and defaults of what ``[model]`` of a training run may set.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    family: ClassVar[str]
+    SETTINGS: ClassVar[dict[str, Any]]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of ids."""
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text; not computed with, only kept with the model."""
+
+    @classmethod
+    def from_settings(cls, **values: Any) -> Self:
+        """Return the configuration for values of SETTINGS, ``vocab_size`` and ``eos_token_ids``."""
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Return a small one for tests, with at least 259 ids."""
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """Read the contents of a Hugging Face config.json, strictly."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of a config.json, with ``bos_token_id`` and ``eos_token_id``."""
+
+
+class Model(Protocol):
+    """What every family's model has besides what an nn.Module has."""
+
+    training: bool
+
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+
+    def __call__(self, input_ids: "torch.Tensor", targets: "torch.Tensor | None" = None, /) -> "torch.Tensor":
+        """Return logits (B, T, V), or the mean cross-entropy when targets (B, T) are given, -100 for none."""
+
+    def step(
+        self,
+        input_ids: "torch.Tensor",
+        position_ids: "torch.Tensor",
+        attention_mask: "torch.Tensor",
+        past: Any = None,
+        /,
+    ) -> tuple["torch.Tensor", Any]:
+        """Continue sequences from a cache: logits (B, T, V) and the next cache. Only decoders have it."""
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, a shared one counted once."""
+
+    def named_parameters(self) -> "Iterator[tuple[str, torch.nn.Parameter]]":
+        """Yield every parameter with its name."""
+
+    def parameters(self) -> "Iterator[torch.nn.Parameter]":
+        """Yield every parameter."""
+
+    def state_dict(self) -> "dict[str, torch.Tensor]":
+        """Return every tensor by name."""
+
+    def load_state_dict(self, state: "Mapping[str, torch.Tensor]", /) -> Any:
+        """Take every tensor by name."""
+
+    def to(self, device: "str | torch.device", /) -> Self:
+        """Move to a device."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training."""
+
+    def eval(self) -> Self:
+        """Switch to evaluation."""
+
+    @staticmethod
+    def hf_name(name: str) -> tuple[str, bool]:
+        """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
 
 
 class Family(NamedTuple):
@@ -41,21 +126,27 @@ class Family(NamedTuple):
     config: str
     model: str
 
-    def config_class(self) -> Any:
+    def config_class(self) -> type[Config]:
         """Import and return the configuration class."""
-        return getattr(importlib.import_module(self.module), self.config)
+        found: type[Config] = getattr(importlib.import_module(self.module), self.config)
+        return found
 
     def model_class(self) -> Any:
         """Import and return the model class."""
         return getattr(importlib.import_module(self.module), self.model)
 
-    def presets(self) -> "dict[str, Config]":
+    def presets(self) -> dict[str, Config]:
         """Import and return the published sizes by name."""
         presets: dict[str, Config] = importlib.import_module(self.module).PRESETS
         return presets
 
+    def parameters(self) -> dict[str, int]:
+        """Import and return the published number of parameters of each preset."""
+        parameters: dict[str, int] = importlib.import_module(self.module).PARAMETERS
+        return parameters
 
-# The keys are the values of model_type in config.json, and the only ones that lead to code.
+
+# The keys are the values of model_type in config.json, and the only ones that lead to code. The first is the default.
 FAMILIES = {
     "gpt2": Family("portlm.models.gpt2", "GPT2Config", "GPT2"),
     "llama": Family("portlm.models.llama", "LlamaConfig", "Llama"),
@@ -77,7 +168,7 @@ class SavesTokenizer(Protocol):
         """Write tokenizer.json and what belongs to it."""
 
 
-def preset(name: str) -> "Config":
+def preset(name: str) -> Config:
     """Return the configuration of a published model such as ``gpt2-medium`` or ``llama3-8b``.
 
     Raises:
@@ -89,7 +180,7 @@ def preset(name: str) -> "Config":
     return presets[name]
 
 
-def config_from_hf(data: Mapping[str, Any]) -> "Config":
+def config_from_hf(data: Mapping[str, Any]) -> Config:
     """Read the contents of a Hugging Face config.json, strictly.
 
     Raises:
@@ -99,11 +190,10 @@ def config_from_hf(data: Mapping[str, Any]) -> "Config":
     family = data.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {shown(family)}")
-    config: Config = FAMILIES[family].config_class().from_hf(data)
-    return config
+    return FAMILIES[family].config_class().from_hf(data)
 
 
-def build(config: "Config | Mapping[str, Any]", device: "str | torch.device" = "cpu") -> "Model":
+def build(config: Config | Mapping[str, Any], device: "str | torch.device" = "cpu") -> Model:
     """Return a freshly initialised model.
 
     Args:
@@ -119,7 +209,7 @@ def build(config: "Config | Mapping[str, Any]", device: "str | torch.device" = "
     return model
 
 
-def load_config(folder: str | os.PathLike[str]) -> "Config":
+def load_config(folder: str | os.PathLike[str]) -> Config:
     """Read config.json of a checkpoint folder.
 
     Raises:
@@ -135,7 +225,7 @@ def load_config(folder: str | os.PathLike[str]) -> "Config":
         raise FormatError(f"{path}: {error}") from error
 
 
-def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "cpu") -> "Model":
+def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "cpu") -> Model:
     """Read a checkpoint folder.
 
     Everything is compared with config.json before memory is allocated.
@@ -162,7 +252,7 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
 
 
 def save_model(
-    folder: str | os.PathLike[str], model: "Model", tokenizer: SavesTokenizer | None = None
+    folder: str | os.PathLike[str], model: Model, tokenizer: SavesTokenizer | None = None
 ) -> None:
     """Write a checkpoint folder that transformers opens as it is. Each file is replaced atomically.
 
@@ -191,7 +281,7 @@ def save_model(
         tokenizer.save(folder)
 
 
-def write_config(folder: Path, config: "Config") -> None:
+def write_config(folder: Path, config: Config) -> None:
     """Write config.json and generation_config.json."""
     data = config.to_hf()
     write_json(folder / CONFIG, data)
@@ -204,7 +294,7 @@ def write_json(path: Path, data: Any) -> None:
     write_atomic(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def hf_tensors(model: "Model") -> "dict[str, torch.Tensor]":
+def hf_tensors(model: Model) -> "dict[str, torch.Tensor]":
     """Return every parameter in float32 on the CPU, under its name and in its orientation in the files."""
     import torch
 
@@ -216,7 +306,7 @@ def hf_tensors(model: "Model") -> "dict[str, torch.Tensor]":
     return tensors
 
 
-def expected_shapes(config: "Config") -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that model.safetensors must hold, without allocating any."""
     import torch
 

@@ -69,6 +69,14 @@ class GPT2Config:
     """
 
     family: ClassVar[str] = "gpt2"
+    # What [model] of a training run may set, and what it is for a small model on a CPU.
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "n_layer": 4,
+        "n_head": 4,
+        "width": 128,
+        "context_length": 64,  # tokens the model sees at once
+        "dropout": 0.0,
+    }
 
     vocab_size: int = 50257
     context_length: int = 1024  # longest sequence, and the number of learned positions
@@ -107,6 +115,20 @@ class GPT2Config:
     def hidden(self) -> int:
         """The inner width of the MLP."""
         return 4 * self.width
+
+    @classmethod
+    def from_settings(cls, **values: Any) -> Self:
+        """Return the configuration for values of SETTINGS and of the vocabulary.
+
+        Raises:
+            ConfigError: A value out of range, by name.
+        """
+        return cls(**values)
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Return a configuration that tests compute in no time: a vocabulary of bytes, few and odd widths."""
+        return cls(vocab_size=259, context_length=32, n_layer=2, n_head=4, width=24, eos_token_ids=(256,))
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> Self:
@@ -182,10 +204,16 @@ class GPT2Config:
 
 
 PRESETS = {
-    "gpt2": GPT2Config(n_layer=12, n_head=12, width=768),  # 124,439,808 parameters
-    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, width=1024),  # 354,823,168
-    "gpt2-large": GPT2Config(n_layer=36, n_head=20, width=1280),  # 774,030,080
-    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, width=1600),  # 1,557,611,200
+    "gpt2": GPT2Config(n_layer=12, n_head=12, width=768),
+    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, width=1024),
+    "gpt2-large": GPT2Config(n_layer=36, n_head=20, width=1280),
+    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, width=1600),
+}
+PARAMETERS = {  # as published, the shared embedding counted once
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
 }
 
 

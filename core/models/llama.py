@@ -59,6 +59,17 @@ class LlamaConfig:
     """
 
     family: ClassVar[str] = "llama"
+    # What [model] of a training run may set, and what it is for a small model on a CPU.
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_kv_head": 0,  # 0 means n_head, fewer means grouped-query attention
+        "width": 128,
+        "hidden": 0,  # width of the feed-forward layer; 0 means 8/3 of the width
+        "context_length": 64,  # tokens the model sees at once
+        "rope_theta": 10000.0,
+        "tie_embeddings": True,
+    }
 
     vocab_size: int = 32000
     context_length: int = 2048
@@ -90,6 +101,24 @@ class LlamaConfig:
     def head_dim(self) -> int:
         """D, the width of one head."""
         return self.width // self.n_head
+
+    @classmethod
+    def from_settings(cls, **values: Any) -> Self:
+        """Return the configuration for values of SETTINGS and of the vocabulary; 0 stands for what follows from others.
+
+        Raises:
+            ConfigError: A value out of range, by name.
+        """
+        # LLaMA's own rule: three matrices of 8/3 C hold as much as two of 4 C; a multiple of 32 suits kernels.
+        derived = {"n_kv_head": values["n_head"], "hidden": -(-8 * values["width"] // 3 // 32) * 32}
+        return cls(**values | {name: values[name] or value for name, value in derived.items()})
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Return a configuration that tests compute in no time: a vocabulary of bytes, grouped heads, odd widths."""
+        return cls(
+            vocab_size=259, context_length=32, n_layer=2, n_head=4, n_kv_head=2, width=32, hidden=44, bos_token_id=1
+        )
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> Self:
@@ -178,14 +207,14 @@ def _rope_theta(read: config_json.Reader) -> float:
 
 
 PRESETS = {
-    "llama-7b": LlamaConfig(),  # 6,738,415,616 parameters
-    "llama-13b": LlamaConfig(n_layer=40, n_head=40, n_kv_head=40, width=5120, hidden=13824),  # 13,015,864,320
-    "llama-33b": LlamaConfig(n_layer=60, n_head=52, n_kv_head=52, width=6656, hidden=17920),  # 32,528,943,616
-    "llama-65b": LlamaConfig(n_layer=80, n_head=64, n_kv_head=64, width=8192, hidden=22016),  # 65,285,660,672
-    "llama2-70b": LlamaConfig(  # 68,976,648,192
+    "llama-7b": LlamaConfig(),
+    "llama-13b": LlamaConfig(n_layer=40, n_head=40, n_kv_head=40, width=5120, hidden=13824),
+    "llama-33b": LlamaConfig(n_layer=60, n_head=52, n_kv_head=52, width=6656, hidden=17920),
+    "llama-65b": LlamaConfig(n_layer=80, n_head=64, n_kv_head=64, width=8192, hidden=22016),
+    "llama2-70b": LlamaConfig(
         context_length=4096, n_layer=80, n_head=64, n_kv_head=8, width=8192, hidden=28672, rms_norm_eps=1e-5
     ),
-    "llama3-8b": LlamaConfig(  # 8,030,261,248
+    "llama3-8b": LlamaConfig(
         vocab_size=128256,
         context_length=8192,
         n_kv_head=8,
@@ -193,6 +222,14 @@ PRESETS = {
         rope_theta=500000.0,
         rms_norm_eps=1e-5,
     ),
+}
+PARAMETERS = {  # as published
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
 }
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that survive kill -9, a full disk and a flipped bit.
 
-A save fills ``step-N.tmp-<pid>/``, waits until every file is on the disk, writes ``manifest.json`` (size
+A save fills ``step-N.tmp-<pid>/``, waits until every file is on the disk, writes ``checkpoint.json`` (size
 and sha256 of each file, the run's state) last, waits again, renames the folder to ``step-N/``, waits for the
 parent folder, and points ``latest`` at it. Only then are old checkpoints removed, and at least two stay. So
 the newest complete checkpoint is on the disk at every moment, whatever happens to the process or the power.
@@ -35,7 +35,8 @@ __all__ = [
 
 FORMAT = "portlm-checkpoint"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST = "checkpoint.json"
+_OLD_MANIFEST = "manifest.json"  # its name when it could be taken for that of an artifact; still read
 
 # Folders and journals take space besides the files themselves.
 _SPACE_FACTOR = 1.1
@@ -131,7 +132,7 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 def is_checkpoint(folder: Path) -> bool:
     """Say whether a folder's manifest is that of a checkpoint; nothing else of it is checked."""
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(_manifest_path(folder))
     except FormatError:
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
@@ -232,9 +233,14 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _manifest_path(folder: Path) -> Path:
+    old = folder / _OLD_MANIFEST
+    return old if old.exists() and not (folder / MANIFEST).exists() else folder / MANIFEST
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check a manifest, and the sizes (not yet the contents) of the files it lists."""
-    path = folder / MANIFEST
+    path = _manifest_path(folder)
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FormatError(f"{path} is no checkpoint manifest")

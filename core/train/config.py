@@ -1,63 +1,28 @@
-"""Everything a pretraining run is told, as frozen dataclasses with defaults for a laptop CPU.
+"""Everything a training run is told, as frozen dataclasses with defaults for a laptop CPU.
 
 The defaults are nanoGPT's CPU setting (4 layers, 4 heads, width 128, context 64, batch 12, 2000 steps), which
 learns Shakespeare's bytes in about a minute. :func:`portlm.settings.load` fills the classes from a preset,
-a TOML file and ``--set`` overrides; every run folder keeps the resolved result as ``config.toml``.
+a TOML file and ``--set`` overrides; every run folder keeps the resolved result as ``config.toml``. What ``[model]``
+may hold is up to the model's family (:mod:`portlm.train.model_settings`).
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar
 
 from portlm.errors import ConfigError
 from portlm.settings import require_range
+from portlm.train.model_settings import ModelSettings, default_model
+from portlm.train.objectives import OBJECTIVES
 
 __all__ = [
-    "PRESETS",
     "CheckpointSettings",
     "DataSettings",
     "EvaluationSettings",
-    "ModelSettings",
     "OptimizerSettings",
     "PretrainConfig",
+    "RunConfig",
     "ScheduleSettings",
 ]
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The shape of the model. The vocabulary comes from the tokenizer."""
-
-    family: Literal["gpt2", "llama"] = "gpt2"
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 0  # llama only; 0 means n_head, fewer means grouped-query attention
-    width: int = 128
-    hidden: int = 0  # llama only: width of the feed-forward layer; 0 means 8/3 of the width
-    context_length: int = 64  # tokens the model sees at once
-    dropout: float = 0.0  # gpt2 only
-    rope_theta: float = 10000.0  # llama only: base of the rotary frequencies
-    tie_embeddings: bool = True  # llama only: the head reuses the embedding table
-
-    def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "width", "context_length"):
-            require_range(f"model.{name}", getattr(self, name), 1, 1 << 20)
-        require_range("model.n_kv_head", self.n_kv_head, 0, self.n_head)
-        require_range("model.hidden", self.hidden, 0, 1 << 24)
-        require_range("model.dropout", self.dropout, 0, 0.99)
-        require_range("model.rope_theta", self.rope_theta, 0, open_low=True)
-        if self.width % self.n_head:
-            raise ConfigError(f"model.width {self.width} must be a multiple of model.n_head {self.n_head}")
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ConfigError(
-                f"model.n_head {self.n_head} must be a multiple of model.n_kv_head {self.n_kv_head}"
-            )
-        defaults = type(self).__dataclass_fields__
-        foreign = (
-            ("n_kv_head", "hidden", "rope_theta", "tie_embeddings") if self.family == "gpt2" else ("dropout",)
-        )
-        for name in foreign:
-            if getattr(self, name) != defaults[name].default:
-                raise ConfigError(f"model.{name} does not apply to the family {self.family}: leave it out")
 
 
 @dataclass(frozen=True)
@@ -149,16 +114,22 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
+class RunConfig:
+    """What the loop needs to know, whatever is learned. Every kind of training adds its own sections.
+
+    Attributes:
+        FIXED: Beginnings of the keys that decide every number of a run: a resumed one must not change them.
+        FREE: Those among them that it may change after all.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]] = ("seed",)
+    FREE: ClassVar[tuple[str, ...]] = ()
 
     steps: int = 2000
     seed: int = 1337
     threads: int = 0  # CPU threads; 0 means what PyTorch chooses
     device: str = "cpu"  # "cpu", "cuda" or "cuda:1"
     log_interval: int = 10  # steps between lines of metrics
-    model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -181,49 +152,25 @@ class PretrainConfig:
         warmup = self.schedule.warmup
         return int(warmup) if warmup >= 1 else round(warmup * self.steps)
 
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
+
+    # The text may lie elsewhere now: its tokens are compared by content.
+    FIXED: ClassVar[tuple[str, ...]] = ("seed", "objective", "model.", "data.")
+    FREE: ClassVar[tuple[str, ...]] = ("data.texts",)
+
+    objective: str = "causal"  # what is predicted: "causal" the next token, "masked" hidden ones (a key of OBJECTIVES)
+    model: ModelSettings = field(default_factory=default_model)
+    data: DataSettings = field(default_factory=DataSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimiser step learns from."""
         return self.data.batch_size * self.data.accumulate * self.model.context_length
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # A toy that trains in seconds: for tests, demonstrations and continuous integration.
-    "tiny": {
-        "steps": 200,
-        "model": {"n_layer": 2, "n_head": 2, "width": 64, "context_length": 64},
-        "evaluation": {"interval": 100},
-        "checkpoint": {"interval": 100},
-    },
-    # nanoGPT, "I only have a macbook": config/train_shakespeare_char.py with its CPU overrides.
-    "nanogpt-cpu": {},
-    # nanoGPT's config/train_shakespeare_char.py as written, 10.7 million parameters.
-    "nanogpt": {
-        "steps": 5000,
-        "model": {"n_layer": 6, "n_head": 6, "width": 384, "context_length": 256, "dropout": 0.2},
-        "data": {"batch_size": 64},
-    },
-    # LLaMA's block at the size of nanogpt-cpu, with two query heads per key/value head.
-    "llama-tiny": {"model": {"family": "llama", "n_head": 4, "n_kv_head": 2}},
-    # GPT-2 small (Radford et al. 2019); the batch is for one accelerator, use data.accumulate for more.
-    "gpt2": {
-        "steps": 100_000,
-        "model": {"n_layer": 12, "n_head": 12, "width": 768, "context_length": 1024},
-        "data": {"batch_size": 8, "accumulate": 8},
-        "optimizer": {"lr": 6e-4, "beta2": 0.95},
-        "schedule": {"warmup": 2000, "min_lr": 6e-5},
-        "evaluation": {"interval": 1000, "max_tokens": 1 << 20},
-        "checkpoint": {"interval": 1000},
-    },
-}
-
-
-def preset_settings(name: str) -> dict[str, Any]:
-    """Return the settings tree of a named preset.
-
-    Raises:
-        ConfigError: No preset has this name; the message lists those that exist.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -49,6 +49,23 @@ class Evaluation:
     bits_per_byte: float
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """How a sample is drawn, by the names that decoding options have elsewhere.
+
+    Attributes:
+        max_new_tokens: Fewer when the text ends.
+        temperature: 0 takes the most probable token.
+        top_k: 0 means no limit.
+        seed: The same weights and seed give the same text.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.8
+    top_k: int = 0
+    seed: int = 0
+
+
 def never() -> bool:
     """Do not stop."""
     return False
@@ -86,18 +103,14 @@ def sample(
     model: "Model",
     tokenizer: "Tokenizer",
     prompt: str,
+    options: SampleOptions,
     *,
-    tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    seed: int = 0,
     device: torch.device | None = None,
     stop: Callable[[], bool] = never,
 ) -> str:
-    """Return the prompt and ``tokens`` tokens that follow it, fewer when the text ends or ``stop`` says so.
+    """Return the prompt and the tokens that follow it, until the options, the end of the text or ``stop`` say so.
 
-    When the context is full, writing goes on from its second half. PyTorch's generators are not touched: the
-    same weights and seed give the same text.
+    When the context is full, writing goes on from its second half. PyTorch's generators are not touched.
 
     Raises:
         ContextLengthError: The prompt alone fills the context.
@@ -106,7 +119,7 @@ def sample(
     ids = prompt_ids(tokenizer, prompt, context)
     window, past = list(ids), None
     with evaluating(model), torch.no_grad():
-        for step in range(tokens):
+        for step in range(options.max_new_tokens):
             if stop():
                 break
             slots = past[0][0].shape[2] if past else 0
@@ -117,7 +130,8 @@ def sample(
             mask = torch.ones(1, slots + len(window), dtype=torch.int64, device=device)
             logits, past = model.step(feed, positions, mask, past)
             last = logits[:, -1].float().cpu().numpy()  # (1, V)
-            token = int(select_tokens(last, temperature, min(top_k, last.shape[1]), seed=seed, step=step)[0])
+            top_k = min(options.top_k, last.shape[1])
+            token = int(select_tokens(last, options.temperature, top_k, seed=options.seed, step=step)[0])
             if token == tokenizer.eos_id:
                 break
             ids.append(token)

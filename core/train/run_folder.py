@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -34,12 +34,7 @@ from portlm.train.checkpoint import (
     set_aside_newer,
     verify_checkpoint,
 )
-from portlm.train.config import PretrainConfig
-from portlm.train.evaluation import Evaluation
-
-# What decides every number of a run: a resumed one must not change it. The text itself is compared by content.
-_FIXED = ("seed", "model.", "data.")
-_FREE = ("data.texts",)
+from portlm.train.config import RunConfig
 
 
 class RunFolder:
@@ -85,7 +80,7 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def write_config(self, config: PretrainConfig) -> None:
+    def write_config(self, config: RunConfig) -> None:
         """Keep the resolved settings."""
         write_atomic(self.config, settings.to_toml(config))
 
@@ -126,9 +121,9 @@ class SavedRun:
     Attributes:
         step: Optimiser steps taken.
         config: The resolved settings.
-        sampler: Where the sampler of batches stands.
+        kind: Of the objective.
+        objective: What the objective remembers besides tensors.
         optimizer: What the optimiser remembers besides tensors.
-        data: Digests of the tokens.
         evaluation: The latest, None before the first.
         evaluated_step: The step it belongs to.
         loss_sum: Over the steps since the last log line.
@@ -142,10 +137,10 @@ class SavedRun:
 
     step: int
     config: dict[str, Any]
-    sampler: dict[str, int]
+    kind: str
+    objective: dict[str, Any]
     optimizer: dict[str, Any]
-    data: dict[str, str]
-    evaluation: Evaluation | None
+    evaluation: dict[str, float] | None
     evaluated_step: int
     loss_sum: float
     loss_count: int
@@ -154,7 +149,6 @@ class SavedRun:
     seconds_since_log: float
     threads: int
     versions: dict[str, str]
-    kind: Literal["pretrain"] = "pretrain"
 
     def to_json(self) -> dict[str, Any]:
         """Return what goes into the manifest."""
@@ -166,15 +160,19 @@ class SavedRun:
         """Read it back.
 
         Raises:
-            FormatError: The checkpoint is not of a pretraining run, or of another version of portlm.
+            FormatError: The checkpoint is not of a training run, or of another version of portlm.
         """
+        state = checkpoint.state
+        if state.get("kind") == "pretrain":  # when there was one objective, and its state lay among the rest
+            own = {key: state.get(key) for key in ("sampler", "data")}
+            state = {**state, "kind": "causal", "objective": own}
         try:
-            return msgspec.convert(checkpoint.state, cls, strict=True)
+            return msgspec.convert(state, cls, strict=True)
         except msgspec.ValidationError as error:
-            raise FormatError(f"{checkpoint.path} cannot be resumed as a pretraining run: {error}") from error
+            raise FormatError(f"{checkpoint.path} cannot be resumed as a training run: {error}") from error
 
 
-def check_same_run(saved: SavedRun, asked: PretrainConfig, note: Callable[[str], None]) -> None:
+def check_same_run(saved: SavedRun, asked: RunConfig, note: Callable[[str], None]) -> None:
     """Refuse settings that would make a resumed run a different one, and report those that merely change.
 
     Raises:
@@ -182,9 +180,9 @@ def check_same_run(saved: SavedRun, asked: PretrainConfig, note: Callable[[str],
     """
     if saved.step > asked.steps:
         raise ConfigError(f"the run has taken {saved.step} steps already, more than steps = {asked.steps}")
-    before = settings.load(PretrainConfig, preset=saved.config)
+    before = settings.load(type(asked), preset=saved.config)
     for key, (old, new) in settings.differences(before, asked).items():
-        if key.startswith(_FIXED) and key not in _FREE:
+        if key.startswith(asked.FIXED) and key not in asked.FREE:
             raise ConfigError(
                 f"{key} is {old!r} in the checkpoint and {new!r} now: leave it out to resume, or start anew "
                 "with another --out"

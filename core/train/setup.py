@@ -1,18 +1,11 @@
-"""From settings to the objects that train: device, model configuration, optimiser."""
-
-from typing import TYPE_CHECKING, Any
+"""From settings to the objects that train: device and optimiser."""
 
 import torch
 
-from portlm import models
 from portlm.errors import ConfigError, EngineUnavailableError
 from portlm.ops.adamw import AdamW
-from portlm.tokenizer import Tokenizer
-from portlm.train.config import ModelSettings, OptimizerSettings
+from portlm.train.config import OptimizerSettings
 from portlm.train.state import decay_groups
-
-if TYPE_CHECKING:
-    from portlm.models import Config
 
 
 def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW:
@@ -24,27 +17,6 @@ def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW:
         eps=options.eps,
         max_grad_norm=options.clip or None,
     )
-
-
-def model_config(shape: ModelSettings, tokenizer: Tokenizer) -> "Config":
-    """Return the family's configuration for the asked shape and the tokenizer's vocabulary."""
-    options: dict[str, Any] = {
-        "vocab_size": tokenizer.vocab_size,
-        "context_length": shape.context_length,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "width": shape.width,
-        "eos_token_ids": () if tokenizer.eos_id is None else (tokenizer.eos_id,),
-    }
-    if shape.family == "gpt2":
-        options["dropout"] = shape.dropout
-    else:
-        options["n_kv_head"] = shape.n_kv_head or shape.n_head
-        # LLaMA's own rule: three matrices of 8/3 C hold as much as two of 4 C; a multiple of 32 suits kernels.
-        options["hidden"] = shape.hidden or -(-8 * shape.width // 3 // 32) * 32
-        options["rope_theta"], options["tie_embeddings"] = shape.rope_theta, shape.tie_embeddings
-    built: Config = models.FAMILIES[shape.family].config_class()(**options)
-    return built
 
 
 def training_device(name: str) -> torch.device:

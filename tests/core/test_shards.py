@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portlm.data import shards
-from portlm.data.corpus import python_topics
+from portlm.data.python_topics import python_topics
 from portlm.data.shards import TokenShards, write_shards
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.tokenizer import train_bpe

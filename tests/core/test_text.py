@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portlm.data.corpus import python_topics
+from portlm.data.python_topics import python_topics
 from portlm.data.text import read_text, split_text
 from portlm.errors import FormatError, UsageError
 
@@ -76,7 +76,7 @@ def test_the_python_corpus_is_large_readable_and_always_the_same():
     assert text.startswith("# assert\n\n")
     assert text.endswith("\n\n")
     code = (
-        "import hashlib, sys; from portlm.data.corpus import python_topics\n"
+        "import hashlib, sys; from portlm.data.python_topics import python_topics\n"
         "print(hashlib.sha256(python_topics().encode()).hexdigest())\n"
         "assert not {'torch', 'numpy'} & sys.modules.keys()"
     )

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from portlm import tokenizer as module
-from portlm.data.corpus import python_topics
+from portlm.data.python_topics import python_topics
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 from portlm.tokenizer_file import SPLIT_PATTERNS, TokenizerFile, byte_level
@@ -214,7 +214,7 @@ def test_training_compresses_and_gives_exactly_the_size_asked_for():
 
 def test_training_is_the_same_in_every_process(tmp_path):
     code = (
-        "from portlm.tokenizer import train_bpe; from portlm.data.corpus import python_topics\n"
+        "from portlm.tokenizer import train_bpe; from portlm.data.python_topics import python_topics\n"
         "print(train_bpe([python_topics()[:30_000]], 600).sha256)"
     )
     digests = set()

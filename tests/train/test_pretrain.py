@@ -36,10 +36,10 @@ from portlm.errors import (  # noqa: E402
 from portlm.tokenizer import byte_tokenizer  # noqa: E402
 from portlm.train.checkpoint import FileOps, list_checkpoints, verify_checkpoint  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
-from portlm.train.evaluation import HeldOut, evaluate, sample  # noqa: E402
+from portlm.train.evaluation import HeldOut, SampleOptions, evaluate, sample  # noqa: E402
 from portlm.train.interrupt import InterruptedTraining  # noqa: E402
+from portlm.train.loop import Trainer, accumulate_gradients  # noqa: E402
 from portlm.train.metrics import comparable, read_metrics  # noqa: E402
-from portlm.train.pretrain import Trainer, accumulate_gradients  # noqa: E402
 from portlm.train.pretrain import pretrain as pretrain_and_plot  # noqa: E402
 from portlm.train.run_folder import RunFolder  # noqa: E402
 
@@ -200,10 +200,11 @@ def test_accumulating_gives_the_gradient_of_the_whole_batch(passes):
     torch.manual_seed(0)
     model = models.build(tiny_model())
     inputs, targets = torch.randint(0, 256, (2, 6, 16))
-    loss = accumulate_gradients(model, inputs, targets)
+    loss = accumulate_gradients(lambda batch: model(*batch), [(inputs, targets)])
     whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    parts = accumulate_gradients(model, inputs, targets, passes)
+    pairs = list(zip(inputs.chunk(passes), targets.chunk(passes), strict=True))
+    parts = accumulate_gradients(lambda batch: model(*batch) / passes, pairs)
     assert math.isclose(loss.item(), parts.item(), rel_tol=1e-6)
     for name, parameter in model.named_parameters():
         bound = 1e-5 * whole[name].abs().max().item()
@@ -241,13 +242,13 @@ def test_a_sample_outgrows_the_context_and_draws_no_random_number_of_pytorch():
     model, tokenizer = models.build(tiny_model()), byte_tokenizer()
     before = torch.get_rng_state()
     model.train()
-    first = sample(model, tokenizer, "abc", tokens=50, seed=3)
+    first = sample(model, tokenizer, "abc", SampleOptions(50, seed=3))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    assert first == sample(model, tokenizer, "abc", tokens=50, seed=3)
-    assert first != sample(model, tokenizer, "abc", tokens=50, seed=4)
+    assert first == sample(model, tokenizer, "abc", SampleOptions(50, seed=3))
+    assert first != sample(model, tokenizer, "abc", SampleOptions(50, seed=4))
     assert first.startswith("abc")
-    greedy = sample(model, tokenizer, "a" * 16, tokens=1, temperature=0)
+    greedy = sample(model, tokenizer, "a" * 16, SampleOptions(1, temperature=0))
     model.eval()
     assert greedy[16:] == tokenizer.decode([int(model(torch.tensor([[97] * 16]))[0, -1].argmax())])
 
@@ -279,8 +280,8 @@ def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
     )
     assert (resumed.loss, resumed.bits_per_byte) == (straight.loss, straight.bits_per_byte)
     assert (
-        verify_checkpoint(newest(broken)).state["sampler"]
-        == verify_checkpoint(newest(straight.run)).state["sampler"]
+        verify_checkpoint(newest(broken)).state["objective"]
+        == verify_checkpoint(newest(straight.run)).state["objective"]
     )
 
 
@@ -375,7 +376,7 @@ def test_a_damaged_newest_checkpoint_is_reported_kept_and_not_used(text, tmp_pat
 def test_with_no_intact_checkpoint_resuming_stops(text, tmp_path):
     run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
     for _, folder in list_checkpoints(run / "checkpoints"):
-        (folder / "manifest.json").unlink()
+        (folder / "checkpoint.json").unlink()
     with pytest.raises(FormatError, match="none of the 2 checkpoints"):
         pretrain(tiny(text), run, resume="auto", quiet=True)
     assert len(list_checkpoints(run / "checkpoints")) == 2
@@ -440,7 +441,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_che
     def poison():
         for trainer in trainers:
             with torch.no_grad():
-                next(trainer.model.parameters()).fill_(float("nan"))
+                next(trainer.objective.model.parameters()).fill_(float("nan"))
 
     trainers = []
     original = Trainer.__init__

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from portlm import settings
 from portlm.errors import ConfigError
-from portlm.train import config
-from portlm.train.config import PRESETS, PretrainConfig
+from portlm.train import presets
+from portlm.train.config import PretrainConfig
+from portlm.train.presets import PRESETS, preset_settings
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,12 @@ def test_the_default_config_survives_its_own_toml():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_config(name):
-    assert isinstance(settings.load(PretrainConfig, preset=config.preset_settings(name)), PretrainConfig)
+    assert isinstance(settings.load(PretrainConfig, preset=preset_settings(name)), PretrainConfig)
 
 
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match="nanogpt-cpu"):
-        config.preset_settings("huge")
+        preset_settings("huge")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""What a model learns from a step, one file per objective. The loop around it (:mod:`portlm.train.loop`) is the same.
+
+An objective owns the models, the batches, the loss, how progress is judged, what there is to look at, and its part of
+a checkpoint. Nothing here imports PyTorch until an objective is asked for.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Stop = Callable[[], bool]
+"""Asked in the middle of long work whether somebody is waiting for it to end."""
+
+# The objectives over plain text, which `objective` of a pretraining run may name. Each class is called with the
+# PretrainConfig, the Corpus and the device. Objectives with data of their own bring their own entry point.
+OBJECTIVES = {
+    "causal": "portlm.train.objectives.causal:CausalObjective",
+    "masked": "portlm.train.objectives.masked:MaskedObjective",
+}
+
+
+def objective_class(name: str) -> Any:
+    """Import and return the class of an objective by its name in OBJECTIVES."""
+    module, _, attribute = OBJECTIVES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective.
+
+    All randomness comes from the run's seed and step or from PyTorch's generators, which each checkpoint holds; all
+    else that decides the steps to come is part of :meth:`state`. Then a resumed run repeats the uninterrupted one.
+
+    An objective that learns from its own samples generates them in :meth:`batches` and hands them out over several
+    steps; what is not yet used up is part of its tensors. Models that are not trained (a reference, a reward) are the
+    objective's own business: the loop never sees them.
+
+    Attributes:
+        kind: Its name in checkpoints.
+        model: Everything that the optimiser trains, on its device. Several models are one ``nn.ModuleDict``.
+        tokens_per_step: For the speed that is reported: how many tokens a step learns from.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def model(self) -> "nn.Module": ...
+
+    @property
+    def tokens_per_step(self) -> int: ...
+
+    def facts(self) -> dict[str, int]:
+        """Return figures about the data for the first line of the metrics."""
+
+    def batches(self) -> Sequence[Any]:
+        """Return the parts of the next step, at least one; they add up to its batch."""
+
+    def loss(self, batch: Any) -> "Tensor":
+        """Return the share of one part in the step's loss: a scalar with a gradient. The loop adds the parts up."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return further figures over the steps since the last call, for the metrics. Called where a line is due."""
+
+    def evaluate(self, stop: Stop) -> dict[str, float] | None:
+        """Return how good the model is by now, with ``loss`` among the figures, or None if told to stop.
+
+        Draws no random number from PyTorch's generators.
+        """
+
+    def sample(self, stop: Stop) -> str | None:
+        """Return something to look at, or None if there is nothing. Draws no random number either."""
+
+    def save(self, folder: Path) -> None:
+        """Write the trained model as a checkpoint folder that can be used by itself."""
+
+    def state(self) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+        """Return what a resumed run needs besides the model, as JSON and as tensors."""
+
+    def restore(self, folder: Path, state: Mapping[str, Any], tensors: "Mapping[str, Tensor]") -> None:
+        """Take the model that :meth:`save` wrote and what :meth:`state` returned.
+
+        Raises:
+            FormatError: They are damaged, or do not fit this model.
+            ConfigError: They belong to other data.
+        """

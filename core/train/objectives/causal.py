@@ -1,0 +1,41 @@
+"""Predict the next token from all before it: how every decoder is pretrained."""
+
+from dataclasses import asdict
+
+from torch import Tensor
+
+from portlm.train.evaluation import SampleOptions, evaluate, prompt_ids, sample
+from portlm.train.objectives import Stop
+from portlm.train.objectives.text import Batch, TextObjective
+
+
+class CausalObjective(TextObjective):
+    """Cross-entropy of the next token; judged on held-out text in nats per token and in bits per byte."""
+
+    kind = "causal"
+
+    def check(self) -> None:
+        """Refuse a prompt of the samples that is longer than the context."""
+        prompt_ids(self.corpus.tokenizer, self.config.evaluation.prompt, self.context)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean over the tokens of a part, divided by the number of parts, which are equally large."""
+        loss: Tensor = self.model(*batch)
+        return loss if self.parts == 1 else loss / self.parts
+
+    def evaluate(self, stop: Stop) -> dict[str, float] | None:
+        """Return ``loss`` and ``bits_per_byte`` of the held-out text."""
+        held_out = self.corpus.held_out(self.config.evaluation.max_tokens)
+        found = evaluate(self.model, held_out, self.config.data.batch_size, self.device, stop)
+        return None if found is None else asdict(found)
+
+    def sample(self, stop: Stop) -> str | None:
+        """Return what the model writes after the prompt of the settings."""
+        settings = self.config.evaluation
+        if not settings.sample_tokens:
+            return None
+        options = SampleOptions(
+            settings.sample_tokens, settings.temperature, settings.top_k, seed=self.config.seed
+        )
+        tokenizer = self.corpus.tokenizer
+        return sample(self.model, tokenizer, settings.prompt, options, device=self.device, stop=stop)
