@@ -1,5 +1,8 @@
 """Tiny models that several test folders share, and the proof that a test which is about a kernel ran it."""
 
+import sys
+from collections import Counter
+
 import pytest
 
 FAMILIES = ("gpt2", "llama")
@@ -41,6 +44,22 @@ def pytest_collection_modifyitems(items):
         for marker in item.iter_markers("no_kernel"):
             if len(marker.args) != 1 or not isinstance(marker.args[0], str):
                 raise pytest.UsageError(f"{item.nodeid}: say why: @pytest.mark.no_kernel(reason)")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how often kernels were called in this process and, with -v, which never were."""
+    compiled = sys.modules.get("portlm.ops.compiled")
+    if compiled is None or compiled.kernels is None:
+        return
+    counts = compiled.kernels.kernel_calls()
+    total = Counter()
+    for calls in counts.values():
+        total.update(calls)
+    ran = ", ".join(f"{where} {calls}" for where, calls in total.items() if calls) or "none"
+    terminalreporter.write_line(f"kernel calls: {ran}")
+    if terminalreporter.config.option.verbose > 0:
+        unused = [name for name, calls in counts.items() if not any(calls.values())]
+        terminalreporter.write_line(f"kernels never called: {', '.join(unused) or 'none'}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,8 @@ __all__ = ["available", "kernels", "without_kernels"]
 kernels: Any = _C
 """The compiled kernels (``portlm._C``), or None where they were not built."""
 
-_enabled = os.environ.get("PORTLM_NO_KERNELS", "0") in ("", "0")  # read once: a test must not change it half-way
+# Read once, so that one process has one answer.
+_enabled = os.environ.get("PORTLM_NO_KERNELS", "0") in ("", "0")
 
 
 def available() -> bool:
