@@ -1,9 +1,65 @@
-"""Tiny models that several test folders share, made once per run by portlm's own export and compile."""
+"""Tiny models that several test folders share, and the proof that a test which is about a kernel ran it."""
+
+import sys
+from collections import Counter
 
 import pytest
 
 FAMILIES = ("gpt2", "llama")
 EOS = "<|endoftext|>"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a test marked ``runs_kernel(*names, on=...)`` that passes without calling every kernel it names.
+
+    A reference gives the right answer, too: where an op took it by mistake, an accuracy test compares it with itself.
+    ``on`` is an instruction set or "cuda"; without it, the one that the kernels chose on this machine.
+    """
+    marker = item.get_closest_marker("runs_kernel")
+    if marker is None or item.get_closest_marker("no_kernel"):
+        return (yield)
+    from portlm.ops.compiled import kernels
+
+    if kernels is None:
+        pytest.skip("portlm._C was not built")
+    where = marker.kwargs.get("on") or kernels.isa()
+    before = kernels.kernel_calls()
+    result = yield
+    after = kernels.kernel_calls()
+    missed = [name for name in marker.args if after[name][where] == before[name][where]]
+    if missed:
+        pytest.fail(
+            f"no call of kernel {', '.join(missed)} ({where}), of {', '.join(marker.args)} that this test is about: "
+            "it has seen the reference, and nothing else. A test that is meant to run without a kernel says why "
+            "with @pytest.mark.no_kernel(reason).",
+            pytrace=False,
+        )
+    return result
+
+
+def pytest_collection_modifyitems(items):
+    """Refuse an opt-out without a reason, before anything runs."""
+    for item in items:
+        for marker in item.iter_markers("no_kernel"):
+            if len(marker.args) != 1 or not isinstance(marker.args[0], str):
+                raise pytest.UsageError(f"{item.nodeid}: say why: @pytest.mark.no_kernel(reason)")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how often kernels were called in this process and, with -v, which never were."""
+    compiled = sys.modules.get("portlm.ops.compiled")
+    if compiled is None or compiled.kernels is None:
+        return
+    counts = compiled.kernels.kernel_calls()
+    total = Counter()
+    for calls in counts.values():
+        total.update(calls)
+    ran = ", ".join(f"{where} {calls}" for where, calls in total.items() if calls) or "none"
+    terminalreporter.write_line(f"kernel calls: {ran}")
+    if terminalreporter.config.option.verbose > 0:
+        unused = [name for name, calls in counts.items() if not any(calls.values())]
+        terminalreporter.write_line(f"kernels never called: {', '.join(unused) or 'none'}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,46 +7,22 @@ way, an `autograd.Function` around the same functions, and everything that trace
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    from portlm import _C
-except ImportError:  # a source tree that was not built: every op runs its reference
-    _C = None  # type: ignore[assignment]
+from portlm.ops.compiled import available, kernels, without_kernels
 
 __all__ = ["FusedOp", "has_kernel", "is_traced", "kernels", "without_kernels"]
-
-kernels: Any = _C
-"""The compiled kernels (``portlm._C``), or None where they were not built."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-_enabled = True
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    """Make every op run its reference inside the block: PyTorch's own operators and nothing of ours.
-
-    Affects the whole process, so it is for proofs and tests, not for serving.
-    """
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
-
-
 def has_kernel(*tensors: Tensor | None) -> bool:
-    """Say whether the compiled CPU kernels take these tensors: built, float32, on the CPU, and not being exported."""
-    if _C is None or not _enabled or torch.compiler.is_exporting():
+    """Say whether the compiled CPU kernels take these tensors: available, float32, on the CPU, not being exported."""
+    if not available() or torch.compiler.is_exporting():
         return False
     for t in tensors:  # noqa: SIM110 - a generator expression would double the cost of this check
         if t is not None and not (t.is_cpu and t.dtype is torch.float32):

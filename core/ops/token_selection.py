@@ -33,11 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portlm.errors import PortlmError, UsageError
-
-try:
-    from portlm import _C
-except ImportError:  # a source tree that was not built: the reference runs
-    _C = None  # type: ignore[assignment]
+from portlm.ops.compiled import available, kernels
 
 Ids = npt.NDArray[np.int64]
 
@@ -86,11 +82,11 @@ def select_tokens(
         PortlmError: a logit is NaN or +inf, or a row forbids every token. The row is named.
     """
     logits, seeds, streams = _checked(logits, temperature, top_k, top_p, min_p, seed, step, rows)
-    if _C is None:
+    if not available():
         return _reference(logits, temperature, top_k, top_p, min_p, seeds, step, streams)
     B, V = logits.shape
     tokens = np.empty(B, np.int64)
-    _C.select_tokens(
+    kernels.select_tokens(
         _address(logits), B, V, temperature, top_k, top_p, min_p,
         _address(seeds), _address(streams), step, _address(tokens),
     )  # fmt: skip

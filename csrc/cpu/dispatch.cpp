@@ -1,4 +1,6 @@
-// Chooses the instruction set once, at the first call.
+// Chooses the instruction set once, at the first call, and counts the calls of every kernel, so that a test can tell a
+// kernel that ran from a reference that gave the same answer.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -9,11 +11,49 @@
 namespace portlm {
 namespace {
 
+// The kernel `Member` of one instruction set with a counter in front: one relaxed addition beside a call that takes
+// hundreds of times as long.
+template <const Kernels& Table, auto Member>
+struct Counted;
+template <const Kernels& Table, typename R, typename... A, R (*Kernels::*Member)(A...)>
+struct Counted<Table, Member> {
+  static std::atomic<uint64_t> calls;
+  static R call(A... arguments) {
+    calls.fetch_add(1, std::memory_order_relaxed);
+    return (Table.*Member)(arguments...);
+  }
+};
+template <const Kernels& Table, typename R, typename... A, R (*Kernels::*Member)(A...)>
+std::atomic<uint64_t> Counted<Table, Member>::calls{0};
+
+template <const Kernels& Table>
+constexpr Kernels kCounted = {
+#define PORTLM_KERNEL(ret, name, ...) &Counted<Table, &Kernels::name>::call,
+#include "cpu/kernels.def"
+#undef PORTLM_KERNEL
+};
+
+using Visit = void (*)(void* context, const char* name, const char* isa, uint64_t calls);
+
+template <const Kernels& Table>
+void visit_table(Visit visit, void* context, const char* isa) {
+#define PORTLM_KERNEL(ret, name, ...) \
+  visit(context, #name, isa, Counted<Table, &Kernels::name>::calls.load(std::memory_order_relaxed));
+#include "cpu/kernels.def"
+#undef PORTLM_KERNEL
+}
+
 struct Isa {
   const char* name;
   const Kernels* table;
   bool (*usable)();
+  void (*visit)(Visit visit, void* context, const char* isa);
 };
+
+template <const Kernels& Table>
+constexpr Isa isa(const char* name, bool (*usable)()) {
+  return {name, &kCounted<Table>, usable, visit_table<Table>};
+}
 
 bool always() { return true; }
 #if defined(__x86_64__)
@@ -28,15 +68,15 @@ bool has_avx512() {
 
 // Narrowest first: the last usable one is the default.
 const Isa kIsas[] = {
-    {"scalar", &scalar::table, always},
+    isa<scalar::table>("scalar", always),
 #ifdef PORTLM_HAVE_AVX2
-    {"avx2", &avx2::table, has_avx2},
+    isa<avx2::table>("avx2", has_avx2),
 #endif
 #ifdef PORTLM_HAVE_AVX512
-    {"avx512", &avx512::table, has_avx512},
+    isa<avx512::table>("avx512", has_avx512),
 #endif
 #ifdef PORTLM_HAVE_NEON
-    {"neon", &neon::table, always},
+    isa<neon::table>("neon", always),
 #endif
 };
 
@@ -71,6 +111,10 @@ const char* const* usable_isas() {
     if (isa.usable()) names[count++] = isa.name;
   names[count] = nullptr;
   return names;
+}
+
+void visit_calls(Visit visit, void* context) {
+  for (const Isa& isa : kIsas) isa.visit(visit, context, isa.name);
 }
 
 }  // namespace portlm

@@ -17,7 +17,7 @@ struct Kernels {
 #undef PORTLM_KERNEL
 };
 
-// The kernels for this machine: the widest instruction set that it and this build both have, or the one that the
+// The kernels for this machine, each of which counts its calls: the widest instruction set that it and this build both have, or the one that the
 // environment variable PORTLM_ISA names. Throws std::runtime_error if that one is unknown or unusable here.
 const Kernels& kernels();
 
@@ -26,6 +26,10 @@ const char* isa_name();
 
 // Names of all instruction sets that this build carries and this machine can run, narrowest first; ends with nullptr.
 const char* const* usable_isas();
+
+// Calls visit(context, name, instruction set, calls) for every kernel and every instruction set of this build: how often
+// the kernel was called through kernels() since the process began.
+void visit_calls(void (*visit)(void* context, const char* name, const char* isa, uint64_t calls), void* context);
 
 #define PORTLM_DECLARE_ISA(isa)                              \
   namespace isa {                                            \

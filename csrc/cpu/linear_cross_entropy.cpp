@@ -11,7 +11,7 @@
 // the same, bit for bit, for every number of threads.
 #include <algorithm>
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
@@ -180,13 +180,15 @@ double run(const Chunk& c, const Plan& p, const float* weight, int64_t C, int64_
 
 int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t* targets, float* loss, float* dx,
                              float* dweight, int64_t N, int64_t C, int64_t V, int64_t ignore_index, int mean) {
-  std::vector<int64_t> kept;  // rows that count
+  // Not a vector: its growth is a template of the standard library, of which the linker would keep one copy for all
+  // instruction sets.
+  const std::unique_ptr<int64_t[]> kept(new int64_t[N]);  // the first `count` are the rows that count
+  int64_t count = 0;
   for (int64_t i = 0; i < N; ++i) {
     if (targets[i] == ignore_index) continue;
     if (targets[i] < 0 || targets[i] >= V) return i;
-    kept.push_back(i);
+    kept[count++] = i;
   }
-  const int64_t count = static_cast<int64_t>(kept.size());
   if (dx && count < N) std::fill(dx, dx + N * C, 0.0f);
   if (dweight && count == 0) std::fill(dweight, dweight + V * C, 0.0f);
   const float scale = mean ? 1.0f / static_cast<float>(count) : 1.0f;
@@ -201,7 +203,7 @@ int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t*
     float* const largest = memory + logits;
     float* const correct = largest + 2 * statistics;
     float *const some_x = correct + p.ld, *const some_dx = some_x + gathered;
-    std::vector<int64_t> some_targets(static_cast<size_t>(p.rows));
+    const std::unique_ptr<int64_t[]> some_targets(new int64_t[gather ? p.rows : 0]);
     for (int64_t begin = 0; begin < count; begin += p.rows) {
       const int64_t rows = std::min(p.rows, count - begin);
       Chunk c{x + begin * C, targets + begin, dx ? dx + begin * C : nullptr, dweight, memory, largest,
@@ -212,7 +214,7 @@ int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t*
           std::copy(x + row * C, x + (row + 1) * C, some_x + r * C);
           some_targets[r] = targets[row];
         }
-        c.x = some_x, c.targets = some_targets.data(), c.dx = dx ? some_dx : nullptr;
+        c.x = some_x, c.targets = some_targets.get(), c.dx = dx ? some_dx : nullptr;
       }
       total += run(c, p, weight, C, V, scale);
       if (gather && dx)

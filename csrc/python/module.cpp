@@ -4,6 +4,7 @@
 // Python wrappers in portlm.ops check shapes and dtypes; nothing here does, so nothing else should call it.
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <type_traits>
 
 #include "cpu/kernels.h"
@@ -38,10 +39,41 @@ void bind_cpu(py::module_& m, const portlm::Kernels& table) {
 #undef PORTLM_KERNEL
 }
 
-void bind_cuda([[maybe_unused]] py::module_& m) {
-#define PORTLM_CUDA_KERNEL(name, ...) bind(m, #name, portlm::cuda::name);
+// The CUDA kernels have no table to count in, so they count here, where every call comes through. A launch that throws
+// does not count.
+template <auto Kernel>
+struct Launched;
+template <typename... A, void (*Kernel)(A...)>
+struct Launched<Kernel> {
+  static std::atomic<uint64_t> calls;
+  static void call(A... arguments) {
+    Kernel(arguments...);
+    calls.fetch_add(1, std::memory_order_relaxed);
+  }
+};
+template <typename... A, void (*Kernel)(A...)>
+std::atomic<uint64_t> Launched<Kernel>::calls{0};
+
+void bind_cuda(py::module_& m) {
+#define PORTLM_CUDA_KERNEL(name, ...) bind(m, #name, &Launched<&portlm::cuda::name>::call);
 #include "cuda/kernels.def"
 #undef PORTLM_CUDA_KERNEL
+}
+
+// {kernel: {instruction set, or "cuda": calls}}
+py::dict kernel_calls() {
+  py::dict counts;
+  const auto add = [](void* context, const char* name, const char* where, uint64_t calls) {
+    auto& counts = *static_cast<py::dict*>(context);
+    if (!counts.contains(name)) counts[name] = py::dict();
+    counts[name][where] = calls;
+  };
+  portlm::visit_calls(add, &counts);
+#define PORTLM_CUDA_KERNEL(name, ...) \
+  add(&counts, #name, "cuda", Launched<&portlm::cuda::name>::calls.load(std::memory_order_relaxed));
+#include "cuda/kernels.def"
+#undef PORTLM_CUDA_KERNEL
+  return counts;
 }
 
 }  // namespace
@@ -53,6 +85,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(cuda);
   cuda.def("architectures", &portlm::cuda::architectures, "Compute capabilities compiled for, '' for none.");
   m.def("isa", &portlm::isa_name, "Instruction set in use: scalar, avx2, avx512 or neon.");
+  m.def("kernel_calls", &kernel_calls,
+        "Calls since the process began, {kernel: {instruction set, or 'cuda': count}}, from Python and from TVM alike.");
   m.def(
       "usable_isas",
       [] {

@@ -12,6 +12,15 @@ from portlm.models.gpt2 import GPT2, GPT2Config
 
 TINY = GPT2Config(vocab_size=61, context_length=32, n_layer=3, n_head=4, width=24)
 
+# What the model runs in float32, which is where it has to be fast.
+training_kernels = pytest.mark.runs_kernel(
+    "embedding_fwd", "embedding_bwd", "layer_norm_fwd", "layer_norm_bwd", "gemm", "linear_bwd", "attention_fwd",
+    "attention_bwd", "gelu_mlp_fwd", "gelu_mlp_bwd", "linear_cross_entropy",
+)  # fmt: skip
+stepping_kernels = pytest.mark.runs_kernel(
+    "embedding_fwd", "layer_norm_fwd", "gemm", "cached_attention", "gelu_mlp_fwd"
+)
+
 
 def random_model(config: GPT2Config, seed: int = 0) -> GPT2:
     """Return a model whose every parameter, biases and gains included, matters to the result."""
@@ -65,6 +74,7 @@ def test_float64_logits_loss_and_gradients_are_those_of_transformers(transformer
         assert relative(p.grad, gradient.t() if transposed else gradient) <= 1e-9, name
 
 
+@training_kernels
 def test_float32_logits_and_gradients_are_those_of_transformers(transformers):
     # Two float32 computations of order-one logits; each is about 1e-6 away from the exact answer.
     model = random_model(TINY)
@@ -80,6 +90,7 @@ def test_float32_logits_and_gradients_are_those_of_transformers(transformers):
         torch.testing.assert_close(p.grad, gradient.t() if transposed else gradient, atol=1e-5, rtol=1e-4)
 
 
+@stepping_kernels
 def test_greedy_continuation_is_that_of_transformers(transformers):
     model = random_model(TINY).eval()
     other = theirs(transformers, model).eval()
@@ -96,6 +107,7 @@ def test_greedy_continuation_is_that_of_transformers(transformers):
     assert ids.tolist() == expected.tolist()
 
 
+@stepping_kernels
 @pytest.mark.parametrize("cuts", [[12], [1] * 12, [5, 1, 6]], ids=str)
 def test_decoding_in_pieces_gives_the_logits_of_the_whole(cuts):
     # The sums run over other lengths, hence in another order: a few units in the last place.
@@ -112,6 +124,7 @@ def test_decoding_in_pieces_gives_the_logits_of_the_whole(cuts):
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=2e-5, rtol=1e-5)
 
 
+@stepping_kernels
 def test_rows_of_a_left_padded_batch_are_computed_as_if_alone():
     model = random_model(TINY).eval()
     rows = [tokens(1, n, seed=n) for n in (3, 9, 6)]

@@ -14,6 +14,15 @@ TINY = LlamaConfig(
     vocab_size=61, context_length=32, n_layer=3, n_head=4, n_kv_head=2, width=32, hidden=44, rope_theta=500.0
 )
 
+# What the model runs in float32, which is where it has to be fast.
+training_kernels = pytest.mark.runs_kernel(
+    "embedding_fwd", "embedding_bwd", "rms_norm_fwd", "rms_norm_bwd", "gemm", "linear_bwd", "rotary_fwd",
+    "attention_fwd", "attention_bwd", "swiglu_fwd", "swiglu_bwd", "linear_cross_entropy",
+)  # fmt: skip
+stepping_kernels = pytest.mark.runs_kernel(
+    "embedding_fwd", "rms_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "swiglu_fwd"
+)
+
 
 def random_model(config: LlamaConfig, seed: int = 0) -> Llama:
     """Return a model whose every parameter, gains included, matters to the result."""
@@ -76,6 +85,7 @@ def exact_rms_norm(self, x: torch.Tensor) -> torch.Tensor:
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
+@training_kernels
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_float32_logits_and_gradients_are_those_of_transformers(transformers, n_kv_head):
     # Two float32 computations of order-one logits; each is about 1e-6 away from the exact answer.
@@ -90,6 +100,7 @@ def test_float32_logits_and_gradients_are_those_of_transformers(transformers, n_
         torch.testing.assert_close(p.grad, gradients[model.hf_name(name)[0]].grad, atol=1e-5, rtol=1e-4)
 
 
+@stepping_kernels
 def test_greedy_continuation_is_that_of_transformers(transformers):
     model = random_model(TINY).eval()
     other = theirs(transformers, model).eval()
@@ -106,6 +117,7 @@ def test_greedy_continuation_is_that_of_transformers(transformers):
     assert ids.tolist() == expected.tolist()
 
 
+@stepping_kernels
 @pytest.mark.parametrize("cuts", [[12], [1] * 12, [5, 1, 6]], ids=str)
 def test_decoding_in_pieces_gives_the_logits_of_the_whole(cuts):
     # The sums run over other lengths, hence in another order: a few units in the last place.
@@ -122,6 +134,7 @@ def test_decoding_in_pieces_gives_the_logits_of_the_whole(cuts):
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=2e-5, rtol=1e-5)
 
 
+@stepping_kernels
 def test_rows_of_a_left_padded_batch_are_computed_as_if_alone():
     model = random_model(TINY).eval()
     rows = [tokens(1, n, seed=n) for n in (3, 9, 6)]

@@ -1,10 +1,30 @@
-"""The measure that every op's accuracy test uses."""
+"""The measure that every op's accuracy test uses, and the kernels that each test of an op has to run."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from portlm.ops import registry
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test in test_<op>.py with the kernels of that op, unless it has a mark of its own.
+
+    So a new test is about the kernel unless it says otherwise. One that has "gradient" in its name needs those of the
+    backward pass as well.
+    """
+    ops = {entry.name: entry for entry in registry.OPS if entry.forward}
+    for item in items:
+        entry = ops.get(item.path.stem.removeprefix("test_"))
+        if entry is None or item.path.parent != Path(__file__).parent:
+            continue
+        if item.get_closest_marker("runs_kernel") or item.get_closest_marker("no_kernel"):
+            continue
+        backward = entry.backward if "gradient" in item.originalname else ()
+        item.add_marker(pytest.mark.runs_kernel(*dict.fromkeys((*entry.forward, *backward))))
 
 
 def error(value: Tensor, oracle: Tensor) -> float:

@@ -49,6 +49,7 @@ def test_gelu_mlp_needs_no_biases(gradients_as_accurate):
     )
 
 
+@pytest.mark.runs_kernel("gelu_mlp_fwd")
 def test_gelu_mlp_gives_the_same_bits_with_and_without_gradients():
     inputs = _inputs((40, 24), 70, 24)
     assert torch.equal(gelu_mlp(*inputs), gelu_mlp(*(t.clone().requires_grad_() for t in inputs)))
@@ -97,6 +98,7 @@ def test_gelu_mlp_accepts_strided_inputs():
     assert torch.equal(gelu_mlp(*strided), gelu_mlp(x, w1, b1, w2, b2))
 
 
+@pytest.mark.no_kernel("refused before a kernel is called")
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -113,6 +115,7 @@ def test_gelu_mlp_names_wrong_shapes(shapes):
         gelu_mlp(*map(torch.zeros, shapes))
 
 
+@pytest.mark.no_kernel("refused before a kernel is called")
 def test_gelu_mlp_names_an_unknown_approximation():
     with pytest.raises(ValueError, match=r"\[gelu_mlp\] approximate"):
         gelu_mlp(*_inputs((2, 3), 4, 3), approximate="sigmoid")

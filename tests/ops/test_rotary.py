@@ -55,6 +55,7 @@ def test_rotary_accepts_any_strides():
     )
 
 
+@pytest.mark.no_kernel("it is about the reference")
 def test_rotary_takes_the_reference_for_tables_that_require_a_gradient():
     x = torch.randn(1, 3, 2, 8)
     cos, sin = (t.requires_grad_() for t in _tables(x.shape, False))
@@ -75,6 +76,7 @@ def test_rotary_passes_opcheck():
     torch.library.opcheck(_fused.op, (x, *_tables(x.shape, True), True))
 
 
+@pytest.mark.no_kernel("refused before a kernel is called")
 @pytest.mark.parametrize(
     ("x", "cos", "sin"),
     [

@@ -12,12 +12,16 @@ from portlm.ops import token_selection
 from portlm.ops.token_selection import philox4x64, random_unit, select_tokens, token_selection_reference
 
 BOTH = pytest.mark.parametrize(
-    "select", [token_selection_reference, select_tokens], ids=["reference", "kernel"]
+    "select",
+    [
+        pytest.param(token_selection_reference, id="reference", marks=pytest.mark.no_kernel("the reference")),
+        pytest.param(select_tokens, id="kernel"),
+    ],
 )
 
 
 def needs_kernel():
-    if token_selection._C is None:
+    if token_selection.kernels is None:
         pytest.skip("portlm._C is not built")
 
 
@@ -181,21 +185,24 @@ def test_the_kernel_needs_no_luck_with_the_order_of_the_logits(order):
         assert (select_tokens(logits, temperature=1.0, **filters) == expected).all()
 
 
+@pytest.mark.no_kernel("it counts the calls in processes of its own")
 def test_every_instruction_set_gives_the_same_tokens():
     needs_kernel()
     program = (
         "import numpy as np\n"
+        "from portlm import _C\n"
         "from portlm.ops.token_selection import select_tokens\n"
         "x = np.random.default_rng(3).standard_normal((40, 3001)).astype(np.float32) * np.float32(3)\n"
         "for f in ({}, {'top_k': 9}, {'top_p': .9}, {'min_p': .1}, {'temperature': 0.0}):\n"
         "    print(select_tokens(x, **{'temperature': 1.1, 'seed': 5, **f}).tolist())\n"
+        "assert _C.kernel_calls()['select_tokens'][_C.isa()] == 5\n"
     )
     answers = {
         isa: subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "PORTLM_ISA": isa}, capture_output=True, text=True, check=True, timeout=60,
         ).stdout
-        for isa in token_selection._C.usable_isas()
+        for isa in token_selection.kernels.usable_isas()
     }  # fmt: skip
     assert len(set(answers.values())) == 1, sorted(answers)
 
@@ -216,6 +223,7 @@ def draws_differ(a, b):
 # --- random numbers -------------------------------------------------------------------------------
 
 
+@pytest.mark.no_kernel("it is about the reference's random numbers")
 @settings(max_examples=50, deadline=None)
 @given(st.tuples(*[st.integers(0, 2**64 - 1)] * 4), st.tuples(*[st.integers(0, 2**64 - 1)] * 2))
 def test_philox_gives_the_words_of_numpys_philox(counter, key):
@@ -225,6 +233,7 @@ def test_philox_gives_the_words_of_numpys_philox(counter, key):
     assert philox4x64(counter, key) == tuple(int(word) for word in theirs.random_raw(4))
 
 
+@pytest.mark.no_kernel("it is about the reference's random numbers")
 def test_random_units_are_uniform():
     """Kolmogorov's statistic of 10 000 numbers exceeds 2.6 once in 10^5 seeds."""
     u = np.sort([random_unit(a, b, c) for a in range(10) for b in range(10) for c in range(100)])
@@ -282,6 +291,7 @@ def test_one_nan_anywhere_is_found(select, V):
             select(logits)
 
 
+@pytest.mark.no_kernel("refused before a kernel is called")
 @BOTH
 @pytest.mark.parametrize(
     ("argument", "value"),
@@ -300,6 +310,7 @@ def test_an_argument_out_of_range_is_named(select, argument, value):
         select(np.zeros((2, 4), np.float32), **{argument: value})
 
 
+@pytest.mark.no_kernel("refused before a kernel is called")
 @BOTH
 @pytest.mark.parametrize(
     "logits",
@@ -323,6 +334,7 @@ def test_logits_need_not_be_contiguous(select):
     assert (select(part, temperature=1.0) == select(part.copy(), temperature=1.0)).all()
 
 
+@pytest.mark.no_kernel("nothing is computed")
 def test_importing_it_loads_no_torch():
     program = "import sys, portlm.ops.token_selection; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
