@@ -59,6 +59,14 @@ TWINS = {
     ),
     "swiglu": (lambda x, r, w, b: swiglu(x, r), lambda x, r, w, b: swiglu_reference(x, r)),
 }
+EVERY_TWIN = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.runs_kernel(f"{kernel}_fwd", f"{kernel}_bwd", on="cuda"))
+        for name in TWINS
+        for kernel in [name.removeprefix("add_")]
+    ],
+)
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -113,7 +121,7 @@ def test_blocks_of_a_row_sum_depend_on_the_rows_alone(rows, blocks):
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", TWINS)
+@EVERY_TWIN
 def test_cuda_twin_and_its_gradients_are_as_accurate_as_pytorch(name, shape, dtype):
     ours, reference = TWINS[name]
     tensors = inputs(shape, dtype)
@@ -130,7 +138,7 @@ def test_cuda_twin_and_its_gradients_are_as_accurate_as_pytorch(name, shape, dty
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", TWINS)
+@EVERY_TWIN
 def test_cuda_twin_takes_arrays_that_no_vector_access_fits(name, dtype):
     """A row that begins 1 element after an aligned address must not be read 16 bytes at a time."""
     ours, reference = TWINS[name]
@@ -145,7 +153,7 @@ def test_cuda_twin_takes_arrays_that_no_vector_access_fits(name, dtype):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("name", TWINS)
+@EVERY_TWIN
 def test_cuda_twin_gives_the_same_bits_every_time(name):
     ours, _ = TWINS[name]
     tensors = inputs((2000, 96), torch.float32)
@@ -155,6 +163,7 @@ def test_cuda_twin_gives_the_same_bits_every_time(name):
 
 @gpu
 @needs_gpu
+@pytest.mark.runs_kernel("swiglu_fwd", on="cuda")
 def test_cuda_twin_runs_on_the_current_stream():
     """The input is written late on a side stream: a kernel on any other stream would read it too early."""
     stream = torch.cuda.Stream()
@@ -170,6 +179,7 @@ def test_cuda_twin_runs_on_the_current_stream():
 
 @gpu
 @needs_gpu
+@pytest.mark.runs_kernel("cross_entropy", on="cuda")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "C", "V"), [(1, 8, 2), (70, 48, 1000), (300, 64, 5003)], ids=str)
@@ -190,6 +200,7 @@ def test_cuda_linear_cross_entropy_is_as_accurate_as_pytorch(N, C, V, dtype, red
 
 @gpu
 @needs_gpu
+@pytest.mark.runs_kernel("cross_entropy", on="cuda")
 def test_cuda_linear_cross_entropy_of_targets_that_do_not_count():
     x, weight = torch.randn(4, 8, device="cuda", requires_grad=True), torch.randn(9, 8, device="cuda")
     nothing = torch.full((4,), -100, device="cuda")
@@ -202,6 +213,7 @@ def test_cuda_linear_cross_entropy_of_targets_that_do_not_count():
 
 @gpu
 @needs_gpu
+@pytest.mark.runs_kernel("adamw_step", on="cuda")
 def test_cuda_adamw_is_as_accurate_as_pytorch_over_many_steps():
     shapes = [(1,), (33,), (7, 129), (0, 3), (), (300, 500)]
 
@@ -235,6 +247,7 @@ def test_cuda_adamw_is_as_accurate_as_pytorch_over_many_steps():
 
 @gpu
 @needs_gpu
+@pytest.mark.runs_kernel("adamw_step", on="cuda")
 def test_cuda_adamw_leaves_everything_alone_when_a_gradient_is_not_finite():
     p = nn.Parameter(torch.ones(100, device="cuda"))
     optimizer = AdamW([p], max_grad_norm=1.0)
