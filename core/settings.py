@@ -1,10 +1,11 @@
 """Settings: frozen dataclasses filled from defaults, presets, a TOML file and ``key=value`` overrides.
 
 A settings class is a frozen dataclass whose fields are numbers, strings, booleans, tuples of those, or
-further settings classes (sections). The keys of a section may depend on one of them (:class:`Variants`). Three sources may fill it, the later one winning: a preset (a nested
-dictionary), a TOML file, and overrides such as ``optimizer.lr=3e-4``. Nothing is guessed: an unknown key,
-a wrong type or a value out of range is a :class:`~portlm.errors.ConfigError` that names the key, where it
-came from and, for a misspelt key, the nearest ones that exist.
+further settings classes (sections). The keys of a section may depend on one of them (:class:`Variants`).
+Three sources may fill it, the later one winning: a preset (a nested dictionary), a TOML file, and overrides
+such as ``optimizer.lr=3e-4``. Nothing is guessed: an unknown key, a wrong type or a value out of range is a
+:class:`~portlm.errors.ConfigError` that names the key, where it came from and, for a misspelt key, the nearest
+ones that exist.
 """
 
 import abc
@@ -95,7 +96,7 @@ def load(
     return _convert(tree, cls, sections, chosen, keys, origin)
 
 
-def known_keys(cls: type, chosen: Mapping[str, str] = {}, prefix: str = "") -> dict[str, Any]:  # noqa: B006
+def known_keys(cls: type, chosen: Mapping[str, str] = {}, prefix: str = "") -> dict[str, Any]:
     """Return every dotted leaf key of a settings class with its annotated type, in order of declaration.
 
     Args:

@@ -7,6 +7,7 @@ moments, random state and metrics are compared with those of an undisturbed run,
 
     python scripts/kill_test.py --kills 200
     python scripts/kill_test.py --kills 100 --signal TERM    # asks politely, and half of the time a second time
+    python scripts/kill_test.py --objective masked           # a toy encoder that guesses hidden tokens
 
 Counts, all of which but the first have to be 0: kills; corrupt checkpoints under a final name; unresumable runs;
 fallbacks to an older checkpoint; lost steps that had been reported as saved; runs that ended differently; and
@@ -34,15 +35,22 @@ from typing import Any
 import torch
 import torch._dynamo
 
-import portlm.models.gpt2  # noqa: F401  like torch._dynamo, otherwise loaded by every child, which takes seconds
 from portlm import settings
 from portlm.errors import FormatError
+from portlm.models import FAMILIES
 from portlm.train.checkpoint import FileOps, list_checkpoints, verify_checkpoint
 from portlm.train.config import PretrainConfig
 from portlm.train.interrupt import InterruptedTraining
+from portlm.train.loop import Trainer
 from portlm.train.metrics import comparable, read_metrics
-from portlm.train.pretrain import Trainer, pretrain
+from portlm.train.objectives import objective_class
+from portlm.train.pretrain import pretrain
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "train"))
+import toy_encoder
+
+FAMILIES[toy_encoder.NAME] = toy_encoder.FAMILY
+OBJECTIVES = {"causal": next(iter(FAMILIES)), "masked": toy_encoder.NAME}  # each with a family that suits it
 STEPS = 30
 MEMORY = Path("/dev/shm")
 TEXT = "".join(
@@ -71,13 +79,13 @@ class Counts:
         return self.corrupt + self.unresumable + self.fallbacks + self.lost + self.different + self.leftovers
 
 
-def config(text: Path) -> PretrainConfig:
+def config(text: Path, objective: str) -> PretrainConfig:
     """Return settings under which a step and a save take about equally long; dropout draws random numbers."""
     return settings.load(PretrainConfig, overrides=[
         ("steps", STEPS), ("log_interval", 4), ("threads", 1), ("data.texts", [str(text)]), ("data.batch_size", 4),
-        ("model.n_layer", 2), ("model.n_head", 2), ("model.width", 32), ("model.context_length", 16),
-        ("model.dropout", 0.1), ("evaluation.interval", 7), ("evaluation.max_tokens", 64),
-        ("evaluation.sample_tokens", 8), ("checkpoint.interval", 1),
+        ("objective", objective), ("model.family", OBJECTIVES[objective]), ("model.n_layer", 2), ("model.n_head", 2),
+        ("model.width", 32), ("model.context_length", 16), ("model.dropout", 0.1), ("evaluation.interval", 7),
+        ("evaluation.max_tokens", 64), ("evaluation.sample_tokens", 8), ("checkpoint.interval", 1),
     ])  # fmt: skip
 
 
@@ -204,11 +212,13 @@ def was_stopped(status: int, number: signal.Signals) -> bool:
     return os.WEXITSTATUS(status) == 128 + number
 
 
-def test(folder: Path, kills: int, generator: random.Random, number: signal.Signals) -> Counts:
+def test(
+    folder: Path, objective: str, kills: int, generator: random.Random, number: signal.Signals
+) -> Counts:
     """Kill and resume until ``kills`` kills happened and the last run is complete."""
     text = folder / "text.txt"
     text.write_text(TEXT)
-    options = config(text)
+    options = config(text, objective)
     begin = time.monotonic()
     status, _ = wait(*start_child(folder / "undisturbed", options))
     if status:
@@ -269,17 +279,29 @@ def main() -> None:
     parser.add_argument(
         "--signal", choices=["KILL", "TERM", "INT"], default="KILL", help="(default: %(default)s)"
     )
+    parser.add_argument(
+        "--objective", choices=list(OBJECTIVES), default="causal", help="(default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides the moments (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to train (default: in memory if possible)")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    objective_class(
+        arguments.objective
+    )  # like torch._dynamo and the family: by every child it would take seconds
     begin = time.monotonic()
     place = arguments.folder or (MEMORY if os.access(MEMORY, os.W_OK) else None)
     with tempfile.TemporaryDirectory(prefix="portlm-kill-", dir=place) as folder:
         number = signal.Signals[f"SIG{arguments.signal}"]
-        counts = test(Path(folder), arguments.kills, random.Random(arguments.seed), number)
-    result = {**asdict(counts), "seconds": round(time.monotonic() - begin, 1)}
+        counts = test(
+            Path(folder), arguments.objective, arguments.kills, random.Random(arguments.seed), number
+        )
+    result = {
+        "objective": arguments.objective,
+        **asdict(counts),
+        "seconds": round(time.monotonic() - begin, 1),
+    }
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:

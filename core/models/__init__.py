@@ -99,6 +99,9 @@ class Model(Protocol):
     def parameters(self) -> "Iterator[torch.nn.Parameter]":
         """Yield every parameter."""
 
+    def modules(self) -> "Iterator[torch.nn.Module]":
+        """Yield the model and every module in it."""
+
     def state_dict(self) -> "dict[str, torch.Tensor]":
         """Return every tensor by name."""
 
@@ -251,9 +254,7 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
     return model.to(device).eval()
 
 
-def save_model(
-    folder: str | os.PathLike[str], model: Model, tokenizer: SavesTokenizer | None = None
-) -> None:
+def save_model(folder: str | os.PathLike[str], model: Model, tokenizer: SavesTokenizer | None = None) -> None:
     """Write a checkpoint folder that transformers opens as it is. Each file is replaced atomically.
 
     Args:

@@ -117,7 +117,14 @@ class LlamaConfig:
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time: a vocabulary of bytes, grouped heads, odd widths."""
         return cls(
-            vocab_size=259, context_length=32, n_layer=2, n_head=4, n_kv_head=2, width=32, hidden=44, bos_token_id=1
+            vocab_size=259,
+            context_length=32,
+            n_layer=2,
+            n_head=4,
+            n_kv_head=2,
+            width=32,
+            hidden=44,
+            bos_token_id=1,
         )
 
     @classmethod

@@ -161,7 +161,9 @@ class PretrainConfig(RunConfig):
     FIXED: ClassVar[tuple[str, ...]] = ("seed", "objective", "model.", "data.")
     FREE: ClassVar[tuple[str, ...]] = ("data.texts",)
 
-    objective: str = "causal"  # what is predicted: "causal" the next token, "masked" hidden ones (a key of OBJECTIVES)
+    objective: str = (
+        "causal"  # what is predicted: "causal" the next token, "masked" hidden ones (a key of OBJECTIVES)
+    )
     model: ModelSettings = field(default_factory=default_model)
     data: DataSettings = field(default_factory=DataSettings)
 

@@ -152,7 +152,7 @@ def prompt_ids(tokenizer: "Tokenizer", prompt: str, context: int) -> list[int]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: "Model | nn.Module") -> Iterator[None]:
     """Switch dropout off for a while."""
     was_training = model.training
     model.eval()

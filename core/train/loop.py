@@ -117,7 +117,10 @@ def train(
         torch.manual_seed(config.seed)
         objective = make_objective(Start(folder, device, found is None, progress.note))
         if saved is not None and saved.kind != objective.kind:
-            raise ConfigError(f"the checkpoint is of a {saved.kind} run, this is a {objective.kind} one")
+            raise ConfigError(
+                f"the checkpoint is of a run of kind {saved.kind}, this one is of kind {objective.kind}: "
+                "choose another --out"
+            )
         metrics = stack.enter_context(_open_metrics(folder, saved))
         trainer = Trainer(config, folder, objective, device, metrics, progress)
         if found is not None and saved is not None:
@@ -408,11 +411,11 @@ def accumulate_gradients(loss: Callable[[Batch], Tensor], parts: Sequence[Batch]
     """
     first, *rest = parts
     share = loss(first)
-    share.backward()  # type: ignore[no-untyped-call]
+    share.backward()
     total = share.detach()
     for part in rest:
         share = loss(part)
-        share.backward()  # type: ignore[no-untyped-call]
+        share.backward()
         total = total + share.detach()
     return total
 

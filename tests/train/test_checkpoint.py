@@ -18,6 +18,7 @@ from portlm.files import write_atomic
 from portlm.train.checkpoint import (
     MANIFEST,
     FileOps,
+    is_checkpoint,
     list_checkpoints,
     newest_checkpoint,
     remove_leftovers,
@@ -95,6 +96,17 @@ def test_a_checkpoint_holds_its_files_and_its_state(tmp_path):
     assert (found.path, found.step, found.state, warnings) == (folder, 7, {"seen": 70}, [])
     assert {p.name for p in folder.iterdir()} == {"deeper", MANIFEST, "model.bin"}
     assert (tmp_path / "latest").read_text() == "step-7\n"
+
+
+def test_a_manifest_under_its_old_name_is_read_unless_there_is_a_new_one(tmp_path):
+    folder = save(tmp_path, 7)
+    (folder / MANIFEST).rename(folder / "manifest.json")
+    assert is_checkpoint(folder)
+    assert newest(tmp_path)[0].state == {"seen": 70}
+    (folder / MANIFEST).write_text("{}")
+    assert not is_checkpoint(folder)
+    with pytest.raises(FormatError, match=MANIFEST):
+        verify_checkpoint(folder)
 
 
 def test_the_newest_is_the_highest_number_and_old_ones_go(tmp_path):

@@ -12,9 +12,10 @@ pytest.importorskip("torch")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_test.py"
 
 
-def test_kill_9_at_random_moments_costs_no_checkpoint_and_no_bit():
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_kill_9_at_random_moments_costs_no_checkpoint_and_no_bit(objective):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kills", "12", "--seed", "7", "--json"],
+        [sys.executable, str(SCRIPT), "--kills", "12", "--seed", "7", "--objective", objective, "--json"],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -137,6 +137,91 @@ def test_toml_text_reads_back_equal(tmp_path_factory, value):
     assert settings.load(Outer, file=file) == value
 
 
+class Shape(settings.Variants):
+    """Keys that depend on the kind."""
+
+    tag = "kind"
+
+    @classmethod
+    def variants(cls):
+        return ("circle", "box")
+
+    @classmethod
+    def variant(cls, name):
+        return {"circle": Circle, "box": Box}[name]
+
+
+@dataclass(frozen=True)
+class Circle(Shape):
+    kind: Literal["circle"] = "circle"
+    radius: float = 1.0
+
+
+@dataclass(frozen=True)
+class Box(Shape):
+    kind: Literal["box"] = "box"
+    width: int = 2
+    round: bool = False
+
+
+@dataclass(frozen=True)
+class Drawing:
+    title: str = ""
+    shape: Shape = field(default_factory=Circle)
+
+
+def test_one_key_of_a_section_chooses_the_others(tmp_path):
+    assert settings.load(Drawing) == Drawing()
+    assert settings.load(Drawing, overrides=["shape.radius=2"]).shape == Circle(radius=2.0)
+    file = tmp_path / "c.toml"
+    file.write_text("[shape]\nkind = 'box'\nwidth = 5\n")
+    assert settings.load(Drawing, file=file).shape == Box(width=5)
+    with pytest.raises(ConfigError, match=r"shape.width does not apply to the kind circle.*c\.toml"):
+        settings.load(Drawing, file=file, overrides=["shape.kind=circle"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["shape.kind=blob"], "shape.kind: expected one of circle, box, got 'blob' (from override"),
+        ([("shape.kind", 3)], "shape.kind: expected one of circle, box, got 3"),
+        (["shape.width=3"], "shape.width does not apply to the kind circle: leave it out"),
+        (["shape.kind=box", "shape.radius=3"], "shape.radius does not apply to the kind box"),
+        (["shape.kind=box", "shape.width=wide"], "shape.width: expected `int`, got `str` (from override"),
+        (["shape.kind=box", "shape.wdth=3"], "did you mean shape.width"),
+        (["shape=box"], "shape is a section, not a value; its keys are shape.kind, shape.radius"),
+    ],
+)
+def test_a_bad_value_in_a_section_with_variants_is_named(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        settings.load(Drawing, overrides=overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_foreign_key_with_its_default_says_nothing_and_is_dropped():
+    tree = {"shape": {"kind": "box", "radius": 1.0, "width": 3, "round": True}}
+    assert settings.load(Drawing, preset=tree).shape == Box(width=3, round=True)
+    assert settings.load(Drawing, overrides=["shape.kind=box", "shape.radius=1"]).shape == Box()
+
+
+@given(st.dictionaries(st.sampled_from(["title", "shape", "kind"]), anything))
+def test_any_tree_with_variants_either_loads_or_raises_config_error(tree):
+    with contextlib.suppress(ConfigError):
+        assert isinstance(settings.load(Drawing, preset=tree), Drawing)
+    with contextlib.suppress(ConfigError):
+        assert isinstance(settings.load(Drawing, preset={"shape": tree}), Drawing)
+
+
+def test_differences_between_variants_name_the_keys_of_both():
+    box = Drawing(shape=Box(width=5))
+    assert settings.differences(Drawing(), box) == {
+        "shape.kind": ("circle", "box"), "shape.radius": (1.0, None), "shape.width": (None, 5),
+        "shape.round": (None, False),
+    }  # fmt: skip
+    assert settings.load(Drawing, preset=settings.to_dict(box)) == box
+
+
 def test_differences_lists_exactly_the_changed_leaves():
     assert settings.differences(Outer(), Outer(count=4, inner=Inner(mode="exact"))) == {
         "count": (3, 4),
@@ -175,6 +260,48 @@ def test_a_value_out_of_range_is_refused_by_name(override):
     with pytest.raises(ConfigError) as caught:
         settings.load(PretrainConfig, overrides=[override])
     assert key in str(caught.value) or key.split(".")[-1] in str(caught.value)
+
+
+def test_a_file_with_the_keys_of_both_families_still_loads():
+    """As every config.toml was written once."""
+    shape = {
+        "n_layer": 2, "n_head": 4, "n_kv_head": 0, "width": 32, "hidden": 0, "context_length": 16, "dropout": 0.0,
+        "rope_theta": 10000.0, "tie_embeddings": True,
+    }  # fmt: skip
+    loaded = settings.load(PretrainConfig, preset={"model": {"family": "gpt2", **shape, "dropout": 0.1}})
+    assert loaded.model.config(256).dropout == 0.1
+    loaded = settings.load(PretrainConfig, preset={"model": {"family": "llama", **shape, "rope_theta": 500}})
+    config = loaded.model.config(256, (3,))
+    assert (config.n_kv_head, config.hidden, config.tie_embeddings) == (4, 96, True)
+    assert (config.rope_theta, config.vocab_size, config.eos_token_ids) == (500.0, 256, (3,))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.family=llama", "model.dropout=0.1"],
+            "model.dropout does not apply to the family llama: leave it out",
+        ),
+        (["model.n_kv_head=2"], "model.n_kv_head does not apply to the family gpt2"),
+        (["model.family=bert"], "model.family: expected one of gpt2, llama, got 'bert'"),
+        (["model.width=130"], "model.width 130 must be a multiple of n_head 4"),
+        (["model.n_layer=0"], "model.n_layer must be an integer from 1 to 1024, got 0"),
+        (["model.family=llama", "model.n_kv_head=3"], "model.n_head 4 must be a multiple of n_kv_head 3"),
+        (["model.family=llama", "model.n_head=128"], "model: rotary positions need an even head width"),
+        (["objective=guess"], "objective must be one of causal, masked, got 'guess'"),
+    ],
+)
+def test_the_family_checks_its_own_settings_and_names_them(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        settings.load(PretrainConfig, overrides=overrides)
+    assert message in str(caught.value)
+
+
+def test_the_default_preset_is_the_defaults():
+    """The command's help takes the model's defaults from it, to show them without PyTorch."""
+    assert settings.load(PretrainConfig, preset=preset_settings(presets.DEFAULT)) == PretrainConfig()
+    assert PRESETS[presets.DEFAULT]["model"] == settings.to_dict(PretrainConfig().model)
 
 
 def test_warmup_is_a_share_or_a_number_of_steps():

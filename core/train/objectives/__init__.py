@@ -48,10 +48,12 @@ class Objective(Protocol):
     kind: ClassVar[str]
 
     @property
-    def model(self) -> "nn.Module": ...
+    def model(self) -> "nn.Module":
+        """The same object for the whole run."""
 
     @property
-    def tokens_per_step(self) -> int: ...
+    def tokens_per_step(self) -> int:
+        """On average, where it varies."""
 
     def facts(self) -> dict[str, int]:
         """Return figures about the data for the first line of the metrics."""
