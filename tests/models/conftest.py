@@ -1,39 +1,16 @@
 """What the comparisons with transformers share."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from portlm.models import build
-from portlm.models.gpt2 import GPT2Config
-from portlm.models.llama import LlamaConfig
+from portlm.models import FAMILIES, build
 
-TINY = {
-    "gpt2": GPT2Config(
-        vocab_size=259, context_length=32, n_layer=2, n_head=4, width=24, eos_token_ids=(256,)
-    ),
-    "llama": LlamaConfig(
-        vocab_size=259,
-        context_length=32,
-        n_layer=2,
-        n_head=4,
-        n_kv_head=2,
-        width=32,
-        hidden=44,
-        bos_token_id=1,
-    ),
-    "llama-tied": LlamaConfig(
-        vocab_size=259,
-        context_length=32,
-        n_layer=1,
-        n_head=2,
-        n_kv_head=2,
-        width=8,
-        hidden=12,
-        tie_embeddings=True,
-    ),
-}
+# Of every family, and one whose head is its embedding.
+TINY = {name: family.config_class().tiny() for name, family in FAMILIES.items()}
+TINY["llama-tied"] = replace(TINY["llama"], n_layer=1, n_head=2, width=8, hidden=12, tie_embeddings=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""LLaMA against transformers' LlamaForCausalLM, and against its own promises."""
+"""What is special about LLaMA; test_families.py has what it shares with every family."""
 
 import math
 from dataclasses import replace
@@ -6,21 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portlm.errors import ConfigError, ContextLengthError
+from portlm.errors import ConfigError
 from portlm.models import build, preset
 from portlm.models.llama import Llama, LlamaConfig, rotary_angles, rotary_frequencies
 
 TINY = LlamaConfig(
     vocab_size=61, context_length=32, n_layer=3, n_head=4, n_kv_head=2, width=32, hidden=44, rope_theta=500.0
-)
-
-# What the model runs in float32, which is where it has to be fast.
-training_kernels = pytest.mark.runs_kernel(
-    "embedding_fwd", "embedding_bwd", "rms_norm_fwd", "rms_norm_bwd", "gemm", "linear_bwd", "rotary_fwd",
-    "attention_fwd", "attention_bwd", "swiglu_fwd", "swiglu_bwd", "linear_cross_entropy",
-)  # fmt: skip
-stepping_kernels = pytest.mark.runs_kernel(
-    "embedding_fwd", "rms_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "swiglu_fwd"
 )
 
 
@@ -34,17 +25,6 @@ def random_model(config: LlamaConfig, seed: int = 0) -> Llama:
     return model
 
 
-def theirs(transformers, model: Llama):
-    """Return transformers' model with a copy of our weights."""
-    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_hf()))
-    state = {model.hf_name(name)[0]: p.detach().clone() for name, p in model.named_parameters()}
-    missing, unexpected = other.load_state_dict(state, strict=False)
-    assert set(missing) == ({"lm_head.weight"} if model.config.tie_embeddings else set())
-    assert not unexpected
-    other.tie_weights()
-    return other.to(next(model.parameters()).dtype)
-
-
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(TINY.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -53,119 +33,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [TINY, replace(TINY, n_kv_head=4), replace(TINY, n_kv_head=1), replace(TINY, tie_embeddings=True)],
-    ids=lambda c: f"{c.n_kv_head}-kv-heads-tied-{c.tie_embeddings}",
-)
-def test_float64_logits_loss_and_gradients_are_those_of_transformers(transformers, config):
-    # Float64 with the same float32 inverse frequencies. transformers still normalises in float32, so its own
-    # rounding (6e-8 per norm) bounds the agreement unless its norms are told to stay in float64.
-    model = random_model(config).double()
-    other = theirs(transformers, model)
-    norm = type(other.model.norm)
-    ids, targets = tokens(3, 17), tokens(3, 17, seed=2)
-    targets[0, :5] = -100
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "forward", exact_rms_norm)
-        theirs_logits = other(ids).logits
-        theirs_loss = torch.nn.functional.cross_entropy(theirs_logits.flatten(0, 1), targets.flatten())
-        theirs_loss.backward()
-    assert relative(model(ids), theirs_logits) <= 1e-9
-    loss = model(ids, targets)
-    assert abs(loss.item() - theirs_loss.item()) <= 1e-9 * theirs_loss.item()
-    loss.backward()
-    gradients = dict(other.named_parameters())
-    for name, p in model.named_parameters():
-        assert relative(p.grad, gradients[model.hf_name(name)[0]].grad) <= 1e-9, name
-
-
-def exact_rms_norm(self, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in the precision of its input."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-
-@training_kernels
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_float32_logits_and_gradients_are_those_of_transformers(transformers, n_kv_head):
-    # Two float32 computations of order-one logits; each is about 1e-6 away from the exact answer.
-    model = random_model(replace(TINY, n_kv_head=n_kv_head))
-    other = theirs(transformers, model)
-    ids, targets = tokens(2, 32), tokens(2, 32, seed=2)
-    torch.testing.assert_close(model(ids), other(ids).logits, atol=1e-5, rtol=1e-5)
-    model(ids, targets).backward()
-    torch.nn.functional.cross_entropy(other(ids).logits.flatten(0, 1), targets.flatten()).backward()
-    gradients = dict(other.named_parameters())
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[model.hf_name(name)[0]].grad, atol=1e-5, rtol=1e-4)
-
-
-@stepping_kernels
-def test_greedy_continuation_is_that_of_transformers(transformers):
+def test_the_cache_holds_keys_and_values_of_the_shared_head():
     model = random_model(TINY).eval()
-    other = theirs(transformers, model).eval()
-    prompt = tokens(1, 4)
-    expected = other.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=28, do_sample=False, pad_token_id=0
-    )
-    ids, past, new = prompt, None, prompt
-    for _ in range(28):
-        positions = torch.arange(ids.shape[1] - new.shape[1], ids.shape[1])[None]
-        logits, past = model.step(new, positions, torch.ones_like(ids), past)
-        new = logits[:, -1:].argmax(-1)
-        ids = torch.cat((ids, new), dim=1)
-    assert ids.tolist() == expected.tolist()
-
-
-@stepping_kernels
-@pytest.mark.parametrize("cuts", [[12], [1] * 12, [5, 1, 6]], ids=str)
-def test_decoding_in_pieces_gives_the_logits_of_the_whole(cuts):
-    # The sums run over other lengths, hence in another order: a few units in the last place.
-    model = random_model(TINY).eval()
-    ids = tokens(2, sum(cuts))
-    past, pieces, done = None, [], 0
-    for n in cuts:
-        positions = torch.arange(done, done + n).expand(2, n)
-        mask = torch.ones(2, done + n, dtype=torch.int64)
-        logits, past = model.step(ids[:, done : done + n], positions, mask, past)
-        pieces.append(logits)
-        done += n
-    assert [tuple(t.shape) for t in past[0]] == [(2, 2, done, 8)] * 2
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=2e-5, rtol=1e-5)
-
-
-@stepping_kernels
-def test_rows_of_a_left_padded_batch_are_computed_as_if_alone():
-    model = random_model(TINY).eval()
-    rows = [tokens(1, n, seed=n) for n in (3, 9, 6)]
-    longest = max(row.shape[1] for row in rows)
-    pad = [longest - row.shape[1] for row in rows]
-    ids = torch.cat([torch.nn.functional.pad(row, (n, 0), value=7) for n, row in zip(pad, rows, strict=True)])
-    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pad])
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits, past = model.step(ids, positions, mask)
-    following = tokens(3, 2, seed=5)
-    mask = torch.nn.functional.pad(mask, (0, 2), value=1)
-    more, _ = model.step(following, (mask.cumsum(1) - 1)[:, -2:], mask, past)
-    for b, row in enumerate(rows):
-        alone = model(torch.cat((row, following[b : b + 1]), dim=1))[0]
-        together = torch.cat((logits[b, pad[b] :], more[b]))
-        torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("llama-7b", 6_738_415_616),
-        ("llama-13b", 13_015_864_320),
-        ("llama-33b", 32_528_943_616),
-        ("llama-65b", 65_285_660_672),
-        ("llama2-70b", 68_976_648_192),
-        ("llama3-8b", 8_030_261_248),
-    ],
-)
-def test_presets_have_the_published_parameter_counts(name, parameters):
-    assert build(preset(name), device="meta").num_parameters() == parameters
+    _, past = model.step(tokens(2, 5), torch.arange(5).expand(2, 5), torch.ones(2, 5, dtype=torch.int64))
+    assert [tuple(t.shape) for layer in past for t in layer] == [(2, 2, 5, 8)] * 2 * TINY.n_layer
 
 
 def test_grouped_heads_equal_full_heads_with_the_groups_written_out():
@@ -217,14 +88,6 @@ def test_initial_matrices_have_the_configured_spread_and_gains_are_one():
             # 16,384 numbers: the standard error of the spread is 0.6 %.
             assert p.std().item() == pytest.approx(0.03, rel=0.03), name
             assert abs(p.mean().item()) < 0.03 * 0.04, name
-
-
-def test_more_tokens_than_the_context_are_refused():
-    model = build(TINY)
-    with pytest.raises(ContextLengthError, match="33 tokens, but the model's context holds 32"):
-        model(tokens(1, 33))
-    with pytest.raises(ContextLengthError):
-        model.step(tokens(1, 1), tokens(1, 1), torch.ones(1, 33, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -352,10 +215,3 @@ def test_the_config_of_transformers_4_is_understood():
 def test_a_key_that_asks_for_another_model_is_refused_by_name(change, key):
     with pytest.raises(ConfigError, match=key):
         LlamaConfig.from_hf({**TINY.to_hf(), **change})
-
-
-def test_compiling_traces_without_a_break():
-    model = random_model(replace(TINY, n_layer=1)).eval()
-    ids = tokens(2, 8)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(ids), model(ids), atol=1e-5, rtol=1e-5)

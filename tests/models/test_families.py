@@ -1,0 +1,310 @@
+"""What every family promises: it is transformers' model, it decodes as it reads, it is saved, checked and small."""
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from portlm.errors import ConfigError, ContextLengthError
+from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, save_model
+
+
+class Entry(NamedTuple):
+    """What a family's tests cannot find out for themselves.
+
+    Attributes:
+        trains: The kernels that a training step runs in float32, which is where it has to be fast.
+        steps: Those that a step with a cache runs.
+        variants: Changes of its tiny() configuration that make another computation.
+    """
+
+    trains: tuple[str, ...]
+    steps: tuple[str, ...]
+    variants: tuple[dict[str, object], ...] = ()
+
+
+# fmt: off
+ENTRIES = {
+    "gpt2": Entry(
+        trains=("embedding_fwd", "embedding_bwd", "layer_norm_fwd", "layer_norm_bwd", "gemm", "linear_bwd",
+                "attention_fwd", "attention_bwd", "gelu_mlp_fwd", "gelu_mlp_bwd", "linear_cross_entropy"),
+        steps=("embedding_fwd", "layer_norm_fwd", "gemm", "cached_attention", "gelu_mlp_fwd"),
+        variants=({"gelu": "none"},),
+    ),
+    "llama": Entry(
+        trains=("embedding_fwd", "embedding_bwd", "rms_norm_fwd", "rms_norm_bwd", "gemm", "linear_bwd", "rotary_fwd",
+                "attention_fwd", "attention_bwd", "swiglu_fwd", "swiglu_bwd", "linear_cross_entropy"),
+        steps=("embedding_fwd", "rms_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "swiglu_fwd"),
+        variants=({"n_kv_head": 4, "rope_theta": 500.0}, {"n_kv_head": 1}, {"tie_embeddings": True}),
+    ),
+}
+# fmt: on
+
+
+def configs(kernels=None):
+    """Return every configuration to test as a parameter, with the mark that its kernels ran."""
+    found = []
+    for family, entry in ENTRIES.items():
+        marks = [] if kernels is None else [pytest.mark.runs_kernel(*getattr(entry, kernels))]
+        for change in ({}, *entry.variants):
+            name = "-".join((family, *(f"{key}={value}" for key, value in change.items())))
+            found.append(pytest.param((family, change), id=name, marks=marks))
+    return found
+
+
+every_config = pytest.mark.parametrize("config", configs(), indirect=True)
+every_config_training = pytest.mark.parametrize("config", configs("trains"), indirect=True)
+every_config_stepping = pytest.mark.parametrize("config", configs("steps"), indirect=True)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_preset = pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, entry in FAMILIES.items() for name in entry.presets()]
+)
+
+
+@pytest.fixture
+def config(request):
+    """A small configuration."""
+    family, change = request.param
+    return dataclasses.replace(FAMILIES[family].config_class().tiny(), **change)
+
+
+def random_model(config, seed: int = 0):
+    """Return a model whose every parameter, biases and gains included, matters to the result."""
+    torch.manual_seed(seed)
+    model = build(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def theirs(transformers, model):
+    """Return transformers' model with a copy of our weights."""
+    other = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**model.config.to_hf())
+    )
+    state = {}
+    for name, p in model.named_parameters():
+        hf_name, transposed = model.hf_name(name)
+        state[hf_name] = (p.t() if transposed else p).detach().clone()
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert set(missing) <= set(model.hf_tied(model.config))
+    assert not unexpected
+    other.tie_weights()
+    return other.to(next(model.parameters()).dtype)
+
+
+def their_gradients(other, model):
+    """Yield each of our parameters' names, its gradient, and theirs in the same orientation."""
+    gradients = dict(other.named_parameters())
+    for name, p in model.named_parameters():
+        hf_name, transposed = model.hf_name(name)
+        gradient = gradients[hf_name].grad
+        yield name, p.grad, gradient.t() if transposed else gradient
+
+
+def tokens(config, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_every_family_has_an_entry_here():
+    assert ENTRIES.keys() == FAMILIES.keys()
+
+
+# ---- the same model as transformers' -----------------------------------------------------------------------------
+
+
+def exact_rms_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm in the precision of its input."""
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+@every_config
+def test_float64_logits_loss_and_gradients_are_those_of_transformers(transformers, monkeypatch, config):
+    # The same formulas in float64: only the order of summation may differ, so 1e-9 leaves a margin of 1e5.
+    # transformers' RMSNorm computes in float32 whatever it is given (6e-8 each), unless it is told not to.
+    model = random_model(config).double()
+    other = theirs(transformers, model)
+    for norm in {type(module) for module in other.modules() if "RMSNorm" in type(module).__name__}:
+        monkeypatch.setattr(norm, "forward", exact_rms_norm)
+    ids, targets = tokens(config, 3, 17), tokens(config, 3, 17, seed=2)
+    targets[0, :5] = -100
+    logits = other(ids).logits
+    assert relative(model(ids), logits) <= 1e-9
+    loss, other_loss = model(ids, targets), cross_entropy(logits, targets)
+    assert abs(loss.item() - other_loss.item()) <= 1e-9 * other_loss.item()
+    loss.backward()
+    other_loss.backward()
+    for name, ours, gradient in their_gradients(other, model):
+        assert relative(ours, gradient) <= 1e-9, name
+
+
+@every_config_training
+def test_float32_logits_and_gradients_are_those_of_transformers(transformers, config):
+    # Two float32 computations of order-one logits; each is about 1e-6 away from the exact answer.
+    model = random_model(config)
+    other = theirs(transformers, model)
+    ids, targets = tokens(config, 2, 32), tokens(config, 2, 32, seed=2)
+    torch.testing.assert_close(model(ids), other(ids).logits, atol=1e-5, rtol=1e-5)
+    model(ids, targets).backward()
+    cross_entropy(other(ids).logits, targets).backward()
+    for _, ours, gradient in their_gradients(other, model):
+        torch.testing.assert_close(ours, gradient, atol=1e-5, rtol=1e-4)
+
+
+@every_config_stepping
+def test_greedy_continuation_is_that_of_transformers(transformers, config):
+    model = random_model(config).eval()
+    other = theirs(transformers, model).eval()
+    other.generation_config.eos_token_id = None
+    prompt = tokens(config, 1, 4)
+    expected = other.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=28, do_sample=False, pad_token_id=0
+    )
+    ids, past, new = prompt, None, prompt
+    for _ in range(28):
+        positions = torch.arange(ids.shape[1] - new.shape[1], ids.shape[1])[None]
+        logits, past = model.step(new, positions, torch.ones_like(ids), past)
+        new = logits[:, -1:].argmax(-1)
+        ids = torch.cat((ids, new), dim=1)
+    assert ids.tolist() == expected.tolist()
+
+
+# ---- by itself ---------------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_gradients_are_the_slopes_of_the_loss(config):
+    """Along a random direction, in float64: the central difference errs by h squared, and by rounding over h."""
+    model = random_model(config).double()
+    ids, targets = tokens(config, 2, 9), tokens(config, 2, 9, seed=2)
+    model(ids, targets).backward()
+    torch.manual_seed(3)
+    directions = [torch.randn_like(p) for p in model.parameters()]
+    slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), directions, strict=True)).item()
+    h, ends = 1e-5, []
+    with torch.no_grad():
+        for shift in (h, -2 * h):
+            for p, d in zip(model.parameters(), directions, strict=True):
+                p.add_(shift * d)
+            ends.append(model(ids, targets).item())
+    assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(slope, rel=1e-6)
+
+
+@every_config_stepping
+@pytest.mark.parametrize("cuts", [[12], [1] * 12, [5, 1, 6]], ids=str)
+def test_decoding_in_pieces_gives_the_logits_of_the_whole(config, cuts):
+    # The sums run over other lengths, hence in another order: a few units in the last place.
+    model = random_model(config).eval()
+    ids = tokens(config, 2, sum(cuts))
+    past, pieces, done = None, [], 0
+    for n in cuts:
+        positions = torch.arange(done, done + n).expand(2, n)
+        mask = torch.ones(2, done + n, dtype=torch.int64)
+        logits, past = model.step(ids[:, done : done + n], positions, mask, past)
+        pieces.append(logits)
+        done += n
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=2e-5, rtol=1e-5)
+
+
+@every_config_stepping
+def test_rows_of_a_left_padded_batch_are_computed_as_if_alone(config):
+    model = random_model(config).eval()
+    rows = [tokens(config, 1, n, seed=n) for n in (3, 9, 6)]
+    longest = max(row.shape[1] for row in rows)
+    pad = [longest - row.shape[1] for row in rows]
+    ids = torch.cat([torch.nn.functional.pad(row, (n, 0), value=7) for n, row in zip(pad, rows, strict=True)])
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pad])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits, past = model.step(ids, positions, mask)
+    following = tokens(config, 3, 2, seed=5)
+    mask = torch.nn.functional.pad(mask, (0, 2), value=1)
+    more, _ = model.step(following, (mask.cumsum(1) - 1)[:, -2:], mask, past)
+    for b, row in enumerate(rows):
+        alone = model(torch.cat((row, following[b : b + 1]), dim=1))[0]
+        together = torch.cat((logits[b, pad[b] :], more[b]))
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
+
+
+@every_config
+def test_more_tokens_than_the_context_are_refused(config):
+    model, longest = build(config), config.context_length
+    ids = tokens(config, 1, longest + 1)
+    with pytest.raises(
+        ContextLengthError, match=f"{longest + 1} tokens, but the model's context holds {longest}"
+    ):
+        model(ids)
+    with pytest.raises(ContextLengthError):
+        model.step(ids[:, :1], ids[:, :1], torch.ones_like(ids))
+
+
+@every_config
+def test_compiling_traces_without_a_break(config):
+    model = random_model(dataclasses.replace(config, n_layer=1)).eval()
+    ids = tokens(config, 2, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+# ---- configurations ----------------------------------------------------------------------------------------------
+
+
+@every_preset
+def test_presets_have_the_published_parameter_counts(family, name):
+    assert build(preset(name), device="meta").num_parameters() == FAMILIES[family].parameters()[name]
+
+
+@every_preset
+def test_config_json_holds_the_whole_configuration_of_a_preset(family, name):
+    config = preset(name)
+    assert config.family == family
+    assert config_from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@every_config
+def test_config_json_holds_the_whole_configuration_and_transformers_keeps_it(transformers, config):
+    config = dataclasses.replace(config, bos_token_id=1, eos_token_ids=(2, 3))
+    assert config_from_hf(config.to_hf()) == config
+    written = transformers.AutoConfig.for_model(**config.to_hf()).to_dict()
+    assert config_from_hf(written) == config
+
+
+@every_config
+def test_a_saved_model_comes_back_equal(config, tmp_path):
+    model = random_model(config).eval()
+    save_model(tmp_path, model)
+    loaded = load_model(tmp_path)
+    assert loaded.config == config
+    ids = tokens(config, 2, 9)
+    assert torch.equal(loaded(ids), model(ids))
+
+
+@every_family
+def test_the_settings_of_training_make_a_small_model_and_are_checked_by_the_family(family):
+    config = FAMILIES[family].config_class()
+    assert "context_length" in config.SETTINGS
+    small = config.from_settings(vocab_size=300, eos_token_ids=(299,), **config.SETTINGS)
+    assert (small.vocab_size, small.eos_token_ids, small.family) == (300, (299,), family)
+    assert build(small).num_parameters() < 2_000_000
+    for name, default in config.SETTINGS.items():
+        if type(default) is int:
+            with pytest.raises(ConfigError, match=name):
+                config.from_settings(vocab_size=300, eos_token_ids=(), **{**config.SETTINGS, name: -1})
+
+
+@every_family
+def test_tiny_is_small_and_holds_every_byte(family):
+    config = FAMILIES[family].config_class().tiny()
+    assert build(config).num_parameters() < 50_000
+    assert config.vocab_size >= 259
+    assert config.context_length >= 32
