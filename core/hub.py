@@ -70,7 +70,7 @@ class Transfer:
 
     Attributes:
         folder: The new folder.
-        family: Such as ``gpt2``.
+        family: Its key in :data:`portlm.models.FAMILIES`.
         parameters: How many, a shared matrix counted once.
         notes: What was changed or left out on the way, a sentence each.
     """

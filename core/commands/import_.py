@@ -13,7 +13,7 @@ import click
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
 def command(hf_dir: Path, out: Path, as_json: bool) -> None:
-    """Import the GPT-2- or LLaMA-shaped model in HF_DIR into the checkpoint folder OUT.
+    """Import the model in HF_DIR, of a family that portlm has, into the checkpoint folder OUT.
 
     Reads safetensors, config.json and tokenizer.json; never a pickle, never code. Prints the path of OUT,
     and on stderr what was changed or left out.

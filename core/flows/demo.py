@@ -26,7 +26,6 @@ SETTINGS: dict[str, Any] = {
     "steps": 1800,
     "log_interval": 20,
     "model": {
-        "family": "gpt2",
         "n_layer": 4,
         "n_head": 6,
         "width": 192,
