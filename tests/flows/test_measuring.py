@@ -10,7 +10,7 @@ def test_a_ratio_is_of_the_same_round():
     """Round by round they need 2, 1 and 4 times our time; the ratio of the medians, 3 and 2, would be 1.5."""
     ratio, (low, high) = paired_ratio([2.0, 3.0, 8.0], [1.0, 3.0, 2.0])
     assert (ratio, low, high) == (2.0, 1.0, 4.0)
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(ValueError, match="shorter"):
         paired_ratio([1.0, 2.0], [1.0])
 
 
