@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import bootstrap, environment
+from harness import environment
 from torch import Tensor, nn
 
 from portlm import _C, settings
 from portlm.data.python_topics import python_topics
+from portlm.flows.measuring import STEAL_LIMIT, StealMeter, paired_ratio
 from portlm.models.gpt2 import GPT2, GPT2Config
 from portlm.train.config import PretrainConfig
 from portlm.train.loop import accumulate_gradients
@@ -195,26 +196,22 @@ class Noise:
 
     def too_much(self, threads: int) -> bool:
         """Say whether the round cannot be trusted."""
-        return self.steal > 0.01 or self.load > threads + 1
+        return self.steal > STEAL_LIMIT or self.load > threads + 1
 
 
 class NoiseMeter:
     """Compares the kernel's counters at two moments."""
 
     def __init__(self) -> None:
-        self._begin = self._read()
+        self._steal, self._switches = StealMeter(), self._preemptions()
 
     def stop(self) -> Noise:
         """Return what happened since this was made."""
-        total, steal, switches = (
-            after - before for before, after in zip(self._begin, self._read(), strict=True)
-        )
-        return Noise(steal / max(total, 1), os.getloadavg()[0], switches)
+        return Noise(self._steal.share(), os.getloadavg()[0], self._preemptions() - self._switches)
 
     @staticmethod
-    def _read() -> tuple[int, int, int]:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-        return sum(fields[:8]), fields[7], resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    def _preemptions() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def step_flops(config: GPT2Config, batch: int) -> float:
@@ -358,12 +355,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = arguments.batch * config.context_length
     rows = []
     for name in steps:
-        typical = statistics.median(r.seconds[name] for r in rounds)
-        ratios = [r.seconds[name] / r.seconds["portlm"] for r in rounds]
-        low, high = bootstrap(ratios)
+        seconds = [r.seconds[name] for r in rounds]
+        ratio, (low, high) = paired_ratio(seconds, [r.seconds["portlm"] for r in rounds])
+        typical = statistics.median(seconds)
         rows.append({
             "name": name, "ms": 1e3 * typical, "tokens_per_second": tokens / typical, "of_peak": flops / typical / peak,
-            "portlm_is_faster_by": statistics.median(ratios), "low": low, "high": high, "loss_stray": strays[name],
+            "portlm_is_faster_by": ratio, "low": low, "high": high, "loss_stray": strays[name],
         })  # fmt: skip
     return {
         "setting": asdict(config) | {"batch": arguments.batch, "gflop_per_step": flops / 1e9},

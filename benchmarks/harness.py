@@ -28,16 +28,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from portlm import _C, bench
+from portlm.flows import measuring
+from portlm.flows.measuring import STEAL_LIMIT, Limits, StealMeter, paired_ratio
 from portlm.train.allocator import keep_freed_memory
 
 Call = Callable[[], Any]
 
-_STEAL_LIMIT = 0.01
 _MOST_REPEATS = 3  # of a round that was disturbed
 
 
@@ -58,21 +57,6 @@ class Case:
     moved: int = 0
     flops: int = 0
     tolerance: float = 1e-4
-
-
-@dataclass
-class Limits:
-    """The best that the probes saw during the run: bytes/s read, bytes/s of a triad, FLOP/s."""
-
-    read: float = 0.0
-    triad: float = 0.0
-    flops: float = 0.0
-
-    def probe(self, bytes_: int) -> None:
-        """Probe again and keep the best."""
-        self.read = max(self.read, _C.probe_bandwidth(bytes_))
-        self.triad = max(self.triad, _C.probe_triad(bytes_))
-        self.flops = max(self.flops, _C.probe_flops(20_000_000))
 
 
 @dataclass
@@ -132,14 +116,6 @@ def without_gradients(function: Callable[..., Any], *inputs: Tensor) -> Call:
     return call
 
 
-def bootstrap(ratios: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of the median of ratios, by resampling the rounds 5000 times with a fixed seed."""
-    values = np.array(ratios)
-    picks = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))
-    low, high = np.quantile(np.median(values[picks], axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
 def race(
     case: Case, limits: Limits, *, rounds: int, seconds: float, threads: int, probe_bytes: int
 ) -> list[Result]:
@@ -152,9 +128,9 @@ def race(
     for round_ in range(rounds):
         limits.probe(probe_bytes)
         for _ in range(_MOST_REPEATS):
-            before = _cpu_times()
+            meter = StealMeter()
             times = {name: _sample(calls[name], repeats[name]) for name in order}
-            if _stolen(before, _cpu_times()) <= _STEAL_LIMIT:
+            if meter.share() <= STEAL_LIMIT:
                 break
         for name, value in times.items():
             results[name].samples.append(value)
@@ -173,8 +149,7 @@ def race(
             result.rate, result.unit = case.moved / result.seconds / 1e9, "GB/s"
             result.of_limit = result.rate / (max(limits.read, limits.triad) / 1e9)
         if result is not ours and ours.samples:
-            ratios = [theirs / mine for theirs, mine in zip(result.samples, ours.samples, strict=True)]
-            result.ratio, result.interval = statistics.median(ratios), bootstrap(ratios)
+            result.ratio, result.interval = paired_ratio(result.samples, ours.samples)
     return list(results.values())
 
 
@@ -222,22 +197,12 @@ def _sample(call: Call, repeats: int) -> float:
     return (time.perf_counter() - begin) / repeats
 
 
-def _cpu_times() -> list[int]:
-    stat = Path("/proc/stat")
-    return [int(v) for v in stat.read_text().splitlines()[0].split()[1:9]] if stat.exists() else [0] * 8
-
-
-def _stolen(before: list[int], after: list[int]) -> float:
-    spent = [b - a for a, b in zip(before, after, strict=True)]
-    return spent[7] / sum(spent) if sum(spent) else 0.0
-
-
 def environment() -> dict[str, Any]:
     """Describe the machine, the versions and the load that a figure depends on."""
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
-        **bench.environment(),
+        **measuring.environment(),
         "compiler": torch.__config__.show().splitlines()[1].strip(" -"),
         "huge_pages": huge.read_text().strip() if huge.exists() else "unknown",
         "governor": governor.read_text().strip() if governor.exists() else "unknown",

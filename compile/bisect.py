@@ -9,6 +9,7 @@ is exposed. Then values are exposed one at a time, and halving finds the first w
 place.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from portlm.artifact import read_manifest, verify_files
+from portlm.artifact import RoleSpec, StateSpec, TensorSpec, read_manifest, verify_files
 from portlm.compile.check import check_model
 from portlm.compile.parity import make_probe
 from portlm.errors import EngineUnavailableError, FormatError, UsageError
@@ -27,7 +28,6 @@ Values = dict[str, np.ndarray]
 Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
 """(graph with the wanted values among its outputs, folder of its weight file, wanted names, inputs) -> values."""
 
-WEBGPU = "WebGpuExecutionProvider"
 TOLERANCE = 2e-5  # of a value's largest element, or of 1 if that is larger; float32 noise is below 1e-5 here
 MOVEMENT = (
     "Reshape",
@@ -69,14 +69,17 @@ class Case:
     real: np.ndarray
 
 
-def bisect(folder: str | Path, run: Runner, graph: str, tolerance: float = TOLERANCE) -> Divergence | None:
+def bisect(
+    folder: str | Path, run: Runner, graph: str, tolerance: float = TOLERANCE, role: str = "decoder"
+) -> Divergence | None:
     """Compare an engine with the float64 reference, node by node.
 
     Args:
-        folder: the artifact; it must have the portable profile.
+        folder: the artifact; the role must have the portable profile.
         run: the engine under test.
         graph: what the engine runs, relative to the artifact, such as "onnx/decoder.portable.onnx".
         tolerance: relative to each value's largest element.
+        role: whose graph it is.
 
     Returns:
         The first divergence in graph order, or None if every step agrees.
@@ -87,15 +90,13 @@ def bisect(folder: str | Path, run: Runner, graph: str, tolerance: float = TOLER
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    role = manifest.roles.get("decoder")
-    if role is None or "portable" not in role.profiles:
-        raise UsageError(
-            f"{root}: has no portable decoder graph to compare with; export it with that profile"
-        )
-    verify_files(root, [role.profiles["portable"], role.weights, graph])
+    spec = manifest.roles.get(role)
+    if spec is None or "portable" not in spec.profiles:
+        raise UsageError(f"{root}: has no portable {role} graph to compare with; export it with that profile")
+    verify_files(root, [spec.profiles["portable"], spec.weights, graph])
     subject = check_model(root / graph)
-    reference = _Reference(root / role.profiles["portable"])
-    for case in _cases(reference, manifest.model.vocab_size, manifest.model.context_length):
+    reference = _Reference(root / spec.profiles["portable"])
+    for case in _cases(reference, spec, manifest.model.vocab_size, manifest.model.context_length):
         expected = reference.values(case.inputs)
         found = _first_difference(_Subject(subject, root / graph, run, case, expected, tolerance))
         if found is not None:
@@ -108,31 +109,23 @@ def ort_runner(device: str = "cpu") -> Runner:
 
     For Vulkan the WebGPU plugin must be registered in this process, which opening the engine does.
     """
-    import onnxruntime
+    from portlm.ort_support import EXTERNAL_FOLDER, open_session, session_options, webgpu_devices
 
     opened: dict[tuple[str, ...], Any] = {}
-
-    def open_session(model: onnx.ModelProto, folder: Path) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors come back as exceptions
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        providers = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider"]}.get(device)
-        if device == "vulkan":
-            found = [ep for ep in onnxruntime.get_ep_devices() if ep.ep_name == WEBGPU]
-            if not found:
-                raise EngineUnavailableError(
-                    "ort:vulkan: no WebGPU device is registered, open the engine first"
-                )
-            options.add_provider_for_devices([found[0]], {"dawnBackendType": "Vulkan"})
-        graph = model.SerializeToString()
-        return onnxruntime.InferenceSession(graph, options, providers, enable_fallback=0)
 
     def run(
         model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
     ) -> list[np.ndarray]:
         key = _outputs(model)
         if key not in opened:
-            opened[key] = open_session(model, folder)
+            devices = webgpu_devices() if device == "vulkan" else [None]
+            if not devices:
+                raise EngineUnavailableError(
+                    "ort:vulkan: no WebGPU device is registered, open the engine first"
+                )
+            options = session_options(device, devices[0], None, allow_fallback=False)
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+            opened[key] = open_session(model.SerializeToString(), options, device)
         results: list[np.ndarray] = opened[key].run(list(names), dict(inputs))
         return results
 
@@ -142,30 +135,29 @@ def ort_runner(device: str = "cpu") -> Runner:
 def tvm_runner(profile: str) -> Runner:
     """Run graphs compiled by TVM for this processor as its engine does, "portable" or "fused".
 
-    For the fused profile portlm's kernels must be registered in this process, which opening the engine does.
+    Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
+    registered in this process, which opening the engine does.
     """
-    from portlm import _C
-    from portlm.compile import tvm_build, tvm_fused, tvm_portable
-    from portlm.compile.tvm_schedule import cpu_passes
-    from portlm.tvm_support import PROCESSORS, Weight, import_tvm
+    from portlm.compile import tvm_fused, tvm_portable
+    from portlm.compile.tvm_build import Graph, compile_graph, need_linker
+    from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
 
     tvm = import_tvm()
-    lower = {"portable": tvm_portable.lower, "fused": tvm_fused.lower}[profile]
+    need_linker()
+    lowering = {"portable": tvm_portable.LOWERING, "fused": tvm_fused.LOWERING}[profile]
     opened: dict[tuple[str, ...], Callable[..., Any]] = {}
 
     def open_machine(model: onnx.ModelProto, folder: Path) -> Callable[..., Any]:
-        from tvm import relax
-
         weights, tensors = [], []
         for tensor in model.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
                 weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
                 tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
-        target = tvm.target.Target({"kind": "llvm", "mcpu": PROCESSORS[_C.isa()]})
-        passes = cpu_passes(target) if profile == "portable" else "default"
-        module = lower(tvm_build.Graph(model, "", tuple(weights)))
-        machine = relax.VirtualMachine(relax.build(module, target, relax_pipeline=passes), tvm.cpu())
+        executable = compile_graph(Graph(model, "", tuple(weights)), lowering)
+        with tempfile.TemporaryDirectory(prefix="portlm-tvm-") as scratch:  # mode 0700
+            executable.export_library(str(Path(scratch) / LIBRARY))
+            machine = virtual_machine(tvm.runtime.load_module(str(Path(scratch) / LIBRARY)))
         return lambda *inputs: machine["main"](*inputs, *tensors)
 
     def run(
@@ -201,9 +193,6 @@ class _Reference:
                     numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name)
                 )
         constant = {tensor.name for tensor in model.graph.initializer}
-        self.caches = [
-            (v.name, v.type.tensor_type.shape.dim) for v in model.graph.input if v.name.startswith("past")
-        ]
         self._names = []
         for node in model.graph.node:
             if not set(node.input) <= constant:  # a turned weight is no step of the computation
@@ -214,13 +203,6 @@ class _Reference:
         """Every value by name, float64."""
         wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in inputs.items()}
         return dict(zip(self._names, self._evaluator.run(self._names, wide), strict=True))
-
-    def empty(self, batch: int) -> Values:
-        """Caches without a slot."""
-        return {
-            name: np.zeros((batch, dims[1].dim_value, 0, dims[3].dim_value), np.float32)
-            for name, dims in self.caches
-        }
 
 
 class _Subject:
@@ -237,6 +219,7 @@ class _Subject:
             expected,
             tolerance,
         )
+        self.results = frozenset(_outputs(model))
         self.watched = [
             (node, value)
             for node in model.graph.node
@@ -252,7 +235,7 @@ class _Subject:
         present = {value.name for value in model.graph.output}
         for name in exposed:
             if name not in present:
-                model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+                model.graph.output.append(helper.make_tensor_value_info(name, self._element(name), None))
         results = self._run(model, self._path.parent, exposed, self.case.inputs)
         for name, actual in zip(exposed, results, strict=True):
             expected = self._expected[name]
@@ -264,6 +247,11 @@ class _Subject:
             if not error <= self._tolerance * max(1.0, scale):  # also if it is NaN
                 yield name, error, scale
 
+    def _element(self, name: str) -> int:
+        """The element type of a value in the engine's graph, which computes in float32 what the reference widened."""
+        dtype = self._expected[name].dtype
+        return int(TensorProto.FLOAT if dtype == np.float64 else helper.np_dtype_to_tensor_dtype(dtype))
+
     def _error(self, actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
         """Largest difference and largest element; with padding, of values laid out by token only."""
         real = self.case.real
@@ -273,6 +261,7 @@ class _Subject:
             actual, expected = actual[real], expected[real]
         if not expected.size:
             return 0.0, 0.0
+        actual, expected = actual.astype(np.float64), expected.astype(np.float64)  # booleans have no minus
         return float(np.abs(actual - expected).max()), float(np.abs(expected).max())
 
 
@@ -280,9 +269,13 @@ def _first_difference(subject: _Subject) -> Divergence | None:
     names = [value for _, value in subject.watched]
     for value, error, scale in subject.difference(names):
         return _report(subject, value, error, scale, alone=False)
-    if not list(subject.difference(["logits"])):
+    results = [name for name in names if name in subject.results]
+    for name in results:
+        if list(subject.difference([name])):
+            break
+    else:
         return None
-    low, high = 0, names.index("logits")  # the answer lies in names[low..high]
+    low, high = 0, names.index(name)  # the answer lies in names[low..high]
     while low < high:
         middle = (low + high) // 2
         if list(subject.difference([names[middle]])):
@@ -299,28 +292,73 @@ def _report(subject: _Subject, value: str, error: float, scale: float, alone: bo
     return Divergence(node.name, operator, value, error, scale, subject.case.situation, alone)
 
 
-def _cases(reference: _Reference, vocab_size: int, context_length: int) -> Iterator[Case]:
-    """A prefill and several tokens on a filled cache, first of one row, then of a ragged batch."""
+def _cases(reference: _Reference, role: RoleSpec, vocab_size: int, context_length: int) -> Iterator[Case]:
+    """A first call and one on the state that it left, first of one row, then of a ragged batch."""
     probe = make_probe(vocab_size, context_length)
-    ragged = probe.input_ids, probe.attention_mask, "ragged "
-    single = probe.input_ids[:1], probe.attention_mask[:1], ""
-    for ids, mask, kind in (single, ragged):
-        positions = np.maximum(mask.cumsum(1) - 1, 0)
-        caches, start = reference.empty(len(ids)), 0
-        for end, step in ((probe.cuts[0], "prefill"), (ids.shape[1], "cached step")):
+    rows = [(probe.input_ids[:1], probe.attention_mask[:1], "")]
+    if any(spec.name == "attention_mask" for spec in role.inputs):
+        rows.append((probe.input_ids, probe.attention_mask, "ragged "))
+    for ids, mask, kind in rows:
+        make = _Inputs(ids, mask, vocab_size)
+        state = {spec.name: make.state(spec) for spec in role.state}
+        steps = ((probe.cuts[0], "prefill"), (ids.shape[1], "cached step"))
+        start = 0
+        for end, step in steps if role.state else steps[1:]:
             if start == end:
                 continue
-            inputs = {
-                "input_ids": ids[:, start:end],
-                "attention_mask": mask[:, :end],
-                "position_ids": positions[:, start:end],
-                **caches,
-            }
-            yield Case(kind + step, inputs, mask[:, start:end] == 1)
-            values = reference.values(inputs)
-            caches = {name: values[_present(name)].astype(np.float32) for name in caches}
+            inputs = {spec.name: make.input(spec, start, end) for spec in role.inputs}
+            yield Case(kind + step if role.state else f"{kind}call", inputs | state, mask[:, start:end] == 1)
+            values = reference.values(inputs | state)
+            for spec in role.state:
+                if spec.output:
+                    state[spec.name] = values[spec.output].astype(spec.dtype)
             start = end
 
 
-def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.")
+class _Inputs:
+    """Arrays for the inputs and states of any role, the same on every run."""
+
+    def __init__(self, ids: np.ndarray, mask: np.ndarray, vocab_size: int):
+        """Take the tokens of the rows (B, L), and which of them are no padding."""
+        self._ids, self._mask, self._vocab_size = ids, mask, vocab_size
+        self._positions = np.maximum(mask.cumsum(1) - 1, 0)
+        self._rng = np.random.default_rng(0)
+
+    def input(self, spec: TensorSpec, start: int, end: int) -> np.ndarray:
+        """One input of the call that reads tokens [start, end)."""
+        shape = self._shape(spec.shape, start, end)
+        if spec.name == "logits_to_keep":
+            return np.arange(end - start)
+        if spec.name == "attention_mask":
+            width = shape[-1]
+            return self._mask[:, end - width : end] if width <= end else np.ones(shape, np.int64)
+        if shape == (len(self._ids), end - start):
+            if spec.name == "input_ids":
+                return self._ids[:, start:end]
+            if spec.name == "position_ids":
+                return self._positions[:, start:end]
+        return self._random(spec, shape)
+
+    def state(self, spec: StateSpec) -> np.ndarray:
+        """One state before the first call."""
+        shape = self._shape(spec.shape, 0, 0)
+        return self._random(spec, shape) if spec.initial == "given" else np.zeros(shape, spec.dtype)
+
+    def _random(self, spec: TensorSpec | StateSpec, shape: tuple[int, ...]) -> np.ndarray:
+        if np.issubdtype(np.dtype(spec.dtype), np.integer):
+            return self._rng.integers(0, self._vocab_size, shape).astype(spec.dtype)
+        return self._rng.standard_normal(shape).astype(spec.dtype)
+
+    def _shape(self, shape: Sequence[int | str], start: int, end: int) -> tuple[int, ...]:
+        """A shape in numbers; a symbol that says nothing of tokens or rows is as long as the longest row."""
+        sizes: dict[str, int] = {"batch": len(self._ids), "past": start, "sequence": end - start}
+        sizes["kept"] = end - start
+        other = int(self._ids.shape[1])
+
+        def size(part: int | str) -> int:
+            if isinstance(part, int):
+                return part
+            names = [name.strip() for name in part.split("+")]
+            return sum(sizes.setdefault(name, other) for name in names)
+
+        return tuple(size(part) for part in shape)

@@ -1,4 +1,4 @@
-"""From a Relax function to a library on disk, the part that both TVM profiles share.
+"""From a graph to a library on disk, the part that both TVM profiles share.
 
 Weights never enter the library: they are parameters of its function `main`, and the signature written beside it says
 where each lies in the artifact's weight file. Linking needs a C compiler (TVM writes object files only).
@@ -6,10 +6,10 @@ where each lies in the artifact's weight file. Linking needs a C compiler (TVM w
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx
 from onnx import TensorProto
@@ -17,7 +17,7 @@ from onnx import TensorProto
 from portlm import _C
 from portlm.artifact import CompiledEntry
 from portlm.compile.check import check_model
-from portlm.compile.tvm_schedule import cpu_passes
+from portlm.compile.passes import Note, Pass, ignore, run_passes
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import fsync_dir, safe_join
 from portlm.tvm_support import (
@@ -80,36 +80,79 @@ def read_graph(artifact: Path, name: str) -> Graph:
     return Graph(proto, f"{folder}/{locations.pop()}", tuple(weights))
 
 
-def build_library(
-    module: "tvm.IRModule", graph: Graph, artifact: Path, profile: str, *, generate: bool
-) -> CompiledEntry:
-    """Compile a Relax module for this processor, store it in the artifact.
+class Lowering(NamedTuple):
+    """How a profile becomes code.
+
+    Attributes:
+        profile: "portable" or "fused".
+        graph: passes from a Graph to a Relax module, whose function main takes the graph's inputs and then its weights.
+        relax: function from a target to TVM's passes over that module.
+        exec_mode: "bytecode" for the sequence of calls, or "compiled" for native code, which is worth it where nothing
+            but kernels is called.
+    """
+
+    profile: str
+    graph: Sequence[Pass]
+    relax: Callable[["tvm.target.Target"], Sequence["tvm.ir.transform.Pass"]]
+    exec_mode: str
+
+
+def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
+    """A graph as an executable of TVM's virtual machine, for this processor: tvm.relax.VMExecutable.
 
     Args:
-        module: its function main takes the graph's inputs, then its weights, and returns its outputs.
-        graph: what the module was made from.
-        artifact: the artifact's folder.
-        profile: "portable" or "fused".
-        generate: True if TVM generates the operators, which it then fuses and schedules, and keeps the sequence of
-            calls as bytecode; False if it only calls kernels, which it then does from native code.
+        graph: what to compile.
+        lowering: of its profile.
+        note: called with each pass's name and the graph after it.
+
+    Raises:
+        FormatError: the graph holds what the profile has no form for.
+        EngineUnavailableError: TVM is missing.
+    """
+    tvm = import_tvm()
+    from tvm import relax
+
+    target = tvm.target.Target({"kind": "llvm", "mcpu": processor_of(_C.isa())})
+    module = run_passes(graph, lowering.graph, note)
+    with target:
+        # One at a time through Sequential, which skips what the optimisation level of the context excludes.
+        passes = [(step.info.name, tvm.transform.Sequential([step])) for step in lowering.relax(target)]
+        module = run_passes(module, passes, note)
+    return relax.build(module, target, relax_pipeline=None, exec_mode=lowering.exec_mode)
+
+
+def need_linker() -> None:
+    """Raise EngineUnavailableError if there is no C compiler, with which TVM links the library that it compiled."""
+    import_tvm()
+    from tvm.support import cc
+
+    if cc.get_cc() is None:
+        raise EngineUnavailableError("tvm: linking needs a C compiler: install g++ or clang, or set CXX")
+
+
+def build_library(
+    artifact: Path, name: str, lowering: Lowering, note: Note = ignore, role: str = "decoder"
+) -> CompiledEntry:
+    """Compile a graph of an artifact for this processor and store the library in the artifact.
+
+    Args:
+        artifact: its folder.
+        name: of the graph, relative to it.
+        lowering: of its profile.
+        note: called with each pass's name and the graph after it.
+        role: whose graph it is.
 
     Returns:
         The entry for the manifest's list "compiled".
 
     Raises:
-        EngineUnavailableError: there is no C compiler to link with.
+        FormatError: the graph is missing, damaged, or holds what the profile has no form for.
+        EngineUnavailableError: TVM or a C compiler is missing.
     """
-    tvm = import_tvm()
-    from tvm import relax
-    from tvm.support import cc
-
-    if cc.get_cc() is None:
-        raise EngineUnavailableError("tvm: linking needs a C compiler: install g++ or clang, or set CXX")
-    processor = processor_of(_C.isa())
-    target = tvm.target.Target({"kind": "llvm", "mcpu": processor})
-    passes, mode = (cpu_passes(target), "bytecode") if generate else ("default", "compiled")
-    executable = relax.build(module, target, relax_pipeline=passes, exec_mode=mode)
-    name = folder_name("cpu", profile)
+    need_linker()
+    graph = read_graph(artifact, name)
+    executable = compile_graph(graph, lowering, note)
+    name = folder_name("cpu", lowering.profile)
     folder = artifact / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -119,8 +162,9 @@ def build_library(
             os.fsync(file.fileno())
         unfinished.replace(folder / LIBRARY)
     fsync_dir(folder)
+    processor = processor_of(_C.isa())
     signature = Signature(
-        profile=profile,
+        profile=lowering.profile,
         processor=processor,
         inputs=graph.inputs,
         outputs=graph.outputs,
@@ -131,7 +175,34 @@ def build_library(
     )
     signature.write(folder / SIGNATURE)
     files = f"{name}/{LIBRARY}", f"{name}/{SIGNATURE}"
-    return CompiledEntry("tvm", "cpu", profile, f"llvm {processor}", files, dict(VERSIONS))
+    return CompiledEntry(
+        "tvm", "cpu", lowering.profile, f"llvm {processor}", files, dict(VERSIONS), role=role
+    )
+
+
+def kernel_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":
+    """TVM's passes for a module that calls kernels: nothing is fused or scheduled, memory is planned.
+
+    They are those of its pipeline "default"; the one for CPUs may drop calls whose result is unused.
+    """
+    from tvm.relax import backend, transform
+
+    return [
+        backend.DispatchSampling(),
+        backend.DispatchSortScan(),
+        transform.LegalizeOps(),
+        transform.RewriteDataflowReshape(),
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+        transform.StaticPlanBlockMemory(),
+        transform.LowerAllocTensor(),
+        transform.KillAfterLastUse(),
+        transform.LowerRuntimeBuiltin(),
+        transform.ComputePrimValue(),
+        transform.VMShapeLower(),
+        transform.AttachGlobalSymbol(),
+    ]
 
 
 def dimensions(value: onnx.ValueInfoProto) -> Sequence[int | str]:

@@ -18,7 +18,8 @@ from onnx import helper, numpy_helper
 
 from portlm.artifact import CompiledEntry
 from portlm.compile.forms import DOMAIN
-from portlm.compile.tvm_build import Graph, build_library, dimensions, read_graph
+from portlm.compile.passes import Note, ignore
+from portlm.compile.tvm_build import Graph, Lowering, build_library, dimensions, kernel_passes
 from portlm.errors import FormatError
 from portlm.tvm_support import import_tvm
 
@@ -26,22 +27,12 @@ if TYPE_CHECKING:
     import tvm
     from tvm import relax
 
-PROFILE = "fused"
 
-
-def compile_fused(artifact: Path, graph: str = "onnx/decoder.fused.onnx") -> CompiledEntry:
-    """Compile the fused graph of an artifact to compiled/tvm-cpu-fused.
-
-    Returns:
-        The entry for the manifest, which the caller updates.
-
-    Raises:
-        FormatError: the graph is missing, damaged, or holds a node that is not of the fused profile.
-        EngineUnavailableError: TVM or a C compiler is missing.
-    """
-    import_tvm()
-    read = read_graph(artifact, graph)
-    return build_library(lower(read), read, artifact, PROFILE, generate=False)
+def compile_fused(
+    artifact: Path, graph: str = "onnx/decoder.fused.onnx", note: Note = ignore
+) -> CompiledEntry:
+    """Compile the fused graph of an artifact to compiled/tvm-cpu-fused; see tvm_build.build_library."""
+    return build_library(artifact, graph, LOWERING, note)
 
 
 def lower(graph: Graph) -> "tvm.IRModule":
@@ -225,3 +216,6 @@ class _Columns:
     source: Any
     first: int
     width: Any
+
+
+LOWERING = Lowering("fused", [("CallKernels", lower)], kernel_passes, "compiled")

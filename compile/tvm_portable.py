@@ -11,43 +11,38 @@ from typing import TYPE_CHECKING
 import onnx
 
 from portlm.artifact import CompiledEntry
-from portlm.compile.tvm_build import Graph, build_library, read_graph
+from portlm.compile.passes import Note, ignore
+from portlm.compile.tvm_build import Graph, Lowering, build_library
+from portlm.compile.tvm_schedule import cpu_passes
 from portlm.errors import FormatError
 from portlm.tvm_support import import_tvm
 
 if TYPE_CHECKING:
     import tvm
 
-PROFILE = "portable"
+
+def compile_portable(
+    artifact: Path, graph: str = "onnx/decoder.portable.onnx", note: Note = ignore
+) -> CompiledEntry:
+    """Compile the portable graph of an artifact to compiled/tvm-cpu-portable; see tvm_build.build_library."""
+    return build_library(artifact, graph, LOWERING, note)
 
 
-def compile_portable(artifact: Path, graph: str = "onnx/decoder.portable.onnx") -> CompiledEntry:
-    """Compile the portable graph of an artifact to compiled/tvm-cpu-portable.
-
-    Returns:
-        The entry for the manifest, which the caller updates.
+def import_graph(graph: Graph) -> "tvm.IRModule":
+    """The graph as a Relax module whose function main takes the graph's inputs and then its weights.
 
     Raises:
-        FormatError: the graph is missing, damaged, or holds what TVM cannot import.
-        EngineUnavailableError: TVM or a C compiler is missing.
+        FormatError: TVM's importer does not take it.
     """
-    import_tvm()
-    read = read_graph(artifact, graph)
-    return build_library(lower(read), read, artifact, PROFILE, generate=True)
-
-
-def lower(graph: Graph) -> "tvm.IRModule":
-    """The graph as a Relax module whose function main takes the graph's inputs and then its weights."""
     import_tvm()
     from tvm.relax.frontend.onnx import from_onnx
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the importer renames inputs and says so one by one
         try:
-            module = from_onnx(_with_weights_as_inputs(graph))
+            return from_onnx(_with_weights_as_inputs(graph))
         except Exception as error:  # the importer raises whatever its converters raise
             raise FormatError(f"TVM cannot import this graph: {error}") from error
-    return _bounded_gathers(module)
 
 
 def _with_weights_as_inputs(graph: Graph) -> onnx.ModelProto:
@@ -64,7 +59,7 @@ def _with_weights_as_inputs(graph: Graph) -> onnx.ModelProto:
     return proto
 
 
-def _bounded_gathers(module: "tvm.IRModule") -> "tvm.IRModule":
+def bound_gathers(module: "tvm.IRModule") -> "tvm.IRModule":
     """Clamp every gather's indices: the importer's own mode reads wherever a wrong token id points to."""
     from tvm import ir, relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -84,3 +79,8 @@ def _bounded_gathers(module: "tvm.IRModule") -> "tvm.IRModule":
         if isinstance(function, relax.Function):
             clamp.builder_.update_func(name, clamp.visit_expr(function))
     return clamp.builder_.get()
+
+
+LOWERING = Lowering(
+    "portable", [("ImportGraph", import_graph), ("BoundGathers", bound_gathers)], cpu_passes, "bytecode"
+)

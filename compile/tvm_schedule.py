@@ -24,29 +24,27 @@ OUTPUTS = (
 LANES = (16, 8, 4)  # partial sums of a dot product, the most that divide K
 
 
-def cpu_passes(target: "tvm.target.Target") -> Any:
-    """TVM's own pipeline for CPUs, with matrix products transposed where they are read and scheduled as above."""
+def cpu_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":
+    """TVM's own passes for CPUs, with matrix products transposed where they are read and scheduled as above."""
     import tvm
     from tvm import relax
     from tvm.relax.backend.cpu_generic import pipeline
 
-    @tvm.transform.module_pass(opt_level=0)
+    @tvm.transform.module_pass(opt_level=0, name="ScheduleProducts")
     def schedule(module: "tvm.IRModule", _: Any) -> "tvm.IRModule":
         for name, function in module.functions_items():
             if isinstance(function, tvm.tirx.PrimFunc):
                 module[name] = schedule_products(function)
         return module
 
-    return tvm.transform.Sequential(
-        [
-            relax.transform.FuseTransposeMatmul(),
-            *pipeline.library_dispatch_passes(target),
-            *pipeline.legalize_passes(target),
-            schedule,
-            *pipeline.dataflow_lower_passes(target),
-            *pipeline.finalize_passes(target),
-        ]
-    )
+    return [
+        relax.transform.FuseTransposeMatmul(),
+        *pipeline.library_dispatch_passes(target),
+        *pipeline.legalize_passes(target),
+        schedule,
+        *pipeline.dataflow_lower_passes(target),
+        *pipeline.finalize_passes(target),
+    ]
 
 
 def schedule_products(function: "tvm.tirx.PrimFunc") -> "tvm.tirx.PrimFunc":

@@ -60,6 +60,19 @@ def import_tvm() -> ModuleType:
     return module
 
 
+def virtual_machine(module: Any) -> Any:
+    """TVM's virtual machine around a loaded library, on the CPU.
+
+    The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
+
+    Raises whatever TVM raises: RuntimeError, ValueError or AttributeError.
+    """
+    tvm = import_tvm()
+    from tvm import relax
+
+    return relax.VirtualMachine(module, tvm.cpu(), memory_cfg="naive")
+
+
 @dataclass(frozen=True)
 class Weight:
     """One float32 tensor in the weight file."""

@@ -8,13 +8,9 @@ Its threads park when idle instead of spinning, so that they take nothing from w
 PORTLM_ORT_SPINNING=1 in the environment lets them spin, which is faster when nothing else does.
 """
 
-import contextlib
 import os
-import sys
-import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,10 +21,9 @@ from portlm.artifact import Manifest, RoleSpec, verify_files
 from portlm.engine import Ids, Logits, Placement, State, check_inputs
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import safe_join
+from portlm.ort_support import CUDA, WEBGPU, open_session, session_options, webgpu_devices
 from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
 
-WEBGPU = "WebGpuExecutionProvider"
-CUDA = "CUDAExecutionProvider"
 PROVIDERS = {"CPUExecutionProvider": "cpu", CUDA: "cuda", WEBGPU: "vulkan"}
 MEMORY = {"cpu": "cpu", "cuda": "cuda", "vulkan": "webgpu"}  # ONNX Runtime's name for each device's memory
 SOFTWARE_ADAPTER = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
@@ -159,7 +154,7 @@ def try_device(device: str) -> str:
     """
     ep_device, note = _find_device(device)
     try:
-        session = _session(SMALLEST, _session_options(device, ep_device, 1), device)
+        session = open_session(SMALLEST, session_options(device, ep_device, 1), device)
         (y,) = session.run(["y"], {"x": np.array([1, 2], np.float32)})
     except Exception as error:  # its exceptions have no common base but this
         raise EngineUnavailableError(f"ort:{device}: the device does not start: {_line(error)}") from error
@@ -222,16 +217,16 @@ def _vulkan_device() -> tuple[Any, list[VulkanDevice]]:
             "ort:vulkan: onnxruntime-ep-webgpu is not installed, try pip install 'portlm[vulkan]'"
         ) from None
     with _register:
-        devices = _webgpu_devices()
+        devices = webgpu_devices()
         if not devices:
             library = plugin.get_library_path()
             try:
                 onnxruntime.register_execution_provider_library("portlm-webgpu", library)
-                devices = _webgpu_devices()
+                devices = webgpu_devices()
                 if not devices:
                     onnxruntime.unregister_execution_provider_library("portlm-webgpu")
                     _register_with_software(library)
-                    devices = _webgpu_devices()
+                    devices = webgpu_devices()
             except Exception as error:  # its exceptions have no common base but this
                 raise EngineUnavailableError(
                     f"ort:vulkan: the WebGPU plugin does not load: {_line(error)}: "
@@ -239,8 +234,7 @@ def _vulkan_device() -> tuple[Any, list[VulkanDevice]]:
                 ) from error
     if not devices:
         raise EngineUnavailableError(f"ort:vulkan: the WebGPU plugin finds no device: {HOW_TO_GET_ONE}")
-    gpu = onnxruntime.OrtHardwareDeviceType.GPU
-    return next((d for d in devices if d.device.type == gpu), devices[0]), found
+    return devices[0], found
 
 
 def _register_with_software(library: str) -> None:
@@ -257,10 +251,6 @@ def _register_with_software(library: str) -> None:
             os.environ[SOFTWARE_ADAPTER] = before
 
 
-def _webgpu_devices() -> list[Any]:
-    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == WEBGPU]
-
-
 def _software_note(found: list[VulkanDevice]) -> str:
     if any(device.kind != "software" for device in found):
         return ""
@@ -269,63 +259,19 @@ def _software_note(found: list[VulkanDevice]) -> str:
 
 def _load(path: Path, device: str, ep_device: Any, allow_fallback: bool, threads: int | None) -> Any:
     """Open a session on one device, and nowhere else unless fallback is allowed."""
-    options = _session_options(device, ep_device, threads)
-    if device != "cpu" and not allow_fallback:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options = session_options(device, ep_device, threads, allow_fallback)
     try:
-        return _session(path, options, device)
+        return open_session(path, options, device)
     except Exception as error:  # its exceptions have no common base but this
         if device != "cpu" and not allow_fallback and "fallback" in str(error):
             # Only now is it worth loading once more, to name the nodes that stood in the way.
-            again = _session(path, _session_options(device, ep_device, threads), device)
+            again = open_session(path, session_options(device, ep_device, threads), device)
             raise _misplaced(path, device, _placement(again, device, "")) from error
         if device != "cpu" and type(error).__name__ not in ("InvalidGraph", "InvalidProtobuf", "NoSuchFile"):
             raise EngineUnavailableError(
                 f"ort:{device}: the device does not start: {_line(error)}"
             ) from error
         raise FormatError(f"{path}: ONNX Runtime does not take it: {_line(error)}; export again") from error
-
-
-def _session(model: Path | bytes, options: Any, device: str) -> Any:
-    providers = {"cpu": ["CPUExecutionProvider"], "cuda": [CUDA]}.get(device)  # Vulkan is in the options
-    with _without_chatter() if device == "vulkan" else contextlib.nullcontext():
-        session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
-    session.disable_fallback()
-    return session
-
-
-@contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Hold back what native code writes to stderr, and pass on all of it but Dawn's notes on artificial limits.
-
-    Dawn prints two lines about limits that it lowers, whenever a software device starts, through no log level.
-    """
-    with tempfile.TemporaryFile() as held:
-        sys.stderr.flush()
-        stderr = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            for line in held:
-                if b"artificially reduced" not in line:
-                    os.write(2, line)
-
-
-def _session_options(device: str, ep_device: Any, threads: int | None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors come back as exceptions
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", os.environ.get("PORTLM_ORT_SPINNING", "0")
-    )
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if device == "vulkan":
-        options.add_provider_for_devices([ep_device], {"dawnBackendType": "Vulkan"})
-    return options
 
 
 def _placement(session: Any, device: str, note: str) -> Placement:

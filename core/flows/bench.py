@@ -7,7 +7,6 @@ rotated order, so that a slow minute of a shared machine hits all of them.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from portlm.errors import PortlmError, UsageError
+from portlm.flows.measuring import environment, spread
 
 Progress = Callable[[str], None]
 
@@ -127,47 +127,6 @@ class Process:
             self.pipe.stdout.close()
 
 
-def environment() -> dict[str, Any]:
-    """Describe the machine and the versions that a figure depends on."""
-    import os
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    cpu = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-        cpu = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), cpu)
-    try:
-        from portlm import _C
-
-        isa = _C.isa()
-    except ImportError:
-        isa = "not built"
-    packages = ("portlm", "torch", "onnx", "onnxruntime", "onnxruntime-ep-webgpu", "apache-tvm", "numpy")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "isa": isa,
-        "load": os.getloadavg()[0],
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := installed(name))},
-    }
-
-
-def _spread(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
 def measure(
     model: Path,
     targets: Iterable[Target],
@@ -246,9 +205,9 @@ def measure(
                     device=target.device,
                     profile=loaded[target]["profile"],
                     prefill_tok_s=p_rate,
-                    prefill_spread=_spread(prefill[target]),
+                    prefill_spread=spread(prefill[target]),
                     decode_tok_s=d_rate,
-                    decode_spread=_spread(decode[target]),
+                    decode_spread=spread(decode[target]),
                     load_s=loaded[target]["load_s"],
                     model_mib=loaded[target]["model_bytes"] / 2**20,
                     peak_rss_mib=process.call("memory")["peak_rss"] / 2**20,

@@ -77,9 +77,11 @@ class Worker:
 
     def limits(self) -> dict[str, Any]:
         """Probe what the hardware gives: read bandwidth in B/s and float32 multiply-adds in FLOP/s, all threads."""
-        from portlm import _C
+        from portlm.flows.measuring import Limits
 
-        return {"bandwidth": _C.probe_bandwidth(1 << 28), "flops": _C.probe_flops(50_000_000)}
+        found = Limits()
+        found.probe(steps=50_000_000)
+        return {"bandwidth": found.read, "flops": found.flops}
 
     def memory(self) -> dict[str, Any]:
         """Report resident memory."""

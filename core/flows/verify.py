@@ -205,21 +205,22 @@ def _first_wrong_node(root: Path, target: Target) -> Iterator[str]:
     from portlm.compile.bisect import bisect, ort_runner, tvm_runner
 
     manifest = read_manifest(root)
-    graphs = dict(manifest.roles["decoder"].profiles)
-    if target.engine == "ort":
-        runner = ort_runner(target.device)
+    if target.engine not in ("ort", "tvm"):  # no graph to search
+        return
+    for name, role in manifest.roles.items():
+        graph = role.profiles.get(target.profile)
         for entry in manifest.compiled:
-            if (entry.engine, entry.device, entry.profile) == ("ort", target.device, target.profile):
-                graphs[target.profile] = entry.files[0]
-    elif target.engine == "tvm":
-        runner = tvm_runner(target.profile)
-    else:  # no graph to search
-        return
-    try:
-        with closing(_open(root, target)):  # registers the device or the kernels that the runner needs
-            found = bisect(root, runner, graphs[target.profile])
-    except (EngineUnavailableError, UsageError) as error:
-        yield f"not found: {error}"
-        return
-    if found is not None:
-        yield str(found)
+            key = (entry.engine, entry.device, entry.profile, entry.role)
+            if key == ("ort", target.device, target.profile, name):
+                graph = entry.files[0]
+        if graph is None:
+            continue
+        try:
+            with closing(_open(root, target)):  # registers the device or the kernels that the runner needs
+                runner = ort_runner(target.device) if target.engine == "ort" else tvm_runner(target.profile)
+                found = bisect(root, runner, graph, role=name)
+        except (EngineUnavailableError, UsageError) as error:
+            yield f"not found: {error}"
+            return
+        if found is not None:
+            yield str(found)

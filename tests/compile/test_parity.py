@@ -338,3 +338,76 @@ def test_bisect_needs_the_portable_profile(checkpoints, tmp_path):
     folder = export(checkpoints["gpt2"], tmp_path / "out", profiles=("fused",))
     with pytest.raises(UsageError, match="no portable decoder graph to compare with"):
         bisect(folder, ort_runner(), "onnx/decoder.fused.onnx")
+
+
+def test_bisect_compiles_for_processors_that_have_no_level_of_their_own(exported, monkeypatch):
+    """As the engine does: anything but x86-64 is "generic"."""
+    pytest.importorskip("tvm", reason="TVM is missing: pip install portlm[tvm]")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("portlm.tvm_support.PROCESSORS", {})
+    assert bisect(exported["gpt2-one-head"], tvm_runner("portable"), GRAPH) is None
+
+
+def test_bisect_and_the_engine_build_the_same_code(exported, tmp_path, monkeypatch):
+    """One function makes executables, of the artifact's library and of what the search runs: seen by counting."""
+    pytest.importorskip("tvm", reason="TVM is missing: pip install portlm[tvm]")
+    from portlm.compile import tvm_build
+    from portlm.runtimes.tvm import connect_kernels
+
+    connect_kernels()
+    modes, real = [], tvm_build.compile_graph
+
+    def spy(graph, lowering, *rest):
+        modes.append((lowering.profile, lowering.exec_mode))
+        return real(graph, lowering, *rest)
+
+    monkeypatch.setattr(tvm_build, "compile_graph", spy)
+    folder = shutil.copytree(exported["gpt2-one-head"], tmp_path / "artifact")
+    build(folder, [("tvm", "cpu", "fused")])
+    bisect(folder, tvm_runner("fused"), "onnx/decoder.fused.onnx")
+    assert len(modes) > 1
+    assert set(modes) == {("fused", "compiled")}
+
+
+@pytest.fixture
+def renamed(exported, tmp_path):
+    """The artifact with another name for its role, its states and its output, as some other model would have them."""
+    folder = shutil.copytree(exported["gpt2-one-head"], tmp_path / "artifact")
+    manifest = read_manifest(folder)
+    role = manifest.roles["decoder"]
+
+    def new(name):
+        return (
+            name.replace("past_key_values", "memory").replace("present", "next").replace("logits", "scores")
+        )
+
+    path = folder / role.profiles["portable"]
+    model = onnx.load_model(path, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = new(value.name)
+    for node in model.graph.node:
+        node.input[:] = [new(name) for name in node.input]
+        node.output[:] = [new(name) for name in node.output]
+    path.write_bytes(model.SerializeToString())
+    role = replace(
+        role,
+        profiles={"portable": role.profiles["portable"]},
+        outputs=tuple(replace(spec, name=new(spec.name)) for spec in role.outputs),
+        state=tuple(replace(spec, name=new(spec.name), output=new(spec.output)) for spec in role.state),
+    )
+    write_manifest(folder, refresh_files(folder, replace(manifest, roles={"head:other": role})))
+    return folder
+
+
+def test_bisect_reads_the_names_of_states_and_outputs_from_the_role(renamed):
+    assert bisect(renamed, ort_runner(), GRAPH, role="head:other") is None
+    run = ort_runner()
+
+    def forgets(model, folder, names, inputs):
+        emptied = {k: np.zeros_like(v) if k.startswith("memory") else v for k, v in inputs.items()}
+        return run(model, folder, names, emptied)
+
+    found = bisect(renamed, forgets, GRAPH, role="head:other")
+    assert found.situation == "cached step"
+    with pytest.raises(UsageError, match="no portable decoder graph"):
+        bisect(renamed, run, GRAPH)

@@ -84,7 +84,7 @@ def test_a_scheduled_product_equals_numpys(K, N, transposed):
     rng, target = np.random.default_rng(0), tvm.target.Target({"kind": "llvm"})
     shape = (N, K) if transposed else (K, N)
     module = product(shape, transposed, tvm.tirx.Var("rows", "int64"))
-    library = relax.build(module, target, relax_pipeline=cpu_passes(target))
+    library = relax.build(module, target, relax_pipeline=tvm.transform.Sequential(cpu_passes(target)))
     machine = relax.VirtualMachine(library, tvm.cpu())
     b = rng.standard_normal(shape, dtype=np.float32)
     for rows in (1, 5):
@@ -99,7 +99,7 @@ def test_a_scheduled_product_equals_numpys(K, N, transposed):
 def test_a_product_is_vectorised(transposed):
     target = tvm.target.Target({"kind": "llvm"})
     with target:
-        module = cpu_passes(target)(product((64, 64), transposed, 5))
+        module = tvm.transform.Sequential(cpu_passes(target))(product((64, 64), transposed, 5))
     (function,) = (f for f in module.functions.values() if isinstance(f, tvm.tirx.PrimFunc))
     assert "T.vectorized(" in function.script()
 

@@ -1,0 +1,116 @@
+"""How portlm measures speed, for `portlm bench` and for benchmarks/ alike: statistics, limits, noise, surroundings.
+
+Contenders take turns, so that a slow minute of a shared machine hits all of them; what is compared are ratios of the
+same round; and beside every rate stands what the machine gave in the same run.
+"""
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEAL_LIMIT = 0.01  # share of the machine's time that the hypervisor may take in a round that counts
+
+PACKAGES = ("portlm", "torch", "onnx", "onnxruntime", "onnxruntime-ep-webgpu", "apache-tvm", "numpy")
+
+
+@dataclass
+class Limits:
+    """The best that the probes saw during the run: bytes/s read, bytes/s of a triad, FLOP/s of multiply-adds."""
+
+    read: float = 0.0
+    triad: float = 0.0
+    flops: float = 0.0
+
+    def probe(self, moved: int = 1 << 28, steps: int = 20_000_000) -> None:
+        """Probe again, with all threads of the caller's pool, and keep the best.
+
+        Args:
+            moved: bytes of the buffer that is read, well beyond the caches.
+            steps: multiply-adds of each lane.
+        """
+        from portlm import _C
+
+        self.read = max(self.read, _C.probe_bandwidth(moved))
+        self.triad = max(self.triad, _C.probe_triad(moved))
+        self.flops = max(self.flops, _C.probe_flops(steps))
+
+
+def bootstrap(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of the median of values, by resampling them 5000 times with a fixed seed."""
+    array = np.array(values)
+    picks = np.random.default_rng(0).integers(0, len(array), (5000, len(array)))
+    low, high = np.quantile(np.median(array[picks], axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The median of their time / our time, round by round, and its interval: above 1 means that we are faster.
+
+    Raises:
+        ValueError: they took different numbers of rounds.
+    """
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    return statistics.median(ratios), bootstrap(ratios)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The interquartile range, 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+class StealMeter:
+    """Share of the machine's time that the hypervisor gave to others since the meter was made, 0 where unknown."""
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def share(self) -> float:
+        """The share so far."""
+        spent = [b - a for a, b in zip(self._begin, self._read(), strict=True)]
+        return spent[7] / sum(spent) if sum(spent) else 0.0
+
+    @staticmethod
+    def _read() -> list[int]:
+        stat = Path("/proc/stat")
+        return [int(v) for v in stat.read_text().splitlines()[0].split()[1:9]] if stat.exists() else [0] * 8
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the versions that a figure depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    cpu = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        cpu = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), cpu)
+    try:
+        from portlm import _C
+
+        isa = _C.isa()
+    except ImportError:
+        isa = "not built"
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "isa": isa,
+        "load": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+    }

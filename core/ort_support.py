@@ -1,0 +1,85 @@
+"""What the runtime and the search for a wrong node share about ONNX Runtime: how a session is opened on a device.
+
+Both must run a graph in the very same way, or the search looks at something that the engine never did.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CUDA = "CUDAExecutionProvider"
+WEBGPU = "WebGpuExecutionProvider"
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def session_options(device: str, ep_device: Any, threads: int | None, allow_fallback: bool = True) -> Any:
+    """The onnxruntime.SessionOptions for a device.
+
+    Args:
+        device: "cpu", "cuda" or "vulkan".
+        ep_device: for Vulkan, the registered WebGPU device.
+        threads: of the CPU, None for one per core.
+        allow_fallback: False makes a node that the device lacks an error.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors come back as exceptions
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", os.environ.get("PORTLM_ORT_SPINNING", "0")
+    )
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if device == "vulkan":
+        options.add_provider_for_devices([ep_device], {"dawnBackendType": "Vulkan"})
+    if device != "cpu" and not allow_fallback:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def open_session(model: Path | bytes, options: Any, device: str) -> Any:
+    """An onnxruntime.InferenceSession on one device, which never moves to another by itself.
+
+    Raises whatever ONNX Runtime raises: its exceptions have no common base but Exception.
+    """
+    import onnxruntime
+
+    providers = {"cpu": ["CPUExecutionProvider"], "cuda": [CUDA]}.get(device)  # Vulkan is in the options
+    with _without_chatter() if device == "vulkan" else contextlib.nullcontext():
+        session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
+    session.disable_fallback()
+    return session
+
+
+def webgpu_devices() -> list[Any]:
+    """What the WebGPU plugin offers, nothing before it is registered in this process; GPUs first."""
+    import onnxruntime
+
+    gpu = onnxruntime.OrtHardwareDeviceType.GPU
+    found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == WEBGPU]
+    return sorted(found, key=lambda device: device.device.type != gpu)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Hold back what native code writes to stderr, and pass on all of it but Dawn's notes on artificial limits.
+
+    Dawn prints two lines about limits that it lowers, whenever a software device starts, through no log level.
+    """
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if b"artificially reduced" not in line:
+                    os.write(2, line)
