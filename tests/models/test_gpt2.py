@@ -206,6 +206,15 @@ def test_output_layer_is_the_token_embedding():
     assert torch.equal(after, before)
 
 
+def test_step_gives_the_logits_of_the_tokens_that_are_asked_for():
+    model = build(TINY).eval()
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    everything, _ = model.step(ids, torch.arange(6).expand(2, 6), mask)
+    some, _ = model.step(ids, torch.arange(6).expand(2, 6), mask, logits_to_keep=torch.tensor([5, 0]))
+    assert torch.equal(some, everything[:, [5, 0]])
+
+
 def test_more_tokens_than_the_context_are_refused():
     model = build(TINY)
     with pytest.raises(ContextLengthError, match="33 tokens, but the model's context holds 32"):
