@@ -5,7 +5,7 @@ The only file of portlm.runtimes that imports PyTorch.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from portlm.artifact import verify_files
 from portlm.engine import Array, CallSpec, OpenRequest, Placement
 from portlm.errors import EngineUnavailableError, PortlmError, UsageError
 from portlm.models import load_model
+from portlm.models.roles import Role
 from portlm.roles import StateSpec
 from portlm.runtimes.base import ArrayEngine, stack
-
-if TYPE_CHECKING:
-    from portlm.models import Model
 
 CHECKPOINT = ("config.json", "model.safetensors")
 
@@ -38,10 +36,10 @@ class TorchEngine(ArrayEngine):
     profile = "native"
     precision = "fp32"
 
-    def __init__(self, model: "Model", device: str):
+    def __init__(self, model: Any, device: str):
         self.device = device
-        self._model: Model | None = model.to(device).eval()
-        self._functions = model.roles()
+        self._model: Any = model.to(device).eval()
+        self._functions: dict[str, Role] = model.roles()
         specs = {
             name: CallSpec(tuple(role.inputs), tuple(role.outputs), tuple(role.state))
             for name, role in self._functions.items()

@@ -278,17 +278,16 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
     if profile in ("auto", "fused"):
         graphs = {}
         for entry in manifest.compiled:
-            role = entry.role
             if (entry.engine, entry.device, entry.profile) == ("ort", device, "fused"):
-                names = [name for name in entry.files if name.endswith(".onnx")]
-                if len(names) != 1 or role not in manifest.roles:
+                found = [name for name in entry.files if name.endswith(".onnx")]
+                if len(found) != 1 or entry.role not in manifest.roles:
                     raise FormatError(f"{folder}: the entry compiled for ort on {device} must have one graph")
-                weights = manifest.roles[role].weights
+                weights = manifest.roles[entry.role].weights
                 if request.compiled is None:
-                    graphs[role] = _Graph(safe_join(folder, names[0]), (*entry.files, weights))
+                    graphs[entry.role] = _Graph(safe_join(folder, found[0]), (*entry.files, weights))
                 else:
                     place = safe_join(folder, weights).parent
-                    graphs[role] = _Graph(safe_join(request.compiled, names[0]), (weights,), place)
+                    graphs[entry.role] = _Graph(safe_join(request.compiled, found[0]), (weights,), place)
         if graphs.keys() == manifest.roles.keys():
             return "fused", graphs
         if profile == "fused":

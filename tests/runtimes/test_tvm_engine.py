@@ -251,7 +251,7 @@ BAD_STEPS = {
     "one axis": ((3,), (3,), (1, 3), 1, "input_ids"),
     "positions of another shape": ((1, 3), (1, 2), (1, 3), 1, "position_ids"),
     "a short mask": ((1, 3), (1, 3), (1, 2), 1, "attention_mask"),
-    "a mask of another batch": ((2, 3), (2, 3), (1, 3), 1, "attention_mask"),
+    "a mask of another batch": ((2, 3), (2, 3), (1, 3), 2, "attention_mask"),
     "a state of another batch": ((2, 3), (2, 3), (2, 3), 1, "state of 1 rows"),
 }
 
