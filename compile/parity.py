@@ -8,11 +8,10 @@ No engine is imported here. They are objects with the attributes and methods of 
 """
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,10 +24,13 @@ from portlm.artifact import (
     verify_files,
     write_manifest,
 )
+from portlm.engine import Engine
 from portlm.errors import FormatError, ParityError, UsageError
+from portlm.rows import Rows
 from portlm.weights import load_numpy, save_tensors
 
 REFERENCE = "parity.safetensors"
+DECODER = "decoder"  # the role that is asked
 
 PROBE_TOKENS = 12  # of the longest row
 GREEDY_TOKENS = 128
@@ -43,33 +45,6 @@ PACKAGES = {
     "tvm": ("apache-tvm", "apache-tvm-ffi"),
 }
 VULKAN_PACKAGES = {"ort": ("onnxruntime-ep-webgpu",), "tvm": ("wgpu",)}
-
-
-class Placement(Protocol):
-    """How many nodes ran on each device, and which ran elsewhere than asked."""
-
-    @property
-    def nodes(self) -> Mapping[str, int]: ...  # noqa: D102
-
-    @property
-    def fallback(self) -> Iterable[str]: ...  # noqa: D102
-
-
-class Engine(Protocol):
-    """What is needed of an engine; portlm.engine documents it."""
-
-    name: str
-    device: str
-    profile: str
-    precision: str
-
-    def empty_state(self, batch: int) -> Any: ...  # noqa: D102
-
-    def step(  # noqa: D102
-        self, input_ids: np.ndarray, position_ids: np.ndarray, attention_mask: np.ndarray, state: Any
-    ) -> tuple[np.ndarray, Any]: ...
-
-    def placement(self) -> Placement: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -304,22 +279,21 @@ def load_reference(folder: Path, manifest: Manifest) -> Reference:
     return Reference(Probe(ids, mask, cuts), tensors["logits"], tensors["greedy"], tensors["margins"])
 
 
-def _answer(engine: Engine, probe: Probe, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _answer(
+    engine: Engine, probe: Probe, steps: int, role: str = DECODER
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits of the probe's tokens (N, V), then greedy tokens (B, steps) and by how much each won (B, steps)."""
-    mask, positions = probe.attention_mask, probe.position_ids
-    state, parts, start = engine.empty_state(len(mask)), [], 0
+    mask, parts, start = probe.attention_mask, [], 0
+    rows = Rows(engine, len(mask), role)
     for end in probe.cuts:
         ids = np.ascontiguousarray(probe.input_ids[:, start:end])
-        logits, state = engine.step(
-            ids, np.ascontiguousarray(positions[:, start:end]), np.ascontiguousarray(mask[:, :end]), state
-        )
-        parts.append(np.array(logits, dtype=np.float32))  # a copy: an engine may reuse its output buffer
+        logits = rows.read(ids, np.ascontiguousarray(mask[:, start:end]), every=True)
+        parts.append(np.array(logits, dtype=np.float32))
         start = end
     read = np.concatenate(parts, axis=1)
     last = read[:, -1]
     tokens: list[np.ndarray] = []
     margins: list[np.ndarray] = []
-    position = positions[:, -1:]
     while len(tokens) < steps:
         best = last.argmax(1)
         second = np.partition(last, -2, axis=1)[:, -2] if last.shape[1] > 1 else last[:, 0]
@@ -327,10 +301,7 @@ def _answer(engine: Engine, probe: Probe, steps: int) -> tuple[np.ndarray, np.nd
         margins.append(last.max(1) - second)
         if len(tokens) == steps:
             break
-        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        position = position + 1
-        logits, state = engine.step(best[:, None].astype(np.int64), position, mask, state)
-        last = np.array(logits[:, -1], dtype=np.float32)
+        last = np.array(rows.next(best), dtype=np.float32)
     empty = np.zeros((len(mask), 0))
     return (
         read[probe.attention_mask == 1],

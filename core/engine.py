@@ -1,11 +1,16 @@
-"""What every engine offers: one step of a decoder, with its state handed in and handed back.
+"""What every engine offers: the functions of a model ("roles"), each with its state handed in and handed back.
 
-An engine knows nothing of text, sampling or batches of different lengths; `Session` does all that once for all.
-B rows, T new tokens, P tokens already in the state, V vocabulary.
+An engine knows nothing of text, sampling or batches of different lengths; `Session` does all that once for all. What
+a role takes, returns and remembers is said by its specs (portlm.roles), and nothing here knows a model.
+
+**Ownership, one rule.** `run`, `reorder`, `crop` and `join` consume the states that they are given: a state is used
+once. Who wants to keep one calls `copy` first. So an engine may grow or overwrite a state's memory in place.
+
+B rows, T new tokens, P slots already in the state, V vocabulary.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -14,11 +19,13 @@ import numpy.typing as npt
 
 from portlm.artifact import Manifest
 from portlm.errors import ContextLengthError, UsageError
+from portlm.roles import StateSpec, TensorSpec
 
+Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-State = dict[str, Any]
-"""Name of each carried tensor (as the manifest lists them) to the engine's own tensor, on the engine's device."""
+
+PROFILES = ("auto", "portable", "fused", "native")
 
 
 @dataclass(frozen=True)
@@ -36,18 +43,87 @@ class Placement:
     note: str = ""
 
 
-class Engine(Protocol):
-    """A loaded decoder on one device.
+@dataclass(frozen=True)
+class OpenRequest:
+    """What an engine is asked to open.
 
-    Implementations keep no state between calls, so one engine serves any number of generations.
+    Attributes:
+        folder: the artifact, or a plain checkpoint folder if manifest is None.
+        manifest: already checked; the engine verifies the hash of each file it opens.
+        device: one that the table of engines lists.
+        profile: one of PROFILES; "auto" takes the best one that the artifact has for this engine and device.
+        allow_fallback: let nodes that the device cannot run go to the CPU.
+        threads: of the CPU; None for one per core.
+        compiled: the folder that the compiled files of the manifest lie in, None for the artifact itself. It is a
+            private cache of this user's, whose files were compared with its record when it was found.
+    """
+
+    folder: Path
+    manifest: Manifest | None
+    device: str
+    profile: str = "auto"
+    allow_fallback: bool = False
+    threads: int | None = None
+    compiled: Path | None = None
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """What one role takes, returns and remembers; a manifest's role has the same three."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[StateSpec, ...] = ()
+
+
+class State:
+    """What an engine carries for B rows of one role, from one call to the next. Used once: see above.
+
+    Attributes:
+        role: whose state it is.
+        rows: B.
+        past: P, slots along the axis that grows; 0 for a role without one.
+    """
+
+    __slots__ = ("_tensors", "past", "role", "rows")
+
+    def __init__(self, role: str, rows: int, past: int, tensors: dict[str, Any]):
+        """Take over an engine's own tensors by name; for engines."""
+        self.role, self.rows, self.past = role, rows, past
+        self._tensors: dict[str, Any] | None = tensors
+
+    def take(self) -> dict[str, Any]:
+        """Return the tensors and leave the state used up; for engines.
+
+        Raises:
+            UsageError: it was used before.
+        """
+        tensors = self.peek()
+        self._tensors = None
+        return tensors
+
+    def peek(self) -> dict[str, Any]:
+        """Return the tensors of a state that has not been used; for engines.
+
+        Raises:
+            UsageError: it was used before.
+        """
+        if self._tensors is None:
+            raise UsageError(f"this state of {self.role} was used before: copy it first to keep it")
+        return self._tensors
+
+
+class Engine(Protocol):
+    """A loaded model on one device. One engine serves any number of states.
 
     Attributes:
         name: "torch", "ort", "tvm" or "null".
         device: "cpu", "cuda" or "vulkan".
         profile: "portable", "fused" or "native" (no exported graph).
         precision: of the arithmetic, "fp32".
-        vocab_size: V, the width of the logits.
+        vocab_size: V, the number of token ids.
         context_length: the largest number of tokens that one row may have.
+        roles: what it can run.
     """
 
     name: str
@@ -57,25 +133,12 @@ class Engine(Protocol):
     vocab_size: int
     context_length: int
 
-    @classmethod
-    def open(
-        cls,
-        folder: Path,
-        manifest: Manifest | None,
-        device: str,
-        profile: str,
-        allow_fallback: bool,
-        threads: int | None,
-    ) -> Self:
-        """Load the decoder of an artifact.
+    @property
+    def roles(self) -> Mapping[str, CallSpec]: ...  # noqa: D102
 
-        Args:
-            folder: the artifact, or a plain checkpoint folder if manifest is None.
-            manifest: already checked; the engine verifies the hash of each file it opens.
-            device: one that the table of engines lists.
-            profile: one of PROFILES; "auto" takes the best one that the artifact has for this engine and device.
-            allow_fallback: let nodes that the device cannot run go to the CPU.
-            threads: of the CPU; None for one per core.
+    @classmethod
+    def open(cls, request: OpenRequest) -> Self:
+        """Load a model.
 
         Raises:
             EngineUnavailableError: a package, driver or device is missing. The message says how to get it.
@@ -85,24 +148,73 @@ class Engine(Protocol):
         """
         ...
 
-    def empty_state(self, batch: int) -> State:
-        """Return the state of B rows before their first token."""
-        ...
-
-    def step(
-        self, input_ids: Ids, position_ids: Ids, attention_mask: Ids, state: State
-    ) -> tuple[Logits, State]:
-        """Read T tokens for each row.
+    def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
+        """Return the state of B rows before their first call.
 
         Args:
-            input_ids: (B, T).
-            position_ids: (B, T), the place of each token in its own row, from 0; any value where it is padding.
-            attention_mask: (B, P + T), 0 for padding and 1 for tokens, those in the state included.
-            state: of the previous step, which must not be used again.
+            role: one of roles.
+            batch: B, at least 1.
+            given: value of each state whose spec says that it is given.
+
+        Raises:
+            UsageError: no such role, a value is missing, or it does not fit.
+        """
+        ...
+
+    def run(self, role: str, inputs: Mapping[str, Array], state: State) -> tuple[dict[str, Array], State]:
+        """Call a role once.
+
+        Args:
+            role: one of roles.
+            inputs: exactly those of the role's spec. In attention_mask, 0 stands for a slot that nothing may look
+                at, and a masked token leaves every state as if it had not been there.
+            state: consumed, unless the inputs are refused.
 
         Returns:
-            logits (B, T, V) and the new state. Logits of padding mean nothing.
+            The outputs by name, which the caller owns, and the next state. What is said of masked tokens means
+            nothing.
+
+        Raises:
+            UsageError: inputs or state do not belong together, or lie outside the model's tables.
+            ContextLengthError: more slots than the context holds.
+            PortlmError: the device failed, for lack of memory above all.
         """
+        ...
+
+    def reorder(self, state: State, rows: Sequence[int], skip: int = 0) -> State:
+        """Return a state whose row i is row rows[i] of the old one; fewer, more and repeated rows are fine.
+
+        Args:
+            state: consumed.
+            rows: at least one.
+            skip: leading slots to drop, which no row may need any more.
+        """
+        ...
+
+    def crop(self, state: State, lengths: Sequence[int]) -> State:
+        """Return a state in which row b has only its first lengths[b] slots.
+
+        Rows end together again: there are max(lengths) slots, and a shorter row gets slots of zeros on the left, which
+        the caller must mask.
+
+        Args:
+            state: consumed.
+            lengths: one for each row, each at most P.
+
+        Raises:
+            UsageError: a state is replaced at every call, so its past cannot be had back.
+        """
+        ...
+
+    def join(self, states: Sequence[State]) -> State:
+        """Return the rows of several states of one role as one state, all consumed.
+
+        Shorter ones get slots of zeros on the left, which the caller must mask.
+        """
+        ...
+
+    def copy(self, state: State) -> State:
+        """Return a second state with the same content; the first one stays usable."""
         ...
 
     def placement(self) -> Placement:
@@ -114,32 +226,96 @@ class Engine(Protocol):
         ...
 
 
-PROFILES = ("auto", "portable", "fused", "native")
+def call_specs(manifest: Manifest) -> dict[str, CallSpec]:
+    """Return the roles of a manifest."""
+    return {name: CallSpec(role.inputs, role.outputs, role.state) for name, role in manifest.roles.items()}
 
 
-def check_inputs(engine: Engine, input_ids: Ids, position_ids: Ids, attention_mask: Ids) -> None:
-    """Raise UsageError unless the inputs of a step belong together and lie inside the model's tables.
+def grows(spec: CallSpec) -> bool:
+    """Say whether a role's state has an axis "past"."""
+    return any("past" in state.shape for state in spec.state)
+
+
+@dataclass(frozen=True)
+class InputCheck:
+    """Raises UsageError unless the inputs of a call belong together and lie inside the model's tables.
 
     What runs below is generated or compiled code, some of which reads memory at any index it is given.
     """
-    for array in (input_ids, position_ids, attention_mask):
-        if array.dtype != np.int64:
-            raise UsageError(f"the inputs of a step must be int64, got {array.dtype}")
-    B, T = input_ids.shape if input_ids.ndim == 2 else (0, 0)
-    if B < 1 or T < 1 or position_ids.shape != (B, T):
-        raise UsageError(
-            f"input_ids and position_ids must both be (B, T), got {input_ids.shape} and {position_ids.shape}"
+
+    role: str
+    spec: CallSpec
+    vocab_size: int
+    context_length: int
+    grows: bool = field(init=False)
+    _plan: list[tuple[str, Any, tuple[Any, ...], str]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        """Prepare what is looked up at every call."""
+        for tensor in sorted(self.spec.inputs, key=lambda t: any("+" in str(d) for d in t.shape)):
+            dims = tuple(tuple(d.split(" + ")) if isinstance(d, str) else d for d in tensor.shape)
+            self._plan.append((tensor.name, np.dtype(tensor.dtype), dims, _limit(tensor.name)))
+        object.__setattr__(self, "grows", grows(self.spec))
+
+    def __call__(self, inputs: Mapping[str, Array], rows: int, past: int) -> dict[str, int]:
+        """Check one call on a state of `rows` rows and `past` slots; return the sizes that its symbols stand for."""
+        sizes = {"batch": rows, "past": past}
+        if len(inputs) != len(self._plan):
+            extra = inputs.keys() - {name for name, *_ in self._plan}
+            if extra:
+                raise UsageError(f"{self.role} has no input {min(extra)}")
+        for name, dtype, dims, limit in self._plan:
+            array = inputs.get(name)
+            if array is None:
+                raise UsageError(f"{self.role} needs the input {name}")
+            if array.dtype != dtype:
+                raise UsageError(f"{name} must be {dtype}, got {array.dtype}")
+            if array.ndim != len(dims):
+                raise self._wrong(name, array, sizes)
+            for size, dim in zip(array.shape, dims, strict=True):
+                if dim.__class__ is not tuple:
+                    fits = size == dim
+                elif len(dim) == 1:
+                    fits = size > 0 and sizes.setdefault(dim[0], size) == size
+                else:
+                    fits = size == sum(sizes.get(part, 0) for part in dim)
+                if not fits:
+                    raise self._wrong(name, array, sizes)
+            if limit:
+                self._check_range(name, array, limit, sizes)
+        total = past + sizes.get("sequence", 0)
+        if total > self.context_length:
+            raise ContextLengthError(total, self.context_length, "the longest row with its padding")
+        return sizes
+
+    def _check_range(self, name: str, array: Array, kind: str, sizes: Mapping[str, int]) -> None:
+        if kind == "vocabulary":
+            limit = self.vocab_size
+        elif kind == "context":
+            limit = self.context_length
+        else:
+            limit = 2 if kind == "flag" else sizes.get("sequence", 1)
+        if array.view(np.uint64).max() >= limit:  # a negative number is a huge one there
+            raise UsageError(f"{name} must be from 0 to {limit - 1}, got {array.min()} to {array.max()}")
+
+    def _wrong(self, name: str, array: Array, sizes: Mapping[str, int]) -> UsageError:
+        wanted = next(spec.shape for spec in self.spec.inputs if spec.name == name)
+        of = f"a state of {sizes['batch']} rows" + (f" and {sizes['past']} slots" if self.grows else "")
+        known = ", ".join(f"{k} = {v}" for k, v in sizes.items() if k not in ("batch", "past"))
+        return UsageError(
+            f"{name} must be ({', '.join(map(str, wanted))}) with {of}{', ' * bool(known)}{known}, "
+            f"got {array.shape}"
         )
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
-        raise UsageError(f"attention_mask must be ({B}, P + {T}), got {attention_mask.shape}")
-    if attention_mask.shape[1] > engine.context_length:
-        raise ContextLengthError(
-            attention_mask.shape[1], engine.context_length, "the longest row with its padding"
-        )
-    for name, values, limit in (
-        ("input_ids", input_ids, engine.vocab_size),
-        ("position_ids", position_ids, engine.context_length),
-        ("attention_mask", attention_mask, 2),
+
+
+def _limit(name: str) -> str:
+    """What the values of an input index; the names are those of transformers."""
+    for ending, kind in (
+        ("input_ids", "vocabulary"),
+        ("position_ids", "context"),
+        ("attention_mask", "flag"),
+        ("logits_to_keep", "sequence"),
     ):
-        if values.view(np.uint64).max() >= limit:  # a negative number is a huge one there
-            raise UsageError(f"{name} must be from 0 to {limit - 1}, got {values.min()} to {values.max()}")
+        if name.endswith(ending):
+            return kind
+    return ""

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import portlm
+from portlm.rows import Rows
 
 
 def typical(logits: np.ndarray, recent: list[int], mass: float, penalty: float) -> np.ndarray:
@@ -59,14 +60,9 @@ def main() -> None:
         decoder = tokenizer.stream_decoder(skip_special=True)
         new = tokenizer.encode(options.prompt)
         said: list[int] = []
-        state, past = engine.empty_state(batch=1), 0
-        while len(said) < options.tokens and past + len(new) <= engine.context_length:
-            # New tokens (1, T), where each stands, and a mask over everything read so far: no padding, so all ones.
-            ids = np.array([new], dtype=np.int64)
-            positions = np.arange(past, past + len(new), dtype=np.int64)[None]
-            mask = np.ones((1, past + len(new)), dtype=np.int64)
-            logits, state = engine.step(ids, positions, mask, state)
-            past += len(new)
+        rows = Rows(engine, 1)
+        while len(said) < options.tokens and rows.lengths[0] + len(new) <= engine.context_length:
+            logits = rows.read(np.array([new], dtype=np.int64))  # (1, 1, V), of what follows the last token
 
             p = typical(logits[0, -1].astype(np.float64), said[-32:], options.mass, options.penalty)
             token = int(random.choice(len(p), p=p))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import portlm
 from portlm.compile.export import export
 from portlm.hub import export_hf, import_hf
+from portlm.rows import Rows
 
 
 def main() -> None:
@@ -52,9 +53,8 @@ def main() -> None:
     length = max(map(len, prompts))
     ids = np.array([[0] * (length - len(p)) + p for p in prompts])
     mask = np.array([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
     with portlm.load(model, engine="ort", device="cpu") as session:
-        logits, _ = session.engine.step(ids, positions, mask, session.engine.empty_state(len(prompts)))
+        logits = Rows(session.engine, len(prompts)).read(ids, mask, every=True)
         tokens = [
             answer.token_ids for answer in session.generate(prompts, max_new_tokens=16, ignore_eos=True)
         ]

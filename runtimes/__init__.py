@@ -85,7 +85,7 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
-    from portlm.engine import PROFILES
+    from portlm.engine import PROFILES, OpenRequest
     from portlm.runtimes.no_tokenizer import NoTokenizer
     from portlm.runtimes.session import Session
     from portlm.threads import bound_spinning
@@ -106,7 +106,7 @@ def load(
         raise UsageError(f"{engine} does not run on {device}: choose {' or '.join(ENGINES[engine].devices)}")
     implementation = engine_class(engine)
     tokenizer, eos_ids = _texts(folder, manifest)
-    opened = implementation.open(folder, manifest, device, profile, allow_fallback, threads)
+    opened = implementation.open(OpenRequest(folder, manifest, device, profile, allow_fallback, threads))
     try:
         return Session(opened, tokenizer or NoTokenizer(opened.vocab_size), eos_ids)
     except BaseException:

@@ -11,17 +11,21 @@ PORTLM_ORT_SPINNING=1 in the environment lets them spin, which is faster when no
 import os
 import threading
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import onnxruntime
 
-from portlm.artifact import Manifest, RoleSpec, verify_files
-from portlm.engine import Ids, Logits, Placement, State, check_inputs
+from portlm.artifact import Manifest, verify_files
+from portlm.engine import Array, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import safe_join
-from portlm.ort_support import CUDA, WEBGPU, open_session, session_options, webgpu_devices
+from portlm.ort_support import CUDA, EXTERNAL_FOLDER, WEBGPU, open_session, session_options, webgpu_devices
+from portlm.roles import StateSpec
+from portlm.runtimes.base import ArrayEngine
+from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node
 from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
 
 PROVIDERS = {"CPUExecutionProvider": "cpu", CUDA: "cuda", WEBGPU: "vulkan"}
@@ -31,119 +35,192 @@ SOFTWARE_ADAPTER = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
 _register = threading.Lock()
 
 
-class OrtEngine:
-    """A decoder graph in an ONNX Runtime session."""
+class OrtEngine(ArrayEngine):
+    """The graphs of an artifact in ONNX Runtime: one session for each role, opened when it is first used.
+
+    An artifact of one role is opened at once, so that loading says what is wrong with it.
+    """
 
     name = "ort"
     precision = "fp32"
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        role: RoleSpec,
-        session: Any,
-        device: str,
-        profile: str,
-        placement: Placement,
-    ):
-        """Take over an open onnxruntime.InferenceSession; use open()."""
-        self.device, self.profile = device, profile
-        self.vocab_size, self.context_length = manifest.model.vocab_size, manifest.model.context_length
-        self._role = role
-        self._session: Any = session
-        self._placement = placement
-        self._wanted = frozenset(value.name for value in session.get_inputs())
+    def __init__(self, request: OpenRequest, manifest: Manifest, graphs: "dict[str, _Graph]", profile: str):
+        """Prepare to open graphs; use open()."""
+        super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
+        self.device, self.profile = request.device, profile
+        self._request = request
+        self._graphs = graphs
+        self._ep_device, self._note = _find_device(request.device)
+        self._sessions: dict[str, tuple[Any, frozenset[str]]] = {}
+        self._placements: dict[str, Placement] = {}
+        self._tools: dict[tuple[str, str, int, int], Any] = {}
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        manifest: Manifest | None,
-        device: str,
-        profile: str,
-        allow_fallback: bool,
-        threads: int | None,
-    ) -> Self:
-        """Load a graph of an artifact.
+    def open(cls, request: OpenRequest) -> Self:
+        """Load the graphs of an artifact.
 
         Args:
-            folder: the artifact.
-            manifest: its manifest; None, a plain checkpoint, is refused.
-            device: "cpu", "cuda" or "vulkan".
-            profile: "portable" (the exported graph), "fused" (compiled for this device), or "auto", which takes
-                the fused one if it was compiled.
-            allow_fallback: let nodes that the device lacks run on the CPU; placement() then names them.
-            threads: of the CPU, None for one per core.
+            request: device is "cpu", "cuda" or "vulkan"; profile "portable" (the exported graphs), "fused" (compiled
+                for this device), or "auto", which takes the fused ones if they were compiled. With allow_fallback,
+                nodes that the device lacks run on the CPU; placement() then names them.
 
         Raises:
             EngineUnavailableError: the plugin, a driver or a device is missing.
             PlacementError: a node would run on the CPU, and allow_fallback is False.
-            UsageError: the artifact has no such profile for this device.
+            UsageError: the artifact has no such profile for this device, or is a plain checkpoint.
             FormatError: a file is missing or altered, or ONNX Runtime does not take it.
         """
+        manifest = request.manifest
         if manifest is None:
-            raise UsageError(f"ort runs exported models: run portlm export {folder} first")
-        role = manifest.roles.get("decoder")
-        if role is None:
-            raise FormatError(f"{folder}: the manifest has no decoder; export the checkpoint again")
-        graph, profile, files = _choose(folder, manifest, role, device, profile)
-        verify_files(folder, files)
-        path = safe_join(folder, graph)
-        ep_device, note = _find_device(device)
-        session = _load(path, device, ep_device, allow_fallback, threads)
-        placement = _placement(session, device, note)
-        if placement.fallback and not allow_fallback:
-            raise _misplaced(path, device, placement)
-        return cls(manifest, role, session, device, profile, placement)
+            raise UsageError(f"ort runs exported models: run portlm export {request.folder} first")
+        if not manifest.roles:
+            raise FormatError(f"{request.folder}: the manifest has no role; export the checkpoint again")
+        profile, graphs = _choose(request, manifest)
+        engine = cls(request, manifest, graphs, profile)
+        if len(graphs) == 1:
+            engine.placement()
+        return engine
 
-    def empty_state(self, batch: int) -> State:
-        """Return the state before the first token; caches are (batch, K, 0, D)."""
-        sizes = {"batch": batch, "past": 0}
-        return {
-            spec.name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], spec.dtype)
-            )
-            for spec in self._role.state
-        }
-
-    def step(
-        self, input_ids: Ids, position_ids: Ids, attention_mask: Ids, state: State
-    ) -> tuple[Logits, State]:
-        """Read T tokens for each row; see Engine."""
-        if self._session is None:
-            raise UsageError("this engine is closed: load the model again")
-        check_inputs(self, input_ids, position_ids, attention_mask)
-        binding = self._session.io_binding()
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        for name in self._wanted & inputs.keys():
-            binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
-        for spec in self._role.state:
-            binding.bind_ortvalue_input(spec.name, state[spec.name])
-        binding.bind_output("logits", "cpu")
-        for spec in self._role.state:
-            binding.bind_output(spec.output, MEMORY[self.device])
+    def _call(
+        self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        session, taken = self._session(role)
+        spec, memory = self.roles[role], MEMORY[self.device]
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            if name in taken:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for state in spec.state:
+            if state.name in taken:
+                binding.bind_ortvalue_input(state.name, tensors[state.name])
+        for output in spec.outputs:
+            binding.bind_output(output.name, "cpu")
+        changed = [state for state in spec.state if state.output]
+        for state in changed:
+            binding.bind_output(state.output, memory)
         try:
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base but this
             raise PortlmError(f"ort:{self.device}: a step failed: {_line(error)}") from error
-        logits, *states = binding.get_outputs()
-        names = (spec.name for spec in self._role.state)
-        return logits.numpy(), dict(zip(names, states, strict=True))
+        values = binding.get_outputs()
+        outputs = {output.name: value.numpy() for output, value in zip(spec.outputs, values, strict=False)}
+        states = values[len(spec.outputs) :]
+        return outputs, {state.name: value for state, value in zip(changed, states, strict=True)}
+
+    def _session(self, role: str) -> tuple[Any, frozenset[str]]:
+        """The session of a role, opened if it was not, and the names that it takes."""
+        if role not in self._sessions:
+            graph, request = self._graphs[role], self._request
+            verify_files(request.folder, graph.files)
+            session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
+            placement = _placement(session, self.device, self._note)
+            if placement.fallback and not request.allow_fallback:
+                raise _misplaced(graph.path, self.device, placement)
+            taken = frozenset(value.name for value in session.get_inputs())
+            spec = self.roles[role]
+            if unknown := taken - {i.name for i in spec.inputs} - {i.name for i in spec.state}:
+                raise FormatError(f"{graph.path}: the manifest lacks its input {min(unknown)}; export again")
+            self._sessions[role], self._placements[role] = (session, taken), placement
+        return self._sessions[role]
 
     def placement(self) -> Placement:
-        """Return what ONNX Runtime recorded when it assigned nodes to providers."""
-        return self._placement
+        """Return what ONNX Runtime recorded when it assigned nodes to providers, of all roles."""
+        for role in self._graphs:
+            self._session(role)
+        nodes: Counter[str] = Counter()
+        for placement in self._placements.values():
+            nodes.update(placement.nodes)
+        fallback = tuple(name for placement in self._placements.values() for name in placement.fallback)
+        return Placement(dict(nodes), fallback, self._note)
 
     def close(self) -> None:
-        """Let go of the session and its memory."""
-        self._session = None
+        """Let go of the sessions and their memory."""
+        super().close()
+        self._sessions, self._graphs, self._tools = {}, {}, {}
+
+    # --- states: OrtValues, which on the CPU are seen through numpy and elsewhere never leave the device -------
+
+    def _work(self, tensor: Any) -> Any:
+        return tensor.numpy() if self.device == "cpu" else tensor
+
+    def _settle(self, tensor: Any, spec: StateSpec) -> Any:
+        if not isinstance(tensor, np.ndarray):
+            return tensor
+        value = _on_cpu(np.array(tensor, order="C"))
+        if self.device == "cpu" or spec.update != "constant" or not tensor.size:
+            return value
+        return self._gather(value, 0, range(len(tensor)))  # once to the device, not again at every call
+
+    def _shape(self, tensor: Any) -> tuple[int, ...]:
+        return tuple(tensor.shape if isinstance(tensor, np.ndarray) else tensor.shape())
+
+    def _rows(self, tensor: Any, rows: Sequence[int]) -> Any:
+        return super()._rows(tensor, rows) if self.device == "cpu" else self._gather(tensor, 0, rows)
+
+    def _slots(self, tensor: Any, axis: int, begin: int, end: int) -> Any:
+        if self.device == "cpu":
+            return super()._slots(tensor, axis, begin, end)
+        if begin == end:
+            sizes = list(self._shape(tensor))
+            sizes[axis] = 0
+            return _on_cpu(np.zeros(sizes, _dtype(tensor)))
+        return self._gather(tensor, axis, range(begin, end))
+
+    def _stack(self, tensors: Sequence[Any], shape: Sequence[int], dtype: str) -> Any:
+        if self.device == "cpu":
+            return super()._stack(tensors, shape, dtype)
+        rows = None
+        for part in tensors:
+            tensor = part
+            for axis in range(1, len(shape)):
+                sizes = list(self._shape(tensor))
+                if sizes[axis] < shape[axis]:
+                    sizes[axis] = shape[axis] - sizes[axis]
+                    tensor = self._concat(_on_cpu(np.zeros(sizes, dtype)), tensor, axis)
+            rows = tensor if rows is None else self._concat(rows, tensor, 0)
+        return rows
+
+    def _gather(self, tensor: Any, axis: int, indices: Sequence[int]) -> Any:
+        where = _on_cpu(np.array(indices, np.int64))
+        return self._tool("Gather", axis, tensor, where)
+
+    def _concat(self, first: Any, second: Any, axis: int) -> Any:
+        if 0 in self._shape(first) or 0 in self._shape(second):
+            return second if 0 in self._shape(first) else first
+        return self._tool("Concat", axis, first, second)
+
+    def _tool(self, op_type: str, axis: int, *tensors: Any) -> Any:
+        """Run a graph of one node on the device; its result stays there."""
+        kinds = [DTYPES[_dtype(tensor)] for tensor in tensors]
+        key = (op_type, _dtype(tensors[0]), axis, len(tensors))
+        if key not in self._tools:
+            inputs = dict(zip(names(len(tensors)), kinds, strict=True))
+            model = one_node(op_type, inputs, kinds[0], {"axis": axis})
+            options = session_options(self.device, self._ep_device, self._request.threads)
+            self._tools[key] = open_session(model, options, self.device)
+        binding = self._tools[key].io_binding()
+        for name, tensor in zip(names(len(tensors)), tensors, strict=True):
+            binding.bind_ortvalue_input(name, tensor)
+        binding.bind_output("y", MEMORY[self.device])
+        try:
+            self._tools[key].run_with_iobinding(binding)
+        except Exception as error:  # its exceptions have no common base but this
+            raise PortlmError(f"ort:{self.device}: {op_type} failed: {_line(error)}") from error
+        return binding.get_outputs()[0]
 
 
-# The smallest model that shows whether a device computes: y = x + x, two float32, opset 17.
-SMALLEST = (
-    b'\x08\x08:5\n\x0e\n\x01x\n\x01x\x12\x01y"\x03Add\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x02'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x02B\x04\n\x00\x10\x11"
-)
+def _on_cpu(array: Array) -> Any:
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _dtype(tensor: Any) -> str:
+    """The element type of an OrtValue as numpy calls it: "tensor(float)" is float32."""
+    kind: str = tensor.data_type().removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32"}.get(kind, kind)
+
+
+# The smallest model that shows whether a device computes: y = x + z.
+SMALLEST = one_node("Add", {"x": FLOAT, "z": FLOAT}, FLOAT, {})
 
 
 def try_device(device: str) -> str:
@@ -155,7 +232,7 @@ def try_device(device: str) -> str:
     ep_device, note = _find_device(device)
     try:
         session = open_session(SMALLEST, session_options(device, ep_device, 1), device)
-        (y,) = session.run(["y"], {"x": np.array([1, 2], np.float32)})
+        (y,) = session.run(["y"], {"x": np.array([1, 2], np.float32), "z": np.array([1, 2], np.float32)})
     except Exception as error:  # its exceptions have no common base but this
         raise EngineUnavailableError(f"ort:{device}: the device does not start: {_line(error)}") from error
     if _placement(session, device, "").fallback or y.tolist() != [2, 4]:
@@ -176,17 +253,38 @@ def _find_device(device: str) -> tuple[Any, str]:
     return None, ""
 
 
-def _choose(
-    folder: Path, manifest: Manifest, role: RoleSpec, device: str, profile: str
-) -> tuple[str, str, tuple[str, ...]]:
-    """Return the graph to load, its profile, and every file that loading it reads."""
+class _Graph(NamedTuple):
+    """One graph to open.
+
+    Attributes:
+        path: of the graph.
+        files: of the artifact, to be compared with its manifest first.
+        weights: the folder of the weight file, if that is not the graph's own.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    weights: Path | None = None
+
+
+def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _Graph]]:
+    """Return the profile to open and the graph of each role."""
+    folder, device, profile = request.folder, request.device, request.profile
     if profile in ("auto", "fused"):
+        graphs = {}
         for entry in manifest.compiled:
             if (entry.engine, entry.device, entry.profile) == ("ort", device, "fused"):
-                graphs = [name for name in entry.files if name.endswith(".onnx")]
-                if len(graphs) != 1:
+                found = [name for name in entry.files if name.endswith(".onnx")]
+                if len(found) != 1 or entry.role not in manifest.roles:
                     raise FormatError(f"{folder}: the entry compiled for ort on {device} must have one graph")
-                return graphs[0], "fused", (*entry.files, role.weights)
+                weights = manifest.roles[entry.role].weights
+                if request.compiled is None:
+                    graphs[entry.role] = _Graph(safe_join(folder, found[0]), (*entry.files, weights))
+                else:
+                    place = safe_join(folder, weights).parent
+                    graphs[entry.role] = _Graph(safe_join(request.compiled, found[0]), (weights,), place)
+        if graphs.keys() == manifest.roles.keys():
+            return "fused", graphs
         if profile == "fused":
             raise UsageError(
                 f"{folder} holds no fused graph for ort on {device}: "
@@ -194,9 +292,13 @@ def _choose(
             )
     if profile not in ("auto", "portable"):
         raise UsageError(f"ort has no profile {profile}: choose portable or fused")
-    if "portable" not in role.profiles:
-        raise UsageError(f"{folder} holds no portable graph: run portlm export again")
-    return role.profiles["portable"], "portable", (role.profiles["portable"], role.weights)
+    graphs = {}
+    for name, role in manifest.roles.items():
+        if "portable" not in role.profiles:
+            raise UsageError(f"{folder} holds no portable graph: run portlm export again")
+        graph = role.profiles["portable"]
+        graphs[name] = _Graph(safe_join(folder, graph), (graph, role.weights))
+    return "portable", graphs
 
 
 def _vulkan_device() -> tuple[Any, list[VulkanDevice]]:
@@ -257,15 +359,24 @@ def _software_note(found: list[VulkanDevice]) -> str:
     return f"software device ({found[0].name}): good for answers, not for timing"
 
 
-def _load(path: Path, device: str, ep_device: Any, allow_fallback: bool, threads: int | None) -> Any:
+def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, threads: int | None) -> Any:
     """Open a session on one device, and nowhere else unless fallback is allowed."""
-    options = session_options(device, ep_device, threads, allow_fallback)
+    path = graph.path
+
+    def options(allow_fallback: bool) -> Any:
+        made = session_options(device, ep_device, threads, allow_fallback)
+        if graph.weights is not None:
+            made.add_session_config_entry(EXTERNAL_FOLDER, str(graph.weights))
+        return made
+
+    # Weights elsewhere than beside the graph are only found if the graph comes as bytes.
+    model = path if graph.weights is None else path.read_bytes()
     try:
-        return open_session(path, options, device)
+        return open_session(model, options(allow_fallback), device)
     except Exception as error:  # its exceptions have no common base but this
         if device != "cpu" and not allow_fallback and "fallback" in str(error):
             # Only now is it worth loading once more, to name the nodes that stood in the way.
-            again = open_session(path, session_options(device, ep_device, threads), device)
+            again = open_session(model, options(True), device)
             raise _misplaced(path, device, _placement(again, device, "")) from error
         if device != "cpu" and type(error).__name__ not in ("InvalidGraph", "InvalidProtobuf", "NoSuchFile"):
             raise EngineUnavailableError(

@@ -1,31 +1,29 @@
 """A loaded model: text in, text out, the same on every engine.
 
-One loop serves every family and engine. A batch is padded on the left, so that all rows end at the same place; a
-row that has finished stays where it is, masked out, until the longest one has finished too. Neither the padding nor
-the neighbours change what a row says. A session keeps nothing between calls: each call starts from an empty state.
-
-B rows, T tokens of the longest prompt, V vocabulary.
+One loop serves every family and engine: the scheduler's, which lets rows join and leave a running batch. Neither the
+padding nor the neighbours change what a row says. A session keeps nothing between calls: each call starts from an
+empty state.
 """
 
-import operator
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, TypedDict, Unpack, overload
+from typing import Any, Protocol, Self, Unpack, overload
 
 import numpy as np
 
-from portlm.engine import Engine, Ids, Placement
+from portlm.engine import Engine, Placement
 from portlm.errors import ContextLengthError, PortlmError, UsageError
-from portlm.ops.token_selection import check_filters, select_tokens
+from portlm.ops.token_selection import check_filters
+from portlm.rows import Rows, pad
+from portlm.runtimes.beam import Search, search
+from portlm.runtimes.decoding import Decoding, Options, at_least_one, whole
 from portlm.runtimes.results import Generation, Score, Stats
-from portlm.runtimes.stopping import StopScanner, check_stops
+from portlm.runtimes.scheduler import Scheduler
+from portlm.runtimes.stopping import StopScanner
 
 Prompt = str | Sequence[int]
-
-# Engines answer every token of a step with V logits; a long prompt is read in steps of this many logits (64 MB).
-LOGITS_PER_STEP = 1 << 24
 
 
 class StreamDecoder(Protocol):
@@ -62,20 +60,6 @@ class TextCoder(Protocol):
         ...
 
 
-class Options(TypedDict, total=False):
-    """Arguments of Session.generate, which documents them."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int | Sequence[int]
-    stop: str | Sequence[str]
-    ignore_eos: bool
-    batch_size: int
-
-
 class TextStream:
     """Pieces of text as a model writes them. Closing it, or leaving the loop, stops the model.
 
@@ -107,24 +91,13 @@ class TextStream:
             close()
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Settings of one call, in range."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    stops: tuple[str, ...]
-    eos_ids: frozenset[int]
-
-
 @dataclass
 class _Row:
     """One prompt and what has been said to it."""
 
     prompt: tuple[int, ...]
+    decoding: Decoding  # of this row: max_new_tokens is one number
+    eos_ids: frozenset[int]
     seed: int
     stream: int  # of random numbers
     decoder: StreamDecoder
@@ -133,16 +106,16 @@ class _Row:
     pieces: list[str] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def push(self, token: int, options: _Options) -> None:
+    def push(self, token: int) -> None:
         """Take the next token, and notice whether it is the last."""
         self.tokens.append(token)
-        if token in options.eos_ids:
+        if token in self.eos_ids:
             self._finish("eos")
             return
         self.pieces.append(self.scanner.push(self.decoder.push(token)))
         if self.scanner.found is not None:
             self.finish_reason = "stop"
-        elif len(self.tokens) == options.max_new_tokens:
+        elif len(self.tokens) == self.decoding.max_new_tokens:
             self._finish("length")
 
     def _finish(self, reason: str) -> None:
@@ -181,40 +154,41 @@ class Session:
             )
 
     @overload
-    def generate(self, prompts: str, **options: Unpack[Options]) -> Generation: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompts: str,
+        *,
+        decoding: Decoding | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[Options],
+    ) -> Generation: ...
 
     @overload
-    def generate(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Generation]: ...
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        decoding: Decoding | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[Options],
+    ) -> list[Generation]: ...
 
     def generate(
         self,
         prompts: str | Sequence[Prompt],
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        decoding: Decoding | None = None,
         batch_size: int = 16,
+        **options: Unpack[Options],
     ) -> Generation | list[Generation]:
         """Continue one prompt or several.
 
         Args:
             prompts: a text, or several; in place of a text, a sequence of token ids. An empty text starts from the
                 end-of-text token, as every document in training did.
-            max_new_tokens: at most this many for each prompt.
-            temperature: 0 takes the most probable token, 1 samples from the model, more flattens it.
-            top_k: sample among this many of the most probable tokens; 0 for all.
-            top_p: sample among the most probable tokens that together reach this probability; 1 for all.
-            min_p: sample among tokens at least this probable relative to the most probable one; 0 for all.
-            seed: of the random numbers. With one seed, prompt i draws from the i-th stream of that seed, so equal
-                prompts get different answers. With one seed for each prompt, each draws what it would draw alone.
-            stop: end before any of these strings. At most 16, of 256 bytes.
-            ignore_eos: let end-of-text pass like any other token.
+            decoding: how to continue them; None for the defaults.
             batch_size: prompts that are computed together. It changes the speed and the memory, not the answers.
+            options: fields of Decoding, which documents them, in place of what `decoding` says.
 
         Returns:
             One Generation for a text, a list of them for a sequence.
@@ -224,40 +198,33 @@ class Session:
             UsageError: an argument is out of range.
             PortlmError: the model gave logits that are not numbers.
         """
-        options = self._options(max_new_tokens, temperature, top_k, top_p, min_p, stop, ignore_eos)
-        batch_size = _at_least_one("batch_size", batch_size)
-        rows = self._rows(prompts, seed, options)
-        results: list[Generation] = []
+        wanted = Decoding.of(decoding, **options)
+        batch_size = at_least_one("batch_size", batch_size)
+        rows = self._rows(prompts, wanted)
         stats = Stats()
-        for begin in range(0, len(rows), batch_size):
-            batch = rows[begin : begin + batch_size]
-            for _ in self._run(batch, options, stats):
+        if wanted.num_beams > 1:
+            self._search(rows, batch_size, stats)
+        else:
+            for _ in self._run(rows, batch_size, stats):
                 pass
-            results += [row.generation(stats) for row in batch]
+        results = [row.generation(stats) for row in rows]
         return results[0] if isinstance(prompts, str) else results
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        self, prompt: Prompt, *, decoding: Decoding | None = None, **options: Unpack[Options]
     ) -> TextStream:
         """Continue one prompt and return its text piece by piece: the text that generate would return.
 
         A piece is never empty, ends on a whole character, and holds no part of a stop string. Arguments and errors
-        are those of generate; errors in the arguments are raised here, not at the first piece.
+        are those of generate; errors in the arguments are raised here, not at the first piece. A beam search has
+        nothing to show before its end, so num_beams must be 1.
         """
-        options = self._options(max_new_tokens, temperature, top_k, top_p, min_p, stop, ignore_eos)
-        rows = self._rows([prompt], seed, options)
+        wanted = Decoding.of(decoding, **options)
+        if wanted.num_beams > 1:
+            raise UsageError("a beam search cannot be streamed: use generate, or num_beams = 1")
+        rows = self._rows([prompt], wanted)
         stats = Stats()
-        return TextStream(self._run(rows, options, stats), rows[0], stats)
+        return TextStream(self._run(rows, 1, stats), rows[0], stats)
 
     @overload
     def score(self, texts: str, *, batch_size: int = ...) -> Score: ...  # type: ignore[overload-overlap]
@@ -278,7 +245,7 @@ class Session:
             UsageError: a text is empty, or batch_size is less than 1.
             PortlmError: the model gave logits that are not numbers.
         """
-        batch_size = _at_least_one("batch_size", batch_size)
+        batch_size = at_least_one("batch_size", batch_size)
         several = _several("text", texts)
         ids = [self._encode("text", i, text) for i, text in enumerate(several)]
         for i, tokens in enumerate(ids):
@@ -311,55 +278,28 @@ class Session:
         e = self.engine
         return f"<portlm.Session {e.name}:{e.device} {e.profile} {e.precision}>"
 
-    def _options(
-        self,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        stop: str | Sequence[str],
-        ignore_eos: bool,
-    ) -> _Options:
-        check_filters(self.engine.vocab_size, temperature, top_k, top_p, min_p)
-        return _Options(
-            _at_least_one("max_new_tokens", max_new_tokens),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            check_stops(stop),
-            frozenset() if ignore_eos else self.eos_ids,
-        )
-
-    def _rows(
-        self, prompts: str | Sequence[Prompt], seed: int | Sequence[int], options: _Options
-    ) -> list[_Row]:
+    def _rows(self, prompts: str | Sequence[Prompt], decoding: Decoding) -> list[_Row]:
         several = _several("prompt", prompts)
-        if isinstance(seed, Sequence) and not isinstance(seed, str):
-            if len(seed) != len(several):
-                raise UsageError(f"seed was given for {len(seed)} prompts, but there are {len(several)}")
-            draws = [(s, 0) for s in seed]
-        else:
-            draws = [(seed, i) for i in range(len(several))]
+        check_filters(
+            self.engine.vocab_size, decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p
+        )
+        eos_ids = frozenset() if decoding.ignore_eos else self.eos_ids
+        settings = zip(several, decoding.draws(len(several)), decoding.per_row(len(several)), strict=True)
         rows = []
-        for i, (prompt, (own_seed, stream)) in enumerate(zip(several, draws, strict=True)):
-            tokens = self._encode("prompt", i, prompt)
-            if not tokens:
-                tokens = self._start(i)
+        for i, (prompt, (seed, stream), own) in enumerate(settings):
+            tokens = self._encode("prompt", i, prompt) or self._start(i)
             limit = self.engine.context_length
             if len(tokens) > limit:
                 raise ContextLengthError(len(tokens), limit, f"prompt {i}")
-            total = len(tokens) + options.max_new_tokens
+            assert isinstance(own.max_new_tokens, int)
+            total = len(tokens) + own.max_new_tokens
             if total > limit:
-                what = f"prompt {i} ({len(tokens)} tokens) with max_new_tokens = {options.max_new_tokens}"
+                what = f"prompt {i} ({len(tokens)} tokens) with max_new_tokens = {own.max_new_tokens}"
                 room = limit - len(tokens)
                 advice = f"set max_new_tokens to at most {room}, shorten the prompt" if room else ""
                 raise ContextLengthError(total, limit, what, advice)
-            if type(own_seed) is bool or not 0 <= _whole("seed", own_seed) < 2**64:
-                raise UsageError(f"seed must be from 0 to 2^64 - 1, got {own_seed!r}")
             decoder = self.tokenizer.stream_decoder(skip_special=True)
-            rows.append(_Row(tokens, own_seed, stream, decoder, StopScanner(options.stops)))
+            rows.append(_Row(tokens, own, eos_ids, seed, stream, decoder, StopScanner(own.stop)))
         return rows
 
     def _start(self, index: int) -> tuple[int, ...]:
@@ -373,7 +313,7 @@ class Session:
     def _encode(self, what: str, index: int, text: Prompt) -> tuple[int, ...]:
         if isinstance(text, str):
             return tuple(self.tokenizer.encode(text))
-        tokens = tuple(_whole(f"a token of {what} {index}", token) for token in text)
+        tokens = tuple(whole(f"a token of {what} {index}", token) for token in text)
         for token in tokens:
             if not 0 <= token < self.engine.vocab_size:
                 raise UsageError(
@@ -381,96 +321,58 @@ class Session:
                 )
         return tokens
 
-    def _run(self, rows: list[_Row], options: _Options, stats: Stats) -> Iterator[None]:
-        """Generate for one batch; yield after each token, with the rows brought up to date."""
-        began = time.perf_counter()
-        ids, mask, positions = _pad([row.prompt for row in rows], options.max_new_tokens)
-        B, T = ids.shape
-        stats.rows += B
-        stats.prompt_tokens += sum(len(row.prompt) for row in rows)
-        seeds, streams = [row.seed for row in rows], [row.stream for row in rows]
-        state = self.engine.empty_state(B)
-        for begin, end in self._spans(B, T):
-            logits, state = self.engine.step(ids[:, begin:end], positions[:, begin:end], mask[:, :end], state)
-        place = positions[:, -1:].copy()
-        for count in range(options.max_new_tokens):
-            last = np.array(logits[:, -1])
-            last[:, self.tokenizer.vocab_size :] = -np.inf  # rows of the table that stand for no token
-            last[[row.finish_reason is not None for row in rows]] = 0  # what a finished row says is ignored
-            try:
-                tokens = select_tokens(
-                    last, options.temperature, options.top_k, options.top_p, options.min_p,
-                    seeds, count, streams,
-                )  # fmt: skip
-            except UsageError:
-                raise
-            except PortlmError as error:
-                raise PortlmError(
-                    f"{self.engine.name}:{self.engine.device}: new token {count}: {error}"
-                ) from None
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                if row.finish_reason is None:
-                    row.push(token, options)
-                    stats.new_tokens += 1
-            going = np.array([row.finish_reason is None for row in rows])
-            elapsed = time.perf_counter() - began
-            if count == 0:
-                stats.prefill_seconds += elapsed
-            else:
-                stats.decode_seconds += elapsed
+    def _run(self, rows: list[_Row], batch_size: int, stats: Stats) -> Iterator[None]:
+        """Generate for all rows; yield after each step, with the rows brought up to date."""
+        scheduler = Scheduler(self.engine, batch_size, self.tokenizer.vocab_size, stats)
+        scheduler.add(rows)
+        while scheduler.busy:
+            scheduler.step()
             yield
-            if not going.any():
-                return
-            began = time.perf_counter()
-            mask[going, T + count] = 1
-            place[going] += 1
-            new = np.where(going, tokens, 0)[:, None]
-            logits, state = self.engine.step(new, place, mask[:, : T + count + 1], state)
+
+    def _search(self, rows: list[_Row], batch_size: int, stats: Stats) -> None:
+        """Give each row the best hypothesis of a beam search."""
+        began = time.perf_counter()
+        prompts = max(1, batch_size // rows[0].decoding.num_beams) if rows else 1
+        for begin in range(0, len(rows), prompts):
+            batch = rows[begin : begin + prompts]
+            searches = [Search(row.prompt, row.decoding, row.eos_ids) for row in batch]
+            search(self.engine, searches, self.tokenizer.vocab_size)
+            for row, found in zip(batch, searches, strict=True):
+                for token in found.best.tokens:
+                    row.push(token)
+                stats.rows += 1
+                stats.prompt_tokens += len(row.prompt)
+                stats.new_tokens += len(row.tokens)
+        stats.decode_seconds += time.perf_counter() - began
 
     def _score(self, texts: list[tuple[int, ...]]) -> list[Score]:
-        ids, mask, positions = _pad(texts, 0)
+        ids, real = pad(texts)
         B, T = ids.shape
         logprobs: list[list[float]] = [[] for _ in texts]
         greedy: list[list[bool]] = [[] for _ in texts]
-        state = self.engine.empty_state(B)
-        for begin, end in self._spans(B, T - 1):
-            logits, state = self.engine.step(ids[:, begin:end], positions[:, begin:end], mask[:, :end], state)
+        rows = Rows(self.engine, B)
+        for begin, end in rows.chunks(B, T - 1, every=True):
+            logits = rows.read(ids[:, begin:end], real[:, begin:end], every=True)
             for b, tokens in enumerate(texts):
                 first = max(begin, T - len(tokens))
                 if first >= end:
                     continue
-                rows = logits[b, first - begin : end - begin].astype(np.float64)
+                answers = logits[b, first - begin : end - begin].astype(np.float64)
                 target = ids[b, first + 1 : end + 1]
-                largest = rows.max(axis=1)
+                largest = answers.max(axis=1)
                 if not np.isfinite(largest).all():
                     where = f"{self.engine.name}:{self.engine.device}: text {b}"
                     raise PortlmError(
                         f"{where}: the logits are not numbers: check the weights for NaN or infinity"
                     )
-                normaliser = largest + np.log(np.exp(rows - largest[:, None]).sum(axis=1))
-                chosen = rows[np.arange(len(rows)), target]
+                normaliser = largest + np.log(np.exp(answers - largest[:, None]).sum(axis=1))
+                chosen = answers[np.arange(len(answers)), target]
                 logprobs[b] += (chosen - normaliser).tolist()
-                greedy[b] += (rows.argmax(axis=1) == target).tolist()
+                greedy[b] += (answers.argmax(axis=1) == target).tolist()
         return [
             Score(tokens, tuple(p), tuple(g))
             for tokens, p, g in zip(texts, logprobs, greedy, strict=True)
         ]  # fmt: skip
-
-    def _spans(self, B: int, T: int) -> Iterator[tuple[int, int]]:
-        """Cut T tokens into steps of at most LOGITS_PER_STEP logits."""
-        size = max(1, LOGITS_PER_STEP // (B * self.engine.vocab_size))
-        for begin in range(0, T, size):
-            yield begin, min(begin + size, T)
-
-
-def _pad(rows: list[tuple[int, ...]], room: int) -> tuple[Ids, Ids, Ids]:
-    """Pad on the left: ids (B, T), mask (B, T + room) with zeros where there is room for more, positions (B, T)."""
-    B, T = len(rows), max(map(len, rows))
-    ids, mask = np.zeros((B, T), np.int64), np.zeros((B, T + room), np.int64)
-    for b, tokens in enumerate(rows):
-        ids[b, T - len(tokens) :] = tokens
-        mask[b, T - len(tokens) : T] = 1
-    return ids, mask, np.maximum(np.cumsum(mask[:, :T], axis=1) - 1, 0)
 
 
 def _several(what: str, texts: Any) -> list[Prompt]:
@@ -487,16 +389,3 @@ def _several(what: str, texts: Any) -> list[Prompt]:
         if not isinstance(text, str | Sequence | np.ndarray) or isinstance(text, bytes | bytearray):
             raise UsageError(f"{what} {i} must be a text or a list of token ids, got {type(text).__name__}")
     return list(texts)
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or _whole(name, value) < 1:
-        raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return int(value)

@@ -13,21 +13,22 @@ import threading
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from portlm.artifact import Manifest, verify_files
-from portlm.engine import Ids, Logits, Placement, State, check_inputs
+from portlm.engine import Array, CallSpec, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
+from portlm.roles import StateSpec
+from portlm.runtimes.base import ArrayEngine
 from portlm.trust import is_trusted
 from portlm.tvm_support import (
     LIBRARY,
     SIGNATURE,
     Signature,
     Weight,
-    folder_name,
     import_tvm,
     processor_of,
     virtual_machine,
@@ -86,139 +87,74 @@ def connect_kernels() -> None:
     _connected = True
 
 
-class TvmEngine:
-    """A decoder compiled by TVM for the CPU."""
+class TvmEngine(ArrayEngine):
+    """The roles of an artifact compiled by TVM for the CPU: one library each, opened when it is first used.
+
+    An artifact of one role is opened at once, so that loading says what is wrong with it.
+
+    The cache of a role is a view of a buffer that has room to grow (csrc/tvm/cache.cpp). A call extends the buffer in
+    place only from the view that reaches its end, and copies otherwise, so states may share views.
+    """
 
     name = "tvm"
     precision = "fp32"
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        device: str,
-        signature: Signature,
-        step: Callable[..., Any],
-        threads: int | None,
-    ):
-        """Take over an opened library; use open().
+    def __init__(self, request: OpenRequest, manifest: Manifest, libraries: Mapping[str, str], profile: str):
+        """Prepare to open libraries; use open().
 
         Args:
+            request: what was asked.
             manifest: of the artifact.
-            device: "cpu".
-            signature: how the library is called.
-            step: the library's function main with the weights bound: inputs -> outputs.
-            threads: of the kernels, None for one per core.
+            libraries: folder of each role's library, relative to where compiled files are.
+            profile: of all of them.
         """
-        self.device, self.profile = device, signature.profile
-        self.vocab_size, self.context_length = manifest.model.vocab_size, manifest.model.context_length
-        self._states = manifest.roles["decoder"].state
-        self._inputs = tuple(state.name for state in self._states)
-        self._nodes = signature.nodes
-        self._step: Callable[..., Any] | None = step
-        self._generated = self.profile == "portable"  # TVM's own code reads the inputs: it trusts them
-        self._threads = threads
-        self._lock = (
-            threading.Lock()
-        )  # a virtual machine runs one call at a time, and calls release Python's own lock
+        super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
+        self.device, self.profile = request.device, profile
+        self._request, self._libraries = request, dict(libraries)
+        self._opened: dict[str, _Library] = {}
+        self._generated = profile == "portable"  # TVM's own code reads the inputs: it trusts them
+        self._threads = request.threads
+        # A virtual machine runs one call at a time, and calls release Python's own lock.
+        self._lock = threading.Lock()
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        manifest: Manifest | None,
-        device: str,
-        profile: str,
-        allow_fallback: bool,
-        threads: int | None,
-    ) -> Self:
-        """Load the compiled library of a profile; "auto" prefers the fused one.
+    def open(cls, request: OpenRequest) -> Self:
+        """Load the compiled libraries of a profile; "auto" prefers the fused one.
 
         Args:
-            folder: the artifact.
-            manifest: its manifest; None, a plain checkpoint, is refused.
-            device: "cpu".
-            profile: "auto", "portable" or "fused".
-            allow_fallback: ignored, a library runs on its device alone.
-            threads: of portlm's kernels, None for one per core; what TVM generates runs on the caller's thread.
+            request: device is "cpu"; profile "auto", "portable" or "fused". threads are those of portlm's kernels,
+                what TVM generates runs on the caller's thread. allow_fallback is ignored, a library runs on its
+                device alone.
 
         Raises:
             EngineUnavailableError: TVM is missing or of another version, or the library is for another processor.
-            UsageError: nothing was compiled for this device and profile.
+            UsageError: nothing was compiled for this device and profile, or the folder is a plain checkpoint.
             FormatError: a file is missing or altered, or the library was not compiled on this machine.
         """
-        tvm = import_tvm()
-        if device != "cpu":
-            raise EngineUnavailableError(f"tvm: no device {device} here, choose cpu")
-        if manifest is None:
-            raise UsageError(f"tvm runs exported models: run portlm export {folder} first")
-        profile = _choose(folder, manifest, device, profile)
-        command = f"portlm compile {folder} --engine tvm --profile {profile}"
-        name = folder_name(device, profile)
-        signature = Signature.read(safe_join(folder, f"{name}/{SIGNATURE}"), folder)
-        verify_files(folder, (f"{name}/{LIBRARY}", f"{name}/{SIGNATURE}", signature.weights_file))
-        _check_signature(signature, manifest, profile, command)
-        # TVM's own pool would spin beside the kernels' threads; it reads these when it is first needed.
-        os.environ["TVM_NUM_THREADS"] = "1"
-        os.environ["TVM_BIND_THREADS"] = "0"
-        module = _load_trusted(tvm, safe_join(folder, f"{name}/{LIBRARY}"), command)
-        if profile == "fused":
-            connect_kernels()
-        weights = map_weights(safe_join(folder, signature.weights_file), signature.weights)
-        try:
-            machine = virtual_machine(module)
-            machine.save_function("main", "portlm_step", *weights)
-        except (RuntimeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"{folder}: {name}/{LIBRARY} does not start ({_last_line(error)}): run {command}"
-            ) from error
-        return cls(manifest, device, signature, machine["portlm_step"], threads)
+        import_tvm()
+        if request.device != "cpu":
+            raise EngineUnavailableError(f"tvm: no device {request.device} here, choose cpu")
+        if request.manifest is None:
+            raise UsageError(f"tvm runs exported models: run portlm export {request.folder} first")
+        profile, libraries = _choose(request, request.manifest)
+        engine = cls(request, request.manifest, libraries, profile)
+        if len(libraries) == 1:
+            engine.placement()
+        return engine
 
-    def empty_state(self, batch: int) -> State:
-        """The cache of `batch` rows before the first token: tensors (batch, K, 0, D)."""
-        import tvm
-
-        sizes: Mapping[str, int] = {"batch": batch, "past": 0}
-        shapes = {s.name: tuple(sizes[d] if isinstance(d, str) else d for d in s.shape) for s in self._states}
-        return {name: tvm.runtime.empty(shape, "float32") for name, shape in shapes.items()}
-
-    def step(
-        self, input_ids: Ids, position_ids: Ids, attention_mask: Ids, state: State
-    ) -> tuple[Logits, State]:
-        """Feed T more tokens to each row.
-
-        Args:
-            input_ids: (B, T) int64.
-            position_ids: (B, T) int64.
-            attention_mask: (B, P+T) int64, 0 for padding on the left.
-            state: of the previous step; it stays valid.
-
-        Returns:
-            Logits (B, T, V) float32 and the grown state.
-
-        Raises:
-            UsageError: shapes that do not belong together, a token or position out of range, or a closed engine.
-            ContextLengthError: more tokens than the context holds.
-            PortlmError: not enough memory.
-        """
-        if self._step is None:
-            raise UsageError("this engine is closed: load the model again")
-        check_inputs(self, input_ids, position_ids, attention_mask)
-        rows, _, past, _ = state[self._inputs[0]].shape
-        if rows != len(input_ids) or attention_mask.shape[1] != past + input_ids.shape[1]:
-            raise UsageError(
-                f"a state of {rows} rows and {past} tokens does not go with input_ids {input_ids.shape} "
-                f"and attention_mask {attention_mask.shape}"
-            )
-        ids, positions, mask = (
-            np.require(a, np.int64, ("C", "W"))  # writeable, because DLPack cannot say "read only"
-            for a in (input_ids, position_ids, attention_mask)
-        )
-        tensor = _aligned if self._generated else _tensor
-        values = [state[name] for name in self._inputs]
+    def _call(
+        self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        library, tensor = self._library(role), _aligned if self._generated else _tensor
+        arguments = [
+            # Writeable, because DLPack cannot say "read only".
+            tensor(np.require(inputs[name], None, ("C", "W"))) if name in inputs else tensors[name]
+            for name in library.inputs
+        ]
         with self._lock:
             others = set_threads(self._threads) if self._threads else 0
             try:
-                outputs = self._step(tensor(ids), tensor(mask), tensor(positions), *values)
+                results = library.step(*arguments)
             except (
                 ValueError,
                 RuntimeError,
@@ -227,16 +163,71 @@ class TvmEngine:
             finally:
                 if others:
                     set_threads(others)
-        logits: Logits = np.from_dlpack(outputs[0])  # type: ignore[assignment]
-        return logits, dict(zip(self._inputs, list(outputs)[1:], strict=True))
+        named = dict(zip(library.outputs, results, strict=True))
+        spec = self.roles[role]
+        outputs: dict[str, Array] = {item.name: np.from_dlpack(named[item.name]) for item in spec.outputs}
+        return outputs, {item.name: named[item.output] for item in spec.state if item.output}
+
+    def _library(self, role: str) -> "_Library":
+        if role not in self._opened:
+            self._opened[role] = _open(
+                self._request, role, self.roles[role], self._libraries[role], self.profile
+            )
+        return self._opened[role]
+
+    def _work(self, tensor: Any) -> Any:
+        return np.from_dlpack(tensor)
+
+    def _settle(self, tensor: Any, spec: StateSpec) -> Any:
+        if self._generated:
+            return _aligned(tensor)
+        # A cache may have any strides: the next call copies it into a buffer of its own, with room to grow.
+        return _tensor(tensor if spec.update == "append" else np.ascontiguousarray(tensor))
 
     def placement(self) -> Placement:
         """Everything runs on the one device a library was compiled for."""
-        return Placement({self.device: self._nodes})
+        return Placement({self.device: sum(self._library(role).nodes for role in self._libraries)})
 
     def close(self) -> None:
-        """Let go of the library and the weights; closing twice is harmless."""
-        self._step = None
+        """Let go of the libraries and the weights; closing twice is harmless."""
+        super().close()
+        self._opened, self._libraries = {}, {}
+
+
+class _Library(NamedTuple):
+    """An opened library: what it takes and returns in which order, and how many nodes its graph had."""
+
+    step: Callable[..., Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: int
+
+
+def _open(request: OpenRequest, role: str, spec: CallSpec, name: str, profile: str) -> _Library:
+    tvm = import_tvm()
+    folder, place = request.folder, request.compiled or request.folder
+    command = f"portlm compile {folder} --engine tvm --profile {profile}"
+    signature = Signature.read(safe_join(place, f"{name}/{SIGNATURE}"), folder)
+    own = () if request.compiled else (f"{name}/{LIBRARY}", f"{name}/{SIGNATURE}")
+    verify_files(folder, (*own, signature.weights_file))
+    _check_signature(signature, spec, profile, command)
+    # TVM's own pool would spin beside the kernels' threads; it reads these when it is first needed.
+    os.environ["TVM_NUM_THREADS"] = "1"
+    os.environ["TVM_BIND_THREADS"] = "0"
+    module = _load_trusted(tvm, safe_join(place, f"{name}/{LIBRARY}"), command)
+    if profile == "fused":
+        connect_kernels()
+    weights = map_weights(safe_join(folder, signature.weights_file), signature.weights)
+
+    try:
+        # The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
+        machine = virtual_machine(module)
+        machine.save_function("main", "portlm_step", *weights)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"{folder}: {name}/{LIBRARY} does not start ({_last_line(error)}): run {command}"
+        ) from error
+    return _Library(machine["portlm_step"], signature.inputs, signature.outputs, signature.nodes)
 
 
 def set_threads(count: int) -> int:
@@ -284,31 +275,37 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _choose(folder: Path, manifest: Manifest, device: str, profile: str) -> str:
-    """The profile to open, of those that were compiled."""
-    compiled = {
-        entry.profile for entry in manifest.compiled if (entry.engine, entry.device) == ("tvm", device)
-    }
-    wanted = ("fused", "portable") if profile == "auto" else (profile,)
-    for name in wanted:
-        if name in compiled and name in ("fused", "portable"):
-            return name
+def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, str]]:
+    """The profile to open, of those that were compiled for every role, and the folder of each role's library."""
+    folder, profile = request.folder, request.profile
+    compiled: dict[str, dict[str, str]] = {"fused": {}, "portable": {}}
+    for entry in manifest.compiled:
+        if (entry.engine, entry.device) == ("tvm", request.device) and entry.profile in compiled:
+            library = next((name for name in entry.files if name.endswith(f"/{LIBRARY}")), None)
+            if library is None:
+                raise FormatError(f"{folder}: the entry compiled for tvm must have a library")
+            compiled[entry.profile][entry.role] = library.rpartition("/")[0]
+    for name in ("fused", "portable") if profile == "auto" else (profile,):
+        if manifest.roles and compiled.get(name, {}).keys() == manifest.roles.keys():
+            return name, compiled[name]
     option = "" if profile == "auto" else f" --profile {profile}"
     if profile not in ("auto", "fused", "portable"):
         raise UsageError(f"tvm has no profile {profile}: choose portable or fused")
     raise UsageError(
-        f"{folder} holds nothing compiled for tvm on {device}: run portlm compile {folder} --engine tvm{option}"
+        f"{folder} holds nothing compiled for tvm on {request.device}: "
+        f"run portlm compile {folder} --engine tvm{option}"
     )
 
 
-def _check_signature(signature: Signature, manifest: Manifest, profile: str, command: str) -> None:
+def _check_signature(signature: Signature, spec: CallSpec, profile: str, command: str) -> None:
     """The signature must be of this model, this profile and a processor like this one."""
     from portlm import _C
 
-    role = manifest.roles["decoder"]
-    inputs = (*(spec.name for spec in role.inputs), *(state.name for state in role.state))
-    outputs = (*(spec.name for spec in role.outputs), *(state.output for state in role.state))
-    if signature.profile != profile or signature.inputs != inputs or signature.outputs != outputs:
+    inputs = {item.name for item in spec.inputs} | {item.name for item in spec.state}
+    outputs = {item.name for item in spec.outputs} | {item.output for item in spec.state if item.output}
+    same = set(signature.inputs) == inputs and set(signature.outputs) == outputs
+    once = len(inputs) == len(signature.inputs) and len(outputs) == len(signature.outputs)
+    if signature.profile != profile or not same or not once:
         raise FormatError(f"tvm: the compiled {profile} library is of another model: run {command}")
     usable = [processor_of(isa) for isa in _C.usable_isas()]
     if signature.processor not in usable:

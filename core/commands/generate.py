@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 HARMLESS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 DEFAULT_TOKENS = 128
+EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by mistake
 
 
@@ -36,6 +37,28 @@ MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by 
 @click.option("--min-p", default=0.0, show_default=True, help="Least probability, relative to the largest.")
 @click.option("--seed", default=0, show_default=True, help="Of the random numbers, 0 to 2^64 - 1.")
 @click.option("--stop", multiple=True, help="End before this text; repeat for several.")
+@click.option(
+    "--repetition-penalty", default=1.0, show_default=True, help="For tokens that were said; 1 is none."
+)
+@click.option(
+    "--no-repeat-ngram-size",
+    default=0,
+    show_default=True,
+    help="Say no sequence of this many tokens twice; 0: may.",
+)
+@click.option(
+    "--num-beams", default=1, show_default=True, help="Search with this many beams; 1 for no search."
+)
+@click.option(
+    "--length-penalty", default=1.0, show_default=True, help="Of a beam: divide by its length to this power."
+)
+@click.option(
+    "--early-stopping",
+    type=click.Choice(["no", "yes", "never"]),
+    default="no",
+    show_default=True,
+    help="End a search when enough beams have ended (yes), by estimate (no), or only by proof (never).",
+)
 @click.option(
     "--stream/--no-stream", default=True, help="Print text as it comes, or at the end (default: as it comes)."
 )
@@ -61,6 +84,7 @@ def command(
     text goes to stdout.
     """
     text = read_prompt(prompt, prompt_file)
+    sampling["early_stopping"] = EARLY_STOPPING[sampling["early_stopping"]]
     import portlm
 
     with portlm.load(model, engine, device, profile, allow_fallback, threads) as session:
@@ -72,6 +96,8 @@ def command(
         if as_json:
             click.echo(json.dumps(describe(session, session.generate(text, **sampling)), ensure_ascii=False))
             return
+        # A search has nothing to show before its end.
+        stream = stream and sampling["num_beams"] == 1
         result = write_text(session, text, stream, sampling, sys.stdout.buffer)
     if sys.stderr.isatty():
         stats = result.stats

@@ -35,12 +35,14 @@ class Worker:
         """Load the model and run one token, which is when some engines do their real loading."""
         begin = time.perf_counter()
         import portlm
+        from portlm.rows import Rows
 
+        self._rows = Rows
         imported = time.perf_counter()
         before = _memory()["rss"]
         self.session = portlm.load(path, engine=engine, device=device, profile=profile, threads=threads)
         self.engine = self.session.engine
-        self._forward(np.zeros((1, 1), np.int64), self.engine.empty_state(1), past=0)
+        self._rows(self.engine, 1).read(np.zeros((1, 1), np.int64))
         loaded = time.perf_counter()
         return {
             "import_s": imported - begin,
@@ -51,28 +53,23 @@ class Worker:
             "context_length": self.engine.context_length,
         }
 
-    def _forward(self, ids: np.ndarray, state: Any, past: int) -> tuple[np.ndarray, Any]:
-        batch, length = ids.shape
-        positions = np.broadcast_to(np.arange(past, past + length, dtype=np.int64), (batch, length)).copy()
-        mask = np.ones((batch, past + length), np.int64)
-        return self.engine.step(ids, positions, mask, state)
+    def _ids(self, tokens: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, self.engine.vocab_size, (1, tokens), dtype=np.int64)
 
     def prefill(self, tokens: int, seed: int) -> dict[str, Any]:
         """Time one pass over a prompt of random tokens."""
-        ids = np.random.default_rng(seed).integers(0, self.engine.vocab_size, (1, tokens), dtype=np.int64)
-        state = self.engine.empty_state(1)
+        ids, rows = self._ids(tokens, seed), self._rows(self.engine, 1)
         begin = time.perf_counter()
-        self._forward(ids, state, past=0)
+        rows.read(ids)
         return {"seconds": time.perf_counter() - begin}
 
     def decode(self, prompt: int, tokens: int, seed: int) -> dict[str, Any]:
         """Time greedy single-token steps behind a prompt, selection included, prompt excluded."""
-        ids = np.random.default_rng(seed).integers(0, self.engine.vocab_size, (1, prompt), dtype=np.int64)
-        logits, state = self._forward(ids, self.engine.empty_state(1), past=0)
+        rows = self._rows(self.engine, 1)
+        logits = rows.read(self._ids(prompt, seed))[:, -1]
         begin = time.perf_counter()
-        for past in range(prompt, prompt + tokens):
-            token = int(np.argmax(logits[0, -1]))
-            logits, state = self._forward(np.array([[token]], np.int64), state, past)
+        for _ in range(tokens):
+            logits = rows.next(np.argmax(logits, axis=1))
         return {"seconds": time.perf_counter() - begin}
 
     def limits(self) -> dict[str, Any]:

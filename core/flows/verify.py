@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -93,7 +93,7 @@ def verify_artifact(
     if certify or parity.REFERENCE not in manifest.files:
         progress("the answer of eager PyTorch")
         with closing(_open(root, Target("torch", "cpu", "native"))) as engine:
-            parity.certify(root, [], reference=PlainPyTorch(engine))
+            parity.certify(root, [], reference=cast("Engine", PlainPyTorch(engine)))
         certify = True
     results = []
     for target in chosen:
@@ -166,12 +166,12 @@ class PlainPyTorch:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def step(self, *arguments: Any) -> Any:
-        """Run one step on the references of all ops."""
+    def run(self, *arguments: Any) -> Any:
+        """Run one call on the references of all ops."""
         from portlm.ops.fused import without_kernels
 
         with without_kernels():
-            return self._engine.step(*arguments)
+            return self._engine.run(*arguments)
 
 
 def _open(root: Path, target: Target) -> Engine:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
+from portlm.models.roles import Role, decoder
 from portlm.ops.attention import attention_qkv
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
@@ -321,6 +322,7 @@ class GPT2(nn.Module):
         position_ids: Tensor,
         attention_mask: Tensor,
         past: list[KeyValue] | None = None,
+        logits_to_keep: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Continue sequences whose P earlier slots are in the cache.
 
@@ -329,9 +331,10 @@ class GPT2(nn.Module):
             position_ids: (B, T) int64, the position of each within its own row.
             attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
             past: For each layer (key, value), each (B, H, P, D); None stands for P = 0.
+            logits_to_keep: (kept,) int64, which of the T new tokens to give logits for; None for all.
 
         Returns:
-            Logits (B, T, V), and the cache with P + T slots.
+            Logits (B, kept, V), and the cache with P + T slots.
 
         Raises:
             ContextLengthError: P + T is larger than the context.
@@ -341,7 +344,15 @@ class GPT2(nn.Module):
             empty = self.wte.weight.new_empty(len(input_ids), self.config.n_head, 0, self.config.head_dim)
             past = [(empty, empty)] * self.config.n_layer
         y, present = self._decode(self.wte(input_ids) + self.wpe(position_ids), attention_mask, past)
+        if logits_to_keep is not None:
+            y = y.index_select(1, logits_to_keep)
         return linear(y, self.wte.weight), present
+
+    def roles(self) -> dict[str, Role]:
+        """Return what this model can be exported as: a decoder with a cache."""
+        config = self.config
+        caches = [(config.n_head, config.head_dim)] * config.n_layer
+        return {"decoder": decoder(self.step, vocab_size=config.vocab_size, caches=caches)}
 
     def _decode(
         self, x: Tensor, mask: Tensor | None = None, past: list[KeyValue] | None = None

@@ -72,6 +72,9 @@ class RMSNorm(nn.Module):
 
 
 def check_length(tokens: int, limit: int) -> None:
-    """Raise ContextLengthError when a sequence is longer than the model's context."""
-    if tokens > limit:
+    """Raise ContextLengthError when a sequence is longer than the model's context.
+
+    Not while a graph is captured, which is for every length: engines check before they run it.
+    """
+    if not torch.compiler.is_exporting() and tokens > limit:
         raise ContextLengthError(tokens, limit, "the input")

@@ -29,8 +29,10 @@ from portlm.errors import ConfigError
 from portlm.files import shown
 from portlm.models import config_json
 from portlm.models.layers import Embedding, KeyValue, Linear, RMSNorm, check_length
+from portlm.models.roles import Role, decoder
 from portlm.ops.attention import attention
 from portlm.ops.cached_attention import cached_attention
+from portlm.ops.embedding import embedding
 from portlm.ops.linear import linear
 from portlm.ops.linear_cross_entropy import linear_cross_entropy
 from portlm.ops.rotary import rotary
@@ -333,7 +335,8 @@ class Llama(nn.Module):
         init: False leaves the parameters uninitialised, for a caller that fills them all.
     """
 
-    frequencies: Tensor  # (D/2), not saved: it follows from the configuration
+    rotary_cos: Tensor  # (context, D/2), not saved: it follows from the configuration
+    rotary_sin: Tensor
 
     def __init__(self, config: LlamaConfig, *, init: bool = True):
         super().__init__()
@@ -342,7 +345,10 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = RMSNorm(config.width, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
-        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        positions = torch.arange(config.context_length)
+        cos, sin = rotary_angles(positions, rotary_frequencies(config), torch.get_default_dtype())
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
         if init:
             self.init_weights()
 
@@ -363,7 +369,7 @@ class Llama(nn.Module):
         """
         T = input_ids.shape[1]
         check_length(T, self.config.context_length)
-        y, _ = self._decode(input_ids, torch.arange(T, device=input_ids.device))
+        y, _ = self._decode(input_ids, self.rotary_cos[:T], self.rotary_sin[:T])
         if targets is None:
             return linear(y, self.head)
         return linear_cross_entropy(y.flatten(0, 1), self.head, targets.flatten())
@@ -375,6 +381,7 @@ class Llama(nn.Module):
         position_ids: Tensor,
         attention_mask: Tensor,
         past: list[KeyValue] | None = None,
+        logits_to_keep: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Continue sequences whose P earlier slots are in the cache.
 
@@ -383,9 +390,10 @@ class Llama(nn.Module):
             position_ids: (B, T) int64, the position of each within its own row.
             attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
             past: For each layer (key, value), each (B, K, P, D), keys already rotated; None stands for P = 0.
+            logits_to_keep: (kept,) int64, which of the T new tokens to give logits for; None for all.
 
         Returns:
-            Logits (B, T, V), and the cache with P + T slots.
+            Logits (B, kept, V), and the cache with P + T slots.
 
         Raises:
             ContextLengthError: P + T is larger than the context.
@@ -394,15 +402,32 @@ class Llama(nn.Module):
         if past is None:
             empty = self.head.new_empty(len(input_ids), self.config.n_kv_head, 0, self.config.head_dim)
             past = [(empty, empty)] * self.config.n_layer
-        y, present = self._decode(input_ids, position_ids, attention_mask, past)
+        cos = embedding(position_ids, self.rotary_cos)  # (B, T, D/2)
+        sin = embedding(position_ids, self.rotary_sin)
+        y, present = self._decode(input_ids, cos, sin, attention_mask, past)
+        if logits_to_keep is not None:
+            y = y.index_select(1, logits_to_keep)
         return linear(y, self.head), present
 
+    def roles(self) -> dict[str, Role]:
+        """Return what this model can be exported as: a decoder with a cache."""
+        config = self.config
+        caches = [(config.n_kv_head, config.head_dim)] * config.n_layer
+        return {"decoder": decoder(self.step, vocab_size=config.vocab_size, caches=caches)}
+
     def _decode(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None = None, past: list[KeyValue] | None = None
+        self,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache."""
+        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache.
+
+        cos and sin are the rotation at each token's position, (T, D/2) or (B, T, D/2), for all layers.
+        """
         x, h = self.embed_tokens(ids), None
-        cos, sin = rotary_angles(positions, self.frequencies, x.dtype)  # (T, D/2) or (B, T, D/2), all layers
         presents = []
         for layer, block in enumerate(self.layers):
             x, h, present = block(x, h, cos, sin, mask, None if past is None else past[layer])

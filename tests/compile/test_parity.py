@@ -1,5 +1,4 @@
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -19,7 +18,10 @@ from portlm.compile.parity import (
     measure,
     verify,
 )
+from portlm.engine import OpenRequest, Placement
 from portlm.errors import FormatError, ParityError, UsageError
+from portlm.runtimes.base import ArrayEngine
+from portlm.runtimes.null import DECODER
 from portlm.weights import load_numpy, save_tensors
 
 GRAPH = "onnx/decoder.portable.onnx"
@@ -28,13 +30,13 @@ GRAPH = "onnx/decoder.portable.onnx"
 def open_torch(folder):
     from portlm.runtimes.eager import TorchEngine
 
-    return TorchEngine.open(folder, read_manifest(folder), "cpu", "auto", False, None)
+    return TorchEngine.open(OpenRequest(folder, read_manifest(folder), "cpu"))
 
 
 def open_ort(folder, profile="portable"):
     from portlm.runtimes.ort import OrtEngine
 
-    return OrtEngine.open(folder, read_manifest(folder), "cpu", profile, False, 1)
+    return OrtEngine.open(OpenRequest(folder, read_manifest(folder), "cpu", profile, threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -57,29 +59,30 @@ class Wrapped:
     def __init__(self, engine, change):
         self.inner, self.change = engine, change
         self.name, self.device, self.profile, self.precision = "null", "cpu", "native", "fp32"
-        self.empty_state, self.placement = engine.empty_state, engine.placement
 
-    def step(self, input_ids, position_ids, attention_mask, state):
-        logits, state = self.inner.step(input_ids, position_ids, attention_mask, state)
-        return self.change(np.array(logits)), state
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def run(self, role, inputs, state):
+        outputs, state = self.inner.run(role, inputs, state)
+        return {"logits": self.change(np.array(outputs["logits"]))}, state
 
 
-class Scripted:
+class Scripted(ArrayEngine):
     """An engine without a model: the logits of the n-th step come from a list, for one row and three tokens."""
 
     name, device, profile, precision = "null", "cpu", "native", "fp32"
 
     def __init__(self, *steps):
+        super().__init__({"decoder": DECODER}, 3, 64)
         self.steps = [np.array(logits, np.float32) for logits in steps]
 
-    def empty_state(self, batch):
-        return 0
-
-    def step(self, input_ids, position_ids, attention_mask, state):
-        return self.steps[state][None, None], state + 1
+    def _call(self, role, inputs, tensors):
+        ids = np.concatenate([tensors["past_ids"], inputs["input_ids"]], axis=1)
+        return {"logits": self.steps[ids.shape[1] - 1][None, None]}, {"past_ids": ids}
 
     def placement(self):
-        return SimpleNamespace(nodes={"cpu": 1}, fallback=())
+        return Placement({"cpu": 1})
 
 
 def scripted_reference(*steps):

@@ -49,7 +49,9 @@ def test_the_parts_of_a_split_are_the_text_and_the_second_has_the_asked_share(te
     share = int(len(text.encode()) * held_out)
     try:
         train, val = split_text(text, held_out)
-    except UsageError:  # only where one part would be empty: nothing is asked for, or the cut is in the first character
+    except (
+        UsageError
+    ):  # only where one part would be empty: nothing is asked for, or the cut is in the first character
         assert share == 0 or len(text.encode()) - share < len(text[0].encode())
         return
     assert train + val == text

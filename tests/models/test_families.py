@@ -237,6 +237,16 @@ def test_rows_of_a_left_padded_batch_are_computed_as_if_alone(config):
 
 
 @every_config
+def test_step_gives_the_logits_of_the_tokens_that_are_asked_for(config):
+    model = build(config).eval()
+    ids = torch.randint(config.vocab_size, (2, 6))
+    mask = torch.ones_like(ids)
+    everything, _ = model.step(ids, torch.arange(6).expand(2, 6), mask)
+    some, _ = model.step(ids, torch.arange(6).expand(2, 6), mask, logits_to_keep=torch.tensor([5, 0]))
+    assert torch.equal(some, everything[:, [5, 0]])
+
+
+@every_config
 def test_more_tokens_than_the_context_are_refused(config):
     model, longest = build(config), config.context_length
     ids = tokens(config, 1, longest + 1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from portlm.artifact import read_manifest
+from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, PortlmError, UsageError
 from portlm.runtimes import engine_class
 from portlm.runtimes.session import Session
@@ -28,7 +29,7 @@ TOLERANCE = 1e-4  # of fp32 logits of size 10, over engines that add in differen
 
 def open_engine(folder, engine, device, profile):
     try:
-        return engine_class(engine).open(folder, read_manifest(folder), device, profile, False, None)
+        return engine_class(engine).open(OpenRequest(folder, read_manifest(folder), device, profile))
     except EngineUnavailableError as error:
         pytest.skip(str(error))
     except UsageError as error:
@@ -60,6 +61,15 @@ def random_ids(B, T, seed=0):
     return np.random.default_rng(seed).integers(0, V, (B, T))
 
 
+def call(engine, ids, positions, mask, state):
+    """Logits (B, T, V) of every token, and the next state."""
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    if any(item.name == "logits_to_keep" for item in engine.roles["decoder"].inputs):
+        inputs["logits_to_keep"] = np.arange(ids.shape[1])
+    outputs, state = engine.run("decoder", inputs, state)
+    return outputs["logits"], state
+
+
 def feed(engine, ids, cuts=(), lengths=None):
     """Logits (B, T, V) of ids (B, T), read in steps that end at each cut; row b has its last lengths[b] tokens."""
     B, T = ids.shape
@@ -67,9 +77,9 @@ def feed(engine, ids, cuts=(), lengths=None):
     for b, length in enumerate(lengths or ()):
         mask[b, : T - length] = 0
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    state, answers = engine.empty_state(B), []
+    state, answers = engine.start("decoder", B), []
     for begin, end in zip((0, *cuts), (*cuts, T), strict=True):
-        logits, state = engine.step(ids[:, begin:end], positions[:, begin:end], mask[:, :end], state)
+        logits, state = call(engine, ids[:, begin:end], positions[:, begin:end], mask[:, :end], state)
         assert logits.dtype == np.float32
         assert logits.shape == (B, end - begin, V)
         answers.append(np.array(logits))
@@ -122,12 +132,14 @@ def test_padding_is_never_nan(engine):
 def test_a_finished_row_that_is_masked_out_disturbs_no_other(engine):
     ids = random_ids(2, 8, seed=3)
     mask = np.ones((2, 8), np.int64)
-    _, state = engine.step(ids[:, :5], np.tile(np.arange(5), (2, 1)), mask[:, :5], engine.empty_state(2))
+    _, state = call(
+        engine, ids[:, :5], np.tile(np.arange(5), (2, 1)), mask[:, :5], engine.start("decoder", 2)
+    )
     mask[1, 5:] = 0
     answers = []
     for t in range(5, 8):
         places = np.array([[t], [4]])
-        logits, state = engine.step(ids[:, t : t + 1] * [[1], [0]], places, mask[:, : t + 1], state)
+        logits, state = call(engine, ids[:, t : t + 1] * [[1], [0]], places, mask[:, : t + 1], state)
         answers.append(np.array(logits))
     assert np.isfinite(answers).all()
     assert_close(np.concatenate(answers, axis=1)[0], feed(engine, ids[:1])[0, 5:])
@@ -136,13 +148,13 @@ def test_a_finished_row_that_is_masked_out_disturbs_no_other(engine):
 def test_two_generations_at_once_do_not_meet(engine):
     one, two = random_ids(1, 8, seed=4), random_ids(3, 8, seed=5)
     expected = feed(engine, one)[:, -1], feed(engine, two)[:, -1]
-    states = [engine.empty_state(1), engine.empty_state(3)]
-    engine.empty_state(3)  # asking again is harmless
+    states = [engine.start("decoder", 1), engine.start("decoder", 3)]
+    engine.start("decoder", 3)  # asking again is harmless
     for t in range(8):
         for i, ids in enumerate((one, two)):
             B = len(ids)
             places, mask = np.full((B, 1), t), np.ones((B, t + 1), np.int64)
-            logits, states[i] = engine.step(ids[:, t : t + 1], places, mask, states[i])
+            logits, states[i] = call(engine, ids[:, t : t + 1], places, mask, states[i])
             if t == 7:
                 assert_close(logits[:, -1], expected[i])
 
@@ -152,7 +164,13 @@ def test_two_generations_at_once_do_not_meet(engine):
 )
 def test_an_index_outside_the_models_tables_is_an_error_not_a_crash(engine, token, position, mask):
     with pytest.raises(PortlmError):
-        engine.step(np.array([[token]]), np.array([[position]]), np.array([[mask]]), engine.empty_state(1))
+        call(
+            engine,
+            np.array([[token]]),
+            np.array([[position]]),
+            np.array([[mask]]),
+            engine.start("decoder", 1),
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,16 +178,16 @@ def test_an_index_outside_the_models_tables_is_an_error_not_a_crash(engine, toke
 )
 def test_shapes_that_do_not_belong_together_are_an_error_not_a_crash(engine, shapes):
     with pytest.raises(PortlmError):
-        engine.step(*(np.zeros(shape, np.int64) for shape in shapes), engine.empty_state(1))
+        call(engine, *(np.zeros(shape, np.int64) for shape in shapes), engine.start("decoder", 1))
 
 
 def test_more_tokens_than_the_context_are_an_error_not_a_crash(engine):
     ids = random_ids(1, CONTEXT)
-    state = engine.empty_state(1)
-    _, state = engine.step(ids, np.arange(CONTEXT)[None], np.ones((1, CONTEXT), np.int64), state)
+    state = engine.start("decoder", 1)
+    _, state = call(engine, ids, np.arange(CONTEXT)[None], np.ones((1, CONTEXT), np.int64), state)
     mask = np.ones((1, CONTEXT + 1), np.int64)
     with pytest.raises(PortlmError):
-        engine.step(ids[:, :1], np.array([[CONTEXT]]), mask, state)
+        call(engine, ids[:, :1], np.array([[CONTEXT]]), mask, state)
 
 
 PROMPTS = ["The ", "", "a much longer prompt than the others", "12"]
@@ -207,8 +225,8 @@ def test_scores_are_the_same_on_every_engine(engine, eager):
 @pytest.mark.parametrize("target", TARGETS, ids=":".join)
 def test_closing_twice_is_harmless_and_a_closed_engine_says_so(folder, target):
     engine = open_engine(folder, *target)
-    state = engine.empty_state(1)
+    state = engine.start("decoder", 1)
     engine.close()
     engine.close()
     with pytest.raises(PortlmError, match="closed"):
-        engine.step(np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64), state)
+        call(engine, np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64), state)

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 import portlm
 from portlm.cli import main
 from portlm.commands.generate import command, write_text
+from portlm.errors import UsageError
 
 
 @pytest.fixture
@@ -100,3 +101,30 @@ def test_an_error_is_one_line_on_stderr_and_an_exit_code(arguments, code, words,
     assert (end.value.code, out) == (code, "")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_beam_search_prints_its_text_at_the_end(run, artifacts):
+    options = [
+        "--num-beams",
+        "3",
+        "--length-penalty",
+        "0.5",
+        "--early-stopping",
+        "yes",
+        "--no-repeat-ngram-size",
+        "2",
+    ]
+    assert run("abc", "-n", "4", *options, "--repetition-penalty", "1.1").stdout == "defg\n"
+    answer = json.loads(run("abc", "-n", "4", *options, "--json").stdout)
+    with portlm.load(artifacts["gpt2"], "null") as session:
+        expected = session.generate(
+            "abc",
+            max_new_tokens=4,
+            num_beams=3,
+            length_penalty=0.5,
+            early_stopping=True,
+            no_repeat_ngram_size=2,
+        )
+    assert answer["token_ids"] == list(expected.token_ids)
+    with pytest.raises(UsageError, match="needs temperature 0"):
+        run("abc", "--num-beams", "3", "-t", "1")

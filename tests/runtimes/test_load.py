@@ -317,7 +317,7 @@ def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch
 
     def setting():
         with load(artifacts["gpt2"], "ort", threads=1) as session:
-            options = session.engine._session.get_session_options()
+            options = session.engine._session("decoder")[0].get_session_options()
             assert options.intra_op_num_threads == 1
             return options.get_session_config_entry(key)
 

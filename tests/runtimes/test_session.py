@@ -3,10 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from portlm import rows as rows_module
 from portlm.engine import Placement
 from portlm.errors import ContextLengthError, PortlmError, UsageError
-from portlm.runtimes import session as session_module
-from portlm.runtimes.null import NullEngine
+from portlm.runtimes.base import ArrayEngine
+from portlm.runtimes.null import DECODER, NullEngine
 from portlm.runtimes.session import Session
 from portlm.runtimes.stopping import StopScanner
 from portlm.tokenizer import byte_tokenizer
@@ -15,39 +16,37 @@ EOS = 256
 BYTES = byte_tokenizer(eos="<|endoftext|>")
 
 
-class Scripted:
+class Scripted(ArrayEngine):
     """Answers each prompt with the tokens that a script has for it, whatever stands to its left or beside it.
 
     It knows a row only by the tokens that the mask shows, so a wrong mask, position or order gives another answer.
     """
 
     name, device, profile, precision = "scripted", "cpu", "native", "fp32"
-    vocab_size, context_length = 257, 64
 
     def __init__(self, script):
+        super().__init__({"decoder": DECODER}, 257, 64)
         self.script = {
             tuple(p.encode()): list(a.encode()) if isinstance(a, str) else a for p, a in script.items()
         }
         self.steps = []
         self.closed = 0
 
-    def empty_state(self, batch):
-        return {"ids": np.zeros((batch, 0), np.int64)}
-
-    def step(self, input_ids, position_ids, attention_mask, state):
+    def _call(self, role, inputs, tensors):
+        input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
         self.steps.append(input_ids.shape)
-        ids = np.concatenate([state["ids"], input_ids], axis=1)
-        assert attention_mask.shape == ids.shape
+        ids = np.concatenate([tensors["past_ids"], input_ids], axis=1)
+        assert mask.shape == ids.shape
         logits = np.zeros((*input_ids.shape, self.vocab_size), np.float32)
-        past = state["ids"].shape[1]
+        past = ids.shape[1] - input_ids.shape[1]
         for b in range(len(ids)):
             for t in range(input_ids.shape[1]):
-                seen = np.flatnonzero(attention_mask[b, : past + t + 1])
-                if not attention_mask[b, past + t]:
+                seen = np.flatnonzero(mask[b, : past + t + 1])
+                if not mask[b, past + t]:
                     continue
-                assert position_ids[b, t] == len(seen) - 1
+                assert inputs["position_ids"][b, t] == len(seen) - 1
                 logits[b, t, self.next(tuple(ids[b, seen].tolist()))] = 9
-        return logits, {"ids": ids}
+        return {"logits": logits[:, inputs["logits_to_keep"]]}, {"past_ids": ids}
 
     def next(self, seen):
         for prompt, answer in self.script.items():
@@ -103,11 +102,11 @@ SCRIPT = {"a": "B", "hello": ", world", "xy": "", "q" * 20: "r" * 30, "hel": "ic
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-@pytest.mark.parametrize("logits_per_step", [1 << 24, 257 * 5 * 3, 257])
+@pytest.mark.parametrize("tokens_per_call", [2048, 15, 1])
 def test_prompts_of_any_length_get_the_same_answer_alone_and_in_a_batch(
-    batch_size, logits_per_step, monkeypatch
+    batch_size, tokens_per_call, monkeypatch
 ):
-    monkeypatch.setattr(session_module, "LOGITS_PER_STEP", logits_per_step)
+    monkeypatch.setattr(rows_module, "TOKENS_PER_CALL", tokens_per_call)
     results = Session(Scripted(SCRIPT), BYTES).generate(PROMPTS, max_new_tokens=25, batch_size=batch_size)
     assert [r.text for r in results] == [SCRIPT[p][:25] for p in PROMPTS]
     assert [r.finish_reason for r in results] == ["eos", "eos", "eos", "length", "eos"]
@@ -359,11 +358,11 @@ def test_a_prompt_of_another_kind_is_refused(prompts, words):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_numbers_are_an_error_that_names_engine_and_place(bad):
     class Broken(NullEngine):
-        def step(self, *inputs):
-            logits, state = super().step(*inputs)
-            if inputs[0].shape[1] == 1:
-                logits[-1, -1, 5] = bad
-            return logits, state
+        def _call(self, role, inputs, tensors):
+            outputs, new = super()._call(role, inputs, tensors)
+            if inputs["input_ids"].shape[1] == 1:
+                outputs["logits"][-1, -1, 5] = bad
+            return outputs, new
 
     with pytest.raises(PortlmError, match=r"null:cpu: new token 1: .*row 1: the logit of token 5 is"):
         Session(Broken(257, 64), BYTES).generate(["ab", "cd"], max_new_tokens=3)
@@ -400,7 +399,7 @@ def test_texts_score_the_same_alone_and_in_a_batch(logits_per_step, monkeypatch)
     session = Session(Scripted(SCRIPT), BYTES)
     texts = ["hello, world", "a", "helicopter", "xyzzy", [97, 66, EOS], "q" * 40]
     alone = [session.score([text])[0] for text in texts]
-    monkeypatch.setattr(session_module, "LOGITS_PER_STEP", logits_per_step)
+    monkeypatch.setattr(rows_module, "LOGITS_PER_CALL", logits_per_step)
     assert session.score(texts) == alone
     assert session.score(texts, batch_size=2) == alone
     assert alone[0].greedy[4:] == (True,) * 7

@@ -18,6 +18,7 @@ import tvm_ffi
 
 from portlm import tvm_support
 from portlm.artifact import read_manifest, refresh_files, replace, write_manifest
+from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.runtimes import tvm as engine_module
 from portlm.runtimes.tvm import TvmEngine, connect_kernels, map_weights, set_threads
@@ -27,12 +28,20 @@ FUSED = folder_name("cpu", "fused")
 
 
 def open_engine(folder, profile="fused", device="cpu", threads=None):
-    return TvmEngine.open(folder, read_manifest(folder), device, profile, False, threads)
+    return TvmEngine.open(OpenRequest(folder, read_manifest(folder), device, profile, threads=threads))
+
+
+def call(engine, ids, positions, mask, state):
+    """Logits of one call, of every token if the role can be asked for some."""
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    if any(item.name == "logits_to_keep" for item in engine.roles["decoder"].inputs):
+        inputs["logits_to_keep"] = np.arange(max(1, ids.shape[-1]))
+    return engine.run("decoder", inputs, state)[0]["logits"]
 
 
 def first_step(engine):
-    ids = np.array([[1, 2, 3]])
-    return engine.step(ids, np.arange(3)[None], np.ones((1, 3), np.int64), engine.empty_state(1))
+    ids, positions, mask = np.array([[1, 2, 3]]), np.arange(3)[None], np.ones((1, 3), np.int64)
+    return call(engine, ids, positions, mask, engine.start("decoder", 1))
 
 
 @pytest.fixture
@@ -83,9 +92,9 @@ def test_compiling_again_leaves_a_running_engine_alone(artifact):
     from portlm.compile.build import build
 
     engine = open_engine(artifact)
-    before = first_step(engine)[0].copy()
+    before = first_step(engine).copy()
     build(artifact, [("tvm", "cpu", "fused")])
-    np.testing.assert_array_equal(first_step(engine)[0], before)
+    np.testing.assert_array_equal(first_step(engine), before)
 
 
 def test_a_library_for_another_processor_is_refused(artifact):
@@ -155,7 +164,7 @@ def test_an_artifact_that_was_not_compiled_names_the_command(artifacts):
 
 def test_a_plain_checkpoint_names_the_command(checkpoints):
     with pytest.raises(UsageError, match="portlm export"):
-        TvmEngine.open(checkpoints["gpt2"], None, "cpu", "fused", False, None)
+        TvmEngine.open(OpenRequest(checkpoints["gpt2"], None, "cpu", "fused"))
 
 
 # --- signatures ---------------------------------------------------------------------------------------------
@@ -242,7 +251,7 @@ BAD_STEPS = {
     "one axis": ((3,), (3,), (1, 3), 1, "input_ids"),
     "positions of another shape": ((1, 3), (1, 2), (1, 3), 1, "position_ids"),
     "a short mask": ((1, 3), (1, 3), (1, 2), 1, "attention_mask"),
-    "a mask of another batch": ((2, 3), (2, 3), (1, 3), 1, "attention_mask"),
+    "a mask of another batch": ((2, 3), (2, 3), (1, 3), 2, "attention_mask"),
     "a state of another batch": ((2, 3), (2, 3), (2, 3), 1, "state of 1 rows"),
 }
 
@@ -252,12 +261,11 @@ BAD_STEPS = {
 def test_a_step_of_wrong_shapes_is_an_error_and_the_engine_goes_on(compiled, profile, case):
     ids, positions, mask, batch, name = BAD_STEPS[case]
     engine = open_engine(compiled["llama"], profile)
-    expected = first_step(engine)[0].copy()
+    expected = first_step(engine).copy()
+    arrays = [np.ones(shape, np.int64) for shape in (ids, positions, mask)]
     with pytest.raises(UsageError, match=name):
-        engine.step(
-            *(np.ones(shape, np.int64) for shape in (ids, positions, mask)), engine.empty_state(batch)
-        )
-    np.testing.assert_array_equal(first_step(engine)[0], expected)
+        call(engine, *arrays, engine.start("decoder", batch))
+    np.testing.assert_array_equal(first_step(engine), expected)
 
 
 @pytest.mark.parametrize("profile", ["fused", "portable"])
@@ -267,15 +275,15 @@ def test_a_token_or_position_out_of_range_is_an_error(compiled, profile, family,
     engine = open_engine(compiled[family], profile)
     ones = np.ones((1, 1), np.int64)
     with pytest.raises(PortlmError):
-        engine.step(token * ones, position * ones, ones, engine.empty_state(1))
+        call(engine, token * ones, position * ones, ones, engine.start("decoder", 1))
 
 
 @pytest.mark.parametrize("profile", ["fused", "portable"])
 def test_threads_may_share_an_engine(compiled, profile):
     engine = open_engine(compiled["gpt2"], profile)
-    expected = first_step(engine)[0].copy()
+    expected = first_step(engine).copy()
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: first_step(engine)[0].copy(), range(40)))
+        answers = list(pool.map(lambda _: first_step(engine).copy(), range(40)))
     for answer in answers:
         np.testing.assert_array_equal(answer, expected)
 

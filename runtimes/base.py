@@ -1,0 +1,251 @@
+"""What all engines share: checking a call, and starting, reordering, cropping, joining and copying states.
+
+An engine derives from EngineBase and says how a role is called and how its tensors are cut and put together; nothing
+here knows a model. ArrayEngine is for those whose tensors are arrays that can be indexed.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from portlm.engine import Array, CallSpec, InputCheck, State
+from portlm.errors import UsageError
+from portlm.roles import StateSpec
+
+
+class EngineBase:
+    """The state operations of portlm.engine.Engine over a few primitives.
+
+    A tensor of a state is never written to by any of them, so states may share tensors and copying costs nothing. An
+    engine that grows a tensor in place must see to it that others who hold it keep what they have.
+    """
+
+    name: str
+    device: str
+    profile: str
+    precision: str
+    vocab_size: int
+    context_length: int
+
+    def __init__(self, roles: Mapping[str, CallSpec], vocab_size: int, context_length: int):
+        self.roles = dict(roles)
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self._checks = {
+            name: InputCheck(name, spec, vocab_size, context_length) for name, spec in roles.items()
+        }
+        self._closed = False
+
+    # --- what an engine says ---------------------------------------------------------------------------
+
+    def _call(
+        self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Run a role; return its outputs, and its new states by the name of the state."""
+        raise NotImplementedError
+
+    def _work(self, tensor: Any) -> Any:
+        """A tensor of a state in the form that the primitives below take: itself, or a view of it."""
+        return tensor
+
+    def _settle(self, tensor: Any, spec: StateSpec) -> Any:
+        """What the primitives made, or a numpy array, as a tensor of a state."""
+        raise NotImplementedError
+
+    def _shape(self, tensor: Any) -> tuple[int, ...]:
+        """Sizes of a tensor."""
+        raise NotImplementedError
+
+    def _rows(self, tensor: Any, rows: Sequence[int]) -> Any:
+        """Rows of a tensor along its first axis."""
+        raise NotImplementedError
+
+    def _slots(self, tensor: Any, axis: int, begin: int, end: int) -> Any:
+        """Part of a tensor along another axis."""
+        raise NotImplementedError
+
+    def _stack(self, tensors: Sequence[Any], shape: Sequence[int], dtype: str) -> Any:
+        """Put tensors one behind the other along the first axis of a tensor of this shape, at the end of all others.
+
+        What they leave free on the left is zero.
+        """
+        raise NotImplementedError
+
+    # --- portlm.engine.Engine --------------------------------------------------------------------------
+
+    def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
+        """Return the state of B rows before their first call; see Engine."""
+        spec = self._spec(role)
+        if batch < 1:
+            raise UsageError(f"a state has at least one row, got {batch}")
+        sizes, values = {"batch": batch}, dict(given or {})
+        tensors = {}
+        for state in spec.state:
+            if state.initial == "given":
+                if state.name not in values:
+                    raise UsageError(f"{role} starts from {state.name}: give it")
+                array = _given(state, values.pop(state.name), sizes)
+            else:
+                past = {"past": 0}
+                array = np.zeros([_size(d, {**sizes, **past}) for d in state.shape], state.dtype)
+            tensors[state.name] = self._settle(array, state)
+        if values:
+            raise UsageError(f"{role} takes no given state {min(values)}")
+        return State(role, batch, 0, tensors)
+
+    def run(self, role: str, inputs: Mapping[str, Array], state: State) -> tuple[dict[str, Array], State]:
+        """Call a role once; see Engine."""
+        self._spec(role)
+        if state.role != role:
+            raise UsageError(f"this is a state of {state.role}, not of {role}")
+        sizes = self._checks[role](inputs, state.rows, state.past)
+        tensors = state.take()
+        outputs, new = self._call(role, inputs, tensors)
+        past = state.past + sizes["sequence"] if self._checks[role].grows else 0
+        if len(new) != len(tensors):
+            new = {**tensors, **new}
+        return outputs, State(role, state.rows, past, new)
+
+    def reorder(self, state: State, rows: Sequence[int], skip: int = 0) -> State:
+        """Return a state whose row i is row rows[i] of the old one; see Engine."""
+        spec, rows = self._spec(state.role), [int(row) for row in rows]
+        if not rows or min(rows) < 0 or max(rows) >= state.rows:
+            raise UsageError(f"rows must be some of 0 to {state.rows - 1}, got {rows}")
+        if not 0 <= skip <= state.past:
+            raise UsageError(f"skip must be from 0 to the state's {state.past} slots, got {skip}")
+        tensors = state.take()
+        same = rows == list(range(state.rows))
+        for item in spec.state:
+            skips = skip > 0 and "past" in item.shape
+            if same and not skips:
+                continue
+            tensor = self._work(tensors[item.name])
+            if skips:
+                tensor = self._slots(tensor, item.shape.index("past"), skip, state.past)
+            tensors[item.name] = self._settle(tensor if same else self._rows(tensor, rows), item)
+        return State(state.role, len(rows), state.past - skip, tensors)
+
+    def crop(self, state: State, lengths: Sequence[int]) -> State:
+        """Return a state in which row b has only its first lengths[b] slots; see Engine."""
+        spec, lengths = self._spec(state.role), [int(length) for length in lengths]
+        for item in spec.state:
+            if item.update == "replace":
+                raise UsageError(f"{state.role}: {item.name} is replaced at every call and cannot be cropped")
+        if len(lengths) != state.rows or min(lengths) < 0 or max(lengths) > state.past:
+            raise UsageError(
+                f"lengths must be {state.rows} numbers from 0 to the state's {state.past} slots, got {lengths}"
+            )
+        tensors, longest = state.take(), max(lengths)
+        for item in spec.state:
+            if "past" not in item.shape or min(lengths) == state.past:
+                continue
+            axis, tensor = item.shape.index("past"), self._work(tensors[item.name])
+            if min(lengths) == longest:
+                cut = self._slots(tensor, axis, 0, longest)
+            else:
+                parts = [self._slots(self._rows(tensor, [b]), axis, 0, n) for b, n in enumerate(lengths)]
+                shape = list(self._shape(tensor))
+                shape[axis] = longest
+                cut = self._stack(parts, shape, item.dtype)
+            tensors[item.name] = self._settle(cut, item)
+        return State(state.role, state.rows, longest, tensors)
+
+    def join(self, states: Sequence[State]) -> State:
+        """Return the rows of several states of one role as one state; see Engine."""
+        if (
+            not states
+            or len({state.role for state in states}) != 1
+            or len(set(map(id, states))) < len(states)
+        ):
+            raise UsageError("join takes one or more different states of one role")
+        role = states[0].role
+        for state in states:
+            state.peek()
+        parts = [state.take() for state in states]
+        rows, past = sum(state.rows for state in states), max(state.past for state in states)
+        joined = parts[0]
+        if len(parts) > 1:
+            for item in self._spec(role).state:
+                tensors = [self._work(part[item.name]) for part in parts]
+                shape = np.max([self._shape(tensor) for tensor in tensors], axis=0).tolist()
+                joined[item.name] = self._settle(self._stack(tensors, [rows, *shape[1:]], item.dtype), item)
+        return State(role, rows, past, joined)
+
+    def copy(self, state: State) -> State:
+        """Return a second state with the same content; see Engine."""
+        return State(state.role, state.rows, state.past, dict(state.peek()))
+
+    def close(self) -> None:
+        """Free the device; closing twice is harmless."""
+        self._closed = True
+
+    def _spec(self, role: str) -> CallSpec:
+        if self._closed:
+            raise UsageError("this engine is closed: load the model again")
+        try:
+            return self.roles[role]
+        except KeyError:
+            known = ", ".join(self.roles) or "none"
+            raise UsageError(f"{self.name} has no role {role!r} of this model: it has {known}") from None
+
+
+class ArrayEngine(EngineBase):
+    """State operations for tensors that can be indexed like numpy's, or seen so; here they are numpy arrays.
+
+    Results of _rows and _slots may be views, with strides of any kind.
+    """
+
+    def _settle(self, tensor: Any, spec: StateSpec) -> Any:
+        return tensor
+
+    def _shape(self, tensor: Any) -> tuple[int, ...]:
+        return tuple(tensor.shape)
+
+    def _rows(self, tensor: Any, rows: Sequence[int]) -> Any:
+        return tensor[_as_slice(rows)]
+
+    def _slots(self, tensor: Any, axis: int, begin: int, end: int) -> Any:
+        return tensor[(slice(None),) * axis + (slice(begin, end),)]
+
+    def _stack(self, tensors: Sequence[Any], shape: Sequence[int], dtype: str) -> Any:
+        return stack(tensors, shape, np.zeros(shape, dtype))
+
+
+def stack(tensors: Sequence[Any], shape: Sequence[int], out: Any) -> Any:
+    """Put array-like tensors one behind the other along the first axis of `out` (*shape), at the end of all others."""
+    row = 0
+    for tensor in tensors:
+        sizes = tuple(tensor.shape)
+        rest = (slice(whole - size, whole) for whole, size in zip(shape[1:], sizes[1:], strict=True))
+        out[(slice(row, row + sizes[0]), *rest)] = tensor
+        row += sizes[0]
+    return out
+
+
+def _as_slice(rows: Sequence[int]) -> slice | list[int]:
+    """Evenly spaced rows as a slice, which copies nothing."""
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    if step > 0 and all(b - a == step for a, b in pairwise(rows)):
+        return slice(rows[0], rows[-1] + 1, step)
+    return list(rows)
+
+
+def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
+    return dim if isinstance(dim, int) else sizes[dim]
+
+
+def _given(spec: StateSpec, value: Array, sizes: dict[str, int]) -> Array:
+    """The value of a given state, which must fit its spec and what other values have said of its symbols."""
+    shape = getattr(value, "shape", ())
+    fits = isinstance(value, np.ndarray) and value.dtype == spec.dtype and len(shape) == len(spec.shape)
+    for size, dim in zip(shape, spec.shape, strict=False):
+        wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+        fits = fits and size == wanted
+    if not fits:
+        wanted_shape = ", ".join(map(str, spec.shape))
+        kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+        raise UsageError(
+            f"{spec.name} must be {spec.dtype} ({wanted_shape}) for {sizes['batch']} rows, got {kind} {shape}"
+        )
+    return np.ascontiguousarray(value).copy()

@@ -1,0 +1,164 @@
+"""A running batch: rows join it and leave it while the others go on (continuous batching).
+
+Prompts are read in groups of like length, so that padding costs little, and the groups join one state. A row that is
+finished leaves at once, and with it the slots that only it had; its place goes to a row that waits. What a row says
+depends on neither its neighbours nor on when it came: they share a call of the engine, nothing else.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from portlm.engine import Engine, Ids, Logits
+from portlm.errors import PortlmError, UsageError
+from portlm.ops.token_selection import select_tokens
+from portlm.rows import Rows
+from portlm.runtimes.decoding import Decoding
+from portlm.runtimes.penalties import penalise
+from portlm.runtimes.results import Stats
+
+# Reading one more row to the same length costs as much as this many tokens: below it, weights are read for nothing.
+WASTE_TOKENS = 32
+WASTE_SHARE = 4  # a quarter of a group may be padding
+
+
+class Row(Protocol):
+    """What the scheduler needs of a row. `push` takes its next token and may set finish_reason, which ends it."""
+
+    prompt: tuple[int, ...]
+    tokens: list[int]
+    decoding: Decoding
+    seed: int
+    stream: int
+    finish_reason: str | None
+
+    def push(self, token: int) -> None: ...  # noqa: D102
+
+
+class Scheduler:
+    """Rows that wait, and rows that run together.
+
+    Args:
+        engine: with a role "decoder".
+        batch_size: rows that run together at most.
+        vocabulary: ids from here on stand for no token and are never drawn.
+        stats: counts tokens and time.
+    """
+
+    def __init__(self, engine: Engine, batch_size: int, vocabulary: int, stats: Stats):
+        self._engine, self._batch_size, self._vocabulary = engine, batch_size, vocabulary
+        self._stats = stats
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
+        self._rows: Rows | None = None
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Let rows wait for a place."""
+        for row in rows:
+            self._waiting.append(row)
+            self._stats.rows += 1
+            self._stats.prompt_tokens += len(row.prompt)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a row that is not finished."""
+        return bool(self._running or self._waiting)
+
+    def step(self) -> None:
+        """Give every running row one more token, or read the prompts of those that can join.
+
+        Raises:
+            PortlmError: the logits are not numbers, or the engine failed.
+        """
+        began = time.perf_counter()
+        free = self._batch_size - len(self._running)
+        # Joining copies the state of all, so rows come several at a time.
+        if self._waiting and (not self._running or free >= max(1, self._batch_size // 4)):
+            self._admit([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
+            self._stats.prefill_seconds += time.perf_counter() - began
+            return
+        assert self._rows is not None
+        running = self._running
+        logits = self._rows.next([row.tokens[-1] for row in running])
+        staying = self._choose(running, logits)
+        if len(staying) < len(running):
+            self._running = [running[i] for i in staying]
+            if staying:
+                self._rows.keep(staying)
+            else:
+                self._rows = None
+        self._stats.decode_seconds += time.perf_counter() - began
+
+    def _admit(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of rows, give each its first token, and let those that go on join."""
+        parts = [] if self._rows is None else [self._rows]
+        for group in groups([len(row.prompt) for row in rows]):
+            members = [rows[i] for i in group]
+            part = Rows(self._engine, len(members))
+            staying = self._choose(members, part.read_texts([row.prompt for row in members]))
+            if not staying:
+                continue
+            if len(staying) < len(members):
+                part.keep(staying)
+            self._running = [*self._running, *(members[i] for i in staying)]
+            parts.append(part)
+        if parts:
+            self._rows = parts[0]
+            if len(parts) > 1:
+                self._rows.join(parts[1:])
+
+    def _choose(self, rows: Sequence[Row], logits: Logits) -> list[int]:
+        """Give each row the token that its logits (B, V) say; return the rows that go on."""
+        if logits.shape[1] > self._vocabulary or any(row.decoding.penalises for row in rows):
+            logits = np.array(logits)
+            logits[:, self._vocabulary :] = -np.inf  # rows of the table that stand for no token
+            for row, scores in zip(rows, logits, strict=True):
+                if row.decoding.penalises:
+                    penalise(scores, (*row.prompt, *row.tokens), row.decoding)
+        for row, token in zip(rows, self._select(rows, logits).tolist(), strict=True):
+            row.push(token)
+        self._stats.new_tokens += len(rows)
+        return [i for i, row in enumerate(rows) if row.finish_reason is None]
+
+    def _select(self, rows: Sequence[Row], logits: Logits) -> Ids:
+        """Draw one token for each row, those of like settings and count together."""
+        together: dict[tuple[float, int, float, float, int], list[int]] = {}
+        for i, row in enumerate(rows):
+            d = row.decoding
+            count = len(row.tokens) if d.temperature else 0
+            together.setdefault((d.temperature, d.top_k, d.top_p, d.min_p, count), []).append(i)
+        tokens = np.empty(len(rows), np.int64)
+        for (temperature, top_k, top_p, min_p, count), members in together.items():
+            part = logits if len(members) == len(rows) else logits[members]
+            seeds, streams = [rows[i].seed for i in members], [rows[i].stream for i in members]
+            try:
+                tokens[members] = select_tokens(part, temperature, top_k, top_p, min_p, seeds, count, streams)
+            except UsageError:
+                raise
+            except PortlmError as error:
+                where = f"{self._engine.name}:{self._engine.device}: new token {len(rows[members[0]].tokens)}"
+                raise PortlmError(f"{where}: {error}") from None
+        return tokens
+
+
+def groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Put prompts of like length together; return the indices of each group.
+
+    A group may grow as long as the padding that it needs costs less than one more call of the engine.
+    """
+    found: list[list[int]] = []
+    total = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        length = lengths[index]
+        if found:
+            padding = (len(found[-1]) + 1) * length - total - length
+            if padding <= WASTE_TOKENS + (total + length) // WASTE_SHARE:
+                found[-1].append(index)
+                total += length
+                continue
+        found.append([index])
+        total = length
+    return [sorted(group) for group in found]

@@ -1,0 +1,187 @@
+"""What every engine must do alike with a state: start, reorder, crop, join, copy, and use it once."""
+
+import numpy as np
+import pytest
+
+from portlm.artifact import read_manifest
+from portlm.engine import OpenRequest
+from portlm.errors import EngineUnavailableError, UsageError
+from portlm.rows import Rows, pad
+from portlm.runtimes import engine_class
+from portlm.runtimes.null import NullEngine
+
+TARGETS = [
+    ("torch", "cpu", "native"),
+    ("ort", "cpu", "portable"),
+    ("ort", "cpu", "fused"),
+    ("ort", "vulkan", "portable"),
+    ("tvm", "cpu", "portable"),
+    ("tvm", "cpu", "fused"),
+]
+V = 257
+TOLERANCE = 1e-4  # of fp32 logits of size 10, over batches whose sums are taken in different orders
+TEXTS = [[5, 17, 200, 3, 77, 42, 9], [9, 8], [250, 1, 2, 3]]
+MORE = [11, 12, 13]
+
+
+@pytest.fixture(scope="module", params=[(f, *t) for f in ("gpt2", "llama") for t in TARGETS], ids=":".join)
+def engine(request, compiled):
+    family, name, device, profile = request.param
+    folder = compiled[family]
+    try:
+        engine = engine_class(name).open(OpenRequest(folder, read_manifest(folder), device, profile))
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+    except UsageError as error:
+        if "compile" not in str(error):
+            raise
+        pytest.skip(f"{name}:{device}: the {profile} graph could not be compiled here")
+    yield engine
+    engine.close()
+
+
+def alone(engine, text):
+    """Logits (V,) that follow a text by itself."""
+    return Rows(engine, 1).read_texts([text])[0]
+
+
+def assert_next(rows, engine, texts, tokens):
+    """Reading one more token of each row answers as each row would by itself."""
+    logits = rows.next(tokens)
+    for row, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+        np.testing.assert_allclose(logits[row], alone(engine, [*text, token]), rtol=0, atol=TOLERANCE)
+
+
+def read(engine, texts):
+    rows = Rows(engine, len(texts))
+    rows.read_texts(texts)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "order", [[2, 0, 1], [1], [1, 2], [0, 0, 0, 2], [2, 1, 0, 1]], ids=lambda order: "-".join(map(str, order))
+)
+def test_rows_are_reordered_dropped_and_repeated(engine, order):
+    rows = read(engine, TEXTS)
+    rows.keep(order)
+    texts = [TEXTS[i] for i in order]
+    assert rows.lengths.tolist() == [len(text) for text in texts]
+    assert_next(rows, engine, texts, MORE[:1] * len(order))
+
+
+def test_leading_slots_that_no_row_uses_are_dropped(engine):
+    ids, mask = pad(TEXTS)
+    rows = Rows(engine, 3)
+    rows.read(ids, mask)
+    rows.keep([1])
+    rows.next([11])
+    (state,) = [value for name, value in vars(rows).items() if name == "_state"]
+    assert state.past == len(TEXTS[1]) + 1
+
+
+def test_repeated_rows_go_separate_ways(engine):
+    """As in a beam search: each step some beams are continued twice and others not at all."""
+    rows, texts = read(engine, TEXTS[:1]), TEXTS[:1]
+    for order, tokens in (([0, 0, 0], [1, 2, 3]), ([2, 0, 2], [4, 5, 6]), ([1, 1, 0], [7, 8, 9])):
+        rows.keep(order)
+        texts = [texts[i] for i in order]
+        assert_next(rows, engine, texts, tokens)
+        texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 3], [7, 2, 4], [2, 2, 2], [1, 2, 1], [7, 1, 1]], ids=str)
+def test_cropped_rows_are_as_if_they_had_never_read_more(engine, lengths):
+    rows = read(engine, TEXTS)
+    rows.crop(lengths)
+    assert_next(rows, engine, [text[:n] for text, n in zip(TEXTS, lengths, strict=True)], MORE)
+
+
+def test_tokens_that_were_tried_and_taken_back_leave_no_trace(engine):
+    """As in lookup decoding: guess k tokens, keep those that were right, go on from there."""
+    rows = read(engine, TEXTS)
+    guesses = np.array([[1, 2, 3, 4]] * 3)
+    rows.read(guesses, every=True)
+    rows.crop([len(TEXTS[0]) + 2, len(TEXTS[1]), len(TEXTS[2]) + 4])
+    texts = [TEXTS[0] + [1, 2], TEXTS[1], TEXTS[2] + [1, 2, 3, 4]]
+    assert_next(rows, engine, texts, MORE)
+    texts = [[*text, token] for text, token in zip(texts, MORE, strict=True)]
+    assert_next(rows, engine, texts, MORE)
+
+
+def test_states_of_different_lengths_join(engine):
+    rows = read(engine, TEXTS[:1])
+    rows.next([50])
+    rows.join([read(engine, TEXTS[1:]), read(engine, [[7] * 20])])
+    texts = [[*TEXTS[0], 50], *TEXTS[1:], [7] * 20]
+    assert_next(rows, engine, texts, [*MORE, 14])
+    rows.keep([0, 2])
+    assert_next(rows, engine, [[*texts[0], MORE[0]], [*texts[2], MORE[2]]], [21, 22])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_copy_and_its_original_do_not_disturb_each_other(engine, first):
+    """An engine may grow a state in place: both go on from the same past, one of them first."""
+    rows = read(engine, TEXTS)
+    twins = [rows, rows.copy()]
+    tokens, texts = ([101, 102, 103], [201, 202, 203]), ([*TEXTS], [*TEXTS])
+    for step in range(3):
+        for which in (first, 1 - first):
+            now = [token + step for token in tokens[which]]
+            assert_next(twins[which], engine, texts[which], now)
+            texts[which][:] = [[*text, token] for text, token in zip(texts[which], now, strict=True)]
+
+
+@pytest.mark.parametrize("operation", ["keep", "crop", "join"])
+def test_a_copy_outlives_what_is_done_to_its_original(engine, operation):
+    rows = read(engine, TEXTS)
+    twin = rows.copy()
+    if operation == "keep":
+        rows.keep([2, 1])
+        rows.next([1, 2])
+    elif operation == "crop":
+        rows.crop([2, 1, 4])
+        rows.next([1, 2, 3])
+    else:
+        rows.join([read(engine, TEXTS[:1])])
+        rows.next([1, 2, 3, 4])
+    assert_next(twin, engine, TEXTS, MORE)
+
+
+def test_a_state_is_used_once(engine):
+    for use in (
+        lambda state: engine.reorder(state, [0]),
+        lambda state: engine.crop(state, [0]),
+        lambda state: engine.join([state, engine.start("decoder", 1)]),
+    ):
+        state = engine.start("decoder", 1)
+        use(state)
+        with pytest.raises(UsageError, match="was used before: copy it first"):
+            engine.reorder(state, [0])
+        with pytest.raises(UsageError, match="was used before"):
+            engine.copy(state)
+
+
+def test_inputs_that_are_refused_leave_the_state_as_it_was(engine):
+    rows = read(engine, TEXTS)
+    with pytest.raises(UsageError, match="input_ids must be from 0 to 256"):
+        rows.next([0, 1, 257])
+    assert_next(rows, engine, TEXTS, MORE)
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (lambda e: e.start("encoder", 1), "has no role 'encoder'"),
+        (lambda e: e.start("decoder", 0), "at least one row"),
+        (lambda e: e.start("decoder", 1, {"memory": np.zeros(1)}), "takes no given state memory"),
+        (lambda e: e.reorder(e.start("decoder", 2), [2]), "rows must be some of 0 to 1"),
+        (lambda e: e.reorder(e.start("decoder", 2), []), "rows must be"),
+        (lambda e: e.reorder(e.start("decoder", 2), [0], 1), "skip must be"),
+        (lambda e: e.crop(e.start("decoder", 2), [0, 1]), "lengths must be 2 numbers"),
+        (lambda e: e.crop(e.start("decoder", 2), [0]), "lengths must be 2 numbers"),
+        (lambda e: e.join([]), "one or more"),
+    ],
+)
+def test_what_cannot_be_done_with_a_state_is_an_error_that_says_so(use, words):
+    with pytest.raises(UsageError, match=words):
+        use(NullEngine(V, 48))
