@@ -20,16 +20,11 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, TensorProto
 
-from portlm.compile.forms import (
-    CONTRIB_OPS,
-    DOMAIN,
-    DOMAIN_VERSION,
-    FUSED_OPS,
-    PORTABLE_OPS,
-)
+from portlm.compile.forms import CONTRIB_OPS, FUSED_OPS, PORTABLE_OPS
 from portlm.compile.graph import OPSET
 from portlm.errors import FormatError
 from portlm.files import open_regular, safe_join
+from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
 
 MAX_GRAPH_BYTES = 64 * 2**20  # without weights: 1024 layers take 8 MB
 MAX_NODES = 2**17

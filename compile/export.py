@@ -1,13 +1,14 @@
-"""From a checkpoint folder to an artifact folder: the graphs in each profile, their weights and the manifest.
+"""From a checkpoint folder, or a module in memory, to an artifact folder: graphs, their weights and the manifest.
 
-No PyTorch model is traced: each family writes its decoder directly (compile/families/), so the graph is as small
-as the model and equal bytes come from equal checkpoints.
+The graphs are captured from the model's own code (compile/trace.py, compile/capture.py), so there is no second
+description of a model to fall behind. Equal bytes come from equal checkpoints.
 """
 
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -18,8 +19,6 @@ from portlm.artifact import (
     ModelSpec,
     Provenance,
     RoleSpec,
-    StateSpec,
-    TensorSpec,
     hash_files,
     instead,
     list_files,
@@ -27,22 +26,19 @@ from portlm.artifact import (
     write_manifest,
 )
 from portlm.compile.check import check_model
-from portlm.compile.families import CacheShape, Decoder, check_tensors, decoder_of
-from portlm.compile.forms import DOMAIN_VERSION, PROFILES
-from portlm.compile.graph import OPSET, GraphBuilder, WeightFile
+from portlm.compile.forms import PROFILES
+from portlm.compile.graph import OPSET, WeightFile
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import check_space, free_bytes, read_json
+from portlm.files import check_space, free_bytes
 from portlm.folders import new_folder
-from portlm.weights import load_numpy
+from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
+from portlm.ops.spec import DOMAIN_VERSION, FAR
+from portlm.weights import load_numpy, read_header
 
-WEIGHTS = "decoder.onnx.data"
-TOTAL = "past + sequence"  # TVM's importer reads this as the sum it is, and can then prove that shapes agree
+if TYPE_CHECKING:
+    from torch import nn
 
-INPUTS = (
-    TensorSpec("input_ids", "int64", ("batch", "sequence")),
-    TensorSpec("attention_mask", "int64", ("batch", TOTAL)),
-    TensorSpec("position_ids", "int64", ("batch", "sequence")),
-)
+    from portlm.models.roles import Role
 
 COPIED = (
     "config.json",
@@ -72,108 +68,265 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
         StorageError: the disk is full or refuses. What was there before is untouched.
     """
     source, target = Path(checkpoint), Path(out)
-    if not profiles or set(profiles) - PROFILES.keys():
-        raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
+    _check_profiles(profiles)
     _check_target(source, target)
-    config_file, weight_file = source / "config.json", source / "model.safetensors"
-    if not config_file.exists() and (hint := instead(source)):
-        raise FormatError(f"{config_file} does not exist: {hint}")
-    config = read_json(config_file)
-    if not isinstance(config, dict):
-        raise FormatError(f"{config_file}: must hold an object")
-    decoder = decoder_of(config, config_file)
-    tensors = check_tensors(decoder, load_numpy(weight_file), weight_file)
-
+    if not (source / CONFIG).exists() and (hint := instead(source)):
+        raise FormatError(f"{source / CONFIG} does not exist: {hint}")
+    module = open_mapped(source)
     copied = [name for name in COPIED if (source / name).is_file()]
-    size = sum((source / name).stat().st_size for name in copied) + sum(t.nbytes for t in tensors.values())
+    size = sum((source / name).stat().st_size for name in copied)
+
+    def bring(workshop: Path) -> None:
+        for name in copied:
+            shutil.copyfile(source / name, workshop / name)
+
+    return _make(module, target, profiles, size, bring)
+
+
+def export_module(
+    module: "nn.Module",
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    example: Any = None,
+    profiles: Sequence[str] = ("portable", "fused"),
+) -> Path:
+    """Export a model that is in memory to an artifact folder, which appears complete or not at all.
+
+    Args:
+        module: declares its roles in `roles()`, see portlm.models.roles. It is put back as it was.
+        folder: the artifact folder. An artifact that is already there is replaced, anything else is refused.
+        tokenizer: has `save(folder)`; None leaves the artifact without one.
+        example: input_ids (B, T) int64, for a module without roles.
+        profiles: which graphs to write.
+
+    Returns:
+        The artifact folder.
+
+    Raises:
+        FormatError: the module computes what a graph cannot say. The message names the operator, the module and the
+            line.
+        UsageError: `folder` holds something that is not an artifact, or a profile is unknown.
+        StorageError: the disk is full or refuses. What was there before is untouched.
+    """
+    target = Path(folder)
+    _check_profiles(profiles)
+    _check_target(None, target)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    config = getattr(module, "config", None)
+
+    def bring(workshop: Path) -> None:
+        if config is not None and hasattr(config, "to_hf"):
+            from portlm.models import save_model
+
+            save_model(workshop, module, tokenizer)  # type: ignore[arg-type]
+        elif tokenizer is not None:
+            tokenizer.save(workshop)
+
+    return _make(module, target, profiles, size, bring, example)
+
+
+def open_mapped(folder: str | Path) -> "nn.Module":
+    """Return the model of a checkpoint folder, its parameters views of the mapped file.
+
+    Half precision is widened, which needs memory. Everything is compared with config.json before.
+
+    Raises:
+        FormatError: a file is missing or damaged, or a tensor is missing, unexpected, of another shape or dtype.
+    """
+    import torch
+
+    folder = Path(folder)
+    config, path = load_config(folder), folder / WEIGHTS
+    check_tensors(path, read_header(path), expected_shapes(config), dtypes=("F32", "F16"))
+    mapped = load_numpy(path)
+    model: Any = FAMILIES[config.family].model_class()(
+        config, init=False
+    )  # memory that nobody touches costs nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # PyTorch would warn that the file cannot be written to, and nobody does
+        for name, parameter in model.named_parameters():
+            hf_name, transposed = model.hf_name(name)
+            tensor = torch.from_numpy(mapped[hf_name].astype(np.float32, copy=False))
+            parameter.data = tensor.t() if transposed else tensor
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _make(
+    module: "nn.Module",
+    target: Path,
+    profiles: Sequence[str],
+    size: int,
+    bring: Callable[[Path], None],
+    example: Any = None,
+) -> Path:
+    """Capture a module's roles and put the artifact in its place.
+
+    Args:
+        module: the model.
+        target: the artifact folder.
+        profiles: which graphs to write.
+        size: bytes of what `bring` puts there.
+        bring: writes the files beside the graphs into a folder.
+        example: see export_module.
+    """
+    roles = roles_to_export(module, example)
+    context = _context_length(module)
+    size += sum(p.numel() * 4 for p in module.parameters())
     size += size // 10
     check_space(target.parent, size)
-
     try:
-        with new_folder(target) as folder:
-            for name in copied:
-                shutil.copyfile(source / name, folder / name)
-            (folder / "onnx").mkdir()
-            write_graphs(decoder, decoder.weights(tensors), folder / "onnx", profiles)
-            parameters = sum(tensor.size for tensor in tensors.values())
-            write_manifest(folder, _describe(decoder, parameters, profiles, folder))
+        with new_folder(target) as workshop:
+            bring(workshop)
+            (workshop / "onnx").mkdir()
+            write_graphs(module, roles, workshop / "onnx", profiles, context)
+            write_manifest(workshop, _describe(module, roles, profiles, workshop, context))
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
         raise StorageError(f"{target} cannot be written: {error.strerror or error}; {room}") from error
     return target
 
 
-def write_graphs(decoder: Decoder, weights: dict[str, Any], folder: Path, profiles: Sequence[str]) -> None:
-    """Write decoder.<profile>.onnx for each profile, and the weight file they share; check what was written.
+def roles_to_export(module: "nn.Module", example: Any = None) -> "Mapping[str, Role]":
+    """Return the roles of a module.
+
+    Raises:
+        FormatError: it declares none.
+    """
+    from portlm.models.roles import roles_of
+
+    roles = roles_of(module)
+    if not roles:
+        raise FormatError(
+            f"{type(module).__name__} declares no roles: give it a method roles(), as portlm.models.roles describes"
+        )
+    return roles
+
+
+def write_graphs(
+    module: "nn.Module",
+    roles: "Mapping[str, Role]",
+    folder: Path,
+    profiles: Sequence[str],
+    context_length: int,
+) -> None:
+    """Write <role>.<profile>.onnx for each role and profile, and each role's weight file; check what was written.
 
     Args:
-        decoder: describes the model.
-        weights: its parameters in graph orientation.
+        module: the model.
+        roles: its functions by name.
         folder: an existing folder.
         profiles: names from forms.PROFILES.
+        context_length: positions are below it.
+
+    Raises:
+        FormatError: the model computes what a graph cannot say.
     """
-    file = WeightFile(WEIGHTS)
-    for profile in profiles:
-        model = build_graph(decoder, weights, profile, file)
-        (folder / f"decoder.{profile}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-    file.write(folder / WEIGHTS)
-    for profile in profiles:
-        check_model(folder / f"decoder.{profile}.onnx")
+    from portlm.compile.capture import Weights, build_graph
+    from portlm.compile.trace import record
+
+    recordings = {name: record(module, name, role) for name, role in roles.items()}
+    weights = Weights(module, recordings.values())
+    for name, role in roles.items():
+        file = WeightFile(weight_file(name))
+        for profile in profiles:
+            model = build_graph(
+                role,
+                recordings[name],
+                weights,
+                file,
+                profile=profile,
+                name=name,
+                family=_family(module),
+                context_length=context_length,
+            )
+            path = folder / graph_file(name, profile)
+            path.write_bytes(model.SerializeToString(deterministic=True))
+        file.write(folder / weight_file(name))
+        for profile in profiles:
+            check_model(folder / graph_file(name, profile))
 
 
-def build_graph(decoder: Decoder, weights: dict[str, Any], profile: str, file: WeightFile) -> onnx.ModelProto:
-    """The decoder of one profile as a ModelProto whose initializers point into the weight file."""
-    forms = PROFILES[profile]
-    g = GraphBuilder("decoder", weights, file, forms.domains)
-    for spec in INPUTS:
-        g.input(spec.name, spec.dtype, spec.shape)
-    states = state_specs(decoder.cache)
-    for state in states:
-        g.input(state.name, state.dtype, state.shape)
-    decoder.emit(forms(g))
-    for spec in output_specs(decoder.cache):
-        g.output(spec.name, spec.dtype, spec.shape)
-    for state in states:
-        g.output(state.output, state.dtype, [TOTAL if d == "past" else d for d in state.shape])
-    return g.model({"portlm.profile": profile, "portlm.family": decoder.family})
+def graph_file(role: str, profile: str) -> str:
+    """The name of a role's graph: "head:topic" becomes head-topic.<profile>.onnx."""
+    return f"{role.replace(':', '-')}.{profile}.onnx"
 
 
-def output_specs(cache: CacheShape) -> tuple[TensorSpec, ...]:
-    """What a decoder returns beside its cache."""
-    return (TensorSpec("logits", "float32", ("batch", "sequence", cache.vocab_size)),)
+def weight_file(role: str) -> str:
+    """The name of the file with a role's weights."""
+    return f"{role.replace(':', '-')}.onnx.data"
 
 
-def state_specs(cache: CacheShape) -> tuple[StateSpec, ...]:
-    """The key/value cache, layer by layer, under the names of onnxruntime-genai."""
-    shape = ("batch", cache.n_kv_head, "past", cache.head_dim)
-    return tuple(
-        StateSpec(
-            f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", "float32", shape, "empty", "append"
+def _family(module: "nn.Module") -> str:
+    return str(getattr(getattr(module, "config", None), "family", "module"))
+
+
+def _context_length(module: "nn.Module") -> int:
+    config = getattr(module, "config", None)
+    for name in ("context_length", "max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None) or getattr(module, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            break
+    else:
+        raise FormatError(
+            f"{type(module).__name__} does not say how many positions it has: give it a context_length"
         )
-        for layer in range(cache.n_layer)
-        for kind in ("key", "value")
+    if not 1 <= value < FAR:
+        raise FormatError(f"context_length must be an integer from 1 to {int(FAR) - 1}, got {value}")
+    return value
+
+
+def _describe(
+    module: "nn.Module", roles: "Mapping[str, Role]", profiles: Sequence[str], folder: Path, context: int
+) -> Manifest:
+    import torch
+
+    provenance = Provenance(
+        versions={
+            "portlm": __version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "numpy": np.__version__,
+        },
+        settings={"opset": OPSET, "domain_version": DOMAIN_VERSION},
     )
+    described = {
+        name: RoleSpec(
+            profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in profiles},
+            weights=f"onnx/{weight_file(name)}",
+            inputs=role.inputs,
+            outputs=role.outputs,
+            state=role.state,
+            provenance=provenance,
+        )
+        for name, role in roles.items()
+    }
+    parameters = sum(p.numel() for p in module.parameters())
+    model = ModelSpec(_family(module), parameters, _vocab_size(module, roles), context)
+    return Manifest(model=model, roles=described, files=hash_files(folder, list_files(folder)))
 
 
-def _describe(decoder: Decoder, parameters: int, profiles: Sequence[str], folder: Path) -> Manifest:
-    cache = decoder.cache
-    role = RoleSpec(
-        profiles={profile: f"onnx/decoder.{profile}.onnx" for profile in profiles},
-        weights=f"onnx/{WEIGHTS}",
-        inputs=INPUTS,
-        outputs=output_specs(cache),
-        state=state_specs(cache),
-        provenance=Provenance(
-            versions={"portlm": __version__, "onnx": onnx.__version__, "numpy": np.__version__},
-            settings={"opset": OPSET, "domain_version": DOMAIN_VERSION},
-        ),
-    )
-    model = ModelSpec(decoder.family, parameters, cache.vocab_size, cache.context_length)
-    return Manifest(model=model, roles={"decoder": role}, files=hash_files(folder, list_files(folder)))
+def _vocab_size(module: "nn.Module", roles: "Mapping[str, Role]") -> int:
+    """How many ids the model takes, from its configuration, or from the logits of its decoder."""
+    value = getattr(getattr(module, "config", None), "vocab_size", None)
+    if value is None and "decoder" in roles:
+        value = roles["decoder"].outputs[0].shape[-1]
+    if not isinstance(value, int):
+        raise FormatError(
+            f"{type(module).__name__} does not say how many ids it takes: give it a config.vocab_size"
+        )
+    return value
 
 
-def _check_target(source: Path, target: Path) -> None:
-    if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
+def _check_profiles(profiles: Sequence[str]) -> None:
+    if not profiles or set(profiles) - PROFILES.keys():
+        raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
+
+
+def _check_target(source: Path | None, target: Path) -> None:
+    if source and (target.resolve() == source.resolve() or target.resolve() in source.resolve().parents):
         raise UsageError(f"{target} holds the checkpoint itself: choose another output folder")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} exists and is not a folder: choose another output folder")

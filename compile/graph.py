@@ -7,7 +7,7 @@ that differs between two engines is named as in the PyTorch model.
 Nothing here depends on time, machine or hash order: the same calls write the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,12 @@ class GraphBuilder:
     """Collects nodes in topological order, then makes a ModelProto of them."""
 
     def __init__(
-        self, name: str, weights: Mapping[str, np.ndarray], file: WeightFile, domains: Mapping[str, int]
+        self,
+        name: str,
+        weights: Mapping[str, np.ndarray],
+        file: WeightFile,
+        domains: Mapping[str, int],
+        context_length: int = 0,
     ):
         """Start an empty graph.
 
@@ -86,14 +91,17 @@ class GraphBuilder:
             weights: parameter name -> float32 array in the orientation the graph uses.
             file: where the weights that the graph mentions are collected.
             domains: operator set versions besides the standard one.
+            context_length: positions are below it.
         """
         self.name = name
+        self.context_length = context_length
         self.nodes: list[onnx.NodeProto] = []
-        self._weights, self._file, self._domains = weights, file, dict(domains)
+        self._weights, self._file, self.domains = weights, file, dict(domains)
         self._initializers: dict[str, TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._defined: set[str] = set()
+        self._shared: dict[str, str] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
         """Declare a graph input; a str dimension is symbolic."""
@@ -118,12 +126,9 @@ class GraphBuilder:
     def copy(self, node: onnx.NodeProto) -> None:
         """Append a node of another graph as it is."""
         for value in node.output:
-            self._define(value)
+            if value:
+                self._define(value)
         self.nodes.append(node)
-
-    def has_weight(self, name: str) -> bool:
-        """Whether the model has this parameter (biases are optional)."""
-        return name in self._weights
 
     def weight(self, name: str) -> str:
         """Mention a parameter: an initializer whose bytes are in the weight file."""
@@ -145,10 +150,24 @@ class GraphBuilder:
         """A one-dimensional int64 constant, stored in the graph: a shape, axes, split sizes."""
         return self._constant("ints." + "_".join(map(str, values)), np.array(values, dtype=np.int64))
 
-    def head_dim(self, past_key: str) -> int:
-        """Width of a head, from the declared shape (batch, K, past, D) of a cache input."""
-        value = next(value for value in self._inputs if value.name == past_key)
-        return int(value.type.tensor_type.shape.dim[3].dim_value)
+    def input_shape(self, name: str) -> list[int | str]:
+        """The declared shape of a graph input; a str dimension is symbolic."""
+        value = next(value for value in self._inputs if value.name == name)
+        return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+    def shared(self, key: str, make: Callable[[], str]) -> str:
+        """What `make` writes, written once however often this is called with the same key."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def unique(self, name: str) -> str:
+        """A name that is not taken: the given one, or the first of name_2, name_3, ..."""
+        tried, count = name, 1
+        while tried in self._defined:
+            count += 1
+            tried = f"{name}_{count}"
+        return tried
 
     def axis(self, value: int) -> str:
         """An int64 constant of rank 0, stored in the graph."""
@@ -158,9 +177,9 @@ class GraphBuilder:
         """A float32 constant of rank 0, stored in the graph."""
         return self._constant(f"scalar.{value!r}", np.array(value, dtype=np.float32))
 
-    def floats(self, name: str, values: np.ndarray) -> str:
+    def floats(self, name: str, values: Sequence[float]) -> str:
         """A small float32 table, stored in the graph under a name."""
-        return self._constant(name, values.astype(np.float32))
+        return self._constant(name, np.array(values, dtype=np.float32))
 
     def _constant(self, name: str, array: np.ndarray) -> str:
         if name not in self._initializers:
@@ -208,7 +227,7 @@ class GraphBuilder:
         )
         opsets = [
             helper.make_opsetid("", OPSET),
-            *(helper.make_opsetid(d, v) for d, v in self._domains.items()),
+            *(helper.make_opsetid(d, v) for d, v in self.domains.items()),
         ]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="portlm")
         helper.set_model_props(model, dict(metadata))

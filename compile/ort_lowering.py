@@ -1,5 +1,7 @@
 """Lowers the fused profile for ONNX Runtime: each node of domain ai.portlm becomes the operator ORT runs fastest.
 
+A flat list of passes, each of which knows one of ONNX Runtime's own operators.
+
 A value keeps the name it has in the portable graph only if it is the same value, so that compile/bisect.py can
 compare by name. What ORT's own optimiser does afterwards is left to it (it moves the bias of a Linear into the
 normalisation that follows, for example).
@@ -24,10 +26,12 @@ from onnx import helper
 
 from portlm.artifact import CompiledEntry, read_manifest, verify_files
 from portlm.compile.check import CONTRIB, check_model
-from portlm.compile.forms import DOMAIN, Portable
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.errors import UsageError
 from portlm.files import write_atomic
+from portlm.ops.cached_attention import attention_bias
+from portlm.ops.registry import nodes
+from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
 
 
 def compile_cpu(folder: Path) -> CompiledEntry:
@@ -74,161 +78,159 @@ def lower(folder: str | Path, device: str) -> CompiledEntry:
     return CompiledEntry("ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")})
 
 
-def lower_model(model: onnx.ModelProto, context_length: int, device: str) -> onnx.ModelProto:
-    """The graph with every ai.portlm node replaced; inputs, outputs and weights stay."""
-    lowering = Lowering(model, context_length, device)
-    for node in model.graph.node:
-        lowering.lower(node)
+def lower_model(
+    model: onnx.ModelProto,
+    context_length: int,
+    device: str,
+    note: Callable[[str, onnx.ModelProto], None] = lambda name, model: None,
+) -> onnx.ModelProto:
+    """The graph with every ai.portlm node replaced; inputs, outputs and weights stay.
+
+    Args:
+        model: a graph of the fused profile.
+        context_length: of the model.
+        device: "cpu", "cuda" or "vulkan".
+        note: called with each pass's name and the graph after it.
+    """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return lowering.g.model({**metadata, "portlm.lowered": f"ort-{device}"})
+    metadata["portlm.lowered"] = f"ort-{device}"
+    for name, rewrite in PASSES:
+        domains = {CONTRIB: 1} if (name, rewrite) == PASSES[-1] else {DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
+        g = GraphBuilder(model.graph.name, {}, WeightFile(""), domains, context_length)
+        g.adopt(model.graph)
+        for node in model.graph.node:
+            if node.domain != DOMAIN or not rewrite(g, node, device):
+                g.copy(node)
+        model = g.model(metadata)
+        note(name, model)
+    return model
 
 
-class Lowering:
-    """One method per op of the fused profile."""
+def bias_gelu(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """GeluMlp: two products, between them the first bias and the activation as one node."""
+    if node.op_type != "GeluMlp":
+        return False
+    x, w1, b1, w2, b2 = node.input
+    name = node.output[0]
+    gelu = "FastGelu" if _attributes(node)["approximate"] == "tanh" else "BiasGelu"
+    hidden = g.op("MatMul", (x, w1), f"{name}.hidden")
+    hidden = g.op(gelu, (hidden, b1), f"{name}.act", domain=CONTRIB)
+    product = g.op("MatMul", (hidden, w2), f"{name}.matmul")
+    g.op("Add", (product, b2), name)
+    return True
 
-    def __init__(self, model: onnx.ModelProto, context_length: int, device: str):
-        self.device = device
-        self.g = GraphBuilder("decoder", {}, WeightFile(""), {CONTRIB: 1})
-        self.g.adopt(model.graph)
-        self._context = context_length
-        self._masks: dict[int, str] = {}  # group size -> attention bias
 
-    def lower(self, node: onnx.NodeProto) -> None:
-        """Append what replaces the node; standard nodes stay."""
-        if node.domain != DOMAIN:
-            self.g.copy(node)
-            return
-        methods: dict[str, Callable[[onnx.NodeProto], None]] = {
-            "AddLayerNorm": self.add_layer_norm,
-            "AddRmsNorm": self.add_rms_norm,
-            "CachedAttention": self.cached_attention,
-            "Embedding": self.embedding,
-            "GeluMlp": self.gelu_mlp,
-            "LayerNorm": self.layer_norm,
-            "Linear": self.linear,
-            "RmsNorm": self.rms_norm,
-            "Rotary": self.rotary,
-            "SwiGlu": self.swiglu,
-        }
-        methods[node.op_type](node)
+def quick_gelu(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """SwiGlu: QuickGelu with alpha 1 is silu."""
+    if node.op_type != "SwiGlu":
+        return False
+    gate, up = node.input
+    silu = g.op("QuickGelu", (gate,), f"{node.output[0]}.silu", domain=CONTRIB, alpha=1.0)
+    g.op("Mul", (silu, up), node.output[0])
+    return True
 
-    def embedding(self, node: onnx.NodeProto) -> None:
-        """Gather of rows."""
-        ids, weight = node.input
-        self.g.op("Gather", (weight, ids), node.output[0], axis=0)
 
-    def linear(self, node: onnx.NodeProto) -> None:
-        """MatMul, and Add for the bias, which ORT moves into a following normalisation."""
-        x, weight, *bias = node.input
-        name = node.output[0]
-        if _attributes(node).get("transposed"):
-            self.transposed_matmul(x, weight, name)
-        elif bias:
-            product = self.g.op("MatMul", (x, weight), f"{name}.matmul")
-            self.g.op("Add", (product, bias[0]), name)
-        else:
-            self.g.op("MatMul", (x, weight), name)
+def skip_norm(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """The norms with the residual add in front, which also return the sum.
 
-    def transposed_matmul(self, x: str, weight: str, name: str) -> None:
-        """The tied head. FusedMatMul spares the CPU a transposed copy of the table; WebGPU does not have it."""
-        if self.device == "vulkan":
-            turned = self.g.op("Transpose", (weight,), f"{name}.weight", perm=[1, 0])
-            self.g.op("MatMul", (x, turned), name)
-        else:
-            self.g.op("FusedMatMul", (x, weight), name, domain=CONTRIB, transB=1)
+    RmsNorm alone is left to its portable form: ORT's single operator for it is in no ONNX operator set, and a model has
+    it only once.
+    """
+    operators = {"AddLayerNorm": "SkipLayerNormalization", "AddRmsNorm": "SkipSimplifiedLayerNormalization"}
+    if node.op_type not in operators:
+        return False
+    y, total = node.output
+    outputs = (y, "", "", total)  # the mean and deviation between them are not needed
+    g.split_op(operators[node.op_type], node.input, y, outputs, domain=CONTRIB, **_attributes(node))
+    return True
 
-    def layer_norm(self, node: onnx.NodeProto) -> None:
-        """The standard operator, which ORT has a kernel for."""
-        self.g.op("LayerNormalization", node.input, node.output[0], axis=-1, **_attributes(node))
 
-    def add_layer_norm(self, node: onnx.NodeProto) -> None:
-        """SkipLayerNormalization, which also returns the sum."""
-        outputs = (
-            node.output[0],
-            "",
-            "",
-            node.output[1],
-        )  # the mean and deviation between them are not needed
-        self.g.split_op(
-            "SkipLayerNormalization", node.input, node.output[0], outputs, domain=CONTRIB, **_attributes(node)
-        )
+def rotary_embedding(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """Rotary: the head width follows from the tables, so the number of heads is not said twice."""
+    if node.op_type != "Rotary":
+        return False
+    g.op("RotaryEmbedding", node.input, node.output[0], domain=CONTRIB)
+    return True
 
-    def rms_norm(self, node: onnx.NodeProto) -> None:
-        """Composed: ORT's single operator for it is in no ONNX operator set, and a model has this only once."""
-        x, weight = node.input
-        Portable(self.g).rms_norm(x, weight.removesuffix(".weight"), _attributes(node)["epsilon"])
 
-    def add_rms_norm(self, node: onnx.NodeProto) -> None:
-        """SkipSimplifiedLayerNormalization, which also returns the sum."""
-        outputs = (node.output[0], "", "", node.output[1])
-        self.g.split_op(
-            "SkipSimplifiedLayerNormalization",
-            node.input,
-            node.output[0],
-            outputs,
-            domain=CONTRIB,
-            **_attributes(node),
-        )
+def fused_matmul(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """Linear with a table (out, in): FusedMatMul spares the CPU a transposed copy; WebGPU does not have it.
 
-    def rotary(self, node: onnx.NodeProto) -> None:
-        """The head width follows from the tables, so the number of heads is not said twice."""
-        self.g.op("RotaryEmbedding", node.input, node.output[0], domain=CONTRIB)
+    Any other Linear is a MatMul, and an Add for the bias, which ORT moves into a following normalisation.
+    """
+    if node.op_type != "Linear" or not _attributes(node)["transposed"] or device == "vulkan":
+        return False
+    x, weight, *bias = node.input
+    y = node.output[0]
+    product = g.op("FusedMatMul", (x, weight), f"{y}.matmul" if bias else y, domain=CONTRIB, transB=1)
+    if bias:
+        g.op("Add", (product, bias[0]), y)
+    return True
 
-    def gelu_mlp(self, node: onnx.NodeProto) -> None:
-        """Two products; the first bias and the activation are one node."""
-        x, w1, b1, w2, b2 = node.input
-        name = node.output[0]
-        gelu = "FastGelu" if _attributes(node)["approximate"] == b"tanh" else "BiasGelu"
-        hidden = self.g.op("MatMul", (x, w1), f"{name}.hidden")
-        hidden = self.g.op(gelu, (hidden, b1), f"{name}.act", domain=CONTRIB)
-        product = self.g.op("MatMul", (hidden, w2), f"{name}.matmul")
-        self.g.op("Add", (product, b2), name)
 
-    def swiglu(self, node: onnx.NodeProto) -> None:
-        """QuickGelu with alpha 1 is silu."""
-        gate, up = node.input
-        name = node.output[0]
-        silu = self.g.op("QuickGelu", (gate,), f"{name}.silu", domain=CONTRIB, alpha=1.0)
-        self.g.op("Mul", (silu, up), name)
+def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """CachedAttention: MultiHeadAttention over the key/value heads, with the portable profile's mask as its bias.
 
-    def cached_attention(self, node: onnx.NodeProto) -> None:
-        """MultiHeadAttention over the key/value heads, with the mask of the portable profile as its bias."""
-        g, attributes, name = self.g, _attributes(node), node.output[0]
-        q, k, v, past_key, past_value, mask = node.input
-        H, K = attributes["num_heads"], attributes["num_kv_heads"]
-        G, D = H // K, g.head_dim(past_key)
-        if not self._masks:
-            self._masks[G] = Portable(g).mask(mask, "position_ids", self._context, G)
-        if self.device == "vulkan":
-            self.plain_attention(q, k, v, past_key, self._masks[G], H, K, name)
-            return
-        if G > 1:
-            q = g.op("Reshape", (q, g.ints(0, 0, K, G, D)), f"{name}.stacked_heads")  # (B, T, K, G, D)
-            q = g.op("Transpose", (q,), f"{name}.stacked_groups", perm=[0, 3, 1, 2, 4])  # (B, G, T, K, D)
-            q = g.op("Reshape", (q, g.ints(0, -1, K * D)), f"{name}.stacked_queries")  # (B, G*T, K*D)
-        inputs = (q, k, v, "", "", self._masks[G], past_key, past_value)
-        out = name if G == 1 else f"{name}.stacked"
-        options = {"num_heads": K, "scale": attributes["scale"]}
-        g.split_op("MultiHeadAttention", inputs, out, (out, *node.output[1:]), domain=CONTRIB, **options)
-        if G > 1:
-            out = g.op("Reshape", (out, g.ints(0, G, -1, K, D)), f"{name}.stacked_out")  # (B, G, T, K, D)
-            out = g.op("Transpose", (out,), f"{name}.unstacked", perm=[0, 2, 3, 1, 4])  # (B, T, K, G, D)
-            g.op("Reshape", (out, g.ints(0, 0, H * D)), name)
+    Not on Vulkan: from 32 queries on, WebGPU's MultiHeadAttention is its flash attention, which plugin 0.4 computes
+    wrongly where a subgroup has 8 lanes: from the ninth query on, logits are off by 1. No option or input keeps it from
+    that, so there attention stays in plain products.
+    """
+    if node.op_type != "CachedAttention" or device == "vulkan":
+        return False
+    attributes, name = _attributes(node), node.output[0]
+    q, k, v, past_key, past_value, mask = node.input
+    H, K, D = attributes["num_heads"], attributes["num_kv_heads"], int(g.input_shape(past_key)[3])
+    G = H // K
+    bias = attention_bias(g, mask, G)
+    if G > 1:
+        q = g.op("Reshape", (q, g.ints(0, 0, K, G, D)), f"{name}.stacked_heads")  # (B, T, K, G, D)
+        q = g.op("Transpose", (q,), f"{name}.stacked_groups", perm=[0, 3, 1, 2, 4])  # (B, G, T, K, D)
+        q = g.op("Reshape", (q, g.ints(0, -1, K * D)), f"{name}.stacked_queries")  # (B, G*T, K*D)
+    inputs = (q, k, v, "", "", bias, past_key, past_value)
+    out = name if G == 1 else f"{name}.stacked"
+    options = {"num_heads": K, "scale": attributes["scale"]}
+    g.split_op("MultiHeadAttention", inputs, out, (out, *node.output[1:]), domain=CONTRIB, **options)
+    if G > 1:
+        out = g.op("Reshape", (out, g.ints(0, G, -1, K, D)), f"{name}.stacked_out")  # (B, G, T, K, D)
+        out = g.op("Transpose", (out,), f"{name}.unstacked", perm=[0, 2, 3, 1, 4])  # (B, T, K, G, D)
+        g.op("Reshape", (out, g.ints(0, 0, H * D)), name)
+    return True
 
-    def plain_attention(
-        self, q: str, k: str, v: str, past_key: str, bias: str, n_head: int, n_kv_head: int, name: str
-    ) -> None:
-        """Attention in plain products, as in the portable profile.
 
-        From 32 queries on, WebGPU's MultiHeadAttention is its flash attention, which plugin 0.4 computes wrongly where
-        a subgroup has 8 lanes: from the ninth query on, logits are off by 1. No option or input keeps it from that.
-        """
-        portable, D = Portable(self.g), self.g.head_dim(past_key)
-        q = portable.heads(q, n_head, D, f"{name}.q")
-        k, v = portable.heads(k, n_kv_head, D, f"{name}.k"), portable.heads(v, n_kv_head, D, f"{name}.v")
-        layer = int(past_key.split(".")[1])  # past_key_values.N.key
-        portable.attention(q, k, v, bias, layer, n_head, n_kv_head, D, name)
+def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """Every node that no other pass took, in standard operators."""
+    spec, attributes = nodes()[node.op_type], _attributes(node)
+    names = [*node.input, *[""] * (len(spec.inputs) - len(node.input))]
+    for place, wanted in enumerate(spec.inputs):
+        if wanted.heads:
+            apart = g.ints(0, 0, attributes[wanted.heads], -1)
+            names[place] = g.op("Reshape", (names[place], apart), f"{node.name}.{wanted.name}.heads")
+    outputs = list(node.output)
+    if spec.output_heads:
+        outputs[0] = f"{node.output[0]}.apart"
+    spec.portable(g, names, outputs, attributes)
+    if spec.output_heads:
+        g.op("Reshape", (outputs[0], g.ints(0, 0, -1)), node.output[0])
+    return True
+
+
+Pass = Callable[[GraphBuilder, onnx.NodeProto, str], bool]
+"""Writes what replaces a node on a device and returns True, or leaves it and returns False."""
+
+PASSES: tuple[tuple[str, Pass], ...] = (
+    ("bias_gelu", bias_gelu),
+    ("quick_gelu", quick_gelu),
+    ("skip_norm", skip_norm),
+    ("rotary_embedding", rotary_embedding),
+    ("fused_matmul", fused_matmul),
+    ("multi_head_attention", multi_head_attention),
+    ("portable_form", portable_form),
+)
+"""In order; each walks the whole graph. A new op needs none: the last one takes its portable form."""
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    """The attributes of a node of ai.portlm, defaults filled in."""
+    written = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    found = {a.name: written.get(a.name, a.default) for a in nodes()[node.op_type].attributes}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}

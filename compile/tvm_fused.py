@@ -17,10 +17,11 @@ import onnx
 from onnx import helper, numpy_helper
 
 from portlm.artifact import CompiledEntry
-from portlm.compile.forms import DOMAIN
 from portlm.compile.passes import Note, ignore
 from portlm.compile.tvm_build import Graph, Lowering, build_library, dimensions, kernel_passes
 from portlm.errors import FormatError
+from portlm.ops.registry import nodes
+from portlm.ops.spec import DOMAIN, Attribute
 from portlm.tvm_support import import_tvm
 
 if TYPE_CHECKING:
@@ -50,24 +51,18 @@ class _Lowering:
         self.relax, self.tirx = relax, tirx
         self.graph = graph
         self.bb = relax.BlockBuilder()
-        self.extents = {n: tirx.Var(n, "int64") for n in ("batch", "sequence", "past")}
+        self.extents: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
         self.shapes = {weight.name: weight.shape for weight in graph.weights}
         names = set(self.shapes)
         tensors = (t for t in graph.proto.graph.initializer if t.name not in names)
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]] = {
-            (DOMAIN, "Embedding"): self._embedding,
-            (DOMAIN, "Linear"): self._linear,
-            (DOMAIN, "LayerNorm"): self._norm("layer_norm", residual=False),
-            (DOMAIN, "AddLayerNorm"): self._norm("add_layer_norm", residual=True),
-            (DOMAIN, "RmsNorm"): self._norm("rms_norm", residual=False),
-            (DOMAIN, "AddRmsNorm"): self._norm("add_rms_norm", residual=True),
-            (DOMAIN, "Rotary"): self._rotary,
+            **{(DOMAIN, op_type): self._plain for op_type, spec in nodes().items() if spec.tvm},
             (DOMAIN, "CachedAttention"): self._cached_attention,
-            (DOMAIN, "GeluMlp"): self._gelu_mlp,
-            (DOMAIN, "SwiGlu"): self._swiglu,
             ("", "Add"): self._add,
+            ("", "Gather"): self._gather,
+            ("", "Reshape"): self._reshape,
             ("", "Split"): self._split,
         }
 
@@ -91,7 +86,10 @@ class _Lowering:
 
     def _extent(self, text: str) -> Any:
         """A symbolic extent of the graph: "batch", or a sum, "past + sequence"."""
-        return functools.reduce(operator.add, (self.extents[name.strip()] for name in text.split("+")))
+        names = [name.strip() for name in text.split("+")]
+        for name in names:
+            self.extents.setdefault(name, self.tirx.Var(name, "int64"))
+        return functools.reduce(operator.add, (self.extents[name] for name in names))
 
     def _emit(self, node: onnx.NodeProto) -> None:
         emitter = self.emitters.get((node.domain, node.op_type))
@@ -135,32 +133,24 @@ class _Lowering:
 
     def _shape(self, name: str) -> list[Any]:
         value = self.values[name]
+        if name in self.shapes:
+            return list(self.shapes[name])
         if isinstance(value, _Columns):
             return [*value.source.ty.shape[:2], value.width]
         return list(value.ty.shape)
 
-    def _embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        width = self.shapes[node.input[1]][1]
-        return self._call("embedding", self._inputs(node), [*self._shape(node.input[0]), width])
-
-    def _linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        transposed = int(attributes.get("transposed", 0))
-        width = self.shapes[node.input[1]][0 if transposed else 1]
-        inputs = self._inputs(node)
-        op = "linear" if len(inputs) == 3 else "linear_no_bias"
-        return self._call(op, [*inputs, transposed], [*self._shape(node.input[0])[:-1], width])
-
-    def _norm(self, op: str, residual: bool) -> Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]:
-        def emit(node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-            shapes = [self._shape(node.input[0])] * (2 if residual else 1)
-            return self._call(op, [*self._inputs(node), float(attributes["epsilon"])], *shapes)
-
-        return emit
-
-    def _rotary(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        return self._call(
-            "rotary", [*self._inputs(node), int(attributes["num_heads"])], self._shape(node.input[0])
-        )
+    def _plain(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        """A node that is one call: its inputs, its attributes as numbers, its outputs."""
+        spec = nodes()[node.op_type]
+        names = [*node.input, *[""] * (len(spec.inputs) - len(node.input))]
+        absent = [i.name for i, name in zip(spec.inputs, names, strict=True) if not name]
+        shapes = [self._shape(name) if name else None for name in names]
+        values = {a.name: _value(node, a, attributes) for a in spec.attributes}
+        numbers = [
+            a.choices.index(values[a.name]) if a.choices else a.kind(values[a.name]) for a in spec.attributes
+        ]
+        function = "_no_".join([spec.tvm, *absent])
+        return self._call(function, [*self._inputs(node), *numbers], *spec.shapes(shapes, values))
 
     def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         q, k, v = (self._columns(name) for name in node.input[:3])
@@ -182,19 +172,19 @@ class _Lowering:
         (out,) = self._call("cached_attention", inputs, [batch, sequence, heads * width])
         return out, present_key, present_value
 
-    def _gelu_mlp(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        kind = attributes["approximate"]
-        if kind not in (b"tanh", b"none"):
-            raise FormatError(f"{node.name}: approximate must be tanh or none, got {kind!r}")
-        width = self.shapes[node.input[3]][1]
-        shape = [*self._shape(node.input[0])[:-1], width]
-        return self._call("gelu_mlp", [*self._inputs(node), int(kind == b"tanh")], shape)
-
-    def _swiglu(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        return self._call("swiglu", self._inputs(node), self._shape(node.input[0]))
-
     def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         return [self.bb.emit(self.relax.op.add(*self._inputs(node)))]
+
+    def _gather(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        """Indices are clamped: the kernel would read wherever a wrong one points to."""
+        values, indices = self._inputs(node)
+        axis = int(attributes.get("axis", 0))
+        return [self.bb.emit(self.relax.op.take(values, indices, axis=axis, mode="clip"))]
+
+    def _reshape(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        value, shape = self._whole(self.values[node.input[0]]), self.constants[node.input[1]].tolist()
+        wanted = [value.ty.shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
+        return [self.bb.emit(self.relax.op.reshape(value, wanted))]
 
     def _split(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         source = self.values[node.input[0]]
@@ -216,6 +206,25 @@ class _Columns:
     source: Any
     first: int
     width: Any
+
+
+def _value(node: onnx.NodeProto, attribute: Attribute, given: Mapping[str, Any]) -> Any:
+    """One attribute of a node, its default if it is not written.
+
+    Raises:
+        KeyError: it has none.
+        FormatError: it is not one of the choices.
+    """
+    value = (
+        given[attribute.name] if attribute.default is None else given.get(attribute.name, attribute.default)
+    )
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if attribute.choices and value not in attribute.choices:
+        raise FormatError(
+            f"{node.name}: {attribute.name} must be {' or '.join(attribute.choices)}, got {value!r}"
+        )
+    return value
 
 
 LOWERING = Lowering("fused", [("CallKernels", lower)], kernel_passes, "compiled")

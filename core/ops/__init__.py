@@ -1,25 +1,19 @@
 """Fused operations, each a triple: a plain reference, a compiled kernel, and a form in the exported graph.
 
-Names are imported when first used, so that ``portlm.ops.token_selection`` works on a machine without PyTorch.
+One file per op, found by being here. Names are imported when first used, so that ``portlm.ops.token_selection`` works
+on a machine without PyTorch.
 """
 
 import importlib
+import pkgutil
 from typing import Any
 
-_HOME = {
-    "AdamW": "adamw",
-    "attention": "attention",
-    "cached_attention": "cached_attention",
-    "embedding": "embedding",
-    "gelu_mlp": "gelu_mlp",
-    "layer_norm": "layer_norm",
-    "linear": "linear",
-    "linear_cross_entropy": "linear_cross_entropy",
-    "rms_norm": "rms_norm",
-    "rotary": "rotary",
-    "select_tokens": "token_selection",
-    "swiglu": "swiglu",
-}
+_TOOLS = {"adamw_cuda", "compiled", "cuda", "fused", "lazy", "linear_cross_entropy_cuda", "registry", "spec"}
+FILES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _TOOLS))
+"""The files that define an op."""
+
+_OTHER_NAMES = {"adamw": "AdamW", "token_selection": "select_tokens"}
+_HOME = {_OTHER_NAMES.get(file, file): file for file in FILES}
 
 __all__ = sorted(_HOME)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from portlm.ops.adamw_cuda import CudaPlan
 from portlm.ops.cuda import has_cuda_kernel
 from portlm.ops.fused import has_kernel, kernels
+from portlm.ops.spec import OpSpec
 
 __all__ = ["AdamW", "adamw_reference", "gradient_norm_reference"]
 
@@ -263,3 +264,11 @@ class _Plan:
         return float(
             kernels.adamw_step(self.table.ctypes.data, self.table.shape[1], settings.ctypes.data, max_norm)
         )
+
+
+SPEC = OpSpec(
+    name="adamw",
+    summary="decoupled weight decay Adam with clipping in one pass",
+    forward=("adamw_step",),
+    cuda=("adamw_step",),
+)

@@ -10,12 +10,17 @@ linear map yields q, k and v together, `attention_qkv` takes its output as it is
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from portlm.ops import lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import OpSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
 __all__ = ["attention", "attention_qkv", "attention_qkv_reference", "attention_reference"]
 
@@ -239,4 +244,12 @@ _fused_qkv = FusedOp(
     fake=_empty_results_qkv,
     backward=_backward_qkv,
     setup_context=_save,
+)
+
+
+SPEC = OpSpec(
+    name="attention",
+    summary="softmax(q k^T) v, causal or full, grouped heads",
+    forward=("attention_fwd",),
+    backward=("attention_bwd",),
 )

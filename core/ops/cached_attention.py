@@ -6,10 +6,18 @@ width. Inference only: the op has no gradient.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from portlm.ops import lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import FAR, Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
 __all__ = ["cached_attention", "cached_attention_reference"]
 
@@ -121,3 +129,120 @@ def _empty(
 
 
 _fused = FusedOp("cached_attention", _forward, fake=_empty)
+
+
+MASKED = -1e30  # times a whole number of positions: far below any score, and still finite in float32
+
+
+def attention_bias(g: Builder, attention_mask: str, group: int) -> str:
+    """Return the attention bias (B, 1, group*T, P+T): 0 where a query may look, at most -1e30 where not.
+
+    The queries' places are the graph's position_ids. With left padding the position of slot j is the number of mask
+    ones before it, so it need not be given: cumsum(mask)[j] - 1. Masked slots are put FAR away. All are float32, exact
+    up to 2^24. Written once per graph, whatever the number of layers.
+    """
+
+    def single() -> str:
+        ones = g.op("Gather", (g.floats("mask.values", range(2)), attention_mask), "mask.ones", axis=0)
+        columns = g.op("Transpose", (ones,), "mask.columns", perm=[1, 0])  # (P+T, B)
+        counted = g.op("CumSum", (columns, g.axis(0)), "mask.counted")
+        rows = g.op("Transpose", (counted,), "mask.rows", perm=[1, 0])
+        near = g.op("Mul", (ones, g.scalar(FAR)), "mask.near")
+        slots = g.op(
+            "Sub", (rows, near), "mask.slots"
+        )  # position + 1 - FAR, or number seen so far where masked
+        keys = g.op("Unsqueeze", (slots, g.ints(1, 2)), "mask.keys")  # (B, 1, 1, P+T)
+        table = g.floats("mask.positions", [place + 1 - FAR for place in range(g.context_length)])
+        positions = g.op("Gather", (table, "position_ids"), "mask.positions_at", axis=0)
+        queries = g.op("Unsqueeze", (positions, g.ints(1, 3)), "mask.queries")  # (B, 1, T, 1)
+        ahead = g.op("Sub", (keys, queries), "mask.ahead")  # (B, 1, T, P+T)
+        hidden = g.op("Relu", (ahead,), "mask.hidden")
+        return g.op("Mul", (hidden, g.scalar(MASKED)), "mask.bias")
+
+    bias = g.shared(f"bias of {attention_mask}", single)
+    if group == 1:
+        return bias
+    return g.shared(
+        f"bias of {attention_mask} x {group}",
+        lambda: g.op("Concat", [bias] * group, f"mask.grouped{group}", axis=2),
+    )
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    """Attention over the cache in plain products.
+
+    The queries that share a key/value head are stacked along time, (B, K, G*T, D), so that grouped heads need no copy
+    of the cache and each product has only two matrices per head.
+    """
+    q, k, v, past_key, past_value, mask = inputs  # q (B, T, H, D), k and v (B, T, K, D)
+    out, present_key, present_value = outputs
+    H, K, D = attributes["num_heads"], attributes["num_kv_heads"], int(g.input_shape(past_key)[3])
+    group = H // K
+    bias = attention_bias(g, mask, group)
+    keys = g.op("Transpose", (k,), f"{out}.keys", perm=[0, 2, 1, 3])  # (B, K, T, D)
+    values = g.op("Transpose", (v,), f"{out}.values", perm=[0, 2, 1, 3])
+    keys = g.op("Concat", (past_key, keys), present_key, axis=2)
+    values = g.op("Concat", (past_value, values), present_value, axis=2)
+
+    q = g.op("Mul", (q, g.scalar(attributes["scale"])), f"{out}.scaled")
+    if group == 1:
+        q = g.op("Transpose", (q,), f"{out}.queries", perm=[0, 2, 1, 3])  # (B, H, T, D)
+    else:
+        q = g.op("Reshape", (q, g.ints(0, 0, K, group, D)), f"{out}.groups")
+        q = g.op("Transpose", (q,), f"{out}.grouped", perm=[0, 2, 3, 1, 4])  # (B, K, G, T, D)
+        q = g.op("Reshape", (q, g.ints(0, 0, -1, D)), f"{out}.queries")  # (B, K, G*T, D)
+    across = g.op("Transpose", (keys,), f"{out}.keys_across", perm=[0, 1, 3, 2])  # (B, K, D, P+T)
+    scores = g.op("MatMul", (q, across), f"{out}.scores")  # (B, K, G*T, P+T)
+    biased = g.op("Add", (scores, bias), f"{out}.biased")
+    shares = g.op("Softmax", (biased,), f"{out}.shares", axis=-1)
+    context = g.op("MatMul", (shares, values), f"{out}.context")  # (B, K, G*T, D)
+    if group == 1:
+        context = g.op("Transpose", (context,), f"{out}.joined", perm=[0, 2, 1, 3])  # (B, T, H, D)
+    else:
+        context = g.op("Reshape", (context, g.ints(0, 0, group, -1, D)), f"{out}.ungrouped")
+        context = g.op("Transpose", (context,), f"{out}.joined", perm=[0, 3, 1, 2, 4])  # (B, T, K, G, D)
+    g.op("Reshape", (context, g.ints(0, 0, H * D)), out)
+
+
+def _read(arguments: Mapping[str, Any]) -> Attributes:
+    if arguments["mask"] is None:
+        raise ValueError("give it the attention mask, so that rows of different lengths can be told apart")
+    heads = {"num_heads": arguments["q"].shape[2], "num_kv_heads": arguments["k"].shape[2]}
+    return {**heads, "scale": arguments["scale"]}
+
+
+def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:
+    B, K, P, D = shapes[3]
+    present = (B, K, P + shapes[0][1], D)
+    return [shapes[0], present, present]
+
+
+SPEC = OpSpec(
+    name="cached_attention",
+    summary="attention over a key/value cache",
+    forward=("cached_attention",),
+    nodes=(
+        Node(
+            op_type="CachedAttention",
+            torch=("portlm::cached_attention",),
+            inputs=(
+                Input("q", heads="num_heads"),
+                Input("k", heads="num_kv_heads"),
+                Input("v", heads="num_kv_heads"),
+                Input("past_key"),
+                Input("past_value"),
+                Input("mask", dtype="int64"),
+            ),
+            outputs=("y", "present_key", "present_value"),
+            attributes=(
+                Attribute("num_heads", int),
+                Attribute("num_kv_heads", int),
+                Attribute("scale", float),
+            ),
+            read=_read,
+            shapes=_shapes,
+            portable=_portable,
+        ),
+    ),
+    functions=("append_cache", "cached_attention"),  # TVM's lowering is compile/tvm_fused.py
+)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from portlm.ops import lazy
 from portlm.ops.fused import has_kernel, kernels
 
-__all__ = ["has_cuda_kernel", "launch", "row_blocks"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-_DTYPES = (torch.float32, torch.bfloat16)
+__all__ = ["has_cuda_kernel", "launch", "row_blocks"]
 
 
 def has_cuda_kernel(first: Tensor, *others: Tensor | None) -> bool:
     """Say whether the CUDA kernels take these tensors: built, one device, all float32 or all bfloat16, no export."""
-    if not first.is_cuda or first.dtype not in _DTYPES or not has_kernel():
+    if not first.is_cuda or first.dtype not in (torch.float32, torch.bfloat16) or not has_kernel():
         return False
     return _runs_on(first.device) and all(
         t is None or (t.device == first.device and t.dtype is first.dtype) for t in others

@@ -5,13 +5,19 @@ Shapes: ids (...) int64; weight (V, C) float32 in the kernel; the result (..., C
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from portlm.ops import lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", F="torch.nn.functional", Tensor="torch:Tensor")
 
 __all__ = ["embedding", "embedding_reference"]
 
@@ -84,4 +90,28 @@ _fused = FusedOp(
     ),
     backward=_backward,
     setup_context=_save,
+)
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    ids, weight = inputs
+    g.op("Gather", (weight, ids), outputs[0], axis=0)
+
+
+SPEC = OpSpec(
+    name="embedding",
+    summary="rows of a table by token id",
+    forward=("embedding_fwd",),
+    backward=("embedding_bwd",),
+    nodes=(
+        Node(
+            op_type="Embedding",
+            torch=("portlm::embedding",),
+            inputs=(Input("ids", dtype="int64"), Input("weight")),
+            outputs=("y",),
+            shapes=lambda shapes, attributes: [(*shapes[0], shapes[1][1])],
+            portable=_portable,
+            tvm="embedding",
+        ),
+    ),
 )

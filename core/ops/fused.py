@@ -7,21 +7,54 @@ way, an `autograd.Function` around the same functions, and everything that trace
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from portlm.ops import lazy
 from portlm.ops.compiled import available, kernels, without_kernels
 
-__all__ = ["FusedOp", "has_kernel", "is_traced", "kernels", "without_kernels"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+__all__ = ["FusedOp", "exporting", "has_kernel", "is_traced", "kernels", "without_kernels"]
+
+_PLAIN: tuple[type, ...] = ()
+_exporting = False
+
+
+def _note_types() -> None:
+    global _PLAIN
+    _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+lazy.when_loaded(_note_types)
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Make every op appear as itself, `portlm::<name>`, in what `torch.export` records inside the block.
+
+    Elsewhere a recording holds the references, PyTorch's own operators, so that others can run it.
+    """
+    global _exporting
+    before, _exporting = _exporting, True
+    try:
+        yield
+    finally:
+        _exporting = before
 
 
 def has_kernel(*tensors: Tensor | None) -> bool:
-    """Say whether the compiled CPU kernels take these tensors: available, float32, on the CPU, not being exported."""
+    """Say whether the compiled CPU kernels take these tensors: available, float32, on the CPU, not being exported.
+
+    Inside `exporting()` they take everything: it is the op that is recorded, and nothing runs.
+    """
+    if _exporting:
+        return True
     if not available() or torch.compiler.is_exporting():
         return False
     for t in tensors:  # noqa: SIM110 - a generator expression would double the cost of this check
@@ -68,9 +101,21 @@ class FusedOp:
     ):
         self.forward = forward
         self.differentiable = backward is not None
+        self.op: Any = None
+        self.direct: Callable[..., Any] = forward
+        lazy.when_loaded(lambda: self._register(name, fake, backward, setup_context, mutates_args))
+
+    def _register(
+        self,
+        name: str,
+        fake: Callable[..., Any],
+        backward: Callable[..., Any] | None,
+        setup_context: Callable[..., None] | None,
+        mutates_args: tuple[str, ...],
+    ) -> None:
+        forward = self.forward
         self.op = torch.library.custom_op(f"portlm::{name}", forward, mutates_args=mutates_args)
         self.op.register_fake(fake)
-        self.direct: Callable[..., Any] = forward
         if backward is not None:
             assert setup_context is not None
             self.op.register_autograd(backward, setup_context=setup_context)

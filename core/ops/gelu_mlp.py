@@ -6,13 +6,19 @@ in the kernel, which keeps one hidden layer for backward where autograd through 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from portlm.ops import lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, module_of
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", F="torch.nn.functional", Tensor="torch:Tensor")
 
 __all__ = ["gelu_mlp", "gelu_mlp_reference"]
 
@@ -148,4 +154,43 @@ _fused_value = FusedOp(
     "gelu_mlp_value",
     _value,
     fake=lambda x, w1, b1, w2, b2, tanh: x.new_empty((*x.shape[:-1], w2.shape[0])),
+)
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    x, w1, b1, w2, b2 = inputs
+    (y,) = outputs
+    first = module_of(w1)
+    hidden = g.op("MatMul", (x, w1), f"{first}.matmul")
+    hidden = g.op("Add", (hidden, b1), first)
+    hidden = g.op("Gelu", (hidden,), f"{first}.gelu", approximate=attributes["approximate"])
+    product = g.op("MatMul", (hidden, w2), f"{y}.matmul")
+    g.op("Add", (product, b2), y)
+
+
+def _read(arguments: Mapping[str, Any]) -> Attributes:
+    if arguments["b1"] is None or arguments["b2"] is None:
+        raise ValueError("both layers need a bias")
+    return {"approximate": "tanh" if arguments["tanh"] else "none"}
+
+
+SPEC = OpSpec(
+    name="gelu_mlp",
+    summary="linear, GELU, linear",
+    forward=("gelu_mlp_fwd",),
+    backward=("gelu_mlp_bwd",),
+    nodes=(
+        Node(
+            op_type="GeluMlp",
+            torch=("portlm::gelu_mlp", "portlm::gelu_mlp_value"),
+            inputs=(Input("x"), Input("w1", matrix=True), Input("b1"), Input("w2", matrix=True), Input("b2")),
+            outputs=("y",),
+            attributes=(Attribute("approximate", str, choices=("none", "tanh")),),
+            read=_read,
+            shapes=lambda shapes, attributes: [(*shapes[0][:-1], shapes[3][1])],
+            portable=_portable,
+            rowwise=True,
+            tvm="gelu_mlp",
+        ),
+    ),
 )

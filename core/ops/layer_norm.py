@@ -5,14 +5,19 @@ Shapes: x, residual, y, h are (..., C); weight and bias are (C,). All float32 in
 
 from __future__ import annotations
 
-from typing import Any, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from portlm.ops import cuda
+from portlm.ops import cuda, lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, like_first
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", F="torch.nn.functional", Tensor="torch:Tensor")
 
 __all__ = ["layer_norm", "layer_norm_reference"]
 
@@ -183,4 +188,53 @@ _fused_add = FusedOp(
     fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), _statistics(x)),
     backward=_backward_add,
     setup_context=_save_add,
+)
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    g.op("LayerNormalization", inputs, outputs[0], axis=-1, epsilon=attributes["epsilon"])
+
+
+def _portable_add(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    x, residual, weight, bias = inputs
+    h = g.op("Add", (x, residual), outputs[1])
+    _portable(g, (h, weight, bias), outputs, attributes)
+
+
+def _read(arguments: Mapping[str, Any]) -> Attributes:
+    return {"epsilon": arguments["eps"]}
+
+
+SPEC = OpSpec(
+    name="layer_norm",
+    summary="layer normalisation, with the residual add in front",
+    forward=("layer_norm_fwd",),
+    backward=("layer_norm_bwd",),
+    cuda=("layer_norm_fwd", "layer_norm_bwd"),
+    nodes=(
+        Node(
+            op_type="LayerNorm",
+            torch=("portlm::layer_norm",),
+            inputs=(Input("x"), Input("weight"), Input("bias")),
+            outputs=("y",),
+            attributes=(Attribute("epsilon", float),),
+            read=_read,
+            shapes=like_first(),
+            portable=_portable,
+            rowwise=True,
+            tvm="layer_norm",
+        ),
+        Node(
+            op_type="AddLayerNorm",
+            torch=("portlm::add_layer_norm",),
+            inputs=(Input("x"), Input("residual"), Input("weight"), Input("bias")),
+            outputs=("y", "input"),  # input = x + residual, y = its norm
+            attributes=(Attribute("epsilon", float),),
+            read=_read,
+            shapes=like_first(2),
+            portable=_portable_add,
+            rowwise=True,
+            tvm="add_layer_norm",
+        ),
+    ),
 )

@@ -7,13 +7,19 @@ AVX-512, about even for one row of a large weight, and behind by the 2 µs of th
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from portlm.ops import lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", F="torch.nn.functional", Tensor="torch:Tensor")
 
 __all__ = ["linear", "linear_reference"]
 
@@ -111,4 +117,39 @@ _fused = FusedOp(
     fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
     backward=_backward,
     setup_context=_save,
+)
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    x, weight, bias = inputs
+    (y,) = outputs
+    if attributes["transposed"]:
+        weight = g.op("Transpose", (weight,), f"{y}.weight", perm=[1, 0])
+    if bias:
+        x, weight = g.op("MatMul", (x, weight), f"{y}.matmul"), bias
+    g.op("Add" if bias else "MatMul", (x, weight), y)
+
+
+def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:
+    return [(*shapes[0][:-1], shapes[1][0 if attributes["transposed"] else 1])]
+
+
+SPEC = OpSpec(
+    name="linear",
+    summary="x W^T + b",
+    forward=("gemm",),
+    backward=("linear_bwd",),
+    nodes=(
+        Node(
+            op_type="Linear",
+            torch=("portlm::linear",),
+            inputs=(Input("x"), Input("weight", matrix=True), Input("bias", optional=True)),
+            outputs=("y",),
+            attributes=(Attribute("transposed", int, default=0),),  # 1: the weight is kept (out, in)
+            shapes=_shapes,
+            portable=_portable,
+            rowwise=True,
+            tvm="linear",
+        ),
+    ),
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from portlm.ops.fused import FusedOp, has_kernel, is_traced, kernels
 from portlm.ops.linear_cross_entropy_cuda import has_cuda_kernel, linear_cross_entropy_cuda
+from portlm.ops.spec import OpSpec
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
@@ -160,4 +161,13 @@ _fused_with_gradients = FusedOp(
     ),
     backward=_backward,
     setup_context=_save,
+)
+
+
+SPEC = OpSpec(
+    name="linear_cross_entropy",
+    summary="cross-entropy of a linear head without the full logits",
+    forward=("linear_cross_entropy",),
+    backward=("linear_cross_entropy",),
+    cuda=("cross_entropy",),
 )

@@ -5,13 +5,18 @@ Shapes: x, residual, y, h are (..., C); weight is (C,). All float32 in the kerne
 
 from __future__ import annotations
 
-from typing import Any, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
-import torch
-from torch import Tensor
-
-from portlm.ops import cuda
+from portlm.ops import cuda, lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, like_first
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 
@@ -167,4 +172,60 @@ _fused_add = FusedOp(
     fake=lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x), _statistic(x)),
     backward=_backward_add,
     setup_context=_save_add,
+)
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    x, weight = inputs
+    y = outputs[0]
+    square = g.op("Mul", (x, x), f"{y}.square")
+    mean = g.op("ReduceMean", (square, g.ints(-1)), f"{y}.mean", keepdims=1)
+    shifted = g.op("Add", (mean, g.scalar(attributes["epsilon"])), f"{y}.variance")
+    root = g.op("Sqrt", (shifted,), f"{y}.rms")
+    scaled = g.op("Div", (x, root), f"{y}.normed")
+    g.op("Mul", (scaled, weight), y)
+
+
+def _portable_add(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    x, residual, weight = inputs
+    h = g.op("Add", (x, residual), outputs[1])
+    _portable(g, (h, weight), outputs, attributes)
+
+
+def _read(arguments: Mapping[str, Any]) -> Attributes:
+    return {"epsilon": arguments["eps"]}
+
+
+SPEC = OpSpec(
+    name="rms_norm",
+    summary="root-mean-square normalisation, with the residual add in front",
+    forward=("rms_norm_fwd",),
+    backward=("rms_norm_bwd",),
+    cuda=("rms_norm_fwd", "rms_norm_bwd"),
+    nodes=(
+        Node(
+            op_type="RmsNorm",
+            torch=("portlm::rms_norm",),
+            inputs=(Input("x"), Input("weight")),
+            outputs=("y",),
+            attributes=(Attribute("epsilon", float),),
+            read=_read,
+            shapes=like_first(),
+            portable=_portable,
+            rowwise=True,
+            tvm="rms_norm",
+        ),
+        Node(
+            op_type="AddRmsNorm",
+            torch=("portlm::add_rms_norm",),
+            inputs=(Input("x"), Input("residual"), Input("weight")),
+            outputs=("y", "input"),  # input = x + residual, y = its norm
+            attributes=(Attribute("epsilon", float),),
+            read=_read,
+            shapes=like_first(2),
+            portable=_portable_add,
+            rowwise=True,
+            tvm="add_rms_norm",
+        ),
+    ),
 )

@@ -5,12 +5,18 @@ Shapes: x and y are (B, T, H, D); cos and sin are (T, D / 2) or (B, T, D / 2). A
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from portlm.ops import lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, like_first
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
 __all__ = ["rotary", "rotary_reference"]
 
@@ -84,4 +90,56 @@ _fused = FusedOp(
     fake=lambda x, cos, sin, inverse: torch.empty(x.shape, dtype=x.dtype, device=x.device),
     backward=_backward,
     setup_context=_save,
+)
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    x, position_ids, *tables = inputs  # x (B, T, H, D), tables (context, D/2)
+    (y,) = outputs
+
+    def angles(table: str) -> str:
+        """Return the table's rows at the positions, (B, T, 1, D/2)."""
+        rows = g.op("Gather", (table, position_ids), f"{table}.rows", axis=0)
+        return g.op("Unsqueeze", (rows, g.ints(2)), f"{table}.heads")
+
+    cos, sin = (g.shared(f"{table} at {position_ids}", lambda t=table: angles(t)) for table in tables)  # type: ignore[misc]
+    x1, x2 = g.split_op("Split", (x,), f"{y}.halves", (f"{y}.x1", f"{y}.x2"), axis=-1, num_outputs=2)
+    first = g.op("Mul", (x1, cos), f"{y}.x1_cos"), g.op("Mul", (x2, sin), f"{y}.x2_sin")
+    second = g.op("Mul", (x2, cos), f"{y}.x2_cos"), g.op("Mul", (x1, sin), f"{y}.x1_sin")
+    y1, y2 = g.op("Sub", first, f"{y}.y1"), g.op("Add", second, f"{y}.y2")
+    g.op("Concat", (y1, y2), y, axis=-1)
+
+
+def _read(arguments: Mapping[str, Any]) -> Attributes:
+    if arguments["inverse"]:
+        raise ValueError("the inverse rotation is for gradients")
+    return {"num_heads": arguments["x"].shape[2]}
+
+
+SPEC = OpSpec(
+    name="rotary",
+    summary="rotary position embedding",
+    forward=("rotary_fwd",),
+    backward=("rotary_fwd",),
+    nodes=(
+        Node(
+            op_type="Rotary",
+            torch=("portlm::rotary",),
+            inputs=(
+                Input("x", heads="num_heads"),
+                Input("position_ids", dtype="int64"),
+                Input("cos", rows_at="position_ids"),
+                Input("sin", rows_at="position_ids"),
+            ),
+            outputs=("y",),
+            output_heads="num_heads",
+            named_after="x",
+            suffix="rotary",
+            attributes=(Attribute("num_heads", int),),
+            read=_read,
+            shapes=like_first(),
+            portable=_portable,
+            tvm="rotary",
+        ),
+    ),
 )

@@ -5,14 +5,19 @@ Shapes: gate, up and y are (..., F), equal. All float32 in the kernel; on CUDA a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from portlm.ops import cuda
+from portlm.ops import cuda, lazy
 from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, like_first
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", F="torch.nn.functional", Tensor="torch:Tensor")
 
 __all__ = ["swiglu", "swiglu_reference"]
 
@@ -85,4 +90,34 @@ _fused = FusedOp(
     fake=lambda gate, up: torch.empty_like(gate),
     backward=_backward,
     setup_context=_save,
+)
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    gate, up = inputs
+    (y,) = outputs
+    sigmoid = g.op("Sigmoid", (gate,), f"{y}.sigmoid")
+    silu = g.op("Mul", (gate, sigmoid), f"{y}.silu")
+    g.op("Mul", (silu, up), y)
+
+
+SPEC = OpSpec(
+    name="swiglu",
+    summary="silu(gate) * up",
+    forward=("swiglu_fwd",),
+    backward=("swiglu_bwd",),
+    cuda=("swiglu_fwd", "swiglu_bwd"),
+    nodes=(
+        Node(
+            op_type="SwiGlu",
+            torch=("portlm::swiglu",),
+            inputs=(Input("gate"), Input("up")),
+            outputs=("y",),
+            suffix="swiglu",
+            shapes=like_first(),
+            portable=_portable,
+            rowwise=True,
+            tvm="swiglu",
+        ),
+    ),
 )

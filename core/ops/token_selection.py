@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from portlm.errors import PortlmError, UsageError
 from portlm.ops.compiled import available, kernels
+from portlm.ops.spec import OpSpec
 
 Ids = npt.NDArray[np.int64]
 
@@ -261,3 +262,10 @@ def _bad_row(logits: npt.NDArray[np.float32], index: int) -> PortlmError:
     else:
         what = "every logit is -inf, so no token is allowed"
     return PortlmError(f"[token_selection] row {index}: {what}: check the weights for NaN or infinity")
+
+
+SPEC = OpSpec(
+    name="token_selection",
+    summary="greedy, temperature, top-k, top-p, min-p",
+    forward=("select_tokens",),
+)

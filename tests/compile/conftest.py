@@ -100,6 +100,7 @@ def ragged_error(foreign_logits):
         parts, start = [], 0
         for end in CUTS:
             inputs = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
+            inputs["logits_to_keep"] = np.arange(end - start)
             outputs = step({**inputs, "attention_mask": mask[:, :end], **cache})
             cache = {s.name: outputs[s.output] for s in states}
             parts.append(outputs["logits"])

@@ -1,5 +1,6 @@
 import collections
 import itertools
+import os
 import subprocess
 import sys
 
@@ -7,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
-from portlm.compile.export import build_graph
-from portlm.compile.families import decoder_of
-from portlm.compile.forms import DOMAIN, FUSED_OPS, PORTABLE_OPS
+from portlm.compile.export import export
+from portlm.compile.forms import FUSED_OPS, PORTABLE_OPS
 from portlm.compile.graph import ALIGNMENT, GraphBuilder, WeightFile
 from portlm.errors import FormatError
+from portlm.ops.spec import DOMAIN
 from portlm.weights import load_numpy
 
 NAMES = ("gpt2", "llama", "gpt2-erf", "gpt2-one-head", "llama-tied", "llama-one-kv-head")
@@ -39,6 +40,7 @@ def test_portable_attention_costs_a_fixed_number_of_nodes_per_layer(exported):
     per_layer = counts["gpt2-erf"] - counts["gpt2-one-head"]  # three layers against one
     assert per_layer["CumSum"] == 0
     assert per_layer["Gather"] == 0
+    assert per_layer["Reshape"] == 2 * 4  # q, k and v into heads, and what comes out of them back
     assert per_layer["MatMul"] == 2 * 6  # q and k and v together, scores, context, out, two of the MLP
     assert per_layer["Softmax"] == 2
 
@@ -49,13 +51,13 @@ def test_fused_graph_has_one_node_per_op(exported, name):
     layers = sum(value.name.endswith(".key") for value in graph.input)
     kinds = collections.Counter(node.op_type for node in graph.node)
     assert {n.op_type for n in graph.node if n.domain == DOMAIN} <= FUSED_OPS.keys()
-    assert {n.op_type for n in graph.node if not n.domain} <= {"Add", "Split"}
+    assert {n.op_type for n in graph.node if not n.domain} <= {"Add", "Gather", "Split"}
     if name.startswith("gpt2"):
         expected = {"Embedding": 2, "Add": 1, "LayerNorm": 1, "Linear": 2 * layers + 1, "Split": layers,
-                    "CachedAttention": layers, "AddLayerNorm": 2 * layers, "GeluMlp": layers}  # fmt: skip
+                    "CachedAttention": layers, "AddLayerNorm": 2 * layers, "GeluMlp": layers, "Gather": 1}  # fmt: skip
     else:
         expected = {"Embedding": 1, "RmsNorm": 1, "Linear": 7 * layers + 1, "Rotary": 2 * layers,
-                    "CachedAttention": layers, "AddRmsNorm": 2 * layers, "SwiGlu": layers}  # fmt: skip
+                    "CachedAttention": layers, "AddRmsNorm": 2 * layers, "SwiGlu": layers, "Gather": 1}  # fmt: skip
     assert kinds == expected
 
 
@@ -93,7 +95,7 @@ def test_same_checkpoint_gives_the_same_bytes(checkpoints, artifacts, tmp_path, 
     """Also in another process with another hash seed: nothing may depend on the order of a set."""
     code = "import sys; from portlm.compile.export import export; export(sys.argv[1], sys.argv[2])"
     again = tmp_path / "again"
-    environment = {"PYTHONHASHSEED": "12345", "PATH": ""}
+    environment = os.environ | {"PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", code, checkpoints[family], again], check=True, env=environment)
     for name in ("decoder.portable.onnx", "decoder.fused.onnx", "decoder.onnx.data"):
         assert (again / "onnx" / name).read_bytes() == (artifacts[family] / "onnx" / name).read_bytes()
@@ -109,7 +111,8 @@ def test_inputs_and_outputs_are_those_of_onnxruntime_genai(artifacts):
         assert shapes["attention_mask"] == ["batch", "past + sequence"]
         assert shapes["past_key_values.1.value"] == ["batch", 2, "past", 8]
         assert shapes["present.1.value"] == ["batch", 2, "past + sequence", 8]
-        assert shapes["logits"] == ["batch", "sequence", 257]
+        assert shapes["logits_to_keep"] == ["kept"]
+        assert shapes["logits"] == ["batch", "kept", 257]
 
 
 def test_builder_refuses_a_value_that_nothing_computes():
@@ -132,21 +135,21 @@ def test_weight_file_refuses_a_diverged_model(tmp_path):
         file.write(tmp_path / "w")
 
 
-def test_context_beyond_the_mask_trick_is_refused(checkpoints):
+def test_context_beyond_the_mask_trick_is_refused(checkpoints, tmp_path):
     """Masked slots are moved 2^20 positions away, so a context must end before that."""
-    from portlm.files import read_json
+    import json
+    import shutil
 
-    config = read_json(checkpoints["gpt2"] / "config.json") | {"n_positions": 2**20, "n_ctx": 2**20}
-    with pytest.raises(FormatError, match="context_length must be an integer from 1 to"):
-        decoder_of(config)
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2**20}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="context_length must be an integer from 1 to 1048575"):
+        export(folder, tmp_path / "out")
 
 
-def test_graph_without_weights_stays_small(checkpoints):
+@pytest.mark.parametrize("profile", PROFILES)
+def test_graph_without_weights_stays_small(artifacts, profile):
     """A graph holds names and shapes only: under 2 KB per node, whatever the model's size."""
-    from portlm.files import read_json
-
-    decoder = decoder_of(read_json(checkpoints["gpt2"] / "config.json"))
-    weights = decoder.weights({n: np.zeros(s, np.float32) for n, s in decoder.parameters().items()})
-    model = build_graph(decoder, weights, "portable", WeightFile("w"))
+    model = onnx.load(artifacts["gpt2"] / "onnx" / f"decoder.{profile}.onnx", load_external_data=False)
     assert model.ByteSize() < 2048 * len(model.graph.node)
     assert not model.graph.doc_string

@@ -72,7 +72,9 @@ def test_values_common_to_both_graphs_have_common_names(exported, lowered):
     ]
     expected = {"mask.bias", "model.norm", "logits"}
     expected |= {
-        f"model.layers.{layer}.self_attn{part}" for layer in (0, 1) for part in ("", ".q.rotary", ".o_proj")
+        f"model.layers.{layer}.self_attn{part}"
+        for layer in (0, 1)
+        for part in ("", ".q_proj.rotary", ".o_proj")
     }
     expected |= {
         f"model.layers.{layer}.mlp.{part}"

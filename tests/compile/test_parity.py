@@ -268,9 +268,9 @@ def break_node(name, operator):
     [
         ("mask.slots", "Add"),
         ("model.layers.0.input_layernorm.rms", "Relu"),
-        ("model.layers.1.self_attn.k.rotary.y2", "Sub"),
+        ("model.layers.1.self_attn.k_proj.rotary.y2", "Sub"),
         ("model.layers.1.self_attn.biased", "Sub"),
-        ("model.layers.1.mlp.sigmoid", "Relu"),
+        ("model.layers.1.mlp.swiglu.sigmoid", "Relu"),
         ("model.norm.input", "Sub"),
     ],
 )

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from portlm import ops
-from portlm.ops.registry import COLUMNS, OPS, op, reference, table
+from portlm.ops.registry import COLUMNS, captured, nodes, op, reference, specs, table, tvm_functions
 
+OPS = specs()
 ROWS = {row["op"]: row for row in table()}
 ROOT = Path(__file__).resolve().parents[2]
 

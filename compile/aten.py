@@ -1,0 +1,175 @@
+"""PyTorch's own operators between the ops of a model, as standard operators that every engine was seen to run.
+
+Each rule keeps to the portable profile: no Shape, no Slice, no booleans, no arithmetic on int64. A rule is given the
+emitter and the recorded node, and returns the value, or a tuple of values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+if TYPE_CHECKING:
+    from portlm.compile.capture import Emitter, Value
+
+# Operators that give their first operand as it is.
+IDENTITIES = frozenset(
+    f"aten::{name}" for name in ("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "detach_")
+)
+# Operators that give the elements of their first operand in the same order with another shape.
+_VIEWS = ("_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view", "view_as")
+_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
+_UNARY = {"relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt"}
+
+# What to do instead of operators that models are known to use.
+INSTEAD = {
+    "aten::nonzero": "the number of its results is only known when it runs, use a mask",
+    "aten::masked_select": "the number of its results is only known when it runs, use a mask",
+    "aten::item": "keep the value in a tensor",
+    "aten::bernoulli": "a graph is for inference, random numbers are not",
+    "aten::cumsum": "positions come in as position_ids",
+    "aten::cos": "keep the angles of all positions in a buffer and look rows up with embedding(position_ids, table)",
+    "aten::sin": "keep the angles of all positions in a buffer and look rows up with embedding(position_ids, table)",
+    "aten::slice": "torch.Tensor.split or unbind, or index_select with an input of the role",
+}
+
+
+def _identity(e: "Emitter", node: fx.Node) -> Any:
+    return e.values[node.args[0]]  # type: ignore[index]
+
+
+def _view(e: "Emitter", node: fx.Node) -> "Value":
+    from portlm.compile.capture import seen_as
+
+    return seen_as(e.read(node.args[0]), e.shape(node))
+
+
+def _unbind(e: "Emitter", node: fx.Node) -> Any:
+    axis = _axis(e, node.args[0], node.args[1] if len(node.args) > 1 else 0)
+    return _split(e, node, axis, [1] * len(node.meta["val"]))
+
+
+def _split_sizes(e: "Emitter", node: fx.Node) -> Any:
+    axis = _axis(e, node.args[0], node.args[2] if len(node.args) > 2 else 0)
+    sizes = [e.recording.shape(part)[axis] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        raise e.refuse(node, "it splits an axis whose length is only known when it runs")
+    return _split(e, node, axis, sizes)
+
+
+def _split(e: "Emitter", node: fx.Node, axis: int, sizes: list[int]) -> Any:
+    """Split along an axis of the model's view; axes merged behind it in memory are split with it."""
+    from portlm.compile.capture import Value
+
+    value = e.read(node.args[0])
+    inner = value.shape[axis + 1 :]
+    merged = value.stored[:axis] == value.shape[:axis] and len(value.stored) == axis + 1
+    if merged and all(isinstance(size, int) for size in inner):
+        name, stored, each = value.name, value.stored[:axis], [size * math.prod(inner) for size in sizes]
+        kept: tuple[Any, ...] = ()
+    else:
+        name, stored, each, kept = e.reshape(value, value.shape), value.shape[:axis], sizes, inner
+    base = e.g.unique(f"{name}.split")
+    outputs = tuple(e.g.unique(f"{name}.part{i}") for i in range(len(each)))
+    last = not kept
+    e.g.split_op("Split", (name, e.g.ints(*each)), base, outputs, axis=-1 if last else axis)
+    return tuple(
+        Value(output, (*stored, size, *kept), e.recording.shape(fake), value.dtype)
+        for output, size, fake in zip(outputs, each, node.meta["val"], strict=True)
+    )
+
+
+def _binary(e: "Emitter", node: fx.Node) -> "Value":
+    kind = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    if str(node.meta["val"].dtype) != "torch.float32":
+        raise e.refuse(node, f"on {str(node.meta['val'].dtype).removeprefix('torch.')}", "compute in float32")
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
+        raise e.refuse(node, "with a factor", "multiply first")
+    names = [e.whole(x) if isinstance(x, fx.Node) else e.g.scalar(float(x)) for x in node.args]  # type: ignore[arg-type]
+    return e.result(node, e.g.op(_BINARY[kind], names, e.name(node, kind)))
+
+
+def _unary(e: "Emitter", node: fx.Node) -> "Value":
+    kind = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    return e.result(node, e.g.op(_UNARY[kind], (e.whole(node.args[0]),), e.name(node, kind)))
+
+
+def _index_select(e: "Emitter", node: fx.Node) -> "Value":
+    x, axis, index = node.args
+    names = (e.whole(x), e.whole(index))
+    return e.result(node, e.g.op("Gather", names, e.name(node, "index_select"), axis=_axis(e, x, axis)))
+
+
+def _embedding(e: "Emitter", node: fx.Node) -> "Value":
+    table, ids = node.args[:2]
+    return e.result(node, e.g.op("Gather", (e.whole(table), e.whole(ids)), e.name(node, "embedding"), axis=0))
+
+
+def _permute(e: "Emitter", node: fx.Node) -> "Value":
+    rank = len(e.shape(node))
+    order = list(range(rank))
+    kind = node.target._schema.name  # type: ignore[union-attr]
+    if kind == "aten::permute":
+        order = [_axis(e, node.args[0], axis) for axis in node.args[1]]  # type: ignore[union-attr]
+    else:
+        one, other = (0, 1) if kind == "aten::t" else (_axis(e, node.args[0], a) for a in node.args[1:3])
+        order[one], order[other] = other, one
+    return e.result(
+        node, e.g.op("Transpose", (e.whole(node.args[0]),), e.name(node, "transpose"), perm=order)
+    )
+
+
+def _matmul(e: "Emitter", node: fx.Node) -> "Value":
+    return e.result(node, e.g.op("MatMul", [e.whole(x) for x in node.args[:2]], e.name(node, "matmul")))
+
+
+def _softmax(e: "Emitter", node: fx.Node) -> "Value":
+    if _axis(e, node.args[0], node.args[1]) != len(e.shape(node)) - 1:
+        raise e.refuse(node, "over another axis than the last", "transpose first")
+    return e.result(node, e.g.op("Softmax", (e.whole(node.args[0]),), e.name(node, "softmax"), axis=-1))
+
+
+def _gelu(e: "Emitter", node: fx.Node) -> "Value":
+    kind = node.kwargs.get("approximate", "none")
+    return e.result(node, e.g.op("Gelu", (e.whole(node.args[0]),), e.name(node, "gelu"), approximate=kind))
+
+
+def _silu(e: "Emitter", node: fx.Node) -> "Value":
+    x, name = e.whole(node.args[0]), e.name(node, "silu")
+    return e.result(node, e.g.op("Mul", (x, e.g.op("Sigmoid", (x,), f"{name}.sigmoid")), name))
+
+
+def _dropout(e: "Emitter", node: fx.Node) -> Any:
+    if node.args[2]:
+        raise e.refuse(node, "in training", "export module.eval()")
+    return e.values[node.args[0]]  # type: ignore[index]
+
+
+def _axis(e: "Emitter", operand: Any, axis: Any) -> int:
+    rank = len(operand.meta["val"].shape)
+    return int(axis) % rank
+
+
+RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
+    **dict.fromkeys(IDENTITIES, _identity),
+    **{f"aten::{name}": _view for name in _VIEWS},
+    **{f"aten::{name}": _binary for name in _BINARY},
+    **{f"aten::{name}": _unary for name in _UNARY},
+    "aten::bmm": _matmul,
+    "aten::chunk": _split_sizes,
+    "aten::dropout": _dropout,
+    "aten::embedding": _embedding,
+    "aten::gelu": _gelu,
+    "aten::index_select": _index_select,
+    "aten::matmul": _matmul,
+    "aten::permute": _permute,
+    "aten::silu": _silu,
+    "aten::softmax": _softmax,
+    "aten::split": _split_sizes,
+    "aten::split_with_sizes": _split_sizes,
+    "aten::t": _permute,
+    "aten::transpose": _permute,
+    "aten::unbind": _unbind,
+}
+"""PyTorch's name of an operator, whatever its overload -> what writes it."""

@@ -1,0 +1,541 @@
+"""From what a model computes, as recorded by compile/trace.py, to a graph in one of the two profiles.
+
+Each op of portlm is written from its description: in the fused profile as its node, in the portable one by its
+portable form. The few operators of PyTorch between them are in a small table, compile/aten.py. What has no form is one
+error that says where in the model it is.
+
+A view costs nothing here: a value remembers how it is stored and how the model sees it, and only a node that needs the
+second gets a Reshape in front. So the heads that PyTorch splits off and joins again leave no trace in the fused
+profile, whose nodes take them side by side.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from portlm.compile import aten
+from portlm.compile.forms import PROFILES
+from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.compile.trace import Recording, output_nodes
+from portlm.errors import FormatError
+from portlm.models.roles import Role
+from portlm.ops.registry import captured
+from portlm.ops.spec import DOMAIN, Input, Node, module_of
+
+Shape = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the graph.
+
+    Attributes:
+        name: in the graph.
+        stored: its shape there.
+        shape: its shape in the model: the same elements in the same order.
+        dtype: "float32" or "int64".
+    """
+
+    name: str
+    stored: Shape
+    shape: Shape
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer that no node has read yet."""
+
+    path: str
+
+
+@dataclass
+class Rows:
+    """Rows of a table that may never be written: an op may take the table and the ids instead."""
+
+    node: fx.Node
+    ids: fx.Node
+    table: Weight
+    value: Value | None = None
+
+
+class Weights:
+    """The parameters and buffers of a module, under their names in graphs and in the orientation that graphs use.
+
+    Args:
+        module: the model.
+        recordings: of all its roles: a matrix that any of them uses otherwise than by a product keeps its orientation.
+
+    Raises:
+        FormatError: two parameters overlap in memory without being equal.
+    """
+
+    def __init__(self, module: nn.Module, recordings: Iterable[Recording]):
+        self.rename = _renaming(module)
+        tensors = dict(module.named_parameters(remove_duplicate=False))
+        tensors |= dict(module.named_buffers(remove_duplicate=False))
+        self._tensors = {path: tensor.detach() for path, tensor in tensors.items()}
+        self._first = _aliases(self._tensors)
+        turned: dict[str, bool] = {}
+        for recording in recordings:
+            for path, product in _uses(recording):
+                path = self._first[path]
+                turned[path] = turned.get(path, True) and product
+        self.turned = {path for path, products_only in turned.items() if products_only}
+        self.arrays: dict[str, np.ndarray] = {self.name(path): self._array(path) for path in turned}
+
+    def name(self, path: str) -> str:
+        """The name in the graph; parameters that are the same tensor share the first one's."""
+        return self.rename(self._first[path])
+
+    def is_turned(self, path: str) -> bool:
+        """Whether the graph keeps this matrix (in, out)."""
+        return self._first[path] in self.turned
+
+    def _array(self, path: str) -> np.ndarray:
+        tensor = self._tensors[path]
+        if tensor.is_complex():
+            raise FormatError(
+                f"{path} is complex: a graph has real numbers only, keep both parts as parameters"
+            )
+        if tensor.dtype != torch.float32:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise FormatError(f"{path} has dtype {kind}, export needs float32: call module.float() first")
+        array: np.ndarray = tensor.cpu().numpy()
+        return array.T if path in self.turned else array
+
+
+def build_graph(
+    role: Role,
+    recording: Recording,
+    weights: Weights,
+    file: WeightFile,
+    *,
+    profile: str,
+    name: str,
+    family: str,
+    context_length: int,
+) -> onnx.ModelProto:
+    """Write the graph of one role in one profile; its initializers point into the weight file.
+
+    Args:
+        role: what the graph takes and gives.
+        recording: what it computes.
+        weights: of the module.
+        file: where the weights that the graph mentions are collected.
+        profile: one of PROFILES.
+        name: of the role.
+        family: for the metadata.
+        context_length: positions are below it.
+
+    Raises:
+        FormatError: an operator has no form in a graph, or a weight is not float32.
+    """
+    g = GraphBuilder(name, weights.arrays, file, PROFILES[profile], context_length)
+    emitter = Emitter(g, recording, weights, profile)
+    for key, spec in zip(recording.inputs, (*role.inputs, *role.state), strict=True):
+        emitter.declare(key, g.input(spec.name, spec.dtype, spec.shape), spec.dtype)
+    outputs = [(spec.name, spec.dtype) for spec in role.outputs]
+    outputs += [(spec.output, spec.dtype) for spec in role.state if spec.output]
+    emitter.run([output for output, _ in outputs])
+    for node, (output, dtype) in zip(output_nodes(recording.graph), outputs, strict=True):
+        shape = recording.shape(node.meta["val"])
+        g.output(output, dtype, [d if isinstance(d, int) else str(d) for d in shape])
+    return g.model({"portlm.profile": profile, "portlm.family": family})
+
+
+class Emitter:
+    """Walks the recorded operators in order and writes each. aten.py uses its public methods."""
+
+    def __init__(self, g: GraphBuilder, recording: Recording, weights: Weights, profile: str):
+        self.g, self.recording, self.weights, self.profile = g, recording, weights, profile
+        self.values: dict[fx.Node, Any] = {}
+        self._wanted: dict[tuple[fx.Node, int], str] = {}
+        self._by_name = {node.name: node for node in recording.graph.nodes}
+
+    def declare(self, key: str, name: str, dtype: str) -> None:
+        """Note that a placeholder is an input of the graph."""
+        node = self._by_name[key]
+        shape = self.shape(node)
+        self.values[node] = Value(name, shape, shape, dtype)
+
+    def run(self, outputs: Sequence[str]) -> None:
+        """Write every operator that an output depends on, and name the outputs."""
+        results = output_nodes(self.recording.graph)
+        for node, name in zip(results, outputs, strict=True):
+            self._wanted.setdefault(_origin(node), name)
+        alive = _alive(results)
+        for node in self.recording.graph.nodes:
+            if node in alive and node not in self.values:
+                self.values[node] = self._placeholder(node) if node.op == "placeholder" else self._write(node)
+        for node, name in zip(results, outputs, strict=True):
+            value = self.read(node)
+            if value.name != name or value.stored != value.shape:
+                self.reshape(value, value.shape, name)
+
+    # What aten.py uses.
+
+    def shape(self, node: fx.Node) -> Shape:
+        """The shape that the model sees."""
+        return self.recording.shape(node.meta["val"])
+
+    def read(self, node: Any) -> Value:
+        """The value of an operand, written if it was not yet."""
+        value = self.values[node]
+        if isinstance(value, Rows):
+            if value.value is None:
+                value.value = self._spec_node(value.node, captured()["portlm::embedding"])
+            return value.value
+        if isinstance(value, Weight):
+            name = self.g.weight(self.weights.name(value.path))
+            return Value(name, self.shape(node), self.shape(node))
+        if not isinstance(value, Value):
+            raise self.refuse(node, "it gives several tensors")
+        return value
+
+    def whole(self, node: Any) -> str:
+        """The name of an operand, stored as the model sees it."""
+        value = self.read(node)
+        return self.reshape(value, value.shape)
+
+    def reshape(self, value: Value, wanted: Shape, name: str = "") -> str:
+        """The name of a value stored with another shape; without a name of its own it is written once."""
+        if value.stored == wanted and not name:
+            return value.name
+        target, free = [], 0
+        for axis, size in enumerate(wanted):
+            if isinstance(size, int):
+                target.append(size)
+            elif axis < len(value.stored) and value.stored[axis] == size:
+                target.append(0)
+            else:
+                target.append(-1)
+                free += 1
+        if free > 1:
+            raise FormatError(
+                f"{value.name}: changing its shape from {_text(value.stored)} to {_text(wanted)} moves more than one "
+                "extent that is only known when it runs: keep batch and time as the first two axes"
+            )
+        make = lambda: self.g.op(  # noqa: E731
+            "Reshape", (value.name, self.g.ints(*target)), name or self.g.unique(f"{value.name}.heads")
+        )
+        return make() if name else self.g.shared(f"{value.name} as {_text(wanted)}", make)
+
+    def name(self, node: fx.Node, kind: str, output: int = 0) -> str:
+        """A name for what a node gives: that of the graph's output, or the module's path and the kind of operator."""
+        return self._wanted.get((node, output)) or self.g.unique(self._in_module(node, kind))
+
+    def result(self, node: fx.Node, name: str) -> Value:
+        """A value that is stored as the model sees it."""
+        shape = self.shape(node)
+        return Value(name, shape, shape, str(node.meta["val"].dtype).removeprefix("torch."))
+
+    def refuse(self, node: fx.Node, why: str, instead: str = "") -> FormatError:
+        """The error for an operator without a form."""
+        target = node.target._schema.name if hasattr(node.target, "_schema") else str(node.target)
+        place = self._module(node) or "the model's own function"
+        line = _source_line(node)
+        advice = instead or aten.INSTEAD.get(target, "write it with the operators of portlm.ops")
+        return FormatError(f"{target} in {place}{line} has no form in a graph, {why}: {advice}")
+
+    # The rest is how an op's description becomes a node.
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        if node.name in self.recording.weights:
+            return Weight(self.recording.weights[node.name])
+        raise self.refuse(node, "it is a tensor that the function makes itself", "register it as a buffer")
+
+    def _write(self, node: fx.Node) -> Any:
+        if node.target is getitem:
+            source, place = node.args
+            parts = self.values[source]  # type: ignore[index]
+            if not isinstance(parts, tuple) or place >= len(parts):  # type: ignore[operator]
+                raise self.refuse(source, "this result of it is for gradients only")  # type: ignore[arg-type]
+            return parts[place]  # type: ignore[index]
+        if _is_size(node):
+            return None  # extents are read from the shapes
+        schema = getattr(node.target, "_schema", None)
+        operator = schema.name if schema is not None else str(node.target)
+        for fake in _tensors(node.meta.get("val")):
+            if fake.is_complex():
+                raise self.refuse(node, "it is complex", "keep the real and imaginary part as two tensors")
+        if spec := captured().get(operator):
+            if operator == "portlm::embedding" and isinstance(table := self.values[node.args[1]], Weight):
+                return Rows(node, node.args[0], table)  # type: ignore[arg-type]
+            return self._spec_node(node, spec)
+        rule = aten.RULES.get(operator)
+        if rule is None:
+            raise self.refuse(node, "none of the operators that every engine has")
+        return rule(self, node)
+
+    def _spec_node(self, node: fx.Node, spec: Node) -> Any:
+        arguments = _arguments(node)
+        fakes = {
+            key: value.meta["val"] if isinstance(value, fx.Node) else value
+            for key, value in arguments.items()
+        }
+        try:
+            attributes = dict(spec.read(fakes))
+        except ValueError as error:
+            raise self.refuse(node, str(error)) from error
+        fused = self.profile == "fused"
+        rows = self._common_rows(spec, arguments) if spec.rowwise else False
+        names, shapes = [], []
+        for wanted in spec.inputs:
+            name, shape = self._input(node, spec, wanted, arguments, attributes, apart=not fused, rows=rows)
+            names.append(name)
+            shapes.append(shape)
+        stored = [tuple(shape) for shape in spec.shapes(shapes, self._with_defaults(spec, attributes))]
+        fake = node.meta["val"]
+        logical = [self.recording.shape(one) for one in (fake if isinstance(fake, tuple | list) else (fake,))]
+        outputs = self._outputs(node, spec, names)
+        if fused:
+            written = {
+                key: value
+                for key, value in attributes.items()
+                if value != next(a for a in spec.attributes if a.name == key).default
+            }
+            while names and not names[-1]:
+                names.pop()
+            self.g.split_op(spec.op_type, names, outputs[0], outputs, domain=DOMAIN, **written)
+        else:
+            spec.portable(self.g, names, outputs, self._with_defaults(spec, attributes))
+            if spec.output_heads:
+                stored[0] = logical[0]
+        values = tuple(
+            Value(output, kept, seen) for output, kept, seen in zip(outputs, stored, logical, strict=False)
+        )
+        return values if isinstance(fake, tuple | list) else values[0]
+
+    def _with_defaults(self, spec: Node, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        return {a.name: attributes.get(a.name, a.default) for a in spec.attributes}
+
+    def _common_rows(self, spec: Node, arguments: Mapping[str, Any]) -> bool:
+        """Whether an op that works row by row can take its operands as they are stored."""
+        values = [
+            self.read(arguments[i.name])
+            for i in spec.inputs
+            if isinstance(arguments.get(i.name), fx.Node) and not self._weight(arguments[i.name])
+        ]
+        first = values[0]
+        return all(v.stored == first.stored for v in values) and first.stored[-1] == first.shape[-1]
+
+    def _weight(self, node: Any) -> Weight | None:
+        value = self.values.get(node)
+        return value if isinstance(value, Weight) else None
+
+    def _input(
+        self,
+        node: fx.Node,
+        spec: Node,
+        wanted: Input,
+        arguments: Mapping[str, Any],
+        attributes: dict[str, Any],
+        *,
+        apart: bool,
+        rows: bool,
+    ) -> tuple[str, Any]:
+        """The name of one input of a node, and its shape with heads side by side; "" and None if it is absent."""
+        table = next((i for i in spec.inputs if i.rows_at == wanted.name), None)
+        if table is not None:  # the ids of a table's rows, which the PyTorch op does not have
+            ids = self.read(self._rows(node, arguments[table.name], table.name).ids)
+            return self.reshape(ids, ids.shape), ids.shape
+        operand = arguments[wanted.name]
+        if operand is None:
+            return "", None
+        if wanted.rows_at:
+            found = self._rows(node, operand, wanted.name)
+            first = next(i.name for i in spec.inputs if i.rows_at == wanted.rows_at)
+            if self._rows(node, arguments[first], first).ids is not found.ids:
+                raise self.refuse(node, f"{first} and {wanted.name} are not rows at the same positions")
+            name = self.g.weight(self.weights.name(found.table.path))
+            return name, self.weights.arrays[name].shape
+        if weight := self._weight(operand):
+            name = self.g.weight(self.weights.name(weight.path))
+            if wanted.matrix and not self.weights.is_turned(weight.path):
+                if "transposed" not in [a.name for a in spec.attributes]:
+                    raise self.refuse(
+                        node, f"{weight.path} is also used otherwise than as its matrix", "copy it"
+                    )
+                attributes["transposed"] = 1
+            return name, self.weights.arrays[name].shape
+        if wanted.matrix:
+            raise self.refuse(node, f"its {wanted.name} is computed and not a parameter", "use torch.matmul")
+        value = self.read(operand)
+        shape = value.stored if rows else value.shape
+        flat = (*shape[:-2], shape[-2] * shape[-1]) if wanted.heads else shape
+        return self.reshape(value, shape if apart else flat), flat
+
+    def _rows(self, node: fx.Node, operand: Any, name: str) -> Rows:
+        value = self.values.get(operand)
+        if not isinstance(value, Rows):
+            raise self.refuse(
+                node, f"its {name} is computed", f"take rows of a table: embedding(position_ids, {name})"
+            )
+        return value
+
+    def _outputs(self, node: fx.Node, spec: Node, names: Sequence[str]) -> list[str]:
+        if self._wanted.get((node, 0)):
+            first = self._wanted[node, 0]
+        else:
+            owners = [
+                name
+                for name, i in zip(names, spec.inputs, strict=True)
+                if name in self.weights.arrays and not i.rows_at
+            ]
+            matrices = [
+                name
+                for name, i in zip(names, spec.inputs, strict=True)
+                if name in self.weights.arrays and i.matrix
+            ]
+            if owners:
+                base = module_of((matrices or owners[:1])[-1]) or spec.op_type.lower()
+            elif spec.named_after:
+                place = [i.name for i in spec.inputs].index(spec.named_after)
+                base = f"{names[place].removesuffix('.heads')}.{spec.suffix}"
+            elif self._module(node):
+                base = self._in_module(node, spec.suffix)
+            else:
+                base = self._in_module(node, spec.suffix or spec.op_type.lower())
+            first = self.g.unique(base)
+        rest = [
+            self._wanted.get((node, place)) or self.g.unique(f"{first}.{output}")
+            for place, output in enumerate(spec.outputs)
+            if place
+        ]
+        return [first, *rest]
+
+    def _module(self, node: fx.Node) -> str:
+        """The path of the module in which a node was computed, "" for the model itself."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next(reversed(stack.values()))[0] if stack else ""
+        return str(path).removeprefix("module").removeprefix(".")
+
+    def _in_module(self, node: fx.Node, kind: str) -> str:
+        return self.weights.rename(".".join(part for part in (self._module(node), kind) if part))
+
+
+def _origin(node: fx.Node) -> tuple[fx.Node, int]:
+    """The operator that gives a value, and which of its results it is, looking through what changes nothing."""
+    place = 0
+    while True:
+        if node.target is getitem:
+            node, place = node.args  # type: ignore[assignment]
+            return node, place
+        operator = getattr(getattr(node.target, "_schema", None), "name", "")
+        if operator not in aten.IDENTITIES:
+            return node, place
+        node = node.args[0]  # type: ignore[assignment]
+
+
+def _alive(results: Iterable[Any]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node for node in results if isinstance(node, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
+
+
+def _uses(recording: Recording) -> Iterable[tuple[str, bool]]:
+    """Every use of a weight, and whether it is as the matrix of a product."""
+    alive = _alive(output_nodes(recording.graph))
+    paths: dict[fx.Node, str] = {}
+    for node in recording.graph.nodes:
+        if node not in alive:
+            continue
+        if node.op == "placeholder":
+            if node.name in recording.weights:
+                paths[node] = recording.weights[node.name]
+            continue
+        operator = getattr(getattr(node.target, "_schema", None), "name", "")
+        if operator in aten.IDENTITIES and node.args[0] in paths:
+            paths[node] = paths[node.args[0]]  # type: ignore[index]
+            continue
+        spec = captured().get(operator)
+        matrices = {i.name for i in spec.inputs if i.matrix} if spec else set()
+        if node.op == "call_function" and hasattr(node.target, "_schema"):
+            for key, operand in _arguments(node).items():
+                for one in operand if isinstance(operand, list | tuple) else (operand,):
+                    if isinstance(one, fx.Node) and one in paths:
+                        yield paths[one], key in matrices
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Path -> the first path of the same tensor; FormatError where tensors overlap without being the same."""
+    first: dict[str, str] = {}
+    spans: list[tuple[int, int, str]] = []
+    known: dict[tuple[Any, ...], str] = {}
+    for path, tensor in tensors.items():
+        if tensor.device.type == "meta" or not tensor.numel():
+            first[path] = path
+            continue
+        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        first[path] = known.setdefault(key, path)
+        if first[path] == path:
+            reach = sum(
+                (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            start = tensor.data_ptr()
+            spans.append((start, start + (reach + 1) * tensor.element_size(), path))
+    spans.sort()
+    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            raise FormatError(
+                f"{one} and {other} share a part of their memory, which the weight file cannot say: make them the same "
+                "parameter, or copy one"
+            )
+    return first
+
+
+def _renaming(module: nn.Module) -> Any:
+    """Path in the module -> name in the graph: that of Hugging Face's files where the model has them."""
+    hf_name = getattr(module, "hf_name", None)
+    return (lambda path: hf_name(path)[0]) if hf_name else (lambda path: path)
+
+
+def _source_line(node: fx.Node) -> str:
+    """The innermost line of the model's code that a node comes from, as text to append."""
+    own = (str(Path(torch.__file__).parent), "/portlm/ops/", "/portlm/compile/", "/portlm/models/layers")
+    place = ""
+    lines = (node.stack_trace or "").splitlines()
+    for line, code in zip(lines, [*lines[1:], ""], strict=True):
+        if line.strip().startswith("File ") and not any(part in line for part in own):
+            file, _, rest = line.strip().removeprefix("File ").partition(", line ")
+            place = f" ({file.strip(chr(34))}:{rest.split(',')[0]}: {code.strip()})"
+    return place
+
+
+def _text(shape: Sequence[Any]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def seen_as(value: Value, shape: Shape) -> Value:
+    """The same value with another shape in the model."""
+    return replace(value, shape=shape)

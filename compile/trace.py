@@ -1,0 +1,235 @@
+"""Records a role's function with torch.export, and checks what was recorded against what the role declares.
+
+Nothing is computed: the tensors that run through the model are fakes which only know their shape. Every symbolic
+extent of the role ("batch", "sequence", "past", ...) must still be a symbol afterwards.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from portlm.errors import FormatError
+from portlm.models.roles import Role
+from portlm.ops.fused import exporting
+from portlm.roles import StateSpec, TensorSpec
+
+ROOT = "module"  # where the model hangs in what is recorded
+EXTENTS = (
+    2,
+    3,
+    5,
+    7,
+    11,
+    13,
+    17,
+    19,
+)  # stand-ins while recording; different, or they would count as the same extent
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a role's function computes.
+
+    Attributes:
+        graph: operators in order; every node has the fake tensor it gives in meta["val"].
+        inputs: the graph's placeholders for the role's inputs and states, in their order.
+        weights: placeholder name -> path of the parameter or buffer in the module.
+        constants: placeholder name -> tensor that the function made itself.
+        symbols: the recording's name of each symbolic extent -> the role's.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    weights: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
+
+    def shape(self, fake: Tensor) -> tuple[Any, ...]:
+        """Extents of a fake tensor: numbers, and expressions of the role's symbols."""
+        return tuple(self.extent(size) for size in fake.shape)
+
+    def extent(self, size: int | torch.SymInt) -> Any:
+        """One extent: a number, or an expression of the role's symbols."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr.xreplace(dict(self.symbols))
+        return int(expression) if expression.is_Integer else expression
+
+
+class _Root(nn.Module):
+    """Gives the function a module to hang in, so that parameters keep their paths."""
+
+    def __init__(self, module: nn.Module, role: Role):
+        super().__init__()
+        self.module = module
+        self.role = role
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.role.function(*tensors)
+
+
+def record(module: nn.Module, name: str, role: Role) -> Recording:
+    """Record a role's function. The module itself is not changed.
+
+    Args:
+        module: whose parameters and buffers the function uses.
+        name: of the role, for messages.
+        role: the function and what it takes and gives.
+
+    Raises:
+        FormatError: the function branches on the values of tensors, does what torch.export cannot follow, works for
+            one size only, or gives something else than the role declares. The message names the line.
+    """
+    program = _export(module, name, role)
+    signature = program.graph_signature
+    if changed := dict(signature.buffers_to_mutate):
+        raise FormatError(
+            f"the {name} changes its buffer {next(iter(changed.values())).removeprefix(f'{ROOT}.')} while it runs: "
+            "carry it as a state of the role instead"
+        )
+    places = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = {
+        key: program.constants[place] for key, place in signature.inputs_to_lifted_tensor_constants.items()
+    }
+    recording = Recording(
+        program.graph,
+        tuple(signature.user_inputs),
+        {key: place.removeprefix(f"{ROOT}.") for key, place in places.items()},
+        constants,
+        _symbols(program, name, role),
+    )
+    _check_outputs(recording, name, role)
+    return recording
+
+
+def _export(module: nn.Module, name: str, role: Role) -> ExportedProgram:
+    specs = (*role.inputs, *role.state)
+    extents: dict[str, int] = {}
+    for part in (part for spec in specs for d in spec.shape if isinstance(d, str) for part in _parts(d)):
+        extents.setdefault(part, EXTENTS[len(extents)])
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    example = tuple(
+        torch.zeros(
+            [d if isinstance(d, int) else sum(extents[part] for part in _parts(d)) for d in spec.shape],
+            dtype=getattr(torch, spec.dtype),
+            device=device,
+        )
+        for spec in specs
+    )
+    dynamic = tuple(
+        {axis: Dim.AUTO for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs
+    )
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), exporting(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(_Root(module, role), example, dynamic_shapes=(dynamic,), strict=False)
+    except FormatError:
+        raise
+    except Exception as error:  # it raises whatever the model's own code raises, and several kinds of its own
+        raise FormatError(_why(error, name)) from error
+    finally:
+        module.train(training)
+
+
+def _why(error: Exception, name: str) -> str:
+    place = _line_of(error)
+    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error).lower():
+        return (
+            f"the {name} branches on the values of tensors{place}, and a graph computes the same for all: "
+            "use torch.where, or a mask"
+        )
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"torch.export cannot follow the {name}{place}: {type(error).__name__}: {first[:300]}"
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line of an error that belongs neither to PyTorch nor to this file, as text to append."""
+    own, found, trace = (str(Path(torch.__file__).parent), __file__), "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(own) and not file.startswith("<"):
+            found = f" at {file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+def _parts(dimension: str) -> list[str]:
+    """The symbols of an extent: "past + sequence" has two."""
+    return [part.strip() for part in dimension.split("+")]
+
+
+def _declared(dimension: int | str) -> Any:
+    if isinstance(dimension, int):
+        return dimension
+    return sympy.Add(*(_symbol(part) for part in _parts(dimension)))
+
+
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def _symbols(program: ExportedProgram, name: str, role: Role) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Which of the recording's symbols is which of the role's; FormatError where one became a number."""
+    fakes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    inputs = [fakes[key] for key in program.graph_signature.user_inputs]
+    specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
+    found: dict[sympy.Symbol, sympy.Symbol] = {}
+    for spec, fake in zip(specs, inputs, strict=True):
+        for d, size in zip(spec.shape, fake.shape, strict=True):
+            if not isinstance(d, str) or len(_parts(d)) > 1:
+                continue
+            expression = size if isinstance(size, int) else size.node.expr
+            if isinstance(expression, int) or not expression.is_Symbol:
+                raise FormatError(
+                    f"the {name} works for {d} = {expression} of {spec.name} only: its code must not depend on it"
+                )
+            if found.setdefault(expression, _symbol(d)) != _symbol(d):
+                raise FormatError(
+                    f"the {name} works only where {d} equals {found[expression]}, as in {spec.name}"
+                )
+    return found
+
+
+def _check_outputs(recording: Recording, name: str, role: Role) -> None:
+    declared = [(spec.name, spec.dtype, spec.shape) for spec in role.outputs]
+    grown = {"append": lambda d: "past + sequence" if d == "past" else d}
+    declared += [
+        (spec.output, spec.dtype, tuple(map(grown.get(spec.update, lambda d: d), spec.shape)))
+        for spec in role.state
+        if spec.output
+    ]
+    results = output_nodes(recording.graph)
+    if len(results) != len(declared):
+        names = ", ".join(output for output, _, _ in declared)
+        raise FormatError(
+            f"the {name} returns {len(results)} tensors, its outputs and states are {len(declared)}: {names}"
+        )
+    for node, (output, dtype, shape) in zip(results, declared, strict=True):
+        fake = node.meta["val"] if isinstance(node, fx.Node) else None
+        if not isinstance(fake, Tensor):
+            raise FormatError(f"the {name} returns {node!r} for {output}, which must be a tensor")
+        found, wanted = recording.shape(fake), tuple(_declared(d) for d in shape)
+        kind = str(fake.dtype).removeprefix("torch.")
+        if found != wanted or kind != dtype:
+            raise FormatError(
+                f"the {name} returns {output} as {kind} {_text(found)}, it declares {dtype} {_text(wanted)}"
+            )
+
+
+def output_nodes(graph: fx.Graph) -> tuple[Any, ...]:
+    """The nodes whose values a graph returns, in order."""
+    return tuple(graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def _text(shape: Sequence[Any]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
