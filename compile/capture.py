@@ -29,6 +29,7 @@ from portlm.errors import FormatError
 from portlm.models.roles import Role
 from portlm.ops.registry import captured
 from portlm.ops.spec import DOMAIN, Input, Node, module_of
+from portlm.roles import StateSpec, TensorSpec
 
 Shape = tuple[Any, ...]
 
@@ -80,7 +81,8 @@ class Weights:
 
     def __init__(self, module: nn.Module, recordings: Iterable[Recording]):
         self.rename = _renaming(module)
-        tensors = dict(module.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = {}
+        tensors |= dict(module.named_parameters(remove_duplicate=False))
         tensors |= dict(module.named_buffers(remove_duplicate=False))
         self._tensors = {path: tensor.detach() for path, tensor in tensors.items()}
         self._first = _aliases(self._tensors)
@@ -141,7 +143,8 @@ def build_graph(
     """
     g = GraphBuilder(name, weights.arrays, file, PROFILES[profile], context_length)
     emitter = Emitter(g, recording, weights, profile)
-    for key, spec in zip(recording.inputs, (*role.inputs, *role.state), strict=True):
+    declared: list[TensorSpec | StateSpec] = [*role.inputs, *role.state]
+    for key, spec in zip(recording.inputs, declared, strict=True):
         emitter.declare(key, g.input(spec.name, spec.dtype, spec.shape), spec.dtype)
     outputs = [(spec.name, spec.dtype) for spec in role.outputs]
     outputs += [(spec.output, spec.dtype) for spec in role.state if spec.output]
@@ -268,7 +271,7 @@ class Emitter:
             if fake.is_complex():
                 raise self.refuse(node, "it is complex", "keep the real and imaginary part as two tensors")
         if spec := captured().get(operator):
-            if operator == "portlm::embedding" and isinstance(table := self.values[node.args[1]], Weight):
+            if operator == "portlm::embedding" and (table := self._weight(node.args[1])):
                 return Rows(node, node.args[0], table)  # type: ignore[arg-type]
             return self._spec_node(node, spec)
         rule = aten.RULES.get(operator)
@@ -476,7 +479,7 @@ def _uses(recording: Recording) -> Iterable[tuple[str, bool]]:
             continue
         operator = getattr(getattr(node.target, "_schema", None), "name", "")
         if operator in aten.IDENTITIES and node.args[0] in paths:
-            paths[node] = paths[node.args[0]]  # type: ignore[index]
+            paths[node] = paths[node.args[0]]
             continue
         spec = captured().get(operator)
         matrices = {i.name for i in spec.inputs if i.matrix} if spec else set()

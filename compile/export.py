@@ -148,10 +148,10 @@ def open_mapped(folder: str | Path) -> "nn.Module":
             "ignore"
         )  # PyTorch would warn that the file cannot be written to, and nobody does
         for name, parameter in model.named_parameters():
-            hf_name, transposed = model.hf_name(name)
+            hf_name, transposed = model.hf_name(name)  # type: ignore[operator]
             tensor = torch.from_numpy(mapped[hf_name].astype(np.float32, copy=False))
             parameter.data = tensor.t() if transposed else tensor
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _make(

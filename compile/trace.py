@@ -111,7 +111,7 @@ def record(module: nn.Module, name: str, role: Role) -> Recording:
 
 
 def _export(module: nn.Module, name: str, role: Role) -> ExportedProgram:
-    specs = (*role.inputs, *role.state)
+    specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
     extents: dict[str, int] = {}
     for part in (part for spec in specs for d in spec.shape if isinstance(d, str) for part in _parts(d)):
         extents.setdefault(part, EXTENTS[len(extents)])
