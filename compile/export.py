@@ -140,15 +140,12 @@ def open_mapped(folder: str | Path) -> "nn.Module":
     config, path = load_config(folder), folder / WEIGHTS
     check_tensors(path, read_header(path), expected_shapes(config), dtypes=("F32", "F16"))
     mapped = load_numpy(path)
-    model: Any = FAMILIES[config.family].model_class()(
-        config, init=False
-    )  # memory that nobody touches costs nothing
+    # The parameters' first memory is never touched, and so costs none.
+    model: Any = FAMILIES[config.family].model_class()(config, init=False)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # PyTorch would warn that the file cannot be written to, and nobody does
+        warnings.simplefilter("ignore")  # PyTorch would warn that the file cannot be written to: nobody does
         for name, parameter in model.named_parameters():
-            hf_name, transposed = model.hf_name(name)  # type: ignore[operator]
+            hf_name, transposed = model.hf_name(name)
             tensor = torch.from_numpy(mapped[hf_name].astype(np.float32, copy=False))
             parameter.data = tensor.t() if transposed else tensor
     return model.eval()
@@ -286,7 +283,7 @@ def _describe(
     provenance = Provenance(
         versions={
             "portlm": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "onnx": onnx.__version__,
             "numpy": np.__version__,
         },

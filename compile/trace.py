@@ -4,13 +4,14 @@ Nothing is computed: the tensors that run through the model are fakes which only
 extent of the role ("batch", "sequence", "past", ...) must still be a symbol afterwards.
 """
 
+import functools
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
@@ -43,14 +44,14 @@ class Recording:
         inputs: the graph's placeholders for the role's inputs and states, in their order.
         weights: placeholder name -> path of the parameter or buffer in the module.
         constants: placeholder name -> tensor that the function made itself.
-        symbols: the recording's name of each symbolic extent -> the role's.
+        symbols: the recording's symbol of each extent that is not a number -> one with the role's name.
     """
 
     graph: fx.Graph
     inputs: tuple[str, ...]
     weights: Mapping[str, str]
     constants: Mapping[str, Tensor]
-    symbols: Mapping[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
+    symbols: Mapping[Any, Any]
 
     def shape(self, fake: Tensor) -> tuple[Any, ...]:
         """Extents of a fake tensor: numbers, and expressions of the role's symbols."""
@@ -168,22 +169,12 @@ def _parts(dimension: str) -> list[str]:
     return [part.strip() for part in dimension.split("+")]
 
 
-def _declared(dimension: int | str) -> Any:
-    if isinstance(dimension, int):
-        return dimension
-    return sympy.Add(*(_symbol(part) for part in _parts(dimension)))
-
-
-def _symbol(name: str) -> sympy.Symbol:
-    return sympy.Symbol(name, integer=True, positive=True)
-
-
-def _symbols(program: ExportedProgram, name: str, role: Role) -> dict[sympy.Symbol, sympy.Symbol]:
+def _symbols(program: ExportedProgram, name: str, role: Role) -> dict[Any, Any]:
     """Which of the recording's symbols is which of the role's; FormatError where one became a number."""
     fakes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     inputs = [fakes[key] for key in program.graph_signature.user_inputs]
     specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
-    found: dict[sympy.Symbol, sympy.Symbol] = {}
+    found: dict[Any, Any] = {}  # PyTorch's symbols are SymPy's, which can make others like themselves
     for spec, fake in zip(specs, inputs, strict=True):
         for d, size in zip(spec.shape, fake.shape, strict=True):
             if not isinstance(d, str) or len(_parts(d)) > 1:
@@ -193,7 +184,8 @@ def _symbols(program: ExportedProgram, name: str, role: Role) -> dict[sympy.Symb
                 raise FormatError(
                     f"the {name} works for {d} = {expression} of {spec.name} only: its code must not depend on it"
                 )
-            if found.setdefault(expression, _symbol(d)) != _symbol(d):
+            symbol = expression.func(d, integer=True, positive=True)
+            if found.setdefault(expression, symbol) != symbol:
                 raise FormatError(
                     f"the {name} works only where {d} equals {found[expression]}, as in {spec.name}"
                 )
@@ -208,6 +200,7 @@ def _check_outputs(recording: Recording, name: str, role: Role) -> None:
         for spec in role.state
         if spec.output
     ]
+    symbols = {str(symbol): symbol for symbol in recording.symbols.values()}
     results = output_nodes(recording.graph)
     if len(results) != len(declared):
         names = ", ".join(output for output, _, _ in declared)
@@ -218,12 +211,20 @@ def _check_outputs(recording: Recording, name: str, role: Role) -> None:
         fake = node.meta["val"] if isinstance(node, fx.Node) else None
         if not isinstance(fake, Tensor):
             raise FormatError(f"the {name} returns {node!r} for {output}, which must be a tensor")
-        found, wanted = recording.shape(fake), tuple(_declared(d) for d in shape)
+        found, wanted = recording.shape(fake), tuple(_declared(d, symbols) for d in shape)
         kind = str(fake.dtype).removeprefix("torch.")
         if found != wanted or kind != dtype:
             raise FormatError(
                 f"the {name} returns {output} as {kind} {_text(found)}, it declares {dtype} {_text(wanted)}"
             )
+
+
+def _declared(dimension: int | str, symbols: Mapping[str, Any]) -> Any:
+    """An extent as the role writes it, in symbols; the text itself where one of them is in no input."""
+    if isinstance(dimension, int):
+        return dimension
+    parts = [symbols.get(part) for part in _parts(dimension)]
+    return dimension if None in parts else functools.reduce(operator.add, parts)
 
 
 def output_nodes(graph: fx.Graph) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from portlm.ops import registry
 from portlm.ops.compiled import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = [entry for entry in registry.OPS if entry.forward]
+OPS = [entry for entry in registry.specs() if entry.forward]
 # What an op promises first: that its results are right. A few seconds for all of them.
 PROMISES = "as_accurate or adds_up or tokens_of_the_reference"
 

@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     So a new test is about the kernel unless it says otherwise. One that has "gradient" in its name needs those of the
     backward pass as well.
     """
-    ops = {entry.name: entry for entry in registry.OPS if entry.forward}
+    ops = {entry.name: entry for entry in registry.specs() if entry.forward}
     for item in items:
         entry = ops.get(item.path.stem.removeprefix("test_"))
         if entry is None or item.path.parent != Path(__file__).parent:

@@ -39,7 +39,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def names() -> list[str]:
-    return sorted({name for entry in registry.OPS for name in entry.cuda})
+    return sorted({name for entry in registry.specs() for name in entry.cuda})
 
 
 def plain(function):

@@ -1,8 +1,13 @@
 """The table of ops walks every op and every form: nothing that it promises is missing."""
 
+import ctypes
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from portlm import ops
 from portlm.ops.registry import COLUMNS, captured, nodes, op, reference, specs, table, tvm_functions
@@ -26,6 +31,53 @@ def test_every_op_has_a_reference(entry):
 def test_every_public_op_is_in_the_table():
     other_names = {"AdamW": "adamw", "select_tokens": "token_selection"}
     assert {other_names.get(name, name) for name in ops.__all__} == {entry.name for entry in OPS}
+
+
+def test_descriptions_of_nodes_are_read_without_pytorch():
+    """The checker, the lowerings and the engines read them, on machines that may not have it."""
+    code = "import sys; from portlm.ops import registry; assert registry.nodes(); assert registry.tvm_functions()"
+    code += "; import portlm.compile.check, portlm.compile.ort_lowering; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["embedding", "cached_attention"])
+def test_an_op_imported_before_pytorch_works_and_registers_afterwards(name):
+    code = f"""
+import portlm.ops.{name} as module
+import sys
+assert "torch" not in sys.modules
+import torch
+if "{name}" == "embedding":
+    assert torch.equal(module.embedding(torch.tensor([1]), torch.eye(2)), torch.tensor([[0.0, 1.0]]))
+else:
+    x, past = torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 0, 2)
+    module.cached_attention(x, x, x, past, past)
+assert module.torch is torch and module._fused.op is not None
+assert hasattr(torch.ops.portlm, "{name}")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("op_type", nodes())
+def test_a_node_is_like_the_pytorch_op_that_it_stands_for(op_type):
+    """Every input is an argument of that name (or says what it is instead), and the shape rule gives every output."""
+    node = nodes()[op_type]
+    for spec in specs():
+        importlib.import_module(f"portlm.ops.{spec.name}")
+    for name in node.torch:
+        assert captured()[name] is node
+        schema = getattr(torch.ops.portlm, name.removeprefix("portlm::")).default._schema
+        arguments = {argument.name for argument in schema.arguments}
+        ids = {i.rows_at for i in node.inputs}
+        assert {i.name for i in node.inputs if i.name not in ids} <= arguments
+        assert len(node.outputs) <= len(schema.returns)
+
+
+def test_tvm_functions_are_in_the_build():
+    from portlm import _C
+
+    library = ctypes.CDLL(_C.__file__)
+    assert [name for name in tvm_functions() if not hasattr(library, f"__tvm_ffi_portlm_{name}")] == []
 
 
 def test_an_unknown_op_is_a_key_error():
