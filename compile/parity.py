@@ -10,7 +10,7 @@ No engine is imported here. They are objects with the attributes and methods of 
 import datetime
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +38,6 @@ TOLERANCE = 1e-4  # of a float32 logit
 RELATIVE_TOLERANCE = (
     2e-6  # of the largest logit, about 16 roundings: what float32 can promise when logits are large
 )
-
-PACKAGES = {
-    "torch": ("torch",),
-    "ort": ("onnxruntime", "onnxruntime-gpu"),
-    "tvm": ("apache-tvm", "apache-tvm-ffi"),
-}
-VULKAN_PACKAGES = {"ort": ("onnxruntime-ep-webgpu",), "tvm": ("wgpu",)}
 
 
 @dataclass(frozen=True)
@@ -157,7 +150,7 @@ def measure(engine: Engine, reference: Reference) -> Measurement:
         greedy_total=greedy.shape[1],
         placement=dict(placement.nodes),
         fallback=tuple(placement.fallback),
-        versions=_versions(engine),
+        versions=engine.versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     limit = max(TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
@@ -327,16 +320,3 @@ def _key(row: ParityRow) -> tuple[str, str, str, str]:
 
 def _label(engine: Engine) -> str:
     return f"{engine.name}:{engine.device}, profile {engine.profile}"
-
-
-def _versions(engine: Engine) -> dict[str, str]:
-    names = ["portlm", *PACKAGES.get(engine.name, ())]
-    if engine.device == "vulkan":
-        names += VULKAN_PACKAGES.get(engine.name, ())
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 if TYPE_CHECKING:
-    from portlm.runtimes import load
+    from portlm.flows.load import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from portlm.runtimes import load
+        from portlm.flows.load import load
 
         return load
     raise AttributeError(f"module 'portlm' has no attribute {name!r}")

@@ -217,6 +217,10 @@ class Engine(Protocol):
         """Return a second state with the same content; the first one stays usable."""
         ...
 
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the packages that decide what is computed, by distribution."""
+        ...
+
     def placement(self) -> Placement:
         """Return where each node runs."""
         ...

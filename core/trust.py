@@ -18,16 +18,40 @@ from portlm.files import sha256_file, write_atomic
 NATIVE_SUFFIXES = (".so", ".dylib", ".dll")
 
 
-def trust_folder() -> Path:
-    """Where the digests are: $PORTLM_HOME/trust, or portlm/trust in the XDG cache folder."""
-    home = os.environ.get("PORTLM_HOME")
-    if home:
-        return Path(home) / "trust"
+def home() -> Path:
+    """Where portlm keeps what is this user's: $PORTLM_HOME, or portlm in the XDG cache folder."""
+    chosen = os.environ.get("PORTLM_HOME")
+    if chosen:
+        return Path(chosen)
     cache = os.environ.get("XDG_CACHE_HOME", "")
     base = (
         Path(cache) if cache.startswith("/") else Path.home() / ".cache"
     )  # the XDG rule: relative is ignored
-    return base / "portlm" / "trust"
+    return base / "portlm"
+
+
+def trust_folder() -> Path:
+    """Where the digests are."""
+    return home() / "trust"
+
+
+def private_folder(name: str) -> Path:
+    """Return a folder of home() that belongs to the user and that nobody else may enter, made if it is not there.
+
+    Raises:
+        FormatError: it is open to others, so what it holds is worth nothing.
+        StorageError: it cannot be made.
+    """
+    folder = home() / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: cannot be made ({error.strerror}); set PORTLM_HOME elsewhere"
+        ) from error
+    _check_private(folder)
+    return folder
 
 
 def record_built(path: str | Path) -> str:
@@ -37,15 +61,7 @@ def record_built(path: str | Path) -> str:
         FormatError: the file cannot be read, or the store is open to others.
         StorageError: the store cannot be written.
     """
-    folder = trust_folder()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be made ({error.strerror}); set PORTLM_HOME elsewhere"
-        ) from error
-    _check_private(folder)
+    folder = private_folder("trust")
     digest = sha256_file(path)
     write_atomic(folder / digest, b"")
     return digest

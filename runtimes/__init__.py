@@ -1,50 +1,92 @@
 """From an artifact to answers. Never imports torch, except in the torch engine itself.
 
-`load` is the only function that knows the table of engines; each engine's module, and the packages behind it, are
-imported when it is asked for.
+ENGINES is the one place for what is to be known of an engine; its module, and the packages behind it, are imported when
+it is asked for.
 """
 
 import importlib
 import importlib.util
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from portlm.errors import EngineUnavailableError, FormatError, UsageError
+from portlm.errors import EngineUnavailableError, UsageError
 
 if TYPE_CHECKING:
-    from portlm.artifact import Manifest
     from portlm.engine import Engine
     from portlm.runtimes.session import Session
 
-__all__ = ["ENGINES", "EngineEntry", "Session", "load"]
+__all__ = ["DEVICES", "ENGINES", "EngineEntry", "Session", "engine_class", "resolve", "versions_of"]
 
 
-class EngineEntry(NamedTuple):
-    """One row of the table of engines.
+@dataclass(frozen=True)
+class EngineEntry:
+    """The facts of one engine. Functions are named "module:function", and loaded by who needs them.
 
     Attributes:
-        target: "module:class" of an implementation of portlm.engine.Engine.
+        target: an implementation of portlm.engine.Engine.
         devices: those it can run on, on a machine that has them.
         package: what it imports, or None.
         extra: of portlm, which brings that package.
+        probe: (engine, device) -> a line about it, without importing its package; see portlm.runtimes.probe.
+        trial: (device) -> a line about it, after using it once, in a process of its own; "" if there is no need.
+        distributions: packages whose versions belong to a measurement, as far as they are installed.
+        device_distributions: the same, for one device.
+        finder: the function of portlm.compile.bisect that runs a graph as this engine does; "" if it runs none.
     """
 
     target: str
     devices: tuple[str, ...]
     package: str | None
     extra: str
+    probe: str
+    trial: str = ""
+    distributions: tuple[str, ...] = ()
+    device_distributions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    finder: str = ""
 
 
 ENGINES = {
-    "torch": EngineEntry("portlm.runtimes.eager:TorchEngine", ("cpu", "cuda"), "torch", "train"),
-    "ort": EngineEntry("portlm.runtimes.ort:OrtEngine", ("cpu", "cuda", "vulkan"), "onnxruntime", "onnx"),
-    "tvm": EngineEntry("portlm.runtimes.tvm:TvmEngine", ("cpu",), "tvm", "tvm"),
-    "null": EngineEntry("portlm.runtimes.null:NullEngine", ("cpu",), None, ""),
+    "torch": EngineEntry(
+        target="portlm.runtimes.eager:TorchEngine",
+        devices=("cpu", "cuda"),
+        package="torch",
+        extra="train",
+        probe="portlm.runtimes.probe:torch",
+        trial="portlm.runtimes.eager:try_device",
+        distributions=("torch",),
+    ),
+    "ort": EngineEntry(
+        target="portlm.runtimes.ort:OrtEngine",
+        devices=("cpu", "cuda", "vulkan"),
+        package="onnxruntime",
+        extra="onnx",
+        probe="portlm.runtimes.probe:ort",
+        trial="portlm.runtimes.ort:try_device",
+        distributions=("onnxruntime", "onnxruntime-gpu"),
+        device_distributions={"vulkan": ("onnxruntime-ep-webgpu",)},
+        finder="portlm.compile.bisect:ort_runner",
+    ),
+    "tvm": EngineEntry(
+        target="portlm.runtimes.tvm:TvmEngine",
+        devices=("cpu",),
+        package="tvm",
+        extra="tvm",
+        probe="portlm.runtimes.probe:tvm",
+        trial="portlm.runtimes.tvm:try_device",
+        distributions=("apache-tvm", "apache-tvm-ffi"),
+        finder="portlm.compile.bisect:tvm_runner",
+    ),
+    "null": EngineEntry(
+        target="portlm.runtimes.null:NullEngine",
+        devices=("cpu",),
+        package=None,
+        extra="",
+        probe="portlm.runtimes.probe:null",
+    ),
 }
 DEVICES = ("cpu", "cuda", "vulkan")
-
-TOKENIZER = "tokenizer.json"
-GENERATION_CONFIG = "generation_config.json"
 
 
 def __getattr__(name: str) -> Any:
@@ -55,63 +97,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'portlm.runtimes' has no attribute {name!r}")
 
 
-def load(
-    path: str | Path,
-    engine: str = "auto",
-    device: str = "auto",
-    profile: str = "auto",
-    allow_fallback: bool = False,
-    threads: int | None = None,
-) -> "Session":
-    """Load an artifact, or for the torch engine a plain checkpoint folder, and return a session.
-
-    A folder without tokenizer.json gives a session that takes and returns token ids only.
-
-    Every file that is used is first compared with the size and the hash in the manifest.
-
-    Args:
-        path: the folder.
-        engine: "torch", "ort", "tvm", "null", or "auto": the first of ort, tvm and torch that is installed and for
-            which the folder holds what it needs; torch if there is a CUDA device that it can use.
-        device: "cpu", "cuda", "vulkan", or "auto": cuda for torch where there is one, otherwise cpu. Vulkan is
-            never chosen by itself.
-        profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device.
-        allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
-        threads: of the CPU, None for one per core.
-
-    Raises:
-        UsageError: an unknown engine, device or profile, or one that the folder was not exported or compiled for.
-        EngineUnavailableError: a package, driver or device is missing. The message says how to get it.
-        FormatError: a file is missing, truncated, altered or not what it should be.
-        PlacementError: a node would run on another device.
-    """
-    from portlm.engine import PROFILES, OpenRequest
-    from portlm.runtimes.no_tokenizer import NoTokenizer
-    from portlm.runtimes.session import Session
-    from portlm.threads import bound_spinning
-
-    bound_spinning()
-    _one_of("engine", engine, ("auto", *ENGINES))
-    _one_of("device", device, ("auto", *DEVICES))
-    _one_of("profile", profile, PROFILES)
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise UsageError(f"threads must be a whole number of at least 1, got {threads!r}")
-    folder = Path(path)
-    manifest = _manifest(folder)
-    if engine == "auto":
-        engine, device = _choose(manifest, device, profile)
-    elif device == "auto":
-        device = "cuda" if engine == "torch" and _cuda_works() else "cpu"
-    if device not in ENGINES[engine].devices:
-        raise UsageError(f"{engine} does not run on {device}: choose {' or '.join(ENGINES[engine].devices)}")
-    implementation = engine_class(engine)
-    tokenizer, eos_ids = _texts(folder, manifest)
-    opened = implementation.open(OpenRequest(folder, manifest, device, profile, allow_fallback, threads))
-    try:
-        return Session(opened, tokenizer or NoTokenizer(opened.vocab_size), eos_ids)
-    except BaseException:
-        opened.close()
-        raise
+def resolve(place: str) -> Any:
+    """Import what "module:attribute" names."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def engine_class(name: str) -> "type[Engine]":
@@ -121,15 +110,15 @@ def engine_class(name: str) -> "type[Engine]":
         UsageError: there is no such engine.
         EngineUnavailableError: its package is missing or broken.
     """
-    _one_of("engine", name, tuple(ENGINES))
+    if name not in ENGINES:
+        raise UsageError(f"there is no engine {name!r}: choose one of {', '.join(ENGINES)}")
     entry = ENGINES[name]
     if entry.package is not None and importlib.util.find_spec(entry.package) is None:
         raise EngineUnavailableError(
             f"{name}: {entry.package} is not installed, try pip install 'portlm[{entry.extra}]'"
         )
-    module, _, attribute = entry.target.partition(":")
     try:
-        found: type[Engine] = getattr(importlib.import_module(module), attribute)
+        found: type[Engine] = resolve(entry.target)
     except (ImportError, OSError) as error:
         raise EngineUnavailableError(
             f"{name}: {entry.package} does not load here ({error}), "
@@ -138,83 +127,16 @@ def engine_class(name: str) -> "type[Engine]":
     return found
 
 
-def _manifest(folder: Path) -> "Manifest | None":
-    """The manifest of an artifact, or None for a plain checkpoint folder."""
-    from portlm.artifact import MANIFEST, instead, read_manifest
-    from portlm.train.checkpoint import is_checkpoint, verify_checkpoint
-
-    if is_checkpoint(folder):  # saved in the middle of training: its manifest is another one
-        verify_checkpoint(folder)
-        return None
-    if (folder / MANIFEST).exists():
-        return read_manifest(folder)
-    if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
-    if not (folder / "config.json").is_file():
-        hint = instead(folder) or "give an artifact or a checkpoint folder"
-        raise FormatError(f"{folder}: holds neither manifest.json nor config.json: {hint}")
-    return None
-
-
-def _texts(folder: Path, manifest: "Manifest | None") -> tuple[Any, frozenset[int]]:
-    """The tokenizer if there is one, and the tokens that end a text according to generation_config.json."""
-    from portlm.artifact import verify_files
-    from portlm.files import read_json
-    from portlm.tokenizer import Tokenizer
-
-    if manifest is not None:
-        verify_files(folder, [name for name in (TOKENIZER, GENERATION_CONFIG) if name in manifest.files])
-    path = folder / GENERATION_CONFIG
-    ids: Any = None
-    if path.exists():
-        config = read_json(path)
-        ids = config.get("eos_token_id") if isinstance(config, dict) else None
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise FormatError(f"{path}: eos_token_id must be a token id, a list of them or null")
-    return Tokenizer.load(folder) if (folder / TOKENIZER).exists() else None, frozenset(ids)
-
-
-def _choose(manifest: "Manifest | None", device: str, profile: str) -> tuple[str, str]:
-    """Engine and device for engine="auto": what is installed, prepared in the folder, and fastest."""
-    if device in ("auto", "cuda") and profile in ("auto", "native") and _cuda_works():
-        return "torch", "cuda"
-    if device == "cuda":
-        return "torch", "cuda"  # which says what is missing
-    if device == "vulkan":
-        return "ort", "vulkan"
-    compiled = (
-        {(entry.engine, entry.device) for entry in manifest.compiled} if manifest is not None else set()
-    )
-    candidates = []
-    if manifest is not None and profile != "native":
-        if ("ort", "cpu") in compiled or profile != "fused":
-            candidates.append("ort")
-        if ("tvm", "cpu") in compiled:
-            candidates.append("tvm")
-    if profile in ("auto", "native"):
-        candidates.append("torch")
-    for name in candidates:
-        package = ENGINES[name].package
-        if package is not None and importlib.util.find_spec(package) is not None:
-            return name, "cpu"
-    if not candidates:
-        raise UsageError(
-            f"no engine has profile {profile} in this folder: run portlm export or portlm compile"
-        )
-    wanted = " or ".join(f"{name} (pip install 'portlm[{ENGINES[name].extra}]')" for name in candidates)
-    raise EngineUnavailableError(f"no engine that can run this folder is installed: install {wanted}")
-
-
-def _cuda_works() -> bool:
-    """Whether PyTorch can use a CUDA device. PyTorch is only imported on a machine with NVIDIA's driver."""
-    if not Path("/proc/driver/nvidia/version").exists() or importlib.util.find_spec("torch") is None:
-        return False
-    from portlm.runtimes.eager import cuda_name
-
-    return cuda_name() is not None
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"there is no {what} {value!r}: choose one of {', '.join(known)}")
+def versions_of(engine: str, device: str) -> dict[str, str]:
+    """Return the versions of the packages that decide what an engine computes on a device, portlm's among them."""
+    entry = ENGINES.get(engine)
+    names = ["portlm"]
+    if entry is not None:
+        names += [*entry.distributions, *entry.device_distributions.get(device, ())]
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

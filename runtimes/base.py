@@ -13,6 +13,7 @@ import numpy as np
 from portlm.engine import Array, CallSpec, InputCheck, State
 from portlm.errors import UsageError
 from portlm.roles import StateSpec
+from portlm.runtimes import versions_of
 
 
 class EngineBase:
@@ -175,6 +176,10 @@ class EngineBase:
     def copy(self, state: State) -> State:
         """Return a second state with the same content; see Engine."""
         return State(state.role, state.rows, state.past, dict(state.peek()))
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the packages that decide what is computed; see Engine."""
+        return versions_of(self.name, self.device)
 
     def close(self) -> None:
         """Free the device; closing twice is harmless."""

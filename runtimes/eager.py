@@ -26,6 +26,18 @@ def cuda_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
+def try_device(device: str) -> str:
+    """Return the name of the CUDA device.
+
+    Raises:
+        EngineUnavailableError: PyTorch finds none.
+    """
+    name = cuda_name()
+    if name is None:
+        raise EngineUnavailableError("torch:cuda: PyTorch finds no CUDA device, try nvidia-smi")
+    return name
+
+
 class TorchEngine(ArrayEngine):
     """A model in float32 on the CPU, with portlm's kernels, or on a CUDA device.
 

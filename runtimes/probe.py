@@ -11,13 +11,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
 from portlm.errors import EngineUnavailableError
-from portlm.runtimes import ENGINES
+from portlm.runtimes import ENGINES, resolve
 
 CHILD_SECONDS = 60  # a software driver compiles its first pipeline in a few
 
@@ -99,7 +98,7 @@ def machine() -> dict[str, object]:
 
 
 def _row(engine: str, device: str) -> Row:
-    check = CHECKS.get((engine, device), _child)
+    check = resolve(ENGINES[engine].probe)
     try:
         detail = check(engine, device)
         return Row(engine=engine, device=device, available=True, reason="", command="", detail=detail)
@@ -118,14 +117,12 @@ class _MissingError(Exception):
         self.reason, self.command = reason, command
 
 
-def _torch_cpu(engine: str, device: str) -> str:
+def torch(engine: str, device: str) -> str:
+    """Probe PyTorch; its version says whether it was built for CUDA."""
     version = _need("torch", "torch", "train")
-    isa, _ = _instruction_sets()
-    return f"torch {version}, " + (f"portlm kernels for {isa}" if isa else "without portlm's kernels")
-
-
-def _torch_cuda(engine: str, device: str) -> str:
-    version = _need("torch", "torch", "train")
+    if device == "cpu":
+        isa, _ = _instruction_sets()
+        return f"torch {version}, " + (f"portlm kernels for {isa}" if isa else "without portlm's kernels")
     if version.endswith("+cpu"):
         raise _MissingError(f"torch {version} was built without CUDA", "pip install --force-reinstall torch")
     if not NVIDIA_DRIVER.exists():
@@ -133,7 +130,8 @@ def _torch_cuda(engine: str, device: str) -> str:
     return f"torch {version}, {_child(engine, device)}"
 
 
-def _ort(engine: str, device: str) -> str:
+def ort(engine: str, device: str) -> str:
+    """Probe ONNX Runtime, its plugin for Vulkan and the device."""
     if conflict := conflicts():
         raise _MissingError(*conflict[0].split(": ", 1))
     wheel = next((package for package in ORT_WHEELS if _version(package) is not None), "onnxruntime")
@@ -148,25 +146,16 @@ def _ort(engine: str, device: str) -> str:
     return ", ".join([*said, note] if note else said)
 
 
-def _tvm(engine: str, device: str) -> str:
+def tvm(engine: str, device: str) -> str:
+    """Probe TVM and the binary interface of portlm's kernels."""
     version = _need("apache-tvm", "tvm", "tvm")
     note = _child(engine, device)
     return f"apache-tvm {version}" + (f", {note}" if note else "")
 
 
-def _null(engine: str, device: str) -> str:
+def null(engine: str, device: str) -> str:
+    """Say what the null engine is for."""
     return "computes nothing: for tests and for the cost of everything around a model"
-
-
-CHECKS: dict[tuple[str, str], Callable[[str, str], str]] = {
-    ("torch", "cpu"): _torch_cpu,
-    ("torch", "cuda"): _torch_cuda,
-    ("ort", "cpu"): _ort,
-    ("ort", "cuda"): _ort,
-    ("ort", "vulkan"): _ort,
-    ("tvm", "cpu"): _tvm,
-    ("null", "cpu"): _null,
-}
 
 
 def _need(package: str, module: str, extra: str) -> str:
@@ -209,21 +198,7 @@ def _child(engine: str, device: str) -> str:
 def _answer(engine: str, device: str) -> dict[str, str]:
     """What the child process says: a detail, or a reason and a command."""
     try:
-        if engine == "ort":
-            from portlm.runtimes.ort import try_device
-
-            return {"detail": try_device(device)}
-        if engine == "tvm":
-            from portlm.runtimes.tvm import connect_kernels
-
-            connect_kernels()
-            return {"detail": ""}
-        from portlm.runtimes.eager import cuda_name
-
-        name = cuda_name()
-        return (
-            {"detail": name} if name else {"reason": "PyTorch finds no CUDA device", "command": "nvidia-smi"}
-        )
+        return {"detail": resolve(ENGINES[engine].trial)(device)}
     except EngineUnavailableError as error:
         reason = str(error).removeprefix(f"{engine}:{device}: ").removeprefix(f"{engine}: ")
         reason, _, command = reason.partition(", try ")

@@ -85,6 +85,16 @@ def connect_kernels() -> None:
     _connected = True
 
 
+def try_device(device: str) -> str:
+    """Register the kernels and return what is to be said of them, nothing.
+
+    Raises:
+        EngineUnavailableError: they cannot be used; the message says why.
+    """
+    connect_kernels()
+    return ""
+
+
 class TvmEngine(ArrayEngine):
     """The roles of an artifact compiled by TVM for the CPU: one library each, opened when it is first used.
 

@@ -16,7 +16,8 @@ from portlm.errors import (
     PlacementError,
     UsageError,
 )
-from portlm.runtimes import ENGINES, engine_class, load
+from portlm.flows.load import load
+from portlm.runtimes import ENGINES, engine_class, resolve
 
 needs_ort = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing: pip install portlm[onnx]"
@@ -47,6 +48,7 @@ def missing(monkeypatch):
 def test_importing_portlm_and_its_runtimes_loads_no_heavy_package():
     program = (
         "import sys, portlm, portlm.runtimes, portlm.runtimes.session, portlm.runtimes.null, portlm.runtimes.probe\n"
+        "import portlm.flows.load, portlm.flows.compile_cache\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'tvm', 'matplotlib', 'transformers', 'numba'} & sys.modules.keys()\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )
@@ -83,14 +85,6 @@ def test_auto_takes_onnx_runtime_for_an_artifact_and_torch_for_a_checkpoint(arti
     with load(checkpoints["llama"]) as session:
         assert (session.engine.name, session.engine.profile) == ("torch", "native")
         assert session.generate("hello", max_new_tokens=8).token_ids == expected
-
-
-@needs_ort
-def test_auto_takes_the_fused_profile_once_it_is_compiled(artifacts, compiled):
-    with load(artifacts["gpt2"], "ort") as session:
-        assert session.engine.profile == "portable"
-    with load(compiled["gpt2"], "ort") as session:
-        assert session.engine.profile == "fused"
 
 
 def test_auto_takes_the_next_engine_when_a_package_is_missing(artifacts, missing):
@@ -135,7 +129,7 @@ def test_an_unknown_choice_lists_the_known_ones(options, words, artifacts):
     ("options", "words"),
     [
         ({"profile": "native"}, "choose portable or fused"),
-        ({"profile": "fused"}, "run portlm compile .* --engine ort"),
+        ({"profile": "fused", "device": "cuda"}, "run portlm compile .* --engine ort"),
     ],
 )
 def test_a_profile_that_was_not_made_is_an_error_with_the_command(options, words, artifacts):
@@ -172,8 +166,9 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
         path.unlink()
     else:
         path.write_bytes(content[:-1] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    profile = "portable" if engine == "ort" else "auto"
     with pytest.raises(FormatError, match=f"{path.name}.*{damage}"):
-        load(artifact, engine)
+        load(artifact, engine, profile=profile)
 
 
 @needs_ort
@@ -243,7 +238,7 @@ def test_a_graph_that_onnx_runtime_does_not_take_is_an_error_that_names_it(artif
 
     write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
     with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: ONNX Runtime does not take it"):
-        load(artifact, "ort")
+        load(artifact, "ort", profile="portable")
 
 
 # --- where nodes run --------------------------------------------------------------------------------
@@ -271,7 +266,7 @@ def det(artifact):
 
 def load_vulkan(*arguments, **options):
     try:
-        return load(*arguments, "ort", "vulkan", **options)
+        return load(*arguments, "ort", "vulkan", "portable", **options)
     except EngineUnavailableError as error:
         pytest.skip(str(error))
 
@@ -363,3 +358,4 @@ def test_every_engine_of_the_table_exists():
         if entry.package is None or importlib.util.find_spec(entry.package) is not None:
             assert engine_class(name).name == name
         assert set(entry.devices) <= set(runtimes.DEVICES)
+        assert all(callable(resolve(place)) for place in (entry.probe,) if place)

@@ -1,0 +1,195 @@
+"""`portlm.load`: a folder becomes a session, on the engine and device that were asked for.
+
+What an engine needs compiled and the folder does not hold is compiled at first use, into a cache of the user's
+(portlm.flows.compile_cache).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portlm.errors import EngineUnavailableError, FormatError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from portlm.artifact import Manifest
+    from portlm.engine import OpenRequest
+    from portlm.runtimes.session import Session
+
+TOKENIZER = "tokenizer.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+def load(
+    path: str | Path,
+    engine: str = "auto",
+    device: str = "auto",
+    profile: str = "auto",
+    allow_fallback: bool = False,
+    threads: int | None = None,
+) -> Session:
+    """Load an artifact, or for the torch engine a plain checkpoint folder, and return a session.
+
+    A folder without tokenizer.json gives a session that takes and returns token ids only.
+
+    Every file that is used is first compared with the size and the hash in the manifest. What ort or tvm needs compiled
+    and the artifact does not hold is compiled now, into a private cache of the user's, with a line on stderr.
+
+    Args:
+        path: the folder.
+        engine: "torch", "ort", "tvm", "null", or "auto": the first of ort, tvm and torch that is installed and for
+            which the folder holds what it needs; torch if there is a CUDA device that it can use.
+        device: "cpu", "cuda", "vulkan", or "auto": cuda for torch where there is one, otherwise cpu. Vulkan is
+            never chosen by itself.
+        profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
+            that can be compiled here.
+        allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
+        threads: of the CPU, None for one per core.
+
+    Raises:
+        UsageError: an unknown engine, device or profile, or one that the folder was not exported for.
+        EngineUnavailableError: a package, driver, device or compiler is missing. The message says how to get it.
+        FormatError: a file is missing, truncated, altered or not what it should be.
+        PlacementError: a node would run on another device.
+    """
+    from portlm.engine import PROFILES, OpenRequest
+    from portlm.runtimes import DEVICES, ENGINES, engine_class
+    from portlm.runtimes.no_tokenizer import NoTokenizer
+    from portlm.runtimes.session import Session
+    from portlm.threads import bound_spinning
+
+    bound_spinning()
+    _one_of("engine", engine, ("auto", *ENGINES))
+    _one_of("device", device, ("auto", *DEVICES))
+    _one_of("profile", profile, PROFILES)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads must be a whole number of at least 1, got {threads!r}")
+    folder = Path(path)
+    manifest = _manifest(folder)
+    if engine == "auto":
+        engine, device = _choose(manifest, device, profile)
+    elif device == "auto":
+        device = "cuda" if engine == "torch" and _cuda_works() else "cpu"
+    if device not in ENGINES[engine].devices:
+        raise UsageError(f"{engine} does not run on {device}: choose {' or '.join(ENGINES[engine].devices)}")
+    implementation = engine_class(engine)
+    tokenizer, eos_ids = _texts(folder, manifest)
+    request = OpenRequest(folder, manifest, device, profile, allow_fallback, threads)
+    opened = implementation.open(_compiled(engine, request))
+    try:
+        return Session(opened, tokenizer or NoTokenizer(opened.vocab_size), eos_ids)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _compiled(engine: str, request: OpenRequest) -> OpenRequest:
+    """The request, with what the engine needs compiled from the artifact, or from the cache where it has none."""
+    from portlm.flows import compile_cache
+
+    if request.manifest is None or engine not in compile_cache.ENGINES:
+        return request
+    profile = compile_cache.needed(engine, request.device, request.profile, request.manifest)
+    if profile is None:
+        return request
+
+    def progress() -> None:
+        target = f"{engine}:{request.device}:{profile}"
+        print(f"portlm: compiling {request.folder} for {target}, once on this machine", file=sys.stderr)
+
+    try:
+        found = compile_cache.find_or_build(
+            request.folder, request.manifest, (engine, request.device, profile), progress
+        )
+    except (EngineUnavailableError, StorageError):
+        if request.profile == "auto" and engine == "ort":
+            return replace(request, profile="portable")  # which needs nothing compiled
+        raise
+    return replace(request, profile=profile, manifest=found.manifest, compiled=found.folder)
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    """The manifest of an artifact, or None for a plain checkpoint folder."""
+    from portlm.artifact import MANIFEST, instead, read_manifest
+    from portlm.train.checkpoint import is_checkpoint, verify_checkpoint
+
+    if is_checkpoint(folder):  # saved in the middle of training: its manifest is another one
+        verify_checkpoint(folder)
+        return None
+    if (folder / MANIFEST).exists():
+        return read_manifest(folder)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
+    if not (folder / "config.json").is_file():
+        hint = instead(folder) or "give an artifact or a checkpoint folder"
+        raise FormatError(f"{folder}: holds neither manifest.json nor config.json: {hint}")
+    return None
+
+
+def _texts(folder: Path, manifest: Manifest | None) -> tuple[Any, frozenset[int]]:
+    """The tokenizer if there is one, and the tokens that end a text according to generation_config.json."""
+    from portlm.artifact import verify_files
+    from portlm.files import read_json
+    from portlm.tokenizer import Tokenizer
+
+    if manifest is not None:
+        verify_files(folder, [name for name in (TOKENIZER, GENERATION_CONFIG) if name in manifest.files])
+    path = folder / GENERATION_CONFIG
+    ids: Any = None
+    if path.exists():
+        config = read_json(path)
+        ids = config.get("eos_token_id") if isinstance(config, dict) else None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise FormatError(f"{path}: eos_token_id must be a token id, a list of them or null")
+    return Tokenizer.load(folder) if (folder / TOKENIZER).exists() else None, frozenset(ids)
+
+
+def _choose(manifest: Manifest | None, device: str, profile: str) -> tuple[str, str]:
+    """Engine and device for engine="auto": what is installed, prepared in the folder, and fastest."""
+    from portlm.runtimes import ENGINES
+
+    if device in ("auto", "cuda") and profile in ("auto", "native") and _cuda_works():
+        return "torch", "cuda"
+    if device == "cuda":
+        return "torch", "cuda"  # which says what is missing
+    if device == "vulkan":
+        return "ort", "vulkan"
+    candidates = []
+    if manifest is not None and profile != "native":
+        candidates.append("ort")
+        if any((entry.engine, entry.device) == ("tvm", "cpu") for entry in manifest.compiled):
+            candidates.append("tvm")
+    if profile in ("auto", "native"):
+        candidates.append("torch")
+    for name in candidates:
+        package = ENGINES[name].package
+        if package is not None and importlib.util.find_spec(package) is not None:
+            return name, "cpu"
+    if not candidates:
+        raise UsageError(
+            f"no engine has profile {profile} in this folder: run portlm export or portlm compile"
+        )
+    wanted = " or ".join(f"{name} (pip install 'portlm[{ENGINES[name].extra}]')" for name in candidates)
+    raise EngineUnavailableError(f"no engine that can run this folder is installed: install {wanted}")
+
+
+def _cuda_works() -> bool:
+    """Whether PyTorch can use a CUDA device. PyTorch is only imported on a machine with NVIDIA's driver."""
+    if not Path("/proc/driver/nvidia/version").exists() or importlib.util.find_spec("torch") is None:
+        return False
+    from portlm.runtimes import ENGINES, resolve
+
+    try:
+        resolve(ENGINES["torch"].trial)("cuda")
+    except EngineUnavailableError:
+        return False
+    return True
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"there is no {what} {value!r}: choose one of {', '.join(known)}")
