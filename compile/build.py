@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
+from portlm.compile.passes import Dump, ignore
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.trust import NATIVE_SUFFIXES, record_built
 
@@ -46,6 +47,7 @@ def build_choice(
     profile: str | None = None,
     *,
     note: Callable[[str], None] = lambda message: None,
+    dump: Path | None = None,
 ) -> list[CompiledEntry]:
     """Compile everything that a partial choice names; what was not named and is not there is left out.
 
@@ -55,6 +57,7 @@ def build_choice(
         device: None for all.
         profile: None for those the artifact has a graph of.
         note: called with a line for each thing left out.
+        dump: folder that takes the graph after every pass, see build().
 
     Raises:
         UsageError: nothing is left.
@@ -69,7 +72,7 @@ def build_choice(
             note(f"{':'.join(key)} left out: the artifact has no {key[2]} graph")
             continue
         try:
-            entries += build(artifact, [key])
+            entries += build(artifact, [key], dump)
         except EngineUnavailableError as error:
             if engine is not None:
                 raise
@@ -81,12 +84,16 @@ def build_choice(
     return entries
 
 
-def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[CompiledEntry]:
+def build(
+    artifact: str | Path, keys: Sequence[tuple[str, str, str]], dump: Path | None = None
+) -> list[CompiledEntry]:
     """Compile an artifact and record the result in its manifest, replacing what was compiled before.
 
     Args:
         artifact: an exported folder.
         keys: entries of COMPILERS, see choices().
+        dump: folder that takes the graph after every pass, as <engine>-<device>-<profile>/NN-<pass>.*; see
+            passes.Dump.
 
     Returns:
         One entry per key.
@@ -102,7 +109,8 @@ def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[Co
         place, arguments = COMPILERS[key]
         module, _, name = place.partition(":")
         compiler: Compiler = getattr(importlib.import_module(module), name)
-        entry = compiler(folder, **arguments)
+        passes = ignore if dump is None else Dump(dump / "-".join(key))
+        entry = compiler(folder, note=passes, **arguments)
         for file in entry.files:
             if file.endswith(NATIVE_SUFFIXES):
                 record_built(folder / file)

@@ -26,31 +26,33 @@ from portlm.artifact import CompiledEntry, read_manifest, verify_files
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.forms import DOMAIN, Portable
 from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.compile.passes import Note, ignore
 from portlm.errors import UsageError
 from portlm.files import write_atomic
 
 
-def compile_cpu(folder: Path) -> CompiledEntry:
+def compile_cpu(folder: Path, note: Note = ignore) -> CompiledEntry:
     """Lower for CPUExecutionProvider; see lower."""
-    return lower(folder, "cpu")
+    return lower(folder, "cpu", note)
 
 
-def compile_cuda(folder: Path) -> CompiledEntry:
+def compile_cuda(folder: Path, note: Note = ignore) -> CompiledEntry:
     """Lower for CUDAExecutionProvider; see lower."""
-    return lower(folder, "cuda")
+    return lower(folder, "cuda", note)
 
 
-def compile_vulkan(folder: Path) -> CompiledEntry:
+def compile_vulkan(folder: Path, note: Note = ignore) -> CompiledEntry:
     """Lower for the WebGPU plugin provider, which is Vulkan on Linux; see lower."""
-    return lower(folder, "vulkan")
+    return lower(folder, "vulkan", note)
 
 
-def lower(folder: str | Path, device: str) -> CompiledEntry:
+def lower(folder: str | Path, device: str, note: Note = ignore) -> CompiledEntry:
     """Write an artifact's fused decoder lowered for one device.
 
     Args:
         folder: the artifact.
         device: "cpu", "cuda" or "vulkan".
+        note: called with the name of each pass and the graph after it.
 
     Returns:
         What compile/build.py enters in the manifest; the one file is onnx/decoder.ort-<device>-fused.onnx.
@@ -68,6 +70,7 @@ def lower(folder: str | Path, device: str) -> CompiledEntry:
     source = role.profiles["fused"]
     verify_files(root, [source, role.weights])
     model = lower_model(check_model(root / source), manifest.model.context_length, device)
+    note("lowered", model)
     name = f"onnx/decoder.ort-{device}-fused.onnx"
     write_atomic(root / name, model.SerializeToString(deterministic=True))
     check_model(root / name)
