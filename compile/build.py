@@ -64,8 +64,7 @@ def build_choice(
         EngineUnavailableError: the engine was named and its compiler is not installed.
         FormatError: the artifact is damaged.
     """
-    manifest = read_manifest(artifact)
-    graphs = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
+    graphs = {name for role in read_manifest(artifact).roles.values() for name in role.profiles}
     entries = []
     for key in choices(engine, device, profile):
         if profile is None and key[2] not in graphs:
@@ -96,27 +95,31 @@ def build(
             passes.Dump.
 
     Returns:
-        One entry per key.
+        One entry for each key and each role that has a graph of that profile.
 
     Raises:
+        UsageError: no role has one.
         FormatError: the artifact is damaged.
         EngineUnavailableError: the engine's compiler is not installed.
     """
     folder = Path(artifact)
-    entries = []
+    entries: list[CompiledEntry] = []
     for key in keys:
-        read_manifest(folder)
+        roles = [name for name, role in read_manifest(folder).roles.items() if key[2] in role.profiles]
+        if not roles:
+            raise UsageError(f"{folder}: has no {key[2]} graph, export it with that profile")
+        passes = ignore if dump is None else Dump(dump / "-".join(key))
         place, arguments = COMPILERS[key]
         module, _, name = place.partition(":")
         compiler: Compiler = getattr(importlib.import_module(module), name)
-        passes = ignore if dump is None else Dump(dump / "-".join(key))
-        entry = compiler(folder, note=passes, **arguments)
-        for file in entry.files:
+        made = [compiler(folder, role=role, note=passes, **arguments) for role in roles]
+        files = [file for entry in made for file in entry.files]
+        for file in files:
             if file.endswith(NATIVE_SUFFIXES):
                 record_built(folder / file)
         manifest = read_manifest(folder)
-        others = tuple(e for e in manifest.compiled if (e.engine, e.device, e.profile) != key)
-        manifest = replace(manifest, compiled=(*others, entry))
-        write_manifest(folder, refresh_files(folder, manifest, entry.files))
-        entries.append(entry)
+        others = [e for e in manifest.compiled if (e.engine, e.device, e.profile) != key]
+        manifest = replace(manifest, compiled=(*others, *made))
+        write_manifest(folder, refresh_files(folder, manifest, files))
+        entries += made
     return entries

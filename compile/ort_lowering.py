@@ -29,33 +29,35 @@ from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.passes import Note, ignore
 from portlm.errors import UsageError
 from portlm.files import write_atomic
+from portlm.roles import file_stem
 
 
-def compile_cpu(folder: Path, note: Note = ignore) -> CompiledEntry:
+def compile_cpu(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
     """Lower for CPUExecutionProvider; see lower."""
-    return lower(folder, "cpu", note)
+    return lower(folder, "cpu", role, note)
 
 
-def compile_cuda(folder: Path, note: Note = ignore) -> CompiledEntry:
+def compile_cuda(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
     """Lower for CUDAExecutionProvider; see lower."""
-    return lower(folder, "cuda", note)
+    return lower(folder, "cuda", role, note)
 
 
-def compile_vulkan(folder: Path, note: Note = ignore) -> CompiledEntry:
+def compile_vulkan(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
     """Lower for the WebGPU plugin provider, which is Vulkan on Linux; see lower."""
-    return lower(folder, "vulkan", note)
+    return lower(folder, "vulkan", role, note)
 
 
-def lower(folder: str | Path, device: str, note: Note = ignore) -> CompiledEntry:
-    """Write an artifact's fused decoder lowered for one device.
+def lower(folder: str | Path, device: str, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
+    """Write a role's fused graph lowered for one device.
 
     Args:
         folder: the artifact.
         device: "cpu", "cuda" or "vulkan".
+        role: whose graph it is.
         note: called with the name of each pass and the graph after it.
 
     Returns:
-        What compile/build.py enters in the manifest; the one file is onnx/decoder.ort-<device>-fused.onnx.
+        What compile/build.py enters in the manifest; the one file is onnx/<role>.ort-<device>-fused.onnx.
 
     Raises:
         UsageError: the artifact was exported without its fused profile.
@@ -64,17 +66,19 @@ def lower(folder: str | Path, device: str, note: Note = ignore) -> CompiledEntry
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    role = manifest.roles.get("decoder")
-    if role is None or "fused" not in role.profiles:
-        raise UsageError(f"{root}: has no fused decoder graph; export it with profiles portable and fused")
-    source = role.profiles["fused"]
-    verify_files(root, [source, role.weights])
+    spec = manifest.roles.get(role)
+    if spec is None or "fused" not in spec.profiles:
+        raise UsageError(f"{root}: has no fused {role} graph; export it with profiles portable and fused")
+    source = spec.profiles["fused"]
+    verify_files(root, [source, spec.weights])
     model = lower_model(check_model(root / source), manifest.model.context_length, device)
     note("lowered", model)
-    name = f"onnx/decoder.ort-{device}-fused.onnx"
+    name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     write_atomic(root / name, model.SerializeToString(deterministic=True))
     check_model(root / name)
-    return CompiledEntry("ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")})
+    return CompiledEntry(
+        "ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")}, role=role
+    )
 
 
 def lower_model(model: onnx.ModelProto, context_length: int, device: str) -> onnx.ModelProto:

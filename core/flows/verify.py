@@ -125,7 +125,7 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
     from portlm.runtimes.probe import probe
 
     compiled = {(entry.engine, entry.device, entry.profile) for entry in manifest.compiled}
-    profiles = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
+    profiles = [role.profiles for role in manifest.roles.values()]
     targets = []
     for row in probe():
         engine, device = row["engine"], row["device"]
@@ -137,7 +137,7 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
             continue
         if engine == "torch":
             targets.append(Target(engine, device, "native"))
-        if engine == "ort" and "portable" in profiles:
+        if engine == "ort" and profiles and all("portable" in profile for profile in profiles):
             targets.append(Target(engine, device, "portable"))
         for key in sorted(compiled):
             if key[:2] == (engine, device):
