@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
+from portlm.compile.passes import Dump, ignore
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.trust import NATIVE_SUFFIXES, record_built
 
@@ -46,6 +47,7 @@ def build_choice(
     profile: str | None = None,
     *,
     note: Callable[[str], None] = lambda message: None,
+    dump: Path | None = None,
 ) -> list[CompiledEntry]:
     """Compile everything that a partial choice names; what was not named and is not there is left out.
 
@@ -55,21 +57,21 @@ def build_choice(
         device: None for all.
         profile: None for those the artifact has a graph of.
         note: called with a line for each thing left out.
+        dump: folder that takes the graph after every pass, see build().
 
     Raises:
         UsageError: nothing is left.
         EngineUnavailableError: the engine was named and its compiler is not installed.
         FormatError: the artifact is damaged.
     """
-    manifest = read_manifest(artifact)
-    graphs = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
+    graphs = {name for role in read_manifest(artifact).roles.values() for name in role.profiles}
     entries = []
     for key in choices(engine, device, profile):
         if profile is None and key[2] not in graphs:
             note(f"{':'.join(key)} left out: the artifact has no {key[2]} graph")
             continue
         try:
-            entries += build(artifact, [key])
+            entries += build(artifact, [key], dump)
         except EngineUnavailableError as error:
             if engine is not None:
                 raise
@@ -81,34 +83,43 @@ def build_choice(
     return entries
 
 
-def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[CompiledEntry]:
+def build(
+    artifact: str | Path, keys: Sequence[tuple[str, str, str]], dump: Path | None = None
+) -> list[CompiledEntry]:
     """Compile an artifact and record the result in its manifest, replacing what was compiled before.
 
     Args:
         artifact: an exported folder.
         keys: entries of COMPILERS, see choices().
+        dump: folder that takes the graph after every pass, as <engine>-<device>-<profile>/NN-<pass>.*; see
+            passes.Dump.
 
     Returns:
-        One entry per key.
+        One entry for each key and each role that has a graph of that profile.
 
     Raises:
+        UsageError: no role has one.
         FormatError: the artifact is damaged.
         EngineUnavailableError: the engine's compiler is not installed.
     """
     folder = Path(artifact)
-    entries = []
+    entries: list[CompiledEntry] = []
     for key in keys:
-        read_manifest(folder)
+        roles = [name for name, role in read_manifest(folder).roles.items() if key[2] in role.profiles]
+        if not roles:
+            raise UsageError(f"{folder}: has no {key[2]} graph, export it with that profile")
+        passes = ignore if dump is None else Dump(dump / "-".join(key))
         place, arguments = COMPILERS[key]
         module, _, name = place.partition(":")
         compiler: Compiler = getattr(importlib.import_module(module), name)
-        entry = compiler(folder, **arguments)
-        for file in entry.files:
+        made = [compiler(folder, role=role, note=passes, **arguments) for role in roles]
+        files = [file for entry in made for file in entry.files]
+        for file in files:
             if file.endswith(NATIVE_SUFFIXES):
                 record_built(folder / file)
         manifest = read_manifest(folder)
-        others = tuple(e for e in manifest.compiled if (e.engine, e.device, e.profile) != key)
-        manifest = replace(manifest, compiled=(*others, entry))
-        write_manifest(folder, refresh_files(folder, manifest, entry.files))
-        entries.append(entry)
+        others = [e for e in manifest.compiled if (e.engine, e.device, e.profile) != key]
+        manifest = replace(manifest, compiled=(*others, *made))
+        write_manifest(folder, refresh_files(folder, manifest, files))
+        entries += made
     return entries

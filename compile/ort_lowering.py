@@ -33,6 +33,7 @@ from portlm.files import write_atomic
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
+from portlm.roles import file_stem
 
 
 def compile_cpu(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
@@ -75,7 +76,7 @@ def lower(folder: str | Path, device: str, role: str = "decoder", note: Note = i
     source = spec.profiles["fused"]
     verify_files(root, [source, spec.weights])
     model = lower_model(check_model(root / source), manifest.model.context_length, device, note)
-    name = f"onnx/{role.replace(':', '-')}.ort-{device}-fused.onnx"
+    name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     write_atomic(root / name, model.SerializeToString(deterministic=True))
     check_model(root / name)
     return CompiledEntry(
