@@ -19,8 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from portlm.compile import canonical_attention, canonical_clean, canonical_ops, canonical_portable
-from portlm.compile import canonical_static, canonical_values
+from portlm.compile import (
+    canonical_attention,
+    canonical_clean,
+    canonical_ops,
+    canonical_portable,
+    canonical_static,
+    canonical_values,
+)
 from portlm.compile.canonical_graph import WRAPPER, Runner, Work, module_path, run
 from portlm.errors import ParityError, UsageError
 
@@ -101,7 +107,9 @@ class _Logits(nn.Module):
         return result
 
 
-def trace(module: nn.Module, context_length: int = 0, example: Tensor | None = None) -> torch.export.ExportedProgram:
+def trace(
+    module: nn.Module, context_length: int = 0, example: Tensor | None = None
+) -> torch.export.ExportedProgram:
     """Record a module's forward for any batch and length.
 
     Args:
@@ -115,7 +123,8 @@ def trace(module: nn.Module, context_length: int = 0, example: Tensor | None = N
     """
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.dtype is not torch.float32:
-            raise UsageError(f"{name} is {_short(parameter.dtype)}, and the weight file holds float32: {_cast(parameter)}")
+            kind = _short(parameter.dtype)
+            raise UsageError(f"{name} is {kind}, and the weight file holds float32: {_cast(parameter)}")
     ids = torch.zeros(2, 5, dtype=torch.int64) if example is None else example
     if ids.dim() != 2 or min(ids.shape) < 2 or ids.dtype != torch.int64:
         raise UsageError(f"example must be int64 (B, T), both at least 2, got {ids.dtype} {tuple(ids.shape)}")
@@ -140,7 +149,11 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _cast(parameter: Tensor) -> str:
-    return "call module.float()" if parameter.is_floating_point() else "keep integers in buffers, weights in float32"
+    return (
+        "call module.float()"
+        if parameter.is_floating_point()
+        else "keep integers in buffers, weights in float32"
+    )
 
 
 def _explained(error: Exception) -> UsageError:
@@ -156,7 +169,11 @@ def _explained(error: Exception) -> UsageError:
         trace_back = error.__traceback__
         while trace_back is not None:
             code = trace_back.tb_frame.f_code
-            if "/torch/" not in code.co_filename and code.co_name == "forward" and code.co_filename != __file__:
+            if (
+                "/torch/" not in code.co_filename
+                and code.co_name == "forward"
+                and code.co_filename != __file__
+            ):
                 where = f" at {code.co_filename.rsplit('/', 1)[-1]} line {trace_back.tb_lineno}"
             trace_back = trace_back.tb_next
     kind = type(error).__name__
@@ -274,7 +291,9 @@ def _finish(work: Work) -> Canonical:
     (logits,) = next(n for n in graph.nodes if n.op == "output").args[0]
     value = logits.meta["val"]
     if value.dim() != 3 or not isinstance(value.shape[2], int) or value.dtype is not torch.float32:
-        raise UsageError(f"the module must return float32 logits (B, T, V), got {value.dtype} {tuple(value.shape)}")
+        raise UsageError(
+            f"the module must return float32 logits (B, T, V), got {value.dtype} {tuple(value.shape)}"
+        )
     graph.lint()
     weights = dict(work.weights[n.name] for n in graph.nodes if n.name in work.weights)
     return Canonical(fx.GraphModule(nn.Module(), graph), weights, work.context, int(value.shape[2]))

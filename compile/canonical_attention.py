@@ -58,7 +58,10 @@ def _from_sdpa(work: Work, node: fx.Node) -> fx.Node | None:
         if given.get("is_causal"):
             return None
         dtype = mask.meta["val"].dtype
-        steps = [("scale", scale, None), ("show", mask, -torch.inf) if dtype == torch.bool else ("add", mask, None)]
+        steps = [
+            ("scale", scale, None),
+            ("show", mask, -torch.inf) if dtype == torch.bool else ("add", mask, None),
+        ]
         causal = _causal_scale(work, steps, work.sizes(q, 2, 2)[:-2])
         if causal is None:
             return None
@@ -72,7 +75,9 @@ def _from_sdpa(work: Work, node: fx.Node) -> fx.Node | None:
 def _from_softmax(work: Work, node: fx.Node) -> fx.Node | None:
     weights, v = node.args
     outer = None
-    if isinstance(weights, fx.Node) and weights.target is aten.reshape.default:  # (B, H, T, T) seen as (B H, T, T)
+    if (
+        isinstance(weights, fx.Node) and weights.target is aten.reshape.default
+    ):  # (B, H, T, T) seen as (B H, T, T)
         outer, weights = weights, weights.args[0]
     if not isinstance(weights, fx.Node) or weights.target not in (aten.softmax.int, aten._softmax.default):
         return None
@@ -121,7 +126,9 @@ def _scores(work: Work, node: Any) -> _Scores | None:
         elif target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
             x, y = args
             if work.is_static(y):
-                steps.append(({"add": "add", "sub": "subtract", "mul": "scale", "div": "divide"}[_name(node)], y, None))
+                steps.append(
+                    ({"add": "add", "sub": "subtract", "mul": "scale", "div": "divide"}[_name(node)], y, None)
+                )
                 node = x
             elif work.is_static(x) and target in (aten.add.Tensor, aten.mul.Tensor):
                 steps.append(({"add": "add", "mul": "scale"}[_name(node)], x, None))
@@ -191,14 +198,14 @@ def _lengths(work: Work, steps: list[tuple[str, Any, Any]]) -> list[int] | None:
             values = work.weights[node.name][1] if node.name in work.weights else torch.empty(0)
             numbers = values.flatten().tolist() if values.numel() <= 4 else []  # a window kept in a buffer
         else:
-            numbers = [a for a in torch.utils._pytree.tree_leaves((node.args, node.kwargs))]
+            numbers = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
         for number in numbers:
             if isinstance(number, (int, float)) and not isinstance(number, bool) and 1 < abs(number) < 1e9:
                 longest = max(longest, int(abs(number)) + 2)
     longest = min(longest, context)
     if longest > _LONGEST:
         return None
-    return sorted({T for T in (1, 2, 3, 5, longest) if T <= context})
+    return sorted({T for T in (1, 2, 3, 5, longest) if context >= T})
 
 
 def _affine(work: Work, steps: list[tuple[str, Any, Any]], B: int, T: int) -> tuple[Tensor, Tensor]:
@@ -283,12 +290,19 @@ def _unrepeated_at(work: Work, x: fx.Node, axis: int) -> fx.Node | None:
     if x.target is aten.repeat_interleave.self_int:
         dim = x.args[2] if len(x.args) > 2 else x.kwargs.get("dim")
         return x.args[0] if dim is not None and dim % len(work.shape(x)) == axis else None
-    if x.target is not aten.reshape.default or x.args[0].target not in (aten.expand.default, aten.repeat.default):
+    if x.target is not aten.reshape.default or x.args[0].target not in (
+        aten.expand.default,
+        aten.repeat.default,
+    ):
         return None
     expanded = x.args[0]
     wide = expanded.args[0]  # (B, K, 1, T, D)
     shape, repeated = list(work.shape(wide)), list(work.shape(expanded))
-    if len(shape) != len(work.shape(x)) + 1 or shape[axis + 1] != 1 or not isinstance(repeated[axis + 1], int):
+    if (
+        len(shape) != len(work.shape(x)) + 1
+        or shape[axis + 1] != 1
+        or not isinstance(repeated[axis + 1], int)
+    ):
         return None
     unchanged = [j for j in range(len(shape)) if j != axis + 1]
     if not same_shape([shape[j] for j in unchanged], [repeated[j] for j in unchanged]):

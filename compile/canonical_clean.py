@@ -21,7 +21,12 @@ _SAME = {  # operators that give their first argument back, when it is not being
     aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.positive.default, aten.resolve_conj.default,
     aten.resolve_neg.default,
 }  # fmt: skip
-_DROPOUT = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+_DROPOUT = {
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+}
 _CASTS = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default,
     aten.type_as.default, aten.expand.default, aten.expand_as.default, aten.broadcast_to.default,
@@ -71,7 +76,9 @@ def drop_no_ops(work: Work) -> None:
         if target in _DROPOUT:
             if len(node.args) > 2 and node.args[2] and node.args[1] > 0:
                 raise unsupported(
-                    node, "dropout in training mode", "call model.eval(), or write F.dropout(x, p, self.training)"
+                    node,
+                    "dropout in training mode",
+                    "call model.eval(), or write F.dropout(x, p, self.training)",
                 )
             work.replace(node, node.args[0])
         elif target in _SAME or (target in _CASTS and _changes_nothing(work, node)):
@@ -115,7 +122,9 @@ def _permutation(node: fx.Node) -> list[int]:
     return [size - 2 for size in node.target(axes, *node.args[1:]).shape]
 
 
-def _parts(node: fx.Node, sizes: list[int], dim: int, squeeze: bool) -> list[tuple[int, list[int], int, bool]]:
+def _parts(
+    node: fx.Node, sizes: list[int], dim: int, squeeze: bool
+) -> list[tuple[int, list[int], int, bool]]:
     return [(i, sizes, dim, squeeze) for i in range(len(sizes))]
 
 
@@ -191,9 +200,7 @@ def _stack(work: Work, node: fx.Node) -> fx.Node:
     rank = len(work.shape(node))
     shape = list(work.shape(node))
     shape[dim % rank] = 1
-    return work.call(
-        node, aten.cat.default, [work.reshape(node, part, shape) for part in parts], dim % rank
-    )
+    return work.call(node, aten.cat.default, [work.reshape(node, part, shape) for part in parts], dim % rank)
 
 
 def _scaled(work: Work, node: fx.Node, x: Any, factor: Any) -> Any:
@@ -226,7 +233,9 @@ def _baddbmm(work: Work, node: fx.Node) -> fx.Node:
     bias, x, y = node.args
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     product = _scaled(work, node, work.call(node, aten.matmul.default, x, y), alpha)
-    return product if beta == 0 else work.call(node, aten.add.Tensor, product, _scaled(work, node, bias, beta))
+    return (
+        product if beta == 0 else work.call(node, aten.add.Tensor, product, _scaled(work, node, bias, beta))
+    )
 
 
 def _addmm(work: Work, node: fx.Node) -> fx.Node:

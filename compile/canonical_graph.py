@@ -180,6 +180,10 @@ class Work:
             node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return node
 
+    def constant(self, name: str, tensor: Tensor) -> fx.Node:
+        """Return the placeholder of a constant that is made only once under its name."""
+        return self.weight(name, next((t for known, t in self.weights.values() if known == name), tensor))
+
     def position_ids(self) -> fx.Node:
         """Return the placeholder of position_ids (B, T) int64: 0 .. T-1 in every row."""
         if self.positions is None:

@@ -1,4 +1,4 @@
-"""Passes that put portlm's ops in the place of what they compute: linear, embedding, rotary, gelu_mlp, swiglu, norms."""
+"""Passes that put portlm's ops in the place of what they compute: linear, rotary, swiglu, gelu_mlp, residual norms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def linears(work: Work) -> None:
             x, weight = node.args[:2]
             bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
             if work.is_dynamic(weight) or (bias is not None and work.is_dynamic(bias)):
-                raise unsupported(node, "a linear layer whose weight is computed from the input", "use matmul")
+                raise unsupported(
+                    node, "a linear layer whose weight is computed from the input", "use matmul"
+                )
         elif node.target is aten.matmul.default:
             x, weight, bias = node.args[0], node.args[1], None
             if work.is_dynamic(weight) or not work.is_dynamic(x) or len(work.shape(weight)) != 2:
@@ -96,8 +98,7 @@ def perceptrons(work: Work) -> None:
         for bias, weight in ((first.args[2], first.args[1]), (node.args[2], node.args[1])):
             if bias is None:  # the op's graph form has both
                 size = work.shape(weight)[0]
-                known = {name: value for name, value in work.weights.values()}
-                bias = work.weight(f"zeros.{size}", known.get(f"zeros.{size}", torch.zeros(size)))
+                bias = work.constant(f"zeros.{size}", torch.zeros(size))
             biases.append(bias)
         tanh = act.kwargs.get("approximate", act.args[1] if len(act.args) > 1 else "none") == "tanh"
         arguments = (first.args[0], first.args[1], biases[0], node.args[1], biases[1], tanh)
@@ -176,7 +177,10 @@ def _products(work: Work, node: Any) -> list[tuple[fx.Node, fx.Node]]:
     return [
         (x, table)
         for x, table in (node.args, node.args[::-1])
-        if isinstance(x, fx.Node) and isinstance(table, fx.Node) and work.is_dynamic(x) and work.is_static(table)
+        if isinstance(x, fx.Node)
+        and isinstance(table, fx.Node)
+        and work.is_dynamic(x)
+        and work.is_static(table)
     ]
 
 

@@ -42,7 +42,6 @@ OPS = {
 }  # fmt: skip
 
 _INSTEAD = {
-    "_fft": "there is no Fourier transform in the portable operators; use linear maps with fixed weights",
     "fft": "there is no Fourier transform in the portable operators; use linear maps with fixed weights",
     "complex": "use real numbers: rotary positions as x cos + rotate_half(x) sin",
     "cumsum": "attend to earlier positions with causal attention",
@@ -86,8 +85,7 @@ def _square(work: Work, node: fx.Node) -> fx.Node:
 
 def _reciprocal(work: Work, node: fx.Node, x: fx.Node | None = None) -> fx.Node:
     x = node.args[0] if x is None else x
-    one = work.weight("one", next((t for n, t in work.weights.values() if n == "one"), torch.ones(())))
-    return work.call(node, aten.div.Tensor, one, x)
+    return work.call(node, aten.div.Tensor, work.constant("one", torch.ones(())), x)
 
 
 def _rsqrt(work: Work, node: fx.Node) -> fx.Node:
@@ -111,7 +109,9 @@ def _softmax(work: Work, node: fx.Node) -> fx.Node | None:
     rank = len(work.shape(x))
     if dim % rank != rank - 1:
         raise unsupported(node, f"softmax over axis {dim}", "transpose the axis to the last place")
-    dtype = node.args[2] if len(node.args) > 2 and node.target is aten.softmax.int else node.kwargs.get("dtype")
+    dtype = (
+        node.args[2] if len(node.args) > 2 and node.target is aten.softmax.int else node.kwargs.get("dtype")
+    )
     if dtype not in (None, torch.float32, False):
         return None
     return node if node.args == (x, rank - 1) else work.call(node, aten.softmax.int, x, rank - 1)
@@ -126,7 +126,9 @@ def _reduce(work: Work, node: fx.Node) -> fx.Node | None:
     dims = [dims] if isinstance(dims, int) else dims
     C = work.shape(x)[-1]
     if [d % rank for d in dims] != [rank - 1] or not isinstance(C, int):
-        raise unsupported(node, f"{_name(node)} over axes {dims}", "reduce the last axis, of fixed size, only")
+        raise unsupported(
+            node, f"{_name(node)} over axes {dims}", "reduce the last axis, of fixed size, only"
+        )
     is_sum = node.target is aten.sum.dim_IntList
     if not is_sum and node.args == (x, [-1], True):
         return node
@@ -144,7 +146,9 @@ def _variance(work: Work, node: fx.Node) -> fx.Node | None:
     dims = [dims] if isinstance(dims, int) else dims
     C = work.shape(x)[-1]
     if dims is None or [d % rank for d in dims] != [rank - 1] or not isinstance(C, int):
-        raise unsupported(node, f"{_name(node)} over axes {dims}", "reduce the last axis, of fixed size, only")
+        raise unsupported(
+            node, f"{_name(node)} over axes {dims}", "reduce the last axis, of fixed size, only"
+        )
     correction = given.get("correction", 1)
     correction = int(correction if correction is not None else 1)  # `unbiased` is a bool in the same place
     mean = work.call(node, aten.mean.dim, x, [-1], True)
@@ -218,7 +222,8 @@ def refuse_unknown(work: Work) -> None:
         if node.op != "call_function" or node.target in SIZE_OPS or not isinstance(value, torch.Tensor):
             continue
         if value.is_complex():
-            raise unsupported(node, f"{_full_name(node)}, which gives complex numbers,", _INSTEAD["complex"])
+            advice = next((text for key, text in _INSTEAD.items() if key in _name(node)), _INSTEAD["complex"])
+            raise unsupported(node, f"{_full_name(node)}, which gives complex numbers,", advice)
         if node.target is operator.getitem or node.target in OPS:
             continue
         if node.target not in KEPT:
@@ -227,7 +232,7 @@ def refuse_unknown(work: Work) -> None:
             raise unsupported(
                 node,
                 f"the operator {_full_name(node)}",
-                advice or "the operators with a form are " + ", ".join(sorted({_short(op) for op in (*KEPT, *OPS)})),
+                advice or "the operators with a form are " + ", ".join(sorted({_short(op) for op in KEPT})),
             )
         if value.dtype is not torch.float32:
             raise unsupported(node, f"{_full_name(node)} in {value.dtype}", "compute in float32")
@@ -248,4 +253,9 @@ def _name(node: fx.Node) -> str:
 
 
 def _short(target: Any) -> str:
-    return str(target).removeprefix("aten.").removesuffix(".default").split(".")[0 if "aten" in str(target) else -1]
+    return (
+        str(target)
+        .removeprefix("aten.")
+        .removesuffix(".default")
+        .split(".")[0 if "aten" in str(target) else -1]
+    )

@@ -65,7 +65,7 @@ def position_table(work: Work, node: fx.Node, rank: int) -> tuple[int, Tensor] |
     if full is None:
         return None
     for B, T in _PROBES:
-        if T <= work.context:
+        if work.context >= T:
             part = rows(B, T)
             if part is None or not torch.equal(part, full[:T]):
                 return None
@@ -109,7 +109,11 @@ def fold(work: Work) -> None:
         UsageError: a value that is none of them.
     """
     for node in list(work.graph.nodes):
-        if node.op != "call_function" or work.is_dynamic(node) or not isinstance(node.meta.get("val"), Tensor):
+        if (
+            node.op != "call_function"
+            or work.is_dynamic(node)
+            or not isinstance(node.meta.get("val"), Tensor)
+        ):
             continue
         readers = [u for u in node.users if u.op == "output" or _is_dynamic_call(work, u)]
         for reader in readers:
@@ -135,7 +139,8 @@ def _form(work: Work, node: fx.Node, reader: fx.Node) -> Any:
             raise unsupported(
                 node, f"{_name(node)} of the sequence's length", "compute it from weights and positions only"
             )
-        if values[0].numel() == 1 and reader.target in (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor):
+        pointwise = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor)
+        if values[0].numel() == 1 and reader.target in pointwise:
             return float(values[0])
         return _constant(work, node, values[0])
     rank = len(reader.meta["val"].shape) if isinstance(reader.meta.get("val"), Tensor) else len(shape)

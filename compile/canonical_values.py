@@ -50,7 +50,9 @@ def activations(work: Work) -> None:
         if node.target in (aten.gelu.default, aten.silu.default, aten.relu.default):
             continue
         for x, inside in _arguments(work, node, _POINTWISE):
-            if not any(n.target in _CURVED for n in inside) or not same_shape(work.shape(x), work.shape(node)):
+            if not any(n.target in _CURVED for n in inside) or not same_shape(
+                work.shape(x), work.shape(node)
+            ):
                 continue
             value = _value(work, node, {x: points})
             match = [k for k in known.values() if value is not None and _close(value, k[0])]
@@ -97,17 +99,12 @@ def _emit_norm(
 ) -> fx.Node:
     C = work.shape(x)[-1]
     if weight is None:
-        weight = work.weight(f"ones.{C}", _constant(work, f"ones.{C}", torch.ones(C)))
+        weight = work.constant(f"ones.{C}", torch.ones(C))
     if not layer:
         return work.item(node, work.call(node, portlm.rms_norm.default, x, weight, eps), 0)
     if bias is None:
-        bias = work.weight(f"zeros.{C}", _constant(work, f"zeros.{C}", torch.zeros(C)))
+        bias = work.constant(f"zeros.{C}", torch.zeros(C))
     return work.item(node, work.call(node, portlm.layer_norm.default, x, weight, bias, eps), 0)
-
-
-def _constant(work: Work, name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor that already has the name, so that equal constants are one."""
-    return next((value for known, value in work.weights.values() if known == name), tensor)
 
 
 def _norm_by_hand(work: Work, node: fx.Node) -> fx.Node | None:
@@ -116,7 +113,9 @@ def _norm_by_hand(work: Work, node: fx.Node) -> fx.Node | None:
         return None
     for layer in (True, False):  # LayerNorm first: behind its subtraction of the mean it is an RMSNorm
         for x, inside in _arguments(work, node, _POINTWISE | _OVER_ROWS | _ROOTS):
-            if not any(n.target in _OVER_ROWS for n in inside) or not same_shape(work.shape(x), work.shape(node)):
+            if not any(n.target in _OVER_ROWS for n in inside) or not same_shape(
+                work.shape(x), work.shape(node)
+            ):
                 continue
             found = _norm_of(work, node, x, inside, C, layer)
             if found is not None:

@@ -4,6 +4,7 @@ Weights are large, so that logits differ by several units and an attention that 
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -12,10 +13,7 @@ import torch
 def tutorial_gpt(**settings) -> torch.nn.Module:
     spec = importlib.util.spec_from_file_location("tutorial_gpt", Path(__file__).with_name("tutorial_gpt.py"))
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look a class's module up by name
-    import sys
-
-    sys.modules["tutorial_gpt"] = module
+    sys.modules["tutorial_gpt"] = module  # dataclasses look a class's module up by name
     spec.loader.exec_module(module)
     return randomised(module.TutorialGPT(module.Settings(**settings)))
 

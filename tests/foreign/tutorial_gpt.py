@@ -89,7 +89,7 @@ class TutorialGPT(nn.Module):
 
     def forward(self, idx, targets=None):
         B, T = idx.shape
-        assert T <= self.settings.block_size, "too many tokens"
+        assert self.settings.block_size >= T, "too many tokens"
         pos = torch.arange(T, device=idx.device)
         x = self.drop(self.tokens(idx) + self.places(pos))
         for block in self.blocks:
