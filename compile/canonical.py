@@ -27,7 +27,14 @@ from portlm.compile import (
     canonical_static,
     canonical_values,
 )
-from portlm.compile.canonical_graph import WRAPPER, Runner, Work, module_path, run
+from portlm.compile.canonical_graph import (
+    WRAPPER,
+    Node,
+    Runner,
+    Work,
+    module_path,
+    run,
+)
 from portlm.errors import ParityError, UsageError
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order differ by about 1e-6 of it
@@ -223,7 +230,7 @@ def canonicalise(
     return result
 
 
-def _writes(node: fx.Node) -> bool:
+def _writes(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
 
@@ -231,7 +238,7 @@ def _writes(node: fx.Node) -> bool:
 def _start(program: torch.export.ExportedProgram, context_length: int) -> Work:
     signature = program.graph_signature
     graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
+    values: dict[Node, Node] = {}
     result = graph.graph_copy(program.graph, values)
     if not isinstance(result, (tuple, list)) or len(result) != 1 or len(signature.user_inputs) != 1:
         raise UsageError("the module must take input_ids alone and return logits alone")
@@ -251,7 +258,7 @@ def _start(program: torch.export.ExportedProgram, context_length: int) -> Work:
 
 
 def _weights(
-    program: torch.export.ExportedProgram, placeholders: dict[str, fx.Node]
+    program: torch.export.ExportedProgram, placeholders: dict[str, Node]
 ) -> dict[str, tuple[str, Tensor]]:
     """Return placeholder -> (name, tensor) of what the graph reads; a tied weight has its first name only."""
     signature = program.graph_signature

@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from portlm.compile.canonical_graph import Work, aten, portlm, same_shape
+from portlm.compile.canonical_graph import (
+    Node,
+    Work,
+    aten,
+    is_node,
+    portlm,
+    same_shape,
+)
 
 _HIDDEN = -1e4  # as low as models write it; exp of it is 0 in float32 against any score of a sane size
 _LONGEST = 2048  # the longest mask that is computed: 4 million entries
@@ -25,7 +32,7 @@ _LONGEST = 2048  # the longest mask that is computed: 4 million entries
 class _Scores:
     """softmax(A (q k) + C): the product's node and the steps from it to the softmax, the innermost first."""
 
-    product: fx.Node
+    product: Node
     steps: list[tuple[str, Any, Any]]
 
 
@@ -45,7 +52,7 @@ def find_attention(work: Work) -> None:
     work.clean()
 
 
-def _from_sdpa(work: Work, node: fx.Node) -> fx.Node | None:
+def _from_sdpa(work: Work, node: Node) -> Node | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
@@ -72,17 +79,15 @@ def _from_sdpa(work: Work, node: fx.Node) -> fx.Node | None:
     return _emit(work, node, q, k, v, float(scale))
 
 
-def _from_softmax(work: Work, node: fx.Node) -> fx.Node | None:
+def _from_softmax(work: Work, node: Node) -> Node | None:
     weights, v = node.args
     outer = None
-    if (
-        isinstance(weights, fx.Node) and weights.target is aten.reshape.default
-    ):  # (B, H, T, T) seen as (B H, T, T)
+    if is_node(weights) and weights.target is aten.reshape.default:  # (B, H, T, T) seen as (B H, T, T)
         outer, weights = weights, weights.args[0]
-    if not isinstance(weights, fx.Node) or weights.target not in (aten.softmax.int, aten._softmax.default):
+    if not is_node(weights) or weights.target not in (aten.softmax.int, aten._softmax.default):
         return None
     rank = len(work.shape(weights))
-    if weights.args[1] % rank != rank - 1 or not isinstance(v, fx.Node):
+    if weights.args[1] % rank != rank - 1 or not is_node(v):
         return None
     scores = _scores(work, weights.args[0])
     if scores is None:
@@ -104,7 +109,7 @@ def _from_softmax(work: Work, node: fx.Node) -> fx.Node | None:
 def _scores(work: Work, node: Any) -> _Scores | None:
     """Walk from the argument of softmax back to the matrix product."""
     steps: list[tuple[str, Any, Any]] = []
-    while isinstance(node, fx.Node):
+    while is_node(node):
         target, args = node.target, node.args
         if target is aten.matmul.default:
             return _Scores(node, steps[::-1])
@@ -148,7 +153,7 @@ def _scores(work: Work, node: Any) -> _Scores | None:
     return None
 
 
-def _name(node: fx.Node) -> str:
+def _name(node: Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
@@ -184,8 +189,8 @@ def _lengths(work: Work, steps: list[tuple[str, Any, Any]]) -> list[int] | None:
     """Return the lengths to look at, or None if the mask mentions a number beyond what can be computed."""
     context = work.context or _LONGEST
     longest = 8
-    stack = [a for _, *arguments in steps for a in arguments if isinstance(a, fx.Node)]
-    seen: set[fx.Node] = set()
+    stack = [a for _, *arguments in steps for a in arguments if is_node(a)]
+    seen: set[Node] = set()
     while stack:
         node = stack.pop()
         if node in seen or work.is_dynamic(node):
@@ -239,7 +244,7 @@ def _affine(work: Work, steps: list[tuple[str, Any, Any]], B: int, T: int) -> tu
     return A, C
 
 
-def _emit(work: Work, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: float) -> fx.Node | None:
+def _emit(work: Work, node: Node, q: Node, k: Node, v: Node, scale: float) -> Node | None:
     """Insert portlm::attention for q, k, v with the axes (T, D) last, and give its result their layout."""
     group = _group(work, q, k)
     k, v = _before_repeat(work, k, v, group)
@@ -260,7 +265,7 @@ def _emit(work: Work, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: 
     return work.reshape(node, work.permute(node, out, back), work.shape(q))
 
 
-def _group(work: Work, q: fx.Node, k: fx.Node) -> int:
+def _group(work: Work, q: Node, k: Node) -> int:
     """Return how many query heads there are for each head of k, where k is not repeated in the graph."""
     if len(work.shape(q)) != 4:
         return 1
@@ -268,7 +273,7 @@ def _group(work: Work, q: fx.Node, k: fx.Node) -> int:
     return heads // kv_heads if isinstance(heads, int) and isinstance(kv_heads, int) else 1
 
 
-def _before_repeat(work: Work, k: fx.Node, v: fx.Node, group: int) -> tuple[fx.Node, fx.Node]:
+def _before_repeat(work: Work, k: Node, v: Node, group: int) -> tuple[Node, Node]:
     """Return keys and values as they were before their heads were repeated for grouped queries."""
     if group != 1:
         return k, v
@@ -278,7 +283,7 @@ def _before_repeat(work: Work, k: fx.Node, v: fx.Node, group: int) -> tuple[fx.N
     return inner[0], inner[1]
 
 
-def _unrepeated(work: Work, x: fx.Node) -> fx.Node | None:
+def _unrepeated(work: Work, x: Node) -> Node | None:
     """Return (B, K, T, D) if x (B, K G, T, D) repeats each of its heads G times in a row, maybe between permutes."""
     if x.target is aten.permute.default:
         found = _unrepeated_at(work, x.args[0], x.args[1][1])
@@ -286,7 +291,7 @@ def _unrepeated(work: Work, x: fx.Node) -> fx.Node | None:
     return _unrepeated_at(work, x, 1)
 
 
-def _unrepeated_at(work: Work, x: fx.Node, axis: int) -> fx.Node | None:
+def _unrepeated_at(work: Work, x: Node, axis: int) -> Node | None:
     if x.target is aten.repeat_interleave.self_int:
         dim = x.args[2] if len(x.args) > 2 else x.kwargs.get("dim")
         return x.args[0] if dim is not None and dim % len(work.shape(x)) == axis else None
@@ -313,7 +318,7 @@ def _unrepeated_at(work: Work, x: fx.Node, axis: int) -> fx.Node | None:
     return work.reshape(x, wide, [shape[j] for j in unchanged])
 
 
-def _heads(work: Work, node: fx.Node, x: fx.Node) -> tuple[fx.Node, list[int]] | None:
+def _heads(work: Work, node: Node, x: Node) -> tuple[Node, list[int]] | None:
     """Return x as (B, T, H, D), and the permutation that takes such a value back to (B, H, T, D)."""
     shape = work.shape(x)
     if len(shape) == 4:
@@ -337,9 +342,9 @@ def _ratio(work: Work, size: Any) -> int | None:
     return int(ratio) if ratio.is_integer and ratio.is_number else None
 
 
-def _without_scale(work: Work, node: fx.Node, q: fx.Node, scale: float) -> tuple[fx.Node, float]:
+def _without_scale(work: Work, node: Node, q: Node, scale: float) -> tuple[Node, float]:
     """Take a factor that q was multiplied by into the scale, through the permutes and reshapes on its way."""
-    path: list[fx.Node] = []
+    path: list[Node] = []
     inner = q
     while inner.target in (aten.permute.default, aten.reshape.default):
         path.append(inner)
@@ -347,14 +352,14 @@ def _without_scale(work: Work, node: fx.Node, q: fx.Node, scale: float) -> tuple
     if inner.target not in (aten.mul.Tensor, aten.div.Tensor):
         return q, scale
     x, factor = inner.args
-    if isinstance(x, fx.Node) and isinstance(factor, fx.Node) and factor.meta["val"].numel() == 1:
+    if is_node(x) and is_node(factor) and factor.meta["val"].numel() == 1:
         if not work.is_static(factor):
             return q, scale
         values = {float(work.evaluate(factor, 2, T)) for T in (2, 3)}
         if len(values) != 1:
             return q, scale
         factor = values.pop()
-    if isinstance(factor, fx.Node) or not isinstance(x, fx.Node) or not factor > 0:
+    if is_node(factor) or not is_node(x) or not factor > 0:
         return q, scale
     for step in reversed(path):
         if step.target is aten.permute.default:

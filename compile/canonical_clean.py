@@ -12,9 +12,15 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
 
-from portlm.compile.canonical_graph import Work, aten, same_shape, unsupported
+from portlm.compile.canonical_graph import (
+    Node,
+    Work,
+    aten,
+    is_node,
+    same_shape,
+    unsupported,
+)
 
 _SAME = {  # operators that give their first argument back, when it is not being trained and not being written to
     aten.detach.default, aten.detach_.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
@@ -57,11 +63,11 @@ def inline_regions(work: Work) -> None:
         else:
             continue
         inner = getattr(work.root, body.target).graph
-        values: dict[fx.Node, Any] = dict(
+        values: dict[Node, Any] = dict(
             zip((n for n in inner.nodes if n.op == "placeholder"), arguments, strict=True)
         )
         with work.graph.inserting_before(node):
-            result = work.graph.graph_copy(inner, values)
+            result: Any = work.graph.graph_copy(inner, values)
         for user in list(node.users):  # getitem of each result
             work.replace(user, result[user.args[1]])
         work.graph.erase_node(node)
@@ -88,7 +94,7 @@ def drop_no_ops(work: Work) -> None:
     work.clean()
 
 
-def _changes_nothing(work: Work, node: fx.Node) -> bool:
+def _changes_nothing(work: Work, node: Node) -> bool:
     before, after = node.args[0].meta["val"], node.meta["val"]
     if node.target is aten.permute.default:
         return list(node.args[1]) == sorted(node.args[1])
@@ -115,20 +121,18 @@ def spell(work: Work) -> None:
     work.clean()
 
 
-def _permutation(node: fx.Node) -> list[int]:
+def _permutation(node: Node) -> list[int]:
     """Return which axis of the input each axis of the output is."""
     rank = node.args[0].meta["val"].dim()
     axes = torch.empty([*range(2, 2 + rank)], device="meta")  # sizes that name the axes
     return [size - 2 for size in node.target(axes, *node.args[1:]).shape]
 
 
-def _parts(
-    node: fx.Node, sizes: list[int], dim: int, squeeze: bool
-) -> list[tuple[int, list[int], int, bool]]:
+def _parts(node: Node, sizes: list[int], dim: int, squeeze: bool) -> list[tuple[int, list[int], int, bool]]:
     return [(i, sizes, dim, squeeze) for i in range(len(sizes))]
 
 
-def _split(work: Work, node: fx.Node) -> None:
+def _split(work: Work, node: Node) -> None:
     """Rewrite split, chunk and unbind: split_with_sizes, and for unbind a reshape of each part."""
     x = node.args[0]
     dim = node.args[-1] if node.target is aten.unbind.int and len(node.args) > 1 else 0
@@ -148,7 +152,7 @@ def _split(work: Work, node: fx.Node) -> None:
     work.graph.erase_node(node)
 
 
-def _part(work: Work, node: fx.Node) -> fx.Node:
+def _part(work: Work, node: Node) -> Node:
     """Rewrite slice, narrow and select with fixed bounds: one part of a split."""
     x = node.args[0]
     arguments = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False)) | dict(node.kwargs)
@@ -182,7 +186,7 @@ def _part(work: Work, node: fx.Node) -> fx.Node:
     return work.reshape(node, part, work.shape(node))
 
 
-def _shared_split(work: Work, node: fx.Node, x: fx.Node, sizes: list[int], dim: int) -> fx.Node:
+def _shared_split(work: Work, node: Node, x: Node, sizes: list[int], dim: int) -> Node:
     for user in x.users:
         if user.target is aten.split_with_sizes.default and user.args == (x, sizes, dim):
             return user
@@ -194,7 +198,7 @@ def _shared_split(work: Work, node: fx.Node, x: fx.Node, sizes: list[int], dim: 
     return split
 
 
-def _stack(work: Work, node: fx.Node) -> fx.Node:
+def _stack(work: Work, node: Node) -> Node:
     parts = node.args[0]
     dim = node.args[1] if len(node.args) > 1 else 0
     rank = len(work.shape(node))
@@ -203,20 +207,20 @@ def _stack(work: Work, node: fx.Node) -> fx.Node:
     return work.call(node, aten.cat.default, [work.reshape(node, part, shape) for part in parts], dim % rank)
 
 
-def _scaled(work: Work, node: fx.Node, x: Any, factor: Any) -> Any:
+def _scaled(work: Work, node: Node, x: Any, factor: Any) -> Any:
     if factor == 1:
         return x
-    return x * factor if not isinstance(x, fx.Node) else work.call(node, aten.mul.Tensor, x, factor)
+    return x * factor if not is_node(x) else work.call(node, aten.mul.Tensor, x, factor)
 
 
-def _add(work: Work, node: fx.Node) -> fx.Node:
+def _add(work: Work, node: Node) -> Node:
     """Rewrite add and sub of scalars or with alpha: two plain operands."""
     x, y = node.args[:2]
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     target = aten.add.Tensor if node.target in (aten.add.Tensor, aten.add.Scalar) else aten.sub.Tensor
     if node.target in (aten.rsub.Scalar, aten.rsub.Tensor):
         x, y = y, _scaled(work, node, x, alpha)
-        if not isinstance(x, fx.Node):  # number - y
+        if not is_node(x):  # number - y
             return work.call(node, aten.add.Tensor, work.call(node, aten.mul.Tensor, y, -1.0), x)
         return work.call(node, target, x, y)
     if node.target is target and alpha == 1:
@@ -224,11 +228,11 @@ def _add(work: Work, node: fx.Node) -> fx.Node:
     return work.call(node, target, x, _scaled(work, node, y, alpha))
 
 
-def _product(work: Work, node: fx.Node) -> fx.Node:
+def _product(work: Work, node: Node) -> Node:
     return work.call(node, aten.matmul.default, *node.args[:2])
 
 
-def _baddbmm(work: Work, node: fx.Node) -> fx.Node:
+def _baddbmm(work: Work, node: Node) -> Node:
     """Rewrite beta * bias + alpha * (x @ y); with beta = 0 the bias is not read."""
     bias, x, y = node.args
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
@@ -238,14 +242,14 @@ def _baddbmm(work: Work, node: fx.Node) -> fx.Node:
     )
 
 
-def _addmm(work: Work, node: fx.Node) -> fx.Node:
+def _addmm(work: Work, node: Node) -> Node:
     if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")):
         return _baddbmm(work, node)
     bias, x, y = node.args
     return work.call(node, aten.add.Tensor, work.call(node, aten.matmul.default, x, y), bias)
 
 
-def _einsum(work: Work, node: fx.Node) -> fx.Node:
+def _einsum(work: Work, node: Node) -> Node:
     """Rewrite a sum over products of two tensors as a matmul between permutes."""
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
     advice = "write it with matmul, and transpose in front of it"
@@ -284,7 +288,7 @@ _SPELLINGS: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def _name(node: fx.Node) -> str:
+def _name(node: Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
@@ -302,7 +306,7 @@ def settle(work: Work) -> None:
         work.clean()
 
 
-def _settle_permute(work: Work, node: fx.Node) -> fx.Node | None:
+def _settle_permute(work: Work, node: Node) -> Node | None:
     x, dims = node.args
     rank = len(work.shape(x))
     dims = [d % rank for d in dims]
@@ -320,7 +324,7 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _settle_reshape(work: Work, node: fx.Node) -> fx.Node | None:
+def _settle_reshape(work: Work, node: Node) -> Node | None:
     x = node.args[0]
     if same_shape(work.shape(x), work.shape(node)):
         return x
@@ -337,7 +341,7 @@ def _settle_reshape(work: Work, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _settle_item(work: Work, node: fx.Node) -> fx.Node | None:
+def _settle_item(work: Work, node: Node) -> Node | None:
     """Move a split in front of the permute or reshape whose result it takes apart."""
     split, index = node.args
     if split.target is not aten.split_with_sizes.default:

@@ -31,7 +31,14 @@ from portlm.ops.swiglu import swiglu
 aten = torch.ops.aten
 portlm = torch.ops.portlm
 
+Node = Any  # an fx.Node; the type of its args is a union of fifteen, of which a pass knows which one it has
+
 SIZE_OPS = (aten.sym_size.int, aten.sym_numel.default)
+
+
+def is_node(argument: Any) -> bool:
+    """Whether an argument is a node of the graph, not a number or a list."""
+    return isinstance(argument, fx.Node)
 
 
 def _with_statistics(result: Any) -> tuple[Any, ...]:
@@ -82,24 +89,24 @@ class Work:
         root: torch.nn.Module,
         graph: fx.Graph,
         weights: dict[str, tuple[str, Tensor]],
-        ids: fx.Node,
+        ids: Node,
         context: int,
     ):
         self.root, self.graph, self.weights, self.ids, self.context = root, graph, weights, ids, context
         value = ids.meta["val"]
         self.mode: FakeTensorMode = value.fake_mode
         self.batch, self.length = value.shape
-        self.positions: fx.Node | None = None
-        self._memo: dict[tuple[int, int], dict[fx.Node, Any]] = {}
-        self._dynamic: dict[fx.Node, bool] = {}
+        self.positions: Node | None = None
+        self._memo: dict[tuple[int, int], dict[Node, Any]] = {}
+        self._dynamic: dict[Node, bool] = {}
 
     # Shapes
 
-    def shape(self, node: fx.Node) -> tuple[Any, ...]:
+    def shape(self, node: Node) -> tuple[Any, ...]:
         """Return the sizes of a node's tensor: ints, and SymInts where they depend on B or T."""
         return tuple(node.meta["val"].shape)
 
-    def sizes(self, node: fx.Node, B: int, T: int) -> tuple[int, ...]:
+    def sizes(self, node: Node, B: int, T: int) -> tuple[int, ...]:
         """Return the sizes of a node's tensor for one B and T."""
         return tuple(self._size(s, B, T) for s in self.shape(node))
 
@@ -118,7 +125,7 @@ class Work:
                 return self._size_node(axis)
         return int(size.node.expr) if size.node.expr.is_number else -1
 
-    def _size_node(self, axis: int) -> fx.Node:
+    def _size_node(self, axis: int) -> Node:
         for user in self.ids.users:
             if user.target is aten.sym_size.int and user.args == (self.ids, axis):
                 return user
@@ -127,12 +134,12 @@ class Work:
         node.meta["val"] = (self.batch, self.length)[axis]
         return node
 
-    def _last_placeholder(self) -> fx.Node:
+    def _last_placeholder(self) -> Node:
         return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
 
     # Making nodes
 
-    def call(self, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Insert a call in front of a node, whose place in the module and in the source it takes."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
@@ -142,28 +149,28 @@ class Work:
             node.meta["val"] = target(*values[0], **values[1])
         return node
 
-    def item(self, before: fx.Node, node: fx.Node, index: int) -> fx.Node:
+    def item(self, before: Node, node: Node, index: int) -> Node:
         """Insert the choice of one output of a node with several."""
         return self.call(before, operator.getitem, node, index)
 
-    def reshape(self, before: fx.Node, x: fx.Node, shape: Sequence[Any]) -> fx.Node:
+    def reshape(self, before: Node, x: Node, shape: Sequence[Any]) -> Node:
         """Insert a reshape, unless x has the shape already."""
         if same_shape(self.shape(x), shape):
             return x
         return self.call(before, aten.reshape.default, x, [self.size_argument(s) for s in shape])
 
-    def permute(self, before: fx.Node, x: fx.Node, dims: Sequence[int]) -> fx.Node:
+    def permute(self, before: Node, x: Node, dims: Sequence[int]) -> Node:
         """Insert a permutation of axes, unless it changes nothing; that of a permutation is one of its input."""
         if x.target is aten.permute.default:
             x, dims = x.args[0], [x.args[1][d] for d in dims]
         return x if list(dims) == sorted(dims) else self.call(before, aten.permute.default, x, list(dims))
 
-    def replace(self, node: fx.Node, by: fx.Node) -> None:
+    def replace(self, node: Node, by: Node) -> None:
         """Let every user of a node use another, and take the node out."""
         node.replace_all_uses_with(by)
         self.graph.erase_node(node)
 
-    def weight(self, name: str, tensor: Tensor, before: fx.Node | None = None) -> fx.Node:
+    def weight(self, name: str, tensor: Tensor, before: Node | None = None) -> Node:
         """Return the placeholder of a weight; a new name adds one, in front of another or of input_ids."""
         for placeholder, (known, value) in self.weights.items():
             if known == name and value is tensor:
@@ -180,11 +187,11 @@ class Work:
             node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return node
 
-    def constant(self, name: str, tensor: Tensor) -> fx.Node:
+    def constant(self, name: str, tensor: Tensor) -> Node:
         """Return the placeholder of a constant that is made only once under its name."""
         return self.weight(name, next((t for known, t in self.weights.values() if known == name), tensor))
 
-    def position_ids(self) -> fx.Node:
+    def position_ids(self) -> Node:
         """Return the placeholder of position_ids (B, T) int64: 0 .. T-1 in every row."""
         if self.positions is None:
             with self.graph.inserting_after(self.ids):
@@ -202,7 +209,7 @@ class Work:
 
     # Static values
 
-    def is_dynamic(self, node: fx.Node) -> bool:
+    def is_dynamic(self, node: Node) -> bool:
         """Whether a value depends on the token ids."""
         if node not in self._dynamic:
             stack = [node]
@@ -222,11 +229,11 @@ class Work:
 
     def is_static(self, argument: Any) -> bool:
         """Whether an argument is a number, or a node that does not depend on the token ids."""
-        return not isinstance(argument, fx.Node) or not self.is_dynamic(argument)
+        return not is_node(argument) or not self.is_dynamic(argument)
 
     def evaluate(self, argument: Any, B: int, T: int) -> Any:
         """Compute a static argument for B sequences of T tokens."""
-        if not isinstance(argument, fx.Node):
+        if not is_node(argument):
             return argument
         memo = self._memo.setdefault((B, T), {})
         stack = [argument]
@@ -268,7 +275,7 @@ def run(graph: fx.GraphModule, weights: Mapping[str, Tensor], **inputs: Tensor) 
         return Runner(graph).run(*values)
 
 
-def place(node: fx.Node) -> str:
+def place(node: Node) -> str:
     """Say where a node comes from: the path of its module, and the line of Python."""
     parts = []
     stack = node.meta.get("nn_module_stack") or {}
@@ -292,6 +299,6 @@ def module_path(path: str) -> str:
     return re.sub(rf"^{WRAPPER}\.?", "", path)
 
 
-def unsupported(node: fx.Node, what: str, advice: str) -> UsageError:
+def unsupported(node: Node, what: str, advice: str) -> UsageError:
     """Return the error for a node that has no form: what, where, and what to write instead."""
     return UsageError(f"{what} cannot be exported, {place(node)}: {advice}")

@@ -6,9 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
 
-from portlm.compile.canonical_graph import Work, aten, portlm, same_shape, unsupported
+from portlm.compile.canonical_graph import (
+    Node,
+    Work,
+    aten,
+    is_node,
+    portlm,
+    same_shape,
+    unsupported,
+)
 from portlm.compile.canonical_static import at_positions, position_table
 
 
@@ -37,9 +44,9 @@ def linears(work: Work) -> None:
             continue
         for product, bias in (node.args, node.args[::-1]):
             if (
-                isinstance(product, fx.Node) and product.target is portlm.linear.default
+                is_node(product) and product.target is portlm.linear.default
                 and product.args[2] is None and len(product.users) == 1
-                and isinstance(bias, fx.Node) and work.is_static(bias)
+                and is_node(bias) and work.is_static(bias)
                 and work.shape(bias) == work.shape(product)[-1:]
             ):  # fmt: skip
                 work.replace(node, work.call(node, portlm.linear.default, *product.args[:2], bias))
@@ -47,7 +54,7 @@ def linears(work: Work) -> None:
     work.clean()
 
 
-def _transposed(work: Work, node: fx.Node, weight: fx.Node) -> fx.Node:
+def _transposed(work: Work, node: Node, weight: Node) -> Node:
     """Return the transpose of a static matrix: its origin where it is one, else a node that is folded later."""
     if weight.target in (aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default):
         inner = weight.args[0]
@@ -77,8 +84,8 @@ def gates(work: Work) -> None:
             continue
         for gate, up in (node.args, node.args[::-1]):
             if (
-                isinstance(gate, fx.Node) and gate.target is aten.silu.default
-                and isinstance(up, fx.Node) and work.is_dynamic(up) and same_shape(work.shape(gate), work.shape(up))
+                is_node(gate) and gate.target is aten.silu.default
+                and is_node(up) and work.is_dynamic(up) and same_shape(work.shape(gate), work.shape(up))
             ):  # fmt: skip
                 work.replace(node, work.call(node, portlm.swiglu.default, gate.args[0], up))
                 break
@@ -116,7 +123,7 @@ def residual_norms(work: Work) -> None:
         if node.target not in fused:
             continue
         total = node.args[0]
-        if total.target is not aten.add.Tensor or not all(isinstance(a, fx.Node) for a in total.args):
+        if total.target is not aten.add.Tensor or not all(is_node(a) for a in total.args):
             continue
         x, residual = total.args
         if not same_shape(work.shape(x), work.shape(residual)) or not work.is_dynamic(x):
@@ -132,7 +139,7 @@ def residual_norms(work: Work) -> None:
     work.clean()
 
 
-def _is_after(node: fx.Node, other: fx.Node) -> bool:
+def _is_after(node: Node, other: Node) -> bool:
     return node is other or other < node
 
 
@@ -149,7 +156,7 @@ def rotaries(work: Work) -> None:
     work.clean()
 
 
-def _rotations(work: Work, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+def _rotations(work: Work, node: Node) -> Iterator[tuple[Node, Node, Node]]:
     """Yield every (x, cos, sin) of which the node may be the rotation."""
     if node.target is aten.add.Tensor:
         for a, b in (node.args, node.args[::-1]):
@@ -170,21 +177,18 @@ def _rotations(work: Work, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx
                         yield x, cos, sin
 
 
-def _products(work: Work, node: Any) -> list[tuple[fx.Node, fx.Node]]:
+def _products(work: Work, node: Any) -> list[tuple[Node, Node]]:
     """Return (dynamic, static) factors of a product."""
-    if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor:
+    if not is_node(node) or node.target is not aten.mul.Tensor:
         return []
     return [
         (x, table)
         for x, table in (node.args, node.args[::-1])
-        if isinstance(x, fx.Node)
-        and isinstance(table, fx.Node)
-        and work.is_dynamic(x)
-        and work.is_static(table)
+        if is_node(x) and is_node(table) and work.is_dynamic(x) and work.is_static(table)
     ]
 
 
-def _half(work: Work, node: fx.Node) -> fx.Node | None:
+def _half(work: Work, node: Node) -> Node | None:
     """Return x if the node is cat(-x2, x1) of its halves."""
     if node.target is not aten.cat.default or len(node.args[0]) != 2:
         return None
@@ -199,25 +203,18 @@ def _half(work: Work, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _joined(work: Work, x1: fx.Node, x2: fx.Node) -> fx.Node | None:
+def _joined(work: Work, x1: Node, x2: Node) -> Node | None:
     """Return x if x1 and x2 are its halves along the last axis."""
-    splits = []
-    for part, index in ((x1, 0), (x2, 1)):
-        path = []
-        while part.target is aten.permute.default:
-            path.append(tuple(part.args[1]))
-            part = part.args[0]
-        if len(part.args) != 2 or part.args[1] != index:
-            return None
-        splits.append((part.args[0], tuple(path)))
-    (split, path), other = splits
-    if other != (split, path) or path or split.target is not aten.split_with_sizes.default:
+    split, other = x1.args[0], x2.args[0]
+    if (x1.args[1:], x2.args[1:]) != ((0,), (1,)) or split is not other:
+        return None
+    if split.target is not aten.split_with_sizes.default:
         return None
     x, sizes, dim = split.args
     return x if len(sizes) == 2 and sizes[0] == sizes[1] and dim == len(work.shape(x)) - 1 else None
 
 
-def _emit_rotary(work: Work, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node) -> fx.Node | None:
+def _emit_rotary(work: Work, node: Node, x: Node, cos: Node, sin: Node) -> Node | None:
     shape = work.shape(x)
     if len(shape) not in (3, 4) or not isinstance(shape[-1], int) or shape[-1] % 2:
         return None
@@ -228,9 +225,9 @@ def _emit_rotary(work: Work, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.No
             return None
         axis, rows = table  # rows: (context, *the other axes)
         half = shape[-1] // 2
-        rows = rows.reshape(rows.shape[0], -1) if rows[0].numel() == rows.shape[-1] else None
-        if rows is None or rows.shape[1] not in (half, 2 * half):
+        if rows[0].numel() != rows.shape[-1] or rows.shape[-1] not in (half, 2 * half):
             return None
+        rows = rows.reshape(rows.shape[0], -1)
         if rows.shape[1] == 2 * half:
             if node.target is not aten.add.Tensor or not torch.equal(rows[:, :half], rows[:, half:]):
                 return None

@@ -10,9 +10,17 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
 
-from portlm.compile.canonical_graph import SIZE_OPS, Work, aten, portlm, same_shape, unsupported
+from portlm.compile.canonical_graph import (
+    SIZE_OPS,
+    Node,
+    Work,
+    aten,
+    is_node,
+    portlm,
+    same_shape,
+    unsupported,
+)
 
 KEPT: dict[Any, str] = {
     aten.add.Tensor: "Add",
@@ -63,7 +71,7 @@ def expand_spelling(work: Work) -> None:
     work.clean()
 
 
-def _power(work: Work, node: fx.Node) -> fx.Node | None:
+def _power(work: Work, node: Node) -> Node | None:
     x, exponent = node.args
     if exponent == 0.5:
         return work.call(node, aten.sqrt.default, x)
@@ -79,32 +87,32 @@ def _power(work: Work, node: fx.Node) -> fx.Node | None:
     return work.call(node, aten.mul.Tensor, square, x if exponent == 3 else square)
 
 
-def _square(work: Work, node: fx.Node) -> fx.Node:
+def _square(work: Work, node: Node) -> Node:
     return work.call(node, aten.mul.Tensor, node.args[0], node.args[0])
 
 
-def _reciprocal(work: Work, node: fx.Node, x: fx.Node | None = None) -> fx.Node:
+def _reciprocal(work: Work, node: Node, x: Node | None = None) -> Node:
     x = node.args[0] if x is None else x
     return work.call(node, aten.div.Tensor, work.constant("one", torch.ones(())), x)
 
 
-def _rsqrt(work: Work, node: fx.Node) -> fx.Node:
+def _rsqrt(work: Work, node: Node) -> Node:
     return _reciprocal(work, node, work.call(node, aten.sqrt.default, node.args[0]))
 
 
-def _tanh(work: Work, node: fx.Node) -> fx.Node:
+def _tanh(work: Work, node: Node) -> Node:
     """2 sigmoid(2 x) - 1, exact to the rounding of 1 in float32."""
     doubled = work.call(node, aten.mul.Tensor, node.args[0], 2.0)
     sigmoid = work.call(node, aten.sigmoid.default, doubled)
     return work.call(node, aten.add.Tensor, work.call(node, aten.mul.Tensor, sigmoid, 2.0), -1.0)
 
 
-def _silu(work: Work, node: fx.Node) -> fx.Node:
+def _silu(work: Work, node: Node) -> Node:
     x = node.args[0]
     return work.call(node, aten.mul.Tensor, x, work.call(node, aten.sigmoid.default, x))
 
 
-def _softmax(work: Work, node: fx.Node) -> fx.Node | None:
+def _softmax(work: Work, node: Node) -> Node | None:
     x, dim = node.args[:2]
     rank = len(work.shape(x))
     if dim % rank != rank - 1:
@@ -117,7 +125,7 @@ def _softmax(work: Work, node: fx.Node) -> fx.Node | None:
     return node if node.args == (x, rank - 1) else work.call(node, aten.softmax.int, x, rank - 1)
 
 
-def _reduce(work: Work, node: fx.Node) -> fx.Node | None:
+def _reduce(work: Work, node: Node) -> Node | None:
     """Rewrite a mean or sum over the last axis as a mean that keeps the axis, and a reshape."""
     x = node.args[0]
     rank = len(work.shape(x))
@@ -138,7 +146,7 @@ def _reduce(work: Work, node: fx.Node) -> fx.Node | None:
     return work.reshape(node, mean, work.shape(node))
 
 
-def _variance(work: Work, node: fx.Node) -> fx.Node | None:
+def _variance(work: Work, node: Node) -> Node | None:
     x = node.args[0]
     given = dict(zip(("dim", "correction", "keepdim"), node.args[1:], strict=False)) | dict(node.kwargs)
     rank = len(work.shape(x))
@@ -161,7 +169,7 @@ def _variance(work: Work, node: fx.Node) -> fx.Node | None:
     return work.reshape(node, value, work.shape(node))
 
 
-def _mask(work: Work, node: fx.Node) -> fx.Node | None:
+def _mask(work: Work, node: Node) -> Node | None:
     """Choose by a static mask with arithmetic: x keep + number (1 - keep)."""
     if node.target is aten.masked_fill.Scalar:
         x, mask, number = node.args
@@ -169,7 +177,7 @@ def _mask(work: Work, node: fx.Node) -> fx.Node | None:
     elif node.target in (aten.where.ScalarOther, aten.where.self):
         mask, x, number = node.args
         keep_where = True
-        if isinstance(number, fx.Node):
+        if is_node(number):
             if not work.is_static(number) or number.meta["val"].numel() != 1:
                 return None
             number = float(work.evaluate(number, 2, 2))
@@ -184,12 +192,12 @@ def _mask(work: Work, node: fx.Node) -> fx.Node | None:
     return work.call(node, aten.add.Tensor, work.call(node, aten.mul.Tensor, x, keep), other)
 
 
-def _expand(work: Work, node: fx.Node) -> fx.Node | None:
+def _expand(work: Work, node: Node) -> Node | None:
     """Leave broadcasting to the readers of an expanded value, where all of them do it."""
     broadcasting = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
     x = node.args[0]
     for reader in node.users:
-        others = [a for a in reader.args if isinstance(a, fx.Node) and a is not node]
+        others = [a for a in reader.args if is_node(a) and a is not node]
         if reader.target not in broadcasting or len(others) != 1:
             return None
         if not same_shape(work.shape(others[0]), work.shape(reader)):
@@ -228,12 +236,9 @@ def refuse_unknown(work: Work) -> None:
             continue
         if node.target not in KEPT:
             name = _name(node)
-            advice = next((text for key, text in _INSTEAD.items() if key in name), None)
-            raise unsupported(
-                node,
-                f"the operator {_full_name(node)}",
-                advice or "the operators with a form are " + ", ".join(sorted({_short(op) for op in KEPT})),
-            )
+            forms = "the operators with a form are " + ", ".join(sorted({_short(op) for op in KEPT}))
+            advice = next((text for key, text in _INSTEAD.items() if key in name), forms)
+            raise unsupported(node, f"the operator {_full_name(node)}", advice)
         if value.dtype is not torch.float32:
             raise unsupported(node, f"{_full_name(node)} in {value.dtype}", "compute in float32")
         if node.target is aten.reshape.default and list(node.args[1]).count(-1) > 1:
@@ -244,11 +249,11 @@ def refuse_unknown(work: Work) -> None:
             )
 
 
-def _full_name(node: fx.Node) -> str:
+def _full_name(node: Node) -> str:
     return str(node.target)
 
 
-def _name(node: fx.Node) -> str:
+def _name(node: Node) -> str:
     return _short(node.target)
 
 

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from portlm.compile.canonical_graph import Work, aten, module_path, portlm, same_shape, unsupported
+from portlm.compile.canonical_graph import (
+    Node,
+    Work,
+    aten,
+    is_node,
+    module_path,
+    portlm,
+    same_shape,
+    unsupported,
+)
 from portlm.errors import UsageError
 
 _PROBES = ((2, 3), (1, 1), (3, 2))  # (B, T) at which a static value is compared with its table
@@ -33,7 +42,7 @@ def bound_context(work: Work) -> None:
         )
 
 
-def position_table(work: Work, node: fx.Node, rank: int) -> tuple[int, Tensor] | None:
+def position_table(work: Work, node: Node, rank: int) -> tuple[int, Tensor] | None:
     """Return (axis, rows) for a static value that is rows[t] at position t of its axis, else None.
 
     Args:
@@ -72,7 +81,7 @@ def position_table(work: Work, node: fx.Node, rank: int) -> tuple[int, Tensor] |
     return axis, full
 
 
-def at_positions(work: Work, before: fx.Node, name: str, rows: Tensor) -> fx.Node:
+def at_positions(work: Work, before: Node, name: str, rows: Tensor) -> Node:
     """Insert the rows (context, C) at position_ids, (B, T, C); equal rows are stored and looked up once."""
     weight = _same_weight(work, rows)
     if weight is None:
@@ -89,7 +98,7 @@ def at_positions(work: Work, before: fx.Node, name: str, rows: Tensor) -> fx.Nod
     return node
 
 
-def _same_weight(work: Work, rows: Tensor) -> fx.Node | None:
+def _same_weight(work: Work, rows: Tensor) -> Node | None:
     for node in work.graph.nodes:
         if node.op != "placeholder":
             return None
@@ -118,20 +127,20 @@ def fold(work: Work) -> None:
         readers = [u for u in node.users if u.op == "output" or _is_dynamic_call(work, u)]
         for reader in readers:
             new = _form(work, node, reader)
-            reader.replace_input_with(node, new) if isinstance(new, fx.Node) else _write(reader, node, new)
+            reader.replace_input_with(node, new) if is_node(new) else _write(reader, node, new)
     work.clean()
 
 
-def _is_dynamic_call(work: Work, node: fx.Node) -> bool:
+def _is_dynamic_call(work: Work, node: Node) -> bool:
     return node.op == "call_function" and work.is_dynamic(node)
 
 
-def _write(reader: fx.Node, node: fx.Node, number: float) -> None:
+def _write(reader: Node, node: Node, number: float) -> None:
     reader.args = fx.map_arg(reader.args, lambda n: number if n is node else n)
     reader.kwargs = fx.map_arg(reader.kwargs, lambda n: number if n is node else n)
 
 
-def _form(work: Work, node: fx.Node, reader: fx.Node) -> Any:
+def _form(work: Work, node: Node, reader: Node) -> Any:
     shape = work.shape(node)
     if all(isinstance(s, int) for s in shape):
         values = [work.evaluate(node, B, T).detach() for B, T in ((2, 3), (1, 2))]
@@ -159,18 +168,18 @@ def _form(work: Work, node: fx.Node, reader: fx.Node) -> Any:
     return work.permute(reader, value, [0, *dims[: axis - 1], 1, *dims[axis - 1 :]])
 
 
-def _constant(work: Work, node: fx.Node, value: Tensor) -> fx.Node:
+def _constant(work: Work, node: Node, value: Tensor) -> Node:
     """Return the weight for a constant: the transpose of a parameter keeps its name if nothing else reads it."""
-    origin = node.args[0] if node.target is aten.permute.default else None
-    if isinstance(origin, fx.Node) and origin.name in work.weights:
+    origin: Any = node.args[0] if node.target is aten.permute.default else None
+    if is_node(origin) and origin.name in work.weights:
         name = work.weights[origin.name][0]
         if all(user.target is aten.permute.default and user.args == node.args for user in origin.users):
-            return _transposed_weight(work, f"{name}", value, origin)
+            return _transposed_weight(work, name, value, origin)
         return _transposed_weight(work, f"{name}.transposed", value, None)
     return work.weight(_label(node), value.contiguous())
 
 
-def _transposed_weight(work: Work, name: str, value: Tensor, origin: fx.Node | None) -> fx.Node:
+def _transposed_weight(work: Work, name: str, value: Tensor, origin: Any) -> Node:
     for placeholder, (known, tensor) in work.weights.items():
         same = tensor.data_ptr() == value.data_ptr() and tensor.shape == value.shape
         if same and tensor.stride() == value.stride():
@@ -180,14 +189,14 @@ def _transposed_weight(work: Work, name: str, value: Tensor, origin: fx.Node | N
     return work.weight(name, value, before=origin)
 
 
-def _label(node: fx.Node) -> str:
+def _label(node: Node) -> str:
     """Name a constant after its module."""
     stack = node.meta.get("nn_module_stack") or {}
     path = module_path(list(stack.values())[-1][0]) if stack else ""
     return f"{path}.{_name(node)}".lstrip(".")
 
 
-def _name(node: fx.Node) -> str:
+def _name(node: Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 

@@ -12,9 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from portlm.compile.canonical_graph import Work, aten, portlm, same_shape
+from portlm.compile.canonical_graph import (
+    Node,
+    Work,
+    aten,
+    is_node,
+    portlm,
+    same_shape,
+)
 
 _DEPTH = 14  # nodes from the first to the last of any spelling seen; LayerNorm by hand has 9
 
@@ -80,7 +87,7 @@ def norms(work: Work) -> None:
     work.clean()
 
 
-def _plain_norm(work: Work, node: fx.Node, layer: bool) -> fx.Node | None:
+def _plain_norm(work: Work, node: Node, layer: bool) -> Node | None:
     names = ("input", "normalized_shape", "weight", "bias", "eps") if layer else (
         "input", "normalized_shape", "weight", "eps")  # fmt: skip
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -94,9 +101,7 @@ def _plain_norm(work: Work, node: fx.Node, layer: bool) -> fx.Node | None:
     return _emit_norm(work, node, x, weight, bias, float(eps), layer)
 
 
-def _emit_norm(
-    work: Work, node: fx.Node, x: fx.Node, weight: Any, bias: Any, eps: float, layer: bool
-) -> fx.Node:
+def _emit_norm(work: Work, node: Node, x: Node, weight: Any, bias: Any, eps: float, layer: bool) -> Node:
     C = work.shape(x)[-1]
     if weight is None:
         weight = work.constant(f"ones.{C}", torch.ones(C))
@@ -107,7 +112,7 @@ def _emit_norm(
     return work.item(node, work.call(node, portlm.layer_norm.default, x, weight, bias, eps), 0)
 
 
-def _norm_by_hand(work: Work, node: fx.Node) -> fx.Node | None:
+def _norm_by_hand(work: Work, node: Node) -> Node | None:
     C = work.shape(node)[-1] if work.shape(node) else None
     if not isinstance(C, int) or C < 2:
         return None
@@ -124,7 +129,7 @@ def _norm_by_hand(work: Work, node: fx.Node) -> fx.Node | None:
 
 
 def _norm_of(
-    work: Work, node: fx.Node, x: fx.Node, inside: set[fx.Node], C: int, layer: bool
+    work: Work, node: Node, x: Node, inside: set[Node], C: int, layer: bool
 ) -> tuple[Any, Any, float] | None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(6, C, generator=generator, dtype=torch.float64) + 0.5
@@ -138,7 +143,7 @@ def _norm_of(
         dict.fromkeys(a for n in ordered for a in torch.utils._pytree.tree_leaves((n.args, n.kwargs)))
     )
     epsilons = [_number(work, a) for a in arguments]
-    vectors = [a for a in arguments if isinstance(a, fx.Node) and work.is_static(a) and work.shape(a) == (C,)]
+    vectors = [a for a in arguments if is_node(a) and work.is_static(a) and work.shape(a) == (C,)]
     for eps in sorted({e for e in epsilons if e is not None and 0 < e <= 1e-2}):
         for weight in [*vectors, None]:
             for bias in [*(v for v in vectors if v is not weight), None] if layer else [None]:
@@ -154,7 +159,7 @@ def _norm_of(
 
 
 def _number(work: Work, argument: Any) -> float | None:
-    if isinstance(argument, fx.Node):
+    if is_node(argument):
         value = argument.meta.get("val")
         if not isinstance(value, Tensor) or value.numel() != 1 or not work.is_static(argument):
             return None
@@ -162,9 +167,9 @@ def _number(work: Work, argument: Any) -> float | None:
     return float(argument) if isinstance(argument, (int, float)) and not isinstance(argument, bool) else None
 
 
-def _arguments(work: Work, node: fx.Node, allowed: set[Any]) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
+def _arguments(work: Work, node: Node, allowed: set[Any]) -> Iterator[tuple[Node, set[Node]]]:
     """Yield the values x of which a node may be a function, the nearest first, and the nodes in between."""
-    near: dict[fx.Node, int] = {node: 0}
+    near: dict[Node, int] = {node: 0}
     queue = [node]
     for n in queue:  # grows while it is read: breadth first
         if n.target in allowed and near[n] < _DEPTH:
@@ -179,8 +184,8 @@ def _arguments(work: Work, node: fx.Node, allowed: set[Any]) -> Iterator[tuple[f
 
 
 def _between(
-    work: Work, node: fx.Node, x: fx.Node, allowed: set[Any], near: Mapping[fx.Node, int]
-) -> set[fx.Node] | None:
+    work: Work, node: Node, x: Node, allowed: set[Any], near: Mapping[Node, int]
+) -> set[Node] | None:
     """Return the nodes from x to node, if nothing else that depends on the ids enters."""
     inside, stack = set(), [node]
     while stack:
@@ -194,11 +199,11 @@ def _between(
     return inside
 
 
-def _value(work: Work, node: fx.Node, memo: dict[fx.Node, Tensor]) -> Tensor | None:
+def _value(work: Work, node: Node, memo: dict[Node, Tensor]) -> Tensor | None:
     """Compute a node from the value of x in float64; None where a static part has a shape that does not fit."""
 
     def compute(argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
+        if not is_node(argument):
             return argument
         if argument not in memo:
             if work.is_static(argument):
