@@ -68,7 +68,8 @@ class Canonical:
 
     Attributes:
         module: its placeholders are the weights, input_ids (B, T) int64 and, where the model has positions,
-            position_ids (B, T) int64, 0 .. T-1 in every row. Its output is (logits (B, T, V) float32,). A weight's
+            position_ids (B, T) int64, 0 .. T-1 in every row, and positions (T) int64, the same once, where a mask
+            other than the causal one is looked up. Its output is (logits (B, T, V) float32,). A weight's
             placeholder has its name in meta["weight"]. Every node has meta["val"], a fake tensor whose sizes B and T
             are symbols, and those that came from the module meta["nn_module_stack"] and meta["stack_trace"].
         weights: name -> float32 tensor, in the orientation that the graph reads.
@@ -90,7 +91,8 @@ class Canonical:
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of input_ids (B, T)."""
         B, T = input_ids.shape
-        inputs = {"input_ids": input_ids, "position_ids": torch.arange(T).expand(B, T)}
+        places = torch.arange(T)
+        inputs = {"input_ids": input_ids, "position_ids": places.expand(B, T), "positions": places}
         return run(self.module, self.weights, **{n: inputs[n] for n in self.inputs})[0]
 
 

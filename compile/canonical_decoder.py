@@ -254,7 +254,9 @@ def mixing(canonical: Canonical) -> str:
     def axes(node: Node) -> list[int]:
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else ()
-        return [j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt) and time in s.node.expr.free_symbols]
+        return [
+            j for j, s in enumerate(sizes) if isinstance(s, torch.SymInt) and time in s.node.expr.free_symbols
+        ]
 
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):

@@ -97,6 +97,7 @@ class Work:
         self.mode: FakeTensorMode = value.fake_mode
         self.batch, self.length = value.shape
         self.positions: Node | None = None
+        self.row: Node | None = None
         self._memo: dict[tuple[int, int], dict[Node, Any]] = {}
         self._dynamic: dict[Node, bool] = {}
 
@@ -194,12 +195,22 @@ class Work:
     def position_ids(self) -> Node:
         """Return the placeholder of position_ids (B, T) int64: 0 .. T-1 in every row."""
         if self.positions is None:
-            with self.graph.inserting_after(self.ids):
-                self.positions = self.graph.placeholder("position_ids")
-            with self.mode:
-                self.positions.meta["val"] = torch.empty((self.batch, self.length), dtype=torch.int64)
-            self._dynamic[self.positions] = True
+            self.positions = self._places("position_ids", (self.batch, self.length), self.ids)
         return self.positions
+
+    def one_row(self) -> Node:
+        """Return the placeholder of positions (T) int64: 0 .. T-1."""
+        if self.row is None:
+            self.row = self._places("positions", (self.length,), self.positions or self.ids)
+        return self.row
+
+    def _places(self, name: str, shape: tuple[Any, ...], after: Node) -> Node:
+        with self.graph.inserting_after(after):
+            node = self.graph.placeholder(name)
+        with self.mode:
+            node.meta["val"] = torch.empty(shape, dtype=torch.int64)
+        self._dynamic[node] = True
+        return node
 
     def clean(self) -> None:
         """Take out the nodes whose value nothing uses."""
@@ -217,7 +228,7 @@ class Work:
                 n = stack[-1]
                 if n in self._dynamic:
                     stack.pop()
-                elif n is self.ids or n is self.positions:
+                elif n in (self.ids, self.positions, self.row):
                     self._dynamic[n] = True
                 elif n.target in SIZE_OPS or not isinstance(n.meta.get("val", 0), (Tensor, tuple, list)):
                     self._dynamic[n] = False  # a size, a number made of sizes, or nothing at all

@@ -21,6 +21,7 @@ from portlm.compile.canonical_graph import (
     same_shape,
     unsupported,
 )
+from portlm.compile.canonical_static import MASKED
 
 KEPT: dict[Any, str] = {
     aten.add.Tensor: "Add",
@@ -185,11 +186,39 @@ def _mask(work: Work, node: Node) -> Node | None:
         return None
     if not work.is_static(mask) or not work.is_dynamic(x):
         return None
-    number = max(float(number), -1e30)  # infinity times 0 is no number
+    number = max(float(number), MASKED)  # infinity times 0 is no number
     keep = mask if keep_where else work.call(node, aten.logical_not.default, mask)
     keep = work.call(node, aten.to.dtype, keep, torch.float32)
     other = work.call(node, aten.mul.Tensor, work.call(node, aten.rsub.Scalar, keep, 1), number)
     return work.call(node, aten.add.Tensor, work.call(node, aten.mul.Tensor, x, keep), other)
+
+
+def _sdpa(work: Work, node: Node) -> Node | None:
+    """Write an attention that is not causal in products."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    if (
+        given.get("dropout_p")
+        or given.get("is_causal")
+        or given.get("enable_gqa")
+        or not work.is_static(mask)
+    ):
+        return None
+    scale = given.get("scale")
+    q = work.call(node, aten.mul.Tensor, q, work.shape(q)[-1] ** -0.5 if scale is None else scale)
+    rank = len(work.shape(k))
+    scores = work.call(
+        node, aten.matmul.default, q, work.permute(node, k, [*range(rank - 2), rank - 1, rank - 2])
+    )
+    if mask is not None:
+        if mask.meta["val"].dtype is torch.bool:
+            hidden = work.call(node, aten.logical_not.default, mask)
+            mask = work.call(
+                node, aten.mul.Tensor, work.call(node, aten.to.dtype, hidden, torch.float32), MASKED
+            )
+        scores = work.call(node, aten.add.Tensor, scores, mask)
+    return work.call(node, aten.matmul.default, work.call(node, aten.softmax.int, scores, rank - 1), v)
 
 
 def _expand(work: Work, node: Node) -> Node | None:
@@ -215,6 +244,7 @@ _EXPANSIONS: dict[Any, Any] = {
     aten.std.correction: _variance, aten.std.dim: _variance,
     aten.masked_fill.Scalar: _mask, aten.where.self: _mask, aten.where.ScalarOther: _mask,
     aten.expand.default: _expand, aten.expand_as.default: _expand,
+    aten.scaled_dot_product_attention.default: _sdpa,
     aten.embedding.default: lambda w, n: w.call(n, portlm.embedding.default, n.args[1], n.args[0]),
 }  # fmt: skip
 

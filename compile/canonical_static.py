@@ -20,6 +20,8 @@ from portlm.compile.canonical_graph import (
 )
 from portlm.errors import UsageError
 
+MASKED = -1e30  # far below any score, and still finite in float32
+_PAIRS = 4096  # the longest context of which a table of all pairs is kept: 64 MiB
 _PROBES = ((2, 3), (1, 1), (3, 2))  # (B, T) at which a static value is compared with its table
 
 
@@ -152,13 +154,16 @@ def _form(work: Work, node: Node, reader: Node) -> Any:
         if values[0].numel() == 1 and reader.target in pointwise:
             return float(values[0])
         return _constant(work, node, values[0])
+    pairs = _pair_table(work, node, reader)
+    if pairs is not None:
+        return pairs
     rank = len(reader.meta["val"].shape) if isinstance(reader.meta.get("val"), Tensor) else len(shape)
     table = position_table(work, node, rank)
     if table is None:
         raise unsupported(
             node,
-            f"{_name(node)}, a value of batch and length that is not a row per position,",
-            "the only mask that has a form is the causal one in front of a softmax over keys",
+            f"{_name(node)}, a value of batch and length that is neither a row per position nor one per pair,",
+            "let positions enter as rows of a table, and masks as (T, T)",
         )
     axis, rows = table
     found = at_positions(work, reader, _label(node), rows.reshape(len(rows), -1))
@@ -166,6 +171,35 @@ def _form(work: Work, node: Node, reader: Node) -> Any:
     value = work.reshape(reader, found, (work.batch, work.length, *others))
     dims = list(range(2, rank))
     return work.permute(reader, value, [0, *dims[: axis - 1], 1, *dims[axis - 1 :]])
+
+
+def _pair_table(work: Work, node: Node, reader: Node) -> Node | None:
+    """Return a value for each pair of positions, (..., T, T), as rows and columns of its largest."""
+    shape = work.shape(node)
+    times = [j for j, s in enumerate(shape) if not isinstance(s, int)]
+    rank = len(shape)
+    if times[-2:] != [rank - 2, rank - 1] or not same_shape(shape[-2:], (work.length, work.length)):
+        return None
+    if times[:-2] not in ([], [0]) or work.context > _PAIRS:
+        return None
+
+    def pairs(B: int, T: int) -> Tensor | None:
+        value = work.evaluate(node, B, T).detach()
+        if times[:-2]:
+            if not (value == value[:1]).all():
+                return None  # another mask for each sequence
+            value = value[:1]
+        return value.float().clamp(min=MASKED)  # the weight file holds no infinity
+
+    full = pairs(1, work.context)
+    for B, T in _PROBES:
+        part = pairs(B, T) if work.context >= T else None
+        if full is None or part is None or not torch.equal(part, full[..., :T, :T]):
+            return None
+    assert full is not None
+    table = work.weight(_label(node), full.contiguous())
+    queries = work.call(reader, aten.index_select.default, table, rank - 2, work.one_row())
+    return work.call(reader, aten.index_select.default, queries, rank - 1, work.one_row())
 
 
 def _constant(work: Work, node: Node, value: Tensor) -> Node:

@@ -307,12 +307,34 @@ def biased_by_distance(m, q, k, v, T):
     return s.masked_fill(m.tril[:T, :T] == 0, -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize(
-    "attend", [window, transposed_mask, weakly_hidden, biased_by_distance], ids=lambda f: f.__name__
-)
+def window_of_sdpa(m, q, k, v, T):
+    place = torch.arange(T)
+    seen = (place[:, None] - place[None, :] < 9) & (place[:, None] >= place[None, :])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+OTHER_MASKS = [window, window_of_sdpa, transposed_mask, weakly_hidden, biased_by_distance]
+
+
+@pytest.mark.parametrize("attend", OTHER_MASKS, ids=lambda f: f.__name__)
 def test_a_mask_that_is_not_the_causal_one_is_never_taken_for_it(foreign, attend):
-    with pytest.raises(UsageError, match="not a row per position"):
-        canonical_of(big(Attention(attend), foreign), context_length=CONTEXT)
+    model = big(Attention(attend), foreign)
+    canonical = canonical_of(model, context_length=CONTEXT)
+    assert_equal(canonical, model)
+    assert counts(canonical)["portlm.attention"] == 0
+    assert "positions" in canonical.inputs
+
+
+def test_a_mask_beyond_what_can_be_looked_at_is_not_taken_for_causal(foreign):
+    """A window of 5000 tokens hides nothing from 2048, so a causal mask cannot be told from it there."""
+
+    def far_window(m, q, k, v, T):
+        place = torch.arange(T)
+        seen = (place[:, None] - place[None, :] < 5000) & (place[:, None] >= place[None, :])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    with pytest.raises(UsageError, match="neither a row per position nor one per pair"):
+        canonical_of(big(Attention(far_window), foreign), context_length=8192)
 
 
 # Functions recognised by their values
