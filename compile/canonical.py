@@ -47,6 +47,7 @@ PASSES: tuple[Callable[[Work], None], ...] = (
     canonical_static.bound_context,
     canonical_ops.rotaries,
     canonical_attention.find_attention,
+    canonical_attention.plain_attention,
     canonical_ops.linears,
     canonical_ops.rows_apart,
     canonical_clean.settle,
@@ -203,6 +204,7 @@ def canonicalise(
     program: torch.export.ExportedProgram,
     context_length: int = 0,
     check: bool = True,
+    own_attention: bool = True,
     watch: Callable[[str, fx.Graph], None] | None = None,
 ) -> Canonical:
     """Turn the recording of a module into a graph of portlm:: ops and the ATen operators of canonical_portable.KEPT.
@@ -211,6 +213,8 @@ def canonicalise(
         program: of `trace`, or of torch.export for one input (B, T) of ids with both sizes dynamic.
         context_length: the longest T; 0 takes the bound that the program has, or the rows of its position table.
         check: compare the graph with the program on random ids.
+        own_attention: keep causal attention as portlm::attention. It has a form in a graph as attention over a cache
+            only, see canonical_decoder.py; False writes it in products with a mask.
         watch: called with the name of each pass and the graph after it.
 
     Raises:
@@ -223,6 +227,8 @@ def canonicalise(
             program = program.run_decompositions({})  # in-place operators become their pure twins
     work = _start(program, context_length)
     for change in PASSES:
+        if change is canonical_attention.plain_attention and own_attention:
+            continue
         change(work)
         if watch is not None:
             watch(change.__name__, work.graph)

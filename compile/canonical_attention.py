@@ -23,6 +23,7 @@ from portlm.compile.canonical_graph import (
     portlm,
     same_shape,
 )
+from portlm.compile.canonical_static import MASKED
 
 _HIDDEN = -1e4  # as low as models write it; exp of it is 0 in float32 against any score of a sane size
 _LONGEST = 2048  # the longest mask that is computed: 4 million entries
@@ -49,6 +50,28 @@ def find_attention(work: Work) -> None:
             continue
         if new is not None:
             work.replace(node, new)
+    work.clean()
+
+
+def plain_attention(work: Work) -> None:
+    """Write every portlm::attention in products with a mask, for a graph whose attentions cannot all have a cache."""
+    for node in list(work.graph.nodes):
+        if node.target is not portlm.attention.default:
+            continue
+        q, k, v, _, scale = node.args
+        H, K = work.shape(q)[2], work.shape(k)[2]
+        q, k, v = (work.permute(node, x, [0, 2, 1, 3]) for x in (q, k, v))
+        if H != K:
+            k, v = (work.call(node, aten.repeat_interleave.self_int, x, H // K, 1) for x in (k, v))
+        T = work.size_argument(work.length)
+        ahead = work.call(node, aten.triu.default, work.call(node, aten.ones.default, [T, T]), 1)
+        q = work.call(node, aten.mul.Tensor, q, scale)
+        scores = work.call(node, aten.matmul.default, q, work.permute(node, k, [0, 1, 3, 2]))
+        hidden = work.call(node, aten.mul.Tensor, ahead, MASKED)
+        shares = work.call(node, aten.softmax.int, work.call(node, aten.add.Tensor, scores, hidden), 3)
+        out = work.permute(node, work.call(node, aten.matmul.default, shares, v), [0, 2, 1, 3])
+        for user in list(node.users):
+            work.replace(user, out)
     work.clean()
 
 

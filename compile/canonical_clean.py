@@ -175,11 +175,16 @@ def _part(work: Work, node: Node) -> Node:
             arguments.get("start"), arguments.get("end"), arguments.get("step", 1)
         ).indices(size)
     if step != 1:
-        raise unsupported(
-            node,
-            f"every {step}th element of an axis",
-            "store the weights so that the parts lie side by side (rotary positions: the halves convention)",
-        )
+        if size % step or end <= size - step or start >= step:
+            raise unsupported(
+                node, f"a slice of {size} elements in steps of {step}", "reshape the axis to (-1, step) first"
+            )
+        shape = work.shape(x)  # (.., size, ..) seen as (.., size / step, step, ..): a part of the new axis
+        pairs = work.reshape(node, x, (*shape[:dim], size // step, step, *shape[dim + 1 :]))
+        split = _shared_split(work, node, pairs, [1] * step, dim + 1)
+        return work.reshape(node, work.item(node, split, start), work.shape(node))
+    if end <= start:
+        return node  # an empty part: the cat that reads it leaves it out
     sizes = [n for n in (start, end - start, size - end) if n]
     split = _shared_split(work, node, x, sizes, dim)
     part = work.item(node, split, int(start > 0))
@@ -205,6 +210,15 @@ def _stack(work: Work, node: Node) -> Node:
     shape = list(work.shape(node))
     shape[dim % rank] = 1
     return work.call(node, aten.cat.default, [work.reshape(node, part, shape) for part in parts], dim % rank)
+
+
+def _cat(work: Work, node: Node) -> Node:
+    """Leave out empty parts, and a cat of one."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    parts = [p for p in node.args[0] if not any(isinstance(s, int) and s == 0 for s in work.shape(p))]
+    if len(parts) == 1:
+        return parts[0]
+    return node if len(parts) == len(node.args[0]) else work.call(node, aten.cat.default, parts, dim)
 
 
 def _scaled(work: Work, node: Node, x: Any, factor: Any) -> Any:
@@ -276,7 +290,7 @@ _SPELLINGS: dict[Any, Any] = {
     aten.split_with_sizes.default: _split, aten.unbind.int: _split, aten.tensor_split.sections: _split,
     aten.unsafe_split.Tensor: _split, aten.unsafe_chunk.default: _split,
     aten.slice.Tensor: _part, aten.narrow.default: _part, aten.select.int: _part,
-    aten.stack.default: _stack, aten.concat.default: lambda w, n: w.call(n, aten.cat.default, *n.args),
+    aten.stack.default: _stack, aten.cat.default: _cat, aten.concat.default: _cat,
     aten.add.Tensor: _add, aten.add.Scalar: _add, aten.sub.Tensor: _add, aten.sub.Scalar: _add,
     aten.rsub.Scalar: _add, aten.rsub.Tensor: _add,
     aten.mul.Scalar: lambda w, n: w.call(n, aten.mul.Tensor, *n.args),

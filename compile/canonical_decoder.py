@@ -13,13 +13,46 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from portlm.compile.canonical import TOLERANCE, Canonical
+from portlm.compile.canonical import TOLERANCE, Canonical, canonicalise, trace
 from portlm.compile.canonical_graph import Node, Runner, aten, module_path, place, portlm
 from portlm.errors import ParityError
-from portlm.models.roles import Role, decoder
+from portlm.models.roles import Role
+from portlm.models.roles import decoder as cached_role
 from portlm.roles import TensorSpec
 
 Caches = list[tuple[Tensor, Tensor]]
+
+
+def decoder_of(module: nn.Module, context_length: int = 0, example: Tensor | None = None) -> CanonicalDecoder:
+    """Return the decoder that is exported in the place of a module without roles.
+
+    Args:
+        module: maps input_ids (B, T) int64 to logits (B, T, V), or to an object with .logits, or a tuple that begins
+            with them.
+        context_length: the longest T; 0 takes what the module says: its configuration's, the rows of its table of
+            positions, the side of its mask, or the bound that it checks.
+        example: ids (B, T) to record with.
+
+    Raises:
+        UsageError: something in the module has no form, or nothing bounds its length. The message names the line.
+    """
+    program = trace(module, context_length or stated_context(module), example)
+    decoder = CanonicalDecoder(canonicalise(program))
+    if decoder.why_not:
+        why_not = decoder.why_not
+        decoder = CanonicalDecoder(canonicalise(program, own_attention=False))
+        decoder.why_not = why_not
+    return decoder
+
+
+def stated_context(module: nn.Module) -> int:
+    """Return the context length that a module's configuration states, or 0."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in ("context_length", "max_position_embeddings", "n_positions"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return 0
 
 
 class _Part(nn.Module):
@@ -147,7 +180,7 @@ class CanonicalDecoder(_Part):
     def roles(self) -> dict[str, Role]:
         """Return the role "decoder": with a cache if there is one, else from all tokens to the logits of all."""
         if not self.why_not:
-            return {"decoder": decoder(self.step, vocab_size=self.vocab_size, caches=self.caches)}
+            return {"decoder": cached_role(self.step, vocab_size=self.vocab_size, caches=self.caches)}
         shapes = {"input_ids": ("batch", "sequence"), "position_ids": ("batch", "sequence")}
         inputs = tuple(TensorSpec(name, "int64", shapes.get(name, ("sequence",))) for name in self._inputs)
 

@@ -180,7 +180,7 @@ class Work:
         unique, count = name, 1
         while unique in taken:
             count += 1
-            unique = f"{name}.{count}"
+            unique = f"{name}_{count}"
         with self.graph.inserting_before(before or self.ids):
             node = self.graph.placeholder("w_" + re.sub(r"\W", "_", unique))
         self.weights[node.name] = (unique, tensor)

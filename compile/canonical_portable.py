@@ -221,10 +221,27 @@ def _sdpa(work: Work, node: Node) -> Node | None:
     return work.call(node, aten.matmul.default, work.call(node, aten.softmax.int, scores, rank - 1), v)
 
 
+def _repeat_interleave(work: Work, node: Node) -> Node | None:
+    """Write copies of each element of an axis of fixed size."""
+    x, repeats = node.args[:2]
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if dim is None or not isinstance(repeats, int):
+        return None
+    shape = work.shape(x)
+    dim %= len(shape)
+    single = work.reshape(node, x, (*shape[: dim + 1], 1, *shape[dim + 1 :]))
+    copies = work.call(node, aten.cat.default, [single] * repeats, dim + 1)
+    return work.reshape(node, copies, work.shape(node))
+
+
 def _expand(work: Work, node: Node) -> Node | None:
-    """Leave broadcasting to the readers of an expanded value, where all of them do it."""
+    """Leave broadcasting to the readers of an expanded value, or write copies along one axis of fixed size."""
     broadcasting = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
     x = node.args[0]
+    before, after = work.shape(x), work.shape(node)
+    grown = [j for j, size in enumerate(after) if not same_shape(before[j : j + 1], (size,))]
+    if len(before) == len(after) and len(grown) == 1 and isinstance(after[grown[0]], int):
+        return work.call(node, aten.cat.default, [x] * after[grown[0]], grown[0])
     for reader in node.users:
         others = [a for a in reader.args if is_node(a) and a is not node]
         if reader.target not in broadcasting or len(others) != 1:
@@ -245,6 +262,7 @@ _EXPANSIONS: dict[Any, Any] = {
     aten.masked_fill.Scalar: _mask, aten.where.self: _mask, aten.where.ScalarOther: _mask,
     aten.expand.default: _expand, aten.expand_as.default: _expand,
     aten.scaled_dot_product_attention.default: _sdpa,
+    aten.repeat_interleave.self_int: _repeat_interleave,
     aten.embedding.default: lambda w, n: w.call(n, portlm.embedding.default, n.args[1], n.args[0]),
 }  # fmt: skip
 

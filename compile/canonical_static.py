@@ -227,7 +227,7 @@ def _label(node: Node) -> str:
     """Name a constant after its module."""
     stack = node.meta.get("nn_module_stack") or {}
     path = module_path(list(stack.values())[-1][0]) if stack else ""
-    return f"{path}.{_name(node)}".lstrip(".")
+    return f"{path}.{_name(node)}_values".lstrip(".")
 
 
 def _name(node: Node) -> str:

@@ -6,16 +6,13 @@ torch = pytest.importorskip("torch", reason="torch is missing: pip install portl
 
 from torch import nn  # noqa: E402
 
-from portlm.compile.canonical import canonicalise, trace  # noqa: E402
-from portlm.compile.canonical_decoder import CanonicalDecoder  # noqa: E402
+pytest.importorskip("portlm.models.roles", reason="roles are not declared yet")
+
+from portlm.compile.canonical_decoder import decoder_of  # noqa: E402
 from portlm.errors import ParityError  # noqa: E402
 
 EQUAL = 1e-5  # of the largest logit: a hundred roundings of float32
 LENGTHS = (11, 7, 3)  # left-padded to the first
-
-
-def decoder_of(module, context_length=0):
-    return CanonicalDecoder(canonicalise(trace(module, context_length)))
 
 
 def logits_of(module, ids):
@@ -34,7 +31,7 @@ def pair(request, foreign):
     if request.param != "tutorial_gpt":
         pytest.importorskip("transformers", reason="transformers is missing: pip install portlm[hf]")
     model = getattr(foreign, request.param)()
-    return model, decoder_of(model, 40 if request.param == "transformers_llama" else 0)
+    return model, decoder_of(model)
 
 
 def test_steps_over_a_cache_equal_the_module_on_ragged_rows(pair):
@@ -142,13 +139,22 @@ def sums_over_time(x):
 
 @pytest.mark.parametrize("mix", [full_attention, sums_over_time], ids=lambda f: f.__name__)
 def test_what_sees_later_tokens_has_no_cache_and_says_where(foreign, mix):
-    decoder = decoder_of(foreign.randomised(Mixer(mix)))
+    model = foreign.randomised(Mixer(mix))
+    decoder = decoder_of(model)
     assert "tokens see each other" in decoder.why_not
     assert "test_canonical_decoder.py line" in decoder.why_not
     assert decoder.caches == []
     (role,) = decoder.roles().values()
     assert role.state == ()
-    assert [i.name for i in role.inputs] == ["input_ids", "position_ids"]
+    assert [i.name for i in role.inputs] == ["input_ids", "position_ids", "positions"]
+    ids = torch.arange(8).view(2, 4)
+    places = torch.arange(4)
+    with torch.no_grad():
+        (logits,) = role.function(ids, places.expand(2, 4), places)
+    assert torch.allclose(logits, logits_of(model, ids), rtol=0, atol=EQUAL * float(logits.abs().max()))
+    assert not any(
+        "portlm.attention" in str(n.target) for n in decoder._plain.nodes
+    )  # it has no form without a cache
     with pytest.warns(UserWarning, match=r"without a cache.*step\(\)"):
         decoder.warn("Mixer")
 
