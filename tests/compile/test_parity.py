@@ -380,9 +380,8 @@ def renamed(exported, tmp_path):
     role = manifest.roles["decoder"]
 
     def new(name):
-        return (
-            name.replace("past_key_values", "memory").replace("present", "next").replace("logits", "scores")
-        )
+        name = "scores" if name == "logits" else name
+        return name.replace("past_key_values", "memory").replace("present", "next")
 
     path = folder / role.profiles["portable"]
     model = onnx.load_model(path, load_external_data=False)
