@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor, fx, nn
 from portlm.compile import aten
 from portlm.compile.forms import PROFILES
 from portlm.compile.graph import GraphBuilder, WeightFile
-from portlm.compile.trace import Recording, output_nodes
+from portlm.compile.trace import Recording, output_nodes, source_line
 from portlm.errors import FormatError
 from portlm.models.roles import Role
 from portlm.ops.registry import captured
@@ -244,8 +243,8 @@ class Emitter:
     def refuse(self, node: fx.Node, why: str, instead: str = "") -> FormatError:
         """The error for an operator without a form."""
         target = node.target._schema.name if hasattr(node.target, "_schema") else str(node.target)
-        place = self._module(node) or "the model's own function"
-        line = _source_line(node)
+        place = self._module(node) or "the model itself"
+        line = source_line(node)
         advice = instead or aten.INSTEAD.get(target, "write it with the operators of portlm.ops")
         return FormatError(f"{target} in {place}{line} has no form in a graph, {why}: {advice}")
 
@@ -254,7 +253,11 @@ class Emitter:
     def _placeholder(self, node: fx.Node) -> Any:
         if node.name in self.recording.weights:
             return Weight(self.recording.weights[node.name])
-        raise self.refuse(node, "it is a tensor that the function makes itself", "register it as a buffer")
+        user = next(iter(node.users), node)
+        raise FormatError(
+            f"a tensor that the model makes while it runs{source_line(user)} has no place in a graph: register it as a "
+            "buffer"
+        )
 
     def _write(self, node: fx.Node) -> Any:
         if node.target is getitem:
@@ -509,6 +512,7 @@ def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             spans.append((start, start + (reach + 1) * tensor.element_size(), path))
     spans.sort()
     for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+        one, other = sorted((one, other), key=list(tensors).index)
         if start < end:
             raise FormatError(
                 f"{one} and {other} share a part of their memory, which the weight file cannot say: make them the same "
@@ -521,18 +525,6 @@ def _renaming(module: nn.Module) -> Any:
     """Path in the module -> name in the graph: that of Hugging Face's files where the model has them."""
     hf_name = getattr(module, "hf_name", None)
     return (lambda path: hf_name(path)[0]) if hf_name else (lambda path: path)
-
-
-def _source_line(node: fx.Node) -> str:
-    """The innermost line of the model's code that a node comes from, as text to append."""
-    own = (str(Path(torch.__file__).parent), "/portlm/ops/", "/portlm/compile/", "/portlm/models/layers")
-    place = ""
-    lines = (node.stack_trace or "").splitlines()
-    for line, code in zip(lines, [*lines[1:], ""], strict=True):
-        if line.strip().startswith("File ") and not any(part in line for part in own):
-            file, _, rest = line.strip().removeprefix("File ").partition(", line ")
-            place = f" ({file.strip(chr(34))}:{rest.split(',')[0]}: {code.strip()})"
-    return place
 
 
 def _text(shape: Sequence[Any]) -> str:

@@ -6,8 +6,10 @@ extent of the role ("batch", "sequence", "past", ...) must still be a symbol aft
 
 import functools
 import operator
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+import portlm
 from portlm.errors import FormatError
 from portlm.models.roles import Role
 from portlm.ops.fused import exporting
@@ -91,11 +94,6 @@ def record(module: nn.Module, name: str, role: Role) -> Recording:
     """
     program = _export(module, name, role)
     signature = program.graph_signature
-    if changed := dict(signature.buffers_to_mutate):
-        raise FormatError(
-            f"the {name} changes its buffer {next(iter(changed.values())).removeprefix(f'{ROOT}.')} while it runs: "
-            "carry it as a state of the role instead"
-        )
     places = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = {
         key: program.constants[place] for key, place in signature.inputs_to_lifted_tensor_constants.items()
@@ -107,6 +105,7 @@ def record(module: nn.Module, name: str, role: Role) -> Recording:
         constants,
         _symbols(program, name, role),
     )
+    _check_unchanged(recording, name)
     _check_outputs(recording, name, role)
     return recording
 
@@ -131,7 +130,7 @@ def _export(module: nn.Module, name: str, role: Role) -> ExportedProgram:
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), exporting(), warnings.catch_warnings():
+        with torch.no_grad(), exporting(), _every_frame(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(_Root(module, role), example, dynamic_shapes=(dynamic,), strict=False)
     except FormatError:
@@ -140,6 +139,37 @@ def _export(module: nn.Module, name: str, role: Role) -> ExportedProgram:
         raise FormatError(_why(error, name)) from error
     finally:
         module.train(training)
+
+
+@contextmanager
+def _every_frame() -> Iterator[None]:
+    """Make recorded nodes remember every line of the model's code that led to them, for messages.
+
+    torch.export keeps the lines of methods called "forward" only, and the function of a role may have any name. Its
+    filter is meant to be overridden, if only by a subclass that torch.export does not let one choose.
+    """
+    name, owner = "_filter_traceback_frames", fx.proxy.TracerBase
+    before = getattr(owner, name, None)
+    if before is None:  # a version of PyTorch that does it in another way: fewer lines are known then
+        yield
+        return
+
+    def keep(tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+        return traceback.StackSummary.from_list([frame for frame in frames if _is_users(frame.filename)])
+
+    setattr(owner, name, keep)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@functools.cache
+def _is_users(file: str) -> bool:
+    """Whether a file is neither PyTorch's nor one of this package's that only pass things on."""
+    ours = Path(portlm.__file__).parent
+    tools = (ours / "ops", ours / "compile", ours / "models" / "layers.py")
+    return not file.startswith(("<", *map(str, (Path(torch.__file__).parent, *tools))))
 
 
 def _why(error: Exception, name: str) -> str:
@@ -154,11 +184,11 @@ def _why(error: Exception, name: str) -> str:
 
 
 def _line_of(error: BaseException) -> str:
-    """The innermost line of an error that belongs neither to PyTorch nor to this file, as text to append."""
-    own, found, trace = (str(Path(torch.__file__).parent), __file__), "", error.__traceback__
+    """The innermost line of an error that is the user's, as text to append."""
+    found, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if not file.startswith(own) and not file.startswith("<"):
+        if _is_users(file):
             found = f" at {file}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found
@@ -190,6 +220,35 @@ def _symbols(program: ExportedProgram, name: str, role: Role) -> dict[Any, Any]:
                     f"the {name} works only where {d} equals {found[expression]}, as in {spec.name}"
                 )
     return found
+
+
+def _check_unchanged(recording: Recording, name: str) -> None:
+    """Refuse operators that write to their operand: a graph has values and no memory."""
+    for node in recording.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or schema.name == "aten::detach_":
+            continue
+        operand = node.args[0]
+        place = recording.weights.get(operand.name) if isinstance(operand, fx.Node) else None
+        if place is not None:
+            raise FormatError(
+                f"the {name} changes {place} while it runs{source_line(node)}: carry it as a state of the role instead"
+            )
+        raise FormatError(
+            f"{schema.name}{source_line(node)} writes to its operand, and a graph has no memory to write to: use "
+            f"{schema.name.removeprefix('aten::').rstrip('_')}, which returns a new tensor"
+        )
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the model's code that a node comes from, as text to append."""
+    lines = (node.stack_trace or "").strip().splitlines()
+    files = [place for place, line in enumerate(lines) if line.strip().startswith("File ")]
+    if not files:
+        return ""
+    file, _, rest = lines[files[-1]].strip().removeprefix("File ").partition(", line ")
+    code = lines[files[-1] + 1].strip() if files[-1] + 1 < len(lines) else ""
+    return f" ({file.strip(chr(34))}:{rest.split(',')[0]}: {code})"
 
 
 def _check_outputs(recording: Recording, name: str, role: Role) -> None:

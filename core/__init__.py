@@ -6,9 +6,10 @@ Importing this package loads neither torch, onnx, TVM nor matplotlib; each is lo
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "export", "load"]
 
 if TYPE_CHECKING:
+    from portlm.compile.export import export_module as export
     from portlm.flows.load import load
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from portlm.flows.load import load
 
         return load
+    if name == "export":
+        from portlm.compile.export import export_module
+
+        return export_module
     raise AttributeError(f"module 'portlm' has no attribute {name!r}")

@@ -380,8 +380,7 @@ def renamed(exported, tmp_path):
     role = manifest.roles["decoder"]
 
     def new(name):
-        if name == "logits":
-            return "scores"
+        name = "scores" if name == "logits" else name
         return name.replace("past_key_values", "memory").replace("present", "next")
 
     path = folder / role.profiles["portable"]
