@@ -8,15 +8,24 @@ from pathlib import Path
 
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
 from portlm.errors import EngineUnavailableError, UsageError
+from portlm.plan import needs_plan
 from portlm.trust import NATIVE_SUFFIXES, record_built
 
-Compiler = Callable[..., CompiledEntry]
+Compiler = Callable[..., CompiledEntry | tuple[CompiledEntry, ...]]  # several for several roles
 
 # (engine, device, profile) -> the function that writes compiled files into an artifact and describes them, and its
 # further arguments. An engine that runs the exported graph as it is needs no entry.
 COMPILERS: dict[tuple[str, str, str], tuple[str, dict[str, str]]] = {
     ("ort", "cpu", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "cpu"}),
     ("ort", "vulkan", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "vulkan"}),
+    **{
+        ("torch", device, profile): (
+            "portlm.compile.torch_plan:compile_plans",
+            {"device": device, "profile": profile},
+        )
+        for device in ("cpu", "cuda")
+        for profile in ("fused", "portable")
+    },
     ("tvm", "cpu", "portable"): ("portlm.compile.tvm_portable:compile_portable", {}),
     ("tvm", "cpu", "fused"): ("portlm.compile.tvm_fused:compile_fused", {}),
 }
@@ -51,7 +60,7 @@ def build_choice(
 
     Args:
         artifact: an exported folder.
-        engine: None for those whose compiler is installed.
+        engine: None for those whose compiler is installed, without torch where it has a checkpoint to run.
         device: None for all.
         profile: None for those the artifact has a graph of.
         note: called with a line for each thing left out.
@@ -65,6 +74,8 @@ def build_choice(
     graphs = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
     entries = []
     for key in choices(engine, device, profile):
+        if engine is None and key[0] == "torch" and not needs_plan(manifest):
+            continue  # it runs the checkpoint
         if profile is None and key[2] not in graphs:
             note(f"{':'.join(key)} left out: the artifact has no {key[2]} graph")
             continue
@@ -89,26 +100,28 @@ def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[Co
         keys: entries of COMPILERS, see choices().
 
     Returns:
-        One entry per key.
+        The entries, one per key and role.
 
     Raises:
         FormatError: the artifact is damaged.
         EngineUnavailableError: the engine's compiler is not installed.
     """
     folder = Path(artifact)
-    entries = []
+    entries: list[CompiledEntry] = []
     for key in keys:
         read_manifest(folder)
         place, arguments = COMPILERS[key]
         module, _, name = place.partition(":")
         compiler: Compiler = getattr(importlib.import_module(module), name)
-        entry = compiler(folder, **arguments)
-        for file in entry.files:
+        made = compiler(folder, **arguments)
+        new = (made,) if isinstance(made, CompiledEntry) else made
+        files = [file for entry in new for file in entry.files]
+        for file in files:
             if file.endswith(NATIVE_SUFFIXES):
                 record_built(folder / file)
         manifest = read_manifest(folder)
         others = tuple(e for e in manifest.compiled if (e.engine, e.device, e.profile) != key)
-        manifest = replace(manifest, compiled=(*others, entry))
-        write_manifest(folder, refresh_files(folder, manifest, entry.files))
-        entries.append(entry)
+        manifest = replace(manifest, compiled=(*others, *new))
+        write_manifest(folder, refresh_files(folder, manifest, files))
+        entries += new
     return entries

@@ -36,7 +36,7 @@ def command(
     """
     from portlm.flows.bench import Target, default_targets, measure
 
-    targets = [Target.parse(text) for text in engines] or default_targets()
+    targets = [Target.parse(text) for text in engines] or default_targets(model)
     result = measure(
         model, targets, prompt=prompt, tokens=tokens, rounds=rounds, threads=threads,
         progress=lambda message: click.echo(f"bench: {message}", err=True),

@@ -264,14 +264,22 @@ def _work(model: Path) -> tuple[int, int]:
     return total, multiplies
 
 
-def default_targets() -> list[Target]:
-    """Return every engine, device and profile that this machine can run, the torch engine first."""
+def default_targets(model: str | Path) -> list[Target]:
+    """Return every engine, device and profile that this machine can run, the torch engine first.
+
+    Args:
+        model: the artifact: the torch engine runs its checkpoint, or its graphs where there is none.
+    """
+    from portlm.artifact import MANIFEST, read_manifest
+    from portlm.plan import needs_plan
     from portlm.runtimes.probe import probe
 
     order = {"torch": 0, "ort": 1, "tvm": 2}
+    planned = (Path(model) / MANIFEST).exists() and needs_plan(read_manifest(model))
+    native = ("portable", "fused") if planned else ("native",)
     targets = []
     for row in probe():
         if row["available"] and row["engine"] in order:
-            profiles = ("native",) if row["engine"] == "torch" else ("portable", "fused")
+            profiles = native if row["engine"] == "torch" else ("portable", "fused")
             targets += [Target(row["engine"], row["device"], profile) for profile in profiles]
     return sorted(targets, key=lambda t: (order[t.engine], t.device))

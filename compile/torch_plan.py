@@ -1,0 +1,106 @@
+"""Turns a role's graph into a plan, which the torch engine runs without onnx and without the model's own code.
+
+Nothing is optimised: a plan has the nodes of its graph, one for one, so a value keeps its name. The weights stay where
+they are; the plan says at which byte of the artifact's weight file each begins.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from portlm.artifact import CompiledEntry, RoleSpec, read_manifest, verify_files
+from portlm.compile.check import check_model
+from portlm.errors import UsageError
+from portlm.files import write_atomic
+from portlm.plan import Constant, Node, Plan, Weight, to_bytes
+
+DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
+
+
+def compile_plans(folder: str | Path, device: str, profile: str) -> tuple[CompiledEntry, ...]:
+    """Write the plan of every role of an artifact, compiled/torch-<device>-<profile>/<role>.json.
+
+    A plan says nothing of a device: PyTorch runs the same one on each.
+
+    Args:
+        folder: the artifact.
+        device: "cpu" or "cuda".
+        profile: "portable" or "fused".
+
+    Returns:
+        One entry per role.
+
+    Raises:
+        UsageError: a role has no graph of this profile.
+        FormatError: a graph is not the one the manifest lists, not one of ours, or too large for a plan.
+        StorageError: the disk is full or refuses.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    if not manifest.roles:
+        raise UsageError(f"{root}: has no exported graph; run portlm export first")
+    plans = {}
+    for name, role in manifest.roles.items():
+        if profile not in role.profiles:
+            raise UsageError(f"{root}: has no {profile} graph of {name}; export it with this profile")
+        verify_files(root, [role.profiles[profile], role.weights])
+        plans[name] = to_bytes(make_plan(check_model(root / role.profiles[profile]), name, role, profile))
+    target = f"torch-{device}"
+    entries = []
+    for name, content in plans.items():
+        file = f"compiled/{target}-{profile}/{name.replace(':', '-')}.json"
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(root / file, content)
+        versions = {"portlm": version("portlm")}
+        entries.append(CompiledEntry("torch", device, profile, target, (file,), versions, name))
+    return tuple(entries)
+
+
+def make_plan(model: onnx.ModelProto, name: str, role: RoleSpec, profile: str) -> Plan:
+    """Return the plan of a checked graph.
+
+    Args:
+        model: from check_model.
+        name: of the role.
+        role: as the manifest describes it.
+        profile: of the graph.
+    """
+    weights: dict[str, Weight] = {}
+    constants: dict[str, Constant] = {}
+    read = {value for node in model.graph.node for value in node.input} | {v.name for v in model.graph.output}
+    for tensor in model.graph.initializer:
+        if tensor.name not in read:
+            continue
+        if tensor.data_location == TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            weights[tensor.name] = Weight(DTYPES[tensor.data_type], tuple(tensor.dims), int(place["offset"]))
+        else:
+            array = numpy_helper.to_array(tensor)
+            constants[tensor.name] = Constant(str(array.dtype), array.shape, tuple(array.ravel().tolist()))
+    return Plan(
+        role=name,
+        profile=profile,
+        weights_file=role.weights,
+        inputs=role.inputs,
+        outputs=role.outputs,
+        state=role.state,
+        weights=weights,
+        constants=constants,
+        nodes=tuple(_node(node) for node in model.graph.node),
+    )
+
+
+def _node(node: onnx.NodeProto) -> Node:
+    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    attributes = {attribute.name: _attribute(attribute) for attribute in node.attribute}
+    return Node(operator, tuple(node.input), tuple(node.output), dict(sorted(attributes.items())))
+
+
+def _attribute(attribute: onnx.AttributeProto) -> int | float | str | tuple[int, ...]:
+    value: Any = helper.get_attribute_value(attribute)
+    if isinstance(value, bytes):
+        return value.decode()
+    return tuple(value) if attribute.type == onnx.AttributeProto.INTS else value
