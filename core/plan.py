@@ -112,6 +112,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     constants: Annotated[dict[Name, Constant], Meta(max_length=MAX_TENSORS)]
     nodes: Annotated[tuple[Node, ...], Meta(max_length=MAX_NODES)]
 
+    def taken(self) -> tuple[TensorSpec | StateSpec, ...]:
+        """Return what the role is given: its inputs, and then its states."""
+        return (*self.inputs, *self.state)
+
 
 def needs_plan(manifest: Manifest) -> bool:
     """Say whether an artifact's model is known by its graphs alone: there is no checkpoint of a known family."""
@@ -175,7 +179,7 @@ def _check(plan: Plan, where: str) -> None:
             raise refuse(f"{shown(name)} is defined twice")
         defined.add(name)
 
-    for spec in (*plan.inputs, *plan.state):
+    for spec in plan.taken():
         define(spec.name)
     for name, weight in plan.weights.items():
         define(name)

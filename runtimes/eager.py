@@ -125,7 +125,7 @@ class TorchEngine(ArrayEngine):
     def _native(cls, request: OpenRequest) -> Self:
         if request.manifest is not None:
             verify_files(request.folder, CHECKPOINT)
-        model: Model = load_model(request.folder).to(request.device).eval()
+        model: Any = load_model(request.folder).to(request.device).eval()
         nodes = Counter(
             next(module.parameters(recurse=False)).device.type
             for module in model.modules()

@@ -73,6 +73,8 @@ def make_role(plan: Plan, path: Path, weights: Path, device: str) -> Role:
         program = Program(plan, _map(plan, weights), device)
     except RefusedError as error:
         raise FormatError(f"{path}: {error}; compile again") from error
+    except FormatError as error:  # of the first call
+        raise FormatError(f"{path}: {error}") from error
     return Role(program, plan.inputs, plan.outputs, plan.state)
 
 
@@ -94,7 +96,7 @@ class Program:
         self._steps: list[Step] = []
         self._shared: dict[tuple[Any, ...], int] = {}
         self._count = 1
-        self._given = [self._slot(spec.name) for spec in (*plan.inputs, *plan.state)]
+        self._given = [self._slot(spec.name) for spec in plan.taken()]
         constants = {self._slot(name): tensor for name, tensor in tensors.items()}
         for name, constant in plan.constants.items():
             tensor = torch.tensor(constant.values, dtype=DTYPES[constant.dtype]).reshape(constant.shape)
@@ -173,7 +175,7 @@ class Program:
         """Follow shapes and types through the steps, so that nothing is computed that is larger than a model's."""
         shapes: dict[int, Any] = {slot: tuple(tensor.shape) for slot, tensor in constants.items()}
         kinds = {slot: _kind(tensor) for slot, tensor in constants.items()}
-        for slot, spec in zip(self._given, (*self._plan.inputs, *self._plan.state), strict=True):
+        for slot, spec in zip(self._given, self._plan.taken(), strict=True):
             shapes[slot], kinds[slot] = _shape(spec, sizes), spec.dtype
         shapes[0] = None
         limit = max([MAX_TRIAL, *(4 * tensor.numel() for tensor in constants.values())])
@@ -199,7 +201,7 @@ class Program:
             FormatError: a node does not take what it is given.
         """
         plan = self._plan
-        specs = (*plan.inputs, *plan.state)
+        specs = plan.taken()
         given = [torch.zeros(_shape(spec, sizes), dtype=DTYPES[spec.dtype], device=device) for spec in specs]
         with torch.inference_mode():
             results = self(*given)
@@ -254,7 +256,7 @@ class Program:
             PortlmError: out of memory.
             FormatError: a node failed for another reason.
         """
-        values = list(self._start)
+        values: list[Any] = list(self._start)
         for slot, tensor in zip(self._given, tensors, strict=True):
             values[slot] = tensor
         for step, unused in zip(self._steps, self._release, strict=True):
@@ -272,7 +274,7 @@ class Program:
 def _trial_sizes(plan: Plan) -> dict[str, int]:
     """A size for every symbol of the role."""
     sizes: dict[str, int] = {}
-    for spec in (*plan.inputs, *plan.state):
+    for spec in plan.taken():
         if spec.dtype not in DTYPES:
             raise RefusedError(f"the role has a tensor of {spec.dtype}, a plan computes in float32")
         for symbol in sorted(symbols(spec.shape) - sizes.keys()):
