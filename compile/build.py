@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
+from portlm.compile.passes import Dump, ignore
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.plan import needs_plan
 from portlm.trust import NATIVE_SUFFIXES, record_built
 
-Compiler = Callable[..., CompiledEntry | tuple[CompiledEntry, ...]]  # several for several roles
+Compiler = Callable[..., CompiledEntry]
 
 # (engine, device, profile) -> the function that writes compiled files into an artifact and describes them, and its
 # further arguments. An engine that runs the exported graph as it is needs no entry.
@@ -20,7 +21,7 @@ COMPILERS: dict[tuple[str, str, str], tuple[str, dict[str, str]]] = {
     ("ort", "vulkan", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "vulkan"}),
     **{
         ("torch", device, profile): (
-            "portlm.compile.torch_plan:compile_plans",
+            "portlm.compile.torch_plan:compile_plan",
             {"device": device, "profile": profile},
         )
         for device in ("cpu", "cuda")
@@ -55,6 +56,7 @@ def build_choice(
     profile: str | None = None,
     *,
     note: Callable[[str], None] = lambda message: None,
+    dump: Path | None = None,
 ) -> list[CompiledEntry]:
     """Compile everything that a partial choice names; what was not named and is not there is left out.
 
@@ -64,6 +66,7 @@ def build_choice(
         device: None for all.
         profile: None for those the artifact has a graph of.
         note: called with a line for each thing left out.
+        dump: folder that takes the graph after every pass, see build().
 
     Raises:
         UsageError: nothing is left.
@@ -71,7 +74,7 @@ def build_choice(
         FormatError: the artifact is damaged.
     """
     manifest = read_manifest(artifact)
-    graphs = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
+    graphs = {name for role in manifest.roles.values() for name in role.profiles}
     entries = []
     for key in choices(engine, device, profile):
         if engine is None and key[0] == "torch" and not needs_plan(manifest):
@@ -80,7 +83,7 @@ def build_choice(
             note(f"{':'.join(key)} left out: the artifact has no {key[2]} graph")
             continue
         try:
-            entries += build(artifact, [key])
+            entries += build(artifact, [key], dump)
         except EngineUnavailableError as error:
             if engine is not None:
                 raise
@@ -92,36 +95,43 @@ def build_choice(
     return entries
 
 
-def build(artifact: str | Path, keys: Sequence[tuple[str, str, str]]) -> list[CompiledEntry]:
+def build(
+    artifact: str | Path, keys: Sequence[tuple[str, str, str]], dump: Path | None = None
+) -> list[CompiledEntry]:
     """Compile an artifact and record the result in its manifest, replacing what was compiled before.
 
     Args:
         artifact: an exported folder.
         keys: entries of COMPILERS, see choices().
+        dump: folder that takes the graph after every pass, as <engine>-<device>-<profile>/NN-<pass>.*; see
+            passes.Dump.
 
     Returns:
-        The entries, one per key and role.
+        One entry for each key and each role that has a graph of that profile.
 
     Raises:
+        UsageError: no role has one.
         FormatError: the artifact is damaged.
         EngineUnavailableError: the engine's compiler is not installed.
     """
     folder = Path(artifact)
     entries: list[CompiledEntry] = []
     for key in keys:
-        read_manifest(folder)
+        roles = [name for name, role in read_manifest(folder).roles.items() if key[2] in role.profiles]
+        if not roles:
+            raise UsageError(f"{folder}: has no {key[2]} graph, export it with that profile")
+        passes = ignore if dump is None else Dump(dump / "-".join(key))
         place, arguments = COMPILERS[key]
         module, _, name = place.partition(":")
         compiler: Compiler = getattr(importlib.import_module(module), name)
-        made = compiler(folder, **arguments)
-        new = (made,) if isinstance(made, CompiledEntry) else made
-        files = [file for entry in new for file in entry.files]
+        made = [compiler(folder, role=role, note=passes, **arguments) for role in roles]
+        files = [file for entry in made for file in entry.files]
         for file in files:
             if file.endswith(NATIVE_SUFFIXES):
                 record_built(folder / file)
         manifest = read_manifest(folder)
-        others = tuple(e for e in manifest.compiled if (e.engine, e.device, e.profile) != key)
-        manifest = replace(manifest, compiled=(*others, *new))
+        others = [e for e in manifest.compiled if (e.engine, e.device, e.profile) != key]
+        manifest = replace(manifest, compiled=(*others, *made))
         write_manifest(folder, refresh_files(folder, manifest, files))
-        entries += new
+        entries += made
     return entries

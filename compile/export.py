@@ -33,6 +33,7 @@ from portlm.files import check_space, free_bytes
 from portlm.folders import new_folder
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
+from portlm.roles import file_stem
 from portlm.weights import load_numpy, read_header
 
 if TYPE_CHECKING:
@@ -248,12 +249,12 @@ def write_graphs(
 
 def graph_file(role: str, profile: str) -> str:
     """The name of a role's graph: "head:topic" becomes head-topic.<profile>.onnx."""
-    return f"{role.replace(':', '-')}.{profile}.onnx"
+    return f"{file_stem(role)}.{profile}.onnx"
 
 
 def weight_file(role: str) -> str:
     """The name of the file with a role's weights."""
-    return f"{role.replace(':', '-')}.onnx.data"
+    return f"{file_stem(role)}.onnx.data"
 
 
 def _family(module: "nn.Module") -> str:

@@ -27,37 +27,41 @@ from onnx import helper
 from portlm.artifact import CompiledEntry, read_manifest, verify_files
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.compile.passes import Note, ignore, run_passes
 from portlm.errors import UsageError
 from portlm.files import write_atomic
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
+from portlm.roles import file_stem
 
 
-def compile_cpu(folder: Path) -> CompiledEntry:
+def compile_cpu(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
     """Lower for CPUExecutionProvider; see lower."""
-    return lower(folder, "cpu")
+    return lower(folder, "cpu", role, note)
 
 
-def compile_cuda(folder: Path) -> CompiledEntry:
+def compile_cuda(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
     """Lower for CUDAExecutionProvider; see lower."""
-    return lower(folder, "cuda")
+    return lower(folder, "cuda", role, note)
 
 
-def compile_vulkan(folder: Path) -> CompiledEntry:
+def compile_vulkan(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
     """Lower for the WebGPU plugin provider, which is Vulkan on Linux; see lower."""
-    return lower(folder, "vulkan")
+    return lower(folder, "vulkan", role, note)
 
 
-def lower(folder: str | Path, device: str) -> CompiledEntry:
-    """Write an artifact's fused decoder lowered for one device.
+def lower(folder: str | Path, device: str, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
+    """Write a role's fused graph lowered for one device.
 
     Args:
         folder: the artifact.
         device: "cpu", "cuda" or "vulkan".
+        role: whose graph it is.
+        note: called with the name of each pass and the graph after it.
 
     Returns:
-        What compile/build.py enters in the manifest; the one file is onnx/decoder.ort-<device>-fused.onnx.
+        What compile/build.py enters in the manifest; the one file is onnx/<role>.ort-<device>-fused.onnx.
 
     Raises:
         UsageError: the artifact was exported without its fused profile.
@@ -66,23 +70,22 @@ def lower(folder: str | Path, device: str) -> CompiledEntry:
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    role = manifest.roles.get("decoder")
-    if role is None or "fused" not in role.profiles:
-        raise UsageError(f"{root}: has no fused decoder graph; export it with profiles portable and fused")
-    source = role.profiles["fused"]
-    verify_files(root, [source, role.weights])
-    model = lower_model(check_model(root / source), manifest.model.context_length, device)
-    name = f"onnx/decoder.ort-{device}-fused.onnx"
+    spec = manifest.roles.get(role)
+    if spec is None or "fused" not in spec.profiles:
+        raise UsageError(f"{root}: has no fused {role} graph; export it with profiles portable and fused")
+    source = spec.profiles["fused"]
+    verify_files(root, [source, spec.weights])
+    model = lower_model(check_model(root / source), manifest.model.context_length, device, note)
+    name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     write_atomic(root / name, model.SerializeToString(deterministic=True))
     check_model(root / name)
-    return CompiledEntry("ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")})
+    return CompiledEntry(
+        "ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")}, role=role
+    )
 
 
 def lower_model(
-    model: onnx.ModelProto,
-    context_length: int,
-    device: str,
-    note: Callable[[str, onnx.ModelProto], None] = lambda name, model: None,
+    model: onnx.ModelProto, context_length: int, device: str, note: Note = ignore
 ) -> onnx.ModelProto:
     """The graph with every ai.portlm node replaced; inputs, outputs and weights stay.
 
@@ -94,16 +97,23 @@ def lower_model(
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     metadata["portlm.lowered"] = f"ort-{device}"
-    for name, rewrite in PASSES:
-        domains = {CONTRIB: 1} if (name, rewrite) == PASSES[-1] else {DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
-        g = GraphBuilder(model.graph.name, {}, WeightFile(""), domains, context_length)
-        g.adopt(model.graph)
-        for node in model.graph.node:
-            if node.domain != DOMAIN or not rewrite(g, node, device):
-                g.copy(node)
-        model = g.model(metadata)
-        note(name, model)
-    return model
+
+    def rewriting(rewrite: Rewrite) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
+        def apply(model: onnx.ModelProto) -> onnx.ModelProto:
+            domains = {CONTRIB: 1} if rewrite is portable_form else {DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
+            g = GraphBuilder(model.graph.name, {}, WeightFile(""), domains, context_length)
+            g.adopt(model.graph)
+            for node in model.graph.node:
+                if node.domain != DOMAIN or not rewrite(g, node, device):
+                    g.copy(node)
+            return g.model(metadata)
+
+        return apply
+
+    lowered: onnx.ModelProto = run_passes(
+        model, [(rewrite.__name__, rewriting(rewrite)) for rewrite in PASSES], note
+    )
+    return lowered
 
 
 def bias_gelu(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
@@ -214,17 +224,17 @@ def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     return True
 
 
-Pass = Callable[[GraphBuilder, onnx.NodeProto, str], bool]
+Rewrite = Callable[[GraphBuilder, onnx.NodeProto, str], bool]
 """Writes what replaces a node on a device and returns True, or leaves it and returns False."""
 
-PASSES: tuple[tuple[str, Pass], ...] = (
-    ("bias_gelu", bias_gelu),
-    ("quick_gelu", quick_gelu),
-    ("skip_norm", skip_norm),
-    ("rotary_embedding", rotary_embedding),
-    ("fused_matmul", fused_matmul),
-    ("multi_head_attention", multi_head_attention),
-    ("portable_form", portable_form),
+PASSES: tuple[Rewrite, ...] = (
+    bias_gelu,
+    quick_gelu,
+    skip_norm,
+    rotary_embedding,
+    fused_matmul,
+    multi_head_attention,
+    portable_form,
 )
 """In order; each walks the whole graph. A new op needs none: the last one takes its portable form."""
 

@@ -13,15 +13,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from portlm.artifact import CompiledEntry, RoleSpec, read_manifest, verify_files
 from portlm.compile.check import check_model
+from portlm.compile.passes import Note, ignore
 from portlm.errors import UsageError
 from portlm.files import write_atomic
 from portlm.plan import Constant, Node, Plan, Weight, to_bytes
+from portlm.roles import file_stem
 
 DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
 
 
-def compile_plans(folder: str | Path, device: str, profile: str) -> tuple[CompiledEntry, ...]:
-    """Write the plan of every role of an artifact, compiled/torch-<device>-<profile>/<role>.json.
+def compile_plan(
+    folder: str | Path, device: str, profile: str, role: str = "decoder", note: Note = ignore
+) -> CompiledEntry:
+    """Write the plan of a role of an artifact, compiled/torch-<device>-<profile>/<role>.json.
 
     A plan says nothing of a device: PyTorch runs the same one on each.
 
@@ -29,34 +33,27 @@ def compile_plans(folder: str | Path, device: str, profile: str) -> tuple[Compil
         folder: the artifact.
         device: "cpu" or "cuda".
         profile: "portable" or "fused".
-
-    Returns:
-        One entry per role.
+        role: its name.
+        note: called once, with the graph that the plan says in other words; there are no passes.
 
     Raises:
-        UsageError: a role has no graph of this profile.
-        FormatError: a graph is not the one the manifest lists, not one of ours, or too large for a plan.
+        UsageError: the role has no graph of this profile.
+        FormatError: the graph is not the one the manifest lists, not one of ours, or too large for a plan.
         StorageError: the disk is full or refuses.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
-    if not manifest.roles:
-        raise UsageError(f"{root}: has no exported graph; run portlm export first")
-    plans = {}
-    for name, role in manifest.roles.items():
-        if profile not in role.profiles:
-            raise UsageError(f"{root}: has no {profile} graph of {name}; export it with this profile")
-        verify_files(root, [role.profiles[profile], role.weights])
-        plans[name] = to_bytes(make_plan(check_model(root / role.profiles[profile]), name, role, profile))
+    spec = read_manifest(root).roles.get(role)
+    if spec is None or profile not in spec.profiles:
+        raise UsageError(f"{root}: has no {profile} graph of {role}; export it with this profile")
+    verify_files(root, [spec.profiles[profile], spec.weights])
+    model = check_model(root / spec.profiles[profile])
+    note("graph", model)
+    content = to_bytes(make_plan(model, role, spec, profile))
     target = f"torch-{device}"
-    entries = []
-    for name, content in plans.items():
-        file = f"compiled/{target}-{profile}/{name.replace(':', '-')}.json"
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(root / file, content)
-        versions = {"portlm": version("portlm")}
-        entries.append(CompiledEntry("torch", device, profile, target, (file,), versions, name))
-    return tuple(entries)
+    file = f"compiled/{target}-{profile}/{file_stem(role)}.json"
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(root / file, content)
+    return CompiledEntry("torch", device, profile, target, (file,), {"portlm": version("portlm")}, role)
 
 
 def make_plan(model: onnx.ModelProto, name: str, role: RoleSpec, profile: str) -> Plan:

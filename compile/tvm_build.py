@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto
 
 from portlm import _C
-from portlm.artifact import CompiledEntry
+from portlm.artifact import CompiledEntry, read_manifest
 from portlm.compile.check import check_model
 from portlm.compile.passes import Note, Pass, ignore, run_passes
 from portlm.errors import EngineUnavailableError, FormatError
@@ -55,7 +55,7 @@ class Graph:
 
 
 def read_graph(artifact: Path, name: str) -> Graph:
-    """Read onnx/decoder.*.onnx of an artifact without its weights.
+    """Read a graph of an artifact without its weights.
 
     Raises:
         FormatError: the file is missing or holds anything that export never writes, or a weight is not float32 in
@@ -131,16 +131,15 @@ def need_linker() -> None:
 
 
 def build_library(
-    artifact: Path, name: str, lowering: Lowering, note: Note = ignore, role: str = "decoder"
+    artifact: Path, lowering: Lowering, role: str = "decoder", note: Note = ignore
 ) -> CompiledEntry:
-    """Compile a graph of an artifact for this processor and store the library in the artifact.
+    """Compile a role's graph for this processor and store the library in the artifact.
 
     Args:
         artifact: its folder.
-        name: of the graph, relative to it.
-        lowering: of its profile.
-        note: called with each pass's name and the graph after it.
+        lowering: of the graph's profile.
         role: whose graph it is.
+        note: called with each pass's name and the graph after it.
 
     Returns:
         The entry for the manifest's list "compiled".
@@ -150,9 +149,12 @@ def build_library(
         EngineUnavailableError: TVM or a C compiler is missing.
     """
     need_linker()
-    graph = read_graph(artifact, name)
+    spec = read_manifest(artifact).roles.get(role)
+    if spec is None or lowering.profile not in spec.profiles:
+        raise FormatError(f"{artifact} has no {lowering.profile} graph of {role}: export the model first")
+    graph = read_graph(artifact, spec.profiles[lowering.profile])
     executable = compile_graph(graph, lowering, note)
-    name = folder_name("cpu", lowering.profile)
+    name = folder_name("cpu", lowering.profile, role)
     folder = artifact / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

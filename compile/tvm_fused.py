@@ -29,11 +29,9 @@ if TYPE_CHECKING:
     from tvm import relax
 
 
-def compile_fused(
-    artifact: Path, graph: str = "onnx/decoder.fused.onnx", note: Note = ignore
-) -> CompiledEntry:
-    """Compile the fused graph of an artifact to compiled/tvm-cpu-fused; see tvm_build.build_library."""
-    return build_library(artifact, graph, LOWERING, note)
+def compile_fused(artifact: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
+    """Compile a role's fused graph to compiled/tvm-cpu-fused; see tvm_build.build_library."""
+    return build_library(artifact, LOWERING, role, note)
 
 
 def lower(graph: Graph) -> "tvm.IRModule":

@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     import tvm
 
 
-def compile_portable(
-    artifact: Path, graph: str = "onnx/decoder.portable.onnx", note: Note = ignore
-) -> CompiledEntry:
-    """Compile the portable graph of an artifact to compiled/tvm-cpu-portable; see tvm_build.build_library."""
-    return build_library(artifact, graph, LOWERING, note)
+def compile_portable(artifact: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
+    """Compile a role's portable graph to compiled/tvm-cpu-portable; see tvm_build.build_library."""
+    return build_library(artifact, LOWERING, role, note)
 
 
 def import_graph(graph: Graph) -> "tvm.IRModule":

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError
 from portlm.files import read_json, safe_join, sha256_file, shown, write_atomic
-from portlm.roles import DTYPES, MAX_DIMENSION, Dtype, StateSpec, TensorSpec, Text, symbols
+from portlm.roles import DTYPES, MAX_DIMENSION, Dtype, RoleName, StateSpec, TensorSpec, Text, symbols
 
 __all__ = [
     "DTYPES", "FORMAT", "FORMAT_VERSION", "MANIFEST", "MAX_FILE_BYTES", "CompiledEntry", "FileEntry", "Manifest",
@@ -113,7 +113,7 @@ class CompiledEntry(Struct, frozen=True):
     target: Text
     files: Sequence[Text]
     versions: Table[Text]
-    role: Text = "decoder"
+    role: RoleName = "decoder"
 
 
 class ParityRow(Struct, frozen=True):
@@ -137,14 +137,14 @@ class ParityRow(Struct, frozen=True):
     fallback: Sequence[Text]
     versions: Table[Text]
     date: Text
-    role: Text = "decoder"
+    role: RoleName = "decoder"
 
 
 class Manifest(Struct, frozen=True):
     """Everything manifest.json says, checked."""
 
     model: ModelSpec
-    roles: Table[RoleSpec]
+    roles: Annotated[dict[RoleName, RoleSpec], Meta(max_length=MAX_ENTRIES)]
     files: Annotated[dict[Text, FileEntry], Meta(max_length=MAX_FILES)]
     compiled: Sequence[CompiledEntry] = ()
     quantization: Table[Text | Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]] | None = None

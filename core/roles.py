@@ -34,6 +34,7 @@ Text = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)]
 Size = Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
 Symbol = Annotated[str, Meta(max_length=MAX_TEXT, pattern=rf"\A{_SYMBOL}( \+ {_SYMBOL})*\Z")]
 Shape = Annotated[tuple[Size | Symbol, ...], Meta(max_length=8)]
+RoleName = Annotated[str, Meta(max_length=64, pattern=r"\A[a-z][a-z0-9_]*(:[a-z0-9_]+)?\Z")]
 Dtype = Annotated[str, one_of(DTYPES)]
 
 
@@ -63,6 +64,11 @@ class StateSpec(msgspec.Struct, frozen=True):
     shape: Shape
     initial: Annotated[str, one_of(INITIALS)]
     update: Annotated[str, one_of(UPDATES)]
+
+
+def file_stem(role: str) -> str:
+    """What a role is called in the names of its files: "head:topic" is head-topic."""
+    return role.replace(":", "-")
 
 
 def symbols(shape: tuple[int | str, ...]) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import read_json, safe_join, shown, write_atomic
+from portlm.roles import file_stem
 
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
 FORMAT, FORMAT_VERSION = "portlm-tvm", 1
@@ -30,9 +31,9 @@ def processor_of(isa: str) -> str:
     return PROCESSORS[isa] if platform.machine() in ("x86_64", "AMD64") else "generic"
 
 
-def folder_name(device: str, profile: str) -> str:
+def folder_name(device: str, profile: str, role: str = "decoder") -> str:
     """Folder of a compiled library inside an artifact, with forward slashes."""
-    return f"compiled/tvm-{device}-{profile}"
+    return f"compiled/tvm-{device}-{profile}" + ("" if role == "decoder" else f"-{file_stem(role)}")
 
 
 def import_tvm() -> ModuleType:

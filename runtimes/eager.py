@@ -24,7 +24,6 @@ from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.torch_plan import make_role
 
 if TYPE_CHECKING:
-    from portlm.models import Model
     from portlm.models.roles import Role
 
 PLANS = ("fused", "portable")  # profiles that are plans, the best first

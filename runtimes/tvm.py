@@ -21,8 +21,8 @@ from portlm.artifact import Manifest, verify_files
 from portlm.engine import Array, CallSpec, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
-from portlm.roles import StateSpec
 from portlm.ops.registry import tvm_functions
+from portlm.roles import StateSpec
 from portlm.runtimes.base import ArrayEngine
 from portlm.trust import is_trusted
 from portlm.tvm_support import (

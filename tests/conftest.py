@@ -102,6 +102,20 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def foreign():
+    """The module tests/foreign/models.py, which makes models that nobody here shaped."""
+    import importlib.util
+    from pathlib import Path
+
+    pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    path = Path(__file__).parent / "foreign" / "models.py"
+    spec = importlib.util.spec_from_file_location("foreign_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def artifacts(checkpoints, tmp_path_factory):
     """Folder of the exported checkpoint by family. Tests that change one copy it first."""
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")

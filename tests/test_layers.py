@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -114,14 +114,7 @@ def violations(module: str, tree: ast.AST) -> list[str]:
     return found
 
 
-def as_case(module: str) -> Any:
-    soon = pytest.mark.xfail(
-        reason="load moves to portlm.flows, which may read training's checkpoints", strict=False
-    )
-    return pytest.param(module, marks=soon if module == "portlm.runtimes" else ())
-
-
-@pytest.mark.parametrize("module", [as_case(module) for module in MODULES])
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_what_its_room_may(module):
     found = violations(module, ast.parse(MODULES[module].read_text()))
     assert not found, f"{module} is in the room {room_of(module)}, which may not import:\n" + "\n".join(found)

@@ -8,17 +8,12 @@ from typing import Any
 
 import click
 
+from portlm.commands.engines import engine_options
+
 
 @click.command("bench")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--engine",
-    "-e",
-    "engines",
-    multiple=True,
-    metavar="ENGINE[:DEVICE[:PROFILE]]",
-    help="What to measure; repeat for several (default: everything available here).",
-)
+@engine_options("Measure", "everything available here")
 @click.option("--prompt", default=128, show_default=True, help="Prompt length in tokens.")
 @click.option("--tokens", "-n", default=64, show_default=True, help="Decoded tokens per sample.")
 @click.option(
@@ -27,16 +22,18 @@ import click
 @click.option("--threads", type=int, help="Threads per engine (default: the engine's own choice).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    model: Path, engines: tuple[str, ...], prompt: int, tokens: int, rounds: int, threads: int | None, as_json: bool
+    model: Path, engines: tuple[str, ...], device: str | None, profile: str | None, prompt: int, tokens: int,
+    rounds: int, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure prefill, decode, load time and memory of the artifact MODEL on every engine.
 
     Engines run interleaved, each in its own process. "of limit" is the share of what this machine's memory
     bandwidth (decode) or multiply-add rate (prefill) allows, probed in the same run.
     """
-    from portlm.flows.bench import Target, default_targets, measure
+    from portlm.flows.bench import measure
+    from portlm.flows.targets import default_targets, read_targets
 
-    targets = [Target.parse(text) for text in engines] or default_targets(model)
+    targets = read_targets(engines, device, profile, [] if engines else default_targets(model))
     result = measure(
         model, targets, prompt=prompt, tokens=tokens, rounds=rounds, threads=threads,
         progress=lambda message: click.echo(f"bench: {message}", err=True),

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import click
 
+from portlm.commands.engines import engine_options
+
 
 @click.command("compile")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--engine", "-e", help="ort or tvm (default: those installed).")
-@click.option("--device", "-d", help="cpu or vulkan (default: every one the engine compiles for).")
-@click.option("--profile", "-p", help="portable or fused (default: those the artifact has).")
+@engine_options("Compile for", "every engine and device that can be compiled for here")
+@click.option(
+    "--dump",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the graph after each pass below this folder.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the written paths.")
-def command(model: Path, engine: str | None, device: str | None, profile: str | None, as_json: bool) -> None:
+def command(
+    model: Path, engines: tuple[str, ...], device: str | None, profile: str | None, dump: Path | None, as_json: bool
+) -> None:  # fmt: skip
     """Compile the artifact MODEL (made by 'portlm export') and record the result in its manifest.
 
     ONNX Runtime runs the portable graph as it is, so only its fused graph is lowered; TVM compiles both. Prints the
@@ -23,10 +31,14 @@ def command(model: Path, engine: str | None, device: str | None, profile: str | 
     import msgspec
 
     from portlm.compile.build import build_choice
+    from portlm.flows.targets import read_choices
 
-    entries = build_choice(
-        model, engine, device, profile, note=lambda message: click.echo(f"compile: {message}", err=True)
-    )
+    entries = []
+    for choice in read_choices(engines, device, profile):
+        entries += build_choice(
+            model, choice.engine, choice.device, None if choice.profile == "auto" else choice.profile,
+            note=lambda message: click.echo(f"compile: {message}", err=True), dump=dump,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(entry) for entry in entries], indent=2))
         return

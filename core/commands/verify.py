@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from portlm.commands.engines import engine_options
+
 if TYPE_CHECKING:
     from portlm.flows.verify import Result
 
 
 @click.command("verify")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--engine",
-    "-e",
-    "engines",
-    multiple=True,
-    metavar="ENGINE[:DEVICE[:PROFILE]]",
-    help="What to check; repeat for several (default: everything that runs here).",
-)
+@engine_options("Check", "everything that runs here")
 @click.option("--certify", is_flag=True, help="Write the certificate anew instead of checking against it.")
 @click.option(
     "--bisect/--no-bisect",
@@ -31,18 +26,23 @@ if TYPE_CHECKING:
     help="Search for the node that differs.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(model: Path, engines: tuple[str, ...], certify: bool, search: bool, as_json: bool) -> int:
+def command(
+    model: Path, engines: tuple[str, ...], device: str | None, profile: str | None, certify: bool, search: bool,
+    as_json: bool,
+) -> int:  # fmt: skip
     """Check every file of the artifact MODEL, and every engine against eager PyTorch.
 
     The first call writes the parity certificate into the manifest; later calls measure again and compare. If an
     engine differs, the first node that does is named and the exit code is 1.
     """
-    from portlm.flows.bench import Target
+    from portlm.flows.targets import read_choices
     from portlm.flows.verify import verify_artifact
 
+    choices = read_choices(engines, device, profile)
     results = verify_artifact(
         model,
-        [Target.parse(text) for text in engines] or None,
+        [choice.target() for choice in choices] if engines else None,
+        only=choices[0],
         certify=certify,
         search=search,
         progress=lambda message: click.echo(f"verify: {message}", err=True),

@@ -17,46 +17,11 @@ from typing import Any
 
 from portlm.errors import PortlmError, UsageError
 from portlm.flows.measuring import environment, spread
+from portlm.flows.targets import Target, default_targets
+
+__all__ = ["Row", "Target", "default_targets", "measure"]
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Target:
-    """An engine on a device with a graph profile."""
-
-    engine: str
-    device: str
-    profile: str = "auto"
-
-    def __str__(self) -> str:
-        suffix = "" if self.profile == "auto" else f":{self.profile}"
-        return f"{self.engine}:{self.device}{suffix}"
-
-    @staticmethod
-    def parse(text: str) -> Target:
-        """Read ``engine[:device[:profile]]``.
-
-        Raises:
-            UsageError: more than three parts, an empty one, or a name that no engine has.
-        """
-        from portlm.engine import PROFILES
-        from portlm.runtimes import ENGINES
-
-        parts = text.split(":")
-        if not 1 <= len(parts) <= 3 or not all(parts):
-            raise UsageError(
-                f"'{text}' is no engine: write engine:device or engine:device:profile, e.g. ort:cpu:fused"
-            )
-        engine, device, profile = (*parts, "cpu", "auto")[:3] if len(parts) == 1 else (*parts, "auto")[:3]
-        if engine not in ENGINES:
-            raise UsageError(f"there is no engine {engine!r}: choose one of {', '.join(ENGINES)}")
-        if device not in ENGINES[engine].devices:
-            devices = " or ".join(ENGINES[engine].devices)
-            raise UsageError(f"{engine} does not run on {device!r}: choose {devices}")
-        if profile not in PROFILES:
-            raise UsageError(f"there is no profile {profile!r}: choose one of {', '.join(PROFILES)}")
-        return Target(engine, device, profile)
 
 
 @dataclass(frozen=True)
@@ -262,24 +227,3 @@ def _work(model: Path) -> tuple[int, int]:
         if len(info.shape) == 2:
             multiplies += info.shape[0] * info.shape[1]
     return total, multiplies
-
-
-def default_targets(model: str | Path) -> list[Target]:
-    """Return every engine, device and profile that this machine can run, the torch engine first.
-
-    Args:
-        model: the artifact: the torch engine runs its checkpoint, or its graphs where there is none.
-    """
-    from portlm.artifact import MANIFEST, read_manifest
-    from portlm.plan import needs_plan
-    from portlm.runtimes.probe import probe
-
-    order = {"torch": 0, "ort": 1, "tvm": 2}
-    planned = (Path(model) / MANIFEST).exists() and needs_plan(read_manifest(model))
-    native = ("portable", "fused") if planned else ("native",)
-    targets = []
-    for row in probe():
-        if row["available"] and row["engine"] in order:
-            profiles = native if row["engine"] == "torch" else ("portable", "fused")
-            targets += [Target(row["engine"], row["device"], profile) for profile in profiles]
-    return sorted(targets, key=lambda t: (order[t.engine], t.device))

@@ -16,7 +16,8 @@ from typing import Any
 from portlm.artifact import ParityRow
 from portlm.errors import FormatError, ParityError, UsageError
 from portlm.files import write_atomic
-from portlm.flows.bench import Target, measure
+from portlm.flows.bench import measure
+from portlm.flows.targets import Target
 
 Progress = Callable[[str], None]
 

@@ -181,9 +181,13 @@ def _cuda_works() -> bool:
     """Whether PyTorch can use a CUDA device. PyTorch is only imported on a machine with NVIDIA's driver."""
     if not Path("/proc/driver/nvidia/version").exists() or importlib.util.find_spec("torch") is None:
         return False
-    from portlm.runtimes.eager import cuda_name
+    from portlm.runtimes import ENGINES, resolve
 
-    return cuda_name() is not None
+    try:
+        resolve(ENGINES["torch"].trial)("cuda")
+    except EngineUnavailableError:
+        return False
+    return True
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ import msgspec
 
 from portlm.artifact import Manifest, ParityRow, read_manifest, verify_files
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
-from portlm.flows.bench import Target
+from portlm.flows.targets import Choice, Target
 from portlm.plan import needs_plan
 from portlm.trust import NATIVE_SUFFIXES, is_trusted
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from portlm.engine import Engine
 
 Progress = Callable[[str], None]
+EVERYTHING = Choice()
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def verify_artifact(
     folder: str | Path,
     targets: Sequence[Target] | None = None,
     *,
+    only: Choice = EVERYTHING,
     certify: bool = False,
     search: bool = True,
     progress: Progress = lambda message: None,
@@ -66,6 +68,7 @@ def verify_artifact(
     Args:
         folder: the artifact.
         targets: what to check; None for every engine that runs here and has what it needs in the artifact.
+        only: where no targets are given, those of them that fit.
         certify: make the answer and the certificate anew, as happens by itself when there is none.
         search: on a difference, look for the first node that differs.
         progress: called with a line before each step.
@@ -86,10 +89,13 @@ def verify_artifact(
     manifest = verify_files(root)
     for graph in _graphs(manifest):
         check_isolated(root / graph)
-    chosen = list(targets) if targets is not None else ready_targets(manifest, progress)
+    if targets is not None:
+        chosen = list(targets)
+    else:
+        chosen = [target for target in ready_targets(manifest, progress) if only.fits(target)]
     if not chosen:
         raise UsageError(
-            f"{root}: no engine of this machine can run it; run `portlm compile` first, or see doctor"
+            f"{root}: no engine of this machine can run it that way; run `portlm compile` first, or see doctor"
         )
     if certify or parity.REFERENCE not in manifest.files:
         progress("the answer of eager PyTorch")
@@ -125,7 +131,7 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
     from portlm.runtimes.probe import probe
 
     compiled = {(entry.engine, entry.device, entry.profile) for entry in manifest.compiled}
-    profiles = manifest.roles["decoder"].profiles if "decoder" in manifest.roles else {}
+    profiles = [role.profiles for role in manifest.roles.values()]
     targets = []
     for row in probe():
         engine, device = row["engine"], row["device"]
@@ -136,11 +142,11 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
                 )
             continue
         if engine == "torch":
-            plans = [name for name in ("fused", "portable") if name in profiles]
-            named = plans if needs_plan(manifest) else ["native"]
-            targets += [Target(engine, device, name) for name in named]
+            plans = [name for name in ("fused", "portable") if all(name in each for each in profiles)]
+            wanted = plans if needs_plan(manifest) else ["native"]
+            targets += [Target(engine, device, name) for name in wanted]
             continue
-        if engine == "ort" and "portable" in profiles:
+        if engine == "ort" and profiles and all("portable" in profile for profile in profiles):
             targets.append(Target(engine, device, "portable"))
         for key in sorted(compiled):
             if key[:2] == (engine, device):

@@ -48,10 +48,10 @@ def test_compile_leaves_out_an_engine_that_is_not_installed_unless_it_was_named(
     from portlm.compile import build
     from portlm.errors import EngineUnavailableError
 
-    def missing(folder, keys):
+    def missing(folder, keys, *options):
         if keys[0][0] == "tvm":
             raise EngineUnavailableError("tvm: not installed")
-        return original(folder, keys)
+        return original(folder, keys, *options)
 
     original = build.build
     monkeypatch.setattr(build, "build", missing)
@@ -83,12 +83,69 @@ def test_a_choice_of_graphs_for_a_form_without_graphs_is_an_error(portlm, checkp
 
 
 @pytest.mark.parametrize("target", ["cuda", "ort:tpu", "torch:vulkan", "ort:cpu:best"])
-@pytest.mark.parametrize("verb", ["verify", "bench"])
+@pytest.mark.parametrize("verb", ["compile", "verify", "bench"])
 def test_an_unknown_target_is_refused_before_anything_runs(verb, target, portlm, artifacts):
     outcome = portlm(verb, artifacts["gpt2"], "-e", target)
     assert outcome.code == 2
     assert "choose" in outcome.error
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "spelling", [("-e", "ort:cpu"), ("-e", "ort", "-d", "cpu"), ("-d", "cpu", "-p", "fused", "-e", "ort")]
+)
+def test_compile_takes_an_engine_in_either_spelling(spelling, portlm, artifacts, tmp_path):
+    model = shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+    outcome = portlm("compile", model, *spelling)
+    assert outcome.code == 0, outcome.err
+    assert [line.rpartition("/")[2] for line in outcome.out.splitlines()] == ["decoder.ort-cpu-fused.onnx"]
+
+
+@pytest.mark.parametrize(
+    "spelling", [("-e", "torch:cpu:native"), ("-d", "cpu", "-p", "native"), ("-e", "torch")]
+)
+def test_verify_takes_an_engine_in_either_spelling(spelling, portlm, artifacts, tmp_path):
+    model = shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+    outcome = portlm("verify", model, "--json", *spelling)
+    assert outcome.code == 0, outcome.err
+    assert [row["row"]["engine"] for row in json.loads(outcome.out)] == ["torch"]
+
+
+@pytest.mark.parametrize("verb", ["compile", "verify", "bench"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("-e", "ort:cpu", "-d", "vulkan"), "'cpu' and device 'vulkan' are both asked for"),
+        (("-d", "tpu"), "there is no device 'tpu': choose one of"),
+        (("-e", "torch", "-d", "vulkan"), "torch does not run on 'vulkan': choose"),
+        (("-p", "best"), "there is no profile 'best': choose one of"),
+    ],
+)
+def test_a_contradiction_between_options_is_refused(verb, options, words, portlm, artifacts):
+    outcome = portlm(verb, artifacts["gpt2"], *options)
+    assert outcome.code == 2
+    assert words in outcome.error
+
+
+def test_compile_dumps_the_graph_after_every_pass(portlm, artifacts, tmp_path):
+    pytest.importorskip("tvm", reason="TVM is missing: pip install portlm[tvm]")
+    import onnx
+
+    model = shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+    outcome = portlm("compile", model, "-e", "ort:cpu", "-e", "tvm:cpu", "--dump", tmp_path / "dump")
+    assert outcome.code == 0, outcome.err
+    folders = {path.name: sorted(p.name for p in path.iterdir()) for path in (tmp_path / "dump").iterdir()}
+    assert set(folders) == {"ort-cpu-fused", "tvm-cpu-fused", "tvm-cpu-portable"}
+    lowered = tmp_path / "dump" / "ort-cpu-fused" / folders["ort-cpu-fused"][-2]
+    entry = model / "onnx" / "decoder.ort-cpu-fused.onnx"
+    assert onnx.load_model(lowered, load_external_data=False) == onnx.load_model(
+        entry, load_external_data=False
+    )
+    names = [name.partition("-")[2] for name in folders["tvm-cpu-portable"]]
+    assert names[:3] == ["ImportGraph.py", "BoundGathers.py", "FuseTransposeMatmul.py"]
+    assert "ScheduleProducts.py" in names
+    assert folders["tvm-cpu-fused"][0] == "00-CallKernels.py"
+    assert "portlm.linear" in (tmp_path / "dump" / "tvm-cpu-fused" / "00-CallKernels.py").read_text()
 
 
 def test_a_benchmark_longer_than_the_context_is_refused_before_anything_is_loaded(portlm, artifacts):
@@ -104,7 +161,7 @@ def test_tables_of_figures_fit_80_columns(verb, portlm, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     from portlm.artifact import ParityRow
     from portlm.commands import bench, demo, verify
-    from portlm.flows.bench import Target
+    from portlm.flows.targets import Target
     from portlm.flows.verify import Result
 
     figures = {

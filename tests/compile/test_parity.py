@@ -380,9 +380,9 @@ def renamed(exported, tmp_path):
     role = manifest.roles["decoder"]
 
     def new(name):
-        return (
-            name.replace("past_key_values", "memory").replace("present", "next").replace("logits", "scores")
-        )
+        if name == "logits":
+            return "scores"
+        return name.replace("past_key_values", "memory").replace("present", "next")
 
     path = folder / role.profiles["portable"]
     model = onnx.load_model(path, load_external_data=False)

@@ -393,6 +393,8 @@ DECODER = ("roles", "decoder")
         (("model", "parameters"), -1, "model.parameters must be `int` >= 1, got -1"),
         (("model", "family"), None, "model.family must be `str`, got None"),
         (("files", "config.json", "size"), 2.5, "files['config.json'].size must be `int`, got 2.5"),
+        (("roles", "../decoder"), {}, "the key roles['../decoder'] must be `str` matching regex"),
+        (("roles", "head:a/b"), {}, "the key roles['head:a/b'] must be `str` matching regex"),
         (("files", "x" * 1025), {"size": 1, "sha256": "0" * 64}, "the key files['xxx"),
         (
             ("files", "onnx/decoder.onnx.data", "sha256"), "A" * 64,

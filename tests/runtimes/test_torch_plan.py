@@ -136,6 +136,17 @@ def test_a_model_without_code_has_no_native_profile(codeless):
         portlm.load(codeless, engine="torch", device="cpu", profile="native")
 
 
+def test_a_checkpoint_has_no_profile_but_native(checkpoints):
+    with pytest.raises(UsageError, match="is a checkpoint, whose profile is native"):
+        portlm.load(checkpoints["gpt2"], engine="torch", device="cpu", profile="fused")
+
+
+def test_a_known_model_runs_its_graph_when_asked(artifacts):
+    with portlm.load(artifacts["gpt2"], engine="torch", device="cpu", profile="portable") as session:
+        assert session.engine.profile == "portable"
+        assert session.placement().nodes.keys() == {"cpu"}
+
+
 def test_verify_lists_plans_where_there_is_no_checkpoint_and_only_there(codeless, compiled):
     torch_rows = lambda folder: [  # noqa: E731
         str(t) for t in ready_targets(read_manifest(folder)) if (t.engine, t.device) == ("torch", "cpu")
