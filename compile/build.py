@@ -9,6 +9,7 @@ from pathlib import Path
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
 from portlm.compile.passes import Dump, ignore
 from portlm.errors import EngineUnavailableError, UsageError
+from portlm.plan import needs_plan
 from portlm.trust import NATIVE_SUFFIXES, record_built
 
 Compiler = Callable[..., CompiledEntry]
@@ -18,6 +19,14 @@ Compiler = Callable[..., CompiledEntry]
 COMPILERS: dict[tuple[str, str, str], tuple[str, dict[str, str]]] = {
     ("ort", "cpu", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "cpu"}),
     ("ort", "vulkan", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "vulkan"}),
+    **{
+        ("torch", device, profile): (
+            "portlm.compile.torch_plan:compile_plan",
+            {"device": device, "profile": profile},
+        )
+        for device in ("cpu", "cuda")
+        for profile in ("fused", "portable")
+    },
     ("tvm", "cpu", "portable"): ("portlm.compile.tvm_portable:compile_portable", {}),
     ("tvm", "cpu", "fused"): ("portlm.compile.tvm_fused:compile_fused", {}),
 }
@@ -53,7 +62,7 @@ def build_choice(
 
     Args:
         artifact: an exported folder.
-        engine: None for those whose compiler is installed.
+        engine: None for those whose compiler is installed, without torch where it has a checkpoint to run.
         device: None for all.
         profile: None for those the artifact has a graph of.
         note: called with a line for each thing left out.
@@ -64,9 +73,12 @@ def build_choice(
         EngineUnavailableError: the engine was named and its compiler is not installed.
         FormatError: the artifact is damaged.
     """
-    graphs = {name for role in read_manifest(artifact).roles.values() for name in role.profiles}
+    manifest = read_manifest(artifact)
+    graphs = {name for role in manifest.roles.values() for name in role.profiles}
     entries = []
     for key in choices(engine, device, profile):
+        if engine is None and key[0] == "torch" and not needs_plan(manifest):
+            continue  # it runs the checkpoint
         if profile is None and key[2] not in graphs:
             note(f"{':'.join(key)} left out: the artifact has no {key[2]} graph")
             continue

@@ -1,24 +1,32 @@
-"""The torch engine: the model's own code, run eagerly. The reference that every other engine is compared with.
+"""The torch engine: PyTorch on the CPU with portlm's kernels, or on CUDA.
 
-The only file of portlm.runtimes that imports PyTorch.
+Of a checkpoint of a known family it runs the model's own code, profile "native": the reference that every other engine
+is compared with. Of any artifact it runs the graphs as plans (torch_plan.py), profiles "fused" and "portable": so a
+model whose code is not here runs, too. PyTorch is imported by this file, and by those of plans that it imports.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from portlm.artifact import verify_files
+from portlm.artifact import Manifest, verify_files
 from portlm.engine import Array, CallSpec, OpenRequest, Placement
-from portlm.errors import EngineUnavailableError, PortlmError, UsageError
+from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
+from portlm.files import safe_join
 from portlm.models import load_model
-from portlm.models.roles import Role
+from portlm.plan import CHECKPOINT, needs_plan, read_plan
 from portlm.roles import StateSpec
 from portlm.runtimes.base import ArrayEngine, stack
+from portlm.runtimes.torch_plan import make_role
 
-CHECKPOINT = ("config.json", "model.safetensors")
+if TYPE_CHECKING:
+    from portlm.models.roles import Role
+
+PLANS = ("fused", "portable")  # profiles that are plans, the best first
 
 
 def cuda_name() -> str | None:
@@ -39,53 +47,113 @@ def try_device(device: str) -> str:
 
 
 class TorchEngine(ArrayEngine):
-    """A model in float32 on the CPU, with portlm's kernels, or on a CUDA device.
+    """Roles as functions of PyTorch tensors, in float32 on the CPU, with portlm's kernels, or on a CUDA device.
 
-    It runs the functions that the model declares as its roles, so its states have the names of the exported graphs.
+    Native roles are the functions that the model declares, so their states have the names of the exported graphs.
     """
 
     name = "torch"
-    profile = "native"
     precision = "fp32"
 
-    def __init__(self, model: Any, device: str):
-        self.device = device
-        self._model: Any = model.to(device).eval()
-        self._functions: dict[str, Role] = model.roles()
+    def __init__(
+        self,
+        functions: "Mapping[str, Role]",
+        vocab_size: int,
+        context_length: int,
+        device: str,
+        profile: str,
+        nodes: Mapping[str, int],
+    ):
+        """Take over functions of tensors on a device; use open().
+
+        Args:
+            functions: by role.
+            vocab_size: V.
+            context_length: the largest number of tokens that one row may have.
+            device: "cpu" or "cuda".
+            profile: "native", "fused" or "portable".
+            nodes: how many there are on each device.
+        """
+        self.device, self.profile = device, profile
+        self._functions, self._nodes = dict(functions), dict(nodes)
         specs = {
             name: CallSpec(tuple(role.inputs), tuple(role.outputs), tuple(role.state))
             for name, role in self._functions.items()
         }
-        super().__init__(specs, model.config.vocab_size, model.config.context_length)
+        super().__init__(specs, vocab_size, context_length)
 
     @classmethod
     def open(cls, request: OpenRequest) -> Self:
-        """Load a checkpoint folder, of an artifact or by itself.
+        """Load a checkpoint folder, of an artifact or by itself, or the plans of an artifact.
 
         Args:
-            request: its folder has config.json and model.safetensors, which must be as the manifest says if there is
-                one. device is "cpu" or "cuda"; profile "auto" or "native", this engine runs no graph. threads count
-                for the whole process, because PyTorch has one setting for all. allow_fallback is without effect,
-                PyTorch moves nothing by itself.
+            request: device is "cpu" or "cuda". Profile "native" takes config.json and model.safetensors of the folder;
+                "fused" and "portable" what portlm compile made of the graphs; "auto" the checkpoint, or plans where
+                there is none of a known family. threads count for the whole process, because PyTorch has one setting
+                for all. allow_fallback is without effect, PyTorch moves nothing by itself.
 
         Raises:
             EngineUnavailableError: this PyTorch finds no CUDA device.
-            UsageError: another profile was asked for.
+            UsageError: the folder has no such profile.
             FormatError: a file is missing or not what it should be.
         """
-        if request.profile not in ("auto", "native"):
-            raise UsageError(
-                f"torch runs the checkpoint itself: its profile is native, not {request.profile}"
-            )
         if request.device == "cuda" and not torch.cuda.is_available():
             raise EngineUnavailableError(
                 f"torch:cuda: PyTorch {torch.__version__} finds no CUDA device, run portlm doctor to see why"
             )
-        if request.manifest is not None:
-            verify_files(request.folder, CHECKPOINT)
+        manifest = request.manifest
+        plans = manifest is not None and needs_plan(manifest)
+        if request.profile not in ("auto", "native", *PLANS):
+            raise UsageError(f"torch has no profile {request.profile}: choose native, fused or portable")
         if request.threads is not None:
             torch.set_num_threads(request.threads)
-        return cls(load_model(request.folder), request.device)
+        if manifest is None or request.profile == "native" or (request.profile == "auto" and not plans):
+            if request.profile in PLANS:
+                raise UsageError(
+                    f"{request.folder} is a checkpoint, whose profile is native: "
+                    f"run portlm export on it first to have {request.profile}"
+                )
+            if plans:
+                raise UsageError(
+                    f"{request.folder} holds the graphs of a module and no code of it: choose profile fused or portable"
+                )
+            return cls._native(request)
+        return cls._planned(request, manifest)
+
+    @classmethod
+    def _native(cls, request: OpenRequest) -> Self:
+        if request.manifest is not None:
+            verify_files(request.folder, CHECKPOINT)
+        model: Any = load_model(request.folder).to(request.device).eval()
+        nodes = Counter(
+            next(module.parameters(recurse=False)).device.type
+            for module in model.modules()
+            if next(module.parameters(recurse=False), None) is not None
+        )
+        sizes = model.config.vocab_size, model.config.context_length
+        return cls(model.roles(), *sizes, request.device, "native", nodes)
+
+    @classmethod
+    def _planned(cls, request: OpenRequest, manifest: Manifest) -> Self:
+        profile, files = _choose(request, manifest)
+        functions: dict[str, Role] = {}
+        count = 0
+        for path in files:
+            plan = read_plan(path)
+            spec = manifest.roles.get(plan.role)
+            if spec is None or plan.role in functions:
+                raise FormatError(f"{path}: the artifact has no role of its own for it; compile again")
+            same = (plan.inputs, plan.outputs, plan.state) == (spec.inputs, spec.outputs, spec.state)
+            if not same or plan.profile != profile or plan.weights_file != spec.weights:
+                raise FormatError(f"{path}: made of another export than this artifact; compile again")
+            verify_files(request.folder, [spec.weights])
+            weights = safe_join(request.folder, spec.weights)
+            functions[plan.role] = make_role(plan, path, weights, request.device)
+            count += len(plan.nodes)
+        if missing := manifest.roles.keys() - functions.keys():
+            raise FormatError(f"{request.folder}: nothing was compiled for its {min(missing)}; compile again")
+        sizes = manifest.model.vocab_size, manifest.model.context_length
+        return cls(functions, *sizes, request.device, profile, {request.device: count})
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
@@ -115,17 +183,35 @@ class TorchEngine(ArrayEngine):
         return stack(tensors, shape, tensors[0].new_zeros(shape))
 
     def placement(self) -> Placement:
-        """Count the modules that hold parameters, by device."""
-        if self._model is None:
+        """Count what runs, by device: modules that hold parameters, or nodes of plans."""
+        if self._closed:
             raise UsageError("this engine is closed: load the model again")
-        nodes = Counter(
-            next(module.parameters(recurse=False)).device.type
-            for module in self._model.modules()
-            if next(module.parameters(recurse=False), None) is not None
-        )
-        return Placement(dict(nodes))
+        return Placement(dict(self._nodes))
 
     def close(self) -> None:
         """Let go of the model."""
         super().close()
-        self._model, self._functions = None, {}
+        self._functions = {}
+
+
+def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, list[Path]]:
+    """The profile to open, and the files of its plans, which are as the manifest says."""
+    folder, device = request.folder, request.device
+    wanted = PLANS if request.profile == "auto" else (request.profile,)
+    for profile in wanted:
+        key = ("torch", device, profile)
+        names = [
+            name
+            for entry in manifest.compiled
+            if (entry.engine, entry.device, entry.profile) == key
+            for name in entry.files
+        ]
+        if names:
+            if request.compiled is None:
+                verify_files(folder, names)
+            return profile, [safe_join(request.compiled or folder, name) for name in names]
+    option = "" if request.profile == "auto" else f" --profile {request.profile}"
+    raise UsageError(
+        f"{folder} holds nothing compiled for torch on {device}: "
+        f"run portlm compile {folder} --engine torch --device {device}{option}"
+    )

@@ -33,7 +33,7 @@ def command(
     from portlm.flows.bench import measure
     from portlm.flows.targets import default_targets, read_targets
 
-    targets = read_targets(engines, device, profile, [] if engines else default_targets())
+    targets = read_targets(engines, device, profile, [] if engines else default_targets(model))
     result = measure(
         model, targets, prompt=prompt, tokens=tokens, rounds=rounds, threads=threads,
         progress=lambda message: click.echo(f"bench: {message}", err=True),

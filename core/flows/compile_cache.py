@@ -22,12 +22,13 @@ import msgspec
 from portlm.artifact import Manifest, read_manifest, replace, verify_files, write_manifest
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
+from portlm.plan import needs_plan
 from portlm.trust import NATIVE_SUFFIXES, is_trusted, private_folder
 
 Key = tuple[str, str, str]
 """Engine, device and profile."""
 
-ENGINES = ("ort", "tvm")
+ENGINES = ("ort", "torch", "tvm")
 FOLDER = "compiled"
 UNFINISHED = ".building-"
 STALE_SECONDS = 24 * 3600  # an unfinished entry as old as this was given up
@@ -48,6 +49,8 @@ def needed(engine: str, device: str, profile: str, manifest: Manifest) -> str | 
     """
     from portlm.compile.build import COMPILERS
 
+    if engine == "torch" and profile == "auto" and not needs_plan(manifest):
+        return None  # it runs the checkpoint
     for name in ("fused", "portable") if profile == "auto" else (profile,):
         key = (engine, device, name)
         if key in COMPILERS and _has(manifest, key):

@@ -35,7 +35,7 @@ def load(
 
     A folder without tokenizer.json gives a session that takes and returns token ids only.
 
-    Every file that is used is first compared with the size and the hash in the manifest. What ort or tvm needs compiled
+    Every file that is used is first compared with the size and the hash in the manifest. What an engine needs compiled
     and the artifact does not hold is compiled now, into a private cache of the user's, with a line on stderr.
 
     Args:
@@ -163,7 +163,7 @@ def _choose(manifest: Manifest | None, device: str, profile: str) -> tuple[str, 
         candidates.append("ort")
         if any((entry.engine, entry.device) == ("tvm", "cpu") for entry in manifest.compiled):
             candidates.append("tvm")
-    if profile in ("auto", "native"):
+    if manifest is not None or profile in ("auto", "native"):
         candidates.append("torch")
     for name in candidates:
         package = ENGINES[name].package

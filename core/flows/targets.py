@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from portlm.errors import UsageError
 
@@ -132,14 +133,22 @@ def read_targets(
     return found
 
 
-def default_targets() -> list[Target]:
-    """Return every engine, device and profile that this machine can run, the torch engine first."""
+def default_targets(model: Path) -> list[Target]:
+    """Return every engine, device and profile that this machine can run, the torch engine first.
+
+    Args:
+        model: the artifact: the torch engine runs its checkpoint, or its graphs where there is none.
+    """
+    from portlm.artifact import MANIFEST, read_manifest
+    from portlm.plan import needs_plan
     from portlm.runtimes.probe import probe
 
     order = {"torch": 0, "ort": 1, "tvm": 2}
+    graphs = ("portable", "fused")
+    planned = (model / MANIFEST).exists() and needs_plan(read_manifest(model))
     targets = []
     for row in probe():
         if row["available"] and row["engine"] in order:
-            profiles = ("native",) if row["engine"] == "torch" else ("portable", "fused")
+            profiles = ("native",) if row["engine"] == "torch" and not planned else graphs
             targets += [Target(row["engine"], row["device"], profile) for profile in profiles]
     return sorted(targets, key=lambda t: (order[t.engine], t.device))

@@ -19,6 +19,7 @@ import msgspec
 from portlm.artifact import Manifest, ParityRow, read_manifest, verify_files
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
+from portlm.plan import needs_plan
 from portlm.trust import NATIVE_SUFFIXES, is_trusted
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def verify_artifact(
         )
     if certify or parity.REFERENCE not in manifest.files:
         progress("the answer of eager PyTorch")
-        with closing(_open(root, Target("torch", "cpu", "native"))) as engine:
+        with closing(_open(root, Target("torch", "cpu", _reference_profile(manifest)))) as engine:
             parity.certify(root, [], reference=cast("Engine", PlainPyTorch(engine)))
         certify = True
     results = []
@@ -106,6 +107,11 @@ def verify_artifact(
         progress(str(target))
         results.append(_check(root, target, certify, search, progress))
     return results
+
+
+def _reference_profile(manifest: Manifest) -> str:
+    """The model's own code; where there is none, the graph of standard operators, which says the same in PyTorch's."""
+    return "portable" if needs_plan(manifest) else "native"
 
 
 def _graphs(manifest: Manifest) -> list[str]:
@@ -136,7 +142,10 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
                 )
             continue
         if engine == "torch":
-            targets.append(Target(engine, device, "native"))
+            plans = [name for name in ("fused", "portable") if all(name in each for each in profiles)]
+            wanted = plans if needs_plan(manifest) else ["native"]
+            targets += [Target(engine, device, name) for name in wanted]
+            continue
         if engine == "ort" and profiles and all("portable" in profile for profile in profiles):
             targets.append(Target(engine, device, "portable"))
         for key in sorted(compiled):

@@ -12,6 +12,8 @@ from portlm.runtimes.null import NullEngine
 
 TARGETS = [
     ("torch", "cpu", "native"),
+    ("torch", "cpu", "portable"),
+    ("torch", "cpu", "fused"),
     ("ort", "cpu", "portable"),
     ("ort", "cpu", "fused"),
     ("ort", "vulkan", "portable"),
