@@ -131,6 +131,16 @@ def _usable_extension() -> Path | None:
     return path if current and architectures != "-" and set(kernel_names()) <= set(names) else None
 
 
+def _pybind11() -> str:
+    """Return where pybind11's CMake files are: of this Python, or the copy that an installation left in build."""
+    copies = sorted((ROOT / "build").glob("pybind11-*/share/cmake/pybind11"))
+    if importlib.util.find_spec("pybind11") is None and copies:
+        return str(copies[-1])
+    import pybind11
+
+    return str(pybind11.get_cmake_dir())
+
+
 def _cmake(context: Context, target: str | None) -> None:
     """Configure, and build one target or all. Object files survive between runs.
 
@@ -141,14 +151,12 @@ def _cmake(context: Context, target: str | None) -> None:
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             raise MissingError(f"{tool} is not here, so nothing was built")
-    import pybind11
-
     folder = context.work / "cmake"
     found = _smi("compute_cap")[0].strip()
     architectures = found.replace(".", "") if re.fullmatch(r"\d+\.\d", found) else "80;90"
     configure = [
         "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={_pybind11()}",
         f"-DPORTLM_OUTPUT_DIRECTORY={context.work / 'extension'}",
         f"-DPORTLM_EXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
         f"-DPORTLM_CUDA_ARCHITECTURES={architectures}",
