@@ -1,6 +1,6 @@
 """scripts/gpu_check.sh is ready before a GPU is: its dry run passes here, and nothing that it found is ever lost."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -186,16 +186,18 @@ def test_a_signal_ends_the_section_and_writes_what_is_there(tmp_path, number):
     assert cases == {"first", "before the limit"}
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"gpu_{name}", GPU / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def modules(monkeypatch):
+    """Load modules of the check, which import each other by their bare names, for one test."""
+    monkeypatch.syspath_prepend(str(GPU))
+    for name in ("record", "context", "timing"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in ("record", "context", "timing"):
+        sys.modules.pop(name, None)
 
 
-def test_the_table_shows_wins_losses_and_who_could_not_run():
+def test_the_table_shows_wins_losses_and_who_could_not_run(modules):
     def figure(contender, **values):
         return {"section": "swiglu", "case": "forward", "contender": contender, **values}
 
@@ -210,7 +212,7 @@ def test_the_table_shows_wins_losses_and_who_could_not_run():
             figure("other", absent="it is not installed"),
         ],
     }  # fmt: skip
-    table = load("record").markdown(report)
+    table = modules("record").markdown(report)
     assert "## 2026-01-01: A GPU" in table
     assert "| swiglu | forward | portlm | 0.100 ms | 4,000 GB/s | 93% |  |" in table
     assert "| 3.00 [2.90, 3.10] |" in table
@@ -218,9 +220,71 @@ def test_the_table_shows_wins_losses_and_who_could_not_run():
     assert "absent: it is not installed" in table
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+@pytest.fixture
+def timing(modules, monkeypatch):
+    """The module that races, with a clock of its own: a call takes as long as it says."""
+    pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    module = modules("timing")
+    monkeypatch.setattr(module, "sample", lambda call, repeats, dry: getattr(call, "seconds", 1.0))
+    return module
+
+
+def call(value: float, seconds: float):
+    import torch
+
+    def function():
+        return torch.tensor([value, 0.5])
+
+    function.seconds = seconds
+    return function
+
+
+def race(timing, tmp_path, contenders, **case) -> list[dict]:
+    context = timing.Context("a section", tmp_path / "records.jsonl", tmp_path, dry=False)
+    limits = timing.Limits(dry=True, copy=1e12)
+    timing.race(context, timing.Case("a case", contenders, **case), limits)
+    return [json.loads(line) for line in context.records.read_text().splitlines()]
+
+
+def test_a_race_keeps_times_ratios_and_shares_of_the_limit(timing, tmp_path):
+    def broken():
+        raise ImportError("no such package")
+
+    contenders = {
+        "portlm": call(1.0, 1.0),
+        "eager": call(1.0, 2.0),
+        "compile": call(1.0, 0.5),
+        "other": broken,
+    }
+    lines = race(timing, tmp_path, contenders, moved=int(5e11))
+    found = {line["contender"]: line for line in lines}
+    assert found["other"]["absent"] == "ImportError: no such package"
+    assert (found["portlm"]["seconds"], found["portlm"]["rate"], found["portlm"]["of_limit"]) == (
+        1.0,
+        500.0,
+        0.5,
+    )
+    assert "ratio" not in found["portlm"]
+    assert (found["eager"]["ratio"], found["eager"]["interval"]) == (2.0, [2.0, 2.0])
+    assert (found["compile"]["ratio"], found["compile"]["of_limit"]) == (0.5, 1.0)
+
+
+def test_nobody_is_timed_when_results_differ(timing, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"eager differs from the first contender by 0\.1.*nothing was timed"
+    ):
+        race(timing, tmp_path, {"portlm": call(1.0, 1.0), "eager": call(1.1, 1.0)}, moved=1)
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_a_result_that_is_not_a_number_never_agrees(timing, tmp_path):
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        race(timing, tmp_path, {"portlm": call(float("nan"), 1.0), "eager": call(1.0, 1.0)}, moved=1)
+
+
+def test_a_line_that_was_cut_off_is_left_out(modules, tmp_path):
     path = tmp_path / "records.jsonl"
-    record = load("record")
+    record = modules("record")
     record.append(path, {"section": "a", "case": "b"})
     with path.open("a") as file:
         file.write('{"section": "a", "ca')
