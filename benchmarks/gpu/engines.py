@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,6 @@ from portlm import models
 from portlm.tokenizer import byte_tokenizer
 
 CONTEXT = 160  # room for the certificate's probe and 128 greedy tokens
-SMALL = {
-    "context_length": CONTEXT,
-    "vocab_size": 259,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_kv_head": 2,
-    "width": 64,
-    "hidden": 96,
-}
 LARGE, LARGE_PRESET = "large", "gpt2"
 ENDING = {"checkpoint": "-checkpoint", "artifact": "-artifact"}
 
@@ -33,7 +24,10 @@ ENDING = {"checkpoint": "-checkpoint", "artifact": "-artifact"}
 def make_models(context: Context) -> str:
     """Write a small checkpoint and artifact of every family, and GPT-2 small with random weights."""
     made, problems = [], []
-    wanted = [(name, _small(family), 0.3) for name, family in models.FAMILIES.items()]
+    wanted = [
+        (name, replace(family.config_class().tiny(), context_length=CONTEXT), 0.3)
+        for name, family in models.FAMILIES.items()
+    ]
     if not context.dry:
         wanted.append((LARGE, models.preset(LARGE_PRESET), 0.0))
     for name, config, spread in wanted:
@@ -45,13 +39,6 @@ def make_models(context: Context) -> str:
     if not made:
         raise RuntimeError("; ".join(problems))
     return ", ".join(made) + "".join(f"; not made: {problem}" for problem in problems)
-
-
-def _small(family: Any) -> Any:
-    """Return a small configuration with room for the certificate, from the sizes that the family has."""
-    config = next(iter(family.presets().values()))
-    known = {field.name for field in fields(config)}
-    return replace(config, **{key: value for key, value in SMALL.items() if key in known})
 
 
 def _make(context: Context, name: str, config: Any, spread: float) -> str:

@@ -35,7 +35,7 @@ SECTIONS = (
     # Right first: a figure of something wrong is worth nothing.
     Section("twins", "every CUDA kernel against its float64 oracle (tests/ops/test_cuda.py)", 75, "correct:twins",
             needs=("machine", "build")),
-    Section("gpu-tests", "every other test that is marked gpu", 40, "correct:marked_tests",
+    Section("gpu-tests", "every other test that is marked gpu", 60, "correct:marked_tests",
             needs=("machine", "build")),
     Section("models", "checkpoints and artifacts that the next sections open", 60, "engines:make_models",
             needs=("machine",)),

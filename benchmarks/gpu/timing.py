@@ -9,7 +9,6 @@ device's clocks.
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from context import Context
 from torch import Tensor
+
+from portlm.flows.measuring import paired_ratio
 
 Call = Callable[[], Any]
 
@@ -136,14 +137,6 @@ def without_gradients(function: Callable[..., Any], *inputs: Tensor) -> Call:
     return call
 
 
-def bootstrap(ratios: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of the median of ratios, by resampling the rounds 2000 times with a fixed seed."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(2000))
-    tail = (1 - confidence) / 2
-    return medians[int(tail * len(medians))], medians[int((1 - tail) * len(medians)) - 1]
-
-
 def race(context: Context, case: Case, limits: Limits) -> None:
     """Measure one case and keep one figure for each contender. A dry run calls each once and keeps no time."""
     calls, absent = _agreeing(case)
@@ -168,8 +161,7 @@ def race(context: Context, case: Case, limits: Limits) -> None:
         line: dict[str, Any] = {"case": case.name, "contender": name, "seconds": typical, "samples": times}
         line |= _rate(case, typical, limits)
         if name != ours and ours in samples:
-            ratios = [theirs / mine for theirs, mine in zip(times, samples[ours], strict=True)]
-            line |= {"ratio": statistics.median(ratios), "interval": bootstrap(ratios)}
+            line["ratio"], line["interval"] = paired_ratio(times, samples[ours])
         context.figure(**line)
 
 
