@@ -46,6 +46,15 @@ ENTRIES = {
         steps=("embedding_fwd", "rms_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "swiglu_fwd"),
         variants=({"n_kv_head": 4, "rope_theta": 500.0}, {"n_kv_head": 1}, {"tie_embeddings": True}),
     ),
+    "gpt_neox": Entry(
+        trains=("embedding_fwd", "embedding_bwd", "layer_norm_fwd", "layer_norm_bwd", "gemm", "linear_bwd",
+                "rotary_fwd", "attention_fwd", "attention_bwd", "gelu_mlp_fwd", "gelu_mlp_bwd", "linear_cross_entropy"),
+        steps=("embedding_fwd", "layer_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "gelu_mlp_fwd"),
+        # of 0.6 x 8 elements transformers rotates 4
+        variants=({"parallel_residual": False}, {"attention_bias": False}, {"rotary_pct": 1.0, "rope_theta": 500.0},
+                  {"rotary_pct": 0.6, "gelu": "tanh"}),
+        renamed=("embed_out.", "lm_head."),
+    ),
 }
 # fmt: on
 
