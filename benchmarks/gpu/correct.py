@@ -32,6 +32,11 @@ def marked_tests(context: Context) -> str:
     return _run(context, "-m", "gpu", f"--ignore={TWINS}", "tests", none="no other test is marked gpu")
 
 
+def contract(context: Context) -> str:
+    """The tests that every engine passes on every device, for those that run on CUDA."""
+    return _run(context, "-k", "cuda", "tests/runtimes/test_contract.py", "tests/runtimes/test_states.py")
+
+
 def _run(context: Context, *arguments: str, none: str = "") -> str:
     """Run tests and say how they ended; a dry run only collects them.
 

@@ -37,6 +37,8 @@ SECTIONS = (
             needs=("machine", "build")),
     Section("gpu-tests", "every other test that is marked gpu", 60, "correct:marked_tests",
             needs=("machine", "build")),
+    Section("contract", "what every engine promises, on torch:cuda and ort:cuda (tests/runtimes)", 60,
+            "correct:contract", needs=("machine",)),
     Section("models", "checkpoints and artifacts that the next sections open", 60, "engines:make_models",
             needs=("machine",)),
     Section("verify-torch", "torch:cuda against eager PyTorch on the CPU: logits and 128 greedy tokens", 45,
