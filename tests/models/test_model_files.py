@@ -117,7 +117,7 @@ def test_a_config_that_asks_for_more_than_memory_is_refused_before_allocating(gp
         (None, "does not exist"),
         ("[]", "must hold a JSON object"),
         ("{", "not valid JSON"),
-        ("{}", "model_type must be one of gpt2, llama, got None"),
+        ("{}", f"model_type must be one of {', '.join(FAMILIES)}, got None"),
         ('{"model_type": "bert"}', "got 'bert'"),
         ('{"model_type": "portlm.models.gpt2"}', "model_type must be one of"),
         ('{"model_type": ["gpt2"]}', "model_type must be one of"),

@@ -1,0 +1,178 @@
+"""The engines on CUDA, through the commands that a user types: verify, then prefill and decode."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from context import Context, MissingError, last_line
+from timing import Limits
+
+from portlm import models
+from portlm.tokenizer import byte_tokenizer
+
+CONTEXT = 160  # room for the certificate's probe and 128 greedy tokens
+LARGE, LARGE_PRESET = "large", "gpt2"
+ENDING = {"checkpoint": "-checkpoint", "artifact": "-artifact"}
+
+
+def make_models(context: Context) -> str:
+    """Write a small checkpoint and artifact of every family, and GPT-2 small with random weights."""
+    made, problems = [], []
+    wanted = [
+        (name, replace(family.config_class().tiny(), context_length=CONTEXT), 0.3)
+        for name, family in models.FAMILIES.items()
+    ]
+    if not context.dry:
+        wanted.append((LARGE, models.preset(LARGE_PRESET), 0.0))
+    for name, config, spread in wanted:
+        try:
+            made.append(_make(context, name, config, spread))
+        except Exception as error:  # the others are still worth their time
+            problems.append(f"{name}: {error}")
+            context.claim(f"export of {name}", f"failed: {error}")
+    if not made:
+        raise RuntimeError("; ".join(problems))
+    return ", ".join(made) + "".join(f"; not made: {problem}" for problem in problems)
+
+
+def _make(context: Context, name: str, config: Any, spread: float) -> str:
+    """Save and export one model; `spread` makes small models' choices distinct."""
+    checkpoint, artifact = (_folder(context, name, kind) for kind in ENDING)
+    torch.manual_seed(0)
+    model = models.build(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if spread and p.dim() > 1:
+                p.normal_(0.0, spread)
+    models.save_model(checkpoint, model, byte_tokenizer("<|endoftext|>"))
+    done = context.portlm("export", checkpoint, artifact)
+    if done.returncode:
+        raise RuntimeError(last_line(done.stderr))
+    return f"{name} ({model.num_parameters():,} parameters)"
+
+
+def _folder(context: Context, name: str, kind: str) -> Path:
+    return context.work / "models" / f"{name}{ENDING[kind]}"
+
+
+def verify_torch(context: Context) -> str:
+    """PyTorch's engine on CUDA against its answer on the CPU."""
+    return _verify(context, "torch", "native")
+
+
+def verify_ort(context: Context) -> str:
+    """ONNX Runtime on CUDA against eager PyTorch on the CPU."""
+    return _verify(context, "ort", "portable")
+
+
+def _verify(context: Context, engine: str, profile: str) -> str:
+    """Run portlm verify on every small artifact.
+
+    Raises:
+        MissingError: the engine does not run on CUDA here.
+        RuntimeError: an artifact differs, is not there, or the command fails; all were tried before.
+    """
+    target = f"{engine}:{context.device}:{profile}"
+    _require(context, engine)
+    problems = [
+        f"{name}: {problem}" for name in models.FAMILIES if (problem := _differs(context, name, target))
+    ]
+    if problems:
+        raise RuntimeError("; ".join(problems))
+    return f"{len(models.FAMILIES)} families on {target}"
+
+
+def _differs(context: Context, name: str, target: str) -> str | None:
+    """Verify one artifact, keep what was found, and return what is wrong with it, if anything is."""
+    done = context.portlm("verify", _folder(context, name, "artifact"), "-e", target, "--certify", "--json")
+    results = json.loads(done.stdout) if done.stdout.strip() else []
+    problem = next((r["problem"] for r in results if r["problem"]), None)
+    if done.returncode or problem or not results:
+        problem = problem or last_line(done.stderr)
+        context.claim(f"{name} on {target}", problem)
+        return problem
+    row = results[0]["row"]
+    context.claim(
+        f"{name} on {target}",
+        f"logits within {row['max_logit_error']:.1e}, {row['greedy_match']} of {row['greedy_total']} greedy tokens, "
+        f"{len(row['fallback'])} nodes elsewhere",
+    )
+    return None
+
+
+def _require(context: Context, engine: str) -> None:
+    """Raise MissingError with doctor's reason unless an engine runs on the device."""
+    rows = context.command_json("doctor", "--json")["engines"]
+    row = next(r for r in rows if (r["engine"], r["device"]) == (engine, context.device))
+    if not row["available"]:
+        raise MissingError(f"{engine}:{context.device}: {row['reason']}")
+
+
+def decode(context: Context) -> str:
+    """Prefill and decode rates at batch 1, beside the rate at which the weights could be read once per token."""
+    name, prompt, tokens, rounds = (
+        (LARGE, 512, 128, 5) if not context.dry else (next(iter(models.FAMILIES)), 16, 4, 1)
+    )
+    targets = [f"{engine}:{context.device}" for engine in ("torch", "ort")]
+    artifact = _folder(context, name, "artifact")
+    result = context.command_json(
+        "bench", artifact, *(word for target in targets for word in ("-e", target)),
+        "--prompt", str(prompt), "--tokens", str(tokens), "--rounds", str(rounds), "--json",
+    )  # fmt: skip
+    limits = Limits(context.dry)
+    limits.probe_copy()
+    size = (artifact / "model.safetensors").stat().st_size
+    where = f"behind {prompt} tokens, batch 1"
+    for row in result["rows"]:
+        contender = f"{row['engine']}:{row['device']}:{row['profile']}"
+        _rate(context, f"decode {where}", contender, row["decode_tok_s"], size / limits.copy)
+        _rate(context, f"prefill {prompt} tokens, batch 1", contender, row["prefill_tok_s"], None)
+    for failure in result["failed"]:
+        context.figure(case=f"decode {where}", contender=failure["target"], absent=failure["reason"])
+    try:
+        rival = _transformers(context, _folder(context, name, "checkpoint"), prompt, tokens, rounds)
+        _rate(context, f"decode {where}", "transformers, eager", rival, size / limits.copy)
+    except ImportError as error:
+        context.figure(case=f"decode {where}", contender="transformers, eager", absent=str(error))
+    return "see the figures" if not context.dry else f"measures {' and '.join(targets)}"
+
+
+def _rate(context: Context, case: str, contender: str, rate: float, floor: float | None) -> None:
+    """Keep a rate in tokens per second; `floor` is the least time of a token, if there is one to compare with."""
+    if context.dry:
+        context.figure(case=case, contender=contender)
+        return
+    share = None if floor is None else rate * floor
+    context.figure(case=case, contender=contender, seconds=1 / rate, rate=rate, unit="tok/s", of_limit=share)
+
+
+def _transformers(context: Context, checkpoint: Path, prompt: int, tokens: int, rounds: int) -> float:
+    """Return the median rate of greedy steps in transformers, which reads the same folder."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).to(context.device).eval()
+    rates = []
+    for round_ in range(rounds + 1):  # the first warms up
+        ids = torch.randint(model.config.vocab_size, (1, prompt), device=context.device)
+        with torch.inference_mode():
+            answer = model(ids, use_cache=True)
+            _wait(context)
+            begin = time.perf_counter()
+            for _ in range(tokens):
+                token = answer.logits[:, -1:].argmax(-1)
+                answer = model(token, past_key_values=answer.past_key_values, use_cache=True)
+            _wait(context)
+        if round_:
+            rates.append(tokens / (time.perf_counter() - begin))
+    return statistics.median(rates)
+
+
+def _wait(context: Context) -> None:
+    if not context.dry:
+        torch.cuda.synchronize()

@@ -1,0 +1,65 @@
+"""The table of the check: what is done, in which order, for how long at most, and what it needs.
+
+A new CUDA kernel gets one row here, with the function in kernels.py that races it; a test compares the rows with
+csrc/cuda/kernels.def. Imports nothing beyond Python's own library.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Section(NamedTuple):
+    """One part of the check, run in a process of its own.
+
+    Attributes:
+        name: for --only and the table.
+        summary: one line for --list.
+        seconds: its time limit; what it measured until then is kept.
+        function: "module:function" beside this file, called with a Context.
+        needs: sections that must not have failed before it.
+        kernels: CUDA kernels (as named in kernels.def) whose speed it measures.
+    """
+
+    name: str
+    summary: str
+    seconds: int
+    function: str
+    needs: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+
+
+SECTIONS = (
+    Section("machine", "the device, the driver, and the packages that are here", 20, "machine:describe"),
+    Section("build", "compile portlm._C with its CUDA kernels, unless a current one is there", 180, "machine:build"),
+    # Right first: a figure of something wrong is worth nothing.
+    Section("twins", "every CUDA kernel against its float64 oracle (tests/ops/test_cuda.py)", 75, "correct:twins",
+            needs=("machine", "build")),
+    Section("gpu-tests", "every other test that is marked gpu", 60, "correct:marked_tests",
+            needs=("machine", "build")),
+    Section("contract", "what every engine promises, on torch:cuda and ort:cuda (tests/runtimes)", 60,
+            "correct:contract", needs=("machine",)),
+    Section("models", "checkpoints and artifacts that the next sections open", 60, "engines:make_models",
+            needs=("machine",)),
+    Section("verify-torch", "torch:cuda against eager PyTorch on the CPU: logits and 128 greedy tokens", 45,
+            "engines:verify_torch", needs=("machine", "models")),
+    Section("verify-ort", "ort:cuda against the same, and no node elsewhere", 45, "engines:verify_ort",
+            needs=("machine", "models")),
+    # Then how fast, beside rivals and the limit of the same minutes.
+    Section("layer_norm", "layer_norm with residual, and its gradient", 40, "kernels:layer_norm_race",
+            needs=("machine", "build"), kernels=("layer_norm_fwd", "layer_norm_bwd")),
+    Section("rms_norm", "rms_norm with residual, and its gradient", 40, "kernels:rms_norm_race",
+            needs=("machine", "build"), kernels=("rms_norm_fwd", "rms_norm_bwd")),
+    Section("swiglu", "swiglu and its gradient", 40, "kernels:swiglu_race", needs=("machine", "build"),
+            kernels=("swiglu_fwd", "swiglu_bwd")),
+    Section("cross_entropy", "linear_cross_entropy of GPT-2's vocabulary", 50,
+            "kernels:linear_cross_entropy_race", needs=("machine", "build"), kernels=("cross_entropy",)),
+    Section("adamw", "one optimiser step of 124 M parameters, with clipping", 40, "kernels:adamw_race",
+            needs=("machine", "build"), kernels=("adamw_step",)),
+    Section("decode", "prefill and decode of GPT-2 small on torch:cuda and ort:cuda", 60, "engines:decode",
+            needs=("machine", "models")),
+    Section("forward", "a forward pass of GPT-2 small beside eager PyTorch, torch.compile and transformers", 50,
+            "training:forward_race", needs=("machine",)),
+    Section("training", "a training step of GPT-2 small beside eager PyTorch and torch.compile", 75,
+            "training:step_race", needs=("machine", "build")),
+)  # fmt: skip

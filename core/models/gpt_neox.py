@@ -1,0 +1,504 @@
+"""GPT-NeoX: GPT-2 with four changes. The architecture of GPT-NeoX-20B, Pythia and the StableLM alphas.
+
+Black et al., "GPT-NeoX-20B: An Open-Source Autoregressive Language Model", 2022 (arXiv:2204.06745), and Biderman et
+al., "Pythia", 2023 (arXiv:2304.01373).
+
+- attention and MLP side by side: both read the block's input, each through a LayerNorm of its own, and both are added
+  to it (Wang and Komatsuzaki, 2021); ``parallel_residual = False`` puts them one behind the other again
+- rotary positions (Su et al., 2021) on the first ``rotary_pct`` of each head, the rest of it without a position
+- one matrix for queries, keys and values, whose rows go head by head: q, k and v of the first head, then of the next
+- the output layer has its own matrix, and GELU is the exact form
+
+B batch, T time, C width, H heads, D = C / H head width, R the rotated part of it, P slots already in the cache, V
+vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from portlm.errors import ConfigError
+from portlm.files import shown
+from portlm.models import config_json
+from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
+from portlm.models.roles import Role, decoder
+from portlm.ops.attention import attention
+from portlm.ops.cached_attention import cached_attention
+from portlm.ops.embedding import embedding
+from portlm.ops.gelu_mlp import gelu_mlp
+from portlm.ops.linear import linear
+from portlm.ops.linear_cross_entropy import linear_cross_entropy
+from portlm.ops.rotary import rotary
+
+_BOUNDS = {
+    "vocab_size": (1, config_json.MAX_VOCAB),
+    "context_length": (1, config_json.MAX_CONTEXT),
+    "n_layer": (1, config_json.MAX_LAYERS),
+    "n_head": (1, config_json.MAX_HEADS),
+    "width": (1, config_json.MAX_WIDTH),
+    "hidden": (1, config_json.MAX_HIDDEN),
+    "rotary_pct": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12),
+    "layer_norm_eps": (1e-12, 0.1),
+    "init_std": (0.0, 1.0),
+}
+Gelu = Literal["tanh", "none"]  # the approximation by tanh, or the exact form with erf
+_GELU: dict[str, Gelu] = {
+    "gelu": "none",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+}
+
+
+@dataclass(frozen=True)
+class GPTNeoXConfig:
+    """The shape of a GPT-NeoX model. The defaults are Pythia-70M.
+
+    Raises:
+        ConfigError: A value out of range, a width that the heads do not divide, or an odd or empty rotated part.
+    """
+
+    family: ClassVar[str] = "gpt_neox"
+    # What [model] of a training run may set, and what it is for a small model on a CPU.
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "n_layer": 4,
+        "n_head": 4,
+        "width": 128,
+        "hidden": 0,  # width of the feed-forward layer; 0 means 4 times the width
+        "context_length": 64,  # tokens the model sees at once
+        "rotary_pct": 0.25,
+        "rope_theta": 10000.0,
+        "parallel_residual": True,
+    }
+
+    vocab_size: int = 50304
+    context_length: int = 2048
+    n_layer: int = 6
+    n_head: int = 8
+    width: int = 512
+    hidden: int = 2048  # inner width of the MLP
+    rotary_pct: float = 0.25  # R / D, rounded down to whole elements
+    rope_theta: float = 10000.0
+    parallel_residual: bool = True
+    attention_bias: bool = True  # of the two matrices of attention; those of the MLP always have one
+    layer_norm_eps: float = 1e-5
+    gelu: Gelu = "none"
+    init_std: float = 0.02  # of every matrix
+    bos_token_id: int | None = None  # this and the next are not computed with, only kept with the model
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        config_json.check_bounds(self, _BOUNDS)
+        if self.width % self.n_head:
+            raise ConfigError(f"width {self.width} must be a multiple of n_head {self.n_head}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ConfigError(
+                f"rotary positions turn pairs: rotary_pct {self.rotary_pct:g} of the head width {self.head_dim} "
+                f"must be an even number of at least 2, got {self.rotary_dim}"
+            )
+        if self.gelu not in ("tanh", "none"):
+            raise ConfigError(f"gelu must be tanh or none, got {self.gelu!r}")
+        for name in ("parallel_residual", "attention_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        config_json.check_token_ids(self)
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one head."""
+        return self.width // self.n_head
+
+    @property
+    def rotary_dim(self) -> int:
+        """R, how many elements of each head are rotated."""
+        return int(self.head_dim * self.rotary_pct)
+
+    @property
+    def n_kv_head(self) -> int:
+        """Every query head has its own key and value head."""
+        return self.n_head
+
+    @classmethod
+    def from_settings(cls, **values: Any) -> Self:
+        """Return the configuration for values of SETTINGS and of the vocabulary; 0 stands for what follows from others.
+
+        Raises:
+            ConfigError: A value out of range, by name.
+        """
+        return cls(**values | {"hidden": values["hidden"] or 4 * values["width"]})
+
+    @classmethod
+    def tiny(cls) -> Self:
+        """Return a configuration that tests compute in no time: a vocabulary of bytes, a quarter of a head rotated."""
+        return cls(
+            vocab_size=259, context_length=32, n_layer=2, n_head=4, width=32, hidden=44, eos_token_ids=(256,)
+        )
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+        """Read the contents of a Hugging Face config.json, strictly.
+
+        Raises:
+            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
+        """
+        read = config_json.Reader(data)
+        read.require("model_type", "gpt_neox")
+        vocab_size = read.integer("vocab_size", 50432)
+        read.number(
+            "attention_dropout", 0.0
+        )  # these three concern training only, and nothing published used them
+        read.number("hidden_dropout", 0.0)
+        read.number("classifier_dropout", 0.1)
+        read.require("tie_word_embeddings", False)
+        read.require("is_encoder_decoder", False)
+        read.require("pruned_heads", {})
+        rotary_pct, rope_theta = _rotary(read)
+        config = cls(
+            vocab_size=vocab_size,
+            context_length=read.integer("max_position_embeddings", 2048),
+            n_layer=read.integer("num_hidden_layers", 44),
+            n_head=read.integer("num_attention_heads", 64),
+            width=read.integer("hidden_size", 6144),
+            hidden=read.integer("intermediate_size", 24576),
+            rotary_pct=rotary_pct,
+            rope_theta=rope_theta,
+            parallel_residual=read.boolean("use_parallel_residual", True),
+            attention_bias=read.boolean("attention_bias", True),
+            layer_norm_eps=read.number("layer_norm_eps", 1e-5),
+            gelu=read.choice("hidden_act", "gelu", _GELU),
+            init_std=read.number("initializer_range", 0.02),
+            bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),
+            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
+        )
+        read.finish()
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of a config.json that transformers opens as GPTNeoXForCausalLM."""
+        return {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "model_type": "gpt_neox",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "num_hidden_layers": self.n_layer,
+            "num_attention_heads": self.n_head,
+            "hidden_size": self.width,
+            "intermediate_size": self.hidden,
+            "hidden_act": "gelu" if self.gelu == "none" else "gelu_new",
+            # Transformers 4 and most other engines read the first two of these, transformers 5 the third.
+            "rotary_pct": self.rotary_pct,
+            "rotary_emb_base": self.rope_theta,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self.rope_theta,
+                "partial_rotary_factor": self.rotary_pct,
+            },
+            "use_parallel_residual": self.parallel_residual,
+            "attention_bias": self.attention_bias,
+            "layer_norm_eps": self.layer_norm_eps,
+            "initializer_range": self.init_std,
+            "tie_word_embeddings": False,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
+        }
+
+
+def _rotary(read: config_json.Reader) -> tuple[float, float]:
+    """Return rotary_pct and the base of the frequencies.
+
+    Hugging Face has kept them under two names each, and inside of a third key; where several are there, they must say
+    the same, because versions of transformers differ in which one they believe.
+    """
+    share = _agreed(read, ("rotary_pct", "partial_rotary_factor"))
+    theta = _agreed(read, ("rotary_emb_base", "rope_theta"))
+    for key in ("rope_scaling", "rope_parameters"):
+        value = read.raw(key)
+        if value is None:
+            continue
+        inner = value if isinstance(value, dict) else {}
+        kind = inner.get("rope_type", inner.get("type"))
+        if kind != "default" or inner.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+            raise ConfigError(
+                f"{key} = {shown(value)} is not supported: portlm computes unscaled rotary positions only, "
+                "rope_type 'default'"
+            )
+        nested = config_json.Reader(inner)
+        for name, outer in (("partial_rotary_factor", share), ("rope_theta", theta)):
+            if outer is not None and nested.number(name, outer) != outer:
+                raise ConfigError(f"{name} is {nested.number(name):g} in {key} and {outer:g} outside of it")
+        share = nested.number("partial_rotary_factor", 0.25) if share is None else share
+        theta = nested.number("rope_theta", 10000.0) if theta is None else theta
+    return 0.25 if share is None else share, 10000.0 if theta is None else theta
+
+
+def _agreed(read: config_json.Reader, names: tuple[str, ...]) -> float | None:
+    """Return the number that a config.json gives under one or several names, None if it gives none."""
+    values = {name: read.number(name) for name in names if read.raw(name) is not None}
+    if len(set(values.values())) > 1:
+        raise ConfigError(
+            " and ".join(f"{name} is {value:g}" for name, value in values.items()) + ": which is it?"
+        )
+    return next(iter(values.values()), None)
+
+
+def _pythia(n_layer: int, n_head: int, width: int, vocab_size: int = 50304) -> GPTNeoXConfig:
+    return GPTNeoXConfig(vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, width=width, hidden=4 * width)
+
+
+PRESETS = {
+    "pythia-70m": _pythia(6, 8, 512),
+    "pythia-160m": _pythia(12, 12, 768),
+    "pythia-410m": _pythia(24, 16, 1024),
+    "pythia-1b": _pythia(16, 8, 2048),
+    "pythia-1.4b": _pythia(24, 16, 2048),
+    "pythia-2.8b": _pythia(32, 32, 2560),
+    "pythia-6.9b": _pythia(32, 32, 4096, 50432),
+    "pythia-12b": _pythia(36, 40, 5120, 50688),
+    "gpt-neox-20b": GPTNeoXConfig(
+        vocab_size=50432, n_layer=44, n_head=64, width=6144, hidden=24576, gelu="tanh"
+    ),
+}
+PARAMETERS = {  # as published
+    "pythia-70m": 70_426_624,
+    "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "pythia-12b": 11_846_072_320,
+    "gpt-neox-20b": 20_554_567_680,
+}
+
+
+def rotary_table(config: GPTNeoXConfig) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine (context, R/2) of the rotation at each position, from float32 angles."""
+    R = config.rotary_dim
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
+    angles = torch.arange(config.context_length)[:, None].float() * frequencies
+    dtype = torch.get_default_dtype()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Attention(nn.Module):
+    """Masked self-attention with rotary positions on a part of each head."""
+
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__()
+        self.n_head, self.head_dim, self.rotary_dim = config.n_head, config.head_dim, config.rotary_dim
+        self.query_key_value = Linear(config.width, 3 * config.width, bias=config.attention_bias)
+        self.dense = Linear(config.width, config.width, bias=config.attention_bias)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue | None]:
+        """Attend from x (B, T, C), within x alone or, given a cache, to its P slots as well."""
+        B, T, C = x.shape
+        R, D = self.rotary_dim, self.head_dim
+        qkv = self.query_key_value(x).view(B, T, self.n_head, 3 * D)
+        if R == D:
+            q, k, v = qkv.chunk(3, dim=-1)  # each (B, T, H, D)
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        else:
+            q, q_rest, k, k_rest, v = qkv.split((R, D - R, R, D - R, D), dim=-1)
+            q = torch.cat((rotary(q, cos, sin), q_rest), dim=-1)  # (B, T, H, D)
+            k = torch.cat((rotary(k, cos, sin), k_rest), dim=-1)  # (B, T, H, D)
+        present = None
+        if past is None:
+            y = attention(q, k, v)
+        else:
+            y, key, value = cached_attention(q, k, v, *past, mask)
+            present = (key, value)
+        return self.dense(y.reshape(B, T, C)), present
+
+
+class MLP(nn.Module):
+    """Two linear maps with GELU between them, position by position."""
+
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__()
+        self.dense_h_to_4h = Linear(config.width, config.hidden, bias=True)
+        self.dense_4h_to_h = Linear(config.hidden, config.width, bias=True)
+        self.gelu = config.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        up, down = self.dense_h_to_4h, self.dense_4h_to_h
+        return gelu_mlp(x, up.weight, up.bias, down.weight, down.bias, approximate=self.gelu)
+
+
+class Block(nn.Module):
+    """One layer. As in GPT-2, h is the residual stream and x what the next norm still has to add to it."""
+
+    def __init__(self, config: GPTNeoXConfig):
+        super().__init__()
+        self.input_layernorm = LayerNorm(config.width, config.layer_norm_eps)
+        self.post_attention_layernorm = LayerNorm(config.width, config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+        self.parallel_residual = config.parallel_residual
+
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        past: KeyValue | None = None,
+    ) -> tuple[Tensor, Tensor, KeyValue | None]:
+        """Map (x, h), both (B, T, C), to the same for the next layer. h is None before the first."""
+        y, h = self.input_layernorm(x, h)
+        x, present = self.attention(y, cos, sin, mask, past)
+        if self.parallel_residual:
+            y, _ = self.post_attention_layernorm(h, None)
+            return x + self.mlp(y), h, present
+        y, h = self.post_attention_layernorm(x, h)
+        return self.mlp(y), h, present
+
+
+class GPTNeoX(nn.Module):
+    """A GPT-NeoX language model with randomly initialised weights.
+
+    Args:
+        config: Its shape.
+        init: False leaves the parameters uninitialised, for a caller that fills them all.
+    """
+
+    rotary_cos: Tensor  # (context, R/2), not saved: it follows from the configuration
+    rotary_sin: Tensor
+
+    def __init__(self, config: GPTNeoXConfig, *, init: bool = True):
+        super().__init__()
+        self.config = config
+        self.embed_in = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.final_layer_norm = LayerNorm(config.width, config.layer_norm_eps)
+        self.embed_out = Linear(config.width, config.vocab_size, bias=False)
+        cos, sin = rotary_table(config)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        if init:
+            self.init_weights()
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V), or the mean cross-entropy when targets are given.
+
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
+
+        Raises:
+            ContextLengthError: T is larger than the context.
+        """
+        T = input_ids.shape[1]
+        check_length(T, self.config.context_length)
+        y, _ = self._decode(input_ids, self.rotary_cos[:T], self.rotary_sin[:T])
+        if targets is None:
+            return self.embed_out(y)
+        return linear_cross_entropy(y.flatten(0, 1), self.embed_out.weight, targets.flatten())
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[KeyValue] | None = None,
+        logits_to_keep: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Continue sequences whose P earlier slots are in the cache.
+
+        Args:
+            input_ids: (B, T) int64, the new tokens.
+            position_ids: (B, T) int64, the position of each within its own row.
+            attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
+            past: For each layer (key, value), each (B, H, P, D), keys already rotated; None stands for P = 0.
+            logits_to_keep: (kept,) int64, which of the T new tokens to give logits for; None for all.
+
+        Returns:
+            Logits (B, kept, V), and the cache with P + T slots.
+
+        Raises:
+            ContextLengthError: P + T is larger than the context.
+        """
+        check_length(attention_mask.shape[1], self.config.context_length)
+        if past is None:
+            head = self.embed_out.weight
+            empty = head.new_empty(len(input_ids), self.config.n_head, 0, self.config.head_dim)
+            past = [(empty, empty)] * self.config.n_layer
+        cos = embedding(position_ids, self.rotary_cos)  # (B, T, R/2)
+        sin = embedding(position_ids, self.rotary_sin)
+        y, present = self._decode(input_ids, cos, sin, attention_mask, past)
+        if logits_to_keep is not None:
+            y = y.index_select(1, logits_to_keep)
+        return linear(y, self.embed_out.weight), present
+
+    def roles(self) -> dict[str, Role]:
+        """Return what this model can be exported as: a decoder with a cache."""
+        config = self.config
+        caches = [(config.n_head, config.head_dim)] * config.n_layer
+        return {"decoder": decoder(self.step, vocab_size=config.vocab_size, caches=caches)}
+
+    def _decode(
+        self,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache.
+
+        cos and sin are the rotation at each token's position, (T, R/2) or (B, T, R/2), for all layers.
+        """
+        x, h = self.embed_in(ids), None
+        presents = []
+        for layer, block in enumerate(self.layers):
+            x, h, present = block(x, h, cos, sin, mask, None if past is None else past[layer])
+            presents.append(present)
+        y, _ = self.final_layer_norm(x, h)
+        return y, presents
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights from PyTorch's global generator: N(0, init_std²) for matrices, biases 0, gains 1."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(1.0)
+            else:
+                p.normal_(0.0, self.config.init_std)
+
+    @staticmethod
+    def hf_name(name: str) -> tuple[str, bool]:
+        """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
+        return name if name.startswith("embed_out.") else f"gpt_neox.{name}", False
+
+    @staticmethod
+    def hf_alias(name: str) -> str | None:
+        """Return the usual name of a tensor in a foreign file, or None for one that holds no parameter.
+
+        Files of the bare GPTNeoXModel lack the prefix, newer ones call the head lm_head, and the published ones hold
+        causal masks and rotary frequencies.
+        """
+        if name.startswith("lm_head."):
+            return name.replace("lm_head.", "embed_out.")
+        if not name.startswith(("gpt_neox.", "embed_out.")):
+            name = f"gpt_neox.{name}"
+        constants = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+        return None if name.endswith(constants) else name
+
+    @staticmethod
+    def hf_tied(config: GPTNeoXConfig) -> dict[str, str]:
+        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
+        return {}
