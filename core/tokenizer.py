@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_CONFIG_BYTES = 2**20
-MAX_LEARNED_CHARS = 128  # longest token that training makes, as in Radford et al. 2019: runs of one character would grow for ever
+MAX_LEARNED_CHARS = 128  # longest token that training makes: runs of one character would grow for ever
 
 _PIECE_CHARS = 2**16  # the library's working memory is some hundred bytes per token
 _PIECES_AT_ONCE = 16  # encoded in parallel

@@ -42,7 +42,7 @@ _BYTE_LEVEL_KEYS = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
 
 
 def _byte_alphabet() -> list[str]:
-    """Each byte's visible character (Radford et al. 2019): itself if it prints in Latin-1, else the next from U+0100."""
+    """Each byte's visible character (Radford et al. 2019): itself if it prints in Latin-1, else one from U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     chars = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
