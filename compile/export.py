@@ -98,7 +98,8 @@ def export_module(
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
     Args:
-        module: declares its roles in `roles()`, see portlm.models.roles. It is put back as it was.
+        module: declares its roles in `roles()`, see portlm.models.roles, or maps input_ids (B, T) int64 to logits
+            (B, T, V) in plain PyTorch, see compile/canonical.py. It is put back as it was.
         folder: the artifact folder. An artifact that is already there is replaced, anything else is refused.
         tokenizer: has `save(folder)`; None leaves the artifact without one.
         example: input_ids (B, T) int64, for a module without roles.
@@ -110,12 +111,21 @@ def export_module(
     Raises:
         FormatError: the module computes what a graph cannot say. The message names the operator, the module and the
             line.
-        UsageError: `folder` holds something that is not an artifact, or a profile is unknown.
+        UsageError: `folder` holds something that is not an artifact, a profile is unknown, or a module without roles
+            cannot be exported; the message names the operator, the module and the line.
         StorageError: the disk is full or refuses. What was there before is untouched.
     """
+    from portlm.models.roles import roles_of
+
     target = Path(folder)
     _check_profiles(profiles)
     _check_target(None, target)
+    if not roles_of(module):
+        from portlm.compile.canonical_decoder import decoder_of
+
+        decoder = decoder_of(module, example=example)
+        decoder.warn(type(module).__name__)
+        module = decoder
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     config = getattr(module, "config", None)
 
