@@ -381,7 +381,10 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
         return run
 
     def shapes(call: Call, given: Sequence[Shape]) -> Sequence[Shape]:
-        padded = [*given, *[None] * (len(names) - len(given))]
+        padded: list[Any] = [*given, *[None] * (len(names) - len(given))]
+        for place, i in enumerate(node.inputs):
+            if i.matrix and not call.attributes.get("transposed"):
+                padded[place] = padded[place][::-1]  # turned by now, and the rule is that of the graph
         return [tuple(shape) for shape in node.shapes(padded, call.attributes)]
 
     required = [place for place, i in enumerate(node.inputs) if not i.optional]
