@@ -120,6 +120,12 @@ def _permute(e: "Emitter", node: fx.Node) -> "Value":
     )
 
 
+def _cat(e: "Emitter", node: fx.Node) -> "Value":
+    parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    names = [e.whole(part) for part in parts]  # type: ignore[union-attr]
+    return e.result(node, e.g.op("Concat", names, e.name(node, "cat"), axis=_axis(e, parts[0], axis)))  # type: ignore[index]
+
+
 def _matmul(e: "Emitter", node: fx.Node) -> "Value":
     return e.result(node, e.g.op("MatMul", [e.whole(x) for x in node.args[:2]], e.name(node, "matmul")))
 
@@ -157,6 +163,7 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     **{f"aten::{name}": _binary for name in _BINARY},
     **{f"aten::{name}": _unary for name in _UNARY},
     "aten::bmm": _matmul,
+    "aten::cat": _cat,
     "aten::chunk": _split_sizes,
     "aten::dropout": _dropout,
     "aten::embedding": _embedding,

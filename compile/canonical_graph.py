@@ -146,7 +146,7 @@ class Work:
             node = self.graph.call_function(target, args, kwargs)
         node.meta.update({k: before.meta[k] for k in ("nn_module_stack", "stack_trace") if k in before.meta})
         values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode:
+        with self.mode, torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])
         return node
 

@@ -196,7 +196,7 @@ def certify(
     return rows
 
 
-def verify(folder: str | Path, engine: Engine) -> Verification:
+def recheck(folder: str | Path, engine: Engine) -> Verification:
     """Measure an engine on this machine against the answer stored in the artifact. Nothing is written.
 
     Raises:

@@ -59,6 +59,7 @@ class _Lowering:
             **{(DOMAIN, op_type): self._plain for op_type, spec in nodes().items() if spec.tvm},
             (DOMAIN, "CachedAttention"): self._cached_attention,
             ("", "Add"): self._add,
+            ("", "Concat"): self._concat,
             ("", "Gather"): self._gather,
             ("", "Reshape"): self._reshape,
             ("", "Split"): self._split,
@@ -127,14 +128,15 @@ class _Lowering:
         if not isinstance(value, _Columns):
             return value
         end = value.first + value.width
-        return self.bb.emit(self.relax.op.strided_slice(value.source, [2], [value.first], [end]))
+        last = len(value.source.ty.shape) - 1
+        return self.bb.emit(self.relax.op.strided_slice(value.source, [last], [value.first], [end]))
 
     def _shape(self, name: str) -> list[Any]:
         value = self.values[name]
         if name in self.shapes:
             return list(self.shapes[name])
         if isinstance(value, _Columns):
-            return [*value.source.ty.shape[:2], value.width]
+            return [*value.source.ty.shape[:-1], value.width]
         return list(value.ty.shape)
 
     def _plain(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
@@ -173,6 +175,9 @@ class _Lowering:
     def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         return [self.bb.emit(self.relax.op.add(*self._inputs(node)))]
 
+    def _concat(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        return [self.bb.emit(self.relax.op.concat(self._inputs(node), axis=int(attributes["axis"])))]
+
     def _gather(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         """Indices are clamped: the kernel would read wherever a wrong one points to."""
         values, indices = self._inputs(node)
@@ -185,8 +190,8 @@ class _Lowering:
         return [self.bb.emit(self.relax.op.reshape(value, wanted))]
 
     def _split(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        source = self.values[node.input[0]]
-        if int(attributes["axis"]) not in (-1, 2):
+        source = self._whole(self.values[node.input[0]])
+        if int(attributes["axis"]) not in (-1, len(source.ty.shape) - 1):
             raise FormatError(f"{node.name}: only the last axis can be split")
         ends = self.constants[node.input[1]].cumsum().tolist()
         return [_Columns(source, first, end - first) for first, end in zip([0, *ends], ends, strict=False)]

@@ -6,7 +6,7 @@ and none is vectorised. Two rewrites of the loops change that, and nothing else:
 - x @ W, W (K, N): the innermost loop becomes a vector of neighbouring outputs, so W is read row by row.
 - x @ W^T, W (N, K): each dot product runs in LANES partial sums that are added at the end.
 
-Measured on a GPT-2 of 5 million parameters, one thread of an x86-64-v4 server: 18.7 ms to 0.8 ms for one token,
+Measured on a decoder of 5 million parameters, one thread of an x86-64-v4 server: 18.7 ms to 0.8 ms for one token,
 1063 ms to 28 ms for a prompt of 64.
 """
 

@@ -4,7 +4,7 @@ Bytes in are bytes out, for any input. Every byte has a token, so there is no un
 and no added space; bytes that are not valid UTF-8 become their byte tokens. Text never becomes a control
 token such as <|endoftext|>, however it is spelled, unless the caller asks for that.
 
-The merging is done by the `tokenizers` library, after GPT-2's scheme (Radford et al., "Language Models are
+The merging is done by the `tokenizers` library, after the scheme of Radford et al. ("Language Models are
 Unsupervised Multitask Learners", 2019; BPE from Sennrich et al., arXiv 1508.07909). A saved tokenizer.json
 also opens in transformers and gives the same ids there.
 """
@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_CONFIG_BYTES = 2**20
-MAX_LEARNED_CHARS = (
-    128  # longest token that training makes, as in GPT-2: runs of one character would grow for ever
-)
+MAX_LEARNED_CHARS = 128  # longest token that training makes: runs of one character would grow for ever
 
 _PIECE_CHARS = 2**16  # the library's working memory is some hundred bytes per token
 _PIECES_AT_ONCE = 16  # encoded in parallel

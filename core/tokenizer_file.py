@@ -6,8 +6,8 @@ list of what is allowed, and written anew from the checked values.
 
 What is allowed is what keeps two promises: every byte string encodes and decodes to itself (all 256 byte
 tokens exist, nothing rewrites the text), and text alone never becomes a control token (no merge leads to
-one). That covers GPT-2, Llama 3, SmolLM and what portlm trains. SentencePiece files (Llama 2) normalise
-spaces and are refused.
+one). That covers byte-level BPE as it is published today and what portlm trains (docs/tokenizer.md names files).
+SentencePiece files normalise spaces and are refused.
 """
 
 import re
@@ -26,7 +26,7 @@ MAX_ADDED_BYTES = 256
 # Splitting patterns by name, since an arbitrary one could backtrack for ever.
 SPLIT_PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "Llama 3"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "cl100k_base"
 }
 
 _TOP_KEYS = {
@@ -42,7 +42,7 @@ _BYTE_LEVEL_KEYS = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's visible character for each byte: itself if it prints in Latin-1, else the next from U+0100."""
+    """Each byte's visible character (Radford et al. 2019): itself if it prints in Latin-1, else one from U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     chars = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
@@ -121,7 +121,7 @@ class TokenizerFile:
 
 
 def byte_level(use_regex: bool = True) -> dict[str, Any]:
-    """Return the byte-level step; with `use_regex` it also cuts words as GPT-2 does."""
+    """Return the byte-level step; with `use_regex` it also cuts words (Radford et al. 2019)."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"core": "portlm", "compile": "portlm.compile", "runtimes": "portlm.runtimes"}
 ANYWHERE = {"numpy", "msgspec"}
-UPWARD = {("portlm", room) for room in ("compile", "flows", "runtimes")}  # portlm.load, portlm.export: when asked for
+UPWARD = {
+    ("portlm", room) for room in ("compile", "flows", "runtimes")
+}  # portlm.load, portlm.export: when asked for
 
 
 class Import(NamedTuple):

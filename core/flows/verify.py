@@ -202,7 +202,7 @@ def _check(root: Path, target: Target, certify: bool, search: bool, progress: Pr
         with closing(_open(root, target)) as engine:
             if certify:
                 return Result(target, parity.certify(root, [engine])[0])
-            found = parity.verify(root, engine)
+            found = parity.recheck(root, engine)
             return Result(target, found.measured, found.recorded)
     except ParityError as error:
         problem = str(error)

@@ -43,7 +43,8 @@ def gelu_mlp(
         b1: (F,).
         w2: (N, F).
         b2: (N,).
-        approximate: "tanh" for the approximation that GPT-2 uses, "none" for x Phi(x) with the normal distribution.
+        approximate: "tanh" for the approximation of Hendrycks and Gimpel 2016, "none" for x Phi(x) with the normal
+            distribution.
 
     Returns:
         (..., N).

@@ -172,7 +172,7 @@ def test_unknown_profile_is_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type must be one of gpt2, llama, got 'mamba'"),
+        ({"model_type": "mamba"}, "model_type must be one of .*, got 'mamba'"),
         ({"model_type": ["gpt2"]}, "model_type must be one of"),
         ({"num_attention_heads": 5}, "head_dim = 8 is not supported"),
         ({"num_attention_heads": 0}, "n_head must be an integer from 1|head_dim = 8 is not supported"),

@@ -16,7 +16,7 @@ from portlm.compile.parity import (
     make_probe,
     make_reference,
     measure,
-    verify,
+    recheck,
 )
 from portlm.engine import OpenRequest, Placement
 from portlm.errors import FormatError, ParityError, UsageError
@@ -118,7 +118,7 @@ def test_reference_engine_measures_itself_as_exact(artifacts):
 
 def test_verify_measures_again_and_finds_the_recorded_row(certified):
     before = (certified / "manifest.json").read_bytes()
-    result = verify(certified, open_ort(certified, "fused"))
+    result = recheck(certified, open_ort(certified, "fused"))
     assert result.recorded == read_manifest(certified).parity[1]
     assert result.measured.max_logit_error == pytest.approx(result.recorded.max_logit_error)
     assert (certified / "manifest.json").read_bytes() == before
@@ -134,7 +134,7 @@ def test_certificate_can_be_made_without_the_reference_engine(copy):
 
 def test_artifact_without_an_answer_needs_the_reference_engine(artifacts):
     with pytest.raises(UsageError, match="holds no reference answer"):
-        verify(artifacts["gpt2"], open_ort(artifacts["gpt2"]))
+        recheck(artifacts["gpt2"], open_ort(artifacts["gpt2"]))
 
 
 def test_engine_that_is_off_is_refused_and_not_certified(copy):
@@ -145,7 +145,7 @@ def test_engine_that_is_off_is_refused_and_not_certified(copy):
         certify(copy, [engine])
     assert "null" not in [row.engine for row in read_manifest(copy).parity]
     with pytest.raises(ParityError, match="its logits are off"):
-        verify(copy, engine)
+        recheck(copy, engine)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -155,13 +155,13 @@ def test_engine_with_non_finite_logits_is_refused(certified, bad):
         return logits
 
     with pytest.raises(ParityError, match="not finite"):
-        verify(certified, Wrapped(open_ort(certified), poison))
+        recheck(certified, Wrapped(open_ort(certified), poison))
 
 
 def test_lower_precision_is_measured_but_not_judged(certified):
     engine = Wrapped(open_ort(certified), lambda logits: logits.astype(np.float16).astype(np.float32))
     engine.precision = "fp16"
-    row = verify(certified, engine).measured
+    row = recheck(certified, engine).measured
     assert row.max_logit_error > 1e-4
 
 
@@ -212,7 +212,7 @@ def test_damaged_answer_is_refused(copy):
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises(FormatError, match=r"parity\.safetensors: altered"):
-        verify(copy, open_ort(copy))
+        recheck(copy, open_ort(copy))
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,10 @@ def test_gradients_are_the_slopes_of_the_loss(config):
     torch.manual_seed(3)
     directions = [torch.randn_like(p) for p in model.parameters()]
     slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), directions, strict=True)).item()
-    h, ends = 1e-6, []  # a slope can be small by chance, and the third derivative along so many directions is not
+    h, ends = (
+        1e-6,
+        [],
+    )  # a slope can be small by chance, and the third derivative along so many directions is not
     with torch.no_grad():
         for shift in (h, -2 * h):
             for p, d in zip(model.parameters(), directions, strict=True):

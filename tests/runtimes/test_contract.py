@@ -6,6 +6,7 @@ import pytest
 from portlm.artifact import read_manifest
 from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, PortlmError, UsageError
+from portlm.models import FAMILIES
 from portlm.runtimes import engine_class
 from portlm.runtimes.session import Session
 from portlm.tokenizer import byte_tokenizer
@@ -38,7 +39,7 @@ def open_engine(folder, engine, device, profile):
         pytest.skip(f"{engine}:{device}: the {profile} graph could not be compiled here")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, compiled):
     return compiled[request.param]
 

@@ -6,6 +6,7 @@ import pytest
 from portlm.artifact import read_manifest
 from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, UsageError
+from portlm.models import FAMILIES
 from portlm.rows import Rows, pad
 from portlm.runtimes import engine_class
 from portlm.runtimes.null import NullEngine
@@ -26,7 +27,7 @@ TEXTS = [[5, 17, 200, 3, 77, 42, 9], [9, 8], [250, 1, 2, 3]]
 MORE = [11, 12, 13]
 
 
-@pytest.fixture(scope="module", params=[(f, *t) for f in ("gpt2", "llama") for t in TARGETS], ids=":".join)
+@pytest.fixture(scope="module", params=[(f, *t) for f in FAMILIES for t in TARGETS], ids=":".join)
 def engine(request, compiled):
     family, name, device, profile = request.param
     folder = compiled[family]
