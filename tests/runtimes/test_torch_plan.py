@@ -4,7 +4,6 @@ import copy
 import json
 import random
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +21,6 @@ from portlm.compile.forms import FUSED_OPS, PORTABLE_OPS
 from portlm.engine import OpenRequest
 from portlm.errors import FormatError, UsageError
 from portlm.flows.verify import ready_targets, verify_artifact
-from portlm.models.roles import Role
-from portlm.ops import embedding
 from portlm.plan import Node, Plan, Weight, read_plan, to_bytes
 from portlm.roles import StateSpec, TensorSpec
 from portlm.rows import Rows
@@ -132,52 +129,6 @@ def test_load_compiles_the_plan_of_a_model_without_code_at_first_use(codeless, a
             assert session.engine.profile == "fused"
             assert session.generate([TEXTS[0]], max_new_tokens=8)[0].token_ids == expected
         assert capsys.readouterr().err.count("compiling") == lines
-
-
-class Recurrent(torch.nn.Module):
-    """A decoder that remembers a mean of what it read, and a head beside it: nothing that portlm has a family of."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(vocab_size=13, context_length=32)
-        self.table = torch.nn.Parameter(torch.randn(13, 6, generator=torch.Generator().manual_seed(0)))
-        self.mix = torch.nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
-
-    def read(self, input_ids, past):
-        x = embedding(input_ids, self.table)
-        new = torch.sigmoid(torch.matmul(past, self.mix))
-        return torch.matmul(x * new, self.mix), new
-
-    def classify(self, input_ids):
-        return (torch.matmul(embedding(input_ids, self.table), self.mix),)
-
-    def roles(self):
-        ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
-        logits = TensorSpec("logits", "float32", ("batch", "sequence", 6))
-        memory = StateSpec("memory", "memory.new", "float32", ("batch", 1, 6), "zeros", "replace")
-        return {
-            "decoder": Role(self.read, (ids,), (logits,), (memory,)),
-            "head:tags": Role(self.classify, (ids,), (logits,)),
-        }
-
-
-@pytest.mark.runs_kernel("embedding_fwd")
-@pytest.mark.parametrize("profile", ["fused"])
-def test_a_users_own_module_with_two_roles_runs_without_its_code(profile, tmp_path):
-    module = Recurrent()
-    folder = portlm.export(module, tmp_path / "own")
-    build(folder, [("torch", "cpu", profile)])
-    engine, memory = open_engine(folder, profile), torch.zeros(2, 1, 6)
-    state = engine.start("decoder", 2)
-    for ids in (np.array([[1, 2, 3], [4, 5, 12]]), np.array([[7], [0]])):
-        outputs, state = engine.run("decoder", {"input_ids": ids}, state)
-        with torch.no_grad():
-            expected, memory = module.read(torch.from_numpy(ids), memory)
-            (tags,) = module.classify(torch.from_numpy(ids))
-        assert_same(outputs["logits"], expected.numpy())
-        outputs, _ = engine.run("head:tags", {"input_ids": ids}, engine.start("head:tags", 2))
-        assert_same(outputs["logits"], tags.numpy())
-    assert sum(engine.placement().nodes.values()) > 5
 
 
 def test_a_model_without_code_has_no_native_profile(codeless):
