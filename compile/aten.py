@@ -20,7 +20,7 @@ IDENTITIES = frozenset(
 # Operators that give the elements of their first operand in the same order with another shape.
 _VIEWS = ("_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view", "view_as")
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
-_UNARY = {"relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt"}
+_UNARY = {"exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt"}
 
 # What to do instead of operators that models are known to use.
 INSTEAD = {
@@ -152,6 +152,20 @@ def _dropout(e: "Emitter", node: fx.Node) -> Any:
     return e.values[node.args[0]]  # type: ignore[index]
 
 
+def _cat(e: "Emitter", node: fx.Node) -> "Value":
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    names = [e.whole(x) for x in node.args[0]]  # type: ignore[union-attr]
+    return e.result(node, e.g.op("Concat", names, e.name(node, "cat"), axis=_axis(e, node, axis)))
+
+
+def _mean(e: "Emitter", node: fx.Node) -> "Value":
+    x, axes, *keep = node.args
+    keep = keep or [node.kwargs.get("keepdim", False)]
+    if [_axis(e, x, axis) for axis in axes] != [len(e.shape(x)) - 1] or not keep[0]:  # type: ignore[union-attr, arg-type]
+        raise e.refuse(node, "over other axes than the last, or without keeping it", "mean(-1, keepdim=True)")
+    return e.result(node, e.g.op("ReduceMean", (e.whole(x), e.g.ints(-1)), e.name(node, "mean"), keepdims=1))
+
+
 def _axis(e: "Emitter", operand: Any, axis: Any) -> int:
     rank = len(operand.meta["val"].shape)
     return int(axis) % rank
@@ -164,12 +178,14 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     **{f"aten::{name}": _unary for name in _UNARY},
     "aten::bmm": _matmul,
     "aten::cat": _cat,
+    "aten::cat": _cat,
     "aten::chunk": _split_sizes,
     "aten::dropout": _dropout,
     "aten::embedding": _embedding,
     "aten::gelu": _gelu,
     "aten::index_select": _index_select,
     "aten::matmul": _matmul,
+    "aten::mean": _mean,
     "aten::permute": _permute,
     "aten::silu": _silu,
     "aten::softmax": _softmax,

@@ -4,9 +4,11 @@ The graphs are captured from the model's own code (compile/trace.py, compile/cap
 description of a model to fall behind. Equal bytes come from equal checkpoints.
 """
 
+import mmap
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ import onnx
 
 from portlm import __version__
 from portlm.artifact import (
+    FileEntry,
     Manifest,
     ModelSpec,
     Provenance,
@@ -73,7 +76,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     _check_target(source, target)
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
-    module = open_mapped(source)
+    module, release = open_mapped(source)
     copied = [name for name in COPIED if (source / name).is_file()]
     size = sum((source / name).stat().st_size for name in copied)
 
@@ -81,7 +84,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
         for name in copied:
             shutil.copyfile(source / name, workshop / name)
 
-    return _make(module, target, profiles, size, bring)
+    return _make(module, target, profiles, size, bring, release=release)
 
 
 def export_module(
@@ -95,7 +98,8 @@ def export_module(
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
     Args:
-        module: declares its roles in `roles()`, see portlm.models.roles. It is put back as it was.
+        module: declares its roles in `roles()`, see portlm.models.roles, or maps input_ids (B, T) int64 to logits
+            (B, T, V) in plain PyTorch, see compile/canonical.py. It is put back as it was.
         folder: the artifact folder. An artifact that is already there is replaced, anything else is refused.
         tokenizer: has `save(folder)`; None leaves the artifact without one.
         example: input_ids (B, T) int64, for a module without roles.
@@ -107,12 +111,21 @@ def export_module(
     Raises:
         FormatError: the module computes what a graph cannot say. The message names the operator, the module and the
             line.
-        UsageError: `folder` holds something that is not an artifact, or a profile is unknown.
+        UsageError: `folder` holds something that is not an artifact, a profile is unknown, or a module without roles
+            cannot be exported; the message names the operator, the module and the line.
         StorageError: the disk is full or refuses. What was there before is untouched.
     """
+    from portlm.models.roles import roles_of
+
     target = Path(folder)
     _check_profiles(profiles)
     _check_target(None, target)
+    if not roles_of(module):
+        from portlm.compile.canonical_decoder import decoder_of
+
+        decoder = decoder_of(module, example=example)
+        decoder.warn(type(module).__name__)
+        module = decoder
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     config = getattr(module, "config", None)
 
@@ -127,10 +140,13 @@ def export_module(
     return _make(module, target, profiles, size, bring, example)
 
 
-def open_mapped(folder: str | Path) -> "nn.Module":
+def open_mapped(folder: str | Path) -> "tuple[nn.Module, Callable[[], None]]":
     """Return the model of a checkpoint folder, its parameters views of the mapped file.
 
     Half precision is widened, which needs memory. Everything is compared with config.json before.
+
+    Returns:
+        The model, and a function that gives back the memory of what was read of the file; it is read again if needed.
 
     Raises:
         FormatError: a file is missing or damaged, or a tensor is missing, unexpected, of another shape or dtype.
@@ -149,7 +165,14 @@ def open_mapped(folder: str | Path) -> "nn.Module":
             hf_name, transposed = model.hf_name(name)
             tensor = torch.from_numpy(mapped[hf_name].astype(np.float32, copy=False))
             parameter.data = tensor.t() if transposed else tensor
-    return model.eval()
+    bases: list[Any] = [array.base for array in mapped.values()]
+    maps = [base for base in bases if isinstance(base, mmap.mmap)][:1]  # there is one, of all tensors
+
+    def release() -> None:
+        for file in maps:
+            file.madvise(mmap.MADV_DONTNEED)
+
+    return model.eval(), release
 
 
 def _make(
@@ -159,6 +182,7 @@ def _make(
     size: int,
     bring: Callable[[Path], None],
     example: Any = None,
+    release: Callable[[], None] = lambda: None,
 ) -> Path:
     """Capture a module's roles and put the artifact in its place.
 
@@ -169,6 +193,7 @@ def _make(
         size: bytes of what `bring` puts there.
         bring: writes the files beside the graphs into a folder.
         example: see export_module.
+        release: see WeightFile.write.
     """
     roles = roles_to_export(module, example)
     context = _context_length(module)
@@ -176,15 +201,24 @@ def _make(
     size += size // 10
     check_space(target.parent, size)
     try:
-        with new_folder(target) as workshop:
-            bring(workshop)
-            (workshop / "onnx").mkdir()
-            write_graphs(module, roles, workshop / "onnx", profiles, context)
-            write_manifest(workshop, _describe(module, roles, profiles, workshop, context))
+        with new_folder(target) as workshop, ThreadPoolExecutor(1) as aside:
+            # The disk and the hash work while the model is captured: neither needs Python's lock.
+            brought = aside.submit(_bring_and_hash, bring, workshop)
+            graphs = capture(module, roles, profiles, context)
+            files = brought.result()
+            write_graphs(graphs, workshop / "onnx", release)
+            written = [name for name in list_files(workshop) if name not in files]
+            files = dict(sorted((files | hash_files(workshop, written)).items()))
+            write_manifest(workshop, _describe(module, roles, profiles, files, context))
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
         raise StorageError(f"{target} cannot be written: {error.strerror or error}; {room}") from error
     return target
+
+
+def _bring_and_hash(bring: Callable[[Path], None], folder: Path) -> dict[str, FileEntry]:
+    bring(folder)
+    return hash_files(folder, list_files(folder))
 
 
 def roles_to_export(module: "nn.Module", example: Any = None) -> "Mapping[str, Role]":
@@ -203,47 +237,83 @@ def roles_to_export(module: "nn.Module", example: Any = None) -> "Mapping[str, R
     return roles
 
 
-def write_graphs(
-    module: "nn.Module",
-    roles: "Mapping[str, Role]",
-    folder: Path,
-    profiles: Sequence[str],
-    context_length: int,
-) -> None:
-    """Write <role>.<profile>.onnx for each role and profile, and each role's weight file; check what was written.
+Graphs = dict[str, tuple[WeightFile, dict[str, onnx.ModelProto]]]
+"""Role -> the file of its weights, not yet written, and its graph in each profile."""
+
+
+def capture(
+    module: "nn.Module", roles: "Mapping[str, Role]", profiles: Sequence[str], context_length: int
+) -> Graphs:
+    """Return the graphs of a module.
 
     Args:
         module: the model.
         roles: its functions by name.
-        folder: an existing folder.
         profiles: names from forms.PROFILES.
         context_length: positions are below it.
 
     Raises:
         FormatError: the model computes what a graph cannot say.
     """
+    try:
+        return _capture(module, roles, profiles, context_length, lines=False)
+    except FormatError:  # once more, to be able to name the line
+        return _capture(module, roles, profiles, context_length, lines=True)
+
+
+def _capture(
+    module: "nn.Module",
+    roles: "Mapping[str, Role]",
+    profiles: Sequence[str],
+    context_length: int,
+    *,
+    lines: bool,
+) -> Graphs:
     from portlm.compile.capture import Weights, build_graph
     from portlm.compile.trace import record
 
-    recordings = {name: record(module, name, role) for name, role in roles.items()}
+    recordings = {name: record(module, name, role, lines=lines) for name, role in roles.items()}
     weights = Weights(module, recordings.values())
+    graphs: Graphs = {}
     for name, role in roles.items():
         file = WeightFile(weight_file(name))
-        for profile in profiles:
-            model = build_graph(
-                role,
-                recordings[name],
-                weights,
-                file,
-                profile=profile,
-                name=name,
-                family=_family(module),
-                context_length=context_length,
-            )
+        options = {"name": name, "family": _family(module)}
+        graphs[name] = (
+            file,
+            {
+                profile: build_graph(
+                    role,
+                    recordings[name],
+                    weights,
+                    file,
+                    profile=profile,
+                    context_length=context_length,
+                    **options,
+                )
+                for profile in profiles
+            },
+        )
+    return graphs
+
+
+def write_graphs(graphs: Graphs, folder: Path, release: Callable[[], None] = lambda: None) -> None:
+    """Write <role>.<profile>.onnx for each role and profile, and each role's weight file; check what was written.
+
+    Args:
+        graphs: of a module.
+        folder: is made.
+        release: see WeightFile.write.
+
+    Raises:
+        FormatError: a weight holds NaN or infinity.
+    """
+    folder.mkdir()
+    for name, (file, models) in graphs.items():
+        for profile, model in models.items():
             path = folder / graph_file(name, profile)
             path.write_bytes(model.SerializeToString(deterministic=True))
-        file.write(folder / weight_file(name))
-        for profile in profiles:
+        file.write(folder / weight_file(name), release)
+        for profile in models:
             check_model(folder / graph_file(name, profile))
 
 
@@ -277,7 +347,11 @@ def _context_length(module: "nn.Module") -> int:
 
 
 def _describe(
-    module: "nn.Module", roles: "Mapping[str, Role]", profiles: Sequence[str], folder: Path, context: int
+    module: "nn.Module",
+    roles: "Mapping[str, Role]",
+    profiles: Sequence[str],
+    files: dict[str, FileEntry],
+    context: int,
 ) -> Manifest:
     import torch
 
@@ -303,7 +377,7 @@ def _describe(
     }
     parameters = sum(p.numel() for p in module.parameters())
     model = ModelSpec(_family(module), parameters, _vocab_size(module, roles), context)
-    return Manifest(model=model, roles=described, files=hash_files(folder, list_files(folder)))
+    return Manifest(model=model, roles=described, files=files)
 
 
 def _vocab_size(module: "nn.Module", roles: "Mapping[str, Role]") -> int:

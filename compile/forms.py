@@ -32,6 +32,7 @@ PORTABLE_OPS: dict[str, tuple[str, ...]] = {
     "Concat": ("axis",),
     "CumSum": (),
     "Div": (),
+    "Exp": (),
     "Gather": ("axis",),
     "Gelu": ("approximate",),
     "LayerNormalization": ("axis", "epsilon"),

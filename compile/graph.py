@@ -57,8 +57,12 @@ class WeightFile:
         """Bytes of the finished file."""
         return self._end
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, release: Callable[[], None] = lambda: None) -> None:
         """Write the file, one tensor in memory at a time.
+
+        Args:
+            path: of the file.
+            release: called after each tensor; gives back the memory that reading it took.
 
         Raises:
             FormatError: a weight holds NaN or infinity; no engine would agree with another on it.
@@ -71,6 +75,7 @@ class WeightFile:
                     )
                 file.write(b"\0" * (span.offset - file.tell()))
                 file.write(np.ascontiguousarray(span.array).data)
+                release()
 
 
 class GraphBuilder:

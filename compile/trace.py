@@ -80,19 +80,20 @@ class _Root(nn.Module):
         return self.role.function(*tensors)
 
 
-def record(module: nn.Module, name: str, role: Role) -> Recording:
+def record(module: nn.Module, name: str, role: Role, *, lines: bool = True) -> Recording:
     """Record a role's function. The module itself is not changed.
 
     Args:
         module: whose parameters and buffers the function uses.
         name: of the role, for messages.
         role: the function and what it takes and gives.
+        lines: remember for every operator the lines of code that led to it. A third faster without.
 
     Raises:
         FormatError: the function branches on the values of tensors, does what torch.export cannot follow, works for
             one size only, or gives something else than the role declares. The message names the line.
     """
-    program = _export(module, name, role)
+    program = _export(module, name, role, lines)
     signature = program.graph_signature
     places = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = {
@@ -110,7 +111,7 @@ def record(module: nn.Module, name: str, role: Role) -> Recording:
     return recording
 
 
-def _export(module: nn.Module, name: str, role: Role) -> ExportedProgram:
+def _export(module: nn.Module, name: str, role: Role, lines: bool) -> ExportedProgram:
     specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
     extents: dict[str, int] = {}
     for part in (part for spec in specs for d in spec.shape if isinstance(d, str) for part in _parts(d)):
@@ -130,7 +131,7 @@ def _export(module: nn.Module, name: str, role: Role) -> ExportedProgram:
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), exporting(), _every_frame(), warnings.catch_warnings():
+        with torch.no_grad(), exporting(), _lines(lines), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(_Root(module, role), example, dynamic_shapes=(dynamic,), strict=False)
     except FormatError:
@@ -142,26 +143,28 @@ def _export(module: nn.Module, name: str, role: Role) -> ExportedProgram:
 
 
 @contextmanager
-def _every_frame() -> Iterator[None]:
-    """Make recorded nodes remember every line of the model's code that led to them, for messages.
+def _lines(wanted: bool) -> Iterator[None]:
+    """Make recorded nodes remember the lines of the model's code that led to them, or nothing, which is faster.
 
     torch.export keeps the lines of methods called "forward" only, and the function of a role may have any name. Its
     filter is meant to be overridden, if only by a subclass that torch.export does not let one choose.
     """
-    name, owner = "_filter_traceback_frames", fx.proxy.TracerBase
-    before = getattr(owner, name, None)
-    if before is None:  # a version of PyTorch that does it in another way: fewer lines are known then
-        yield
-        return
 
     def keep(tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
         return traceback.StackSummary.from_list([frame for frame in frames if _is_users(frame.filename)])
 
-    setattr(owner, name, keep)
+    changes: list[tuple[Any, str, Any]] = [(torch.fx.config, "do_not_emit_stack_traces", not wanted)]
+    if wanted:
+        changes.append((fx.proxy.TracerBase, "_filter_traceback_frames", keep))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes if hasattr(owner, name)]
     try:
+        for owner, name, value in changes:
+            if hasattr(owner, name):  # a version of PyTorch without it knows fewer lines, or is slower
+                setattr(owner, name, value)
         yield
     finally:
-        setattr(owner, name, before)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @functools.cache

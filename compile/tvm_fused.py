@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from portlm.artifact import CompiledEntry
 from portlm.compile.passes import Note, ignore
 from portlm.compile.tvm_build import Graph, Lowering, build_library, dimensions, kernel_passes
+from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, Attribute
@@ -58,8 +59,7 @@ class _Lowering:
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]] = {
             **{(DOMAIN, op_type): self._plain for op_type, spec in nodes().items() if spec.tvm},
             (DOMAIN, "CachedAttention"): self._cached_attention,
-            ("", "Add"): self._add,
-            ("", "Concat"): self._concat,
+            **{("", op_type): self._standard for op_type in emitters()},
             ("", "Gather"): self._gather,
             ("", "Reshape"): self._reshape,
             ("", "Split"): self._split,
@@ -172,20 +172,30 @@ class _Lowering:
         (out,) = self._call("cached_attention", inputs, [batch, sequence, heads * width])
         return out, present_key, present_value
 
-    def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        return [self.bb.emit(self.relax.op.add(*self._inputs(node)))]
+    def _standard(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        structural = STRUCTURAL.get(node.op_type, ())
+        inputs = [
+            self.constants[name] if i in structural else self._tensor(name)
+            for i, name in enumerate(node.input)
+        ]
+        return [self.bb.emit(emitters()[node.op_type](inputs, attributes))]
 
-    def _concat(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        return [self.bb.emit(self.relax.op.concat(self._inputs(node), axis=int(attributes["axis"])))]
+    def _tensor(self, name: str) -> Any:
+        """A value that Relax's own operators read: they need to know the shape of weights, too."""
+        if name in self.constants:
+            return self.relax.const(self.constants[name])
+        if name in self.shapes:
+            return self.bb.match_cast(self.values[name], self.relax.TensorType(self.shapes[name], "float32"))
+        return self._whole(self.values[name])
 
     def _gather(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         """Indices are clamped: the kernel would read wherever a wrong one points to."""
-        values, indices = self._inputs(node)
+        values, indices = (self._tensor(name) for name in node.input)
         axis = int(attributes.get("axis", 0))
         return [self.bb.emit(self.relax.op.take(values, indices, axis=axis, mode="clip"))]
 
     def _reshape(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        value, shape = self._whole(self.values[node.input[0]]), self.constants[node.input[1]].tolist()
+        value, shape = self._tensor(node.input[0]), self.constants[node.input[1]].tolist()
         wanted = [value.ty.shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
         return [self.bb.emit(self.relax.op.reshape(value, wanted))]
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -153,10 +153,10 @@ class TvmEngine(ArrayEngine):
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        library, tensor = self._library(role), _aligned if self._generated else _tensor
+        library = self._library(role)
         arguments = [
             # Writeable, because DLPack cannot say "read only".
-            tensor(np.require(inputs[name], None, ("C", "W"))) if name in inputs else tensors[name]
+            _aligned(np.require(inputs[name], None, ("C", "W"))) if name in inputs else tensors[name]
             for name in library.inputs
         ]
         with self._lock:
@@ -171,6 +171,8 @@ class TvmEngine(ArrayEngine):
             finally:
                 if others:
                     set_threads(others)
+        if len(library.outputs) == 1 and not isinstance(results, Sequence):
+            results = (results,)  # a graph of one output is a function of one value
         named = dict(zip(library.outputs, results, strict=True))
         spec = self.roles[role]
         outputs: dict[str, Array] = {item.name: np.from_dlpack(named[item.name]) for item in spec.outputs}
@@ -187,10 +189,10 @@ class TvmEngine(ArrayEngine):
         return np.from_dlpack(tensor)
 
     def _settle(self, tensor: Any, spec: StateSpec) -> Any:
-        if self._generated:
-            return _aligned(tensor)
-        # A cache may have any strides: the next call copies it into a buffer of its own, with room to grow.
-        return _tensor(tensor if spec.update == "append" else np.ascontiguousarray(tensor))
+        if spec.update == "append" and not self._generated:
+            # Kernels take any strides: the next call copies the cache into a buffer of its own, with room to grow.
+            return _tensor(tensor)
+        return _aligned(np.array(tensor, order="C"))
 
     def placement(self) -> Placement:
         """Everything runs on the one device a library was compiled for."""
@@ -270,12 +272,18 @@ def _tensor(array: np.ndarray) -> Any:
 
 
 def _aligned(array: np.ndarray) -> Any:
-    """A TVM tensor with a copy of the array, aligned as generated code needs it."""
-    import tvm
+    """A TVM tensor over the array's memory, or over a copy, aligned as generated code needs it."""
+    if not array.size:  # DLPack and numpy differ on the strides of nothing
+        import tvm
 
-    tensor = tvm.runtime.empty(array.shape, str(array.dtype))
-    np.from_dlpack(tensor)[...] = array
-    return tensor
+        return tvm.runtime.empty(array.shape, str(array.dtype))
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous:
+        buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+        first = -buffer.ctypes.data % ALIGNMENT
+        copy = buffer[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        array = copy
+    return _tensor(array.ravel().reshape(array.shape))  # an axis of one element may have had any stride
 
 
 def _last_line(error: Exception) -> str:

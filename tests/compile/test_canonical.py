@@ -596,3 +596,4 @@ def test_the_same_module_gives_the_same_graph(foreign):
     one, two = (canonical_of(foreign.tutorial_gpt()) for _ in range(2))
     assert one.module.code == two.module.code
     assert list(one.weights) == list(two.weights)
+    assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)

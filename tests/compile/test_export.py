@@ -147,7 +147,7 @@ def test_failed_export_leaves_what_was_there(checkpoint, tmp_path, monkeypatch, 
 
 
 def test_full_disk_is_a_storage_error_and_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    def no_space(self, path):
+    def no_space(self, path, release):
         path.write_bytes(b"some of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 

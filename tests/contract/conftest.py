@@ -15,7 +15,8 @@ from torch import nn
 
 from portlm.models.layers import Embedding, Linear
 from portlm.models.roles import Role
-from portlm.ops import cached_attention, embedding
+from portlm.ops.cached_attention import cached_attention
+from portlm.ops.embedding import embedding
 from portlm.roles import StateSpec, TensorSpec
 
 V, CONTEXT, C, H = 61, 48, 24, 3
@@ -53,7 +54,7 @@ class Recurrent(Stranger):
         """Logits (B, kept, V), and the state (B, C) after the last token; a masked token adds nothing."""
         place = embedding(positions, self.numbers)  # (B, T, 1)
         # 1 where token s is not behind token t, without a comparison, whose result would be a boolean.
-        seen = torch.relu(1.0 - torch.relu(place.transpose(1, 2) - place))  # (B, T, T)
+        seen = torch.relu(torch.relu(place.transpose(1, 2) - place) * -1.0 + 1.0)  # (B, T, T)
         real = embedding(mask, self.flags)  # (B, T, 1)
         written = self.wte(ids) * real  # (B, T, C)
         sums = torch.matmul(seen, written) + total.unsqueeze(1)
@@ -76,7 +77,11 @@ class EncoderDecoder(Stranger):
         super().__init__()
         self.source, self.target = Embedding(V, C), Embedding(V, C)
         self.places = Embedding(CONTEXT, C)
-        self.mix, self.write = Linear(C, C, bias=True), Linear(C, C, bias=False)
+        self.mix, self.look, self.write = (
+            Linear(C, C, bias=True),
+            Linear(C, C, bias=False),
+            Linear(C, C, bias=False),
+        )
         self.qkv, self.ask, self.out = (
             Linear(C, 3 * C, bias=True),
             Linear(C, C, bias=False),
@@ -94,7 +99,7 @@ class EncoderDecoder(Stranger):
     def encode(self, ids, mask):
         """Memory (B, S, C)."""
         x = self.source(ids)
-        return (self.write(torch.relu(self.mix(x) + self.attend(x, x, mask))),)
+        return (self.write(torch.relu(self.mix(x) + self.attend(self.look(x), x, mask))),)
 
     def decode(self, ids, mask, positions, kept, memory, memory_mask, past_key, past_value):
         """Logits (B, kept, V), and the decoder's own cache, grown."""
