@@ -124,14 +124,24 @@ class TorchEngine(ArrayEngine):
     def _native(cls, request: OpenRequest) -> Self:
         if request.manifest is not None:
             verify_files(request.folder, CHECKPOINT)
-        model: Any = load_model(request.folder).to(request.device).eval()
+        return cls.of(load_model(request.folder), request.device)
+
+    @classmethod
+    def of(cls, model: Any, device: str) -> Self:
+        """Run a model that is in memory, which stays the caller's.
+
+        Args:
+            model: a module with a config, which has vocab_size and context_length, and roles().
+            device: "cpu" or "cuda"; the model is moved there.
+        """
+        model = model.to(device).eval()
         nodes = Counter(
             next(module.parameters(recurse=False)).device.type
             for module in model.modules()
             if next(module.parameters(recurse=False), None) is not None
         )
         sizes = model.config.vocab_size, model.config.context_length
-        return cls(model.roles(), *sizes, request.device, "native", nodes)
+        return cls(model.roles(), *sizes, device, "native", nodes)
 
     @classmethod
     def _planned(cls, request: OpenRequest, manifest: Manifest) -> Self:

@@ -6,6 +6,8 @@ on a machine without PyTorch.
 
 import importlib
 import pkgutil
+import sys
+from types import ModuleType
 from typing import Any
 
 _TOOLS = {"adamw_cuda", "compiled", "cuda", "fused", "lazy", "linear_cross_entropy_cuda", "registry", "spec"}
@@ -21,6 +23,17 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"portlm.ops.{_HOME[name]}"), name)
-        globals()[name] = value  # importing the file left its module under the same name: the function wins
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'portlm.ops' has no attribute {name!r}")
+
+
+class _Ops(ModuleType):
+    """Keeps the name of an op for its function: importing its file would put the file there, whoever imports it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Ops

@@ -12,7 +12,17 @@ import torch
 from portlm import ops
 from portlm.ops.registry import COLUMNS, captured, nodes, op, reference, specs, table, tvm_functions
 
-OPS = specs()
+OPS = specs()  # which imports every file
+
+
+def test_the_name_of_an_op_is_its_function_whoever_imported_its_file_before():
+    code = "import portlm.ops.linear, portlm.ops\nfrom portlm.ops.swiglu import swiglu\n"
+    code += "from portlm.ops import linear, swiglu as same\nassert callable(linear) and same is swiglu"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in ops.__all__:
+        assert callable(getattr(ops, name)), name
+
+
 ROWS = {row["op"]: row for row in table()}
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,8 +53,9 @@ def test_descriptions_of_nodes_are_read_without_pytorch():
 @pytest.mark.parametrize("name", ["embedding", "cached_attention"])
 def test_an_op_imported_before_pytorch_works_and_registers_afterwards(name):
     code = f"""
-import portlm.ops.{name} as module
+import importlib
 import sys
+module = importlib.import_module("portlm.ops.{name}")
 assert "torch" not in sys.modules
 import torch
 if "{name}" == "embedding":

@@ -131,6 +131,19 @@ def test_load_compiles_the_plan_of_a_model_without_code_at_first_use(codeless, a
         assert capsys.readouterr().err.count("compiling") == lines
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_users_own_module_runs_without_its_code(profile, foreign, tmp_path):
+    module = foreign.tutorial_gpt()
+    folder = portlm.export(module, tmp_path / "own")
+    with portlm.load(folder, engine="torch", device="cpu", profile=profile) as session:
+        logits = Rows(session.engine, 2).read_texts([[1, 2, 3, 4, 5], [7, 8]]).reshape(2, -1)
+    for row, text in zip(logits, ([1, 2, 3, 4, 5], [7, 8]), strict=True):
+        with torch.no_grad():
+            expected = module(torch.tensor([text]))
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        assert_same(row, expected[0, -1].numpy())
+
+
 def test_a_model_without_code_has_no_native_profile(codeless):
     with pytest.raises(UsageError, match="choose profile fused or portable"):
         portlm.load(codeless, engine="torch", device="cpu", profile="native")
