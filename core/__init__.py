@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "export", "load"]
 
 if TYPE_CHECKING:
-    from portlm.compile.export import export_module as export
+    from portlm.flows.export import export
     from portlm.flows.load import load
 
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "export":
-        from portlm.compile.export import export_module
+        from portlm.flows.export import export
 
-        return export_module
+        return export
     raise AttributeError(f"module 'portlm' has no attribute {name!r}")

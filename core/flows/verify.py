@@ -69,7 +69,8 @@ def verify_artifact(
         folder: the artifact.
         targets: what to check; None for every engine that runs here and has what it needs in the artifact.
         only: where no targets are given, those of them that fit.
-        certify: make the answer and the certificate anew, as happens by itself when there is none.
+        certify: make the answer and the certificate anew, as happens by itself when there is none. The answer of a
+            module whose code is not here stays the one that was taken when it was exported.
         search: on a difference, look for the first node that differs.
         progress: called with a line before each step.
 
@@ -97,11 +98,14 @@ def verify_artifact(
         raise UsageError(
             f"{root}: no engine of this machine can run it that way; run `portlm compile` first, or see doctor"
         )
-    if certify or parity.REFERENCE not in manifest.files:
+    known = parity.REFERENCE in manifest.files
+    if not known or (
+        certify and not needs_plan(manifest)
+    ):  # a module's own answer was taken when it was exported
         progress("the answer of eager PyTorch")
         with closing(_open(root, Target("torch", "cpu", _reference_profile(manifest)))) as engine:
             parity.certify(root, [], reference=cast("Engine", PlainPyTorch(engine)))
-        certify = True
+    certify = certify or not known or not manifest.parity
     results = []
     for target in chosen:
         progress(str(target))

@@ -1,0 +1,99 @@
+"""portlm.export: from a module in memory to an artifact that carries the module's own answer.
+
+Nobody can ask the module again once it is an artifact: no code of it is stored. So its answer to the probe of the
+parity certificate is taken now, on PyTorch's own operators, and every engine is measured against that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from portlm.artifact import Manifest, read_manifest
+from portlm.plan import needs_plan
+from portlm.roles import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from portlm.models.roles import Role
+
+ROLE = "decoder"  # the one that the certificate's probe is put to
+
+
+def export(
+    module: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    example: Any = None,
+    profiles: Sequence[str] = ("portable", "fused"),
+    answer: bool = True,
+) -> Path:
+    """Export a model that is in memory to an artifact folder, which appears complete or not at all.
+
+    Args:
+        module: any torch.nn.Module in float32 that maps input_ids (B, T) int64 to logits (B, T, V), or to an object
+            with .logits; or one that declares its roles in `roles()`, see portlm.models.roles. It is not changed.
+        folder: the artifact folder. An artifact that is already there is replaced, anything else is refused.
+        tokenizer: has `save(folder)`; None leaves the artifact without one, for token ids only.
+        example: input_ids (B, T) int64 to record a module without roles with; None makes some.
+        profiles: which graphs to write.
+        answer: also keep the module's own answer to the probe that `portlm verify` puts to every engine, which takes
+            up to 128 steps of greedy decoding.
+
+    Returns:
+        The artifact folder.
+
+    Raises:
+        FormatError: the module computes what a graph cannot say. The message names the operator, the module and the
+            line.
+        UsageError: `folder` holds something that is not an artifact, or a profile is unknown.
+        StorageError: the disk is full or refuses. What was there before is untouched.
+    """
+    from portlm.compile.export import export_module
+
+    target = export_module(module, folder, tokenizer=tokenizer, example=example, profiles=profiles)
+    manifest = read_manifest(target)
+    if answer and ROLE in manifest.roles and needs_plan(manifest):
+        _keep_answer(module, target, manifest)
+    return target
+
+
+def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
+    """Store what the module itself says to the probe."""
+    import torch
+
+    from portlm.compile import parity
+    from portlm.models.roles import roles_of
+    from portlm.ops.fused import without_kernels
+    from portlm.runtimes.eager import TorchEngine
+
+    declared = roles_of(module)
+    role = declared[ROLE] if declared else _whole_forward(module, manifest.model.vocab_size)
+    sizes = manifest.model.vocab_size, manifest.model.context_length
+    engine = TorchEngine({ROLE: role}, *sizes, "cpu", "native", {"cpu": 0})
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), without_kernels():
+            parity.certify(folder, [], reference=engine)
+    finally:
+        module.train(training)
+
+
+def _whole_forward(module: nn.Module, vocab_size: int) -> Role:
+    """The module's forward as a role without state."""
+    from portlm.models.roles import Role
+
+    def function(input_ids: Tensor) -> tuple[Tensor, ...]:
+        result = module(input_ids)
+        logits = getattr(result, "logits", result)
+        return (logits[0] if isinstance(logits, tuple) else logits,)
+
+    return Role(
+        function,
+        (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+        (TensorSpec("logits", "float32", ("batch", "sequence", vocab_size)),),
+    )
