@@ -1,8 +1,8 @@
 """Kill a training that saves all the time, again and again, and count what it costs.
 
 A tiny model is trained with a checkpoint after every step. Each trial resumes it in a child process and ends that
-with SIGKILL: half of them at a random moment, half at a random file operation of a save, before it, after it, or
-with half of its bytes written. After every kill all checkpoints are verified; when a run is complete, its weights,
+with SIGKILL: half of them at a random moment, half at a random file operation, before it, after it, or with half of
+its bytes written. After every kill all checkpoints are verified; when a run is complete, its weights,
 moments, random state and metrics are compared with those of an undisturbed run, bit for bit, and the next run begins.
 
     python scripts/kill_test.py --kills 200
@@ -127,13 +127,13 @@ def start_child(
 
 
 def kill_at_operation(number: int, how: str) -> None:
-    """Make this process kill itself at one file operation of its saves."""
+    """Make this process kill itself at one file operation: of its saves, or by which any other file appears."""
     count = 0
 
-    def patch(name: str) -> None:
-        original = getattr(FileOps, name)
+    def patch(cls: type, name: str) -> None:
+        original = getattr(cls, name)
 
-        def operation(self: FileOps, *arguments: Any) -> Any:
+        def operation(self: Any, *arguments: Any) -> Any:
             nonlocal count
             count += 1
             if count != number:
@@ -146,10 +146,11 @@ def kill_at_operation(number: int, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError("still alive after SIGKILL")
 
-        setattr(FileOps, name, operation)
+        setattr(cls, name, operation)
 
     for name in FILE_OPERATIONS:
-        patch(name)
+        patch(FileOps, name)
+    patch(Path, "replace")  # by which every other file appears: settings, tokens, tokenizer, metrics
 
 
 def wait(child: int, pipe: int) -> tuple[int, int]:

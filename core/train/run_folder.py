@@ -75,7 +75,9 @@ class RunFolder:
                     raise
             for folder in (self.path, self.checkpoints):
                 remove_leftovers(folder)
-                remove_stale_files(folder)
+            for folder in (self.path, self.checkpoints, self.data, self.data / "train", self.data / "val"):
+                if folder.is_dir():
+                    remove_stale_files(folder)
             yield
         finally:
             os.close(descriptor)

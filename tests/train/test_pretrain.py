@@ -514,6 +514,18 @@ def test_two_processes_cannot_train_in_one_folder(text, tmp_path):
         pretrain(tiny(text), tmp_path / "run", quiet=True)
 
 
+def test_what_a_process_killed_while_it_prepared_the_text_left_behind_goes(text, tmp_path):
+    data = tmp_path / "run" / "data"
+    stale = [data / where / ".index.json.0123456789abcdef.tmp" for where in ("", "train", "val")]
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half of a file")
+    (data / ".keep").write_text("somebody else's")
+    pretrain(tiny(text, steps=2), tmp_path / "run", resume="auto", quiet=True)
+    assert not [path for path in stale if path.exists()]
+    assert (data / ".keep").exists()
+
+
 def test_a_device_that_does_not_exist_is_named(text, tmp_path):
     with pytest.raises(ConfigError, match="abacus"):
         pretrain(tiny(text, device="abacus"), tmp_path / "run", quiet=True)

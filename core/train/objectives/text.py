@@ -59,6 +59,8 @@ class TextObjective:
     def batches(self) -> Sequence[Any]:
         """Return windows and the tokens that follow them, in equal parts."""
         inputs, targets = (torch.from_numpy(ids).to(self.device) for ids in next(self.sampler))
+        if self.parts == 1:
+            return [(inputs, targets)]
         return list(zip(inputs.chunk(self.parts), targets.chunk(self.parts), strict=True))
 
     def metrics(self) -> dict[str, float]:
