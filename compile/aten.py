@@ -120,12 +120,6 @@ def _permute(e: "Emitter", node: fx.Node) -> "Value":
     )
 
 
-def _cat(e: "Emitter", node: fx.Node) -> "Value":
-    parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    names = [e.whole(part) for part in parts]  # type: ignore[union-attr]
-    return e.result(node, e.g.op("Concat", names, e.name(node, "cat"), axis=_axis(e, parts[0], axis)))  # type: ignore[index]
-
-
 def _matmul(e: "Emitter", node: fx.Node) -> "Value":
     return e.result(node, e.g.op("MatMul", [e.whole(x) for x in node.args[:2]], e.name(node, "matmul")))
 
