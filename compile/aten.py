@@ -172,7 +172,6 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     **{f"aten::{name}": _unary for name in _UNARY},
     "aten::bmm": _matmul,
     "aten::cat": _cat,
-    "aten::cat": _cat,
     "aten::chunk": _split_sizes,
     "aten::dropout": _dropout,
     "aten::embedding": _embedding,
