@@ -9,21 +9,20 @@ second gets a Reshape in front. So the heads that PyTorch splits off and joins a
 profile, whose nodes take them side by side.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from portlm.compile import aten
 from portlm.compile.forms import PROFILES
 from portlm.compile.graph import GraphBuilder, WeightFile
-from portlm.compile.trace import Recording, output_nodes, source_line
+from portlm.compile.module_weights import Weights
+from portlm.compile.trace import Recording, alive, arguments_of, output_nodes, source_line
 from portlm.errors import FormatError
 from portlm.models.roles import Role
 from portlm.ops.registry import captured
@@ -65,53 +64,6 @@ class Rows:
     ids: fx.Node
     table: Weight
     value: Value | None = None
-
-
-class Weights:
-    """The parameters and buffers of a module, under their names in graphs and in the orientation that graphs use.
-
-    Args:
-        module: the model.
-        recordings: of all its roles: a matrix that any of them uses otherwise than by a product keeps its orientation.
-
-    Raises:
-        FormatError: two parameters overlap in memory without being equal.
-    """
-
-    def __init__(self, module: nn.Module, recordings: Iterable[Recording]):
-        self.rename = _renaming(module)
-        tensors: dict[str, Tensor] = {}
-        tensors |= dict(module.named_parameters(remove_duplicate=False))
-        tensors |= dict(module.named_buffers(remove_duplicate=False))
-        self._tensors = {path: tensor.detach() for path, tensor in tensors.items()}
-        self._first = _aliases(self._tensors)
-        turned: dict[str, bool] = {}
-        for recording in recordings:
-            for path, product in _uses(recording):
-                path = self._first[path]
-                turned[path] = turned.get(path, True) and product
-        self.turned = {path for path, products_only in turned.items() if products_only}
-        self.arrays: dict[str, np.ndarray] = {self.name(path): self._array(path) for path in turned}
-
-    def name(self, path: str) -> str:
-        """The name in the graph; parameters that are the same tensor share the first one's."""
-        return self.rename(self._first[path])
-
-    def is_turned(self, path: str) -> bool:
-        """Whether the graph keeps this matrix (in, out)."""
-        return self._first[path] in self.turned
-
-    def _array(self, path: str) -> np.ndarray:
-        tensor = self._tensors[path]
-        if tensor.is_complex():
-            raise FormatError(
-                f"{path} is complex: a graph has real numbers only, keep both parts as parameters"
-            )
-        if tensor.dtype != torch.float32:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise FormatError(f"{path} has dtype {kind}, export needs float32: call module.float() first")
-        array: np.ndarray = tensor.cpu().numpy()
-        return array.T if path in self.turned else array
 
 
 def build_graph(
@@ -174,9 +126,9 @@ class Emitter:
         results = output_nodes(self.recording.graph)
         for node, name in zip(results, outputs, strict=True):
             self._wanted.setdefault(_origin(node), name)
-        alive = _alive(results)
+        living = alive(results)
         for node in self.recording.graph.nodes:
-            if node in alive and node not in self.values:
+            if node in living and node not in self.values:
                 self.values[node] = self._placeholder(node) if node.op == "placeholder" else self._write(node)
         for node, name in zip(results, outputs, strict=True):
             value = self.read(node)
@@ -283,7 +235,7 @@ class Emitter:
         return rule(self, node)
 
     def _spec_node(self, node: fx.Node, spec: Node) -> Any:
-        arguments = _arguments(node)
+        arguments = arguments_of(node)
         fakes = {
             key: value.meta["val"] if isinstance(value, fx.Node) else value
             for key, value in arguments.items()
@@ -442,17 +394,6 @@ def _origin(node: fx.Node) -> tuple[fx.Node, int]:
         node = node.args[0]  # type: ignore[assignment]
 
 
-def _alive(results: Iterable[Any]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node for node in results if isinstance(node, fx.Node)]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
-
-
 def _is_size(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
@@ -460,71 +401,6 @@ def _is_size(node: fx.Node) -> bool:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
-
-
-def _uses(recording: Recording) -> Iterable[tuple[str, bool]]:
-    """Every use of a weight, and whether it is as the matrix of a product."""
-    alive = _alive(output_nodes(recording.graph))
-    paths: dict[fx.Node, str] = {}
-    for node in recording.graph.nodes:
-        if node not in alive:
-            continue
-        if node.op == "placeholder":
-            if node.name in recording.weights:
-                paths[node] = recording.weights[node.name]
-            continue
-        operator = getattr(getattr(node.target, "_schema", None), "name", "")
-        if operator in aten.IDENTITIES and node.args[0] in paths:
-            paths[node] = paths[node.args[0]]
-            continue
-        spec = captured().get(operator)
-        matrices = {i.name for i in spec.inputs if i.matrix} if spec else set()
-        if node.op == "call_function" and hasattr(node.target, "_schema"):
-            for key, operand in _arguments(node).items():
-                for one in operand if isinstance(operand, list | tuple) else (operand,):
-                    if isinstance(one, fx.Node) and one in paths:
-                        yield paths[one], key in matrices
-
-
-def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Path -> the first path of the same tensor; FormatError where tensors overlap without being the same."""
-    first: dict[str, str] = {}
-    spans: list[tuple[int, int, str]] = []
-    known: dict[tuple[Any, ...], str] = {}
-    for path, tensor in tensors.items():
-        if tensor.device.type == "meta" or not tensor.numel():
-            first[path] = path
-            continue
-        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
-        first[path] = known.setdefault(key, path)
-        if first[path] == path:
-            reach = sum(
-                (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            start = tensor.data_ptr()
-            spans.append((start, start + (reach + 1) * tensor.element_size(), path))
-    spans.sort()
-    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
-        one, other = sorted((one, other), key=list(tensors).index)
-        if start < end:
-            raise FormatError(
-                f"{one} and {other} share a part of their memory, which the weight file cannot say: make them the same "
-                "parameter, or copy one"
-            )
-    return first
-
-
-def _renaming(module: nn.Module) -> Any:
-    """Path in the module -> name in the graph: that of Hugging Face's files where the model has them."""
-    hf_name = getattr(module, "hf_name", None)
-    return (lambda path: hf_name(path)[0]) if hf_name else (lambda path: path)
 
 
 def _text(shape: Sequence[Any]) -> str:

@@ -84,7 +84,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
         for name in copied:
             shutil.copyfile(source / name, workshop / name)
 
-    return _make(module, target, profiles, size, bring, release=release)
+    return _make(module, target, profiles, size, bring, release=release, from_disk=True)
 
 
 def export_module(
@@ -183,6 +183,8 @@ def _make(
     bring: Callable[[Path], None],
     example: Any = None,
     release: Callable[[], None] = lambda: None,
+    *,
+    from_disk: bool = False,
 ) -> Path:
     """Capture a module's roles and put the artifact in its place.
 
@@ -194,6 +196,8 @@ def _make(
         bring: writes the files beside the graphs into a folder.
         example: see export_module.
         release: see WeightFile.write.
+        from_disk: `bring` copies files and does not look at the module: the disk and the hash then work while it is
+            captured, for neither needs Python's lock.
     """
     roles = roles_to_export(module, example)
     context = _context_length(module)
@@ -202,8 +206,9 @@ def _make(
     check_space(target.parent, size)
     try:
         with new_folder(target) as workshop, ThreadPoolExecutor(1) as aside:
-            # The disk and the hash work while the model is captured: neither needs Python's lock.
             brought = aside.submit(_bring_and_hash, bring, workshop)
+            if not from_disk:  # while a module is captured, its parameters are fakes
+                brought.result()
             graphs = capture(module, roles, profiles, context)
             files = brought.result()
             write_graphs(graphs, workshop / "onnx", release)
@@ -269,7 +274,8 @@ def _capture(
     *,
     lines: bool,
 ) -> Graphs:
-    from portlm.compile.capture import Weights, build_graph
+    from portlm.compile.capture import build_graph
+    from portlm.compile.module_weights import Weights
     from portlm.compile.trace import record
 
     recordings = {name: record(module, name, role, lines=lines) for name, role in roles.items()}

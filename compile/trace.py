@@ -8,7 +8,7 @@ import functools
 import operator
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,3 +296,22 @@ def output_nodes(graph: fx.Graph) -> tuple[Any, ...]:
 
 def _text(shape: Sequence[Any]) -> str:
     return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def alive(results: Iterable[Any]) -> set[fx.Node]:
+    """The nodes that these nodes depend on, themselves included."""
+    found: set[fx.Node] = set()
+    waiting = [node for node in results if isinstance(node, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
