@@ -152,12 +152,6 @@ def _dropout(e: "Emitter", node: fx.Node) -> Any:
     return e.values[node.args[0]]  # type: ignore[index]
 
 
-def _cat(e: "Emitter", node: fx.Node) -> "Value":
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    names = [e.whole(x) for x in node.args[0]]  # type: ignore[union-attr]
-    return e.result(node, e.g.op("Concat", names, e.name(node, "cat"), axis=_axis(e, node, axis)))
-
-
 def _mean(e: "Emitter", node: fx.Node) -> "Value":
     x, axes, *keep = node.args
     keep = keep or [node.kwargs.get("keepdim", False)]
@@ -177,7 +171,6 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     **{f"aten::{name}": _binary for name in _BINARY},
     **{f"aten::{name}": _unary for name in _UNARY},
     "aten::bmm": _matmul,
-    "aten::cat": _cat,
     "aten::cat": _cat,
     "aten::chunk": _split_sizes,
     "aten::dropout": _dropout,
