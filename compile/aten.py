@@ -146,12 +146,6 @@ def _dropout(e: "Emitter", node: fx.Node) -> Any:
     return e.values[node.args[0]]  # type: ignore[index]
 
 
-def _cat(e: "Emitter", node: fx.Node) -> "Value":
-    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    names = [e.whole(x) for x in node.args[0]]  # type: ignore[union-attr]
-    return e.result(node, e.g.op("Concat", names, e.name(node, "cat"), axis=_axis(e, node, axis)))
-
-
 def _mean(e: "Emitter", node: fx.Node) -> "Value":
     x, axes, *keep = node.args
     keep = keep or [node.kwargs.get("keepdim", False)]

@@ -275,9 +275,13 @@ def refuse_unknown(work: Work) -> None:
     """
     for node in work.graph.nodes:
         value = node.meta.get("val")
-        if node.op != "call_function" or node.target in SIZE_OPS or not isinstance(value, torch.Tensor):
+        if (
+            node.op != "call_function"
+            or node.target in SIZE_OPS
+            or not isinstance(value, torch.Tensor | tuple | list)
+        ):
             continue
-        if value.is_complex():
+        if isinstance(value, torch.Tensor) and value.is_complex():
             advice = next((text for key, text in _INSTEAD.items() if key in _name(node)), _INSTEAD["complex"])
             raise unsupported(node, f"{_full_name(node)}, which gives complex numbers,", advice)
         if node.target is operator.getitem or node.target in OPS:
@@ -287,7 +291,7 @@ def refuse_unknown(work: Work) -> None:
             forms = "the operators with a form are " + ", ".join(sorted({_short(op) for op in KEPT}))
             advice = next((text for key, text in _INSTEAD.items() if key in name), forms)
             raise unsupported(node, f"the operator {_full_name(node)}", advice)
-        if value.dtype is not torch.float32:
+        if isinstance(value, torch.Tensor) and value.dtype is not torch.float32:
             raise unsupported(node, f"{_full_name(node)} in {value.dtype}", "compute in float32")
         if node.target is aten.reshape.default and list(node.args[1]).count(-1) > 1:
             raise unsupported(

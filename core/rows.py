@@ -15,7 +15,7 @@ import numpy as np
 from portlm.engine import Array, Engine, Ids, Logits
 from portlm.errors import UsageError
 
-KNOWN = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+KNOWN = ("input_ids", "attention_mask", "position_ids", "positions", "logits_to_keep")
 
 TOKENS_PER_CALL = 2048  # of all rows together: what a call needs beside the state stays within some 100 MB
 LOGITS_PER_CALL = 1 << 24  # 64 MB, of a role that answers every token
@@ -109,6 +109,8 @@ class Rows:
             inputs["attention_mask"] = (places < lengths[:, None]).astype(np.int64)
         if "position_ids" in self._inputs:
             inputs["position_ids"] = np.tile(places, (B, 1))
+        if "positions" in self._inputs:  # the same for all rows, which begin together
+            inputs["positions"] = places
         # Where the answers to the new tokens are: the last new token of row b is its token lengths[b] - 1.
         asked = lengths[:, None] + np.arange(-T if every else -1, 0)
         asked = np.maximum(asked, 0)

@@ -533,6 +533,10 @@ def test_a_fourier_transform_is_refused():
     assert "linear maps" in refused(Row(lambda m, x: torch.fft.fft2(x).real), "fft")
 
 
+def test_an_operator_with_several_results_is_refused():
+    assert "sort" in refused(Row(lambda m, x: x.sort(-1).values), "sort")
+
+
 def test_complex_numbers_are_refused():
     class Complex(nn.Module):
         def forward(self, x):

@@ -6,8 +6,6 @@ torch = pytest.importorskip("torch", reason="torch is missing: pip install portl
 
 from torch import nn  # noqa: E402
 
-pytest.importorskip("portlm.models.roles", reason="roles are not declared yet")
-
 from portlm.compile.canonical_decoder import decoder_of  # noqa: E402
 from portlm.errors import ParityError  # noqa: E402
 
