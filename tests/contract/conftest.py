@@ -161,6 +161,8 @@ class Classifier(Stranger):
 MODELS = {"recurrent": Recurrent, "encoder-decoder": EncoderDecoder, "classifier": Classifier}
 TARGETS = [
     ("torch", "cpu", "native"),
+    ("torch", "cpu", "portable"),
+    ("torch", "cpu", "fused"),
     ("ort", "cpu", "portable"),
     ("ort", "cpu", "fused"),
     ("ort", "vulkan", "portable"),
@@ -203,10 +205,11 @@ def open_stranger(strangers, stranger_artifact):
     def open_one(name, engine, device, profile):
         key = (name, engine, device, profile)
         if key not in opened:
-            if engine == "torch":  # the module itself, which all others must match
+            if profile == "native":  # the module itself, which all others must match
                 from portlm.runtimes.eager import TorchEngine
 
-                opened[key] = TorchEngine(strangers[name], device)
+                roles = strangers[name].roles()
+                opened[key] = TorchEngine(roles, V, CONTEXT, device, profile, {device: len(roles)})
             else:
                 try:
                     opened[key] = load(stranger_artifact(name), engine, device, profile).engine
