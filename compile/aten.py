@@ -120,6 +120,12 @@ def _permute(e: "Emitter", node: fx.Node) -> "Value":
     )
 
 
+def _cat(e: "Emitter", node: fx.Node) -> "Value":
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    names = [e.whole(x) for x in node.args[0]]  # type: ignore[union-attr]
+    return e.result(node, e.g.op("Concat", names, e.name(node, "cat"), axis=_axis(e, node, axis)))
+
+
 def _matmul(e: "Emitter", node: fx.Node) -> "Value":
     return e.result(node, e.g.op("MatMul", [e.whole(x) for x in node.args[:2]], e.name(node, "matmul")))
 

@@ -37,8 +37,15 @@ def cpu_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":
                 module[name] = schedule_products(function)
         return module
 
+    @tvm.transform.module_pass(opt_level=0, name="FuseTransposeMatmul")
+    def transpose_in_products(module: "tvm.IRModule", _: Any) -> "tvm.IRModule":
+        try:
+            return relax.transform.FuseTransposeMatmul()(module)
+        except IndexError:  # TVM's pass fails on x @ x^T; without it the transpose is a step of its own
+            return module
+
     return [
-        relax.transform.FuseTransposeMatmul(),
+        transpose_in_products,
         *pipeline.library_dispatch_passes(target),
         *pipeline.legalize_passes(target),
         schedule,

@@ -77,11 +77,7 @@ class EncoderDecoder(Stranger):
         super().__init__()
         self.source, self.target = Embedding(V, C), Embedding(V, C)
         self.places = Embedding(CONTEXT, C)
-        self.mix, self.look, self.write = (
-            Linear(C, C, bias=True),
-            Linear(C, C, bias=False),
-            Linear(C, C, bias=False),
-        )
+        self.mix, self.write = Linear(C, C, bias=True), Linear(C, C, bias=False)
         self.qkv, self.ask, self.out = (
             Linear(C, 3 * C, bias=True),
             Linear(C, C, bias=False),
@@ -99,7 +95,7 @@ class EncoderDecoder(Stranger):
     def encode(self, ids, mask):
         """Memory (B, S, C)."""
         x = self.source(ids)
-        return (self.write(torch.relu(self.mix(x) + self.attend(self.look(x), x, mask))),)
+        return (self.write(torch.relu(self.mix(x) + self.attend(x, x, mask))),)
 
     def decode(self, ids, mask, positions, kept, memory, memory_mask, past_key, past_value):
         """Logits (B, kept, V), and the decoder's own cache, grown."""
