@@ -15,6 +15,13 @@ from portlm.ops.attention import (
     attention_reference,
 )
 
+MATRIX = {
+    "attention": {
+        "shapes": {"q": "batch sequence H D", "k": "batch sequence K D", "v": "batch sequence K D"},
+        "variants": [{"H": 6, "K": 2, "D": 5, "causal": True}, {"H": 3, "K": 3, "D": 16, "causal": False}],
+    }
+}
+
 # (B, T, H, K, D): one key; tails of every width; grouped and single key/value heads; a whole tile and one key more;
 # 300 keys need three blocks of the online softmax; 70 sequences take another cut into tasks; nothing at all
 SHAPES = [

@@ -1,10 +1,40 @@
 """cached_attention against its float64 oracle, padding, and its errors."""
 
+import numpy as np
 import pytest
 import torch
 
 from portlm.ops.attention import attention_reference
 from portlm.ops.cached_attention import _fused, cached_attention, cached_attention_reference
+
+
+def _padded_mask(sizes, rng):
+    """Rows with more and more padding on the left, down to one token, and the places of the new tokens."""
+    B, T, total = sizes["batch"], sizes["sequence"], sizes["past"] + sizes["sequence"]
+    hidden = np.arange(B)[:, None] * max(total - 1, 0) // max(B - 1, 1)
+    mask = (np.arange(total) >= hidden).astype(np.int64)
+    return {"mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, total - T :]}
+
+
+MATRIX = {
+    "CachedAttention": {
+        "shapes": {
+            "q": "batch sequence num_heads D",
+            "k": "batch sequence num_kv_heads D",
+            "v": "batch sequence num_kv_heads D",
+            "past_key": "batch num_kv_heads past D",
+            "past_value": "batch num_kv_heads past D",
+            "mask": "batch total",
+            "position_ids": "batch sequence",  # for the graph
+        },
+        "variants": [
+            {"num_heads": 6, "num_kv_heads": 2, "D": 5, "scale": 0.3},
+            {"num_heads": 4, "num_kv_heads": 4, "D": 8, "scale": 0.35},
+            {"num_heads": 3, "num_kv_heads": 1, "D": 7, "scale": 0.4},
+        ],
+        "fill": _padded_mask,
+    }
+}
 
 # B, T, P, H, K, D: decode, prefill, a step of several tokens behind a cache, grouped heads, odd widths, more than
 # one block of 64 positions, the tiles of a prompt (16 queries and more) alone and behind a cache, no batch

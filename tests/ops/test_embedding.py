@@ -5,6 +5,14 @@ import torch
 
 from portlm.ops.embedding import _fused, embedding, embedding_reference
 
+MATRIX = {
+    "Embedding": {
+        "shapes": {"ids": "batch sequence", "weight": "V C"},
+        "variants": [{"V": 61, "C": 33}],
+        "fill": lambda sizes, rng: {"ids": rng.integers(0, sizes["V"], (sizes["batch"], sizes["sequence"]))},
+    }
+}
+
 SIZES = [((1,), 1, 1), ((7, 3), 5, 33), ((2, 128), 50, 96), ((0,), 4, 8), ((), 3, 5), ((600,), 3, 17)]
 
 

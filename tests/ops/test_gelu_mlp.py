@@ -6,6 +6,17 @@ from torch import Tensor
 
 from portlm.ops.gelu_mlp import _fused, _fused_gradients, _fused_value, gelu_mlp, gelu_mlp_reference
 
+MATRIX = {
+    "GeluMlp": {
+        "shapes": {"x": "batch sequence C", "w1": "F C", "b1": "F", "w2": "N F", "b2": "N"},
+        "variants": [
+            {"C": 33, "F": 65, "N": 17, "approximate": "tanh"},
+            {"C": 16, "F": 64, "N": 16, "approximate": "none"},
+        ],
+        "tvm_kernels": ("gemm", "gelu_bias_fwd"),
+    }
+}
+
 # (shape of x, F, N): one row, tails, several tiles, no rows, no hidden layer; 600 rows of 4100 are two chunks
 SHAPES = [
     ((1, 5), 3, 5),

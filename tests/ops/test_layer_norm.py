@@ -6,6 +6,17 @@ from torch import Tensor
 
 from portlm.ops.layer_norm import _fused, _fused_add, layer_norm, layer_norm_reference
 
+MATRIX = {
+    "LayerNorm": {
+        "shapes": {"x": "batch sequence C", "weight": "C", "bias": "C"},
+        "variants": [{"C": 33, "epsilon": 1e-3}],
+    },
+    "AddLayerNorm": {
+        "shapes": {"x": "batch sequence C", "residual": "batch sequence C", "weight": "C", "bias": "C"},
+        "variants": [{"C": 33, "epsilon": 1e-3}],
+    },
+}
+
 SHAPES = [
     (1, 1),
     (7, 33),

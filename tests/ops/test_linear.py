@@ -5,6 +5,17 @@ import torch
 
 from portlm.ops.linear import _fused, _fused_gradients, linear, linear_reference
 
+MATRIX = {
+    "Linear": {
+        "shapes": {"x": "batch sequence K", "weight": "N K", "bias": "N"},
+        "variants": [
+            {"K": 33, "N": 17},
+            {"K": 33, "N": 17, "transposed": 1},
+            {"K": 33, "N": 17, "absent": ("bias",)},
+        ],
+    }
+}
+
 # (shape of x, N): odd sizes hit tails, 1 row the way of a single token, 3 columns that of a small head
 SHAPES = [((1, 1), 1), ((1, 48), 100), ((7, 33), 5), ((2, 5, 128), 130), ((200, 65), 3), ((70, 300), 257), ((0, 16), 3),
           ((3, 0), 4), ((4, 6), 0)]  # fmt: skip

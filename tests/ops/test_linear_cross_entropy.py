@@ -15,6 +15,14 @@ from portlm.ops.linear_cross_entropy import (
     linear_cross_entropy_reference,
 )
 
+MATRIX = {
+    "linear_cross_entropy": {
+        "shapes": {"x": "batch C", "weight": "V C", "targets": "batch"},
+        "variants": [{"C": 33, "V": 50, "reduction": "sum"}],
+        "fill": lambda sizes, rng: {"targets": rng.integers(0, sizes["V"], sizes["batch"])},
+    }
+}
+
 # (N, C, V): odd sizes hit the tails; 1030 rows make two chunks and so do 150 rows of 8200 logits, in several slabs
 SHAPES = [(1, 1, 1), (7, 33, 50), (64, 16, 300), (1030, 5, 11), (150, 7, 8200), (2, 0, 3)]
 

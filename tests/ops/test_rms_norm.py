@@ -7,6 +7,17 @@ from torch import Tensor
 
 from portlm.ops.rms_norm import _fused, _fused_add, rms_norm, rms_norm_reference
 
+MATRIX = {
+    "RmsNorm": {
+        "shapes": {"x": "batch sequence C", "weight": "C"},
+        "variants": [{"C": 33, "epsilon": 1e-3}],
+    },
+    "AddRmsNorm": {
+        "shapes": {"x": "batch sequence C", "residual": "batch sequence C", "weight": "C"},
+        "variants": [{"C": 33, "epsilon": 1e-3}],
+    },
+}
+
 SHAPES = [(1, 1), (7, 33), (2, 5, 128), (3, 768), (130, 31), (0, 16)]  # odd sizes hit the tail
 
 

@@ -1,10 +1,31 @@
 """rotary against its float64 oracle, its gradient, and its errors."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from portlm.ops.rotary import _fused, rotary, rotary_reference
+
+
+def _positions_and_tables(sizes, rng):
+    angles = 100 * rng.random((sizes["context"], sizes["half"]), dtype=np.float32)
+    positions = rng.integers(0, sizes["context"], (sizes["batch"], sizes["sequence"]))
+    return {"position_ids": positions, "cos": np.cos(angles), "sin": np.sin(angles)}
+
+
+MATRIX = {
+    "Rotary": {
+        "shapes": {
+            "x": "batch sequence num_heads D",
+            "position_ids": "batch sequence",
+            "cos": "context half",
+            "sin": "context half",
+        },
+        "variants": [{"num_heads": 3, "D": 34, "half": 17}],
+        "fill": _positions_and_tables,
+    }
+}
 
 SHAPES = [(1, 1, 1, 2), (2, 7, 3, 64), (3, 5, 2, 34), (1, 33, 4, 128), (0, 4, 2, 8), (2, 0, 2, 8)]
 

@@ -5,6 +5,13 @@ import torch
 
 from portlm.ops.swiglu import _fused, swiglu, swiglu_reference
 
+MATRIX = {
+    "SwiGlu": {
+        "shapes": {"gate": "batch sequence F", "up": "batch sequence F"},
+        "variants": [{"F": 33}],
+    }
+}
+
 SHAPES = [(1,), (7, 33), (2, 16, 1023), (0, 4), ()]  # odd sizes hit the tail
 
 
