@@ -24,6 +24,7 @@ from portlm.flows.verify import ready_targets, verify_artifact
 from portlm.plan import Node, Plan, Weight, read_plan, to_bytes
 from portlm.roles import StateSpec, TensorSpec
 from portlm.rows import Rows
+from portlm.runtimes import torch_plan
 from portlm.runtimes.eager import TorchEngine
 from portlm.runtimes.torch_operators import operators
 from portlm.runtimes.torch_plan import make_role
@@ -84,6 +85,24 @@ def test_a_ragged_batch_gives_the_models_logits(engines):
 def test_the_fused_plan_runs_portlms_kernels(family, compiled):
     engine = open_engine(compiled[family], "fused")  # which runs it once
     Rows(engine, 1).read(np.array([TEXTS[0]]))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_shape_is_foreseen(family, profile, compiled, monkeypatch):
+    """The limit on sizes holds only if the rules say what the operators then give."""
+    run, seen = torch_plan._run, []
+
+    def compare(step, given):
+        results = run(step, given)
+        foreseen = step.shapes([None if tensor is None else tuple(tensor.shape) for tensor in given])
+        assert [tuple(result.shape) for result in results] == [tuple(shape) for shape in foreseen], step.name
+        seen.append(step.name)
+        return results
+
+    monkeypatch.setattr(torch_plan, "_run", compare)
+    Rows(open_engine(compiled[family], profile), 3).read_texts(TEXTS)
+    assert len(seen) > 30
 
 
 @pytest.mark.parametrize("profile", PROFILES)
