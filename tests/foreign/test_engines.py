@@ -92,10 +92,6 @@ def windowed(foreign, tmp_path_factory):
 
 @pytest.mark.parametrize(("engine", "device"), ENGINES, ids=NAMES)
 def test_a_foreign_module_without_a_cache_runs_on(engine, device, windowed):
-    if engine == "tvm":
-        pytest.importorskip(
-            "portlm.compile.tvm_standard", reason="TVM's fused profile has too few standard operators"
-        )
     assert_same_on(engine, device, *windowed)
 
 
