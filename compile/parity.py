@@ -1,14 +1,15 @@
 """Measures whether an engine gives the answer of the model, and writes the result into the artifact.
 
-The model's answer is eager PyTorch in float32 on a probe: a ragged, left-padded batch that is read in several
-steps (a prefill, some tokens at once on a filled cache, single tokens) and then continued greedily. Probe and
-answer are kept in parity.safetensors, so a machine without PyTorch can measure its engines against them.
+The model's answer is eager PyTorch in float32 on a probe of each role. A decoder reads a ragged, left-padded batch in
+several steps (a prefill, some tokens at once on a filled cache, single tokens) and continues it greedily; any other
+role is called once or twice (parity_calls.py). Probe and answer are kept in parity.safetensors, so a machine without
+PyTorch can measure its engines against them.
 
 No engine is imported here. They are objects with the attributes and methods of portlm.engine.Engine.
 """
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +25,14 @@ from portlm.artifact import (
     verify_files,
     write_manifest,
 )
-from portlm.engine import Engine
+from portlm.compile.parity_calls import Calls, answer_calls, continues_text, make_calls, meaningful
+from portlm.engine import CallSpec, Engine, call_specs
 from portlm.errors import FormatError, ParityError, UsageError
 from portlm.rows import Rows
 from portlm.weights import load_numpy, save_tensors
 
 REFERENCE = "parity.safetensors"
-DECODER = "decoder"  # the role that is asked
+DECODER = "decoder"  # the role whose answer has no prefix in the file, as in files of one role
 
 PROBE_TOKENS = 12  # of the longest row
 GREEDY_TOKENS = 128
@@ -113,21 +115,32 @@ def make_probe(vocab_size: int, context_length: int) -> Probe:
     return Probe(ids * mask, mask, tuple(cuts))
 
 
-def make_reference(engine: Engine, vocab_size: int, context_length: int) -> Reference:
+def make_reference(
+    engine: Engine, vocab_size: int, context_length: int, role: str = DECODER
+) -> Reference | Calls:
     """Ask the reference engine, eager PyTorch in float32."""
+    spec = engine.roles[role]
+    if not continues_text(spec):
+        calls = make_calls(spec, vocab_size, context_length)
+        return Calls(calls.given, calls.inputs, answer_calls(engine, role, calls))
     probe = make_probe(vocab_size, context_length)
     steps = min(GREEDY_TOKENS, context_length - probe.input_ids.shape[1])
-    logits, greedy, margins = _answer(engine, probe, steps)
+    logits, greedy, margins = _answer(engine, probe, steps, role)
     return Reference(probe, logits, greedy, margins)
 
 
-def measure(engine: Engine, reference: Reference) -> Measurement:
+def measure(engine: Engine, reference: Reference | Calls, role: str = DECODER) -> Measurement:
     """Compare an engine with the reference.
 
+    For a role that does not continue a text, max_logit_error is of any output, KL and top-1 agreement of outputs
+    called logits (0 and 1 where there are none), and no tokens are compared.
+
     Raises:
-        ParityError: the engine's logits are not finite.
+        ParityError: what the engine gives is not finite, or of another shape.
     """
-    logits, greedy, own_margins = _answer(engine, reference.probe, reference.greedy.shape[1])
+    if isinstance(reference, Calls):
+        return _measure_calls(engine, reference, role)
+    logits, greedy, own_margins = _answer(engine, reference.probe, reference.greedy.shape[1], role)
     expected = reference.logits
     if logits.shape != expected.shape or not (np.isfinite(logits).all() and np.isfinite(own_margins).all()):
         raise ParityError(
@@ -137,24 +150,58 @@ def measure(engine: Engine, reference: Reference) -> Measurement:
     matched = same.sum(1)
     ended = matched < greedy.shape[1]
     margins = reference.margins[ended, matched[ended]]
+    # The prompt that differs first counts.
+    tokens = int(matched.min()), greedy.shape[1]
+    return _measurement(
+        engine, role, [(expected, logits)], [(expected, logits)], tokens, float(margins.max(initial=0))
+    )
+
+
+def _measure_calls(engine: Engine, reference: Calls, role: str) -> Measurement:
+    spec = engine.roles[role]
+    pairs, logits = [], []
+    for inputs, expected, found in zip(
+        reference.inputs, reference.answers, answer_calls(engine, role, reference), strict=True
+    ):
+        for name, value in expected.items():
+            if name not in found or found[name].shape != value.shape or not np.isfinite(found[name]).all():
+                raise ParityError(f"{_label(engine)}: {role} gives a {name} of another shape, or not finite")
+            pair = meaningful(spec, name, inputs, value), meaningful(spec, name, inputs, found[name])
+            pairs.append(pair)
+            if name == "logits":
+                logits.append(pair)
+    return _measurement(engine, role, pairs, logits, (0, 0), 0.0)
+
+
+def _measurement(
+    engine: Engine,
+    role: str,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    logits: list[tuple[np.ndarray, np.ndarray]],
+    tokens: tuple[int, int],
+    margin: float,
+) -> Measurement:
+    """A row from (expected, found) values, those of them that are logits, and the greedy tokens that agree of all."""
     placement = engine.placement()
+    agree = [expected.argmax(1) == found.argmax(1) for expected, found in logits]
     row = ParityRow(
         engine=engine.name,
         device=engine.device,
         profile=engine.profile,
         precision=engine.precision,
-        max_logit_error=float(np.abs(logits - expected).max()),
-        kl=_divergence(expected, logits),
-        top1=float((logits.argmax(1) == expected.argmax(1)).mean()),
-        greedy_match=int(matched.min()),  # of the prompt that differs first
-        greedy_total=greedy.shape[1],
+        max_logit_error=max(float(np.abs(found - expected).max()) for expected, found in pairs),
+        kl=max((_divergence(expected, found) for expected, found in logits), default=0.0),
+        top1=float(np.concatenate(agree).mean()) if agree else 1.0,
+        greedy_match=tokens[0],
+        greedy_total=tokens[1],
         placement=dict(placement.nodes),
         fallback=tuple(placement.fallback),
         versions=engine.versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        role=role,
     )
-    limit = max(TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
-    return Measurement(row, limit, float(margins.max(initial=0.0)))
+    largest = max(float(np.abs(expected).max()) for expected, _ in pairs)
+    return Measurement(row, max(TOLERANCE, RELATIVE_TOLERANCE * largest), margin)
 
 
 def certify(
@@ -178,26 +225,29 @@ def certify(
     root = Path(folder)
     manifest = read_manifest(root)
     if reference is not None:
-        answer = make_reference(reference, manifest.model.vocab_size, manifest.model.context_length)
-        save_reference(root, answer)
+        sizes = manifest.model.vocab_size, manifest.model.context_length
+        answers = {role: make_reference(reference, *sizes, role) for role in manifest.roles}
+        save_reference(root, answers)
         manifest = refresh_files(root, manifest, [REFERENCE])
         write_manifest(root, manifest)
     else:
-        answer = load_reference(root, manifest)
+        answers = load_reference(root, manifest)
     rows: list[ParityRow] = []
     for engine in engines:
-        measurement = measure(engine, answer)
-        if problem := measurement.problem():
-            raise ParityError(f"{_label(engine)}: {problem}; `portlm verify --bisect` names the node")
-        rows.append(measurement.row)
-        others = tuple(row for row in manifest.parity if _key(row) != _key(measurement.row))
-        manifest = replace(manifest, parity=(*others, measurement.row))
+        for role, answer in answers.items():
+            row = _judged(measure(engine, answer, role), engine)
+            rows.append(row)
+            others = tuple(other for other in manifest.parity if _key(other) != _key(row))
+            manifest = replace(manifest, parity=(*others, row))
         write_manifest(root, manifest)
     return rows
 
 
-def recheck(folder: str | Path, engine: Engine) -> Verification:
-    """Measure an engine on this machine against the answer stored in the artifact. Nothing is written.
+def recheck(folder: str | Path, engine: Engine) -> list[Verification]:
+    """Measure an engine on this machine against the answers stored in the artifact. Nothing is written.
+
+    Returns:
+        One for each role.
 
     Raises:
         UsageError: the artifact holds no answer.
@@ -206,16 +256,37 @@ def recheck(folder: str | Path, engine: Engine) -> Verification:
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    measurement = measure(engine, load_reference(root, manifest))
+    found = []
+    for role, answer in load_reference(root, manifest).items():
+        row = _judged(measure(engine, answer, role), engine)
+        recorded = [other for other in manifest.parity if _key(other) == _key(row)]
+        found.append(Verification(row, recorded[0] if recorded else None))
+    return found
+
+
+def _judged(measurement: Measurement, engine: Engine) -> ParityRow:
     if problem := measurement.problem():
         raise ParityError(f"{_label(engine)}: {problem}; `portlm verify --bisect` names the node")
-    recorded = [row for row in manifest.parity if _key(row) == _key(measurement.row)]
-    return Verification(measurement.row, recorded[0] if recorded else None)
+    return measurement.row
 
 
-def save_reference(folder: Path, reference: Reference) -> None:
-    """Write parity.safetensors."""
-    tensors = {
+def save_reference(folder: Path, references: Mapping[str, Reference | Calls]) -> None:
+    """Write parity.safetensors: the decoder's tensors by name, those of other roles behind "<role>/"."""
+    tensors: dict[str, np.ndarray] = {}
+    for role, reference in references.items():
+        prefix = "" if role == DECODER else f"{role}/"
+        tensors |= {f"{prefix}{name}": value for name, value in _tensors(reference).items()}
+    save_tensors(folder / REFERENCE, tensors, {"made_with": f"eager PyTorch, portlm {version('portlm')}"})
+
+
+def _tensors(reference: Reference | Calls) -> dict[str, np.ndarray]:
+    if isinstance(reference, Calls):
+        tensors = {f"given/{name}": value for name, value in reference.given.items()}
+        for i, (inputs, answers) in enumerate(zip(reference.inputs, reference.answers, strict=True)):
+            tensors |= {f"call{i}/{name}": value for name, value in inputs.items()}
+            tensors |= {f"answer{i}/{name}": value for name, value in answers.items()}
+        return tensors
+    return {
         "input_ids": reference.probe.input_ids,
         "attention_mask": reference.probe.attention_mask,
         "cuts": np.array(reference.probe.cuts, dtype=np.int64),
@@ -223,11 +294,10 @@ def save_reference(folder: Path, reference: Reference) -> None:
         "greedy": reference.greedy,
         "margins": reference.margins,
     }
-    save_tensors(folder / REFERENCE, tensors, {"made_with": f"eager PyTorch, portlm {version('portlm')}"})
 
 
-def load_reference(folder: Path, manifest: Manifest) -> Reference:
-    """Read parity.safetensors, checked against the manifest and against itself.
+def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Calls]:
+    """Read parity.safetensors, checked against the manifest and against itself; return the answer of each role in it.
 
     Raises:
         UsageError: there is none.
@@ -239,7 +309,45 @@ def load_reference(folder: Path, manifest: Manifest) -> Reference:
         )
     verify_files(folder, [REFERENCE])
     path = folder / REFERENCE
-    tensors = load_numpy(path)
+    by_role: dict[str, dict[str, np.ndarray]] = {}
+    specs = call_specs(manifest)
+    for name, tensor in load_numpy(path).items():
+        # The decoder's own names have no prefix, but may have a slash.
+        role, _, rest = name.partition("/")
+        role, rest = (role, rest) if role in specs and rest else (DECODER, name)
+        by_role.setdefault(role, {})[rest] = tensor
+    found: dict[str, Reference | Calls] = {}
+    for role, tensors in by_role.items():
+        if role not in specs:
+            raise FormatError(f"{path}: holds the answer of a {role}, which the model does not have")
+        read = _read_decoder if continues_text(specs[role]) else _read_calls
+        found[role] = read(path, tensors, specs[role], manifest)
+    return {role: found[role] for role in specs if role in found}
+
+
+def _read_calls(path: Path, tensors: dict[str, np.ndarray], spec: CallSpec, manifest: Manifest) -> Calls:
+    """The answer of a role that is called. Engines check the inputs, as they check any."""
+    expected = {f"given/{state.name}": state.dtype for state in spec.state if state.initial == "given"}
+    count = sum(name.startswith("call") and name.endswith(f"/{spec.inputs[0].name}") for name in tensors)
+    for i in range(count):
+        expected |= {f"call{i}/{item.name}": item.dtype for item in spec.inputs}
+        expected |= {f"answer{i}/{item.name}": "float32" for item in spec.outputs}
+    finite = all(np.isfinite(value).all() and value.size for value in tensors.values())
+    if not count or {name: value.dtype.name for name, value in tensors.items()} != expected or not finite:
+        raise FormatError(f"{path}: its tensors do not fit each other or this model")
+
+    def below(prefix: str) -> dict[str, np.ndarray]:
+        return {
+            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+        }
+
+    inputs = tuple(below(f"call{i}/") for i in range(count))
+    return Calls(below("given/"), inputs, tuple(below(f"answer{i}/") for i in range(count)))
+
+
+def _read_decoder(
+    path: Path, tensors: dict[str, np.ndarray], spec: CallSpec, manifest: Manifest
+) -> Reference:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
     if dtypes != dict.fromkeys(("input_ids", "attention_mask", "cuts", "greedy"), "int64") | {
@@ -314,8 +422,8 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def _key(row: ParityRow) -> tuple[str, str, str, str]:
-    return row.engine, row.device, row.profile, row.precision
+def _key(row: ParityRow) -> tuple[str, str, str, str, str]:
+    return row.engine, row.device, row.profile, row.precision, row.role
 
 
 def _label(engine: Engine) -> str:

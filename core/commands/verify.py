@@ -69,8 +69,9 @@ def print_table(model: Path, results: list[Result]) -> None:
         row = result.row
         if row is None:
             continue
+        role = "" if row.role == "decoder" else f" {row.role}"
         table.add_row(
-            f"{row.engine}:{row.device}", row.profile, f"{row.max_logit_error:.1e}",
+            f"{row.engine}:{row.device}{role}", row.profile, f"{row.max_logit_error:.1e}",
             f"{result.recorded.max_logit_error:.1e}" if result.recorded else "written",
             f"{row.kl:.1e}", f"{row.top1:.1%}", f"{row.greedy_match}/{row.greedy_total}", str(len(row.fallback)),
         )  # fmt: skip

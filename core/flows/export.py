@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from portlm.models.roles import Role
 
-ROLE = "decoder"  # the one that the certificate's probe is put to
-
 
 def export(
     module: nn.Module,
@@ -56,7 +54,7 @@ def export(
 
     target = export_module(module, folder, tokenizer=tokenizer, example=example, profiles=profiles)
     manifest = read_manifest(target)
-    if answer and ROLE in manifest.roles and needs_plan(manifest):
+    if answer and needs_plan(manifest):
         _keep_answer(module, target, manifest)
     return target
 
@@ -71,9 +69,9 @@ def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
     from portlm.runtimes.eager import TorchEngine
 
     declared = roles_of(module)
-    role = declared[ROLE] if declared else _whole_forward(module, manifest.model.vocab_size)
+    functions = declared or {"decoder": _whole_forward(module, manifest.model.vocab_size)}
     sizes = manifest.model.vocab_size, manifest.model.context_length
-    engine = TorchEngine({ROLE: role}, *sizes, "cpu", "native", {"cpu": 0})
+    engine = TorchEngine(functions, *sizes, "cpu", "native", {"cpu": 0})
     training = module.training
     module.eval()
     try:

@@ -75,7 +75,7 @@ def verify_artifact(
         progress: called with a line before each step.
 
     Returns:
-        One result per target. A problem is in the result, not raised.
+        One result per target and role. A problem is in the result, not raised.
 
     Raises:
         FormatError: a file is missing, truncated or altered.
@@ -109,7 +109,7 @@ def verify_artifact(
     results = []
     for target in chosen:
         progress(str(target))
-        results.append(_check(root, target, certify, search, progress))
+        results += _check(root, target, certify, search, progress)
     return results
 
 
@@ -199,24 +199,23 @@ def _open(root: Path, target: Target) -> Engine:
     return portlm.load(root, engine=target.engine, device=target.device, profile=target.profile).engine
 
 
-def _check(root: Path, target: Target, certify: bool, search: bool, progress: Progress) -> Result:
+def _check(root: Path, target: Target, certify: bool, search: bool, progress: Progress) -> list[Result]:
     from portlm.compile import parity
 
     try:
         with closing(_open(root, target)) as engine:
             if certify:
-                return Result(target, parity.certify(root, [engine])[0])
-            found = parity.recheck(root, engine)
-            return Result(target, found.measured, found.recorded)
+                return [Result(target, row) for row in parity.certify(root, [engine])]
+            return [Result(target, found.measured, found.recorded) for found in parity.recheck(root, engine)]
     except ParityError as error:
         problem = str(error)
     except PortlmError as error:
-        return Result(target, problem=str(error))
+        return [Result(target, problem=str(error))]
     node = None
     if search:
         progress(f"{target} differs: looking for the first node that does")
         node = next(_first_wrong_node(root, target), None)
-    return Result(target, problem=problem, node=node)
+    return [Result(target, problem=problem, node=node)]
 
 
 def _first_wrong_node(root: Path, target: Target) -> Iterator[str]:

@@ -118,7 +118,7 @@ def test_reference_engine_measures_itself_as_exact(artifacts):
 
 def test_verify_measures_again_and_finds_the_recorded_row(certified):
     before = (certified / "manifest.json").read_bytes()
-    result = recheck(certified, open_ort(certified, "fused"))
+    [result] = recheck(certified, open_ort(certified, "fused"))
     assert result.recorded == read_manifest(certified).parity[1]
     assert result.measured.max_logit_error == pytest.approx(result.recorded.max_logit_error)
     assert (certified / "manifest.json").read_bytes() == before
@@ -161,7 +161,7 @@ def test_engine_with_non_finite_logits_is_refused(certified, bad):
 def test_lower_precision_is_measured_but_not_judged(certified):
     engine = Wrapped(open_ort(certified), lambda logits: logits.astype(np.float16).astype(np.float32))
     engine.precision = "fp16"
-    row = recheck(certified, engine).measured
+    row = recheck(certified, engine)[0].measured
     assert row.max_logit_error > 1e-4
 
 
