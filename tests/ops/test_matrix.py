@@ -414,7 +414,10 @@ def test_every_refusal_is_of_a_case():
 
 
 def flipping(target: int, values: list[str]) -> type[GraphBuilder]:
-    """A builder that appends the name of every value to `values`, and flips the sign of the target-th."""
+    """A builder that appends the name of every value to `values`, and flips the sign of the target-th.
+
+    What is squared next would not show that, so it is an eighth too large as well.
+    """
 
     class Flipping(GraphBuilder):
         def split_op(self, op_type, inputs, name, outputs, *, domain="", **attributes):
@@ -427,7 +430,7 @@ def flipping(target: int, values: list[str]) -> type[GraphBuilder]:
             super().split_op(op_type, inputs, name, written, domain=domain, **attributes)
             for right, value in zip(written, outputs, strict=True):
                 if right != value:
-                    super().split_op("Mul", (right, self.scalar(-1.0)), f"{value}.flipped", (value,))
+                    super().split_op("Mul", (right, self.scalar(-1.125)), f"{value}.flipped", (value,))
             return tuple(outputs)
 
     return Flipping

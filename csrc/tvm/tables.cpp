@@ -1,4 +1,4 @@
-// Table look-ups and elementwise ops as TVM-FFI functions, outputs last (destination passing).
+// Look-ups in tables, whose places are checked, and the number of threads, as TVM-FFI functions.
 #include <string>
 #ifdef _OPENMP
 #include <omp.h>
@@ -43,17 +43,6 @@ PORTLM_TVM_FUNCTION(rotary) {
                   std::to_string(positions.data<int64_t>()[i]));
     kernels().rotary_fwd(x.data<float>(), H * D, cos.data<float>(), sin.data<float>(), positions.data<int64_t>(),
                          y.data<float>(), tokens, tokens, H, D, 0);
-  });
-}
-
-// (gate (..., F), up (..., F)) -> y (..., F)
-PORTLM_TVM_FUNCTION(swiglu) {
-  return guarded("swiglu", args, count, [](const Call& call) {
-    call.expect_count(3);
-    const auto gate = call.f32(0, "gate"), up = call.f32(1, "up"), y = call.f32(2, "y");
-    call.expect_same_shape(gate, up);
-    call.expect_same_shape(gate, y);
-    kernels().swiglu_fwd(gate.data<float>(), up.data<float>(), y.data<float>(), gate.elements());
   });
 }
 
