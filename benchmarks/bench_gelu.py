@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from harness import Case, compiled, main, with_gradients, without_gradients
 from torch import Tensor
 
-from portlm.ops.fused import kernels
+from portlm.ops.kernel_op import kernels
 
 SHAPES = [(768, 512), (2048, 1536), (8192, 3072)]
 

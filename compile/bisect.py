@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from portlm.artifact import RoleSpec, StateSpec, TensorSpec, read_manifest, verify_files
+from portlm.artifact import RoleSpec, StateSpec, TensorSpec, check_files, read_manifest
 from portlm.compile.check import check_model
 from portlm.compile.parity import make_probe
 from portlm.errors import EngineUnavailableError, FormatError, UsageError
@@ -93,7 +93,7 @@ def bisect(
     spec = manifest.roles.get(role)
     if spec is None or "portable" not in spec.profiles:
         raise UsageError(f"{root}: has no portable {role} graph to compare with; export it with that profile")
-    verify_files(root, [spec.profiles["portable"], spec.weights, graph])
+    check_files(root, [spec.profiles["portable"], spec.weights, graph])
     subject = check_model(root / graph)
     reference = _Reference(root / spec.profiles["portable"])
     for case in _cases(reference, spec, manifest.model.vocab_size, manifest.model.context_length):

@@ -24,7 +24,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from portlm.artifact import CompiledEntry, read_manifest, verify_files
+from portlm.artifact import CompiledEntry, check_files, read_manifest
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.passes import Note, ignore, run_passes
@@ -74,7 +74,7 @@ def lower(folder: str | Path, device: str, role: str = "decoder", note: Note = i
     if spec is None or "fused" not in spec.profiles:
         raise UsageError(f"{root}: has no fused {role} graph; export it with profiles portable and fused")
     source = spec.profiles["fused"]
-    verify_files(root, [source, spec.weights])
+    check_files(root, [source, spec.weights])
     model = lower_model(check_model(root / source), manifest.model.context_length, device, note)
     name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     write_atomic(root / name, model.SerializeToString(deterministic=True))

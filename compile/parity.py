@@ -19,10 +19,10 @@ import numpy as np
 from portlm.artifact import (
     Manifest,
     ParityRow,
+    check_files,
     read_manifest,
     refresh_files,
     replace,
-    verify_files,
     write_manifest,
 )
 from portlm.compile.parity_calls import Calls, answer_calls, continues_text, make_calls, meaningful
@@ -307,7 +307,7 @@ def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Ca
         raise UsageError(
             f"{folder}: holds no reference answer; run `portlm verify --certify` where PyTorch is installed"
         )
-    verify_files(folder, [REFERENCE])
+    check_files(folder, [REFERENCE])
     path = folder / REFERENCE
     by_role: dict[str, dict[str, np.ndarray]] = {}
     specs = call_specs(manifest)

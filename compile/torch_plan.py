@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from portlm.artifact import CompiledEntry, RoleSpec, read_manifest, verify_files
+from portlm.artifact import CompiledEntry, RoleSpec, check_files, read_manifest
 from portlm.compile.check import check_model
 from portlm.compile.passes import Note, ignore
 from portlm.errors import UsageError
@@ -45,7 +45,7 @@ def compile_plan(
     spec = read_manifest(root).roles.get(role)
     if spec is None or profile not in spec.profiles:
         raise UsageError(f"{root}: has no {profile} graph of {role}; export it with this profile")
-    verify_files(root, [spec.profiles[profile], spec.weights])
+    check_files(root, [spec.profiles[profile], spec.weights])
     model = check_model(root / spec.profiles[profile])
     note("graph", model)
     content = to_bytes(make_plan(model, role, spec, profile))

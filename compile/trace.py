@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 import portlm
 from portlm.errors import FormatError
 from portlm.models.roles import Role
-from portlm.ops.fused import exporting
+from portlm.ops.kernel_op import exporting
 from portlm.roles import StateSpec, TensorSpec
 
 ROOT = "module"  # where the model hangs in what is recorded

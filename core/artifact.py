@@ -27,9 +27,28 @@ from portlm.files import read_json, safe_join, sha256_file, shown, write_atomic
 from portlm.roles import DTYPES, MAX_DIMENSION, Dtype, RoleName, StateSpec, TensorSpec, Text, symbols
 
 __all__ = [
-    "DTYPES", "FORMAT", "FORMAT_VERSION", "MANIFEST", "MAX_FILE_BYTES", "CompiledEntry", "FileEntry", "Manifest",
-    "ModelSpec", "ParityRow", "Provenance", "RoleSpec", "StateSpec", "TensorSpec", "hash_files", "instead",
-    "list_files", "read_manifest", "refresh_files", "replace", "verify_files", "write_manifest",
+    "DTYPES",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "MAX_FILE_BYTES",
+    "CompiledEntry",
+    "FileEntry",
+    "Manifest",
+    "ModelSpec",
+    "ParityRow",
+    "Provenance",
+    "RoleSpec",
+    "StateSpec",
+    "TensorSpec",
+    "check_files",
+    "hash_files",
+    "instead",
+    "list_files",
+    "read_manifest",
+    "refresh_files",
+    "replace",
+    "write_manifest",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -152,7 +171,7 @@ class Manifest(Struct, frozen=True):
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check the manifest of an artifact. The files it lists are not read: see verify_files.
+    """Read and check the manifest of an artifact. The files it lists are not read: see check_files.
 
     Raises:
         FormatError: there is none, it is damaged, or it says something that cannot be.
@@ -208,7 +227,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def verify_files(folder: str | Path, names: Iterable[str] | None = None) -> Manifest:
+def check_files(folder: str | Path, names: Iterable[str] | None = None) -> Manifest:
     """Compare files with the manifest, all of them or those named; return the manifest.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from portlm.artifact import Manifest, verify_files
+from portlm.artifact import Manifest, check_files
 from portlm.engine import Array, CallSpec, OpenRequest, Placement
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import safe_join
@@ -123,7 +123,7 @@ class TorchEngine(ArrayEngine):
     @classmethod
     def _native(cls, request: OpenRequest) -> Self:
         if request.manifest is not None:
-            verify_files(request.folder, CHECKPOINT)
+            check_files(request.folder, CHECKPOINT)
         return cls.of(load_model(request.folder), request.device)
 
     @classmethod
@@ -156,7 +156,7 @@ class TorchEngine(ArrayEngine):
             same = (plan.inputs, plan.outputs, plan.state) == (spec.inputs, spec.outputs, spec.state)
             if not same or plan.profile != profile or plan.weights_file != spec.weights:
                 raise FormatError(f"{path}: made of another export than this artifact; compile again")
-            verify_files(request.folder, [spec.weights])
+            check_files(request.folder, [spec.weights])
             weights = safe_join(request.folder, spec.weights)
             functions[plan.role] = make_role(plan, path, weights, request.device)
             count += len(plan.nodes)
@@ -218,7 +218,7 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, list[Path]]:
         ]
         if names:
             if request.compiled is None:
-                verify_files(folder, names)
+                check_files(folder, names)
             return profile, [safe_join(request.compiled or folder, name) for name in names]
     option = "" if request.profile == "auto" else f" --profile {request.profile}"
     raise UsageError(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import onnxruntime
 
-from portlm.artifact import Manifest, verify_files
+from portlm.artifact import Manifest, check_files
 from portlm.engine import Array, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import safe_join
@@ -111,7 +111,7 @@ class OrtEngine(ArrayEngine):
         """The session of a role, opened if it was not, and the names that it takes."""
         if role not in self._sessions:
             graph, request = self._graphs[role], self._request
-            verify_files(request.folder, graph.files)
+            check_files(request.folder, graph.files)
             session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
             placement = _placement(session, self.device, self._note)
             if placement.fallback and not request.allow_fallback:

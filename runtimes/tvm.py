@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from portlm.artifact import Manifest, verify_files
+from portlm.artifact import Manifest, check_files
 from portlm.engine import Array, CallSpec, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
@@ -219,7 +219,7 @@ def _open(request: OpenRequest, role: str, spec: CallSpec, name: str, profile: s
     command = f"portlm compile {folder} --engine tvm --profile {profile}"
     signature = Signature.read(safe_join(place, f"{name}/{SIGNATURE}"), folder)
     own = () if request.compiled else (f"{name}/{LIBRARY}", f"{name}/{SIGNATURE}")
-    verify_files(folder, (*own, signature.weights_file))
+    check_files(folder, (*own, signature.weights_file))
     _check_signature(signature, spec, profile, command)
     # TVM's own pool would spin beside the kernels' threads; it reads these when it is first needed.
     os.environ["TVM_NUM_THREADS"] = "1"

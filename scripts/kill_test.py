@@ -38,7 +38,7 @@ import torch._dynamo
 from portlm import settings
 from portlm.errors import FormatError
 from portlm.models import FAMILIES
-from portlm.train.checkpoint import FileOps, list_checkpoints, verify_checkpoint
+from portlm.train.checkpoint import FileOps, check_checkpoint, list_checkpoints
 from portlm.train.config import PretrainConfig
 from portlm.train.interrupt import InterruptedTraining
 from portlm.train.loop import Trainer
@@ -167,7 +167,7 @@ def fingerprint(run: Path) -> dict[str, Any]:
     """Return all that a bit-exact resume has to reproduce."""
     last = run / "checkpoints" / f"step-{STEPS}"
     names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
-    state = verify_checkpoint(last).state
+    state = check_checkpoint(last).state
     # Clocks; and a signal may put the last evaluation off until after the save, its result is in the metrics.
     for key in ("seconds", "seconds_since_log", "evaluation", "evaluated_step"):
         state.pop(key)
@@ -185,7 +185,7 @@ def inspect(run: Path, saved: int, counts: Counts) -> None:
     found = list_checkpoints(run / "checkpoints")
     for step, folder in found:
         try:
-            verify_checkpoint(folder)
+            check_checkpoint(folder)
             good.append(step)
         except FormatError as error:
             counts.corrupt += 1

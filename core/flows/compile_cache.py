@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from portlm.artifact import Manifest, read_manifest, replace, verify_files, write_manifest
+from portlm.artifact import Manifest, check_files, read_manifest, replace, write_manifest
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
 from portlm.plan import needs_plan
@@ -142,7 +142,7 @@ def _build(folder: Path, manifest: Manifest, key: Key, scratch: Path) -> None:
     from portlm.compile.build import build
 
     names = {name for role in manifest.roles.values() for name in (*role.profiles.values(), role.weights)}
-    verify_files(folder, sorted(names))
+    check_files(folder, sorted(names))
     for name in names:
         target = scratch / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def _read(entry: Path, manifest: Manifest, key: Key) -> Found:
     cached = read_manifest(entry)
     compiled = tuple(e for e in cached.compiled if (e.engine, e.device, e.profile) == key)
     names = [name for e in compiled for name in e.files]
-    verify_files(entry, names)
+    check_files(entry, names)
     if not _has(cached, key):
         raise FormatError(f"{entry}: holds code that is not trusted any more")
     files = {**manifest.files, **{name: cached.files[name] for name in names}}

@@ -65,7 +65,7 @@ def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
 
     from portlm.compile import parity
     from portlm.models.roles import roles_of
-    from portlm.ops.fused import without_kernels
+    from portlm.ops.kernel_op import without_kernels
     from portlm.runtimes.eager import TorchEngine
 
     declared = roles_of(module)

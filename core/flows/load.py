@@ -114,10 +114,10 @@ def _compiled(engine: str, request: OpenRequest) -> OpenRequest:
 def _manifest(folder: Path) -> Manifest | None:
     """The manifest of an artifact, or None for a plain checkpoint folder."""
     from portlm.artifact import MANIFEST, instead, read_manifest
-    from portlm.train.checkpoint import is_checkpoint, verify_checkpoint
+    from portlm.train.checkpoint import check_checkpoint, is_checkpoint
 
     if is_checkpoint(folder):  # saved in the middle of training: its manifest is another one
-        verify_checkpoint(folder)
+        check_checkpoint(folder)
         return None
     if (folder / MANIFEST).exists():
         return read_manifest(folder)
@@ -131,12 +131,12 @@ def _manifest(folder: Path) -> Manifest | None:
 
 def _texts(folder: Path, manifest: Manifest | None) -> tuple[Any, frozenset[int]]:
     """The tokenizer if there is one, and the tokens that end a text according to generation_config.json."""
-    from portlm.artifact import verify_files
+    from portlm.artifact import check_files
     from portlm.files import read_json
     from portlm.tokenizer import Tokenizer
 
     if manifest is not None:
-        verify_files(folder, [name for name in (TOKENIZER, GENERATION_CONFIG) if name in manifest.files])
+        check_files(folder, [name for name in (TOKENIZER, GENERATION_CONFIG) if name in manifest.files])
     path = folder / GENERATION_CONFIG
     ids: Any = None
     if path.exists():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from portlm.artifact import Manifest, ParityRow, read_manifest, verify_files
+from portlm.artifact import Manifest, ParityRow, check_files, read_manifest
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
 from portlm.plan import needs_plan
@@ -87,7 +87,7 @@ def verify_artifact(
 
     root = Path(folder)
     progress("files")
-    manifest = verify_files(root)
+    manifest = check_files(root)
     for graph in _graphs(manifest):
         check_isolated(root / graph)
     if targets is not None:
@@ -187,7 +187,7 @@ class PlainPyTorch:
 
     def run(self, *arguments: Any) -> Any:
         """Run one call on the references of all ops."""
-        from portlm.ops.fused import without_kernels
+        from portlm.ops.kernel_op import without_kernels
 
         with without_kernels():
             return self._engine.run(*arguments)

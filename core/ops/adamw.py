@@ -17,7 +17,7 @@ from torch import Tensor
 
 from portlm.ops.adamw_cuda import CudaPlan
 from portlm.ops.cuda import has_cuda_kernel
-from portlm.ops.fused import has_kernel, kernels
+from portlm.ops.kernel_op import has_kernel, kernels
 from portlm.ops.spec import OpSpec
 
 __all__ = ["AdamW", "adamw_reference", "gradient_norm_reference"]

@@ -13,7 +13,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, *output)
 
 
-_fused_gradients = FusedOp("attention_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp("attention_backward", _gradients, fake=_empty_gradients)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -198,7 +198,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return *_fused_gradients(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "attention",
     _forward,
     fake=lambda q, k, v, causal, scale: _empty_results(q, q.shape),
@@ -225,7 +225,7 @@ def _gradient_qkv(
     return dqkv
 
 
-_fused_gradient_qkv = FusedOp(
+_fused_gradient_qkv = KernelOp(
     "attention_qkv_backward",
     _gradient_qkv,
     fake=lambda dout, qkv, out, stats, H, K, causal, scale: torch.empty_like(qkv),
@@ -238,7 +238,7 @@ def _backward_qkv(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None
     return _fused_gradient_qkv(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
-_fused_qkv = FusedOp(
+_fused_qkv = KernelOp(
     "attention_qkv",
     _forward_qkv,
     fake=_empty_results_qkv,

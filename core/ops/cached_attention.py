@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import FAR, Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _empty(
     return torch.empty_like(q), q.new_empty(shape), q.new_empty(shape)
 
 
-_fused = FusedOp("cached_attention", _forward, fake=_empty)
+_fused = KernelOp("cached_attention", _forward, fake=_empty)
 
 
 MASKED = -1e30  # times a whole number of positions: far below any score, and still finite in float32

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import has_kernel, kernels
+from portlm.ops.kernel_op import has_kernel, kernels
 
 if TYPE_CHECKING:
     import torch

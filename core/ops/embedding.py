@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _gradient(dy: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     return dweight
 
 
-_fused_gradient = FusedOp(
+_fused_gradient = KernelOp(
     "embedding_backward", _gradient, fake=lambda dy, ids, weight: torch.empty_like(weight)
 )
 
@@ -82,7 +82,7 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return None, None if dy is None else _fused_gradient(dy.contiguous(), *ctx.saved_tensors)
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "embedding",
     _forward,
     fake=lambda ids, weight: torch.empty(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, module_of
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _gradients(
     return grads
 
 
-_fused_gradients = FusedOp("gelu_mlp_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp("gelu_mlp_backward", _gradients, fake=_empty_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -141,7 +141,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "gelu_mlp",
     _forward,
     fake=lambda x, w1, b1, w2, b2, tanh: (
@@ -151,7 +151,7 @@ _fused = FusedOp(
     backward=_backward,
     setup_context=_save,
 )
-_fused_value = FusedOp(
+_fused_value = KernelOp(
     "gelu_mlp_value",
     _value,
     fake=lambda x, w1, b1, w2, b2, tanh: x.new_empty((*x.shape[:-1], w2.shape[0])),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from portlm.ops import cuda, lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, like_first
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _gradients(
     return dx, dweight, dbias
 
 
-_fused_gradients = FusedOp(
+_fused_gradients = KernelOp(
     "layer_norm_backward",
     _gradients,
     fake=lambda dy, dh, h, weight, statistics: (
@@ -175,14 +175,14 @@ def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tu
     return dx, dx, dweight, dbias, None
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "layer_norm",
     _forward,
     fake=lambda x, weight, bias, eps: (torch.empty_like(x), _statistics(x)),
     backward=_backward,
     setup_context=_save,
 )
-_fused_add = FusedOp(
+_fused_add = KernelOp(
     "add_layer_norm",
     _forward_add,
     fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), _statistics(x)),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _empty_gradients(
     )
 
 
-_fused_gradients = FusedOp("linear_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp("linear_backward", _gradients, fake=_empty_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,7 +111,7 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "linear",
     _forward,
     fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portlm.ops.fused import FusedOp, has_kernel, is_traced, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, is_traced, kernels
 from portlm.ops.linear_cross_entropy_cuda import has_cuda_kernel, linear_cross_entropy_cuda
 from portlm.ops.spec import OpSpec
 
@@ -146,12 +146,12 @@ def _gradients_again(ctx: Any, dloss: Tensor, needed: tuple[bool, ...]) -> list[
     return [next(found) if n else None for n in needed]
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "linear_cross_entropy",
     _forward,
     fake=lambda x, weight, targets, ignore_index, mean: x.new_empty(()),
 )
-_fused_with_gradients = FusedOp(
+_fused_with_gradients = KernelOp(
     "linear_cross_entropy_with_gradients",
     _forward_with_gradients,
     fake=lambda x, weight, targets, ignore_index, mean, need_x, need_weight: (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from portlm.ops import cuda
-from portlm.ops.fused import FusedOp
+from portlm.ops.kernel_op import KernelOp
 
 __all__ = ["has_cuda_kernel", "linear_cross_entropy_cuda"]
 
@@ -110,4 +110,4 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     return dx * dloss.to(dx.dtype), dweight * dloss.to(dweight.dtype), None, None, None, None
 
 
-_fused = FusedOp("linear_cross_entropy_cuda", _forward, fake=_fake, backward=_backward, setup_context=_save)
+_fused = KernelOp("linear_cross_entropy_cuda", _forward, fake=_fake, backward=_backward, setup_context=_save)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, module_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _gradients(
     return grads
 
 
-_fused_gradients = FusedOp("relu_squared_mlp_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp("relu_squared_mlp_backward", _gradients, fake=_empty_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -127,7 +127,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-_fused = FusedOp("relu_squared_mlp", _forward, fake=_empty, backward=_backward, setup_context=_save)
+_fused = KernelOp("relu_squared_mlp", _forward, fake=_empty, backward=_backward, setup_context=_save)
 
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from portlm.ops import cuda, lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, like_first
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _gradients(
     return dx, dweight
 
 
-_fused_gradients = FusedOp(
+_fused_gradients = KernelOp(
     "rms_norm_backward",
     _gradients,
     fake=lambda dy, dh, h, weight, rstd: (torch.empty_like(h), torch.empty_like(weight)),
@@ -159,14 +159,14 @@ def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tu
     return dx, dx, dweight, None
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "rms_norm",
     _forward,
     fake=lambda x, weight, eps: (torch.empty_like(x), _statistic(x)),
     backward=_backward,
     setup_context=_save,
 )
-_fused_add = FusedOp(
+_fused_add = KernelOp(
     "add_rms_norm",
     _forward_add,
     fake=lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x), _statistic(x)),

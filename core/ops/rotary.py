@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, like_first
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return _fused(_heads_together(dy), cos, sin, not ctx.inverse), None, None, None
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "rotary",
     _forward,
     fake=lambda x, cos, sin, inverse: torch.empty(x.shape, dtype=x.dtype, device=x.device),

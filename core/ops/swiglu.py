@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import cuda, lazy
-from portlm.ops.fused import FusedOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, like_first
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return dgate, dup
 
 
-_fused_gradients = FusedOp(
+_fused_gradients = KernelOp(
     "swiglu_backward",
     _gradients,
     fake=lambda dy, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
@@ -84,7 +84,7 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return (None, None) if dy is None else _fused_gradients(dy.contiguous(), *ctx.saved_tensors)
 
 
-_fused = FusedOp(
+_fused = KernelOp(
     "swiglu",
     _forward,
     fake=lambda gate, up: torch.empty_like(gate),

@@ -28,9 +28,20 @@ from portlm.files import read_json, safe_join, sha256_file
 from portlm.folders import FILE_OPS, FileOps, Fill, new_folder, remove_leftovers, remove_stale_files
 
 __all__ = [
-    "FORMAT", "FORMAT_VERSION", "MANIFEST", "Checkpoint", "FileOps", "is_checkpoint", "list_checkpoints",
-    "newest_checkpoint", "remove_leftovers", "remove_stale_files", "replace_folder", "save_checkpoint",
-    "set_aside_newer", "verify_checkpoint",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "Checkpoint",
+    "FileOps",
+    "check_checkpoint",
+    "is_checkpoint",
+    "list_checkpoints",
+    "newest_checkpoint",
+    "remove_leftovers",
+    "remove_stale_files",
+    "replace_folder",
+    "save_checkpoint",
+    "set_aside_newer",
 ]  # fmt: skip
 
 FORMAT = "portlm-checkpoint"
@@ -138,7 +149,7 @@ def is_checkpoint(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
-def verify_checkpoint(folder: Path) -> Checkpoint:
+def check_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's manifest and compare every file with it.
 
     Raises:
@@ -163,7 +174,7 @@ def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
     found = list_checkpoints(root)
     for _, folder in reversed(found):
         try:
-            return verify_checkpoint(folder)
+            return check_checkpoint(folder)
         except FormatError as error:
             warn(f"{folder} is damaged and not used: {error}")
     if found:

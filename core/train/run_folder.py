@@ -27,12 +27,12 @@ from portlm.errors import ConfigError, FormatError, StorageError, UsageError
 from portlm.files import write_atomic
 from portlm.train.checkpoint import (
     Checkpoint,
+    check_checkpoint,
     list_checkpoints,
     newest_checkpoint,
     remove_leftovers,
     remove_stale_files,
     set_aside_newer,
-    verify_checkpoint,
 )
 from portlm.train.config import RunConfig
 
@@ -198,4 +198,4 @@ def _find(path: Path, warn: Callable[[str], None]) -> Checkpoint:
             return found
     if not path.is_dir():
         raise FormatError(f"{path} is no folder: give a checkpoint (step-N) or a run to resume")
-    return verify_checkpoint(path)
+    return check_checkpoint(path)

@@ -5,7 +5,7 @@ import shutil
 import onnx
 import pytest
 
-from portlm.artifact import read_manifest, refresh_files, replace, verify_files, write_manifest
+from portlm.artifact import check_files, read_manifest, refresh_files, replace, write_manifest
 from portlm.compile.build import build, choices
 from portlm.compile.passes import Dump, run_passes
 from portlm.errors import UsageError
@@ -29,7 +29,7 @@ def test_every_role_is_compiled_and_recorded(two_roles, key):
     assert [entry.role for entry in entries] == ["decoder", "head:twin"]
     assert not set(entries[0].files) & set(entries[1].files)
     assert build(two_roles, [key]) == entries
-    manifest = verify_files(two_roles)
+    manifest = check_files(two_roles)
     assert manifest.compiled == tuple(entries)
 
 

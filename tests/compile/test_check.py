@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from portlm.artifact import verify_files
+from portlm.artifact import check_files
 from portlm.compile import check
 from portlm.compile.check import check_isolated, check_model
 from portlm.compile.ort_lowering import lower
@@ -63,7 +63,7 @@ def test_truncated_graph_is_refused(artifact, size):
     with pytest.raises(FormatError, match=r"decoder\.portable\.onnx"):
         check_model(path)
     with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: truncated"):
-        verify_files(artifact)
+        check_files(artifact)
 
 
 def test_flipped_bits_raise_nothing_but_format_error(artifact):
@@ -81,7 +81,7 @@ def test_flipped_bits_raise_nothing_but_format_error(artifact):
         except FormatError:
             pass
         with pytest.raises(FormatError, match="altered"):
-            verify_files(artifact, [GRAPH])
+            check_files(artifact, [GRAPH])
     assert accepted < 150  # it is a check, not a formality
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from portlm.artifact import read_manifest, verify_files
+from portlm.artifact import check_files, read_manifest
 from portlm.compile import export as export_module
 from portlm.compile.export import export
 from portlm.errors import FormatError, StorageError, UsageError
@@ -75,7 +75,7 @@ def test_a_row_of_padding_alone_stays_finite(artifacts, ort_step):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_artifact_is_complete_and_verifies(artifacts, checkpoints, family):
     folder = artifacts[family]
-    manifest = verify_files(folder)
+    manifest = check_files(folder)
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
         "manifest.json",
         *manifest.files,
@@ -143,7 +143,7 @@ def test_failed_export_leaves_what_was_there(checkpoint, tmp_path, monkeypatch, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", *(["out"] if previous else [])]
     if previous:
         assert (out / "manifest.json").read_bytes() == before
-        verify_files(out)
+        check_files(out)
 
 
 def test_full_disk_is_a_storage_error_and_leaves_nothing(checkpoint, tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_full_disk_is_a_storage_error_and_leaves_nothing(checkpoint, tmp_path, m
 
 def test_export_into_an_empty_folder_that_exists(checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
-    verify_files(export(checkpoint, tmp_path / "out"))
+    check_files(export(checkpoint, tmp_path / "out"))
 
 
 def test_unknown_profile_is_refused(checkpoint, tmp_path):

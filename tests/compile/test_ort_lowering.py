@@ -4,7 +4,7 @@ import shutil
 import onnx
 import pytest
 
-from portlm.artifact import read_manifest, verify_files
+from portlm.artifact import check_files, read_manifest
 from portlm.compile.build import build
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.export import export
@@ -97,7 +97,7 @@ def test_build_enters_the_graph_in_the_manifest(artifacts, tmp_path):
         (entry,) = read_manifest(folder).compiled
         assert (entry.engine, entry.device, entry.profile) == ("ort", "cpu", "fused")
         assert entry.files == ("onnx/decoder.ort-cpu-fused.onnx",)
-        verify_files(folder)
+        check_files(folder)
 
 
 def test_artifact_without_fused_profile_is_refused(checkpoints, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from portlm.artifact import read_manifest, refresh_files, replace, verify_files, write_manifest
+from portlm.artifact import check_files, read_manifest, refresh_files, replace, write_manifest
 from portlm.compile.bisect import bisect, ort_runner, tvm_runner
 from portlm.compile.build import build
 from portlm.compile.parity import (
@@ -93,7 +93,7 @@ def scripted_reference(*steps):
 
 
 def test_certificate_holds_what_was_measured(certified):
-    manifest = verify_files(certified)
+    manifest = check_files(certified)
     assert [(row.engine, row.profile) for row in manifest.parity] == [("ort", "portable"), ("ort", "fused")]
     for row in manifest.parity:
         assert (

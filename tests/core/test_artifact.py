@@ -19,12 +19,12 @@ from portlm.artifact import (
     RoleSpec,
     StateSpec,
     TensorSpec,
+    check_files,
     hash_files,
     list_files,
     read_manifest,
     refresh_files,
     replace,
-    verify_files,
     write_manifest,
 )
 from portlm.errors import FormatError
@@ -103,7 +103,7 @@ def rewrite(folder, change):
 def test_what_is_written_is_read(folder):
     manifest = read_manifest(folder)
     assert manifest == make_manifest(folder)
-    assert verify_files(folder) == manifest
+    assert check_files(folder) == manifest
     text = (folder / "manifest.json").read_text()
     write_manifest(folder, manifest)
     assert (folder / "manifest.json").read_text() == text
@@ -151,20 +151,20 @@ def test_damaged_file_is_named_with_what_happened(folder, name):
     raw = path.read_bytes()
     path.write_bytes(raw[:600])
     with pytest.raises(FormatError, match=rf"{name}: truncated, it ends at byte 600 of {len(raw)}"):
-        verify_files(folder)
+        check_files(folder)
     for damaged in (raw + b"x", raw[:-1] + bytes([raw[-1] ^ 1])):
         path.write_bytes(damaged)
         with pytest.raises(FormatError, match=f"{name}: altered"):
-            verify_files(folder)
+            check_files(folder)
     path.unlink()
     with pytest.raises(FormatError, match=f"{name}: missing"):
-        verify_files(folder)
-    verify_files(folder, [other for other in FILES if other != name])
+        check_files(folder)
+    check_files(folder, [other for other in FILES if other != name])
 
 
 def test_file_that_is_not_listed_is_not_verified_silently(folder):
     with pytest.raises(FormatError, match=r"tokenizer\.json is not in the manifest"):
-        verify_files(folder, ["tokenizer.json"])
+        check_files(folder, ["tokenizer.json"])
 
 
 PATHS = [
@@ -231,7 +231,7 @@ def test_what_is_no_plain_file_is_refused(folder, tmp_path_factory, kind):
     else:
         (folder / name).symlink_to("/dev/zero")
     with pytest.raises(FormatError):
-        verify_files(folder)
+        check_files(folder)
 
 
 BOUNDARIES = [
@@ -495,12 +495,12 @@ def test_refresh_hashes_new_and_changed_files(folder):
     manifest = refresh_files(folder, read_manifest(folder), ["config.json", "parity.safetensors"])
     write_manifest(folder, manifest)
     assert list(manifest.files) == sorted([*FILES, "parity.safetensors"])
-    verify_files(folder)
+    check_files(folder)
     (folder / "parity.safetensors").unlink()
     (folder / "original.json").unlink()
     write_manifest(folder, refresh_files(folder, manifest))
     assert list_files(folder) == sorted(FILES)
-    assert set(verify_files(folder).files) == set(FILES)
+    assert set(check_files(folder).files) == set(FILES)
 
 
 def test_reading_a_manifest_imports_neither_torch_nor_onnx():
@@ -518,7 +518,7 @@ OLD = Path(__file__).parent.parent / "data" / "artifact-format-1"
 
 def test_format_1_is_read_as_what_it_meant():
     assert json.loads((OLD / "manifest.json").read_text())["format_version"] == 1
-    manifest = verify_files(OLD)
+    manifest = check_files(OLD)
     assert manifest.model == ModelSpec("llama", 12144, 257, 48)
     role = manifest.roles["decoder"]
     assert role.inputs == (
@@ -538,7 +538,7 @@ def test_format_1_is_written_back_as_the_present_format(tmp_path):
     manifest = read_manifest(folder)
     write_manifest(folder, manifest)
     assert json.loads((folder / "manifest.json").read_text())["format_version"] == 2
-    assert verify_files(folder) == manifest
+    assert check_files(folder) == manifest
 
 
 @pytest.mark.parametrize(

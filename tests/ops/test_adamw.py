@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from portlm.ops.adamw import AdamW, gradient_norm_reference
-from portlm.ops.fused import kernels
+from portlm.ops.kernel_op import kernels
 
 SHAPES = [
     (1,),

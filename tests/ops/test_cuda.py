@@ -11,7 +11,7 @@ from portlm.ops import registry
 from portlm.ops.adamw import AdamW
 from portlm.ops.adamw_cuda import CudaPlan
 from portlm.ops.cuda import has_cuda_kernel, row_blocks
-from portlm.ops.fused import kernels
+from portlm.ops.kernel_op import kernels
 from portlm.ops.layer_norm import layer_norm, layer_norm_reference
 from portlm.ops.linear_cross_entropy import linear_cross_entropy_reference
 from portlm.ops.linear_cross_entropy_cuda import linear_cross_entropy_cuda

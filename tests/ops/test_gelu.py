@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portlm.ops.fused import kernels
+from portlm.ops.kernel_op import kernels
 
 if kernels is None:
     pytest.skip("portlm._C was not built", allow_module_level=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from portlm.ops.fused import kernels
+from portlm.ops.kernel_op import kernels
 from portlm.ops.linear_cross_entropy import (
     _fused,
     _fused_with_gradients,

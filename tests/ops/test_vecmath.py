@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from portlm.ops.fused import kernels
+from portlm.ops.kernel_op import kernels
 
 if kernels is None:
     pytest.skip("portlm._C was not built", allow_module_level=True)

@@ -18,6 +18,7 @@ from portlm.files import write_atomic
 from portlm.train.checkpoint import (
     MANIFEST,
     FileOps,
+    check_checkpoint,
     is_checkpoint,
     list_checkpoints,
     newest_checkpoint,
@@ -26,7 +27,6 @@ from portlm.train.checkpoint import (
     replace_folder,
     save_checkpoint,
     set_aside_newer,
-    verify_checkpoint,
 )
 
 
@@ -106,7 +106,7 @@ def test_a_manifest_under_its_old_name_is_read_unless_there_is_a_new_one(tmp_pat
     (folder / MANIFEST).write_text("{}")
     assert not is_checkpoint(folder)
     with pytest.raises(FormatError, match=MANIFEST):
-        verify_checkpoint(folder)
+        check_checkpoint(folder)
 
 
 def test_the_newest_is_the_highest_number_and_old_ones_go(tmp_path):
@@ -178,7 +178,7 @@ def test_any_flipped_bit_in_any_file_is_noticed(tmp_path, data):
     path.write_bytes(damaged)
     try:
         with pytest.raises(FormatError):
-            verify_checkpoint(folder)
+            check_checkpoint(folder)
     except pytest.fail.Exception:
         # The one thing a flip may do unseen is to turn a blank of the manifest into another blank.
         assert path.name == MANIFEST
@@ -193,7 +193,7 @@ def test_a_missing_file_is_named(tmp_path, name):
     folder = two_checkpoints(tmp_path)
     (folder / name).unlink()
     with pytest.raises(FormatError, match=Path(name).name):
-        verify_checkpoint(folder)
+        check_checkpoint(folder)
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
@@ -201,7 +201,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
     (folder / "model.bin").unlink()
     (folder / "model.bin").symlink_to(tmp_path / "step-1" / "model.bin")
     with pytest.raises(FormatError, match="symbolic link"):
-        verify_checkpoint(folder)
+        check_checkpoint(folder)
 
 
 def test_when_all_are_damaged_nothing_is_guessed_or_deleted(tmp_path):

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from portlm import models, settings  # noqa: E402
 from portlm.data.batches import IGNORE  # noqa: E402
 from portlm.errors import ConfigError, FormatError  # noqa: E402
-from portlm.train.checkpoint import list_checkpoints, verify_checkpoint  # noqa: E402
+from portlm.train.checkpoint import check_checkpoint, list_checkpoints  # noqa: E402
 from portlm.train.config import PretrainConfig, RunConfig  # noqa: E402
 from portlm.train.interrupt import InterruptedTraining  # noqa: E402
 from portlm.train.loop import Trainer, accumulate_gradients, train  # noqa: E402
@@ -63,7 +63,7 @@ def digest(run):
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     return (
         hashes,
-        verify_checkpoint(folder).state["objective"],
+        check_checkpoint(folder).state["objective"],
         comparable(read_metrics(run / "metrics.jsonl")),
     )
 
@@ -164,7 +164,7 @@ def test_a_masked_run_resumes_bit_for_bit(text, tmp_path, monkeypatch, toy_encod
     pretrain(config, tmp_path / "broken", resume="auto", quiet=True, plot=False)
     assert digest(tmp_path / "broken") == digest(tmp_path / "straight")
     newest = list_checkpoints(tmp_path / "broken" / "checkpoints")[-1][1]
-    assert verify_checkpoint(newest).state["kind"] == "masked"
+    assert check_checkpoint(newest).state["kind"] == "masked"
 
 
 def test_parts_of_a_masked_batch_have_the_gradient_of_the_whole(text, tmp_path, toy_encoder):

@@ -34,7 +34,7 @@ from portlm.errors import (  # noqa: E402
     UsageError,
 )
 from portlm.tokenizer import byte_tokenizer  # noqa: E402
-from portlm.train.checkpoint import FileOps, list_checkpoints, verify_checkpoint  # noqa: E402
+from portlm.train.checkpoint import FileOps, check_checkpoint, list_checkpoints  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
 from portlm.train.evaluation import HeldOut, SampleOptions, evaluate, sample  # noqa: E402
 from portlm.train.interrupt import InterruptedTraining  # noqa: E402
@@ -271,7 +271,7 @@ def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
             with pytest.raises(InterruptedTraining, match=f"after step {step} of 12") as caught:
                 pretrain(config, broken, resume="auto", quiet=True)
         assert caught.value.exit_code == 143
-        assert verify_checkpoint(newest(broken)).step == step
+        assert check_checkpoint(newest(broken)).step == step
     torch.manual_seed(99)  # whatever the process did before does not matter
     resumed = pretrain(config, broken, resume="auto", quiet=True)
     assert digest(newest(broken)) == digest(newest(straight.run))
@@ -280,8 +280,8 @@ def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
     )
     assert (resumed.loss, resumed.bits_per_byte) == (straight.loss, straight.bits_per_byte)
     assert (
-        verify_checkpoint(newest(broken)).state["objective"]
-        == verify_checkpoint(newest(straight.run)).state["objective"]
+        check_checkpoint(newest(broken)).state["objective"]
+        == check_checkpoint(newest(straight.run)).state["objective"]
     )
 
 
@@ -387,7 +387,7 @@ def test_resuming_from_an_earlier_checkpoint_keeps_the_later_ones(text, tmp_path
     expected = digest(newest(run))
     pretrain(tiny(text), run, resume=str(run / "checkpoints" / "step-8"), quiet=True)
     assert digest(newest(run)) == expected
-    assert verify_checkpoint(run / "checkpoints" / "step-12.aside").step == 12
+    assert check_checkpoint(run / "checkpoints" / "step-12.aside").step == 12
 
 
 def test_another_run_can_be_continued_in_a_new_folder(text, tmp_path):
@@ -456,7 +456,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_che
         with pytest.raises(DivergenceError, match=r"nan at step 7: .*step-4") as caught:
             pretrain(tiny(text, evaluation__interval=100), run, quiet=True)
     assert caught.value.exit_code == 1
-    assert verify_checkpoint(newest(run)).step == 4
+    assert check_checkpoint(newest(run)).step == 4
     weights = models.load_model(newest(run)).state_dict()
     assert all(weight.isfinite().all() for weight in weights.values())
     assert "NaN" not in (run / "metrics.jsonl").read_text()
@@ -480,7 +480,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_the_last_checkpoint(
         with pytest.raises(StorageError, match=r"step-8.*No space left.*intact.*free some space") as caught:
             pretrain(tiny(text), run, quiet=True)
     assert "\n" not in str(caught.value)
-    assert verify_checkpoint(newest(run)).step == 4
+    assert check_checkpoint(newest(run)).step == 4
     assert pretrain(tiny(text), run, resume="auto", quiet=True).steps == 12
 
 
@@ -570,7 +570,7 @@ def test_a_terminated_run_saves_and_leaves_with_143(text, tmp_path):
         said = child.communicate(timeout=30)[1]
     assert child.returncode == 143, said
     assert "SIGTERM: finishing this step" in said
-    step = verify_checkpoint(newest(run)).step
+    step = check_checkpoint(newest(run)).step
     assert f"stopped after step {step}" in said
     assert "Traceback" not in said
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["FusedOp", "exporting", "has_kernel", "is_traced", "kernels", "without_kernels"]
+__all__ = ["KernelOp", "exporting", "has_kernel", "is_traced", "kernels", "without_kernels"]
 
 _PLAIN: tuple[type, ...] = ()
 _exporting = False
@@ -78,7 +78,7 @@ def _needs_grad(args: tuple[Any, ...]) -> bool:
     return False
 
 
-class FusedOp:
+class KernelOp:
     """One operator ``portlm::<name>``, callable like the function it wraps.
 
     Args:
