@@ -10,7 +10,16 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_TOOLS = {"adamw_cuda", "compiled", "cuda", "kernel_op", "lazy", "linear_cross_entropy_cuda", "registry", "spec"}
+_TOOLS = {
+    "adamw_cuda",
+    "compiled",
+    "cuda",
+    "kernel_op",
+    "lazy",
+    "linear_cross_entropy_cuda",
+    "registry",
+    "spec",
+}
 FILES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _TOOLS))
 """The files that define an op."""
 

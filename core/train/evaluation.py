@@ -6,7 +6,7 @@ B batch, T time, V vocabulary.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from portlm.data.batches import IGNORE, Tokens, evaluation_batches
 from portlm.errors import ContextLengthError
-from portlm.ops.token_selection import select_tokens
+from portlm.runtimes.decoding import Decoding, at_least_one, whole
 
 if TYPE_CHECKING:
     from portlm.models import Model
@@ -47,23 +47,6 @@ class Evaluation:
 
     loss: float
     bits_per_byte: float
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """How a sample is drawn, by the names that decoding options have elsewhere.
-
-    Attributes:
-        max_new_tokens: Fewer when the text ends.
-        temperature: 0 takes the most probable token.
-        top_k: 0 means no limit.
-        seed: The same weights and seed give the same text.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.8
-    top_k: int = 0
-    seed: int = 0
 
 
 def never() -> bool:
@@ -103,39 +86,52 @@ def sample(
     model: "Model",
     tokenizer: "Tokenizer",
     prompt: str,
-    options: SampleOptions,
+    decoding: Decoding,
     *,
     device: torch.device | None = None,
     stop: Callable[[], bool] = never,
 ) -> str:
     """Return the prompt and the tokens that follow it, until the options, the end of the text or ``stop`` say so.
 
-    When the context is full, writing goes on from its second half. PyTorch's generators are not touched.
+    When the context is full, writing goes on from its second half, with the next seed. PyTorch's generators are not
+    touched.
+
+    Args:
+        model: Any mode; dropout is off meanwhile.
+        tokenizer: Its own.
+        prompt: How the text begins.
+        decoding: How it goes on; its max_new_tokens may be more than the context holds.
+        device: Where the model is.
+        stop: Asked before each piece of text whether to give up; the result is then what there is so far.
 
     Raises:
-        ContextLengthError: The prompt alone fills the context.
+        ContextLengthError: The prompt is longer than the context.
     """
+    from portlm.runtimes.eager import TorchEngine
+    from portlm.runtimes.session import Session
+
     context = model.config.context_length
     ids = prompt_ids(tokenizer, prompt, context)
-    window, past = list(ids), None
-    with evaluating(model), torch.no_grad():
-        for step in range(options.max_new_tokens):
-            if stop():
+    window, left, seed = list(ids), at_least_one("max_new_tokens", decoding.max_new_tokens), decoding.seed
+    with evaluating(model):
+        session = Session(TorchEngine.of(model, str(device or "cpu")), tokenizer)
+        while left:
+            if len(window) == context:
+                window = ids[-max(context // 2, 1) :]
+            part = replace(decoding, max_new_tokens=min(left, context - len(window)), seed=seed)
+            stream = session.stream(window, decoding=part)
+            for _ in stream:
+                if stop():
+                    stream.close()
+                    break
+            if stream.generation is None:
                 break
-            slots = past[0][0].shape[2] if past else 0
-            if slots + len(window) > context:
-                window, past, slots = ids[-max(context // 2, 1) :], None, 0
-            feed = torch.tensor([window], device=device)  # (1, T)
-            positions = torch.arange(slots, slots + len(window), device=device)[None]
-            mask = torch.ones(1, slots + len(window), dtype=torch.int64, device=device)
-            logits, past = model.step(feed, positions, mask, past)
-            last = logits[:, -1].float().cpu().numpy()  # (1, V)
-            top_k = min(options.top_k, last.shape[1])
-            token = int(select_tokens(last, options.temperature, top_k, seed=options.seed, step=step)[0])
-            if token == tokenizer.eos_id:
+            new = stream.generation.token_ids
+            ended = stream.generation.finish_reason == "eos"
+            ids += new[:-1] if ended else new
+            if ended:
                 break
-            ids.append(token)
-            window = [token]
+            window, left, seed = list(ids[-context:]), left - len(new), whole("seed", seed) + 1
     return tokenizer.decode(ids)
 
 

@@ -33,10 +33,11 @@ from portlm.errors import (  # noqa: E402
     StorageError,
     UsageError,
 )
+from portlm.runtimes.decoding import Decoding  # noqa: E402
 from portlm.tokenizer import byte_tokenizer  # noqa: E402
 from portlm.train.checkpoint import FileOps, check_checkpoint, list_checkpoints  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
-from portlm.train.evaluation import HeldOut, SampleOptions, evaluate, sample  # noqa: E402
+from portlm.train.evaluation import HeldOut, evaluate, sample  # noqa: E402
 from portlm.train.interrupt import InterruptedTraining  # noqa: E402
 from portlm.train.loop import Trainer, accumulate_gradients  # noqa: E402
 from portlm.train.metrics import comparable, read_metrics  # noqa: E402
@@ -242,15 +243,15 @@ def test_a_sample_outgrows_the_context_and_draws_no_random_number_of_pytorch():
     model, tokenizer = models.build(tiny_model()), byte_tokenizer()
     before = torch.get_rng_state()
     model.train()
-    first = sample(model, tokenizer, "abc", SampleOptions(50, seed=3))
+    first = sample(model, tokenizer, "abc", Decoding(max_new_tokens=50, temperature=0.8, seed=3))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    assert first == sample(model, tokenizer, "abc", SampleOptions(50, seed=3))
-    assert first != sample(model, tokenizer, "abc", SampleOptions(50, seed=4))
+    assert first == sample(model, tokenizer, "abc", Decoding(max_new_tokens=50, temperature=0.8, seed=3))
+    assert first != sample(model, tokenizer, "abc", Decoding(max_new_tokens=50, temperature=0.8, seed=4))
     assert first.startswith("abc")
-    greedy = sample(model, tokenizer, "a" * 16, SampleOptions(1, temperature=0))
+    greedy = sample(model, tokenizer, "a" * 15, Decoding(max_new_tokens=1))
     model.eval()
-    assert greedy[16:] == tokenizer.decode([int(model(torch.tensor([[97] * 16]))[0, -1].argmax())])
+    assert greedy[15:] == tokenizer.decode([int(model(torch.tensor([[97] * 15]))[0, -1].argmax())])
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from portlm.train.evaluation import SampleOptions, evaluate, prompt_ids, sample
+from portlm.runtimes.decoding import Decoding
+from portlm.train.evaluation import evaluate, prompt_ids, sample
 from portlm.train.objectives import Stop
 from portlm.train.objectives.text import Batch, TextObjective
 
@@ -34,8 +35,11 @@ class CausalObjective(TextObjective):
         settings = self.config.evaluation
         if not settings.sample_tokens:
             return None
-        options = SampleOptions(
-            settings.sample_tokens, settings.temperature, settings.top_k, seed=self.config.seed
-        )
         tokenizer = self.corpus.tokenizer
-        return sample(self.model, tokenizer, settings.prompt, options, device=self.device, stop=stop)
+        decoding = Decoding(
+            max_new_tokens=settings.sample_tokens,
+            temperature=settings.temperature,
+            top_k=min(settings.top_k, tokenizer.vocab_size),
+            seed=self.config.seed,
+        )
+        return sample(self.model, tokenizer, settings.prompt, decoding, device=self.device, stop=stop)
