@@ -2,8 +2,7 @@
 
 Only what portlm's exporter writes is accepted: its operators with its attributes, weights in one sibling file
 inside that file's bounds, payloads as large as their shapes. The general checkers come last, because they and the
-runtimes behind them have crashed on graphs that this list refuses (a Split with fewer num_outputs than outputs
-ends the process in onnx 1.23 and in ONNX Runtime 1.31).
+runtimes behind them have crashed on graphs that this list refuses.
 
 Who calls this: export and lowering, on every file they write, and whoever receives an artifact from elsewhere,
 through check_isolated. The runtimes do not, because they do not import onnx: they compare the file with the hash in
