@@ -104,8 +104,8 @@ def bisect(
     return None
 
 
-def ort_runner(device: str = "cpu") -> Runner:
-    """Run graphs in ONNX Runtime as its engine does, on "cpu", "cuda" or "vulkan".
+def ort_runner(device: str = "cpu", profile: str = "") -> Runner:
+    """Run graphs in ONNX Runtime as its engine does, on "cpu", "cuda" or "vulkan", the same for every profile.
 
     For Vulkan the WebGPU plugin must be registered in this process, which opening the engine does.
     """
@@ -132,19 +132,18 @@ def ort_runner(device: str = "cpu") -> Runner:
     return run
 
 
-def tvm_runner(profile: str) -> Runner:
-    """Run graphs compiled by TVM for this processor as its engine does, "portable" or "fused".
+def tvm_runner(device: str, profile: str) -> Runner:
+    """Run graphs compiled by TVM for this processor as its engine does, "portable" or "fused"; device is "cpu".
 
     Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
     registered in this process, which opening the engine does.
     """
-    from portlm.compile import tvm_fused, tvm_portable
     from portlm.compile.tvm_build import Graph, compile_graph, need_linker
+    from portlm.compile.tvm_library import LOWERINGS
     from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
 
     tvm = import_tvm()
     need_linker()
-    lowering = {"portable": tvm_portable.LOWERING, "fused": tvm_fused.LOWERING}[profile]
     opened: dict[tuple[str, ...], Callable[..., Any]] = {}
 
     def open_machine(model: onnx.ModelProto, folder: Path) -> Callable[..., Any]:
@@ -154,7 +153,7 @@ def tvm_runner(profile: str) -> Runner:
                 offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
                 weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
                 tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
-        executable = compile_graph(Graph(model, "", tuple(weights)), lowering)
+        executable = compile_graph(Graph(model, "", tuple(weights)), LOWERINGS[profile])
         with tempfile.TemporaryDirectory(prefix="portlm-tvm-") as scratch:  # mode 0700
             executable.export_library(str(Path(scratch) / LIBRARY))
             machine = virtual_machine(tvm.runtime.load_module(str(Path(scratch) / LIBRARY)))

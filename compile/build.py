@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
 from portlm.compile.passes import Dump, ignore
+from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.plan import needs_plan
 from portlm.trust import NATIVE_SUFFIXES, record_built
 
 Compiler = Callable[..., CompiledEntry]
+"""(artifact, device, profile, role=, note=): writes compiled files into the artifact and describes them."""
 
-# (engine, device, profile) -> the function that writes compiled files into an artifact and describes them, and its
-# further arguments. An engine that runs the exported graph as it is needs no entry.
-COMPILERS: dict[tuple[str, str, str], tuple[str, dict[str, str]]] = {
-    ("ort", "cpu", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "cpu"}),
-    ("ort", "vulkan", "fused"): ("portlm.compile.ort_lowering:lower", {"device": "vulkan"}),
-    **{
-        ("torch", device, profile): (
-            "portlm.compile.torch_plan:compile_plan",
-            {"device": device, "profile": profile},
-        )
-        for device in ("cpu", "cuda")
-        for profile in ("fused", "portable")
-    },
-    ("tvm", "cpu", "portable"): ("portlm.compile.tvm_portable:compile_portable", {}),
-    ("tvm", "cpu", "fused"): ("portlm.compile.tvm_fused:compile_fused", {}),
-}
+# (engine, device, profile) -> the place of its Compiler
+COMPILERS = {(name, *key): place for name, entry in ENGINES.items() for key, place in entry.compilers.items()}
 
 
 def choices(
@@ -121,10 +108,8 @@ def build(
         if not roles:
             raise UsageError(f"{folder}: has no {key[2]} graph, export it with that profile")
         passes = ignore if dump is None else Dump(dump / "-".join(key))
-        place, arguments = COMPILERS[key]
-        module, _, name = place.partition(":")
-        compiler: Compiler = getattr(importlib.import_module(module), name)
-        made = [compiler(folder, role=role, note=passes, **arguments) for role in roles]
+        compiler: Compiler = resolve(COMPILERS[key])
+        made = [compiler(folder, *key[1:], role=role, note=passes) for role in roles]
         files = [file for entry in made for file in entry.files]
         for file in files:
             if file.endswith(NATIVE_SUFFIXES):

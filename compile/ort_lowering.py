@@ -36,27 +36,15 @@ from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
 from portlm.roles import file_stem
 
 
-def compile_cpu(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
-    """Lower for CPUExecutionProvider; see lower."""
-    return lower(folder, "cpu", role, note)
-
-
-def compile_cuda(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
-    """Lower for CUDAExecutionProvider; see lower."""
-    return lower(folder, "cuda", role, note)
-
-
-def compile_vulkan(folder: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
-    """Lower for the WebGPU plugin provider, which is Vulkan on Linux; see lower."""
-    return lower(folder, "vulkan", role, note)
-
-
-def lower(folder: str | Path, device: str, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
+def compile_graph(
+    folder: str | Path, device: str, profile: str = "fused", role: str = "decoder", note: Note = ignore
+) -> CompiledEntry:
     """Write a role's fused graph lowered for one device.
 
     Args:
         folder: the artifact.
         device: "cpu", "cuda" or "vulkan".
+        profile: "fused", since the portable graph runs as it is.
         role: whose graph it is.
         note: called with the name of each pass and the graph after it.
 

@@ -10,15 +10,12 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 from onnx import helper, numpy_helper
 
-from portlm.artifact import CompiledEntry
-from portlm.compile.passes import Note, ignore
-from portlm.compile.tvm_build import Graph, Lowering, build_library, dimensions, kernel_passes
+from portlm.compile.tvm_build import Graph, Lowering, dimensions, kernel_passes
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
 from portlm.ops.registry import nodes
@@ -28,11 +25,6 @@ from portlm.tvm_support import import_tvm
 if TYPE_CHECKING:
     import tvm
     from tvm import relax
-
-
-def compile_fused(artifact: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
-    """Compile a role's fused graph to compiled/tvm-cpu-fused; see tvm_build.build_library."""
-    return build_library(artifact, LOWERING, role, note)
 
 
 def lower(graph: Graph) -> "tvm.IRModule":

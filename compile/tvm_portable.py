@@ -5,25 +5,17 @@ thread of any processor TVM knows. Matrix products get the schedule of tvm_sched
 """
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 
-from portlm.artifact import CompiledEntry
-from portlm.compile.passes import Note, ignore
-from portlm.compile.tvm_build import Graph, Lowering, build_library
+from portlm.compile.tvm_build import Graph, Lowering
 from portlm.compile.tvm_schedule import cpu_passes
 from portlm.errors import FormatError
 from portlm.tvm_support import import_tvm
 
 if TYPE_CHECKING:
     import tvm
-
-
-def compile_portable(artifact: Path, role: str = "decoder", note: Note = ignore) -> CompiledEntry:
-    """Compile a role's portable graph to compiled/tvm-cpu-portable; see tvm_build.build_library."""
-    return build_library(artifact, LOWERING, role, note)
 
 
 def import_graph(graph: Graph) -> "tvm.IRModule":

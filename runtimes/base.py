@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from portlm.engine import Array, CallSpec, InputCheck, State
+from portlm.engines import versions_of
 from portlm.errors import UsageError
 from portlm.roles import StateSpec
-from portlm.runtimes import versions_of
 
 
 class EngineBase:

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
+from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError
-from portlm.runtimes import ENGINES, resolve
 
 CHILD_SECONDS = 60  # a software driver compiles its first pipeline in a few
 

@@ -28,7 +28,6 @@ from portlm.trust import NATIVE_SUFFIXES, is_trusted, private_folder
 Key = tuple[str, str, str]
 """Engine, device and profile."""
 
-ENGINES = ("ort", "torch", "tvm")
 FOLDER = "compiled"
 UNFINISHED = ".building-"
 STALE_SECONDS = 24 * 3600  # an unfinished entry as old as this was given up
@@ -117,7 +116,7 @@ def _has(manifest: Manifest, key: Key) -> bool:
 def _digest(manifest: Manifest, key: Key) -> str:
     """Everything that the compiled files depend on, as one number."""
     from portlm import _C
-    from portlm.runtimes import versions_of
+    from portlm.engines import versions_of
 
     graphs = {
         name: [role.weights, manifest.files[role.profiles[key[2]]].sha256]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import EngineUnavailableError, FormatError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def load(
         PlacementError: a node would run on another device.
     """
     from portlm.engine import PROFILES, OpenRequest
-    from portlm.runtimes import DEVICES, ENGINES, engine_class
+    from portlm.runtimes import engine_class
     from portlm.runtimes.no_tokenizer import NoTokenizer
     from portlm.runtimes.session import Session
     from portlm.threads import bound_spinning
@@ -90,7 +91,7 @@ def _compiled(engine: str, request: OpenRequest) -> OpenRequest:
     """The request, with what the engine needs compiled from the artifact, or from the cache where it has none."""
     from portlm.flows import compile_cache
 
-    if request.manifest is None or engine not in compile_cache.ENGINES:
+    if request.manifest is None or not ENGINES[engine].compilers:
         return request
     profile = compile_cache.needed(engine, request.device, request.profile, request.manifest)
     if profile is None:
@@ -150,8 +151,6 @@ def _texts(folder: Path, manifest: Manifest | None) -> tuple[Any, frozenset[int]
 
 def _choose(manifest: Manifest | None, device: str, profile: str) -> tuple[str, str]:
     """Engine and device for engine="auto": what is installed, prepared in the folder, and fastest."""
-    from portlm.runtimes import ENGINES
-
     if device in ("auto", "cuda") and profile in ("auto", "native") and _cuda_works():
         return "torch", "cuda"
     if device == "cuda":
@@ -181,7 +180,6 @@ def _cuda_works() -> bool:
     """Whether PyTorch can use a CUDA device. PyTorch is only imported on a machine with NVIDIA's driver."""
     if not Path("/proc/driver/nvidia/version").exists() or importlib.util.find_spec("torch") is None:
         return False
-    from portlm.runtimes import ENGINES, resolve
 
     try:
         resolve(ENGINES["torch"].trial)("cuda")

@@ -58,7 +58,7 @@ class Choice:
     def check(self) -> None:
         """Raise UsageError for a name that no engine, or not this one, has."""
         from portlm.engine import PROFILES
-        from portlm.runtimes import DEVICES, ENGINES
+        from portlm.engines import DEVICES, ENGINES
 
         if self.engine is not None and self.engine not in ENGINES:
             raise UsageError(f"there is no engine {self.engine!r}: choose one of {', '.join(ENGINES)}")

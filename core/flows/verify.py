@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from portlm.artifact import Manifest, ParityRow, check_files, read_manifest
+from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
 from portlm.plan import needs_plan
@@ -220,23 +221,23 @@ def _check(root: Path, target: Target, certify: bool, search: bool, progress: Pr
 
 def _first_wrong_node(root: Path, target: Target) -> Iterator[str]:
     """Yield the first node that differs, if the search finds one."""
-    from portlm.compile.bisect import bisect, ort_runner, tvm_runner
+    from portlm.compile.bisect import bisect
 
-    manifest = read_manifest(root)
-    if target.engine not in ("ort", "tvm"):  # no graph to search
+    manifest, runner = read_manifest(root), ENGINES[target.engine].runner
+    if not runner:  # no graph to search
         return
     for name, role in manifest.roles.items():
         graph = role.profiles.get(target.profile)
         for entry in manifest.compiled:
             key = (entry.engine, entry.device, entry.profile, entry.role)
-            if key == ("ort", target.device, target.profile, name):
-                graph = entry.files[0]
+            if key == (target.engine, target.device, target.profile, name):
+                graph = next((file for file in entry.files if file.endswith(".onnx")), graph)
         if graph is None:
             continue
         try:
             with closing(_open(root, target)):  # registers the device or the kernels that the runner needs
-                runner = ort_runner(target.device) if target.engine == "ort" else tvm_runner(target.profile)
-                found = bisect(root, runner, graph, role=name)
+                run = resolve(runner)(target.device, target.profile)
+                found = bisect(root, run, graph, role=name)
         except (EngineUnavailableError, UsageError) as error:
             yield f"not found: {error}"
             return

@@ -65,6 +65,7 @@ def test_an_engine_that_is_not_installed_is_one_sentence_with_the_command(portlm
 DAMAGED = [
     "model.safetensors",
     "onnx/decoder.portable.onnx",
+    "onnx/decoder.fused.onnx",
     "onnx/decoder.onnx.data",
     "tokenizer.json",
     "manifest.json",
@@ -86,8 +87,9 @@ def test_damage_is_noticed_before_anything_runs(name, damage, portlm, artifacts,
     else:
         path.unlink()
     engine = "torch" if name == "model.safetensors" else "ort"
+    profile = "portable" if "portable" in name else "auto"  # which takes the fused graph
     for arguments in (
-        ("generate", folder, "hi", "--engine", engine, "--max-new-tokens", 1),
+        ("generate", folder, "hi", "--engine", engine, "--profile", profile, "--max-new-tokens", 1),
         ("verify", folder),
     ):
         if damage == "missing" and name == "manifest.json" and arguments[0] == "generate":

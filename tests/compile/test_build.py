@@ -43,7 +43,7 @@ def test_a_profile_that_no_role_has_is_named(two_roles):
 
 def test_what_cannot_be_compiled_is_answered_with_what_can():
     with pytest.raises(
-        UsageError, match=r"nothing to compile for tvm:vulkan:\*: what can be compiled is ort:cpu"
+        UsageError, match=r"nothing to compile for tvm:vulkan:\*: what can be compiled is .*ort:cpu"
     ):
         choices("tvm", "vulkan")
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from portlm.artifact import check_files
 from portlm.compile import check
 from portlm.compile.check import check_isolated, check_model
-from portlm.compile.ort_lowering import lower
+from portlm.compile.ort_lowering import compile_graph
 from portlm.errors import FormatError
 
 GRAPH = "onnx/decoder.portable.onnx"
@@ -52,7 +52,7 @@ def test_what_the_exporter_writes_is_accepted(artifact, profile):
 
 @pytest.mark.parametrize("device", ["cpu", "vulkan"])
 def test_what_the_lowering_writes_is_accepted(artifact, device):
-    check_model(artifact / lower(artifact, device).files[0])
+    check_model(artifact / compile_graph(artifact, device).files[0])
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 10, 100, 1000, -1000, -100, -2, -1])

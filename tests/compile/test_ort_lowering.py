@@ -9,7 +9,7 @@ from portlm.compile.build import build
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.export import export
 from portlm.compile.forms import CONTRIB_OPS
-from portlm.compile.ort_lowering import lower, lower_model
+from portlm.compile.ort_lowering import compile_graph, lower_model
 from portlm.errors import FormatError, UsageError
 
 NAMES = ("gpt2", "llama", "gpt2-erf", "gpt2-one-head", "llama-tied", "llama-one-kv-head")
@@ -25,7 +25,7 @@ def lowered(exported, tmp_path_factory):
     def of(name, device):
         if name not in made:
             made[name] = shutil.copytree(exported[name], root / name)
-        return made[name], made[name] / lower(made[name], device).files[0]
+        return made[name], made[name] / compile_graph(made[name], device).files[0]
 
     return of
 
@@ -103,7 +103,7 @@ def test_build_enters_the_graph_in_the_manifest(artifacts, tmp_path):
 def test_artifact_without_fused_profile_is_refused(checkpoints, tmp_path):
     folder = export(checkpoints["gpt2"], tmp_path / "out", profiles=("portable",))
     with pytest.raises(UsageError, match="no fused decoder graph"):
-        lower(folder, "cpu")
+        compile_graph(folder, "cpu")
 
 
 def test_altered_fused_graph_is_refused(artifacts, tmp_path):
@@ -111,4 +111,4 @@ def test_altered_fused_graph_is_refused(artifacts, tmp_path):
     graph = folder / "onnx" / "decoder.fused.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"GeluMlp", b"GeluMlq"))
     with pytest.raises(FormatError, match=r"decoder\.fused\.onnx: altered"):
-        lower(folder, "cpu")
+        compile_graph(folder, "cpu")

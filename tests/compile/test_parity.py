@@ -322,7 +322,7 @@ def test_bisect_runs_what_tvm_compiles(exported, profile):
             from portlm.runtimes.tvm import connect_kernels
 
             connect_kernels()
-        run = tvm_runner(profile)
+        run = tvm_runner("cpu", profile)
     except EngineUnavailableError as error:
         pytest.skip(str(error))
     graph = f"onnx/decoder.{profile}.onnx"
@@ -348,7 +348,7 @@ def test_bisect_compiles_for_processors_that_have_no_level_of_their_own(exported
     pytest.importorskip("tvm", reason="TVM is missing: pip install portlm[tvm]")
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     monkeypatch.setattr("portlm.tvm_support.PROCESSORS", {})
-    assert bisect(exported["gpt2-one-head"], tvm_runner("portable"), GRAPH) is None
+    assert bisect(exported["gpt2-one-head"], tvm_runner("cpu", "portable"), GRAPH) is None
 
 
 def test_bisect_and_the_engine_build_the_same_code(exported, tmp_path, monkeypatch):
@@ -367,7 +367,7 @@ def test_bisect_and_the_engine_build_the_same_code(exported, tmp_path, monkeypat
     monkeypatch.setattr(tvm_build, "compile_graph", spy)
     folder = shutil.copytree(exported["gpt2-one-head"], tmp_path / "artifact")
     build(folder, [("tvm", "cpu", "fused")])
-    bisect(folder, tvm_runner("fused"), "onnx/decoder.fused.onnx")
+    bisect(folder, tvm_runner("cpu", "fused"), "onnx/decoder.fused.onnx")
     assert len(modes) > 1
     assert set(modes) == {("fused", "compiled")}
 

@@ -1,5 +1,6 @@
 """From ONNX graphs to TVM libraries. That the libraries answer like PyTorch is tests/runtimes/test_contract.py."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -12,14 +13,18 @@ import onnx
 import tvm
 from tvm import relax
 
-from portlm.compile import tvm_fused, tvm_portable
+from portlm.compile import tvm_fused
 from portlm.compile.tvm_build import read_graph
+from portlm.compile.tvm_library import compile_library
 from portlm.compile.tvm_schedule import cpu_passes
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.tvm_support import LIBRARY, SIGNATURE, Signature, folder_name
 
 GRAPHS = {"portable": "onnx/decoder.portable.onnx", "fused": "onnx/decoder.fused.onnx"}
-COMPILE = {"portable": tvm_portable.compile_portable, "fused": tvm_fused.compile_fused}
+COMPILE = {
+    profile: functools.partial(compile_library, device="cpu", profile=profile)
+    for profile in ("portable", "fused")
+}
 
 
 @pytest.fixture
@@ -126,7 +131,7 @@ def test_a_node_outside_the_profile_is_named(artifact):
     model.graph.node[3].op_type = "Mystery"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(FormatError, match="Mystery") as error:
-        tvm_fused.compile_fused(artifact)
+        compile_library(artifact, "cpu", "fused")
     assert model.graph.node[3].name in str(error.value)
 
 
@@ -137,21 +142,21 @@ def test_a_node_without_its_attribute_is_named(artifact):
     del node.attribute[:]
     path.write_bytes(model.SerializeToString())
     with pytest.raises(FormatError, match=node.name):
-        tvm_fused.compile_fused(artifact)
+        compile_library(artifact, "cpu", "fused")
 
 
 def test_without_a_c_compiler_the_error_says_what_to_install(artifact, monkeypatch):
     monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
     with pytest.raises(EngineUnavailableError, match=r"install g\+\+"):
-        tvm_fused.compile_fused(artifact)
+        compile_library(artifact, "cpu", "fused")
     assert not (artifact / "compiled").exists()
 
 
 def test_compiling_again_replaces_the_library(artifact):
     folder = artifact / folder_name("cpu", "fused")
-    first = tvm_fused.compile_fused(artifact)
+    first = compile_library(artifact, "cpu", "fused")
     inode = (folder / LIBRARY).stat().st_ino
-    assert tvm_fused.compile_fused(artifact) == first
+    assert compile_library(artifact, "cpu", "fused") == first
     assert (folder / LIBRARY).stat().st_ino != inode, "a running engine keeps the old file"
     assert sorted(path.name for path in folder.iterdir()) == sorted((LIBRARY, SIGNATURE))
 

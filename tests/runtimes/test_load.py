@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import portlm
-from portlm import runtimes
 from portlm.artifact import read_manifest, write_manifest
+from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import (
     ContextLengthError,
     EngineUnavailableError,
@@ -17,7 +17,7 @@ from portlm.errors import (
     UsageError,
 )
 from portlm.flows.load import load
-from portlm.runtimes import ENGINES, engine_class, resolve
+from portlm.runtimes import engine_class
 
 needs_ort = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing: pip install portlm[onnx]"
@@ -356,5 +356,6 @@ def test_every_engine_of_the_table_exists():
     for name, entry in ENGINES.items():
         if entry.package is None or importlib.util.find_spec(entry.package) is not None:
             assert engine_class(name).name == name
-        assert set(entry.devices) <= set(runtimes.DEVICES)
-        assert all(callable(resolve(place)) for place in (entry.probe,) if place)
+        assert set(entry.devices) <= set(DEVICES)
+        places = [entry.probe, *entry.compilers.values(), *([entry.runner] if entry.runner else [])]
+        assert all(callable(resolve(place)) for place in places)

@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from portlm.commands.doctor import command, examine
-from portlm.runtimes import ENGINES, probe
+from portlm.engines import ENGINES
+from portlm.runtimes import probe
 from portlm.runtimes.vulkan import KINDS, vulkan_devices
 
 PAIRS = [(engine, device) for engine, entry in ENGINES.items() for device in entry.devices]

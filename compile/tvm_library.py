@@ -1,0 +1,25 @@
+"""From a role's graph to a TVM library: the entry of both profiles, whose lowerings are in files of their own."""
+
+from pathlib import Path
+
+from portlm.artifact import CompiledEntry
+from portlm.compile import tvm_fused, tvm_portable
+from portlm.compile.passes import Note, ignore
+from portlm.compile.tvm_build import build_library
+
+LOWERINGS = {"portable": tvm_portable.LOWERING, "fused": tvm_fused.LOWERING}
+
+
+def compile_library(
+    folder: str | Path, device: str, profile: str, role: str = "decoder", note: Note = ignore
+) -> CompiledEntry:
+    """Compile a role's graph to compiled/tvm-<device>-<profile>; see tvm_build.build_library for what it raises.
+
+    Args:
+        folder: the artifact.
+        device: "cpu".
+        profile: "portable" or "fused".
+        role: whose graph it is.
+        note: called with the name of each pass and the module after it.
+    """
+    return build_library(Path(folder), LOWERINGS[profile], role, note)

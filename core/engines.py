@@ -1,0 +1,114 @@
+"""The engines: all that is to be known of one without importing it, in one row.
+
+Functions are named, not imported: importing this loads nothing, and a flow resolves what it needs.
+"""
+
+import importlib
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """The facts of one engine. Functions are named "module:function", and loaded by who needs them.
+
+    Attributes:
+        target: an implementation of portlm.engine.Engine.
+        devices: those it can run on, on a machine that has them.
+        package: what it imports, or None.
+        extra: of portlm, which brings that package.
+        probe: (engine, device) -> a line about it, without importing its package; see portlm.runtimes.probe.
+        trial: (device) -> a line about it, after using it once, in a process of its own; "" if there is no need.
+        distributions: packages whose versions belong to a measurement, as far as they are installed.
+        device_distributions: the same, for one device.
+        compilers: (device, profile) -> what makes files for it from an artifact's graphs; see portlm.compile.build. An
+            engine that runs the exported graph as it is needs none.
+        runner: (device, profile) -> how the search for a wrong node runs a graph as this engine does; "" if it cannot.
+    """
+
+    target: str
+    devices: tuple[str, ...]
+    package: str | None
+    extra: str
+    probe: str
+    trial: str = ""
+    distributions: tuple[str, ...] = ()
+    device_distributions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    compilers: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    runner: str = ""
+
+
+ENGINES = {
+    "torch": EngineEntry(
+        target="portlm.runtimes.eager:TorchEngine",
+        devices=("cpu", "cuda"),
+        package="torch",
+        extra="train",
+        probe="portlm.runtimes.probe:torch",
+        trial="portlm.runtimes.eager:try_device",
+        distributions=("torch",),
+        compilers=dict.fromkeys(
+            itertools.product(("cpu", "cuda"), ("fused", "portable")),
+            "portlm.compile.torch_plan:compile_plan",
+        ),
+    ),
+    "ort": EngineEntry(
+        target="portlm.runtimes.ort:OrtEngine",
+        devices=("cpu", "cuda", "vulkan"),
+        package="onnxruntime",
+        extra="onnx",
+        probe="portlm.runtimes.probe:ort",
+        trial="portlm.runtimes.ort:try_device",
+        distributions=("onnxruntime", "onnxruntime-gpu"),
+        device_distributions={"vulkan": ("onnxruntime-ep-webgpu",)},
+        compilers=dict.fromkeys(
+            (("cpu", "fused"), ("vulkan", "fused")), "portlm.compile.ort_lowering:compile_graph"
+        ),
+        runner="portlm.compile.bisect:ort_runner",
+    ),
+    "tvm": EngineEntry(
+        target="portlm.runtimes.tvm:TvmEngine",
+        devices=("cpu",),
+        package="tvm",
+        extra="tvm",
+        probe="portlm.runtimes.probe:tvm",
+        trial="portlm.runtimes.tvm:try_device",
+        distributions=("apache-tvm", "apache-tvm-ffi"),
+        compilers=dict.fromkeys(
+            (("cpu", "portable"), ("cpu", "fused")), "portlm.compile.tvm_library:compile_library"
+        ),
+        runner="portlm.compile.bisect:tvm_runner",
+    ),
+    "null": EngineEntry(
+        target="portlm.runtimes.null:NullEngine",
+        devices=("cpu",),
+        package=None,
+        extra="",
+        probe="portlm.runtimes.probe:null",
+    ),
+}
+DEVICES = ("cpu", "cuda", "vulkan")
+
+
+def resolve(place: str) -> Any:
+    """Import what "module:attribute" names."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def versions_of(engine: str, device: str) -> dict[str, str]:
+    """Return the versions of the packages that decide what an engine computes on a device, portlm's among them."""
+    entry = ENGINES.get(engine)
+    names = ["portlm"]
+    if entry is not None:
+        names += [*entry.distributions, *entry.device_distributions.get(device, ())]
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
