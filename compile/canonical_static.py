@@ -209,7 +209,7 @@ def _constant(work: Work, node: Node, value: Tensor) -> Node:
         name = work.weights[origin.name][0]
         if all(user.target is aten.permute.default and user.args == node.args for user in origin.users):
             return _transposed_weight(work, name, value, origin)
-        return _transposed_weight(work, f"{name}.transposed", value, None)
+        return _transposed_weight(work, f"{name}_transposed", value, None)
     return work.weight(_label(node), value.contiguous())
 
 
@@ -219,7 +219,7 @@ def _transposed_weight(work: Work, name: str, value: Tensor, origin: Any) -> Nod
         if same and tensor.stride() == value.stride():
             return next(n for n in work.graph.nodes if n.name == placeholder and known)
     if origin is not None:
-        work.weights[origin.name] = (f"{name}.original", work.weights[origin.name][1])
+        work.weights[origin.name] = (f"{name}_original", work.weights[origin.name][1])
     return work.weight(name, value, before=origin)
 
 

@@ -197,3 +197,12 @@ def test_an_example_runs(name, workplace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *EXAMPLES[name]])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out.strip()
+
+
+def test_the_page_of_own_models_names_every_operator_that_a_graph_may_hold():
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.forms import PORTABLE_OPS
+
+    rows = [line for line in (DOCS / "own-models.md").read_text().splitlines() if line.startswith("| ")]
+    named = {name for row in rows[2:] for name in re.findall(r"[A-Z][A-Za-z]+", row.split("|")[2])}
+    assert named == set(PORTABLE_OPS)
