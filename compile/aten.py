@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 # Operators that give their first operand as it is.
 IDENTITIES = frozenset(
-    f"aten::{name}" for name in ("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "detach_")
+    f"aten::{name}" for name in ("alias", "clone", "contiguous", "detach", "lift_fresh", "detach_")
 )
 # Operators that give the elements of their first operand in the same order with another shape.
 _VIEWS = ("_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view", "view_as")
+# Operators that may be given extents which are only known when the graph runs: they are read from the shapes.
+SIZED = frozenset(f"aten::{name}" for name in (*_VIEWS, "chunk", "split", "split_with_sizes"))
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
 _UNARY = {"exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt"}
 
@@ -52,7 +54,7 @@ def _unbind(e: "Emitter", node: fx.Node) -> Any:
 
 def _split_sizes(e: "Emitter", node: fx.Node) -> Any:
     axis = _axis(e, node.args[0], node.args[2] if len(node.args) > 2 else 0)
-    sizes = [e.recording.shape(part)[axis] for part in node.meta["val"]]
+    sizes = [part.shape[axis] for part in node.meta["val"]]
     if not all(isinstance(size, int) for size in sizes):
         raise e.refuse(node, "it splits an axis whose length is only known when it runs")
     return _split(e, node, axis, sizes)
@@ -75,15 +77,15 @@ def _split(e: "Emitter", node: fx.Node, axis: int, sizes: list[int]) -> Any:
     last = not kept
     e.g.split_op("Split", (name, e.g.ints(*each)), base, outputs, axis=-1 if last else axis)
     return tuple(
-        Value(output, (*stored, size, *kept), e.recording.shape(fake), value.dtype)
-        for output, size, fake in zip(outputs, each, node.meta["val"], strict=True)
+        Value(output, (*stored, size, *kept), part.shape, value.dtype)
+        for output, size, part in zip(outputs, each, node.meta["val"], strict=True)
     )
 
 
 def _binary(e: "Emitter", node: fx.Node) -> "Value":
     kind = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    if str(node.meta["val"].dtype) != "torch.float32":
-        raise e.refuse(node, f"on {str(node.meta['val'].dtype).removeprefix('torch.')}", "compute in float32")
+    if node.meta["val"].kind != "float32":
+        raise e.refuse(node, f"on {node.meta['val'].kind}", "compute in float32")
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         raise e.refuse(node, "with a factor", "multiply first")
     names = [e.whole(x) if isinstance(x, fx.Node) else e.g.scalar(float(x)) for x in node.args]  # type: ignore[arg-type]

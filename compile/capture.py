@@ -15,8 +15,7 @@ from operator import getitem
 from typing import Any
 
 import onnx
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from portlm.compile import aten
 from portlm.compile.forms import PROFILES
@@ -101,7 +100,7 @@ def build_graph(
     outputs += [(spec.output, spec.dtype) for spec in role.state if spec.output]
     emitter.run([output for output, _ in outputs])
     for node, (output, dtype) in zip(output_nodes(recording.graph), outputs, strict=True):
-        shape = recording.shape(node.meta["val"])
+        shape = node.meta["val"].shape
         g.output(output, dtype, [d if isinstance(d, int) else str(d) for d in shape])
     return g.model({"portlm.profile": profile, "portlm.family": family})
 
@@ -139,7 +138,8 @@ class Emitter:
 
     def shape(self, node: fx.Node) -> Shape:
         """The shape that the model sees."""
-        return self.recording.shape(node.meta["val"])
+        shape: Shape = node.meta["val"].shape
+        return shape
 
     def read(self, node: Any) -> Value:
         """The value of an operand, written if it was not yet."""
@@ -190,7 +190,7 @@ class Emitter:
     def result(self, node: fx.Node, name: str) -> Value:
         """A value that is stored as the model sees it."""
         shape = self.shape(node)
-        return Value(name, shape, shape, str(node.meta["val"].dtype).removeprefix("torch."))
+        return Value(name, shape, shape, node.meta["val"].kind)
 
     def refuse(self, node: fx.Node, why: str, instead: str = "") -> FormatError:
         """The error for an operator without a form."""
@@ -218,13 +218,14 @@ class Emitter:
             if not isinstance(parts, tuple) or place >= len(parts):  # type: ignore[operator]
                 raise self.refuse(source, "this result of it is for gradients only")  # type: ignore[arg-type]
             return parts[place]  # type: ignore[index]
-        if _is_size(node):
-            return None  # extents are read from the shapes
         schema = getattr(node.target, "_schema", None)
         operator = schema.name if schema is not None else str(node.target)
-        for fake in _tensors(node.meta.get("val")):
-            if fake.is_complex():
+        given = node.meta["val"]
+        for result in given if isinstance(given, tuple) else (given,):
+            if result.dtype.is_complex:
                 raise self.refuse(node, "it is complex", "keep the real and imaginary part as two tensors")
+        if (extents := node.meta["extents"]) and operator not in aten.SIZED:
+            raise self.refuse(node, f"its argument {extents[0]} is only known when it runs")
         if spec := captured().get(operator):
             if operator == "portlm::embedding" and (table := self._weight(node.args[1])):
                 return Rows(node, node.args[0], table)  # type: ignore[arg-type]
@@ -236,12 +237,12 @@ class Emitter:
 
     def _spec_node(self, node: fx.Node, spec: Node) -> Any:
         arguments = arguments_of(node)
-        fakes = {
+        known = {
             key: value.meta["val"] if isinstance(value, fx.Node) else value
             for key, value in arguments.items()
         }
         try:
-            attributes = dict(spec.read(fakes))
+            attributes = dict(spec.read(known))
         except ValueError as error:
             raise self.refuse(node, str(error)) from error
         fused = self.profile == "fused"
@@ -252,8 +253,8 @@ class Emitter:
             names.append(name)
             shapes.append(shape)
         stored = [tuple(shape) for shape in spec.shapes(shapes, self._with_defaults(spec, attributes))]
-        fake = node.meta["val"]
-        logical = [self.recording.shape(one) for one in (fake if isinstance(fake, tuple | list) else (fake,))]
+        given = node.meta["val"]
+        logical = [one.shape for one in (given if isinstance(given, tuple) else (given,))]
         outputs = self._outputs(node, spec, names)
         if fused:
             written = {
@@ -271,7 +272,7 @@ class Emitter:
         values = tuple(
             Value(output, kept, seen) for output, kept, seen in zip(outputs, stored, logical, strict=False)
         )
-        return values if isinstance(fake, tuple | list) else values[0]
+        return values if isinstance(given, tuple) else values[0]
 
     def _with_defaults(self, spec: Node, attributes: Mapping[str, Any]) -> dict[str, Any]:
         return {a.name: attributes.get(a.name, a.default) for a in spec.attributes}
@@ -373,9 +374,7 @@ class Emitter:
 
     def _module(self, node: fx.Node) -> str:
         """The path of the module in which a node was computed, "" for the model itself."""
-        stack = node.meta.get("nn_module_stack") or {}
-        path = next(reversed(stack.values()))[0] if stack else ""
-        return str(path).removeprefix("module").removeprefix(".")
+        return str(node.meta["module"])
 
     def _in_module(self, node: fx.Node, kind: str) -> str:
         return self.weights.rename(".".join(part for part in (self._module(node), kind) if part))
@@ -392,15 +391,6 @@ def _origin(node: fx.Node) -> tuple[fx.Node, int]:
         if operator not in aten.IDENTITIES:
             return node, place
         node = node.args[0]  # type: ignore[assignment]
-
-
-def _is_size(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
 
 
 def _text(shape: Sequence[Any]) -> str:

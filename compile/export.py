@@ -260,25 +260,11 @@ def capture(
     Raises:
         FormatError: the model computes what a graph cannot say.
     """
-    try:
-        return _capture(module, roles, profiles, context_length, lines=False)
-    except FormatError:  # once more, to be able to name the line
-        return _capture(module, roles, profiles, context_length, lines=True)
-
-
-def _capture(
-    module: "nn.Module",
-    roles: "Mapping[str, Role]",
-    profiles: Sequence[str],
-    context_length: int,
-    *,
-    lines: bool,
-) -> Graphs:
     from portlm.compile.capture import build_graph
     from portlm.compile.module_weights import Weights
     from portlm.compile.trace import record
 
-    recordings = {name: record(module, name, role, lines=lines) for name, role in roles.items()}
+    recordings = {name: record(module, name, role) for name, role in roles.items()}
     weights = Weights(module, recordings.values())
     graphs: Graphs = {}
     for name, role in roles.items():

@@ -1,41 +1,56 @@
-"""Records a role's function with torch.export, and checks what was recorded against what the role declares.
+"""Records a role's function, and checks what was recorded against what the role declares.
 
-Nothing is computed: the tensors that run through the model are fakes which only know their shape. Every symbolic
-extent of the role ("batch", "sequence", "past", ...) must still be a symbol afterwards.
+Nothing is computed: the tensors that run through the model only know their shape (PyTorch's "meta" device). A dispatch
+mode sees every operator, before PyTorch takes it apart. The function runs twice, with other numbers for the role's
+symbols ("batch", "sequence", "past", ...): what differs is an expression of them, and everything else must be the same.
+
+This is what torch.export does with symbolic sizes, for those few expressions that a role can have. It takes a twentieth
+of the time, and neither symbolic algebra nor a compiler has to be loaded.
 """
 
 import functools
-import operator
-import traceback
-import warnings
+import itertools
+import linecache
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import getitem
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import portlm
+from portlm.compile.extents import NUMBERS, Extent, Extents, parse, parts
 from portlm.errors import FormatError
 from portlm.models.roles import Role
 from portlm.ops.kernel_op import exporting
 from portlm.roles import StateSpec, TensorSpec
 
-ROOT = "module"  # where the model hangs in what is recorded
-EXTENTS = (
-    2,
-    3,
-    5,
-    7,
-    11,
-    13,
-    17,
-    19,
-)  # stand-ins while recording; different, or they would count as the same extent
+_ARITHMETIC = {getattr(torch.ops.aten, name).Tensor for name in ("add", "div", "mul", "sub")}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of a recorded tensor.
+
+    Attributes:
+        shape: numbers, and expressions of the role's symbols.
+        dtype: of PyTorch.
+    """
+
+    shape: tuple[int | Extent, ...]
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> str:
+        """The dtype's name: "float32"."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -43,128 +58,316 @@ class Recording:
     """What a role's function computes.
 
     Attributes:
-        graph: operators in order; every node has the fake tensor it gives in meta["val"].
+        graph: operators in order. Every node has the Result that it gives in meta["val"], or a tuple of them; the path
+            of its module in meta["module"]; and its line, (file, number), in meta["line"].
         inputs: the graph's placeholders for the role's inputs and states, in their order.
         weights: placeholder name -> path of the parameter or buffer in the module.
-        constants: placeholder name -> tensor that the function made itself.
-        symbols: the recording's symbol of each extent that is not a number -> one with the role's name.
     """
 
     graph: fx.Graph
     inputs: tuple[str, ...]
     weights: Mapping[str, str]
-    constants: Mapping[str, Tensor]
-    symbols: Mapping[Any, Any]
-
-    def shape(self, fake: Tensor) -> tuple[Any, ...]:
-        """Extents of a fake tensor: numbers, and expressions of the role's symbols."""
-        return tuple(self.extent(size) for size in fake.shape)
-
-    def extent(self, size: int | torch.SymInt) -> Any:
-        """One extent: a number, or an expression of the role's symbols."""
-        if isinstance(size, int):
-            return size
-        expression = size.node.expr.xreplace(dict(self.symbols))
-        return int(expression) if expression.is_Integer else expression
 
 
-class _Root(nn.Module):
-    """Gives the function a module to hang in, so that parameters keep their paths."""
-
-    def __init__(self, module: nn.Module, role: Role):
-        super().__init__()
-        self.module = module
-        self.role = role
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return self.role.function(*tensors)
-
-
-def record(module: nn.Module, name: str, role: Role, *, lines: bool = True) -> Recording:
+def record(module: nn.Module, name: str, role: Role) -> Recording:
     """Record a role's function. The module itself is not changed.
 
     Args:
         module: whose parameters and buffers the function uses.
         name: of the role, for messages.
         role: the function and what it takes and gives.
-        lines: remember for every operator the lines of code that led to it. A third faster without.
 
     Raises:
-        FormatError: the function branches on the values of tensors, does what torch.export cannot follow, works for
-            one size only, or gives something else than the role declares. The message names the line.
+        FormatError: the function branches on the values of tensors, does what cannot be recorded, works for one size
+            only, or gives something else than the role declares. The message names the line.
     """
-    program = _export(module, name, role, lines)
-    signature = program.graph_signature
-    places = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    constants = {
-        key: program.constants[place] for key, place in signature.inputs_to_lifted_tensor_constants.items()
-    }
-    recording = Recording(
-        program.graph,
-        tuple(signature.user_inputs),
-        {key: place.removeprefix(f"{ROOT}.") for key, place in places.items()},
-        constants,
-        _symbols(program, name, role),
-    )
+    specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
+    where: dict[str, str] = {}  # symbol -> the input that has it
+    for spec in specs:
+        for part in (part for d in spec.shape if isinstance(d, str) for part in parts(d)):
+            where.setdefault(part, spec.name)
+    numbers = dict(zip(where, NUMBERS, strict=False))
+    first = _run(module, name, role, {symbol: pair[0] for symbol, pair in numbers.items()})
+    try:
+        second = _run(module, name, role, {symbol: pair[1] for symbol, pair in numbers.items()})
+        _merge(first, second, Extents(numbers))
+    except (FormatError, _DifferentError) as error:
+        raise _only_for(module, name, role, numbers, where) or error from error
+    recording = Recording(first.graph, tuple(first.inputs), first.weights)
     _check_unchanged(recording, name)
     _check_outputs(recording, name, role)
     return recording
 
 
-def _export(module: nn.Module, name: str, role: Role, lines: bool) -> ExportedProgram:
-    specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
-    extents: dict[str, int] = {}
-    for part in (part for spec in specs for d in spec.shape if isinstance(d, str) for part in _parts(d)):
-        extents.setdefault(part, EXTENTS[len(extents)])
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    example = tuple(
-        torch.zeros(
-            [d if isinstance(d, int) else sum(extents[part] for part in _parts(d)) for d in spec.shape],
-            dtype=getattr(torch, spec.dtype),
-            device=device,
+class _ValuesError(Exception):
+    """The function asks for the value of a tensor."""
+
+
+class _DifferentError(FormatError):
+    """Two recordings differ by more than extents."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every operator that is called to a graph, and gives tensors without values as its results.
+
+    Args:
+        module: its parameters and buffers become placeholders where an operator reads them.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.graph = fx.Graph()
+        self.inputs: list[str] = []
+        self.weights: dict[str, str] = {}
+        self.paths = {id(part): path for path, part in reversed(list(module.named_modules()))}
+        self.stack: list[str] = [""]
+        self._nodes: dict[int, fx.Node] = {}
+        self._twins: dict[int, Tensor] = {}
+        self._kept: list[Tensor] = []  # so that an id is one tensor's
+        self._names: dict[Any, str] = {}
+        self._count = itertools.count()
+        tensors = itertools.chain(
+            module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
         )
-        for spec in specs
-    )
-    dynamic = tuple(
-        {axis: Dim.AUTO for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs
-    )
+        for path, tensor in tensors:
+            self._names.setdefault(_identity(tensor), path)
+
+    @contextmanager
+    def without_values(self, module: nn.Module) -> Iterator[None]:
+        """Give a module parameters and buffers without values, on the same device as its inputs."""
+        before: list[tuple[Any, dict[str, Tensor | None]]] = [
+            (table, dict(table)) for part in module.modules() for table in (part._parameters, part._buffers)
+        ]
+        try:
+            for table, tensors in before:
+                for key, tensor in tensors.items():
+                    if tensor is not None:
+                        twin = self._twin(tensor)
+                        table[key] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+                        self._names[id(table[key])] = self._names[_identity(tensor)]
+                        self._kept.append(table[key])
+            yield
+        finally:
+            for table, tensors in before:
+                table.clear()
+                table.update(tensors)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Asked by PyTorch, which otherwise loads its compiler (0.7 s) to keep it away from what follows."""
+        return False
+
+    def input(self, tensor: Tensor) -> None:
+        """Make a tensor a placeholder of the graph."""
+        self.inputs.append(self._placeholder(tensor, tensor).name)
+
+    def output(self, values: Any) -> None:
+        """End the graph with what the function returned."""
+        values = values if isinstance(values, tuple | list) else (values,)
+        self.graph.output(tuple(self._node(v) if isinstance(v, Tensor) else v for v in values))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record one operator and return its results."""
+        kwargs = dict(kwargs or {})
+        returns = [r.type for r in func._schema.returns]
+        if returns and not any(isinstance(kind, torch.TensorType | torch.ListType) for kind in returns):
+            raise _ValuesError
+        written = _mapped(self._node, args), {key: _mapped(self._node, v) for key, v in kwargs.items()}
+        node = self.graph.create_node("call_function", func, *written, name=f"n{next(self._count)}")
+        node.meta["module"], node.meta["line"] = self.stack[-1], _line()
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise FormatError(
+                _no_form(node, "the number of its results is only known when it runs", "use a mask")
+            )
+        if "device" in kwargs or (not _tensors((args, kwargs)) and _takes_device(func)):
+            kwargs["device"] = torch.device("meta")
+        result = _pointwise(func, args) if not kwargs else None
+        if result is None:
+            result = func(
+                *_mapped(self._twin, args), **{key: _mapped(self._twin, v) for key, v in kwargs.items()}
+            )
+        node.meta["val"] = result
+        if isinstance(result, Tensor):
+            self._keep(result, node)
+        else:
+            for place, one in enumerate(result or ()):
+                part = self.graph.create_node(
+                    "call_function", getitem, (node, place), name=f"n{next(self._count)}"
+                )
+                part.meta = {**node.meta, "val": one}
+                self._keep(one, part)
+        return result
+
+    def _keep(self, tensor: Tensor, node: fx.Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._kept.append(tensor)
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        found = self._nodes.get(id(tensor))
+        return found if found is not None else self._placeholder(tensor, self._twin(tensor))
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        """A tensor without values in the place of one with values."""
+        if tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self._twins:
+            self._twins[id(tensor)] = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            self._kept.append(tensor)
+        return self._twins[id(tensor)]
+
+    def _placeholder(self, tensor: Tensor, value: Tensor) -> fx.Node:
+        path = self._names.get(_identity(tensor))
+        last = next((n for n in reversed(self.graph.nodes) if n.op == "placeholder"), None)
+        with self.graph.inserting_after(last) if last else self.graph.inserting_before():
+            node = self.graph.create_node("placeholder", name := f"n{next(self._count)}", name=name)
+        node.meta = {"val": value, "module": "", "line": None}
+        if path is not None:
+            self.weights[node.name] = path
+        self._keep(tensor, node)
+        return node
+
+
+def _run(module: nn.Module, name: str, role: Role, numbers: Mapping[str, int]) -> _Recorder:
+    """Record a role's function with a number for each symbol."""
+    recorder = _Recorder(module)
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), exporting(), _lines(lines), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(_Root(module, role), example, dynamic_shapes=(dynamic,), strict=False)
+        # In inference mode operators arrive whole: otherwise autograd takes many apart first.
+        with torch.inference_mode(), exporting(), _flags(), _modules(recorder):
+            specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
+            tensors = [
+                torch.empty(
+                    [
+                        d if isinstance(d, int) else sum(numbers[part] for part in parts(d))
+                        for d in spec.shape
+                    ],
+                    dtype=getattr(torch, spec.dtype),
+                    device="meta",
+                )
+                for spec in specs
+            ]
+            for tensor in tensors:
+                recorder.input(tensor)
+            with recorder.without_values(module), recorder:
+                values = role.function(*tensors)
+            recorder.output(values)
     except FormatError:
         raise
-    except Exception as error:  # it raises whatever the model's own code raises, and several kinds of its own
-        raise FormatError(_why(error, name)) from error
+    except _ValuesError as error:
+        raise FormatError(
+            f"the {name} branches on the values of tensors{_line_of(error)}, and a graph computes the same for all: "
+            "use torch.where, or a mask"
+        ) from error
+    except Exception as error:  # whatever the model's own code raises
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise FormatError(
+            f"the {name} cannot be recorded{_line_of(error)}: {type(error).__name__}: {first[:300]}"
+        ) from error
     finally:
         module.train(training)
+    return recorder
 
 
 @contextmanager
-def _lines(wanted: bool) -> Iterator[None]:
-    """Make recorded nodes remember the lines of the model's code that led to them, or nothing, which is faster.
-
-    torch.export keeps the lines of methods called "forward" only, and the function of a role may have any name. Its
-    filter is meant to be overridden, if only by a subclass that torch.export does not let one choose.
-    """
-
-    def keep(tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
-        return traceback.StackSummary.from_list([frame for frame in frames if _is_users(frame.filename)])
-
-    changes: list[tuple[Any, str, Any]] = [(torch.fx.config, "do_not_emit_stack_traces", not wanted)]
-    if wanted:
-        changes.append((fx.proxy.TracerBase, "_filter_traceback_frames", keep))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes if hasattr(owner, name)]
+def _flags() -> Iterator[None]:
+    """Make torch.compiler.is_exporting() and is_compiling() true, as torch.export does."""
+    names = ("_is_exporting_flag", "_is_compiling_flag")
+    before = {name: getattr(torch.compiler, name) for name in names if hasattr(torch.compiler, name)}
     try:
-        for owner, name, value in changes:
-            if hasattr(owner, name):  # a version of PyTorch without it knows fewer lines, or is slower
-                setattr(owner, name, value)
+        for name in before:
+            setattr(torch.compiler, name, True)
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        for name, value in before.items():
+            setattr(torch.compiler, name, value)
+
+
+@contextmanager
+def _modules(recorder: _Recorder) -> Iterator[None]:
+    """Keep the recorder's stack of the modules that are being called."""
+
+    def enter(part: nn.Module, args: Any) -> None:
+        recorder.stack.append(recorder.paths.get(id(part), recorder.stack[-1]))
+
+    def leave(part: nn.Module, args: Any, result: Any) -> None:
+        recorder.stack.pop()
+
+    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _merge(first: _Recorder, second: _Recorder, extents: Extents) -> None:
+    """Give the first recording the shapes that hold in both.
+
+    Raises:
+        _DifferentError: they are not the same operators with the same arguments, extents aside.
+    """
+    one, other = list(first.graph.nodes), list(second.graph.nodes)
+    if [(n.op, n.name) for n in one] != [(n.op, n.name) for n in other] or first.weights != second.weights:
+        raise _DifferentError("its code depends on the size of its inputs")
+
+    def same(a: Any, b: Any) -> Any:
+        if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
+            return tuple(same(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.dim(), a.dtype) == (b.dim(), b.dtype):
+            return Result(tuple(map(extents.find, a.shape, b.shape)), a.dtype)
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a.name == b.name:
+            return a
+        if type(a) is int and type(b) is int:
+            return extents.find(a, b)
+        if type(a) is not type(b) or a != b:
+            raise _DifferentError(f"{a} became {b}")
+        return a
+
+    for a, b in zip(one, other, strict=True):
+        if a.op == "call_function" and a.target is not b.target:
+            raise _DifferentError(f"{a.target} became {b.target}{source_line(a)}")
+        # Arguments first as they are: an extent is none that a graph takes, and stays in meta.
+        a.meta["extents"] = [
+            x for x in _flat((same(a.args, b.args), [same(a.kwargs[k], b.kwargs.get(k)) for k in a.kwargs]))
+            if isinstance(x, Extent)
+        ]  # fmt: skip
+        if "val" in a.meta:
+            a.meta["val"] = same(a.meta["val"], b.meta["val"])
+
+
+def _only_for(
+    module: nn.Module,
+    name: str,
+    role: Role,
+    numbers: Mapping[str, tuple[int, int]],
+    where: Mapping[str, str],
+) -> FormatError | None:
+    """The error for a function that does not work alike for two numbers of one symbol; None if there is no such."""
+    usual = {symbol: pair[0] for symbol, pair in numbers.items()}
+    for symbol, (number, another) in numbers.items():
+        try:
+            one, other = (_run(module, name, role, usual | {symbol: n}) for n in (number, another))
+            _merge(one, other, Extents({symbol: (number, another)}))
+        except FormatError as error:
+            reason = str(error).partition(": ")[2] if not isinstance(error, _DifferentError) else ""
+            return FormatError(
+                f"the {name} works for {symbol} = {number} of {where[symbol]} only: its code must not depend on it"
+                + (f" (with {another}: {reason})" if reason else "")
+            )
+    return None
+
+
+def _line() -> tuple[str, int] | None:
+    """The line of the model's code that is being run."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if _is_users(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
 
 
 @functools.cache
@@ -173,17 +376,6 @@ def _is_users(file: str) -> bool:
     ours = Path(portlm.__file__).parent
     tools = (ours / "ops", ours / "compile", ours / "models" / "layers.py")
     return not file.startswith(("<", *map(str, (Path(torch.__file__).parent, *tools))))
-
-
-def _why(error: Exception, name: str) -> str:
-    place = _line_of(error)
-    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error).lower():
-        return (
-            f"the {name} branches on the values of tensors{place}, and a graph computes the same for all: "
-            "use torch.where, or a mask"
-        )
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"torch.export cannot follow the {name}{place}: {type(error).__name__}: {first[:300]}"
 
 
 def _line_of(error: BaseException) -> str:
@@ -197,32 +389,64 @@ def _line_of(error: BaseException) -> str:
     return found
 
 
-def _parts(dimension: str) -> list[str]:
-    """The symbols of an extent: "past + sequence" has two."""
-    return [part.strip() for part in dimension.split("+")]
+def _identity(tensor: Tensor) -> Any:
+    """What two tensors share if they are the same numbers in memory."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _symbols(program: ExportedProgram, name: str, role: Role) -> dict[Any, Any]:
-    """Which of the recording's symbols is which of the role's; FormatError where one became a number."""
-    fakes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    inputs = [fakes[key] for key in program.graph_signature.user_inputs]
-    specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
-    found: dict[Any, Any] = {}  # PyTorch's symbols are SymPy's, which can make others like themselves
-    for spec, fake in zip(specs, inputs, strict=True):
-        for d, size in zip(spec.shape, fake.shape, strict=True):
-            if not isinstance(d, str) or len(_parts(d)) > 1:
-                continue
-            expression = size if isinstance(size, int) else size.node.expr
-            if isinstance(expression, int) or not expression.is_Symbol:
-                raise FormatError(
-                    f"the {name} works for {d} = {expression} of {spec.name} only: its code must not depend on it"
-                )
-            symbol = expression.func(d, integer=True, positive=True)
-            if found.setdefault(expression, symbol) != symbol:
-                raise FormatError(
-                    f"the {name} works only where {d} equals {found[expression]}, as in {spec.name}"
-                )
-    return found
+def _mapped(function: Any, value: Any) -> Any:
+    """An operator's argument with its tensors replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(function, one) for one in value)
+    return value
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for one in value:
+            yield from _flat(one)
+    elif isinstance(value, dict):
+        yield from _flat(list(value.values()))
+    else:
+        yield value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in _flat(value) if isinstance(one, Tensor)]
+
+
+def _pointwise(func: Any, args: Any) -> Tensor | None:
+    """The result of simple arithmetic, as PyTorch's own rule gives it; None for what is not simple.
+
+    PyTorch's rule is in Python, and loads its compiler when it is first called, which takes as long as all the rest.
+    """
+    tensors = [one for one in args if isinstance(one, Tensor)]
+    if func not in _ARITHMETIC or not tensors or len({(t.dtype, t.dim()) for t in tensors}) != 1:
+        return None
+    if tensors[0].dtype != torch.float32 or not all(t.is_contiguous() for t in tensors):
+        return None
+    shape = []
+    for sizes in zip(*(t.shape for t in tensors), strict=True):
+        several = {size for size in sizes if size != 1}
+        if len(several) > 1:
+            return None  # an error, which PyTorch words
+        shape.append(several.pop() if several else 1)
+    return torch.empty(shape, dtype=torch.float32, device="meta")
+
+
+@functools.cache
+def _takes_device(func: Any) -> bool:
+    return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+def _no_form(node: fx.Node, why: str, instead: str) -> str:
+    place = node.meta["module"] or "the model itself"
+    operator = node.target._schema.name  # type: ignore[union-attr]
+    return f"{operator} in {place}{source_line(node)} has no form in a graph, {why}: {instead}"
 
 
 def _check_unchanged(recording: Recording, name: str) -> None:
@@ -244,14 +468,11 @@ def _check_unchanged(recording: Recording, name: str) -> None:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost line of the model's code that a node comes from, as text to append."""
-    lines = (node.stack_trace or "").strip().splitlines()
-    files = [place for place, line in enumerate(lines) if line.strip().startswith("File ")]
-    if not files:
+    """The line of the model's code that a node comes from, as text to append."""
+    if not node.meta.get("line"):
         return ""
-    file, _, rest = lines[files[-1]].strip().removeprefix("File ").partition(", line ")
-    code = lines[files[-1] + 1].strip() if files[-1] + 1 < len(lines) else ""
-    return f" ({file.strip(chr(34))}:{rest.split(',')[0]}: {code})"
+    file, number = node.meta["line"]
+    return f" ({file}:{number}: {linecache.getline(file, number).strip()})"
 
 
 def _check_outputs(recording: Recording, name: str, role: Role) -> None:
@@ -262,7 +483,6 @@ def _check_outputs(recording: Recording, name: str, role: Role) -> None:
         for spec in role.state
         if spec.output
     ]
-    symbols = {str(symbol): symbol for symbol in recording.symbols.values()}
     results = output_nodes(recording.graph)
     if len(results) != len(declared):
         names = ", ".join(output for output, _, _ in declared)
@@ -270,23 +490,14 @@ def _check_outputs(recording: Recording, name: str, role: Role) -> None:
             f"the {name} returns {len(results)} tensors, its outputs and states are {len(declared)}: {names}"
         )
     for node, (output, dtype, shape) in zip(results, declared, strict=True):
-        fake = node.meta["val"] if isinstance(node, fx.Node) else None
-        if not isinstance(fake, Tensor):
+        found = node.meta["val"] if isinstance(node, fx.Node) else None
+        if not isinstance(found, Result):
             raise FormatError(f"the {name} returns {node!r} for {output}, which must be a tensor")
-        found, wanted = recording.shape(fake), tuple(_declared(d, symbols) for d in shape)
-        kind = str(fake.dtype).removeprefix("torch.")
-        if found != wanted or kind != dtype:
+        wanted = tuple(map(parse, shape))
+        if found.shape != wanted or found.kind != dtype:
             raise FormatError(
-                f"the {name} returns {output} as {kind} {_text(found)}, it declares {dtype} {_text(wanted)}"
+                f"the {name} returns {output} as {found.kind} {_text(found.shape)}, it declares {dtype} {_text(wanted)}"
             )
-
-
-def _declared(dimension: int | str, symbols: Mapping[str, Any]) -> Any:
-    """An extent as the role writes it, in symbols; the text itself where one of them is in no input."""
-    if isinstance(dimension, int):
-        return dimension
-    parts = [symbols.get(part) for part in _parts(dimension)]
-    return dimension if None in parts else functools.reduce(operator.add, parts)
 
 
 def output_nodes(graph: fx.Graph) -> tuple[Any, ...]:

@@ -125,7 +125,7 @@ def _empty(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, K, D = k.shape
     shape = (B, K, past_key.shape[2] + T, D)
-    return torch.empty_like(q), q.new_empty(shape), q.new_empty(shape)
+    return q.new_empty(q.shape), q.new_empty(shape), q.new_empty(shape)
 
 
 _fused = KernelOp("cached_attention", _forward, fake=_empty)

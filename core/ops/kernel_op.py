@@ -36,7 +36,7 @@ lazy.when_loaded(_note_types)
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Make every op appear as itself, `portlm::<name>`, in what `torch.export` records inside the block.
+    """Make every op appear as itself, `portlm::<name>`, in what is recorded inside the block.
 
     Elsewhere a recording holds the references, PyTorch's own operators, so that others can run it.
     """

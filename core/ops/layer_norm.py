@@ -178,14 +178,14 @@ def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tu
 _fused = KernelOp(
     "layer_norm",
     _forward,
-    fake=lambda x, weight, bias, eps: (torch.empty_like(x), _statistics(x)),
+    fake=lambda x, weight, bias, eps: (x.new_empty(x.shape), _statistics(x)),
     backward=_backward,
     setup_context=_save,
 )
 _fused_add = KernelOp(
     "add_layer_norm",
     _forward_add,
-    fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), _statistics(x)),
+    fake=lambda x, residual, weight, bias, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _statistics(x)),
     backward=_backward_add,
     setup_context=_save_add,
 )

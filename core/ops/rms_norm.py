@@ -162,14 +162,14 @@ def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Any) -> tu
 _fused = KernelOp(
     "rms_norm",
     _forward,
-    fake=lambda x, weight, eps: (torch.empty_like(x), _statistic(x)),
+    fake=lambda x, weight, eps: (x.new_empty(x.shape), _statistic(x)),
     backward=_backward,
     setup_context=_save,
 )
 _fused_add = KernelOp(
     "add_rms_norm",
     _forward_add,
-    fake=lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x), _statistic(x)),
+    fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x)),
     backward=_backward_add,
     setup_context=_save_add,
 )

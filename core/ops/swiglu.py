@@ -87,7 +87,7 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
 _fused = KernelOp(
     "swiglu",
     _forward,
-    fake=lambda gate, up: torch.empty_like(gate),
+    fake=lambda gate, up: gate.new_empty(gate.shape),
     backward=_backward,
     setup_context=_save,
 )
