@@ -209,17 +209,21 @@ def _constant(work: Work, node: Node, value: Tensor) -> Node:
         name = work.weights[origin.name][0]
         if all(user.target is aten.permute.default and user.args == node.args for user in origin.users):
             return _transposed_weight(work, name, value, origin)
-        return _transposed_weight(work, f"{name}_transposed", value, None)
+        # Read both ways: a tensor of its own, since a file keeps no two orders of the same memory.
+        both = f"{name}_transposed"
+        found = next((place for place, (known, _) in work.weights.items() if known == both), None)
+        if found is not None:
+            return next(n for n in work.graph.nodes if n.name == found)
+        return work.weight(both, value.contiguous())
     return work.weight(_label(node), value.contiguous())
 
 
-def _transposed_weight(work: Work, name: str, value: Tensor, origin: Any) -> Node:
+def _transposed_weight(work: Work, name: str, value: Tensor, origin: Node) -> Node:
     for placeholder, (known, tensor) in work.weights.items():
         same = tensor.data_ptr() == value.data_ptr() and tensor.shape == value.shape
         if same and tensor.stride() == value.stride():
             return next(n for n in work.graph.nodes if n.name == placeholder and known)
-    if origin is not None:
-        work.weights[origin.name] = (f"{name}_original", work.weights[origin.name][1])
+    work.weights[origin.name] = (f"{name}_original", work.weights[origin.name][1])
     return work.weight(name, value, before=origin)
 
 

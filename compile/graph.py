@@ -106,6 +106,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._defined: set[str] = set()
+        self._node_names: set[str] = set()
         self._shared: dict[str, str] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
@@ -167,9 +168,9 @@ class GraphBuilder:
         return self._shared[key]
 
     def unique(self, name: str) -> str:
-        """A name that is not taken: the given one, or the first of name_2, name_3, ..."""
+        """A name that no value and no node has: the given one, or the first of name_2, name_3, ..."""
         tried, count = name, 1
-        while tried in self._defined:
+        while tried in self._defined or tried in self._node_names:
             count += 1
             tried = f"{name}_{count}"
         return tried
@@ -215,6 +216,9 @@ class GraphBuilder:
         for value in outputs:
             if value:
                 self._define(value)
+        if name in self._node_names:
+            raise ValueError(f"two nodes are called {name}")
+        self._node_names.add(name)
         self.nodes.append(
             helper.make_node(op_type, inputs, outputs, name=name, domain=domain or None, **attributes)
         )
