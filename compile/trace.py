@@ -374,7 +374,8 @@ def _line() -> tuple[str, int] | None:
 def _is_users(file: str) -> bool:
     """Whether a file is neither PyTorch's nor one of this package's that only pass things on."""
     ours = Path(portlm.__file__).parent
-    tools = (ours / "ops", ours / "compile", ours / "models" / "layers.py")
+    here = Path(__file__).parent  # of an editable install, it lies elsewhere
+    tools = (ours / "ops", here, ours / "models" / "layers.py")
     return not file.startswith(("<", *map(str, (Path(torch.__file__).parent, *tools))))
 
 
