@@ -35,7 +35,9 @@ from portlm.compile.canonical_graph import (
     module_path,
     run,
 )
+from portlm.compile.quiet import quiet
 from portlm.errors import ParityError, UsageError
+from portlm.models.modes import answering
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order differ by about 1e-6 of it
 CHECKED = ((2, 5), (1, 1), (3, 17))  # (B, T) of the comparison, cut to the context
@@ -135,23 +137,24 @@ def trace(
         if parameter.dtype is not torch.float32:
             kind = _short(parameter.dtype)
             raise UsageError(f"{name} is {kind}, and the weight file holds float32: {_cast(parameter)}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name} is on the device meta, where tensors have no values: load its weights first"
+            )
+        if tensor.device.type != "cpu":
+            raise UsageError(f"{name} is on {tensor.device}, and export runs on the CPU: call module.cpu()")
     ids = torch.zeros(2, 5, dtype=torch.int64) if example is None else example
     if ids.dim() != 2 or min(ids.shape) < 2 or ids.dtype != torch.int64:
         raise UsageError(f"example must be int64 (B, T), both at least 2, got {ids.dtype} {tuple(ids.shape)}")
-    training = [(m, m.training) for m in module.modules()]
-    module.eval()
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC(max=context_length or None)}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with answering(module), torch.no_grad(), quiet():
             return torch.export.export(_Logits(module).eval(), (ids,), dynamic_shapes=(sizes,), strict=False)
     except UsageError:
         raise
     except Exception as error:
         raise _explained(error) from error
-    finally:
-        for m, was in training:
-            m.training = was
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -248,6 +251,12 @@ def _start(program: torch.export.ExportedProgram, context_length: int) -> Work:
     graph = fx.Graph()
     values: dict[Node, Node] = {}
     result = graph.graph_copy(program.graph, values)
+    written = {**signature.buffers_to_mutate, **getattr(signature, "parameters_to_mutate", {})}
+    if written:
+        names = ", ".join(sorted(module_path(name) for name in written.values()))
+        raise UsageError(
+            f"forward writes to {names}, and a graph only reads its weights: leave it as it is in eval mode"
+        )
     if not isinstance(result, (tuple, list)) or len(result) != 1 or len(signature.user_inputs) != 1:
         raise UsageError("the module must take input_ids alone and return logits alone")
     graph.output(tuple(result))
@@ -302,6 +311,8 @@ def _finish(work: Work) -> Canonical:
                 raise UsageError(
                     f"{name} is {_short(tensor.dtype)}, and the weight file holds float32: register it as float32"
                 )
+            if not torch.isfinite(tensor).all():
+                raise UsageError(f"{name} holds NaN or infinity, and a graph has finite weights only")
             node.meta["weight"] = name
     (logits,) = next(n for n in graph.nodes if n.op == "output").args[0]
     value = logits.meta["val"]
@@ -311,7 +322,13 @@ def _finish(work: Work) -> Canonical:
         )
     graph.lint()
     weights = dict(work.weights[n.name] for n in graph.nodes if n.name in work.weights)
-    return Canonical(fx.GraphModule(nn.Module(), graph), weights, work.context, int(value.shape[2]))
+    result = Canonical(fx.GraphModule(nn.Module(), graph), weights, work.context, int(value.shape[2]))
+    if _vocabulary(result) < result.vocab_size:
+        raise UsageError(
+            f"the module gives logits for {result.vocab_size} ids and reads {_vocabulary(result)}: it could not read "
+            "all that it writes; make the embedding as long as the logits are wide"
+        )
+    return result
 
 
 def _check(program: torch.export.ExportedProgram, result: Canonical) -> None:

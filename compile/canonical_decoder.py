@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from portlm.compile.canonical import TOLERANCE, Canonical, canonicalise, trace
 from portlm.compile.canonical_graph import Node, Runner, aten, module_path, place, portlm
-from portlm.errors import ParityError
+from portlm.errors import ParityError, UsageError
 from portlm.models.roles import Role
 from portlm.models.roles import decoder as cached_role
 from portlm.roles import TensorSpec
@@ -34,7 +34,8 @@ def decoder_of(module: nn.Module, context_length: int = 0, example: Tensor | Non
         example: ids (B, T) to record with.
 
     Raises:
-        UsageError: something in the module has no form, or nothing bounds its length. The message names the line.
+        UsageError: something in the module has no form, nothing bounds its length, or a token sees those after it. The
+            message names the line.
     """
     program = trace(module, context_length or stated_context(module), example)
     decoder = CanonicalDecoder(canonicalise(program))
@@ -42,7 +43,31 @@ def decoder_of(module: nn.Module, context_length: int = 0, example: Tensor | Non
         why_not = decoder.why_not
         decoder = CanonicalDecoder(canonicalise(program, own_attention=False))
         decoder.why_not = why_not
+        _check_order(decoder)
     return decoder
+
+
+def _check_order(decoder: CanonicalDecoder) -> None:
+    """Compare the logits of the first tokens with those of the whole sequence, on random ids.
+
+    A batch is padded at the end, and every new token comes there: logits may not change by what follows.
+
+    Raises:
+        UsageError: they do.
+    """
+    total = min(33, decoder.context_length)
+    ids = torch.randint(0, decoder.ids(), (2, total), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = decoder(ids)
+        scale = max(float(whole.abs().max()), 1e-6)
+        for T in sorted({1, 2, 3, total // 2, total - 1} & set(range(1, total))):
+            error = float((decoder(ids[:, :T]) - whole[:, :T]).abs().max())
+            if not error <= TOLERANCE * scale:
+                raise UsageError(
+                    f"the logits of {T} tokens change by {error:.3g} of {scale:.3g} when others follow, and a decoder "
+                    "writes from left to right: hide later tokens in every attention, with is_causal=True or a mask "
+                    f"of -inf; here {decoder.why_not}"
+                )
 
 
 def stated_context(module: nn.Module) -> int:
@@ -84,7 +109,9 @@ class CanonicalDecoder(_Part):
         self._graph = self._plain if self.why_not else self._with_cache(canonical)
         for name, tensor in canonical.weights.items():
             path, _, last = name.rpartition(".")
-            self._part(path).register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+            part = self._part(path)
+            _check_free(part, last)
+            part.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
         for node in self._graph.nodes:
             self._part(_path(node))
         if not self.why_not:
@@ -95,6 +122,7 @@ class CanonicalDecoder(_Part):
         part: nn.Module = self
         for name in path.split(".") if path else []:
             if name not in part._modules:
+                _check_free(part, name)
                 part.add_module(name, _Part())
             part = part._modules[name]  # type: ignore[assignment]
         return part
@@ -207,7 +235,7 @@ class CanonicalDecoder(_Part):
         """
         total = min(9, self.context_length)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self._ids(), (2, total), generator=generator)
+        ids = torch.randint(0, self.ids(), (2, total), generator=generator)
         with torch.no_grad():
             expected = self(ids)
             past = [(torch.zeros(2, K, 0, D), torch.zeros(2, K, 0, D)) for K, D in self.caches]
@@ -222,13 +250,22 @@ class CanonicalDecoder(_Part):
         if not error <= TOLERANCE * max(float(expected.abs().max()), 1e-6):
             raise ParityError(f"steps over a cache differ from the whole sequence by {error:.3g}")
 
-    def _ids(self) -> int:
+    def ids(self) -> int:
+        """Return how many ids the model reads; it may give logits for fewer."""
         tables = [
             n.args[1].meta["val"].shape[0]
             for n in self._plain.nodes
             if n.target is portlm.embedding.default and n.args[0].target == "input_ids"
         ]
         return min(tables, default=self.vocab_size)
+
+
+def _check_free(part: nn.Module, name: str) -> None:
+    if hasattr(part, name):
+        raise UsageError(
+            f"a part of the module is called {name!r}, and so is an attribute of the decoder that is exported in its "
+            "place: rename it"
+        )
 
 
 def _item(values: Any, index: int) -> Any:

@@ -40,7 +40,7 @@ def bound_context(work: Work) -> None:
             work.context = min(work.context or rows, rows)
     if not work.context:
         raise UsageError(
-            "nothing in the module says how many tokens it can take: give context_length, the longest sequence"
+            "nothing in the module says how many tokens it can take: set module.context_length, the longest sequence"
         )
 
 

@@ -144,9 +144,13 @@ def _check_fields(message: Message) -> None:
 
 
 def _check_nodes(graph: onnx.GraphProto) -> None:
+    names: set[str] = set()
     for node in graph.node:
         _check_fields(node)
         name, domain, operator = _text(node.name), _text(node.domain), _text(node.op_type)
+        if name in names:
+            raise _RefusedError(f"two nodes are called {name!r}")
+        names.add(name)
         allowed = OPERATORS.get(domain, {}).get(operator)
         if allowed is None:
             raise _RefusedError(f"operator {operator!r} of {domain!r} is not one of ours (node {name!r})")

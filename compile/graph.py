@@ -7,7 +7,7 @@ that differs between two engines is named as in the PyTorch model.
 Nothing here depends on time, machine or hash order: the same calls write the same bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._defined: set[str] = set()
-        self._node_names: set[str] = set()
+        self._nodes: set[str] = set()
         self._shared: dict[str, str] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
@@ -134,6 +134,7 @@ class GraphBuilder:
         for value in node.output:
             if value:
                 self._define(value)
+        self._nodes.add(node.name)
         self.nodes.append(node)
 
     def weight(self, name: str) -> str:
@@ -168,12 +169,8 @@ class GraphBuilder:
         return self._shared[key]
 
     def unique(self, name: str) -> str:
-        """A name that no value and no node has: the given one, or the first of name_2, name_3, ..."""
-        tried, count = name, 1
-        while tried in self._defined or tried in self._node_names:
-            count += 1
-            tried = f"{name}_{count}"
-        return tried
+        """A name that is not taken: the given one, or the first of name_2, name_3, ..."""
+        return _free(name, self._defined)
 
     def axis(self, value: int) -> str:
         """An int64 constant of rank 0, stored in the graph."""
@@ -209,16 +206,18 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> tuple[str, ...]:
-        """Append a node with several outputs, whose names are given in full; "" skips an optional output."""
+        """Append a node with several outputs, whose names are given in full; "" skips an optional output.
+
+        A name that another node has gets a number: the node is known by its outputs.
+        """
         for value in inputs:
             if value and value not in self._defined:
                 raise ValueError(f"node {name} reads {value}, which nothing before it computes")
         for value in outputs:
             if value:
                 self._define(value)
-        if name in self._node_names:
-            raise ValueError(f"two nodes are called {name}")
-        self._node_names.add(name)
+        name = _free(name, self._nodes)
+        self._nodes.add(name)
         self.nodes.append(
             helper.make_node(op_type, inputs, outputs, name=name, domain=domain or None, **attributes)
         )
@@ -241,6 +240,15 @@ class GraphBuilder:
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="portlm")
         helper.set_model_props(model, dict(metadata))
         return model
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """Return the first of name, name_2, name_3, ... that is not taken."""
+    tried, count = name, 1
+    while tried in taken:
+        count += 1
+        tried = f"{name}_{count}"
+    return tried
 
 
 def _value_info(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:

@@ -15,6 +15,7 @@ from portlm.runtimes.stopping import check_stops
 
 MAX_VOCABULARY = 2**31  # of any model: a top_k above the real one is refused where that is known
 MAX_BEAMS = 256
+MAX_LENGTH_PENALTY = 32  # the longest context to this power, or one over it, is still a float
 
 
 class Options(TypedDict, total=False):
@@ -99,8 +100,10 @@ class Decoding:
             raise UsageError(f"no_repeat_ngram_size must be 0 or more, got {self.no_repeat_ngram_size!r}")
         if at_least_one("num_beams", self.num_beams) > MAX_BEAMS:
             raise UsageError(f"num_beams must be at most {MAX_BEAMS}, got {self.num_beams}")
-        if not abs(_number("length_penalty", self.length_penalty)) < float("inf"):
-            raise UsageError(f"length_penalty must be finite, got {self.length_penalty}")
+        if not abs(_number("length_penalty", self.length_penalty)) <= MAX_LENGTH_PENALTY:
+            raise UsageError(
+                f"length_penalty must be from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}, got {self.length_penalty}"
+            )
         if self.early_stopping != "never":
             _flag("early_stopping", self.early_stopping, ' or "never"')
         if self.num_beams > 1 and (self.temperature != 0 or self.stop):

@@ -64,6 +64,7 @@ def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
     import torch
 
     from portlm.compile import parity
+    from portlm.models.modes import answering
     from portlm.models.roles import roles_of
     from portlm.ops.kernel_op import without_kernels
     from portlm.runtimes.eager import TorchEngine
@@ -72,13 +73,8 @@ def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
     functions = declared or {"decoder": _whole_forward(module, manifest.model.vocab_size)}
     sizes = manifest.model.vocab_size, manifest.model.context_length
     engine = TorchEngine(functions, *sizes, "cpu", "native", {"cpu": 0})
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), without_kernels():
-            parity.certify(folder, [], reference=engine)
-    finally:
-        module.train(training)
+    with answering(module), torch.no_grad(), without_kernels():
+        parity.certify(folder, [], reference=engine)
 
 
 def _whole_forward(module: nn.Module, vocab_size: int) -> Role:

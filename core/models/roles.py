@@ -78,7 +78,7 @@ def decoder(step: Callable[..., Any], *, vocab_size: int, caches: Sequence[tuple
 def roles_of(module: nn.Module) -> dict[str, Role] | None:
     """Return the roles that a module declares, or None where it declares none."""
     declare = getattr(module, "roles", None)
-    return declare() if callable(declare) else None
+    return declare() if callable(declare) and not isinstance(declare, nn.Module) else None
 
 
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -161,7 +161,7 @@ _fused_value = KernelOp(
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
     x, w1, b1, w2, b2 = inputs
     (y,) = outputs
-    first = module_of(w1)
+    first = g.unique(module_of(w1))  # taken where a model calls the same layer twice
     hidden = g.op("MatMul", (x, w1), f"{first}.matmul")
     hidden = g.op("Add", (hidden, b1), first)
     hidden = g.op("Gelu", (hidden,), f"{first}.gelu", approximate=attributes["approximate"])

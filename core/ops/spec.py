@@ -48,6 +48,9 @@ class Builder(Protocol):
     def shared(self, key: str, make: Callable[[], str]) -> str:
         """Return what `make` writes, written once however many nodes ask for it."""
 
+    def unique(self, name: str) -> str:
+        """Return a name that is not taken: the given one, or one with a number."""
+
     def input_shape(self, name: str) -> Shape:
         """Return the declared shape of a graph input."""
 

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch", reason="torch is missing: pip install portl
 from torch import nn  # noqa: E402
 
 from portlm.compile.canonical_decoder import decoder_of  # noqa: E402
-from portlm.errors import ParityError  # noqa: E402
+from portlm.errors import ParityError, UsageError  # noqa: E402
 
 EQUAL = 1e-5  # of the largest logit: a hundred roundings of float32
 LENGTHS = (11, 7, 3)  # left-padded to the first
@@ -135,8 +135,40 @@ def sums_over_time(x):
     return x + x @ (x.transpose(1, 2) @ x)
 
 
-@pytest.mark.parametrize("mix", [full_attention, sums_over_time], ids=lambda f: f.__name__)
-def test_what_sees_later_tokens_has_no_cache_and_says_where(foreign, mix):
+def weakly_hidden(x):
+    ahead = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+    return x + (x @ x.transpose(1, 2)).masked_fill(ahead, -3.0).softmax(-1) @ x
+
+
+def first_row_sees_all(x):
+    """The mask hides the token itself too, so that the first sees nothing, which is everything to softmax."""
+    unseen = torch.ones(x.shape[1], x.shape[1]).triu(0).bool()
+    return x + (x @ x.transpose(1, 2)).masked_fill(unseen, -1e9).softmax(-1) @ x
+
+
+def window(x):
+    places = torch.arange(x.shape[1])
+    far = places[:, None] - places
+    return x + (x @ x.transpose(1, 2)).masked_fill((far < 0) | (far > 2), -torch.inf).softmax(-1) @ x
+
+
+def decay(x):
+    places = torch.arange(x.shape[1])
+    far = places[:, None] - places
+    return x + (x @ x.transpose(1, 2) * torch.where(far >= 0, 0.9**far, 0.0)) @ x
+
+
+@pytest.mark.parametrize(
+    "mix", [full_attention, sums_over_time, weakly_hidden, first_row_sees_all], ids=lambda f: f.__name__
+)
+def test_a_token_that_sees_those_after_it_is_refused(foreign, mix):
+    """Rows of a batch are padded behind their end: such a module would answer by the padding."""
+    with pytest.raises(UsageError, match=r"when others follow.*test_canonical_decoder.py line"):
+        decoder_of(foreign.randomised(Mixer(mix)))
+
+
+@pytest.mark.parametrize("mix", [window, decay], ids=lambda f: f.__name__)
+def test_what_sees_tokens_otherwise_has_no_cache_and_says_where(foreign, mix):
     model = foreign.randomised(Mixer(mix))
     decoder = decoder_of(model)
     assert "tokens see each other" in decoder.why_not
@@ -170,3 +202,12 @@ def test_steps_that_differ_from_the_sequence_are_never_exported(foreign, monkeyp
     monkeypatch.setattr(canonical_decoder, "mixing", lambda canonical: "")
     with pytest.raises(ParityError, match="differ from the whole sequence"):
         decoder_of(foreign.randomised(Mixer(full_attention)))
+
+
+@pytest.mark.parametrize("name", ["step", "roles", "caches"])
+def test_a_part_with_a_name_that_the_decoder_has_is_named(foreign, name):
+    model = Mixer(lambda x: x)
+    model.add_module(name, nn.Linear(16, 16))
+    model.mix = lambda x: model._modules[name](x)
+    with pytest.raises(UsageError, match=f"called '{name}'.*rename it"):
+        decoder_of(foreign.randomised(model))

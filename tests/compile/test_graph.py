@@ -128,6 +128,15 @@ def test_builder_refuses_a_name_that_is_taken():
         g.op("Relu", ("x",), "x")
 
 
+def test_nodes_have_names_of_their_own():
+    """Two splits of one value were called the same, and ONNX Runtime refused the graph."""
+    g = GraphBuilder("g", {}, WeightFile("w"), {})
+    g.input("x", "float32", (2, 4))
+    for k in range(2):
+        g.split_op("Split", ("x", g.ints(2, 2)), "x.split", (f"a{k}", f"b{k}"), axis=1)
+    assert [node.name for node in g.nodes] == ["x.split", "x.split_2"]
+
+
 def test_weight_file_refuses_a_diverged_model(tmp_path):
     file = WeightFile("w")
     file.add("a.weight", np.array([1.0, np.nan], np.float32))

@@ -164,7 +164,8 @@ def test_a_search_with_something_else_is_refused():
         ({"temperature": 1.0}, "needs temperature 0"), ({"stop": "x"}, "no stop strings"),
         ({"num_beams": 0}, "num_beams"), ({"num_beams": 1000}, "at most 256"),
         ({"early_stopping": "soon"}, "early_stopping"),
-        ({"length_penalty": float("nan")}, "length_penalty"), ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"length_penalty": float("nan")}, "length_penalty"), ({"length_penalty": -1e308}, "from -32 to 32"),
+        ({"length_penalty": 33}, "from -32 to 32"), ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"), ({"num_beam": 2}, "did you mean num_beams"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=words):
