@@ -23,10 +23,13 @@ from portlm.ops.cached_attention import cached_attention
 from portlm.ops.embedding import embedding
 from portlm.ops.gelu_mlp import gelu_mlp
 from portlm.ops.layer_norm import layer_norm
+from portlm.ops.lazy import settle
 from portlm.ops.linear import linear
 from portlm.ops.rms_norm import rms_norm
 from portlm.ops.rotary import rotary
 from portlm.ops.swiglu import swiglu
+
+settle()  # their files may have been imported before PyTorch: only now are torch.ops.portlm.* there
 
 aten = torch.ops.aten
 portlm = torch.ops.portlm
