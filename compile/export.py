@@ -4,6 +4,7 @@ The graphs are captured from the model's own code (compile/trace.py, compile/cap
 description of a model to fall behind. Equal bytes come from equal checkpoints.
 """
 
+import math
 import mmap
 import shutil
 import warnings
@@ -32,8 +33,8 @@ from portlm.compile.check import check_model
 from portlm.compile.forms import PROFILES
 from portlm.compile.graph import OPSET, WeightFile
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import check_space, free_bytes
-from portlm.folders import new_folder
+from portlm.files import check_space, free_bytes, read_json
+from portlm.folders import FILE_OPS, new_folder
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
 from portlm.roles import file_stem
@@ -76,15 +77,17 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     _check_target(source, target)
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
-    module, release = open_mapped(source)
+    read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
+    weights = read_header(source / WEIGHTS)
     copied = [name for name in COPIED if (source / name).is_file()]
     size = sum((source / name).stat().st_size for name in copied)
+    size += sum(math.prod(info.shape) * 4 for info in weights.values())
 
     def bring(workshop: Path) -> None:
         for name in copied:
             shutil.copyfile(source / name, workshop / name)
 
-    return _make(module, target, profiles, size, bring, release=release, from_disk=True)
+    return _make(lambda: open_mapped(source), target, profiles, size, bring, beside=True)
 
 
 def export_module(
@@ -126,7 +129,7 @@ def export_module(
         decoder = decoder_of(module, example=example)
         decoder.warn(type(module).__name__)
         module = decoder
-    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    size = sum(p.numel() * (p.element_size() + 4) for p in module.parameters())
     config = getattr(module, "config", None)
 
     def bring(workshop: Path) -> None:
@@ -137,7 +140,7 @@ def export_module(
         elif tokenizer is not None:
             tokenizer.save(workshop)
 
-    return _make(module, target, profiles, size, bring, example)
+    return _make(lambda: (module, lambda: None), target, profiles, size, bring)
 
 
 def open_mapped(folder: str | Path) -> "tuple[nn.Module, Callable[[], None]]":
@@ -176,45 +179,38 @@ def open_mapped(folder: str | Path) -> "tuple[nn.Module, Callable[[], None]]":
 
 
 def _make(
-    module: "nn.Module",
+    load: "Callable[[], tuple[nn.Module, Callable[[], None]]]",
     target: Path,
     profiles: Sequence[str],
     size: int,
     bring: Callable[[Path], None],
-    example: Any = None,
-    release: Callable[[], None] = lambda: None,
     *,
-    from_disk: bool = False,
+    beside: bool = False,
 ) -> Path:
     """Capture a module's roles and put the artifact in its place.
 
     Args:
-        module: the model.
+        load: returns the model, and what WeightFile.write calls after each tensor.
         target: the artifact folder.
         profiles: which graphs to write.
-        size: bytes of what `bring` puts there.
+        size: bytes of what is written, graphs aside.
         bring: writes the files beside the graphs into a folder.
-        example: see export_module.
-        release: see WeightFile.write.
-        from_disk: `bring` copies files and does not look at the module: the disk and the hash then work while it is
-            captured, for neither needs Python's lock.
+        beside: `bring` copies files and does not look at the module: the disk and the hash then work while PyTorch is
+            loaded and the module captured, for neither needs Python's lock.
     """
-    roles = roles_to_export(module, example)
-    context = _context_length(module)
-    size += sum(p.numel() * 4 for p in module.parameters())
     size += size // 10
     check_space(target.parent, size)
     try:
         with new_folder(target) as workshop, ThreadPoolExecutor(1) as aside:
             brought = aside.submit(_bring_and_hash, bring, workshop)
-            if not from_disk:  # while a module is captured, its parameters are fakes
+            if not beside:  # while a module is captured, its parameters have no values
                 brought.result()
+            module, release = load()
+            roles, context = roles_to_export(module), _context_length(module)
             graphs = capture(module, roles, profiles, context)
-            files = brought.result()
-            write_graphs(graphs, workshop / "onnx", release)
-            written = [name for name in list_files(workshop) if name not in files]
-            files = dict(sorted((files | hash_files(workshop, written)).items()))
-            write_manifest(workshop, _describe(module, roles, profiles, files, context))
+            written = write_graphs(graphs, workshop / "onnx", release)
+            files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
+            write_manifest(workshop, _describe(module, roles, profiles, dict(sorted(files.items())), context))
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
         raise StorageError(f"{target} cannot be written: {error.strerror or error}; {room}") from error
@@ -223,10 +219,13 @@ def _make(
 
 def _bring_and_hash(bring: Callable[[Path], None], folder: Path) -> dict[str, FileEntry]:
     bring(folder)
-    return hash_files(folder, list_files(folder))
+    names = list_files(folder)
+    for name in names:  # the disk writes while the hash is computed
+        FILE_OPS.seal_file(folder / name, hashed=False)
+    return hash_files(folder, names)
 
 
-def roles_to_export(module: "nn.Module", example: Any = None) -> "Mapping[str, Role]":
+def roles_to_export(module: "nn.Module") -> "Mapping[str, Role]":
     """Return the roles of a module.
 
     Raises:
@@ -288,7 +287,9 @@ def capture(
     return graphs
 
 
-def write_graphs(graphs: Graphs, folder: Path, release: Callable[[], None] = lambda: None) -> None:
+def write_graphs(
+    graphs: Graphs, folder: Path, release: Callable[[], None] = lambda: None
+) -> dict[str, FileEntry]:
     """Write <role>.<profile>.onnx for each role and profile, and each role's weight file; check what was written.
 
     Args:
@@ -296,17 +297,25 @@ def write_graphs(graphs: Graphs, folder: Path, release: Callable[[], None] = lam
         folder: is made.
         release: see WeightFile.write.
 
+    Returns:
+        Size and sha256 of the files, by name.
+
     Raises:
         FormatError: a weight holds NaN or infinity.
     """
     folder.mkdir()
+    files: dict[str, FileEntry] = {}
     for name, (file, models) in graphs.items():
         for profile, model in models.items():
             path = folder / graph_file(name, profile)
             path.write_bytes(model.SerializeToString(deterministic=True))
-        file.write(folder / weight_file(name), release)
+        files[weight_file(name)] = FileEntry(
+            sha256=file.write(folder / weight_file(name), release), size=file.size
+        )
         for profile in models:
             check_model(folder / graph_file(name, profile))
+        files |= hash_files(folder, [graph_file(name, profile) for profile in models])
+    return files
 
 
 def graph_file(role: str, profile: str) -> str:

@@ -7,8 +7,13 @@ that differs between two engines is named as in the PyTorch model.
 Nothing here depends on time, machine or hash order: the same calls write the same bytes.
 """
 
+import hashlib
+import os
+from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +62,57 @@ class WeightFile:
         """Bytes of the finished file."""
         return self._end
 
-    def write(self, path: Path, release: Callable[[], None] = lambda: None) -> None:
-        """Write the file, one tensor in memory at a time.
+    def write(self, path: Path, release: Callable[[], None] = lambda: None) -> str:
+        """Write the file, and wait until it is on the disk.
+
+        Two tensors are in memory at a time: one is checked and hashed while the next is written.
 
         Args:
             path: of the file.
             release: called after each tensor; gives back the memory that reading it took.
 
+        Returns:
+            The sha256 of the file.
+
         Raises:
             FormatError: a weight holds NaN or infinity; no engine would agree with another on it.
         """
-        with path.open("wb") as file:
+        digest = hashlib.sha256()
+        checks: deque[Future[None]] = deque()
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as aside:
+            end = 0
             for name, span in self.spans.items():
-                if not np.isfinite(span.array).all():
-                    raise FormatError(
-                        f"{name} holds NaN or infinity: export a checkpoint that has not diverged"
-                    )
-                file.write(b"\0" * (span.offset - file.tell()))
-                file.write(np.ascontiguousarray(span.array).data)
+                array = np.ascontiguousarray(span.array).reshape(-1)
+                padding = b"\0" * (span.offset - end)
+                checks.append(aside.submit(_check_and_hash, name, array, padding, digest))
+                write_all(file, padding)
+                write_all(file, array.view(np.uint8).data)
+                end = span.offset + span.length
+                if len(checks) > 1:
+                    checks.popleft().result()
                 release()
+            os.fsync(file.fileno())
+            for check in checks:
+                check.result()
+        return digest.hexdigest()
+
+
+def write_all(file: RawIOBase, data: bytes | memoryview) -> None:
+    """Write all bytes to an unbuffered file, which may take only a part at once."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _check_and_hash(name: str, array: np.ndarray, padding: bytes, digest: Any) -> None:
+    """Refuse NaN and infinity, and hash the padding and the array: both while a block is in the processor's cache."""
+    digest.update(padding)
+    block = 2**16
+    for begin in range(0, array.size, block):
+        part = array[begin : begin + block]
+        if not np.isfinite(part).all():
+            raise FormatError(f"{name} holds NaN or infinity: export a checkpoint that has not diverged")
+        digest.update(part.view(np.uint8).data)
 
 
 class GraphBuilder:

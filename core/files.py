@@ -56,7 +56,12 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """
     with open_regular(path) as file:
         try:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest, part = hashlib.sha256(), memoryview(bytearray(2**22))
+            while count := file.readinto(
+                part
+            ):  # large parts: another thread may hold Python's lock in between
+                digest.update(part[:count])
+            return digest.hexdigest()
         except OSError as error:
             raise FormatError(f"{path} cannot be read: {error.strerror}") from error
 
