@@ -356,15 +356,15 @@ def _describe(
 ) -> Manifest:
     import torch
 
-    provenance = Provenance(
-        versions={
-            "portlm": __version__,
-            "torch": str(torch.__version__),
-            "onnx": onnx.__version__,
-            "numpy": np.__version__,
-        },
-        settings={"opset": OPSET, "domain_version": DOMAIN_VERSION},
-    )
+    from portlm.compile.trace import traced_shapes
+
+    versions = {
+        "portlm": __version__,
+        "torch": str(torch.__version__),
+        "onnx": onnx.__version__,
+        "numpy": np.__version__,
+    }
+    settings: dict[str, str | bool | int | float] = {"opset": OPSET, "domain_version": DOMAIN_VERSION}
     described = {
         name: RoleSpec(
             profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in profiles},
@@ -372,7 +372,7 @@ def _describe(
             inputs=role.inputs,
             outputs=role.outputs,
             state=role.state,
-            provenance=provenance,
+            provenance=Provenance(versions, settings, traced_shapes(role)),
         )
         for name, role in roles.items()
     }

@@ -81,11 +81,7 @@ def record(module: nn.Module, name: str, role: Role) -> Recording:
         FormatError: the function branches on the values of tensors, does what cannot be recorded, works for one size
             only, or gives something else than the role declares. The message names the line.
     """
-    specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
-    where: dict[str, str] = {}  # symbol -> the input that has it
-    for spec in specs:
-        for part in (part for d in spec.shape if isinstance(d, str) for part in parts(d)):
-            where.setdefault(part, spec.name)
+    where = _symbols(role)
     numbers = dict(zip(where, NUMBERS, strict=False))
     first = _run(module, name, role, {symbol: pair[0] for symbol, pair in numbers.items()})
     try:
@@ -97,6 +93,35 @@ def record(module: nn.Module, name: str, role: Role) -> Recording:
     _check_unchanged(recording, name)
     _check_outputs(recording, name, role)
     return recording
+
+
+def traced_shapes(role: Role) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of inputs and states that a role is first recorded with, by name."""
+    return _shapes(role, {symbol: pair[0] for symbol, pair in zip(_symbols(role), NUMBERS, strict=False)})
+
+
+def _specs(role: Role) -> Sequence[TensorSpec | StateSpec]:
+    """What the function takes, in order."""
+    return (*role.inputs, *role.state)
+
+
+def _symbols(role: Role) -> dict[str, str]:
+    """The symbols of a role, each with the first input or state that has it."""
+    where: dict[str, str] = {}
+    for spec in _specs(role):
+        for part in (part for d in spec.shape if isinstance(d, str) for part in parts(d)):
+            where.setdefault(part, spec.name)
+    return where
+
+
+def _shapes(role: Role, numbers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a role's inputs and states, with a number for each symbol."""
+    return {
+        spec.name: tuple(
+            d if isinstance(d, int) else sum(numbers[part] for part in parts(d)) for d in spec.shape
+        )
+        for spec in _specs(role)
+    }
 
 
 class _ValuesError(Exception):
@@ -237,17 +262,10 @@ def _run(module: nn.Module, name: str, role: Role, numbers: Mapping[str, int]) -
     try:
         # In inference mode operators arrive whole: otherwise autograd takes many apart first.
         with torch.inference_mode(), exporting(), _flags(), _modules(recorder):
-            specs: Sequence[TensorSpec | StateSpec] = (*role.inputs, *role.state)
+            shapes = _shapes(role, numbers)
             tensors = [
-                torch.empty(
-                    [
-                        d if isinstance(d, int) else sum(numbers[part] for part in parts(d))
-                        for d in spec.shape
-                    ],
-                    dtype=getattr(torch, spec.dtype),
-                    device="meta",
-                )
-                for spec in specs
+                torch.empty(shapes[spec.name], dtype=getattr(torch, spec.dtype), device="meta")
+                for spec in _specs(role)
             ]
             for tensor in tensors:
                 recorder.input(tensor)

@@ -230,3 +230,12 @@ def test_half_precision_checkpoint_is_widened_exactly(checkpoint, tmp_path):
     same = export(checkpoint, tmp_path / "single")
     data = "onnx/decoder.onnx.data"
     assert (folder / data).read_bytes() == (same / data).read_bytes()
+
+
+def test_a_graph_records_where_it_comes_from(exported):
+    found = read_manifest(exported["gpt2"]).roles["decoder"].provenance
+    assert {"portlm", "torch", "onnx"} <= found.versions.keys()
+    assert found.settings["opset"] == 20
+    batch, sequence = found.traced["input_ids"]
+    past = found.traced["past_key_values.0.key"][2]
+    assert found.traced["attention_mask"] == (batch, past + sequence)
