@@ -5,7 +5,6 @@ description of a model to fall behind. Equal bytes come from equal checkpoints.
 """
 
 import math
-import mmap
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,13 +31,14 @@ from portlm.artifact import (
 from portlm.compile.check import check_model
 from portlm.compile.forms import PROFILES
 from portlm.compile.graph import OPSET, WeightFile
+from portlm.compile.mapped import MappedFile
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
 from portlm.folders import FILE_OPS, new_folder
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
 from portlm.roles import file_stem
-from portlm.weights import load_numpy, read_header
+from portlm.weights import read_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -140,16 +140,16 @@ def export_module(
         elif tokenizer is not None:
             tokenizer.save(workshop)
 
-    return _make(lambda: (module, lambda: None), target, profiles, size, bring)
+    return _make(lambda: (module, None), target, profiles, size, bring)
 
 
-def open_mapped(folder: str | Path) -> "tuple[nn.Module, Callable[[], None]]":
+def open_mapped(folder: str | Path) -> "tuple[nn.Module, MappedFile]":
     """Return the model of a checkpoint folder, its parameters views of the mapped file.
 
     Half precision is widened, which needs memory. Everything is compared with config.json before.
 
     Returns:
-        The model, and a function that gives back the memory of what was read of the file; it is read again if needed.
+        The model and the file.
 
     Raises:
         FormatError: a file is missing or damaged, or a tensor is missing, unexpected, of another shape or dtype.
@@ -159,27 +159,20 @@ def open_mapped(folder: str | Path) -> "tuple[nn.Module, Callable[[], None]]":
     folder = Path(folder)
     config, path = load_config(folder), folder / WEIGHTS
     check_tensors(path, read_header(path), expected_shapes(config), dtypes=("F32", "F16"))
-    mapped = load_numpy(path)
+    mapped = MappedFile(path)
     # The parameters' first memory is never touched, and so costs none.
     model: Any = FAMILIES[config.family].model_class()(config, init=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch would warn that the file cannot be written to: nobody does
         for name, parameter in model.named_parameters():
             hf_name, transposed = model.hf_name(name)
-            tensor = torch.from_numpy(mapped[hf_name].astype(np.float32, copy=False))
+            tensor = torch.from_numpy(mapped.arrays[hf_name].astype(np.float32, copy=False))
             parameter.data = tensor.t() if transposed else tensor
-    bases: list[Any] = [array.base for array in mapped.values()]
-    maps = [base for base in bases if isinstance(base, mmap.mmap)][:1]  # there is one, of all tensors
-
-    def release() -> None:
-        for file in maps:
-            file.madvise(mmap.MADV_DONTNEED)
-
-    return model.eval(), release
+    return model.eval(), mapped
 
 
 def _make(
-    load: "Callable[[], tuple[nn.Module, Callable[[], None]]]",
+    load: "Callable[[], tuple[nn.Module, MappedFile | None]]",
     target: Path,
     profiles: Sequence[str],
     size: int,
@@ -190,7 +183,7 @@ def _make(
     """Capture a module's roles and put the artifact in its place.
 
     Args:
-        load: returns the model, and what WeightFile.write calls after each tensor.
+        load: returns the model, and the file that its weights are in, if there is one.
         target: the artifact folder.
         profiles: which graphs to write.
         size: bytes of what is written, graphs aside.
@@ -205,10 +198,10 @@ def _make(
             brought = aside.submit(_bring_and_hash, bring, workshop)
             if not beside:  # while a module is captured, its parameters have no values
                 brought.result()
-            module, release = load()
+            module, weights = load()
             roles, context = roles_to_export(module), _context_length(module)
             graphs = capture(module, roles, profiles, context)
-            written = write_graphs(graphs, workshop / "onnx", release)
+            written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
             write_manifest(workshop, _describe(module, roles, profiles, dict(sorted(files.items())), context))
     except OSError as error:
@@ -287,15 +280,13 @@ def capture(
     return graphs
 
 
-def write_graphs(
-    graphs: Graphs, folder: Path, release: Callable[[], None] = lambda: None
-) -> dict[str, FileEntry]:
+def write_graphs(graphs: Graphs, folder: Path, source: MappedFile | None = None) -> dict[str, FileEntry]:
     """Write <role>.<profile>.onnx for each role and profile, and each role's weight file; check what was written.
 
     Args:
         graphs: of a module.
         folder: is made.
-        release: see WeightFile.write.
+        source: see WeightFile.write.
 
     Returns:
         Size and sha256 of the files, by name.
@@ -310,7 +301,7 @@ def write_graphs(
             path = folder / graph_file(name, profile)
             path.write_bytes(model.SerializeToString(deterministic=True))
         files[weight_file(name)] = FileEntry(
-            sha256=file.write(folder / weight_file(name), release), size=file.size
+            sha256=file.write(folder / weight_file(name), source), size=file.size
         )
         for profile in models:
             check_model(folder / graph_file(name, profile))

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from portlm.compile.mapped import MappedFile
 from portlm.errors import FormatError
 
 OPSET = 20  # Gelu is standard from 20 on; ONNX Runtime and TVM's importer both read it
@@ -62,14 +63,14 @@ class WeightFile:
         """Bytes of the finished file."""
         return self._end
 
-    def write(self, path: Path, release: Callable[[], None] = lambda: None) -> str:
+    def write(self, path: Path, source: MappedFile | None = None) -> str:
         """Write the file, and wait until it is on the disk.
 
         Two tensors are in memory at a time: one is checked and hashed while the next is written.
 
         Args:
             path: of the file.
-            release: called after each tensor; gives back the memory that reading it took.
+            source: where the weights come from, if that is a file.
 
         Returns:
             The sha256 of the file.
@@ -86,11 +87,13 @@ class WeightFile:
                 padding = b"\0" * (span.offset - end)
                 checks.append(aside.submit(_check_and_hash, name, array, padding, digest))
                 write_all(file, padding)
-                write_all(file, array.view(np.uint8).data)
+                copied = source.copy(array, file) if source else 0
+                write_all(file, array.view(np.uint8).data[copied:])
                 end = span.offset + span.length
                 if len(checks) > 1:
                     checks.popleft().result()
-                release()
+                if source:
+                    source.release()
             os.fsync(file.fileno())
             for check in checks:
                 check.result()
