@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,12 +150,27 @@ def trace(
         raise UsageError(f"example must be int64 (B, T), both at least 2, got {ids.dtype} {tuple(ids.shape)}")
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC(max=context_length or None)}
     try:
-        with answering(module), torch.no_grad(), quiet():
+        with answering(module), torch.no_grad(), quiet(), _masks_as_given():
             return torch.export.export(_Logits(module).eval(), (ids,), dynamic_shapes=(sizes,), strict=False)
     except UsageError:
         raise
     except Exception as error:
         raise _explained(error) from error
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Keep nn.TransformerEncoder and its kin from looking at the values of a mask, to see whether it is causal.
+
+    A recording has no values. The mask itself says what it hides, and is recorded.
+    """
+    layers: Any = torch.nn.modules.transformer
+    original = layers._detect_is_causal_mask
+    layers._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        layers._detect_is_causal_mask = original
 
 
 def _short(dtype: torch.dtype) -> str:

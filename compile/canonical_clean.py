@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from portlm.compile.canonical_graph import (
     Work,
     aten,
     is_node,
+    portlm,
     same_shape,
     unsupported,
 )
@@ -352,7 +354,65 @@ def _settle_reshape(work: Work, node: Node) -> Node | None:
             axes = sorted(dims[j] for j in kept)
             small = work.reshape(node, inner, [work.shape(inner)[a] for a in axes])
             return work.permute(node, small, [axes.index(dims[j]) for j in kept])
+        rules = (_apart_again, _split_first, _join_first)
+        return next((new for rule in rules if (new := rule(work, node, inner, dims)) is not None), None)
     return None
+
+
+def _apart_again(work: Work, node: Node, inner: Node, dims: list[int]) -> Node | None:
+    """Leave two axes apart that were joined in front of a permute, if what follows it is a reshape anyway.
+
+    nn.MultiheadAttention keeps the batch and the heads in one axis, (B H, T, D), and moves it.
+    """
+    if inner.target is not aten.reshape.default:
+        return None
+    apart, joined = work.shape(inner.args[0]), work.shape(inner)
+    place = _taken_apart(joined, apart)
+    return (
+        None
+        if place is None
+        else work.reshape(node, _permute_pair(work, node, inner.args[0], dims, place), work.shape(node))
+    )
+
+
+def _split_first(work: Work, node: Node, inner: Node, dims: list[int]) -> Node | None:
+    """Take an axis apart in front of a permute: where a reshape is that it meets, or where the last axis stays."""
+    before, after = work.shape(node.args[0]), work.shape(node)
+    axis = _taken_apart(before, after)
+    last = len(before) - 1
+    if axis is None or not (inner.target is aten.reshape.default or axis == dims[axis] == last):
+        return None
+    place, shape = dims[axis], list(work.shape(inner))
+    shape[place : place + 1] = after[axis : axis + 2]
+    return _permute_pair(work, node, work.reshape(node, inner, shape), dims, place)
+
+
+def _join_first(work: Work, node: Node, inner: Node, dims: list[int]) -> Node | None:
+    """Join the last two axes in front of a permute that leaves them where they are."""
+    before, after = work.shape(node.args[0]), work.shape(node)
+    last = len(before) - 1
+    if dims[last - 1 :] != [last - 1, last] or _taken_apart(after, before) != last - 1:
+        return None
+    small = work.reshape(node, inner, (*work.shape(inner)[: last - 1], after[-1]))
+    return work.permute(node, small, dims[:last])
+
+
+def _taken_apart(joined: Sequence[Any], apart: Sequence[Any]) -> int | None:
+    """Return the axis that is two axes in the second shape, which is otherwise equal, else None."""
+    if len(apart) != len(joined) + 1:
+        return None
+    axis = next(
+        (j for j, size in enumerate(joined) if not same_shape((size,), apart[j : j + 1])), len(joined) - 1
+    )
+    return axis if same_shape(joined[axis + 1 :], apart[axis + 2 :]) else None
+
+
+def _permute_pair(work: Work, node: Node, x: Node, dims: list[int], place: int) -> Node:
+    """Permute x, in which the axis `place` of what dims permutes is two axes that stay together."""
+    order = [d + (d > place) for d in dims]
+    at = dims.index(place)
+    order[at : at + 1] = [place, place + 1]
+    return work.permute(node, x, order)
 
 
 def _settle_item(work: Work, node: Node) -> Node | None:
@@ -375,7 +435,17 @@ def _settle_item(work: Work, node: Node) -> Node | None:
     return None
 
 
+def _settle_linear(work: Work, node: Node) -> Node | None:
+    """Move a permute of the rows behind a linear map of each row."""
+    x, weight, bias = node.args
+    if x.target is not aten.permute.default or x.args[1][-1] != len(x.args[1]) - 1:
+        return None
+    inner = work.call(node, portlm.linear.default, x.args[0], weight, bias)
+    return work.permute(node, inner, x.args[1])
+
+
 _SETTLING: dict[Any, Any] = {
+    portlm.linear.default: _settle_linear,
     aten.permute.default: _settle_permute,
     aten.reshape.default: _settle_reshape,
     operator.getitem: _settle_item,

@@ -71,7 +71,10 @@ def rows_apart(work: Work) -> None:
         x, weight, bias = node.args
         shape = work.shape(x)
         if len(shape) == 2 and same_shape(shape[:1], (work.batch * work.length,)):
-            apart = work.reshape(node, x, (work.batch, work.length, shape[1]))
+            rows = (work.batch, work.length)
+            if x.target is aten.reshape.default and same_shape(work.shape(x.args[0])[:1], (work.length,)):
+                rows = rows[::-1]  # as modules that keep time first have them
+            apart = work.reshape(node, x, (*rows, shape[1]))
             inner = work.call(node, portlm.linear.default, apart, weight, bias)
             work.replace(node, work.reshape(node, inner, work.shape(node)))
     work.clean()

@@ -18,7 +18,7 @@ from portlm.engine import Engine, Logits
 from portlm.errors import PortlmError
 from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
-from portlm.runtimes.penalties import penalise
+from portlm.runtimes.penalties import nothing_left, penalise
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Search:
             elif rank < beams and np.isfinite(found.score):
                 self._finish(found)
         going = [pair for pair in going[:beams] if np.isfinite(pair[0].score)]
+        if not going and not self.finished:
+            raise nothing_left(self.decoding)
         self.running = [found for found, _ in going]
         full = len(self.finished) == beams
         self.done = not going or (full and (self.decoding.early_stopping is True or not self._can_improve()))

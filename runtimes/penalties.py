@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from portlm.errors import UsageError
 from portlm.runtimes.decoding import Decoding
 
 
@@ -27,3 +28,11 @@ def penalise(scores: npt.NDArray[np.floating], tokens: Sequence[int], decoding: 
         windows = np.lib.stride_tricks.sliding_window_view(said, n)
         same = (windows[:, :-1] == said[said.size - n + 1 :]).all(axis=1)
         scores[windows[same, -1]] = -np.inf
+
+
+def nothing_left(decoding: Decoding) -> UsageError:
+    """Return the error where the rules leave no token to go on with."""
+    return UsageError(
+        f"no_repeat_ngram_size = {decoding.no_repeat_ngram_size} forbids every token that could come next: make it "
+        "larger, or max_new_tokens smaller"
+    )

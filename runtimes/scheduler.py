@@ -17,7 +17,7 @@ from portlm.errors import PortlmError, UsageError
 from portlm.ops.token_selection import select_tokens
 from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
-from portlm.runtimes.penalties import penalise
+from portlm.runtimes.penalties import nothing_left, penalise
 from portlm.runtimes.results import Stats
 
 # Reading one more row to the same length costs as much as this many tokens: below it, weights are read for nothing.
@@ -118,6 +118,8 @@ class Scheduler:
             for row, scores in zip(rows, logits, strict=True):
                 if row.decoding.penalises:
                     penalise(scores, (*row.prompt, *row.tokens), row.decoding)
+                    if row.decoding.no_repeat_ngram_size and np.isneginf(scores).all():
+                        raise nothing_left(row.decoding)
         for row, token in zip(rows, self._select(rows, logits).tolist(), strict=True):
             row.push(token)
         self._stats.new_tokens += len(rows)

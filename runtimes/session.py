@@ -19,6 +19,7 @@ from portlm.ops.token_selection import check_filters
 from portlm.rows import Rows, pad
 from portlm.runtimes.beam import Search, search
 from portlm.runtimes.decoding import Decoding, Options, at_least_one, whole
+from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.results import Generation, Score, Stats
 from portlm.runtimes.scheduler import Scheduler
 from portlm.runtimes.stopping import StopScanner
@@ -280,6 +281,10 @@ class Session:
 
     def _rows(self, prompts: str | Sequence[Prompt], decoding: Decoding) -> list[_Row]:
         several = _several("prompt", prompts)
+        if decoding.stop and isinstance(self.tokenizer, NoTokenizer):
+            raise UsageError(
+                "this model has no tokenizer, so it writes no text that a stop string could be in"
+            )
         check_filters(
             self.engine.vocab_size, decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p
         )

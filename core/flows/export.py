@@ -6,11 +6,14 @@ parity certificate is taken now, on PyTorch's own operators, and every engine is
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portlm.artifact import Manifest, read_manifest
+from portlm.errors import UsageError
 from portlm.plan import needs_plan
 from portlm.roles import TensorSpec
 
@@ -52,11 +55,39 @@ def export(
     """
     from portlm.compile.export import export_module
 
+    _check_arguments(module, folder, tokenizer, example)
     target = export_module(module, folder, tokenizer=tokenizer, example=example, profiles=profiles)
     manifest = read_manifest(target)
     if answer and needs_plan(manifest):
         _keep_answer(module, target, manifest)
     return target
+
+
+def _check_arguments(module: object, folder: str | Path, tokenizer: object, example: object) -> None:
+    """Refuse what is not what `export` takes.
+
+    Raises:
+        UsageError: the message says what it is, and what it must be.
+    """
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        hint = "; a checkpoint on disk goes through `portlm export`" if isinstance(module, str | Path) else ""
+        raise UsageError(f"the model must be a torch.nn.Module, got {type(module).__name__}{hint}")
+    if example is not None and not isinstance(example, torch.Tensor):
+        raise UsageError(f"example must be a tensor, int64 (B, T), got {type(example).__name__}")
+    if tokenizer is not None and not hasattr(tokenizer, "save"):
+        raise UsageError(
+            f"tokenizer must be a portlm.tokenizer.Tokenizer, got {type(tokenizer).__name__}: "
+            "take Tokenizer.load(folder)"
+        )
+    try:
+        os.lstat(folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise UsageError(
+                f"{str(folder)[:80]!r} cannot be the name of a folder: {error.args[-1]}"
+            ) from error
 
 
 def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
@@ -84,7 +115,7 @@ def _whole_forward(module: nn.Module, vocab_size: int) -> Role:
     def function(input_ids: Tensor) -> tuple[Tensor, ...]:
         result = module(input_ids)
         logits = getattr(result, "logits", result)
-        return (logits[0] if isinstance(logits, tuple) else logits,)
+        return (logits[0] if isinstance(logits, tuple | list) else logits,)
 
     return Role(
         function,

@@ -1,5 +1,7 @@
 """Ways to write a decoder that the tutorial's and transformers' do not use, exported and run as they are."""
 
+import warnings
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
@@ -68,7 +70,53 @@ def a_part_in_training():
     return model
 
 
-MODELS = {f.__name__: f for f in (neighbours_turned, one_block_twice, a_part_in_training)}
+class Layer(nn.Module):
+    """nn.MultiheadAttention, which joins the batch and the heads, and reads and writes time before batch."""
+
+    def __init__(self, batch_first, need_weights):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attend = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=batch_first)
+        self.batch_first, self.need_weights = batch_first, need_weights
+
+    def forward(self, x):
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y = self.norm(x)
+        y = y if self.batch_first else y.transpose(0, 1)
+        y, _ = self.attend(y, y, y, attn_mask=hidden, need_weights=self.need_weights)
+        return x + (y if self.batch_first else y.transpose(0, 1))
+
+
+def multihead_attention():
+    return Decoder([Layer(True, False), Layer(True, True), Layer(False, False), Layer(False, True)])
+
+
+class Encoder(nn.Module):
+    """PyTorch's own stack; it would look whether the mask's values are causal."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True, **settings)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.layers(x, mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
+def transformer_encoder():
+    return Decoder([Encoder(), Encoder(norm_first=True, activation="gelu")])
+
+
+MODELS = {
+    f.__name__: f
+    for f in (
+        neighbours_turned,
+        one_block_twice,
+        a_part_in_training,
+        multihead_attention,
+        transformer_encoder,
+    )
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -78,7 +126,9 @@ def exported(request, foreign, tmp_path_factory):
     foreign.randomised(model)  # which puts it in eval mode
     for part, training in zip(model.modules(), modes, strict=True):
         part.training = training
-    folder = portlm.export(model, tmp_path_factory.mktemp("spelled") / request.param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that it has no cache
+        folder = portlm.export(model, tmp_path_factory.mktemp("spelled") / request.param)
     assert [part.training for part in model.modules()] == modes
     return model.eval(), folder
 

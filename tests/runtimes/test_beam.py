@@ -150,6 +150,25 @@ def test_a_search_finds_what_greedy_decoding_misses():
     assert session.generate([[0]], max_new_tokens=3, num_beams=2)[0].token_ids == (2, 2, 2)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_rules_that_leave_no_token_are_one_error(num_beams):
+    """A search ended in an IndexError, and greedy decoding blamed the weights."""
+    from portlm.runtimes.no_tokenizer import NoTokenizer
+
+    session = Session(Garden(), NoTokenizer(4))
+    options = {"no_repeat_ngram_size": 1, "num_beams": num_beams}
+    assert len(session.generate([[0]], max_new_tokens=3, **options)[0].token_ids) == 3
+    with pytest.raises(UsageError, match="no_repeat_ngram_size = 1 forbids every token"):
+        session.generate([[0]], max_new_tokens=4, **options)
+
+
+def test_stop_strings_need_a_tokenizer():
+    from portlm.runtimes.no_tokenizer import NoTokenizer
+
+    with pytest.raises(UsageError, match=r"no tokenizer.*stop string"):
+        Session(Garden(), NoTokenizer(4)).generate([[0]], max_new_tokens=3, stop="x")
+
+
 def test_a_search_ends_texts_and_reports_them_as_any_other():
     session = Session(NullEngine(257, 64), byte_tokenizer(eos="<|endoftext|>"))
     result = session.generate("abc", max_new_tokens=4, num_beams=3)
