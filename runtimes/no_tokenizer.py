@@ -28,8 +28,8 @@ class NoTokenizer:
             UsageError: always.
         """
         raise UsageError(
-            "this model has no tokenizer: give lists of token ids, or put its tokenizer.json into the checkpoint "
-            "and export again"
+            "this model has no tokenizer: give lists of token ids, or export again with one: tokenizer= of "
+            "portlm.export, or tokenizer.json in the checkpoint"
         )
 
     def stream_decoder(self, skip_special: bool = False) -> "NoTokenizer":

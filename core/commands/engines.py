@@ -15,11 +15,12 @@ def engine_options(what: str, default: str) -> Callable[[Callable[..., Any]], Ca
         what: the verb's word for what it does to them, such as "measure".
         default: what it does without them.
     """
+    on = what if what.endswith(" for") else f"{what} on"
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
             click.option("--profile", "-p", help=f"{what} this profile: portable, fused or native."),
-            click.option("--device", "-d", help=f"{what} on this device: cpu, cuda or vulkan."),
+            click.option("--device", "-d", help=f"{on} this device: cpu, cuda or vulkan."),
             click.option(
                 "--engine", "-e", "engines", multiple=True, metavar="ENGINE[:DEVICE[:PROFILE]]",
                 help=f"{what} this; repeat for several (default: {default}).",

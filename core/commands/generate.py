@@ -25,7 +25,10 @@ MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by 
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
-@click.option("--engine", "-e", default="auto", show_default=True, help="torch, ort, tvm, null or auto.")
+@click.option(
+    "--engine", "-e", default="auto", show_default=True, metavar="ENGINE[:DEVICE[:PROFILE]]",
+    help="torch, ort, tvm, null or auto.",
+)  # fmt: skip
 @click.option("--device", "-d", default="auto", show_default=True, help="cpu, cuda, vulkan or auto.")
 @click.option("--profile", "-p", default="auto", show_default=True, help="portable, fused, native or auto.")
 @click.option(
@@ -86,7 +89,11 @@ def command(
     text = read_prompt(prompt, prompt_file)
     sampling["early_stopping"] = EARLY_STOPPING[sampling["early_stopping"]]
     import portlm
+    from portlm.flows.targets import Choice
 
+    if ":" in engine:  # as the other verbs take it
+        choice = Choice.parse(engine).narrowed(_said(device), _said(profile))
+        engine, device, profile = choice.engine or "auto", choice.device or "auto", choice.profile or "auto"
     with portlm.load(model, engine, device, profile, allow_fallback, threads) as session:
         if sampling["max_new_tokens"] is None:
             sampling["max_new_tokens"] = room(session, text)
@@ -106,6 +113,10 @@ def command(
             f"written at {stats.tokens_per_second:.1f}/s ({result.finish_reason}), {session!r}",
             err=True,
         )
+
+
+def _said(option: str) -> str | None:
+    return None if option == "auto" else option
 
 
 def room(session: Session, text: str) -> int:

@@ -6,6 +6,7 @@ rotated order, so that a slow minute of a shared machine hits all of them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -158,11 +159,12 @@ def measure(
                     decode[process.target].append(tokens / d)
         bandwidth = max(limit["bandwidth"] for limit in limits)
         flops = max(limit["flops"] for limit in limits)
-        weights, multiplies = _work(model)
+        work = _work(model)
+        weights, multiplies = work or (0, 0)
         rows = []
         for process in processes:
             target = process.target
-            on_host = target.device == "cpu"
+            on_host = target.device == "cpu" and work is not None
             p_rate, d_rate = statistics.median(prefill[target]), statistics.median(decode[target])
             rows.append(
                 Row(
@@ -204,26 +206,12 @@ def _check_room(model: Path, prompt: int, tokens: int) -> None:
         )
 
 
-def _work(model: Path) -> tuple[int, int]:
-    """Return (bytes of weights read, multiply-adds made) per decoded token.
+def _work(model: Path) -> tuple[int, int] | None:
+    """Return (bytes of weights read, multiply-adds made) per decoded token; None where onnx is missing."""
+    from portlm.artifact import read_manifest
 
-    Every matrix is read once and multiplied once, except a pure lookup table: of an embedding that is not also the
-    output head, one row is read.
-    """
-    from portlm.weights import read_header
+    if importlib.util.find_spec("onnx") is None:
+        return None
+    from portlm.compile.work import token_work
 
-    total = multiplies = 0
-    tensors = read_header(model / "model.safetensors")
-    tied = "lm_head.weight" not in tensors
-    for name, info in tensors.items():
-        size = info.end - info.start
-        lookup = name.endswith(("wpe.weight", "position_embeddings.weight")) or (
-            not tied and name.endswith(("embed_tokens.weight", "wte.weight"))
-        )
-        if lookup:
-            total += size // info.shape[0]
-            continue
-        total += size
-        if len(info.shape) == 2:
-            multiplies += info.shape[0] * info.shape[1]
-    return total, multiplies
+    return token_work(model, read_manifest(model))

@@ -109,3 +109,15 @@ def test_a_module_that_cannot_be_exported_leaves_nothing_behind(tmp_path):
     with pytest.raises(UsageError, match="sort"):
         portlm.export(Sorted(), tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_module_can_be_measured(exported):
+    """Its artifact holds no checkpoint; the share of the limit was read from one."""
+    from portlm.flows.bench import measure
+    from portlm.flows.targets import Target
+
+    folder = exported[1]
+    result = measure(folder, [Target("ort", "cpu", "portable")], prompt=4, tokens=2, rounds=1)
+    (row,) = result["rows"]
+    assert row["decode_of_limit"] > 0
+    assert row["prefill_of_limit"] > 0

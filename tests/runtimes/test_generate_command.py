@@ -66,6 +66,11 @@ def test_json_says_what_ran_where_and_how_fast(run):
     assert answer["prefill_seconds"] > 0
 
 
+def test_an_engine_is_named_as_for_the_other_verbs(run):
+    answer = json.loads(run("abc", "-n", "4", "-e", "torch:cpu:native", "--json").stdout)
+    assert (answer["engine"], answer["device"], answer["profile"]) == ("torch", "cpu", "native")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_terminal_is_not_given_control_characters(artifacts, stream):
     class Terminal(io.BytesIO):
@@ -87,6 +92,8 @@ def test_a_terminal_is_not_given_control_characters(artifacts, stream):
         (["abc", "--prompt-file", "x"], 2, "not both"),
         (["--prompt-file", "no-such-file"], 1, "no-such-file: cannot be read"),
         (["abc", "-e", "nothing"], 2, "choose one of auto, torch, ort, tvm, null"),
+        (["abc", "-e", "torch:cpu", "-d", "cuda"], 2, "'cpu' and device 'cuda' are both asked for"),
+        (["abc", "-e", "torch:cpu:"], 2, "is no engine"),
         (["abc", "-n", "0"], 2, "max_new_tokens"),
         (["abc", "-t", "-1"], 2, "temperature"),
         (["a" * 60], 2, "prompt 0 has 60 tokens, but the model's context holds 48"),

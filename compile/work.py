@@ -1,0 +1,41 @@
+"""How much work a decoded token is, read from the graph: what a measured rate is compared with."""
+
+from pathlib import Path
+
+import onnx
+
+from portlm.artifact import Manifest
+from portlm.compile.check import ITEM_BYTES
+
+ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
+"""Operators that read one row of a table for a token -> which inputs are tables."""
+
+
+def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
+    """Return (bytes of weights read, multiply-adds made) per decoded token of the role "decoder".
+
+    Every weight is read once, and every matrix multiplied once, except a pure lookup table, of which a row is read.
+
+    Args:
+        folder: the artifact; its files are compared with the manifest elsewhere.
+        manifest: of it.
+    """
+    profiles = manifest.roles["decoder"].profiles
+    graph = onnx.load(
+        str(Path(folder) / profiles.get("portable", next(iter(profiles.values())))), load_external_data=False
+    ).graph
+    read: set[str] = set()
+    for node in graph.node:
+        tables = ROWS.get((node.domain, node.op_type), ())
+        read |= {name for place, name in enumerate(node.input) if place not in tables}
+    total = multiplies = 0
+    for tensor in graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        size = ITEM_BYTES[tensor.data_type]
+        for extent in tensor.dims if tensor.name in read else tensor.dims[1:]:
+            size *= extent
+        total += size
+        if len(tensor.dims) == 2 and tensor.name in read:
+            multiplies += tensor.dims[0] * tensor.dims[1]
+    return total, multiplies
