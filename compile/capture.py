@@ -98,6 +98,7 @@ def build_graph(
         emitter.declare(key, g.input(spec.name, spec.dtype, spec.shape), spec.dtype)
     outputs = [(spec.name, spec.dtype) for spec in role.outputs]
     outputs += [(spec.output, spec.dtype) for spec in role.state if spec.output]
+    g.reserve(*(output for output, _ in outputs))
     emitter.run([output for output, _ in outputs])
     for node, (output, dtype) in zip(output_nodes(recording.graph), outputs, strict=True):
         shape = node.meta["val"].shape

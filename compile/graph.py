@@ -147,6 +147,7 @@ class GraphBuilder:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._defined: set[str] = set()
         self._nodes: set[str] = set()
+        self._reserved: set[str] = set()
         self._shared: dict[str, str] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
@@ -210,7 +211,11 @@ class GraphBuilder:
 
     def unique(self, name: str) -> str:
         """A name that is not taken: the given one, or the first of name_2, name_3, ..."""
-        return _free(name, self._defined)
+        return _free(name, self._defined | self._reserved)
+
+    def reserve(self, *names: str) -> None:
+        """Keep names for what will be the graph's outputs: `unique` gives them to nobody else."""
+        self._reserved |= set(names)
 
     def axis(self, value: int) -> str:
         """An int64 constant of rank 0, stored in the graph."""

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import portlm
 from portlm.compile.extents import NUMBERS, Extent, Extents, parse, parts
 from portlm.errors import FormatError
+from portlm.models.modes import answering
 from portlm.models.roles import Role
 from portlm.ops.kernel_op import exporting
 from portlm.roles import StateSpec, TensorSpec
@@ -257,11 +258,9 @@ class _Recorder(TorchDispatchMode):
 def _run(module: nn.Module, name: str, role: Role, numbers: Mapping[str, int]) -> _Recorder:
     """Record a role's function with a number for each symbol."""
     recorder = _Recorder(module)
-    training = module.training
-    module.eval()
     try:
         # In inference mode operators arrive whole: otherwise autograd takes many apart first.
-        with torch.inference_mode(), exporting(), _flags(), _modules(recorder):
+        with answering(module), torch.inference_mode(), exporting(), _flags(), _modules(recorder):
             shapes = _shapes(role, numbers)
             tensors = [
                 torch.empty(shapes[spec.name], dtype=getattr(torch, spec.dtype), device="meta")
@@ -284,8 +283,6 @@ def _run(module: nn.Module, name: str, role: Role, numbers: Mapping[str, int]) -
         raise FormatError(
             f"the {name} cannot be recorded{_line_of(error)}: {type(error).__name__}: {first[:300]}"
         ) from error
-    finally:
-        module.train(training)
     return recorder
 
 

@@ -124,7 +124,7 @@ def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attribu
     x, weight, bias = inputs
     (y,) = outputs
     if attributes["transposed"]:
-        weight = g.op("Transpose", (weight,), f"{y}.weight", perm=[1, 0])
+        weight = g.op("Transpose", (weight,), f"{y}.turned", perm=[1, 0])
     if bias:
         x, weight = g.op("MatMul", (x, weight), f"{y}.matmul"), bias
     g.op("Add" if bias else "MatMul", (x, weight), y)

@@ -341,3 +341,35 @@ def test_a_failed_export_keeps_the_artifact_that_was_there(tmp_path):
     with pytest.raises(FormatError, match=re.escape("aten::cumprod")):
         portlm.export(with_last(looks_up_unsupported), folder)
     assert (folder / "manifest.json").read_bytes() == before
+
+
+class _Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((C, C), 0.1))
+
+    def forward(self, x):
+        return torch.sigmoid(x) @ self.weight
+
+
+class Named(Tiny):
+    def __init__(self):
+        super().__init__()
+        self.logits = _Half()  # called like an output of the graph
+
+    def last(self, h):
+        return super().last(self.logits(h))
+
+
+def test_a_part_of_the_module_may_be_called_like_an_output(tmp_path):
+    folder = portlm.export(Named(), tmp_path / "model")
+    with portlm.load(folder, engine="ort", profile="portable") as session:
+        assert len(session.score([[1, 2, 3]])[0].logprobs) == 2
+
+
+def test_every_part_of_the_module_has_its_mode_back(tmp_path):
+    model = Tiny().train()
+    model.norm.eval()
+    portlm.export(model, tmp_path / "model")
+    assert model.training
+    assert not model.norm.training
