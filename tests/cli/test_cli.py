@@ -35,7 +35,8 @@ def test_an_unknown_verb_is_a_usage_error(portlm):
 
 def test_a_missing_package_is_one_line_with_the_command_that_adds_it(portlm, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    if "portlm.compile" in sys.modules:  # the package's attribute has to come back as well, not the one imported below
+    # The package's attribute has to come back as well, and not be the one imported below.
+    if "portlm.compile" in sys.modules:
         monkeypatch.setattr(sys.modules["portlm"], "compile", sys.modules["portlm.compile"])
     for name in [name for name in sys.modules if name.startswith("portlm.compile")]:
         monkeypatch.delitem(sys.modules, name)

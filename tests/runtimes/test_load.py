@@ -209,7 +209,9 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(checkpoints, tmp_path)
         assert (answer.token_ids, answer.text) == ((4, 5, 6, 7), "")
         assert list(session.stream([1], max_new_tokens=4)) == []
         assert session.score([[1, 2, 3]])[0].greedy == (True, True)
-        with pytest.raises(UsageError, match="no tokenizer, so it writes no text that a stop string could be in"):
+        with pytest.raises(
+            UsageError, match="no tokenizer, so it writes no text that a stop string could be in"
+        ):
             session.generate([[1, 2, 3]], stop="x")
         for text in ("abc", ""):
             with pytest.raises(UsageError, match="has no tokenizer: give lists of token ids"):
