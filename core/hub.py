@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from portlm.artifact import check_source
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import (
     atomic_file,
@@ -126,6 +127,8 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         StorageError: The disk is full or refuses the write.
     """
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
+    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *_TOKENIZER_EXTRAS)
+    check_source(checkpoint, (CONFIG, WEIGHTS, *texts))
     config = load_config(checkpoint)
     shapes = expected_shapes(config)
     header = read_header(checkpoint / WEIGHTS)
