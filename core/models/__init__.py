@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+IMPORTED = ("F32", "F16", "BF16", "F64")  # the number formats that `portlm import` makes float32 of
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -365,9 +366,11 @@ def check_tensors(
                 f"{path}: tensor {name} has shape {tuple(info.shape)}, but {CONFIG} asks for {shape}"
             )
         if info.dtype not in dtypes:
+            hint = (
+                "portlm import converts it" if info.dtype in IMPORTED else "its weights are no plain numbers"
+            )
             raise FormatError(
-                f"{path}: tensor {name} is {info.dtype}, but must be {' or '.join(dtypes)}: "
-                "portlm import converts half precision"
+                f"{path}: tensor {name} is {info.dtype}, but must be {' or '.join(dtypes)}: {hint}"
             )
 
 

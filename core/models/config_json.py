@@ -159,17 +159,18 @@ class Reader:
         """Return a reader of a config.json, or the one that is given, for whom wants its notes afterwards."""
         return data if isinstance(data, Reader) else cls(data)
 
-    def integer(self, key: str, default: int | None = None, *, also: str = "") -> int:
+    def integer(self, key: str, default: int | None = None, *, also: str = "", says: str = "") -> int:
         """Return an integer.
 
         Args:
             key: Its name.
             default: Stands in for a missing key or null; without one it is required.
             also: Another name of the same value. If both are there they must agree.
+            says: The default, for people, where it follows from another key.
         """
         if also:
             key = self._agreed(key, also)
-        value = self._take(key, default, "an integer")
+        value = self._take(key, default, "an integer", says)
         if type(value) is not int:
             raise ConfigError(f"{key} must be an integer, got {shown(value)}")
         return value
@@ -192,7 +193,7 @@ class Reader:
 
     def choice(self, key: str, default: str, choices: Mapping[str, Name]) -> Name:
         """Return what ``choices`` makes of a string, which must be one of its keys."""
-        value = self._take(key, default, " or ".join(map(_json, choices)))
+        value = self._take(key, default, ", ".join(map(_json, choices)))
         if not isinstance(value, str) or value not in choices:
             raise ConfigError(
                 f"{key} must be one of {', '.join(choices)}; portlm does not compute {shown(value)}"
@@ -240,7 +241,7 @@ class Reader:
             allowed: The values.
             says: Them, for people, where they follow from other keys.
         """
-        self.uses[key] = Use("checked", says or " or ".join(map(_json, allowed)))
+        self.uses[key] = Use("checked", says or ", ".join(map(_json, allowed)))
         value = self._data.get(key)
         if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
             expected = " or ".join(map(repr, allowed)) or "null"
@@ -261,11 +262,11 @@ class Reader:
         if layers is not None and (
             not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)
         ):
-            raise ConfigError("layer_types is not supported: only 'full_attention' gives the model portlm computes")
+            raise ConfigError(
+                "layer_types is not supported: only 'full_attention' gives the model portlm computes"
+            )
 
-    def raw(
-        self, key: str, what: str = "", how: Literal["read", "checked"] = "read"
-    ) -> Any:
+    def raw(self, key: str, what: str = "", how: Literal["read", "checked"] = "read") -> Any:
         """Return a value as it stands, null when missing.
 
         Args:
@@ -298,8 +299,9 @@ class Reader:
                 "remove it if it does not"
             )
 
-    def _take(self, key: str, default: Any, what: str = "") -> Any:
-        self.uses[key] = Use("read", what + ("" if default is None else f"; {_json(default)} if missing"))
+    def _take(self, key: str, default: Any, what: str = "", says: str = "") -> Any:
+        says = says or ("" if default is None else _json(default))
+        self.uses[key] = Use("read", f"{what}; {says} if missing" if says else what)
         value = self._data.get(key)
         if value is None:
             value = default
@@ -315,7 +317,7 @@ class Reader:
                 f"{key} is {shown(value)} and {also} is {shown(other)}, but they are two names of one number: "
                 "remove the wrong one"
             )
-        self.uses[key] = self.uses[also] = Use("read", "an integer")
+        self.uses[also] = Use("read", f"another name of {key}")
         return also if value is None and other is not None else key
 
     def _lost(self, key: str, value: Any, why: str) -> None:

@@ -34,7 +34,9 @@ def rotary(read: Reader, *, base: str, share: str, default_share: float) -> tupl
 def _block(read: Reader, key: str) -> dict[str, Any]:
     """Return what one of the blocks says of base and share, after a look at its type."""
     value = read.raw(key, 'unscaled: rope_type "default", or "linear" by a factor of 1')
-    block = {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else {}
+    block = (
+        {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else {}
+    )
     kinds = [block[name] for name in ("rope_type", "type") if name in block] or ["default"]
     factor = block.get("factor", None if "linear" in kinds else 1)
     known = {"rope_type", "type", "factor", _BASE, _SHARE}

@@ -143,7 +143,12 @@ class GPTNeoXConfig:
         read.require("model_type", "gpt_neox")
         vocab_size = read.integer("vocab_size", 50432)
         context = read.integer("max_position_embeddings", 2048)
-        for key in ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "hidden_dropout_prob"):
+        for key in (
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+            "hidden_dropout",
+            "hidden_dropout_prob",
+        ):
             read.training(key, 0.0)  # nothing published used them
         read.require("tie_word_embeddings", False)
         read.require_full_attention(context)

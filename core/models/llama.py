@@ -149,7 +149,10 @@ class LlamaConfig:
         read.require("rope_interleaved", False)
         read.require_full_attention(context)
         read.training("attention_dropout", 0.0)
-        rope_theta, share = rotary_keys(read, base="rope_theta", share="partial_rotary_factor", default_share=1.0)
+        rope_theta, share = rotary_keys(
+            read, base="rope_theta", share="partial_rotary_factor", default_share=1.0
+        )
+        read.require("partial_rotary_factor", 1, 1.0, says="1")
         if share != 1:
             raise ConfigError(
                 f"partial_rotary_factor = {share:g} is not supported: only 1 gives the model portlm computes"
@@ -159,7 +162,7 @@ class LlamaConfig:
             context_length=context,
             n_layer=read.integer("num_hidden_layers", 32),
             n_head=n_head,
-            n_kv_head=read.integer("num_key_value_heads", n_head),
+            n_kv_head=read.integer("num_key_value_heads", n_head, says="num_attention_heads"),
             width=width,
             hidden=read.integer("intermediate_size", 11008),
             rope_theta=rope_theta,
