@@ -16,17 +16,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import onnxruntime
 
 from portlm.artifact import Manifest, check_files
 from portlm.engine import Array, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import read_bytes, safe_join, shown
-from portlm.ort_support import CUDA, EXTERNAL_FOLDER, WEBGPU, open_session, session_options, webgpu_devices
+from portlm.ort_support import (
+    CUDA,
+    EXTERNAL_FOLDER,
+    WEBGPU,
+    import_onnxruntime,
+    open_session,
+    session_options,
+    webgpu_devices,
+)
 from portlm.roles import StateSpec, TensorSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_files
 from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
+
+onnxruntime = import_onnxruntime()
 
 PROVIDERS = {"CPUExecutionProvider": "cpu", CUDA: "cuda", WEBGPU: "vulkan"}
 MEMORY = {"cpu": "cpu", "cuda": "cuda", "vulkan": "webgpu"}  # ONNX Runtime's name for each device's memory

@@ -233,10 +233,14 @@ def test_an_ordinary_user_with_an_ordinary_home_can_use_it(tmp_path_factory):
         (place / "me").mkdir()
         os.chown(place / "me", 12345, 12345)
         environment = {**os.environ, "PORTLM_HOME": str(place / "me" / "portlm")}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         os.chown(place, 54321, 54321)
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
         assert f"user 54321, whose folder it is, may write to {place}" in done.stderr
     finally:
         shutil.rmtree(place)

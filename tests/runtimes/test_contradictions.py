@@ -37,7 +37,9 @@ def dimensions(dim):
     """What else a dimension could be said to be."""
     if isinstance(dim, int):
         return [dim + 1, 1, 2**31, "sequence", "heads"]
-    return [other for other in (3, "batch", "sequence", "past", "kept", "past + sequence", "x") if other != dim]
+    return [
+        other for other in (3, "batch", "sequence", "past", "kept", "past + sequence", "x") if other != dim
+    ]
 
 
 def changes_of_tensor(kind, i):
@@ -121,7 +123,9 @@ def changes(data):
             of_role += changes_of_tensor(kind, i)
             of_role += changes_of_shape(kind, i, role[kind][i]["shape"])
     for old in ("batch", "sequence", "past", "kept"):
-        of_role += [(f"{old} is called {new}", rename(old, new)) for new in ("x", "batch", "sequence", "past")]
+        of_role += [
+            (f"{old} is called {new}", rename(old, new)) for new in ("x", "batch", "sequence", "past")
+        ]
     of_role.append(("keys and values are exchanged", swap_outputs))
     for name in ("model.safetensors", "config.json", "onnx/decoder.portable.onnx"):
         of_role.append((f"weights = {name}", lambda r, name=name: r.update(weights=name)))
@@ -198,7 +202,9 @@ def test_a_changed_manifest_is_an_error_of_ours_or_the_right_answer(original, ac
     assert right < len(accepted) / 2 or target[1] in ("native", "auto")  # which do not go by the roles
 
 
-@pytest.mark.parametrize("key", [("torch", "cpu", "portable"), ("ort", "cpu", "fused"), ("tvm", "cpu", "fused")])
+@pytest.mark.parametrize(
+    "key", [("torch", "cpu", "portable"), ("ort", "cpu", "fused"), ("tvm", "cpu", "fused")]
+)
 def test_nothing_is_compiled_from_a_graph_that_the_manifest_contradicts(original, accepted, key):
     folder, data = original
     write(folder, data)
@@ -266,7 +272,9 @@ def test_weights_in_a_file_that_the_manifest_does_not_name_are_refused(original,
 
     write_manifest(other, refresh_files(other, read_manifest(other), data["files"]))
     for profile in ("portable", "fused"):
-        with pytest.raises(FormatError, match="weights in 'other.data', and the manifest says decoder.onnx.data"):
+        with pytest.raises(
+            FormatError, match="weights in 'other.data', and the manifest says decoder.onnx.data"
+        ):
             load(other, "ort", "cpu", profile)
     for key in (("torch", "cpu", "portable"), ("tvm", "cpu", "portable")):
         with pytest.raises((FormatError, EngineUnavailableError), match="second file|is in other.data|tvm:"):
