@@ -52,7 +52,12 @@ FLOAT, INT64 = 1, 7
 ITEM_BYTES = {FLOAT: 4, INT64: 8}
 KINDS = {FLOAT: "float32", INT64: "int64"}
 IN_FILE, IN_GRAPH = 1, 0
-ATTRIBUTE_TYPES: dict[type, tuple[int, str]] = {float: (1, "f"), int: (2, "i"), str: (3, "s"), tuple: (7, "ints")}
+ATTRIBUTE_TYPES: dict[type, tuple[int, str]] = {
+    float: (1, "f"),
+    int: (2, "i"),
+    str: (3, "s"),
+    tuple: (7, "ints"),
+}
 
 
 def check_model(path: str | Path) -> "onnx.ModelProto":

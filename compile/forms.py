@@ -2,8 +2,8 @@
 
 `portable` is standard ONNX of opset 20, `fused` one node of domain ai.portlm per op, which each engine's lowering
 replaces by its best. Both are written by compile/capture.py from the ops' descriptions (core/ops/spec.py), which say
-what the nodes of ai.portlm take and give. compile/check.py refuses a graph with anything that is not in the tables below:
-they say what export and lowering write, which is less than what an engine would take.
+what the nodes of ai.portlm take and give. compile/check.py refuses a graph with anything that is not in the tables
+below: they say what export and lowering write, which is less than what an engine would take.
 
 Inputs    input_ids (B, T), attention_mask (B, P+T), position_ids (B, T), logits_to_keep (kept) int64,
           past_key_values.N.key and .value (B, K, P, D) float32

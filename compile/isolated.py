@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from portlm.artifact import Manifest, check_files
-from portlm.compile.check import OPERATORS, examine, read_graph
+from portlm.compile.check import examine, read_graph
 from portlm.errors import FormatError
 from portlm.files import safe_join
 from portlm.ops.spec import DOMAIN
@@ -29,6 +29,7 @@ from portlm.seen_graphs import Graph, may_be_read, record_checked
 CHILD = ("-P", "-m", "portlm.compile.isolated")  # -P: nothing is imported from the folder that the user is in
 BYTES, BYTES_PER_WEIGHT = 4 * 2**30, 4  # address space of the child: this much, and so many times the weights
 SECONDS, WEIGHTS_PER_SECOND = 60, 50 * 2**20  # time: this much for each graph, and to read the weights
+GRAPH = ".onnx"  # compiled files that are graphs end so
 SIZE = 2  # of every extent that a call may choose
 
 
@@ -51,8 +52,8 @@ def ensure_checked(
 ) -> None:
     """See to it that graphs of an artifact may be given to the libraries that read graphs.
 
-    Those that portlm wrote on this machine, or checked on it before, cost a look into a folder. What is looked up is the
-    hash in the manifest: whoever opens the file compares the two.
+    Those that portlm wrote on this machine, or checked on it before, cost a look into a folder. What is looked up is
+    the hash in the manifest: whoever opens the file compares the two.
 
     Args:
         folder: the artifact.
@@ -64,14 +65,13 @@ def ensure_checked(
         FormatError: a file is not the one that the manifest lists, is none that portlm writes, or a library refused it
             or died of it.
     """
-    weights = weights_of(manifest)
-    graphs = {name: Graph(manifest.files[name].sha256, manifest.files[weights[name]].sha256) for name in names}
+    weights, graphs = weights_of(manifest), {name: graph_of(manifest, name) for name in names}
     unknown = [name for name, graph in graphs.items() if not may_be_read(graph)]
     if not unknown:
         return
     line = f"checking {', '.join(unknown)} of {folder}, which {'was' if len(unknown) == 1 else 'were'} made elsewhere"
     (say or _to_stderr)(line)
-    check_files(folder, dict.fromkeys([*unknown, *(weights[name] for name in unknown)]))
+    check_files(folder, dict.fromkeys([*unknown, *(weights[name] for name in unknown)]), manifest)
     context = manifest.model.context_length
     check_isolated([Job(str(safe_join(folder, name)), graphs[name].graph, context) for name in unknown])
     for name in unknown:
@@ -83,8 +83,13 @@ def weights_of(manifest: Manifest) -> dict[str, str]:
     found = {name: role.weights for role in manifest.roles.values() for name in role.profiles.values()}
     for entry in manifest.compiled:
         role = manifest.roles.get(entry.role)
-        found |= {name: role.weights for name in entry.files if name.endswith(".onnx") and role is not None}
+        found |= {name: role.weights for name in entry.files if role is not None and name.endswith(GRAPH)}
     return found
+
+
+def graph_of(manifest: Manifest, name: str) -> Graph:
+    """Return the digests of a graph file that a manifest lists, and of its weights."""
+    return Graph(manifest.files[name].sha256, manifest.files[weights_of(manifest)[name]].sha256)
 
 
 def check_isolated(jobs: Sequence[Job]) -> None:

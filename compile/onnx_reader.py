@@ -163,7 +163,7 @@ class _Reader:
             place += size
 
     def _number(self, place: int, end: int) -> tuple[int, int]:
-        """A whole number, seven bits to a byte, the lowest first; the highest byte is not 0 unless it is the only one."""
+        """A whole number, seven bits to a byte, the lowest first; the last is not 0 unless it is the only one."""
         value = shift = 0
         for byte in self._raw[place : min(end, place + 10)]:
             place += 1

@@ -5,7 +5,7 @@ child process first (portlm.compile.isolated), once for each version of what rea
 machine needs none of that, whatever the versions.
 
 The store is a private folder of empty files, one for each graph with its weights, named by digest. Losing one costs the
-time to check again. Where there can be no private folder nothing is remembered, and so every graph is checked each time.
+time to check again. Where there can be no private folder nothing is remembered: every graph is checked each time.
 """
 
 import hashlib
