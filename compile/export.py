@@ -24,6 +24,7 @@ from portlm.artifact import (
     ModelSpec,
     Provenance,
     RoleSpec,
+    check_source,
     hash_files,
     instead,
     list_files,
@@ -83,6 +84,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
     check_folder(source)
+    check_source(source, COPIED)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     weights = read_header(source / WEIGHTS)
     copied = [name for name in COPIED if (source / name).is_file()] + cards(source)

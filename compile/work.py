@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from portlm.artifact import Manifest
+from portlm.artifact import Manifest, check_files
 from portlm.compile.check import FLOAT, ITEM_BYTES, examine, read_graph
 
 ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
@@ -15,11 +15,16 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
     Every weight is read once, and every matrix multiplied once, except a pure lookup table, of which a row is read.
 
     Args:
-        folder: the artifact; its files are compared with the manifest elsewhere.
+        folder: the artifact.
         manifest: of it.
+
+    Raises:
+        FormatError: the graph is not the one that the manifest lists, or none that portlm writes.
     """
     profiles = manifest.roles["decoder"].profiles
-    path = Path(folder) / profiles.get("portable", next(iter(profiles.values())))
+    name = profiles.get("portable", next(iter(profiles.values())))
+    check_files(folder, [name], manifest)
+    path = Path(folder) / name
     graph = examine(read_graph(path), path).graph
     read: set[str] = set()
     for node in graph.node:

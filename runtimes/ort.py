@@ -132,7 +132,11 @@ class OrtEngine(ArrayEngine):
             placement = _placement(session, self.device, self._note)
             if placement.fallback and not request.allow_fallback:
                 raise _misplaced(graph.path, self.device, placement)
-            spec, taken, returned = self.roles[role], _specs(session.get_inputs()), _specs(session.get_outputs())
+            spec, taken, returned = (
+                self.roles[role],
+                _specs(session.get_inputs()),
+                _specs(session.get_outputs()),
+            )
             if problem := difference(spec.inputs, spec.outputs, spec.state, taken, returned):
                 raise FormatError(f"{graph.path}: {problem}; export again")
             self._sessions[role], self._placements[role] = session, placement
