@@ -66,7 +66,7 @@ def verify_artifact(
 ) -> list[Result]:
     """Check every file of an artifact, then every engine against the stored answer of eager PyTorch.
 
-    Graphs are first read in a child process, where one made to harm its reader can harm nothing else.
+    Graphs from elsewhere are first read in a child process, where one made to harm its reader can harm nothing else.
 
     Args:
         folder: the artifact.
@@ -87,13 +87,12 @@ def verify_artifact(
         UsageError: there is nothing to check.
     """
     from portlm.compile import parity
-    from portlm.compile.check import check_isolated
+    from portlm.compile.isolated import ensure_checked, weights_of
 
     root = Path(folder)
     progress("files")
     manifest = check_files(root)
-    for graph in _graphs(manifest):
-        check_isolated(root / graph)
+    ensure_checked(root, manifest, weights_of(manifest))
     if targets is not None:
         chosen = list(targets)
     else:
@@ -120,13 +119,6 @@ def verify_artifact(
 def _reference_profile(manifest: Manifest) -> str:
     """The model's own code; where there is none, the graph of standard operators, which says the same in PyTorch's."""
     return "portable" if needs_plan(manifest) else "native"
-
-
-def _graphs(manifest: Manifest) -> list[str]:
-    """Return every ONNX file that some engine would open."""
-    exported = [name for role in manifest.roles.values() for name in role.profiles.values()]
-    lowered = [name for entry in manifest.compiled for name in entry.files if name.endswith(".onnx")]
-    return sorted({*exported, *lowered})
 
 
 def ready_targets(manifest: Manifest, progress: Progress = lambda message: None) -> list[Target]:
