@@ -49,6 +49,9 @@ class EngineBase:
         """Run a role; return its outputs, and its new states by the name of the state."""
         raise NotImplementedError
 
+    def _ready(self, role: str) -> None:
+        """Open what the role runs, if it was not; so what is wrong with it is said before a state is made."""
+
     def _work(self, tensor: Any) -> Any:
         """A tensor of a state in the form that the primitives below take: itself, or a view of it."""
         return tensor
@@ -84,6 +87,7 @@ class EngineBase:
         batch = whole("a state's number of rows", batch, 1, MAX_DIMENSION)
         if given is not None and not isinstance(given, Mapping):
             raise UsageError(f"given states are a dictionary of arrays by name, got {shown(given)}")
+        self._ready(role)
         sizes, values = {"batch": batch}, dict(given or {})
         tensors = {}
         for state in spec.state:
