@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import portlm
-from portlm.artifact import read_manifest, write_manifest
+from portlm.artifact import read_manifest, replace, write_manifest
 from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import (
     ContextLengthError,
@@ -170,6 +170,66 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
         load(artifact, engine, profile=profile)
 
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
+def test_every_file_that_a_session_reads_is_compared_with_the_manifest(artifact, name, damage):
+    path = artifact / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":  # what is written is valid JSON
+        path.write_bytes(content + b" " if damage == "altered" else b"{}")
+    with pytest.raises(FormatError, match=f"{name}: {damage}"):
+        load(artifact, "null")
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_that_would_be_used_and_is_not_listed_is_refused(artifact, tmp_path, name, kind):
+    manifest = read_manifest(artifact)
+    files = {other: entry for other, entry in manifest.files.items() if other != name}
+    write_manifest(artifact, replace(manifest, files=files))
+    if kind == "link":
+        (artifact / name).rename(tmp_path / name)
+        (artifact / name).symlink_to(tmp_path / name)
+    with pytest.raises(FormatError, match=f"{name} is not in the manifest; export again"):
+        load(artifact, "null")
+    (artifact / name).unlink()
+    with load(artifact, "null") as session:  # without it, as if it had never been there
+        assert session.generate([[1, 2]], max_new_tokens=2)[0].new_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_an_artifact_that_is_exported_again_is_compared_with_its_manifest(artifact, tmp_path, name):
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.export import export
+    from portlm.hub import export_hf
+
+    path = artifact / name
+    content = path.read_bytes()
+    path.write_bytes(content + b" ")
+    for again in (export, export_hf):
+        with pytest.raises(FormatError, match=f"{name}: altered"):
+            again(artifact, tmp_path / "out")
+    path.write_bytes(content)
+    (artifact / "chat_template.jinja").write_text("its user put this here")
+    export(artifact, tmp_path / "out")
+    assert "chat_template.jinja" in read_manifest(tmp_path / "out").files
+
+
+def test_bench_compares_the_graph_that_it_counts_in_with_the_manifest(artifact):
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.work import token_work
+
+    token_work(artifact, read_manifest(artifact))
+    graph = artifact / "onnx/decoder.portable.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\x32\x00")
+    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: altered"):
+        token_work(artifact, read_manifest(artifact))
+
+
 @needs_ort
 def test_a_file_that_is_not_used_may_be_damaged(artifact):
     (artifact / "model.safetensors").unlink()
@@ -234,13 +294,23 @@ def test_generation_config_says_which_tokens_end_a_text(checkpoints, tmp_path, e
 
 
 @needs_ort
-def test_a_graph_that_onnx_runtime_does_not_take_is_an_error_that_names_it(artifact):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "ONNX Runtime does not take it"),
+        (b"\x08\x08", "ONNX Runtime does not take it"),
+        (b"\x08\x08 this is no graph", "no ONNX graph, it has a field of an unknown kind"),
+        (b"\x08\x08\x3a\x80", "no ONNX graph, it has a number without an end"),
+        (b"\x08\x08\x3a\x05 cut", "no ONNX graph, it has a field that is longer than its message"),
+    ],
+)
+def test_a_graph_that_onnx_runtime_does_not_take_is_an_error_that_names_it(artifact, content, words):
     path = artifact / "onnx/decoder.portable.onnx"
-    path.write_bytes(b"\x08\x08 this is no graph")
+    path.write_bytes(content)
     from portlm.artifact import refresh_files
 
     write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
-    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: ONNX Runtime does not take it"):
+    with pytest.raises(FormatError, match=rf"decoder\.portable\.onnx: {words}"):
         load(artifact, "ort", profile="portable")
 
 
@@ -315,7 +385,7 @@ def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch
 
     def setting():
         with load(artifacts["gpt2"], "ort", threads=1) as session:
-            options = session.engine._session("decoder")[0].get_session_options()
+            options = session.engine._session("decoder").get_session_options()
             assert options.intra_op_num_threads == 1
             return options.get_session_config_entry(key)
 
