@@ -85,8 +85,10 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
         if len(text) >= SHORTEST and _is_text(text):
             yield name, text
     for child in ast.iter_child_nodes(node):
-        inner = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        yield from _docstrings(child, f"{name}.{child.name}" if inner else name)
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child, f"{name}.{child.name}")
+        else:
+            yield from _docstrings(child, name)
 
 
 def _is_text(text: str) -> bool:
