@@ -24,7 +24,8 @@ from portlm.artifact import RoleSpec, StateSpec, TensorSpec, check_files, read_m
 from portlm.compile.check import check_model
 from portlm.compile.parity import RELATIVE_TOLERANCE, make_probe
 from portlm.compile.runners import Runner
-from portlm.errors import FormatError, UsageError
+from portlm.compile.source import read_source
+from portlm.errors import FormatError
 
 Values = dict[str, np.ndarray]
 TOLERANCE = (
@@ -90,11 +91,9 @@ def bisect(
         FormatError: a file is damaged, or the engine returns something of another size.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
-    spec = manifest.roles.get(role)
-    if spec is None or "portable" not in spec.profiles:
-        raise UsageError(f"{root}: has no portable {role} graph to compare with; export it with that profile")
-    check_files(root, [spec.profiles["portable"], spec.weights, graph])
+    _, manifest = read_source(root, role, "portable")
+    spec = manifest.roles[role]
+    check_files(root, [graph], manifest)
     subject = check_model(root / graph)
     reference = _Reference(root / spec.profiles["portable"])
     for case in _cases(reference, spec, manifest.model.vocab_size, manifest.model.context_length):

@@ -4,7 +4,6 @@ For the search for a wrong node, and for the look at what an engine computes on 
 function makes a runner for one graph. The torch engine's is in portlm.flows.plan_runner.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from portlm.errors import EngineUnavailableError
+from portlm.trust import private_scratch
 
 Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
 """(graph with the wanted values among its outputs, folder of its weight file, wanted names, inputs) -> values."""
@@ -69,9 +69,9 @@ def tvm_runner(device: str, profile: str) -> Runner:
                 weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
                 tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
         executable = compile_graph(Graph(model, "", tuple(weights)), LOWERINGS[profile])
-        with tempfile.TemporaryDirectory(prefix="portlm-tvm-") as scratch:  # mode 0700
-            executable.export_library(str(Path(scratch) / LIBRARY))
-            machine = virtual_machine(tvm.runtime.load_module(str(Path(scratch) / LIBRARY)))
+        with private_scratch() as scratch:
+            executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
+            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)))
         return lambda *inputs: machine["main"](*inputs, *tensors)
 
     def run(

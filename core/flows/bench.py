@@ -6,7 +6,6 @@ rotated order, so that a slow minute of a shared machine hits all of them.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -118,8 +117,7 @@ def measure(
         progress: called with a line before each step.
 
     Returns:
-        ``{"model", "settings", "environment", "limits", "rows": [Row as dict], "failed": [{"target", "reason"}]}``. The
-        limits in tokens per second are None where onnx, which counts a model's work, is missing.
+        ``{"model", "settings", "environment", "limits", "rows": [Row as dict], "failed": [{"target", "reason"}]}``.
 
     Raises:
         UsageError: a count below 1, or prompt + tokens beyond the context.
@@ -163,8 +161,8 @@ def measure(
                     decode[process.target].append(tokens / d)
         bandwidth = max(limit["bandwidth"] for limit in limits)
         flops = max(limit["flops"] for limit in limits)
-        work = _work(model)
-        p_limit, d_limit = (flops / (2 * work[1]), bandwidth / work[0]) if work else (None, None)
+        weights, multiplies = _work(model)
+        p_limit, d_limit = flops / (2 * multiplies), bandwidth / weights
         rows = []
         for process in processes:
             target = process.target
@@ -184,8 +182,8 @@ def measure(
                     load_s=loaded[target]["load_s"],
                     model_mib=loaded[target]["model_bytes"] / 2**20,
                     peak_rss_mib=process.call("memory")["peak_rss"] / 2**20,
-                    prefill_of_limit=p_rate / p_limit if on_host and p_limit else None,
-                    decode_of_limit=d_rate / d_limit if on_host and d_limit else None,
+                    prefill_of_limit=p_rate / p_limit if on_host else None,
+                    decode_of_limit=d_rate / d_limit if on_host else None,
                 )
             )
     finally:
@@ -217,12 +215,9 @@ def _check_room(model: Path, prompt: int, tokens: int) -> None:
         )
 
 
-def _work(model: Path) -> tuple[int, int] | None:
-    """Return (bytes of weights read, multiply-adds made) per decoded token; None where onnx is missing."""
+def _work(model: Path) -> tuple[int, int]:
+    """Return (bytes of weights read, multiply-adds made) per decoded token."""
     from portlm.artifact import read_manifest
-
-    if importlib.util.find_spec("onnx") is None:
-        return None
     from portlm.compile.work import token_work
 
     return token_work(model, read_manifest(model))

@@ -21,7 +21,7 @@ from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
 from portlm.plan import needs_plan
-from portlm.trust import NATIVE_SUFFIXES, is_trusted
+from portlm.trust import is_ours
 
 if TYPE_CHECKING:
     from portlm.compile.bisect import Divergence
@@ -66,7 +66,7 @@ def verify_artifact(
 ) -> list[Result]:
     """Check every file of an artifact, then every engine against the stored answer of eager PyTorch.
 
-    Graphs are first read in a child process, where one made to harm its reader can harm nothing else.
+    Graphs from elsewhere are first read in a child process, where one made to harm its reader can harm nothing else.
 
     Args:
         folder: the artifact.
@@ -87,13 +87,12 @@ def verify_artifact(
         UsageError: there is nothing to check.
     """
     from portlm.compile import parity
-    from portlm.compile.check import check_isolated
+    from portlm.compile.isolated import ensure_checked, weights_of
 
     root = Path(folder)
     progress("files")
     manifest = check_files(root)
-    for graph in _graphs(manifest):
-        check_isolated(root / graph)
+    ensure_checked(root, manifest, weights_of(manifest))
     if targets is not None:
         chosen = list(targets)
     else:
@@ -120,13 +119,6 @@ def verify_artifact(
 def _reference_profile(manifest: Manifest) -> str:
     """The model's own code; where there is none, the graph of standard operators, which says the same in PyTorch's."""
     return "portable" if needs_plan(manifest) else "native"
-
-
-def _graphs(manifest: Manifest) -> list[str]:
-    """Return every ONNX file that some engine would open."""
-    exported = [name for role in manifest.roles.values() for name in role.profiles.values()]
-    lowered = [name for entry in manifest.compiled for name in entry.files if name.endswith(".onnx")]
-    return sorted({*exported, *lowered})
 
 
 def ready_targets(manifest: Manifest, progress: Progress = lambda message: None) -> list[Target]:
@@ -169,15 +161,8 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
 
 def _is_foreign(manifest: Manifest, key: tuple[str, str, str]) -> bool:
     """Say whether compiled files hold machine code that this machine did not make, which no engine loads."""
-    names = {
-        name
-        for entry in manifest.compiled
-        if (entry.engine, entry.device, entry.profile) == key
-        for name in entry.files
-    }
-    return any(
-        name.endswith(NATIVE_SUFFIXES) and not is_trusted(manifest.files[name].sha256) for name in names
-    )
+    entries = [entry for entry in manifest.compiled if (entry.engine, entry.device, entry.profile) == key]
+    return not all(is_ours(manifest, entry) for entry in entries)
 
 
 class PlainPyTorch:
