@@ -295,22 +295,17 @@ def test_generation_config_says_which_tokens_end_a_text(checkpoints, tmp_path, e
 
 @needs_ort
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "ONNX Runtime does not take it"),
-        (b"\x08\x08", "ONNX Runtime does not take it"),
-        (b"\x08\x08 this is no graph", "no ONNX graph, it has a field of an unknown kind"),
-        (b"\x08\x08\x3a\x80", "no ONNX graph, it has a number without an end"),
-        (b"\x08\x08\x3a\x05 cut", "no ONNX graph, it has a field that is longer than its message"),
-    ],
+    "content",
+    [b"", b"\x08\x08", b"\x08\x08 this is no graph", b"\x08\x08\x3a\x80", b"\x08\x08\x3a\x05 cut"],
+    ids=["empty", "version", "words", "endless", "cut"],
 )
-def test_a_graph_that_onnx_runtime_does_not_take_is_an_error_that_names_it(artifact, content, words):
+def test_a_file_that_is_no_graph_is_an_error_that_names_it(artifact, content):
     path = artifact / "onnx/decoder.portable.onnx"
     path.write_bytes(content)
     from portlm.artifact import refresh_files
 
     write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
-    with pytest.raises(FormatError, match=rf"decoder\.portable\.onnx: {words}"):
+    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: .*; export again"):
         load(artifact, "ort", profile="portable")
 
 
@@ -337,11 +332,18 @@ def det(artifact):
     return artifact
 
 
-def load_vulkan(*arguments, **options):
+def load_vulkan(folder, allow_fallback=False):
+    """A session on the engine itself, which takes graphs that `load` refuses because portlm never writes them."""
+    from portlm.engine import OpenRequest
+    from portlm.runtimes.session import Session
+    from portlm.tokenizer import Tokenizer
+
+    request = OpenRequest(folder, read_manifest(folder), "vulkan", "portable", allow_fallback)
     try:
-        return load(*arguments, "ort", "vulkan", "portable", **options)
+        engine = engine_class("ort").open(request)
     except EngineUnavailableError as error:
         pytest.skip(str(error))
+    return Session(engine, Tokenizer.load(folder), frozenset())
 
 
 def test_a_node_that_the_device_lacks_is_an_error_that_names_it(det):
