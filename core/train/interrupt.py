@@ -86,8 +86,9 @@ class Interrupt:
                         _say(_SHOW_CURSOR)  # a progress bar may have hidden it
                     _say(b"stopped at once; the last checkpoint is intact\n")
                     os._exit(128 + number)
+                line = b"\n" if sys.stderr.isatty() else b""  # below ^C, or the progress bar
                 again = b"; once more to stop at once\n" if impatient else b"\n"
-                _say(signal.Signals(number).name.encode() + b": finishing this step, then saving" + again)
+                _say(line + signal.Signals(number).name.encode() + b": finishing this step, then saving" + again)
                 asked = asked or impatient
 
 

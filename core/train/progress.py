@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -139,7 +139,7 @@ class ProgressReport:
             TextColumn("{task.fields[speed]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=Console(file=self.stream),
+            console=Console(file=cast("TextIO", self.stream)),
             refresh_per_second=4,
         )
         self._task = self._bar.add_task("train", total=self.steps, completed=self.start, loss="-", speed="")
