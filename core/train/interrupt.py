@@ -88,7 +88,12 @@ class Interrupt:
                     os._exit(128 + number)
                 line = b"\n" if sys.stderr.isatty() else b""  # below ^C, or the progress bar
                 again = b"; once more to stop at once\n" if impatient else b"\n"
-                _say(line + signal.Signals(number).name.encode() + b": finishing this step, then saving" + again)
+                _say(
+                    line
+                    + signal.Signals(number).name.encode()
+                    + b": finishing this step, then saving"
+                    + again
+                )
                 asked = asked or impatient
 
 
