@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
+from portlm.artifact import Compiled, CompiledEntry, read_manifest, replace, write_manifest
+from portlm.compile.isolated import GRAPH, ensure_checked, graph_of
 from portlm.compile.passes import Dump, ignore
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.plan import needs_plan
-from portlm.trust import NATIVE_SUFFIXES, record_built
+from portlm.seen_graphs import record_written, was_written
+from portlm.trust import builds, record_built
 
-Compiler = Callable[..., CompiledEntry]
+Compiler = Callable[..., Compiled]
 """(artifact, device, profile, role=, note=): writes compiled files into the artifact and describes them."""
 
 # (engine, device, profile) -> the place of its Compiler
@@ -87,6 +89,9 @@ def build(
 ) -> list[CompiledEntry]:
     """Compile an artifact and record the result in its manifest, replacing what was compiled before.
 
+    What goes into the manifest and the trust store are digests of the bytes that the compilers wrote. No file is looked
+    at again: somebody else may have put another in its place.
+
     Args:
         artifact: an exported folder.
         keys: entries of COMPILERS, see choices().
@@ -98,25 +103,36 @@ def build(
 
     Raises:
         UsageError: no role has one.
-        FormatError: the artifact is damaged.
+        FormatError: the artifact is damaged, or holds a graph that portlm does not write.
         EngineUnavailableError: the engine's compiler is not installed.
     """
     folder = Path(artifact)
     entries: list[CompiledEntry] = []
     for key in keys:
-        roles = [name for name, role in read_manifest(folder).roles.items() if key[2] in role.profiles]
+        manifest = read_manifest(folder)
+        roles = [name for name, role in manifest.roles.items() if key[2] in role.profiles]
         if not roles:
             raise UsageError(f"{folder}: has no {key[2]} graph, export it with that profile")
+        sources = [manifest.roles[name].profiles[key[2]] for name in roles]
+        ensure_checked(folder, manifest, sources)
+        ours = all(was_written(graph_of(manifest, source)) for source in sources)
         passes = ignore if dump is None else Dump(dump / "-".join(key))
         compiler: Compiler = resolve(COMPILERS[key])
         made = [compiler(folder, *key[1:], role=role, note=passes) for role in roles]
-        files = [file for entry in made for file in entry.files]
-        for file in files:
-            if file.endswith(NATIVE_SUFFIXES):
-                record_built(folder / file)
+        new = [compiled.entry for compiled in made]
         manifest = read_manifest(folder)
+        files = manifest.files | {name: file for compiled in made for name, file in compiled.files.items()}
         others = [e for e in manifest.compiled if (e.engine, e.device, e.profile) != key]
-        manifest = replace(manifest, compiled=(*others, *made))
-        write_manifest(folder, refresh_files(folder, manifest, files))
-        entries += made
+        manifest = replace(manifest, compiled=(*others, *new), files=dict(sorted(files.items())))
+        for entry in new:
+            for build in builds(manifest, entry):
+                record_built(build)
+        write_manifest(folder, manifest)
+        graphs = [name for entry in new for name in entry.files if name.endswith(GRAPH)]
+        if ours:
+            for name in graphs:
+                record_written(graph_of(manifest, name))
+        else:  # lowering a graph from elsewhere says nothing of what ONNX Runtime makes of the result
+            ensure_checked(folder, manifest, graphs)
+        entries += new
     return entries
