@@ -98,19 +98,22 @@ def open_corpus(data: DataSettings, folder: Path, *, fresh: bool, note: Callable
     if not data.texts:
         raise UsageError("no text to train on: name at least one UTF-8 text file")
     note(f"reading {len(data.texts)} text {'file' if len(data.texts) == 1 else 'files'}")
-    parts = [read_text(path) for path in data.texts]
-    text = "".join(parts)
+    text, files = _read(data.texts)
     tokenizer = _tokenizer(data, text, note)
     train, validation = prepare(text, tokenizer, folder, data.validation_fraction)
-    files = [_described(path, part) for path, part in zip(data.texts, parts, strict=True)]
     write_atomic(folder / TEXTS, msgspec.json.format(msgspec.json.encode(files), indent=1) + b"\n")
     tokenizer.save(folder)
     return _corpus(tokenizer, train, validation)
 
 
-def _described(path: str, text: str) -> TextFile:
-    raw = text.encode()
-    return TextFile(path, len(raw), hashlib.sha256(raw).hexdigest())
+def _read(paths: Sequence[str]) -> tuple[str, list[TextFile]]:
+    """Return the texts as one, and what each was."""
+    parts, files = [], []
+    for path in paths:
+        parts.append(part := read_text(path))
+        raw = part.encode()
+        files.append(TextFile(path, len(raw), hashlib.sha256(raw).hexdigest()))
+    return "".join(parts), files
 
 
 def _check_texts(texts: Sequence[str], folder: Path, note: Callable[[str], None]) -> None:
