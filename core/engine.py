@@ -157,6 +157,15 @@ class Engine(Protocol):
         """
         ...
 
+    @classmethod
+    def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
+        """Return the artifact's graphs that open() would hand to a library, by name. Who opens it checks them first.
+
+        Raises:
+            FormatError, UsageError: as open().
+        """
+        ...
+
     def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
         """Return the state of B rows before their first call.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from portlm.arguments import shown, whole
-from portlm.engine import Array, CallSpec, InputCheck, State
+from portlm.engine import Array, CallSpec, InputCheck, OpenRequest, State
 from portlm.engines import versions_of
 from portlm.errors import PortlmError, UsageError
 from portlm.roles import MAX_DIMENSION, StateSpec, symbols
@@ -80,6 +80,11 @@ class EngineBase:
         raise NotImplementedError
 
     # --- portlm.engine.Engine --------------------------------------------------------------------------
+
+    @classmethod
+    def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
+        """Return the artifact's graphs that open() hands to a library, none; see Engine."""
+        return ()
 
     def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
         """Return the state of B rows before their first call; see Engine."""
