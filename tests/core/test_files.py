@@ -271,3 +271,20 @@ def test_any_bytes_parse_or_raise_format_error(raw):
     else:
         return
     assert "\n" not in message
+
+
+def test_json_with_too_many_values_is_refused_before_they_are_made(tmp_path):
+    """Sixteen MiB of empty objects would be five million of them."""
+    path = tmp_path / "a.json"
+    for raw in (b"[" + b"{}," * 2**20 + b"{}]", b"[" * 2**21, b'{"a": [' + b"1," * 2**20 + b"1]}"):
+        path.write_bytes(raw)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(FormatError, match=r"a\.json holds more than"),
+        ):
+            patch.setattr("json.loads", None)
+            read_json(path)
+    path.write_bytes(b"[1,2]")
+    assert read_json(path, max_values=2) == [1, 2]
+    with pytest.raises(FormatError, match="more than the 1 JSON values"):
+        read_json(path, max_values=1)
