@@ -9,7 +9,7 @@ help:
 	@echo "make test    run the test suite"
 	@echo "make lint    check style (ruff)"
 	@echo "make types   check types (mypy)"
-	@echo "make docs    regenerate the op table in docs/"
+	@echo "make docs    regenerate the tables of ops and of config.json in docs/"
 	@echo "make bench   run the op benchmarks (minutes; do nothing else meanwhile)"
 	@echo "make clean   remove what was built; keeps $(VENV)"
 
@@ -31,6 +31,7 @@ types: setup
 
 docs: setup
 	@$(RUN)/python scripts/op_table.py > docs/ops.md
+	@$(RUN)/python scripts/config_table.py > docs/config-keys.md
 
 bench: setup
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(RUN)/python $$file || exit 1; done

@@ -9,7 +9,6 @@ is exposed. Then values are exposed one at a time, and halving finds the first w
 place.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from portlm.artifact import RoleSpec, StateSpec, TensorSpec, check_files, read_manifest
+from portlm.artifact import RoleSpec, StateSpec, TensorSpec, check_files
 from portlm.compile.check import check_model
 from portlm.compile.parity import make_probe
-from portlm.errors import EngineUnavailableError, FormatError, UsageError
+from portlm.compile.source import read_source
+from portlm.errors import EngineUnavailableError, FormatError
+from portlm.trust import private_scratch
 
 Values = dict[str, np.ndarray]
 Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
@@ -89,11 +90,9 @@ def bisect(
         FormatError: a file is damaged, or the engine returns something of another size.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
-    spec = manifest.roles.get(role)
-    if spec is None or "portable" not in spec.profiles:
-        raise UsageError(f"{root}: has no portable {role} graph to compare with; export it with that profile")
-    check_files(root, [spec.profiles["portable"], spec.weights, graph])
+    _, manifest = read_source(root, role, "portable")
+    spec = manifest.roles[role]
+    check_files(root, [graph], manifest)
     subject = check_model(root / graph)
     reference = _Reference(root / spec.profiles["portable"])
     for case in _cases(reference, spec, manifest.model.vocab_size, manifest.model.context_length):
@@ -154,9 +153,9 @@ def tvm_runner(device: str, profile: str) -> Runner:
                 weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
                 tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
         executable = compile_graph(Graph(model, "", tuple(weights)), LOWERINGS[profile])
-        with tempfile.TemporaryDirectory(prefix="portlm-tvm-") as scratch:  # mode 0700
-            executable.export_library(str(Path(scratch) / LIBRARY))
-            machine = virtual_machine(tvm.runtime.load_module(str(Path(scratch) / LIBRARY)))
+        with private_scratch() as scratch:
+            executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
+            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)))
         return lambda *inputs: machine["main"](*inputs, *tensors)
 
     def run(

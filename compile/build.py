@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from portlm.artifact import CompiledEntry, read_manifest, refresh_files, replace, write_manifest
+from portlm.artifact import Compiled, CompiledEntry, read_manifest, replace, write_manifest
 from portlm.compile.passes import Dump, ignore
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.plan import needs_plan
-from portlm.trust import NATIVE_SUFFIXES, record_built
+from portlm.trust import builds, record_built
 
-Compiler = Callable[..., CompiledEntry]
+Compiler = Callable[..., Compiled]
 """(artifact, device, profile, role=, note=): writes compiled files into the artifact and describes them."""
 
 # (engine, device, profile) -> the place of its Compiler
@@ -87,6 +87,9 @@ def build(
 ) -> list[CompiledEntry]:
     """Compile an artifact and record the result in its manifest, replacing what was compiled before.
 
+    What goes into the manifest and the trust store are digests of the bytes that the compilers wrote. No file is looked
+    at again: somebody else may have put another in its place.
+
     Args:
         artifact: an exported folder.
         keys: entries of COMPILERS, see choices().
@@ -110,13 +113,14 @@ def build(
         passes = ignore if dump is None else Dump(dump / "-".join(key))
         compiler: Compiler = resolve(COMPILERS[key])
         made = [compiler(folder, *key[1:], role=role, note=passes) for role in roles]
-        files = [file for entry in made for file in entry.files]
-        for file in files:
-            if file.endswith(NATIVE_SUFFIXES):
-                record_built(folder / file)
+        new = [compiled.entry for compiled in made]
         manifest = read_manifest(folder)
+        files = manifest.files | {name: file for compiled in made for name, file in compiled.files.items()}
         others = [e for e in manifest.compiled if (e.engine, e.device, e.profile) != key]
-        manifest = replace(manifest, compiled=(*others, *made))
-        write_manifest(folder, refresh_files(folder, manifest, files))
-        entries += made
+        manifest = replace(manifest, compiled=(*others, *new), files=dict(sorted(files.items())))
+        for entry in new:
+            for build in builds(manifest, entry):
+                record_built(build)
+        write_manifest(folder, manifest)
+        entries += new
     return entries

@@ -24,6 +24,7 @@ from portlm.artifact import (
     ModelSpec,
     Provenance,
     RoleSpec,
+    check_source,
     hash_files,
     instead,
     list_files,
@@ -37,6 +38,7 @@ from portlm.compile.mapped import MappedFile
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
 from portlm.folders import FILE_OPS, new_folder
+from portlm.hub_files import cards, check_folder
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
 from portlm.roles import file_stem
@@ -79,9 +81,11 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     _check_target(source, target)
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
+    check_folder(source)
+    check_source(source, COPIED)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     weights = read_header(source / WEIGHTS)
-    copied = [name for name in COPIED if (source / name).is_file()]
+    copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
     size = sum((source / name).stat().st_size for name in copied)
     size += sum(math.prod(info.shape) * 4 for info in weights.values())
 

@@ -24,12 +24,11 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from portlm.artifact import CompiledEntry, check_files, read_manifest
+from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.passes import Note, ignore, run_passes
-from portlm.errors import UsageError
-from portlm.files import write_atomic
+from portlm.compile.source import read_source
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
@@ -38,7 +37,7 @@ from portlm.roles import file_stem
 
 def compile_graph(
     folder: str | Path, device: str, profile: str = "fused", role: str = "decoder", note: Note = ignore
-) -> CompiledEntry:
+) -> Compiled:
     """Write a role's fused graph lowered for one device.
 
     Args:
@@ -57,19 +56,14 @@ def compile_graph(
         StorageError: the disk is full or refuses.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
-    spec = manifest.roles.get(role)
-    if spec is None or "fused" not in spec.profiles:
-        raise UsageError(f"{root}: has no fused {role} graph; export it with profiles portable and fused")
-    source = spec.profiles["fused"]
-    check_files(root, [source, spec.weights])
-    model = lower_model(check_model(root / source), manifest.model.context_length, device, note)
+    source, manifest = read_source(root, role, "fused")
+    model = lower_model(source, manifest.model.context_length, device, note)
     name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
-    write_atomic(root / name, model.SerializeToString(deterministic=True))
+    written = store_file(root, name, model.SerializeToString(deterministic=True))
     check_model(root / name)
-    return CompiledEntry(
-        "ort", device, "fused", "onnxruntime", (name,), {"portlm": version("portlm")}, role=role
-    )
+    versions = {"portlm": version("portlm")}
+    entry = CompiledEntry("ort", device, "fused", "onnxruntime", (name,), versions, role=role)
+    return Compiled(entry, {name: written})
 
 
 def lower_model(

@@ -307,7 +307,7 @@ def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Ca
         raise UsageError(
             f"{folder}: holds no reference answer; run `portlm verify --certify` where PyTorch is installed"
         )
-    check_files(folder, [REFERENCE])
+    check_files(folder, [REFERENCE], manifest)
     path = folder / REFERENCE
     by_role: dict[str, dict[str, np.ndarray]] = {}
     specs = call_specs(manifest)

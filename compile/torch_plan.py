@@ -11,11 +11,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from portlm.artifact import CompiledEntry, RoleSpec, check_files, read_manifest
-from portlm.compile.check import check_model
+from portlm.artifact import Compiled, CompiledEntry, RoleSpec, store_file
 from portlm.compile.passes import Note, ignore
-from portlm.errors import UsageError
-from portlm.files import write_atomic
+from portlm.compile.source import read_source
 from portlm.plan import Constant, Node, Plan, Weight, to_bytes
 from portlm.roles import file_stem
 
@@ -24,7 +22,7 @@ DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
 
 def compile_plan(
     folder: str | Path, device: str, profile: str, role: str = "decoder", note: Note = ignore
-) -> CompiledEntry:
+) -> Compiled:
     """Write the plan of a role of an artifact, compiled/torch-<device>-<profile>/<role>.json.
 
     A plan says nothing of a device: PyTorch runs the same one on each.
@@ -42,18 +40,14 @@ def compile_plan(
         StorageError: the disk is full or refuses.
     """
     root = Path(folder)
-    spec = read_manifest(root).roles.get(role)
-    if spec is None or profile not in spec.profiles:
-        raise UsageError(f"{root}: has no {profile} graph of {role}; export it with this profile")
-    check_files(root, [spec.profiles[profile], spec.weights])
-    model = check_model(root / spec.profiles[profile])
+    model, manifest = read_source(root, role, profile)
     note("graph", model)
-    content = to_bytes(make_plan(model, role, spec, profile))
+    content = to_bytes(make_plan(model, role, manifest.roles[role], profile))
     target = f"torch-{device}"
     file = f"compiled/{target}-{profile}/{file_stem(role)}.json"
-    (root / file).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(root / file, content)
-    return CompiledEntry("torch", device, profile, target, (file,), {"portlm": version("portlm")}, role)
+    versions = {"portlm": version("portlm")}
+    entry = CompiledEntry("torch", device, profile, target, (file,), versions, role)
+    return Compiled(entry, {file: store_file(root, file, content)})
 
 
 def make_plan(model: onnx.ModelProto, name: str, role: RoleSpec, profile: str) -> Plan:

@@ -4,8 +4,6 @@ Weights never enter the library: they are parameters of its function `main`, and
 where each lies in the artifact's weight file. Linking needs a C compiler (TVM writes object files only).
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +13,11 @@ import onnx
 from onnx import TensorProto
 
 from portlm import _C
-from portlm.artifact import CompiledEntry, read_manifest
-from portlm.compile.check import check_model
+from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.passes import Note, Pass, ignore, run_passes
+from portlm.compile.source import read_source, specs
 from portlm.errors import EngineUnavailableError, FormatError
-from portlm.files import fsync_dir, safe_join
+from portlm.trust import private_scratch
 from portlm.tvm_support import (
     LIBRARY,
     SIGNATURE,
@@ -54,30 +52,23 @@ class Graph:
         return tuple(value.name for value in self.proto.graph.output)
 
 
-def read_graph(artifact: Path, name: str) -> Graph:
-    """Read a graph of an artifact without its weights.
+def read_graph(artifact: Path, role: str, profile: str) -> Graph:
+    """Read a role's graph without its weights.
 
     Raises:
-        FormatError: the file is missing or holds anything that export never writes, or a weight is not float32 in
-            one sibling file.
+        UsageError: there is no such graph.
+        FormatError: as read_source, or a weight is not float32 in a file.
     """
-    path = safe_join(artifact, name)
-    if not path.is_file():
-        raise FormatError(f"{artifact} lacks {name}: export the model first")
-    proto = check_model(path)
-    weights, locations = [], set()
+    proto, manifest = read_source(artifact, role, profile)
+    weights = []
     for tensor in proto.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
+        if tensor.data_type != TensorProto.FLOAT:
+            raise FormatError(f"{artifact}: weight {tensor.name} of {role} is not float32: export again")
         where = {entry.key: entry.value for entry in tensor.external_data}
-        if tensor.data_type != TensorProto.FLOAT or "location" not in where:
-            raise FormatError(f"{path}: weight {tensor.name} is not float32 in a file")
-        locations.add(where["location"])
-        weights.append(Weight(tensor.name, tuple(tensor.dims), int(where.get("offset", "0"))))
-    if len(locations) != 1:
-        raise FormatError(f"{path}: all weights must be in one file, found {len(locations)}")
-    folder = name.rpartition("/")[0]
-    return Graph(proto, f"{folder}/{locations.pop()}", tuple(weights))
+        weights.append(Weight(tensor.name, tuple(tensor.dims), int(where["offset"])))
+    return Graph(proto, manifest.roles[role].weights, tuple(weights))
 
 
 class Lowering(NamedTuple):
@@ -130,10 +121,10 @@ def need_linker() -> None:
         raise EngineUnavailableError("tvm: linking needs a C compiler: install g++ or clang, or set CXX")
 
 
-def build_library(
-    artifact: Path, lowering: Lowering, role: str = "decoder", note: Note = ignore
-) -> CompiledEntry:
+def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", note: Note = ignore) -> Compiled:
     """Compile a role's graph for this processor and store the library in the artifact.
+
+    It is linked in a folder that nobody else can enter, and read there once: those bytes are described and stored.
 
     Args:
         artifact: its folder.
@@ -141,45 +132,35 @@ def build_library(
         role: whose graph it is.
         note: called with each pass's name and the graph after it.
 
-    Returns:
-        The entry for the manifest's list "compiled".
-
     Raises:
-        FormatError: the graph is missing, damaged, or holds what the profile has no form for.
+        UsageError: the role has no such graph.
+        FormatError: the graph is missing, damaged, or holds what the profile has no form for; or the folder for
+            temporary files is open to others.
         EngineUnavailableError: TVM or a C compiler is missing.
+        StorageError: the disk is full or refuses.
     """
     need_linker()
-    spec = read_manifest(artifact).roles.get(role)
-    if spec is None or lowering.profile not in spec.profiles:
-        raise FormatError(f"{artifact} has no {lowering.profile} graph of {role}: export the model first")
-    graph = read_graph(artifact, spec.profiles[lowering.profile])
+    graph = read_graph(artifact, role, lowering.profile)
     executable = compile_graph(graph, lowering, note)
-    name = folder_name("cpu", lowering.profile, role)
-    folder = artifact / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        unfinished = Path(scratch) / LIBRARY
-        executable.export_library(str(unfinished))
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(folder / LIBRARY)
-    fsync_dir(folder)
+    with private_scratch() as scratch:
+        executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
+        code = (scratch / LIBRARY).read_bytes()
     processor = processor_of(_C.isa())
     signature = Signature(
         profile=lowering.profile,
         processor=processor,
-        inputs=graph.inputs,
-        outputs=graph.outputs,
+        inputs=specs(graph.proto.graph.input),
+        outputs=specs(graph.proto.graph.output),
         weights_file=graph.weights_file,
         weights=graph.weights,
         nodes=len(graph.proto.graph.node),
         versions=VERSIONS,
     )
-    signature.write(folder / SIGNATURE)
-    files = f"{name}/{LIBRARY}", f"{name}/{SIGNATURE}"
-    return CompiledEntry(
-        "tvm", "cpu", lowering.profile, f"llvm {processor}", files, dict(VERSIONS), role=role
-    )
+    folder = folder_name("cpu", lowering.profile, role)
+    contents = {f"{folder}/{LIBRARY}": code, f"{folder}/{SIGNATURE}": signature.to_bytes()}
+    target, versions = f"llvm {processor}", dict(VERSIONS)
+    entry = CompiledEntry("tvm", "cpu", lowering.profile, target, tuple(contents), versions, role=role)
+    return Compiled(entry, {name: store_file(artifact, name, data) for name, data in contents.items()})
 
 
 def kernel_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":

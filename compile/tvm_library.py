@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from portlm.artifact import CompiledEntry
+from portlm.artifact import Compiled
 from portlm.compile import tvm_fused, tvm_portable
 from portlm.compile.passes import Note, ignore
 from portlm.compile.tvm_build import build_library
@@ -12,7 +12,7 @@ LOWERINGS = {"portable": tvm_portable.LOWERING, "fused": tvm_fused.LOWERING}
 
 def compile_library(
     folder: str | Path, device: str, profile: str, role: str = "decoder", note: Note = ignore
-) -> CompiledEntry:
+) -> Compiled:
     """Compile a role's graph to compiled/tvm-<device>-<profile>; see tvm_build.build_library for what it raises.
 
     Args:

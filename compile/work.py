@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx
 
-from portlm.artifact import Manifest
+from portlm.artifact import Manifest, check_files
 from portlm.compile.check import ITEM_BYTES
 
 ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
@@ -17,13 +17,16 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
     Every weight is read once, and every matrix multiplied once, except a pure lookup table, of which a row is read.
 
     Args:
-        folder: the artifact; its files are compared with the manifest elsewhere.
+        folder: the artifact.
         manifest: of it.
+
+    Raises:
+        FormatError: the graph is not the one that the manifest lists.
     """
     profiles = manifest.roles["decoder"].profiles
-    graph = onnx.load(
-        str(Path(folder) / profiles.get("portable", next(iter(profiles.values())))), load_external_data=False
-    ).graph
+    name = profiles.get("portable", next(iter(profiles.values())))
+    check_files(folder, [name], manifest)
+    graph = onnx.load(str(Path(folder) / name), load_external_data=False).graph
     read: set[str] = set()
     for node in graph.node:
         tables = ROWS.get((node.domain, node.op_type), ())

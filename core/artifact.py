@@ -11,20 +11,29 @@ this version writes the manifest again. An older format is converted on reading 
 
 import hashlib
 import json
+import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from portlm.errors import FormatError
-from portlm.files import read_json, safe_join, sha256_file, shown, write_atomic
-from portlm.roles import DTYPES, MAX_DIMENSION, Dtype, RoleName, StateSpec, TensorSpec, Text, symbols
+from portlm.errors import FormatError, StorageError
+from portlm.files import check_name, read_json, safe_join, sha256_file, shown, write_atomic
+from portlm.roles import (
+    DTYPES,
+    MAX_DIMENSION,
+    Dtype,
+    RoleName,
+    StateSpec,
+    TensorSpec,
+    Text,
+    contradiction,
+)
 
 __all__ = [
     "DTYPES",
@@ -32,6 +41,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
     "MAX_FILE_BYTES",
+    "Compiled",
     "CompiledEntry",
     "FileEntry",
     "Manifest",
@@ -42,12 +52,15 @@ __all__ = [
     "StateSpec",
     "TensorSpec",
     "check_files",
+    "check_source",
     "hash_files",
     "instead",
     "list_files",
+    "present_files",
     "read_manifest",
     "refresh_files",
     "replace",
+    "store_file",
     "write_manifest",
 ]  # fmt: skip
 
@@ -133,6 +146,13 @@ class CompiledEntry(Struct, frozen=True):
     files: Sequence[Text]
     versions: Table[Text]
     role: RoleName = "decoder"
+
+
+class Compiled(NamedTuple):
+    """What a compiler wrote into an artifact: its entry, and size and sha256 of the bytes that it wrote, by name."""
+
+    entry: CompiledEntry
+    files: dict[str, FileEntry]
 
 
 class ParityRow(Struct, frozen=True):
@@ -227,14 +247,21 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def check_files(folder: str | Path, names: Iterable[str] | None = None) -> Manifest:
-    """Compare files with the manifest, all of them or those named; return the manifest.
+def check_files(
+    folder: str | Path, names: Iterable[str] | None = None, manifest: Manifest | None = None
+) -> Manifest:
+    """Compare files with the manifest; return the manifest. Nothing of an artifact is used before this.
+
+    Args:
+        folder: the artifact.
+        names: relative names; None for all that are listed.
+        manifest: of the artifact, read before; None reads it.
 
     Raises:
-        FormatError: names the file, and whether it is missing, truncated or altered.
+        FormatError: names the file, and whether it is not listed, missing, truncated or altered.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
+    manifest = read_manifest(root) if manifest is None else manifest
     for name in manifest.files if names is None else names:
         if name not in manifest.files:
             raise FormatError(f"{root}: {name} is not in the manifest; export again")
@@ -249,6 +276,51 @@ def check_files(folder: str | Path, names: Iterable[str] | None = None) -> Manif
                 f"{path}: altered since the manifest was written; restore the file or export again"
             )
     return manifest
+
+
+def present_files(folder: str | Path, names: Iterable[str], manifest: Manifest) -> list[str]:
+    """Return those names that the artifact has, after comparing them with the manifest.
+
+    A file that is there and not listed is no part of the artifact, whoever put it there: it is refused, and not
+    ignored, because whoever put it there believes that it counts.
+
+    Raises:
+        FormatError: names the file, and whether it is not listed, missing, truncated or altered.
+    """
+    found = [name for name in names if name in manifest.files or os.path.lexists(Path(folder, name))]
+    check_files(folder, found, manifest)
+    return found
+
+
+def check_source(folder: str | Path, names: Iterable[str]) -> None:
+    """Compare files of a folder that is taken as a checkpoint with its manifest, if it is an artifact.
+
+    What the manifest does not list is for whoever put it there, such as a tokenizer that is to come into a new export.
+
+    Raises:
+        FormatError: the manifest is damaged, or a file that it lists is missing, truncated or altered.
+    """
+    path = Path(folder) / MANIFEST
+    data = read_json(path) if path.exists() else None
+    if isinstance(data, dict) and data.get("format") == FORMAT:
+        manifest = read_manifest(folder)
+        check_files(folder, [name for name in names if name in manifest.files], manifest)
+
+
+def store_file(folder: str | Path, name: str, data: bytes) -> FileEntry:
+    """Write a file of an artifact atomically; return size and sha256 of these bytes, whatever becomes of the file.
+
+    Raises:
+        FormatError: the name leads out of the folder.
+        StorageError: the disk is full or refuses.
+    """
+    path = safe_join(Path(folder), name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path.parent} cannot be made: {error.strerror}") from error
+    write_atomic(path, data)
+    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
 
 def hash_files(folder: str | Path, names: Iterable[str]) -> dict[str, FileEntry]:
@@ -300,14 +372,14 @@ def _checked(path: Path, data: Any) -> Manifest:
     for text in _texts(msgspec.to_builtins(manifest)):
         if not text.isprintable():
             raise FormatError(f"{path}: the text {shown(text)} must be printable")
-    for name in manifest.files:
-        safe_join(path.parent, name)
+    for name in manifest.files:  # the names alone: most files are not looked at every time
+        check_name(path.parent, name)
     named = {name for role in manifest.roles.values() for name in (*role.profiles.values(), role.weights)}
     named |= {name for entry in manifest.compiled for name in entry.files}
     for name in sorted(named - manifest.files.keys()):
         raise FormatError(f"{path}: {name[:80]!r} is used but not listed under files")
     for key, role in manifest.roles.items():
-        if problem := _contradiction(role):
+        if problem := contradiction(role.inputs, role.outputs, role.state) or _wrong_width(manifest, key):
             raise FormatError(f"{path}: roles[{key[:80]!r}]: {problem}")
     for i, row in enumerate(manifest.parity):
         if row.greedy_match > row.greedy_total:
@@ -318,27 +390,12 @@ def _checked(path: Path, data: Any) -> Manifest:
     return manifest
 
 
-def _contradiction(role: RoleSpec) -> str:
-    """What an engine could not carry out, or ""."""
-    taken = [*(spec.name for spec in role.inputs), *(state.name for state in role.state)]
-    returned = [*(spec.name for spec in role.outputs), *(s.output for s in role.state if s.output)]
-    for what, names in (("taken", taken), ("returned", returned)):
-        (name, count), *_ = Counter(names).most_common(1) or [("", 0)]
-        if count > 1:
-            return f"{name[:80]!r} is {what} twice"
-    shapes = [*(spec.shape for spec in role.inputs), *(state.shape for state in role.state)]
-    known = {"batch"}.union(*map(symbols, shapes))
-    for output in role.outputs:
-        if unknown := symbols(output.shape) - known:
-            return f"output {output.name[:80]!r} has a dimension {min(unknown)[:80]!r} that no input has"
-    for state in role.state:
-        what = f"state {state.name[:80]!r}"
-        if (state.update == "constant") != (state.output == ""):
-            return f"{what} must have an output, unless it is constant"
-        if state.initial != "given" and (unknown := symbols(state.shape) - {"batch", "past"}):
-            return f"{what} begins {state.initial} with a dimension {min(unknown)[:80]!r} that nobody says"
-        if (state.initial == "empty" or state.update == "append") and state.shape.count("past") != 1:
-            return f'{what} must have one dimension "past" to grow'
+def _wrong_width(manifest: Manifest, role: str) -> str:
+    """Say how many logits a decoder gives for each token, if they are not one for each id, or ""."""
+    for output in manifest.roles[role].outputs if role == "decoder" else ():
+        width = output.shape[-1]
+        if output.name == "logits" and width != manifest.model.vocab_size:
+            return f"output 'logits' has {width} values for a vocabulary of {manifest.model.vocab_size}"
     return ""
 
 
@@ -385,17 +442,20 @@ def _message(data: Any) -> str:
     return ""
 
 
-def _texts(value: Any) -> Iterable[str]:
+def _texts(value: Any) -> set[str]:
     """Every string of plain data, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+    found: set[str] = set()
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            found.add(item)
+        elif isinstance(item, dict):
+            found.update(item)
+            rest.extend(item.values())
+        elif isinstance(item, list | tuple):
+            rest.extend(item)
+    return found
 
 
 # Format 1 knew decoders alone, said inputs and outputs by name, and returned the logits of every token.

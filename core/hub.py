@@ -15,21 +15,30 @@ from typing import Any
 
 import numpy as np
 
+from portlm.artifact import check_source
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import (
-    atomic_file,
-    open_regular,
-    parse_json,
-    read_json,
-    safe_join,
-    shown,
-    write_atomic,
-)
+from portlm.files import atomic_file, open_regular, parse_json, read_json, shown, write_atomic
 from portlm.folders import new_folder
+from portlm.hub_files import (
+    INDEX,
+    MAX_TEXT_BYTES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_EXTRAS,
+    Places,
+    cards,
+    check_folder,
+    check_names,
+    read_bounded,
+    stored,
+    unwrapped,
+    why_no_tokenizer,
+)
 from portlm.models import (
     CONFIG,
     FAMILIES,
     GENERATION_CONFIG,
+    IMPORTED,
     WEIGHTS,
     check_tensors,
     expected_shapes,
@@ -37,14 +46,8 @@ from portlm.models import (
     write_config,
     write_json,
 )
-from portlm.weights import TensorInfo, read_header, save_tensors
+from portlm.weights import read_header, save_tensors
 
-INDEX = "model.safetensors.index.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_TOKENIZER_EXTRAS = ("special_tokens_map.json", "chat_template.jinja")
-_MAX_SHARDS = 4096
-_MAX_TEXT_BYTES = 4 << 20
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf")
 # What sampling needs. Other keys are dropped: some of them name code or files to load.
 _GENERATION_KEYS = {
     "_from_model_config",
@@ -95,21 +98,17 @@ def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Trans
         StorageError: The disk is full or refuses the write.
     """
     src, out, notes = Path(src), Path(out), list[str]()
-    config = load_config(src)
+    check_folder(src)
+    config = load_config(src, notes)
     shapes = expected_shapes(config)
-    tensors = _parameters(src, config, notes)
-    where = src / (WEIGHTS if (src / WEIGHTS).exists() else INDEX)
-    check_tensors(where, tensors.infos, shapes, dtypes=("F32", "F16", "BF16"))
-    halves = sorted({info.dtype for info in tensors.infos.values()} - {"F32"})
-    if halves:
-        notes.append(
-            f"weights were {' and '.join(halves)} and are float32 now, which holds every value exactly"
-        )
+    tensors = _parameters(src, config, shapes, notes)
+    _check_tensors(src, tensors, shapes, notes)
     with _new_folder(out) as folder:
         save_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
         write_config(folder, config)
         _copy_generation_config(src, folder, notes)
         _copy_tokenizer(src, folder, config.vocab_size, notes)
+        _copy_cards(src, folder, notes)
     return Transfer(out, config.family, _count(shapes), tuple(notes))
 
 
@@ -126,7 +125,10 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         StorageError: The disk is full or refuses the write.
     """
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
-    config = load_config(checkpoint)
+    check_folder(checkpoint)
+    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+    check_source(checkpoint, (CONFIG, WEIGHTS, *texts))
+    config = load_config(checkpoint, notes)
     shapes = expected_shapes(config)
     header = read_header(checkpoint / WEIGHTS)
     check_tensors(checkpoint / WEIGHTS, header, shapes)
@@ -137,13 +139,14 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         write_config(folder, config)
         _copy_generation_config(checkpoint, folder, notes)
         _copy_tokenizer(checkpoint, folder, config.vocab_size, notes)
+        _copy_cards(checkpoint, folder, notes)
     return Transfer(out, config.family, _count(shapes), tuple(notes))
 
 
 class _Tensors(Mapping[str, np.ndarray]):
     """Tensors of one or several files, each read and made float32 when it is asked for, so one at a time."""
 
-    def __init__(self, places: Mapping[str, tuple[Path, TensorInfo]]):
+    def __init__(self, places: Places):
         self._places = places
         self.infos = {name: info for name, (_, info) in places.items()}
 
@@ -159,6 +162,8 @@ class _Tensors(Mapping[str, np.ndarray]):
                 values = np.frombuffer(raw, "<f4")
             case "F16":
                 values = np.frombuffer(raw, "<f2").astype(np.float32)
+            case "F64":
+                values = _rounded(np.frombuffer(raw, "<f8"), f"{path}: tensor {shown(name)}")
             case "BF16":  # the upper half of a float32
                 values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
             case _:
@@ -176,25 +181,45 @@ class _Tensors(Mapping[str, np.ndarray]):
         return _Tensors({other: place for other, place in self._places.items() if other != name})
 
 
-def _parameters(src: Path, config: Any, notes: list[str]) -> _Tensors:
+def _rounded(values: np.ndarray, where: str) -> np.ndarray:
+    """Return float64 values in float32."""
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float32)
+    if np.isinf(rounded).sum() > np.isinf(values).sum():
+        raise FormatError(f"{where} holds a number that is too large for float32, in which portlm computes")
+    return rounded
+
+
+def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[str]) -> _Tensors:
     """Find the parameters in a folder's weight files, under the names a checkpoint uses."""
-    model = FAMILIES[config.family].model_class()
-    places: dict[str, tuple[Path, TensorInfo]] = {}
-    dropped = 0
-    for original, place in _stored(src).items():
-        name = model.hf_alias(original)
-        if name is None:
-            dropped += 1
-        elif name in places:
+    model, where, originals = FAMILIES[config.family].model_class(), _weights_of(src), stored(src)
+    tied: dict[str, str] = model.hf_tied(config)
+    names = {original: unwrapped(original) for original in originals}
+    usual = {original: model.hf_alias(name) for original, name in names.items()}
+    check_names(where, names.values(), lambda: sorted(shapes.keys() - usual.values() - set(tied.values())))
+    if any(original != name for original, name in names.items()):
+        notes.append(
+            "the names of tensors held what torch.compile or parallel training adds, which was taken off"
+        )
+    places: Places = {}
+    for original, place in originals.items():
+        name = usual[original]
+        if name in places:
             raise FormatError(
                 f"{place[0]}: {shown(original)} and another tensor both stand for {shown(name)}"
             )
-        else:
+        if name is not None:
             places[name] = place
-    if dropped:
+    if dropped := len(originals) - len(places):
         notes.append(f"{dropped} tensors that hold no parameters (masks, rotary frequencies) were left out")
+    for copy, name in tied.items():
+        if copy in places and name not in places:
+            places[name] = places.pop(copy)
+            notes.append(
+                f"{copy} was stored and stands for {name} as well: {CONFIG} says that they are one matrix"
+            )
     tensors = _Tensors(places)
-    for copy, name in model.hf_tied(config).items():
+    for copy, name in tied.items():
         if copy in tensors and name in tensors:
             if not np.array_equal(tensors[copy].view(np.uint32), tensors[name].view(np.uint32)):
                 raise FormatError(
@@ -205,54 +230,27 @@ def _parameters(src: Path, config: Any, notes: list[str]) -> _Tensors:
     return tensors
 
 
-def _stored(src: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    """Return where each tensor of a folder is stored, from one file or from shards and their index."""
-    if (src / WEIGHTS).exists():
-        return {name: (src / WEIGHTS, info) for name, info in read_header(src / WEIGHTS).items()}
-    if not (src / INDEX).exists():
-        raise FormatError(_no_weights(src))
-    index = read_json(src / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{src / INDEX} must hold a weight_map from tensor names to file names")
-    if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise FormatError(f"{src / INDEX}: every value of weight_map must be a file name")
-    shards = sorted(set(weight_map.values()))
-    if len(shards) > _MAX_SHARDS:
-        raise FormatError(f"{src / INDEX} names {len(shards)} files and {_MAX_SHARDS} are allowed")
-    places: dict[str, tuple[Path, TensorInfo]] = {}
-    for shard in shards:
-        path = safe_join(src, shard)
-        for name, info in read_header(path).items():
-            if weight_map.get(name) != shard:
-                raise FormatError(f"{path} holds tensor {shown(name)}, which {INDEX} does not place there")
-            places[name] = path, info
-    for name, shard in weight_map.items():
-        if name not in places:
-            raise FormatError(f"{src / INDEX} places tensor {shown(name)} in {shown(shard)}, which lacks it")
-    return places
+def _weights_of(src: Path) -> Path:
+    return src / (WEIGHTS if (src / WEIGHTS).exists() else INDEX)
 
 
-def _no_weights(src: Path) -> str:
-    """Say why a folder without safetensors cannot be imported, and what would help."""
-    try:
-        others = sorted(entry.name for entry in src.iterdir() if entry.suffix in _OTHER_WEIGHTS)
-    except OSError:
-        others = []
-    if not others:
-        return f"{src} holds neither {WEIGHTS} nor {INDEX}: give a folder with safetensors weights"
-    return (
-        f"{src} holds {shown(others[0])} but no safetensors, and portlm opens no pickles or other formats: convert "
-        "it where you trust it, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) in "
-        "transformers"
-    )
+def _check_tensors(src: Path, tensors: _Tensors, shapes: Mapping[str, Any], notes: list[str]) -> None:
+    """Compare the tensors with config.json, and note what becomes of their number formats."""
+    check_tensors(_weights_of(src), tensors.infos, shapes, dtypes=IMPORTED)
+    formats = {info.dtype for info in tensors.infos.values()}
+    if halves := sorted(formats & {"F16", "BF16"}):
+        notes.append(
+            f"weights were {' and '.join(halves)} and are float32 now, which holds every value exactly"
+        )
+    if "F64" in formats:
+        notes.append("weights were F64 and were rounded to float32, in which portlm computes")
 
 
 def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
     """Replace the minimal generation_config.json in ``folder`` by what the source says about sampling."""
     if not (src / GENERATION_CONFIG).exists():
         return
-    data = read_json(src / GENERATION_CONFIG, max_bytes=_MAX_TEXT_BYTES)
+    data = read_json(src / GENERATION_CONFIG, max_bytes=MAX_TEXT_BYTES)
     if not isinstance(data, dict):
         raise FormatError(f"{src / GENERATION_CONFIG} must hold a JSON object")
     kept = {key: value for key, value in data.items() if key in _GENERATION_KEYS and _is_plain(value)}
@@ -279,7 +277,7 @@ def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) 
     from portlm.tokenizer import MAX_FILE_BYTES, Tokenizer
 
     if not (src / TOKENIZER).exists():
-        notes.append(f"there is no {TOKENIZER}, so the checkpoint takes token ids only")
+        notes.append(f"the checkpoint takes token ids only: {why_no_tokenizer(src)}")
         return
     try:
         known = Tokenizer.load(src).vocab_size
@@ -290,27 +288,28 @@ def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) 
         notes.append(f"the tokenizer has {known} tokens, but the model cannot read ids from {vocab_size} on")
     settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if (src / TOKENIZER_CONFIG).exists():
-        settings = read_json(src / TOKENIZER_CONFIG, max_bytes=_MAX_TEXT_BYTES)
+        settings = read_json(src / TOKENIZER_CONFIG, max_bytes=MAX_TEXT_BYTES)
         if not isinstance(settings, dict):
             raise FormatError(f"{src / TOKENIZER_CONFIG} must hold a JSON object")
     if settings.pop("auto_map", None) is not None:
         notes.append(f"{TOKENIZER_CONFIG}: auto_map left out, portlm never runs code from a model folder")
-    write_atomic(folder / TOKENIZER, _read_bounded(src / TOKENIZER, MAX_FILE_BYTES))
+    write_atomic(folder / TOKENIZER, read_bounded(src / TOKENIZER, MAX_FILE_BYTES))
     write_json(folder / TOKENIZER_CONFIG, settings)
-    for name in _TOKENIZER_EXTRAS:
+    for name in TOKENIZER_EXTRAS:
         if (src / name).exists():
-            raw = _read_bounded(src / name, _MAX_TEXT_BYTES)
+            raw = read_bounded(src / name, MAX_TEXT_BYTES)
             if name.endswith(".json"):
                 parse_json(raw, str(src / name))
             write_atomic(folder / name, raw)
 
 
-def _read_bounded(path: Path, limit: int) -> bytes:
-    with open_regular(path) as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise FormatError(f"{path} is larger than the {limit} bytes allowed for it")
-    return raw
+def _copy_cards(src: Path, folder: Path, notes: list[str]) -> None:
+    """Copy model card and licence files: whoever passes the weights on has to pass those on as well."""
+    for name in cards(src):
+        try:
+            write_atomic(folder / name, read_bounded(src / name, MAX_TEXT_BYTES))
+        except FormatError as error:
+            notes.append(f"{name} was left out: {error}")
 
 
 @contextmanager

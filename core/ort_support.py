@@ -1,4 +1,4 @@
-"""What the runtime and the search for a wrong node share about ONNX Runtime: how a session is opened on a device.
+"""What the runtime and the search for a wrong node share about ONNX Runtime: its import, and how a session is opened.
 
 Both must run a graph in the very same way, or the search looks at something that the engine never did.
 """
@@ -9,11 +9,25 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 CUDA = "CUDAExecutionProvider"
 WEBGPU = "WebGpuExecutionProvider"
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def import_onnxruntime() -> ModuleType:
+    """Import ONNX Runtime without its telemetry, unless the user has set ORT_DISABLE_TELEMETRY.
+
+    Its import alone leaves the id of this machine and a store of events in the user's folders, and is when it reads
+    the variable: disable_telemetry_events() comes too late. So nothing else in portlm imports it.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    module: ModuleType = onnxruntime
+    return module
 
 
 def session_options(device: str, ep_device: Any, threads: int | None, allow_fallback: bool = True) -> Any:
@@ -25,9 +39,7 @@ def session_options(device: str, ep_device: Any, threads: int | None, allow_fall
         threads: of the CPU, None for one per core.
         allow_fallback: False makes a node that the device lacks an error.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 4  # errors come back as exceptions
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry(
@@ -46,8 +58,7 @@ def open_session(model: Path | bytes, options: Any, device: str) -> Any:
 
     Raises whatever ONNX Runtime raises: its exceptions have no common base but Exception.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     providers = {"cpu": ["CPUExecutionProvider"], "cuda": [CUDA]}.get(device)  # Vulkan is in the options
     with _without_chatter() if device == "vulkan" else contextlib.nullcontext():
         session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
@@ -57,8 +68,7 @@ def open_session(model: Path | bytes, options: Any, device: str) -> Any:
 
 def webgpu_devices() -> list[Any]:
     """What the WebGPU plugin offers, nothing before it is registered in this process; GPUs first."""
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     gpu = onnxruntime.OrtHardwareDeviceType.GPU
     found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == WEBGPU]
     return sorted(found, key=lambda device: device.device.type != gpu)

@@ -8,18 +8,21 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta, Struct
+
+from portlm.artifact import MAX_FILE_BYTES
 from portlm.errors import EngineUnavailableError, FormatError
-from portlm.files import read_json, safe_join, shown, write_atomic
-from portlm.roles import file_stem
+from portlm.files import MAX_JSON_BYTES, parse_json, read_bytes, safe_join, shown
+from portlm.roles import MAX_DIMENSION, TensorSpec, Text, file_stem
 
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
-FORMAT, FORMAT_VERSION = "portlm-tvm", 1
+FORMAT, FORMAT_VERSION = "portlm-tvm", 2
+MAX_TENSORS = 65_536
 LIBRARY, SIGNATURE = "model.so", "signature.json"
 
 # Processor levels of LLVM by the instruction set that portlm._C names; "generic" for anything but x86-64.
@@ -74,13 +77,12 @@ def virtual_machine(module: Any) -> Any:
     return relax.VirtualMachine(module, tvm.cpu(), memory_cfg="naive")
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(Struct, frozen=True, forbid_unknown_fields=True):
     """One float32 tensor in the weight file."""
 
-    name: str
-    shape: tuple[int, ...]
-    offset: int
+    name: Text
+    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=2**40)], ...], Meta(max_length=8)]
+    offset: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES, multiple_of=4)]
 
     @property
     def nbytes(self) -> int:
@@ -88,52 +90,65 @@ class Weight:
         return 4 * math.prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Signature:
-    """How to call a compiled library: its function main takes `inputs`, then `weights`, and returns `outputs`."""
+class Signature(Struct, frozen=True, forbid_unknown_fields=True):
+    """How to call a compiled library: its function main takes `inputs`, then `weights`, and returns `outputs`.
 
-    profile: str
-    processor: str  # of processor_of
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    weights_file: str  # relative to the artifact
-    weights: tuple[Weight, ...]
-    nodes: int  # of the graph it was made from
-    versions: Mapping[str, str]
+    Attributes:
+        profile: of the graph it was made from.
+        processor: of processor_of.
+        inputs: of the graph, states included.
+        outputs: of the graph, new states included.
+        weights_file: relative to the artifact.
+        weights: where each lies in that file.
+        nodes: how many the graph has.
+        versions: of TVM's packages.
+    """
 
-    def write(self, path: Path) -> None:
-        """Write the signature as JSON, atomically."""
-        fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        write_atomic(path, json.dumps(fields, indent=1, sort_keys=True) + "\n")
+    profile: Text
+    processor: Text
+    inputs: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
+    outputs: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
+    weights_file: Text
+    weights: Annotated[tuple[Weight, ...], Meta(max_length=MAX_TENSORS)]
+    nodes: Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
+    versions: Annotated[dict[Text, Text], Meta(max_length=64)]
+
+    def to_bytes(self) -> bytes:
+        """Return the content of its file, JSON."""
+        fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **msgspec.to_builtins(self)}
+        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def read(cls, path: Path, artifact: Path) -> "Signature":
-        """Read a signature and check that every weight lies inside the artifact's weight file.
+        """Read a signature's file; see parse."""
+        return cls.parse(read_bytes(path, MAX_JSON_BYTES), path, artifact)
+
+    @classmethod
+    def parse(cls, raw: bytes, path: Path, artifact: Path) -> "Signature":
+        """Check a signature, and that every weight lies inside the artifact's weight file.
+
+        Args:
+            raw: the content of its file.
+            path: where that came from, for messages.
+            artifact: that it belongs to.
 
         Raises:
-            FormatError: it is missing, damaged, of another version, or points outside the weight file.
+            FormatError: it is damaged, of another version, or points outside the weight file.
         """
-        raw = read_json(path)
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        fields = parse_json(raw, str(path))
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise FormatError(f"{path} is not the signature of a TVM library: compile the artifact again")
-        if raw.get("format_version") != FORMAT_VERSION:
-            version = shown(raw.get("format_version"))
+        version = fields.pop("format_version", None)
+        if type(version) is not int or version != FORMAT_VERSION:
             raise FormatError(
-                f"{path} has format version {version}, known is {FORMAT_VERSION}: compile again"
+                f"{path} has format version {shown(version)}, known is {FORMAT_VERSION}: compile again"
             )
         try:
-            signature = cls(
-                profile=_text(raw["profile"]),
-                processor=_text(raw["processor"]),
-                inputs=_texts(raw["inputs"]),
-                outputs=_texts(raw["outputs"]),
-                weights_file=_text(raw["weights_file"]),
-                weights=tuple(_weight(item) for item in _list(raw["weights"])),
-                nodes=int(raw["nodes"]),
-                versions={_text(k): _text(v) for k, v in raw["versions"].items()},
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise FormatError(f"{path} is damaged ({error!r}): compile the artifact again") from error
+            signature: Signature = msgspec.convert(fields, cls)
+        except msgspec.ValidationError as error:
+            raise FormatError(
+                f"{path} is damaged ({str(error)[:200]}): compile the artifact again"
+            ) from error
         file = safe_join(artifact, signature.weights_file)
         if not file.is_file():
             raise FormatError(
@@ -146,28 +161,3 @@ class Signature:
                     f"{path}: {shown(weight.name)} lies outside {signature.weights_file}: export again"
                 )
         return signature
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError("a list is expected")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("text is expected")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(_text(item) for item in _list(value))
-
-
-def _weight(value: Any) -> Weight:
-    shape, offset = tuple(_list(value["shape"])), value["offset"]
-    if len(shape) > 8 or any(type(extent) is not int or not 1 <= extent < 2**40 for extent in shape):
-        raise ValueError("a shape holds whole numbers above zero")
-    if type(offset) is not int or offset < 0 or offset % 4:
-        raise ValueError("an offset is a multiple of 4")
-    return Weight(_text(value["name"]), shape, offset)

@@ -46,6 +46,9 @@ class EngineBase:
         """Run a role; return its outputs, and its new states by the name of the state."""
         raise NotImplementedError
 
+    def _ready(self, role: str) -> None:
+        """Open what the role runs, if it was not; so what is wrong with it is said before a state is made."""
+
     def _work(self, tensor: Any) -> Any:
         """A tensor of a state in the form that the primitives below take: itself, or a view of it."""
         return tensor
@@ -80,6 +83,7 @@ class EngineBase:
         spec = self._spec(role)
         if batch < 1:
             raise UsageError(f"a state has at least one row, got {batch}")
+        self._ready(role)
         sizes, values = {"batch": batch}, dict(given or {})
         tensors = {}
         for state in spec.state:

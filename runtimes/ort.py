@@ -16,20 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import onnxruntime
 
 from portlm.artifact import Manifest, check_files
 from portlm.engine import Array, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
-from portlm.files import safe_join
-from portlm.ort_support import CUDA, EXTERNAL_FOLDER, WEBGPU, open_session, session_options, webgpu_devices
-from portlm.roles import StateSpec
+from portlm.files import read_bytes, safe_join, shown
+from portlm.ort_support import (
+    CUDA,
+    EXTERNAL_FOLDER,
+    WEBGPU,
+    import_onnxruntime,
+    open_session,
+    session_options,
+    webgpu_devices,
+)
+from portlm.roles import StateSpec, TensorSpec, difference
 from portlm.runtimes.base import ArrayEngine
-from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node
+from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_files
 from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
+
+onnxruntime = import_onnxruntime()
 
 PROVIDERS = {"CPUExecutionProvider": "cpu", CUDA: "cuda", WEBGPU: "vulkan"}
 MEMORY = {"cpu": "cpu", "cuda": "cuda", "vulkan": "webgpu"}  # ONNX Runtime's name for each device's memory
+MAX_GRAPH_BYTES = 64 * 2**20  # without weights
 SOFTWARE_ADAPTER = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
 
 _register = threading.Lock()
@@ -48,10 +58,10 @@ class OrtEngine(ArrayEngine):
         """Prepare to open graphs; use open()."""
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
-        self._request = request
+        self._request, self._manifest = request, manifest
         self._graphs = graphs
         self._ep_device, self._note = _find_device(request.device)
-        self._sessions: dict[str, tuple[Any, frozenset[str]]] = {}
+        self._sessions: dict[str, Any] = {}
         self._placements: dict[str, Placement] = {}
         self._tools: dict[tuple[str, str, int, int], Any] = {}
 
@@ -84,15 +94,13 @@ class OrtEngine(ArrayEngine):
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        session, taken = self._session(role)
+        session = self._session(role)
         spec, memory = self.roles[role], MEMORY[self.device]
         binding = session.io_binding()
         for name, array in inputs.items():
-            if name in taken:
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for state in spec.state:
-            if state.name in taken:
-                binding.bind_ortvalue_input(state.name, tensors[state.name])
+            binding.bind_ortvalue_input(state.name, tensors[state.name])
         for output in spec.outputs:
             binding.bind_output(output.name, "cpu")
         changed = [state for state in spec.state if state.output]
@@ -107,21 +115,27 @@ class OrtEngine(ArrayEngine):
         states = values[len(spec.outputs) :]
         return outputs, {state.name: value for state, value in zip(changed, states, strict=True)}
 
-    def _session(self, role: str) -> tuple[Any, frozenset[str]]:
-        """The session of a role, opened if it was not, and the names that it takes."""
+    def _session(self, role: str) -> Any:
+        """The session of a role, opened if it was not."""
         if role not in self._sessions:
             graph, request = self._graphs[role], self._request
-            check_files(request.folder, graph.files)
+            check_files(request.folder, graph.files, self._manifest)
             session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
             placement = _placement(session, self.device, self._note)
             if placement.fallback and not request.allow_fallback:
                 raise _misplaced(graph.path, self.device, placement)
-            taken = frozenset(value.name for value in session.get_inputs())
-            spec = self.roles[role]
-            if unknown := taken - {i.name for i in spec.inputs} - {i.name for i in spec.state}:
-                raise FormatError(f"{graph.path}: the manifest lacks its input {min(unknown)}; export again")
-            self._sessions[role], self._placements[role] = (session, taken), placement
+            spec, taken, returned = (
+                self.roles[role],
+                _specs(session.get_inputs()),
+                _specs(session.get_outputs()),
+            )
+            if problem := difference(spec.inputs, spec.outputs, spec.state, taken, returned):
+                raise FormatError(f"{graph.path}: {problem}; export again")
+            self._sessions[role], self._placements[role] = session, placement
         return self._sessions[role]
+
+    def _ready(self, role: str) -> None:
+        self._session(role)
 
     def placement(self) -> Placement:
         """Return what ONNX Runtime recorded when it assigned nodes to providers, of all roles."""
@@ -214,8 +228,13 @@ def _on_cpu(array: Array) -> Any:
 
 
 def _dtype(tensor: Any) -> str:
-    """The element type of an OrtValue as numpy calls it: "tensor(float)" is float32."""
-    kind: str = tensor.data_type().removeprefix("tensor(").removesuffix(")")
+    """The element type of an OrtValue as numpy calls it."""
+    return _plain(tensor.data_type())
+
+
+def _plain(kind: str) -> str:
+    """An element type as numpy calls it: "tensor(float)" is float32."""
+    kind = kind.removeprefix("tensor(").removesuffix(")")
     return {"float": "float32"}.get(kind, kind)
 
 
@@ -259,12 +278,12 @@ class _Graph(NamedTuple):
     Attributes:
         path: of the graph.
         files: of the artifact, to be compared with its manifest first.
-        weights: the folder of the weight file, if that is not the graph's own.
+        weights: the weight file.
     """
 
     path: Path
     files: tuple[str, ...]
-    weights: Path | None = None
+    weights: Path
 
 
 def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _Graph]]:
@@ -278,11 +297,9 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
                 if len(found) != 1 or entry.role not in manifest.roles:
                     raise FormatError(f"{folder}: the entry compiled for ort on {device} must have one graph")
                 weights = manifest.roles[entry.role].weights
-                if request.compiled is None:
-                    graphs[entry.role] = _Graph(safe_join(folder, found[0]), (*entry.files, weights))
-                else:
-                    place = safe_join(folder, weights).parent
-                    graphs[entry.role] = _Graph(safe_join(request.compiled, found[0]), (weights,), place)
+                own = entry.files if request.compiled is None else ()  # the cache's were compared when found
+                path = safe_join(request.compiled or folder, found[0])
+                graphs[entry.role] = _Graph(path, (*own, weights), safe_join(folder, weights))
         if graphs.keys() == manifest.roles.keys():
             return "fused", graphs
         if profile == "fused":
@@ -297,7 +314,8 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
         if "portable" not in role.profiles:
             raise UsageError(f"{folder} holds no portable graph: run portlm export again")
         graph = role.profiles["portable"]
-        graphs[name] = _Graph(safe_join(folder, graph), (graph, role.weights))
+        files = (graph, role.weights)
+        graphs[name] = _Graph(safe_join(folder, graph), files, safe_join(folder, role.weights))
     return "portable", graphs
 
 
@@ -365,12 +383,19 @@ def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, thre
 
     def options(allow_fallback: bool) -> Any:
         made = session_options(device, ep_device, threads, allow_fallback)
-        if graph.weights is not None:
-            made.add_session_config_entry(EXTERNAL_FOLDER, str(graph.weights))
+        made.add_session_config_entry(EXTERNAL_FOLDER, str(graph.weights.parent))
         return made
 
-    # Weights elsewhere than beside the graph are only found if the graph comes as bytes.
-    model = path if graph.weights is None else path.read_bytes()
+    # As bytes, because of a graph in the cache ONNX Runtime would not find the weights, which are in the artifact.
+    model = read_bytes(path, MAX_GRAPH_BYTES)
+    try:
+        others = weight_files(model) - {graph.weights.name}
+    except ValueError as error:
+        raise FormatError(f"{path}: no ONNX graph, it has {error}; export again") from error
+    if others:  # which nobody compared with the manifest
+        raise FormatError(
+            f"{path}: it has weights in {shown(min(others))}, and the manifest says {graph.weights.name}; export again"
+        )
     try:
         return open_session(model, options(allow_fallback), device)
     except Exception as error:  # its exceptions have no common base but this
@@ -383,6 +408,14 @@ def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, thre
                 f"ort:{device}: the device does not start: {_line(error)}"
             ) from error
         raise FormatError(f"{path}: ONNX Runtime does not take it: {_line(error)}; export again") from error
+
+
+def _specs(values: Sequence[Any]) -> list[TensorSpec]:
+    """What a session says of its inputs or outputs; "?" for an extent of which the graph says nothing."""
+    return [
+        TensorSpec(value.name, _plain(value.type), tuple("?" if dim is None else dim for dim in value.shape))
+        for value in values
+    ]
 
 
 def _placement(session: Any, device: str, note: str) -> Placement:

@@ -1,14 +1,12 @@
 """The TVM engine: runs a library that TVM compiled on this machine, with the weights mapped from the artifact.
 
-A compiled library is native code, so it is loaded only if its sha256 is in the local trust store, where compiling puts
-it. The weights are read from the file the ONNX graphs share; the cache stays in TVM tensors from step to step, and
+A compiled library is native code, so it is loaded only if the local trust store says that it was compiled here, of this
+graph. The weights are read from the file the ONNX graphs share; the cache stays in TVM tensors from step to step, and
 only token ids enter through numpy and logits leave through it, without a copy.
 """
 
 import ctypes
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
@@ -17,14 +15,14 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from portlm.artifact import Manifest, check_files
-from portlm.engine import Array, CallSpec, OpenRequest, Placement, call_specs
+from portlm.artifact import Manifest, RoleSpec, check_files
+from portlm.engine import Array, OpenRequest, Placement, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
-from portlm.files import open_regular, safe_join
+from portlm.files import MAX_JSON_BYTES, open_regular, read_bytes, safe_join, shown
 from portlm.ops.registry import tvm_functions
-from portlm.roles import StateSpec
+from portlm.roles import StateSpec, difference
 from portlm.runtimes.base import ArrayEngine
-from portlm.trust import is_trusted
+from portlm.trust import Build, is_trusted, private_scratch, was_recorded_alone
 from portlm.tvm_support import (
     LIBRARY,
     SIGNATURE,
@@ -118,7 +116,7 @@ class TvmEngine(ArrayEngine):
         """
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
-        self._request, self._libraries = request, dict(libraries)
+        self._request, self._manifest, self._libraries = request, manifest, dict(libraries)
         self._opened: dict[str, _Library] = {}
         self._generated = profile == "portable"  # TVM's own code reads the inputs: it trusts them
         self._threads = request.threads
@@ -181,9 +179,12 @@ class TvmEngine(ArrayEngine):
     def _library(self, role: str) -> "_Library":
         if role not in self._opened:
             self._opened[role] = _open(
-                self._request, role, self.roles[role], self._libraries[role], self.profile
+                self._request, self._manifest, role, self._libraries[role], self.profile
             )
         return self._opened[role]
+
+    def _ready(self, role: str) -> None:
+        self._library(role)
 
     def _work(self, tensor: Any) -> Any:
         return np.from_dlpack(tensor)
@@ -213,18 +214,29 @@ class _Library(NamedTuple):
     nodes: int
 
 
-def _open(request: OpenRequest, role: str, spec: CallSpec, name: str, profile: str) -> _Library:
+def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profile: str) -> _Library:
     tvm = import_tvm()
-    folder, place = request.folder, request.compiled or request.folder
+    folder, place, spec = request.folder, request.compiled or request.folder, manifest.roles[role]
     command = f"portlm compile {folder} --engine tvm --profile {profile}"
-    signature = Signature.read(safe_join(place, f"{name}/{SIGNATURE}"), folder)
     own = () if request.compiled else (f"{name}/{LIBRARY}", f"{name}/{SIGNATURE}")
-    check_files(folder, (*own, signature.weights_file))
+    check_files(folder, (*own, spec.weights), manifest)
+    path = safe_join(place, f"{name}/{LIBRARY}")
+    described = safe_join(place, f"{name}/{SIGNATURE}")
+    raw = read_bytes(described, MAX_JSON_BYTES)
+    signature = Signature.parse(raw, described, folder)
     _check_signature(signature, spec, profile, command)
+    with open_regular(path) as file:
+        code = file.read()
+    if profile not in spec.profiles:
+        raise FormatError(
+            f"{folder}: has no {profile} graph of {role}, of which it was compiled: export again"
+        )
+    graph = manifest.files[spec.profiles[profile]].sha256
+    build = Build(_digest(code), "tvm", request.device, profile, graph, {SIGNATURE: _digest(raw)})
     # TVM's own pool would spin beside the kernels' threads; it reads these when it is first needed.
     os.environ["TVM_NUM_THREADS"] = "1"
     os.environ["TVM_BIND_THREADS"] = "0"
-    module = _load_trusted(tvm, safe_join(place, f"{name}/{LIBRARY}"), command)
+    module = _load_trusted(tvm, code, build, path, command)
     if profile == "fused":
         connect_kernels()
     weights = map_weights(safe_join(folder, signature.weights_file), signature.weights)
@@ -237,7 +249,8 @@ def _open(request: OpenRequest, role: str, spec: CallSpec, name: str, profile: s
         raise FormatError(
             f"{folder}: {name}/{LIBRARY} does not start ({_last_line(error)}): run {command}"
         ) from error
-    return _Library(machine["portlm_step"], signature.inputs, signature.outputs, signature.nodes)
+    inputs, outputs = (tuple(item.name for item in items) for items in (signature.inputs, signature.outputs))
+    return _Library(machine["portlm_step"], inputs, outputs, signature.nodes)
 
 
 def set_threads(count: int) -> int:
@@ -313,16 +326,19 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, st
     )
 
 
-def _check_signature(signature: Signature, spec: CallSpec, profile: str, command: str) -> None:
+def _check_signature(signature: Signature, spec: RoleSpec, profile: str, command: str) -> None:
     """The signature must be of this model, this profile and a processor like this one."""
     from portlm import _C
 
-    inputs = {item.name for item in spec.inputs} | {item.name for item in spec.state}
-    outputs = {item.name for item in spec.outputs} | {item.output for item in spec.state if item.output}
-    same = set(signature.inputs) == inputs and set(signature.outputs) == outputs
-    once = len(inputs) == len(signature.inputs) and len(outputs) == len(signature.outputs)
-    if signature.profile != profile or not same or not once:
-        raise FormatError(f"tvm: the compiled {profile} library is of another model: run {command}")
+    problem = difference(spec.inputs, spec.outputs, spec.state, signature.inputs, signature.outputs)
+    if signature.profile != profile:
+        problem = f"it is of the profile {shown(signature.profile)}"
+    elif signature.weights_file != spec.weights:
+        problem = f"its weights are in {shown(signature.weights_file)}, and the manifest says {spec.weights}"
+    if problem:
+        raise FormatError(
+            f"tvm: the compiled {profile} library is of another model, {problem}: run {command}"
+        )
     usable = [processor_of(isa) for isa in _C.usable_isas()]
     if signature.processor not in usable:
         raise EngineUnavailableError(
@@ -330,24 +346,24 @@ def _check_signature(signature: Signature, spec: CallSpec, profile: str, command
         )
 
 
-def _load_trusted(tvm: Any, path: Path, command: str) -> Any:
-    """Load a library whose content is in the trust store.
+def _load_trusted(tvm: Any, code: bytes, build: Build, path: Path, command: str) -> Any:
+    """Load a library that the trust store has, as what it was compiled for.
 
-    What is hashed is what is loaded: the bytes are read once and loaded from a private copy, so that nothing can be
-    put in the file's place in between, and compiling again does not pull the code from under a running engine.
+    What is hashed is what is loaded: the bytes were read once and are loaded from a private copy, so that nothing can
+    be put in the file's place in between, and compiling again does not pull the code from under a running engine.
     """
-    with open_regular(path) as file:
-        code = file.read()
-    digest = sha256(code).hexdigest()
-    if not is_trusted(digest):
-        raise FormatError(
-            f"{path} was not compiled on this machine and is not run (sha256 {digest[:16]}): run {command}"
-        )
-    scratch = Path(tempfile.mkdtemp(prefix="portlm-tvm-"))  # mode 0700
-    try:
-        (scratch / LIBRARY).write_bytes(code)
-        return tvm.runtime.load_module(str(scratch / LIBRARY))
-    except (RuntimeError, OSError) as error:
-        raise FormatError(f"{path} does not load ({error}): run {command}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    if not is_trusted(build):
+        how = "was not compiled on this machine from this graph"
+        if was_recorded_alone(build.library):
+            how = "was compiled by an older portlm, which did not note from which graph"
+        raise FormatError(f"{path} {how}, and is not run (sha256 {build.library[:16]}): run {command}")
+    with private_scratch() as scratch:
+        try:
+            (scratch / LIBRARY).write_bytes(code)
+            return tvm.runtime.load_module(str(scratch / LIBRARY))
+        except (RuntimeError, OSError) as error:
+            raise FormatError(f"{path} does not load ({error}): run {command}") from error
+
+
+def _digest(data: bytes) -> str:
+    return sha256(data).hexdigest()

@@ -146,6 +146,20 @@ def test_the_table_grants_nothing_that_nobody_needs():
         assert row.late <= used[True], (name, row.late - used[True])
 
 
+def test_onnx_runtime_is_imported_in_one_place():
+    """There its telemetry is switched off, which is too late once it is imported."""
+    places = [path for path in MODULES.values() if path.name != "ort_support.py"]
+    places += [
+        path for folder in ("benchmarks", "scripts", "examples") for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert [
+        f"{path.relative_to(ROOT)}, line {imported.line}"
+        for path in places
+        for imported in imports_of(ast.parse(path.read_text()))
+        if imported.module.partition(".")[0] == "onnxruntime"
+    ] == []
+
+
 @pytest.mark.parametrize(
     ("module", "code", "culprit"),
     [
@@ -158,6 +172,8 @@ def test_the_table_grants_nothing_that_nobody_needs():
         ("portlm.compile.build", "from portlm.compile.canonical_ops import X", "capture"),
         ("portlm.runtimes", "from portlm.runtimes import eager", "eager"),
         ("portlm.runtimes.tvm", "import tvm", "tvm"),
+        ("portlm.runtimes.ort", "import onnxruntime", "onnxruntime"),
+        ("portlm.runtimes.ort", "def f():\n import onnxruntime", "onnxruntime"),
         ("portlm.compile.bisect", "from portlm.runtimes.ort import X", "runtimes"),
         ("portlm.compile.bisect", "from portlm import runtimes", "runtimes"),
         ("portlm.train.pretrain", "def f():\n import portlm.flows.load", "flows"),

@@ -21,7 +21,7 @@ from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
 from portlm.plan import needs_plan
-from portlm.trust import NATIVE_SUFFIXES, is_trusted
+from portlm.trust import is_ours
 
 if TYPE_CHECKING:
     from portlm.engine import Engine
@@ -166,15 +166,8 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
 
 def _is_foreign(manifest: Manifest, key: tuple[str, str, str]) -> bool:
     """Say whether compiled files hold machine code that this machine did not make, which no engine loads."""
-    names = {
-        name
-        for entry in manifest.compiled
-        if (entry.engine, entry.device, entry.profile) == key
-        for name in entry.files
-    }
-    return any(
-        name.endswith(NATIVE_SUFFIXES) and not is_trusted(manifest.files[name].sha256) for name in names
-    )
+    entries = [entry for entry in manifest.compiled if (entry.engine, entry.device, entry.profile) == key]
+    return not all(is_ours(manifest, entry) for entry in entries)
 
 
 class PlainPyTorch:

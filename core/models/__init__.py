@@ -19,12 +19,14 @@ import numpy as np
 
 from portlm.errors import ConfigError, FormatError, StorageError
 from portlm.files import read_json, shown, write_atomic
+from portlm.models.config_json import Reader
 from portlm.weights import TensorInfo, load_numpy, read_header, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
 CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+IMPORTED = ("F32", "F16", "BF16", "F64")  # the number formats that `portlm import` makes float32 of
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -61,11 +63,11 @@ class Config(Protocol):
         """Return a small one for tests, with at least 259 ids."""
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+    def from_hf(cls, data: Mapping[str, Any] | Reader) -> Self:
         """Read the contents of a Hugging Face config.json, strictly."""
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json, with ``bos_token_id`` and ``eos_token_id``."""
+        """Return the contents of a config.json, with ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``."""
 
 
 class Model(Protocol):
@@ -184,17 +186,18 @@ def preset(name: str) -> Config:
     return presets[name]
 
 
-def config_from_hf(data: Mapping[str, Any]) -> Config:
+def config_from_hf(data: Mapping[str, Any] | Reader) -> Config:
     """Read the contents of a Hugging Face config.json, strictly.
 
     Raises:
         ConfigError: Another family, or a key that is missing, unknown, out of range or asks for another
             model.
     """
-    family = data.get("model_type")
+    read = Reader.of(data)
+    family = read.raw("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {shown(family)}")
-    return FAMILIES[family].config_class().from_hf(data)
+    return FAMILIES[family].config_class().from_hf(read)
 
 
 def build(config: Config | Mapping[str, Any], device: "str | torch.device" = "cpu") -> Model:
@@ -213,8 +216,12 @@ def build(config: Config | Mapping[str, Any], device: "str | torch.device" = "cp
     return model
 
 
-def load_config(folder: str | os.PathLike[str]) -> Config:
+def load_config(folder: str | os.PathLike[str], notes: list[str] | None = None) -> Config:
     """Read config.json of a checkpoint folder.
+
+    Args:
+        folder: Where it lies.
+        notes: Takes a sentence for each value that the configuration does not keep.
 
     Raises:
         FormatError: It is missing, no JSON, or not a model portlm computes.
@@ -223,10 +230,14 @@ def load_config(folder: str | os.PathLike[str]) -> Config:
     data = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
     if not isinstance(data, dict):
         raise FormatError(f"{path} must hold a JSON object")
+    read = Reader(data)
     try:
-        return config_from_hf(data)
+        config = config_from_hf(read)
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from error
+    if notes is not None:
+        notes += read.notes
+    return config
 
 
 def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "cpu") -> Model:
@@ -287,7 +298,8 @@ def write_config(folder: Path, config: Config) -> None:
     """Write config.json and generation_config.json."""
     data = config.to_hf()
     write_json(folder / CONFIG, data)
-    ids = {key: data[key] for key in ("bos_token_id", "eos_token_id") if data[key] is not None}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: data[key] for key in keys if data[key] is not None}
     write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
 
 
@@ -354,9 +366,11 @@ def check_tensors(
                 f"{path}: tensor {name} has shape {tuple(info.shape)}, but {CONFIG} asks for {shape}"
             )
         if info.dtype not in dtypes:
+            hint = (
+                "portlm import converts it" if info.dtype in IMPORTED else "its weights are no plain numbers"
+            )
             raise FormatError(
-                f"{path}: tensor {name} is {info.dtype}, but must be {' or '.join(dtypes)}: "
-                "portlm import converts half precision"
+                f"{path}: tensor {name} is {info.dtype}, but must be {' or '.join(dtypes)}: {hint}"
             )
 
 

@@ -44,9 +44,7 @@ _BOUNDS = {
     "layer_norm_eps": (1e-12, 0.1),
     "init_std": (0.0, 1.0),
 }
-Gelu = Literal["tanh", "none"]  # the approximation by tanh, or the exact form with erf
 Init = Literal["scaled", "released", "preferences"]
-_GELU: dict[str, Gelu] = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 _INITS: dict[str, Init] = {"scaled": "scaled", "released": "released", "preferences": "preferences"}
 
 
@@ -86,11 +84,12 @@ class GPT2Config:
     width: int = 768
     dropout: float = 0.0
     layer_norm_eps: float = 1e-5
-    gelu: Gelu = "tanh"
+    gelu: config_json.Gelu = "tanh"
     init: Init = "scaled"
     init_std: float = 0.02  # s above
-    bos_token_id: int | None = None  # this and the next are not computed with, only kept with the model
+    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
     eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         config_json.check_bounds(self, _BOUNDS)
@@ -132,41 +131,40 @@ class GPT2Config:
         return cls(vocab_size=259, context_length=32, n_layer=2, n_head=4, width=24, eos_token_ids=(256,))
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
         """Read the contents of a Hugging Face config.json, strictly.
 
         Raises:
             ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
         """
-        read = config_json.Reader(data)
+        read = config_json.Reader.of(data)
         read.require("model_type", "gpt2")
-        vocab_size, width = read.integer("vocab_size", 50257), read.integer("n_embd", 768)
-        context = read.integer("n_positions", 1024)
+        vocab_size = read.integer("vocab_size", 50257)
+        width = read.integer("n_embd", 768, also="hidden_size")
+        context = read.integer("n_positions", 1024, also="max_position_embeddings")
         dropout = read.number("resid_pdrop", 0.1)
-        if read.number("embd_pdrop", dropout) != dropout:
-            raise ConfigError("embd_pdrop must equal resid_pdrop: portlm trains with one rate for both")
-        read.number("attn_pdrop", 0.1)  # concerns training only, see above
-        read.require("n_inner", 4 * width)
-        read.require("n_ctx", context)
+        read.training("embd_pdrop", 0.1, kept=dropout, why="portlm drops at one rate, that of resid_pdrop")
+        read.training("attn_pdrop", 0.1)
+        read.require("n_inner", 4 * width, says="4 times n_embd")
+        read.require("n_ctx", context, says="the same as n_positions")
         read.require("scale_attn_weights", True)
         read.require("scale_attn_by_inverse_layer_idx", False)
-        read.require("add_cross_attention", False)
-        read.require("is_encoder_decoder", False)
         read.require("tie_word_embeddings", True)
-        read.require("pruned_heads", {})
+        read.require_full_attention(context)
         config = cls(
             vocab_size=vocab_size,
             context_length=context,
-            n_layer=read.integer("n_layer", 12),
-            n_head=read.integer("n_head", 12),
+            n_layer=read.integer("n_layer", 12, also="num_hidden_layers"),
+            n_head=read.integer("n_head", 12, also="num_attention_heads"),
             width=width,
             dropout=dropout,
             layer_norm_eps=read.number("layer_norm_epsilon", 1e-5),
-            gelu=read.choice("activation_function", "gelu_new", _GELU),
+            gelu=read.choice("activation_function", "gelu_new", config_json.GELU),
             init=read.choice("portlm_init", "scaled", _INITS),
             init_std=read.number("initializer_range", 0.02),
-            bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),
+            bos_token_id=read.token_id("bos_token_id", vocab_size),
             eos_token_ids=read.token_ids("eos_token_id", vocab_size),
+            pad_token_id=read.token_id("pad_token_id", vocab_size),
         )
         # The summary keys belong to GPT2DoubleHeadsModel, and the upcast matters in half precision only.
         read.finish(
@@ -198,6 +196,7 @@ class GPT2Config:
             "tie_word_embeddings": True,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),
+            "pad_token_id": self.pad_token_id,
         }
         if self.init != "scaled":
             data["portlm_init"] = self.init  # transformers keeps it as an attribute nobody reads

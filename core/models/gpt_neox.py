@@ -15,14 +15,14 @@ vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError
-from portlm.files import shown
 from portlm.models import config_json
+from portlm.models.config_rope import rotary as rotary_keys
 from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
 from portlm.models.roles import Role, decoder
 from portlm.ops.attention import attention
@@ -44,13 +44,6 @@ _BOUNDS = {
     "rope_theta": (1.0, 1e12),
     "layer_norm_eps": (1e-12, 0.1),
     "init_std": (0.0, 1.0),
-}
-Gelu = Literal["tanh", "none"]  # the approximation by tanh, or the exact form with erf
-_GELU: dict[str, Gelu] = {
-    "gelu": "none",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
 }
 
 
@@ -86,10 +79,11 @@ class GPTNeoXConfig:
     parallel_residual: bool = True
     attention_bias: bool = True  # of the two matrices of attention; those of the MLP always have one
     layer_norm_eps: float = 1e-5
-    gelu: Gelu = "none"
+    gelu: config_json.Gelu = "none"
     init_std: float = 0.02  # of every matrix
-    bos_token_id: int | None = None  # this and the next are not computed with, only kept with the model
+    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
     eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         config_json.check_bounds(self, _BOUNDS)
@@ -139,27 +133,31 @@ class GPTNeoXConfig:
         )
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
         """Read the contents of a Hugging Face config.json, strictly.
 
         Raises:
             ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
         """
-        read = config_json.Reader(data)
+        read = config_json.Reader.of(data)
         read.require("model_type", "gpt_neox")
         vocab_size = read.integer("vocab_size", 50432)
-        read.number(
-            "attention_dropout", 0.0
-        )  # these three concern training only, and nothing published used them
-        read.number("hidden_dropout", 0.0)
-        read.number("classifier_dropout", 0.1)
+        context = read.integer("max_position_embeddings", 2048)
+        for key in (
+            "attention_dropout",
+            "attention_probs_dropout_prob",
+            "hidden_dropout",
+            "hidden_dropout_prob",
+        ):
+            read.training(key, 0.0)  # nothing published used them
         read.require("tie_word_embeddings", False)
-        read.require("is_encoder_decoder", False)
-        read.require("pruned_heads", {})
-        rotary_pct, rope_theta = _rotary(read)
+        read.require_full_attention(context)
+        rope_theta, rotary_pct = rotary_keys(
+            read, base="rotary_emb_base", share="rotary_pct", default_share=0.25
+        )
         config = cls(
             vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 2048),
+            context_length=context,
             n_layer=read.integer("num_hidden_layers", 44),
             n_head=read.integer("num_attention_heads", 64),
             width=read.integer("hidden_size", 6144),
@@ -169,12 +167,13 @@ class GPTNeoXConfig:
             parallel_residual=read.boolean("use_parallel_residual", True),
             attention_bias=read.boolean("attention_bias", True),
             layer_norm_eps=read.number("layer_norm_eps", 1e-5),
-            gelu=read.choice("hidden_act", "gelu", _GELU),
+            gelu=read.choice("hidden_act", "gelu", config_json.GELU),
             init_std=read.number("initializer_range", 0.02),
-            bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),
+            bos_token_id=read.token_id("bos_token_id", vocab_size),
             eos_token_ids=read.token_ids("eos_token_id", vocab_size),
+            pad_token_id=read.token_id("pad_token_id", vocab_size),
         )
-        read.finish()
+        read.finish("classifier_dropout")
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -204,45 +203,8 @@ class GPTNeoXConfig:
             "tie_word_embeddings": False,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),
+            "pad_token_id": self.pad_token_id,
         }
-
-
-def _rotary(read: config_json.Reader) -> tuple[float, float]:
-    """Return rotary_pct and the base of the frequencies.
-
-    Hugging Face has kept them under two names each, and inside of a third key; where several are there, they must say
-    the same, because versions of transformers differ in which one they believe.
-    """
-    share = _agreed(read, ("rotary_pct", "partial_rotary_factor"))
-    theta = _agreed(read, ("rotary_emb_base", "rope_theta"))
-    for key in ("rope_scaling", "rope_parameters"):
-        value = read.raw(key)
-        if value is None:
-            continue
-        inner = value if isinstance(value, dict) else {}
-        kind = inner.get("rope_type", inner.get("type"))
-        if kind != "default" or inner.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-            raise ConfigError(
-                f"{key} = {shown(value)} is not supported: portlm computes unscaled rotary positions only, "
-                "rope_type 'default'"
-            )
-        nested = config_json.Reader(inner)
-        for name, outer in (("partial_rotary_factor", share), ("rope_theta", theta)):
-            if outer is not None and nested.number(name, outer) != outer:
-                raise ConfigError(f"{name} is {nested.number(name):g} in {key} and {outer:g} outside of it")
-        share = nested.number("partial_rotary_factor", 0.25) if share is None else share
-        theta = nested.number("rope_theta", 10000.0) if theta is None else theta
-    return 0.25 if share is None else share, 10000.0 if theta is None else theta
-
-
-def _agreed(read: config_json.Reader, names: tuple[str, ...]) -> float | None:
-    """Return the number that a config.json gives under one or several names, None if it gives none."""
-    values = {name: read.number(name) for name in names if read.raw(name) is not None}
-    if len(set(values.values())) > 1:
-        raise ConfigError(
-            " and ".join(f"{name} is {value:g}" for name, value in values.items()) + ": which is it?"
-        )
-    return next(iter(values.values()), None)
 
 
 def _pythia(n_layer: int, n_head: int, width: int, vocab_size: int = 50304) -> GPTNeoXConfig:

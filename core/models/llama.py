@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError
-from portlm.files import shown
 from portlm.models import config_json
+from portlm.models.config_rope import rotary as rotary_keys
 from portlm.models.layers import Embedding, KeyValue, Linear, RMSNorm, check_length
 from portlm.models.roles import Role, decoder
 from portlm.ops.attention import attention
@@ -84,8 +84,9 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
     init_std: float = 0.02  # of every matrix; Meta did not publish its own choice, Hugging Face uses this one
-    bos_token_id: int | None = None  # this and the next are not computed with, only kept with the model
+    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
     eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         config_json.check_bounds(self, _BOUNDS)
@@ -130,39 +131,47 @@ class LlamaConfig:
         )
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> Self:
+    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
         """Read the contents of a Hugging Face config.json, strictly.
 
         Raises:
             ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
         """
-        read = config_json.Reader(data)
+        read = config_json.Reader.of(data)
         read.require("model_type", "llama")
         vocab_size, width = read.integer("vocab_size", 32000), read.integer("hidden_size", 4096)
+        context = read.integer("max_position_embeddings", 2048)
         n_head = read.integer("num_attention_heads", 32)
-        read.require("head_dim", width // max(n_head, 1))
+        read.require("head_dim", width // max(n_head, 1), says="hidden_size / num_attention_heads")
         read.require("hidden_act", "silu", "swish")
         read.require("attention_bias", False)
         read.require("mlp_bias", False)
-        read.number("attention_dropout", 0.0)  # concerns training only, and the fused attention has none
-        read.require("partial_rotary_factor", 1, 1.0)
         read.require("rope_interleaved", False)
-        read.require("is_encoder_decoder", False)
-        read.require("pruned_heads", {})
+        read.require_full_attention(context)
+        read.training("attention_dropout", 0.0)
+        rope_theta, share = rotary_keys(
+            read, base="rope_theta", share="partial_rotary_factor", default_share=1.0
+        )
+        read.require("partial_rotary_factor", 1, 1.0, says="1")
+        if share != 1:
+            raise ConfigError(
+                f"partial_rotary_factor = {share:g} is not supported: only 1 gives the model portlm computes"
+            )
         config = cls(
             vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 2048),
+            context_length=context,
             n_layer=read.integer("num_hidden_layers", 32),
             n_head=n_head,
-            n_kv_head=read.integer("num_key_value_heads", n_head),
+            n_kv_head=read.integer("num_key_value_heads", n_head, says="num_attention_heads"),
             width=width,
             hidden=read.integer("intermediate_size", 11008),
-            rope_theta=_rope_theta(read),
+            rope_theta=rope_theta,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             tie_embeddings=read.boolean("tie_word_embeddings", False),
             init_std=read.number("initializer_range", 0.02),
-            bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),
+            bos_token_id=read.token_id("bos_token_id", vocab_size),
             eos_token_ids=read.token_ids("eos_token_id", vocab_size),
+            pad_token_id=read.token_id("pad_token_id", vocab_size),
         )
         # pretraining_tp only reorders sums, to reproduce how a sharded training run rounded.
         read.finish("pretraining_tp", "max_sequence_length", "is_llama_config")
@@ -192,27 +201,8 @@ class LlamaConfig:
             "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),
+            "pad_token_id": self.pad_token_id,
         }
-
-
-def _rope_theta(read: config_json.Reader) -> float:
-    """Return the base of the rotary frequencies, from either of the two places Hugging Face has kept it."""
-    theta = read.number("rope_theta", 10000.0)
-    for key in ("rope_scaling", "rope_parameters"):
-        value = read.raw(key)
-        if value is None:
-            continue
-        inner = value if isinstance(value, dict) else {}
-        kind = inner.get("rope_type", inner.get("type"))
-        if kind != "default" or inner.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-            raise ConfigError(
-                f"{key} = {shown(value)} is not supported: portlm computes unscaled rotary positions only, "
-                "rope_type 'default'"
-            )
-        nested = config_json.Reader(inner)
-        nested.require("partial_rotary_factor", 1, 1.0)
-        theta = nested.number("rope_theta", theta)
-    return theta
 
 
 PRESETS = {

@@ -52,7 +52,7 @@ def test_what_the_exporter_writes_is_accepted(artifact, profile):
 
 @pytest.mark.parametrize("device", ["cpu", "vulkan"])
 def test_what_the_lowering_writes_is_accepted(artifact, device):
-    check_model(artifact / compile_graph(artifact, device).files[0])
+    check_model(artifact / compile_graph(artifact, device).entry.files[0])
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 10, 100, 1000, -1000, -100, -2, -1])

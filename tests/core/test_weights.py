@@ -123,6 +123,53 @@ def test_numpy_bfloat16_and_big_endian_arrays_are_written_little_endian(tmp_path
     assert loaded["t"].tolist() == tensors["t"].tolist()
 
 
+VIEWS = {
+    "transposed": lambda x: x.T,
+    "axes moved": lambda x: np.moveaxis(x, 0, 1),
+    "every second row": lambda x: x[::2],
+    "every second column": lambda x: x[:, ::2],
+    "backwards": lambda x: x[::-1, :, ::-1],
+    "a part of each axis": lambda x: x[1:3, 2:4, 1:],
+    "one column": lambda x: x[:, 1, 1],
+    "a new axis inside": lambda x: x[:, None, :, ::2],
+    "Fortran order": np.asfortranarray,
+    "Fortran order, transposed": lambda x: np.asfortranarray(x).T,
+    "broadcast": lambda x: np.broadcast_to(x[1], (2, *x.shape[1:])),
+    "broadcast along the last axis": lambda x: np.broadcast_to(x[..., :1], x.shape),
+    "windows that overlap": lambda x: np.lib.stride_tricks.sliding_window_view(x, 2, axis=0),
+    "not at the start of its memory": lambda x: x.reshape(-1)[3:],
+    "not aligned": lambda x: np.frombuffer(b"\0" + x.tobytes(), x.dtype, offset=1).reshape(x.shape),
+    "a column of records": lambda x: np.rec.fromarrays([x, x], names="a,b")["b"],
+    "a diagonal": lambda x: np.diagonal(x, axis1=0, axis2=1),
+    "no rows": lambda x: x[:0].T,
+    "no columns, every second": lambda x: x[:, :0][::2],
+    "0-d": lambda x: x[1, 2, 1, ...],
+    "0-d of a strided one": lambda x: x[::2, 1, ::-1][1, 1, ...],
+}
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_a_view_of_an_array_is_written_as_the_values_it_shows(tmp_path, view, order):
+    """safetensors' own writer stores the memory below a view as it lies, and so other values under the same name."""
+    views = {}
+    for name in NUMPY_DTYPES:
+        whole = (
+            np.arange(60).reshape(4, 5, 3) % 2 if name == "?" else np.arange(60).reshape(4, 5, 3)
+        ).astype(np.dtype(name).newbyteorder(order))
+        views[name] = view(whole)
+    weights.save_tensors(tmp_path / "view", views)
+    ours, theirs = weights.load_numpy(tmp_path / "view"), safetensors.numpy.load_file(tmp_path / "view")
+    tensors = weights.load_torch(tmp_path / "view")
+    for name, shown in views.items():
+        assert ours[name].dtype == np.dtype(name)
+        assert ours[name].shape == theirs[name].shape == tuple(tensors[name].shape) == shown.shape
+        assert ours[name].tolist() == theirs[name].tolist() == tensors[name].tolist() == shown.tolist()
+    plain = {name: np.array(shown, np.dtype(name), order="C") for name, shown in views.items()}
+    weights.save_tensors(tmp_path / "plain", plain)
+    assert (tmp_path / "view").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
 def test_the_bytes_do_not_depend_on_the_order_of_the_mapping(tmp_path):
     tensors = {"b": np.zeros(3, "u1"), "a": np.ones(2, "f4"), "c": np.ones((), "i8")}
     weights.save_tensors(tmp_path / "1", tensors, {"x": "1", "y": "2"})

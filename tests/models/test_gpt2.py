@@ -136,7 +136,6 @@ def test_the_config_that_transformers_writes_is_understood(transformers):
         ({"n_inner": 95}, "n_inner"),
         ({"n_ctx": 31}, "n_ctx"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
-        ({"embd_pdrop": 0.2}, "embd_pdrop"),
         ({"n_layer": "3"}, "n_layer"),
         ({"n_layer": 1e3}, "n_layer"),
         ({"layer_norm_epsilon": True}, "layer_norm_epsilon"),

@@ -125,7 +125,7 @@ def test_the_config_of_the_published_checkpoints_is_understood():
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor is 0.5",
         ),
-        ({"rope_theta": 10000.0}, "rotary_emb_base is 500 and rope_theta is 10000"),
+        ({"rope_theta": 10000.0}, r"rope_theta is 10000, but rope_parameters\.rope_theta is 500"),
         ({"rotary_pct": "all"}, "rotary_pct"),
         ({"use_parallel_residual": "no"}, "use_parallel_residual"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
