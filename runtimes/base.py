@@ -274,7 +274,11 @@ def _shared(spec: CallSpec) -> list[tuple[str, int, str]]:
 
 def _wholes(name: str, values: Any, what: str, high: int) -> list[int]:
     """A list of whole numbers from 0 to `high`, of a sequence, a range or an array."""
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray) or np.ndim(values) != 1:
+    if (
+        isinstance(values, str | bytes)
+        or not isinstance(values, Sequence | np.ndarray)
+        or np.ndim(values) != 1
+    ):
         raise UsageError(f"{name} must be {what}, got {shown(values)}")
     numbers = [whole(f"one of {name}", value) for value in values]
     if numbers and (min(numbers) < 0 or max(numbers) > high):
