@@ -48,7 +48,7 @@ def load(
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
             that can be compiled here.
         allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
-        threads: of the CPU, None for one per core.
+        threads: of the CPU, for every call; None for one per core, or one alone while others keep the cores busy.
 
     Raises:
         UsageError: an unknown engine, device or profile, or one that the folder was not exported for.
@@ -57,17 +57,18 @@ def load(
         PlacementError: a node would run on another device.
     """
     from portlm.engine import PROFILES, OpenRequest
+    from portlm.files import shown
     from portlm.runtimes import engine_class
     from portlm.runtimes.no_tokenizer import NoTokenizer
     from portlm.runtimes.session import Session
-    from portlm.threads import bound_spinning
+    from portlm.threads import MOST_THREADS, bound_spinning
 
     bound_spinning()
     _one_of("engine", engine, ("auto", *ENGINES))
     _one_of("device", device, ("auto", *DEVICES))
     _one_of("profile", profile, PROFILES)
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise UsageError(f"threads must be a whole number of at least 1, got {threads!r}")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
+        raise UsageError(f"threads must be a whole number from 1 to {MOST_THREADS}, got {shown(threads)}")
     folder = Path(path)
     manifest = _manifest(folder)
     if engine == "auto":

@@ -116,6 +116,8 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
         ({"threads": 0}, "threads must be"),
         ({"threads": 1.0}, "threads must be"),
         ({"threads": True}, "threads must be"),
+        ({"threads": 10**6}, "threads must be"),
+        ({"threads": 10**5000}, "threads must be"),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(options, words, artifacts):
