@@ -1,6 +1,6 @@
-"""The threads that kernels and PyTorch run on: how long they spin, how many a step gets, and that a forked child has none.
+"""The threads that kernels and PyTorch run on: how long they spin, how many a step gets, what a forked child has.
 
-The pool is OpenMP's, one for both. How many of its threads a loop takes is a setting of the thread that starts the loop.
+The pool is OpenMP's, one for both. How many of it a loop takes is a setting of the thread that starts the loop.
 """
 
 import math
@@ -16,7 +16,8 @@ from portlm.governor import Governor
 
 # libgomp lets an idle thread spin for milliseconds before it sleeps, which is right for a machine that does nothing
 # else. With another busy program on the same cores every loop then waits for a thread that the system has set aside:
-# training and decoding were measured eight times slower, and more. So many turns cost nothing measurable on an idle one.
+# training and decoding were measured eight times slower, and more. This many turns cost nothing measurable on an idle
+# machine.
 SPIN_COUNT = "2000"
 MOST_THREADS = 4096  # that a user may ask for
 FEW_TOKENS = 64  # of a call: above, loops are long enough to wait for a thread now and then

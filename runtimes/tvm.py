@@ -172,9 +172,7 @@ class TvmEngine(ArrayEngine):
 
     def _library(self, role: str) -> "_Library":
         if role not in self._opened:
-            self._opened[role] = _open(
-                self._request, self._manifest, role, self._libraries[role], self.profile
-            )
+            self._opened[role] = _open(self._request, self._manifest, role, self._libraries[role], self.profile)
         return self._opened[role]
 
     def _ready(self, role: str) -> None:
@@ -227,9 +225,7 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
     with open_regular(path) as file:
         code = file.read()
     if profile not in spec.profiles:
-        raise FormatError(
-            f"{folder}: has no {profile} graph of {role}, of which it was compiled: export again"
-        )
+        raise FormatError(f"{folder}: has no {profile} graph of {role}, of which it was compiled: export again")
     graph = manifest.files[spec.profiles[profile]].sha256
     build = Build(_digest(code), "tvm", request.device, profile, graph, {SIGNATURE: _digest(raw)})
     # TVM's own pool would spin beside the kernels' threads; it reads these when it is first needed.
@@ -333,9 +329,7 @@ def _check_signature(signature: Signature, spec: RoleSpec, profile: str, command
     elif signature.weights_file != spec.weights:
         problem = f"its weights are in {shown(signature.weights_file)}, and the manifest says {spec.weights}"
     if problem:
-        raise FormatError(
-            f"tvm: the compiled {profile} library is of another model, {problem}: run {command}"
-        )
+        raise FormatError(f"tvm: the compiled {profile} library is of another model, {problem}: run {command}")
     usable = [processor_of(isa) for isa in _C.usable_isas()]
     if signature.processor not in usable:
         raise EngineUnavailableError(
@@ -350,11 +344,9 @@ def _load_trusted(tvm: Any, code: bytes, build: Build, path: Path, command: str)
     put in the file's place in between, and compiling again does not pull the code from under a running engine.
     """
     if not is_trusted(build):
-        how = (
-            "was compiled by an older portlm, which did not note from which graph,"
-            if (was_recorded_alone(build.library))
-            else "was not compiled on this machine, or not from this graph,"
-        )
+        how = "was compiled by an older portlm, which did not note from which graph," if (
+            was_recorded_alone(build.library)
+        ) else "was not compiled on this machine, or not from this graph,"
         raise FormatError(f"{path} {how} and is not run (sha256 {build.library[:16]}): run {command}")
     with private_scratch() as scratch:
         try:
