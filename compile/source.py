@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from portlm.artifact import Manifest, RoleSpec, check_files, read_manifest
 from portlm.compile.check import check_model

@@ -121,9 +121,7 @@ def need_linker() -> None:
         raise EngineUnavailableError("tvm: linking needs a C compiler: install g++ or clang, or set CXX")
 
 
-def build_library(
-    artifact: Path, lowering: Lowering, role: str = "decoder", note: Note = ignore
-) -> Compiled:
+def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", note: Note = ignore) -> Compiled:
     """Compile a role's graph for this processor and store the library in the artifact.
 
     It is linked in a folder that nobody else can enter, and read there once: those bytes are described and stored.

@@ -52,6 +52,7 @@ __all__ = [
     "StateSpec",
     "TensorSpec",
     "check_files",
+    "check_source",
     "hash_files",
     "instead",
     "list_files",
@@ -157,9 +158,10 @@ class Compiled(NamedTuple):
 class ParityRow(Struct, frozen=True):
     """What was measured of one engine on one machine, against eager PyTorch in float32.
 
-    `max_logit_error` is the largest absolute difference of a logit, `kl` the mean divergence in nats, `top1` the
-    share of positions with the same best token, `greedy_match` of `greedy_total` the tokens that greedy decoding
-    agrees on before the first difference in any of the probe's prompts. `placement` counts nodes per device.
+    `max_logit_error` is the largest absolute difference of a logit, `logit_scale` the largest absolute logit that
+    PyTorch gives (absent in older files), `kl` the mean divergence in nats, `top1` the share of positions with the
+    same best token, `greedy_match` of `greedy_total` the tokens that greedy decoding agrees on before the first
+    difference in any of the probe's prompts. `placement` counts nodes per device.
     """
 
     engine: Text
@@ -176,6 +178,7 @@ class ParityRow(Struct, frozen=True):
     versions: Table[Text]
     date: Text
     role: RoleName = "decoder"
+    logit_scale: Measure | None = None
 
 
 class Manifest(Struct, frozen=True):
@@ -289,6 +292,21 @@ def present_files(folder: str | Path, names: Iterable[str], manifest: Manifest) 
     found = [name for name in names if name in manifest.files or os.path.lexists(Path(folder, name))]
     check_files(folder, found, manifest)
     return found
+
+
+def check_source(folder: str | Path, names: Iterable[str]) -> None:
+    """Compare files of a folder that is taken as a checkpoint with its manifest, if it is an artifact.
+
+    What the manifest does not list is for whoever put it there, such as a tokenizer that is to come into a new export.
+
+    Raises:
+        FormatError: the manifest is damaged, or a file that it lists is missing, truncated or altered.
+    """
+    path = Path(folder) / MANIFEST
+    data = read_json(path) if path.exists() else None
+    if isinstance(data, dict) and data.get("format") == FORMAT:
+        manifest = read_manifest(folder)
+        check_files(folder, [name for name in names if name in manifest.files], manifest)
 
 
 def store_file(folder: str | Path, name: str, data: bytes) -> FileEntry:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from portlm.artifact import check_source
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import atomic_file, open_regular, parse_json, read_json, shown, write_atomic
 from portlm.folders import new_folder
@@ -125,6 +126,8 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
     """
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
     check_folder(checkpoint)
+    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+    check_source(checkpoint, (CONFIG, WEIGHTS, *texts))
     config = load_config(checkpoint, notes)
     shapes = expected_shapes(config)
     header = read_header(checkpoint / WEIGHTS)

@@ -83,7 +83,7 @@ def contradiction(
     inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], state: Sequence[StateSpec]
 ) -> str:
     """Say what no engine could carry out in the description of a role, or ""."""
-    taken = [spec.name for spec in (*inputs, *state)]
+    taken = [*(spec.name for spec in inputs), *(item.name for item in state)]
     returned = [*(spec.name for spec in outputs), *(item.output for item in state if item.output)]
     for verb, names in (("taken", taken), ("returned", returned)):
         (name, count), *_ = Counter(names).most_common(1) or [("", 0)]

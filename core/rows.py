@@ -40,6 +40,9 @@ class Rows:
         if spec is None:
             known = ", ".join(engine.roles) or "none"
             raise UsageError(f"this model has no role {role!r}, only {known}, so it cannot continue a text")
+        logits = [item for item in spec.outputs if item.name == "logits"]
+        if not logits or len(logits[0].shape) != 3 or logits[0].dtype != "float32":
+            raise UsageError(f"{role} gives no float32 logits of every token, so it cannot continue a text")
         self._engine, self._role, self._spec = engine, role, spec
         self._inputs = frozenset(item.name for item in spec.inputs)
         if unknown := self._inputs - set(KNOWN):

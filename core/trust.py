@@ -1,7 +1,7 @@
 """Remembers which native code was compiled on this machine, by this user, and of what.
 
-Loading a shared library runs it, and no check of its bytes makes that safe. So a library is loaded only if compiling has
-put it into this store, and only as what it was compiled for: an entry is the digest of a Build, which holds the
+Loading a shared library runs it, and no check of its bytes makes that safe. So a library is loaded only if compiling
+has put it into this store, and only as what it was compiled for: an entry is the digest of a Build, which holds the
 library's own digest, engine, device and profile, the graph, and the files that say how the library is called. The file
 of that name holds the Build, for people; nothing reads it, so two processes can record at once.
 
@@ -141,18 +141,20 @@ def home() -> Path:
     Raises:
         UsageError: PORTLM_HOME is relative, or it is not set and the user has no home folder.
     """
-    chosen = os.environ.get("PORTLM_HOME", "")
-    if chosen and not os.path.isabs(chosen):
-        raise UsageError(
-            f"PORTLM_HOME must be an absolute path, got {chosen!r}: a relative one is another folder in every folder"
-        )
-    if not chosen:
-        cache = os.environ.get("XDG_CACHE_HOME", "")  # the XDG rule: a relative one is ignored
-        base = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")  # noqa: PTH111 - raises nothing
-        if not os.path.isabs(base):
+    if chosen := os.environ.get("PORTLM_HOME"):
+        folder = Path(chosen)
+        if not folder.is_absolute():
+            raise UsageError(
+                f"PORTLM_HOME must be an absolute path, got {chosen!r}, which is another folder wherever you are"
+            )
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not cache.is_absolute():  # the XDG rule: a relative one is ignored
+            cache = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111 - Path.home() raises where there is none
+        folder = cache / "portlm"
+        if not folder.is_absolute():
             raise UsageError("this user has no home folder: set PORTLM_HOME to an absolute path")
-        chosen = os.path.join(base, "portlm")  # noqa: PTH118
-    return Path(os.path.realpath(chosen))
+    return Path(os.path.realpath(folder))
 
 
 def trust_folder() -> Path:

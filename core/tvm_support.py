@@ -146,7 +146,9 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
         try:
             signature: Signature = msgspec.convert(fields, cls)
         except msgspec.ValidationError as error:
-            raise FormatError(f"{path} is damaged ({str(error)[:200]}): compile the artifact again") from error
+            raise FormatError(
+                f"{path} is damaged ({str(error)[:200]}): compile the artifact again"
+            ) from error
         file = safe_join(artifact, signature.weights_file)
         if not file.is_file():
             raise FormatError(

@@ -132,9 +132,19 @@ class TorchEngine(ArrayEngine):
 
     @classmethod
     def _native(cls, request: OpenRequest) -> Self:
-        if request.manifest is not None:
-            check_files(request.folder, CHECKPOINT)
-        return cls.of(load_model(request.folder), request.device, request.threads)
+        manifest = request.manifest
+        if manifest is not None:
+            check_files(request.folder, CHECKPOINT, manifest)
+        model = load_model(request.folder)
+        if manifest is not None:
+            said = manifest.model.vocab_size, manifest.model.context_length
+            found = model.config.vocab_size, model.config.context_length
+            if said != found:
+                raise FormatError(
+                    f"{request.folder}: the manifest says {said[0]} ids and {said[1]} positions, config.json says "
+                    f"{found[0]} and {found[1]}; export again"
+                )
+        return cls.of(model, request.device, request.threads)
 
     @classmethod
     def of(cls, model: Any, device: str, threads: int | None = None) -> Self:
@@ -167,7 +177,7 @@ class TorchEngine(ArrayEngine):
             same = (plan.inputs, plan.outputs, plan.state) == (spec.inputs, spec.outputs, spec.state)
             if not same or plan.profile != profile or plan.weights_file != spec.weights:
                 raise FormatError(f"{path}: made of another export than this artifact; compile again")
-            check_files(request.folder, [spec.weights])
+            check_files(request.folder, [spec.weights], manifest)
             weights = safe_join(request.folder, spec.weights)
             functions[plan.role] = make_role(plan, path, weights, request.device)
             count += len(plan.nodes)
@@ -231,7 +241,7 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, list[Path]]:
         ]
         if names:
             if request.compiled is None:
-                check_files(folder, names)
+                check_files(folder, names, manifest)
             return profile, [safe_join(request.compiled or folder, name) for name in names]
     option = "" if request.profile == "auto" else f" --profile {request.profile}"
     raise UsageError(

@@ -1,7 +1,7 @@
 """ONNX by hand: graphs of one node, which the ONNX Runtime engine needs, and which files a graph's weights are in.
 
 The package onnx is for exporting; a machine that only runs models does not have it. Both take a few fields of the
-protocol buffer format: a key (number and wire type), then a varint, four or eight bytes, or a length and that many bytes.
+protocol buffer format: a key (number and wire type), then a varint, 4 or 8 bytes, or a length and that many bytes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
 """The TVM engine: runs a library that TVM compiled on this machine, with the weights mapped from the artifact.
 
-A compiled library is native code, so it is loaded only if the local trust store says that it was compiled here, and from
-this graph. The weights are read from the file the ONNX graphs share; the cache stays in TVM tensors from step to step, and
+A compiled library is native code, so it is loaded only if the local trust store says that it was compiled here, of this
+graph. The weights are read from the file the ONNX graphs share; the cache stays in TVM tensors from step to step, and
 only token ids enter through numpy and logits leave through it, without a copy.
 """
 
@@ -172,7 +172,9 @@ class TvmEngine(ArrayEngine):
 
     def _library(self, role: str) -> "_Library":
         if role not in self._opened:
-            self._opened[role] = _open(self._request, self._manifest, role, self._libraries[role], self.profile)
+            self._opened[role] = _open(
+                self._request, self._manifest, role, self._libraries[role], self.profile
+            )
         return self._opened[role]
 
     def _ready(self, role: str) -> None:
@@ -225,7 +227,9 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
     with open_regular(path) as file:
         code = file.read()
     if profile not in spec.profiles:
-        raise FormatError(f"{folder}: has no {profile} graph of {role}, of which it was compiled: export again")
+        raise FormatError(
+            f"{folder}: has no {profile} graph of {role}, of which it was compiled: export again"
+        )
     graph = manifest.files[spec.profiles[profile]].sha256
     build = Build(_digest(code), "tvm", request.device, profile, graph, {SIGNATURE: _digest(raw)})
     # TVM's own pool would spin beside the kernels' threads; it reads these when it is first needed.
@@ -329,7 +333,9 @@ def _check_signature(signature: Signature, spec: RoleSpec, profile: str, command
     elif signature.weights_file != spec.weights:
         problem = f"its weights are in {shown(signature.weights_file)}, and the manifest says {spec.weights}"
     if problem:
-        raise FormatError(f"tvm: the compiled {profile} library is of another model, {problem}: run {command}")
+        raise FormatError(
+            f"tvm: the compiled {profile} library is of another model, {problem}: run {command}"
+        )
     usable = [processor_of(isa) for isa in _C.usable_isas()]
     if signature.processor not in usable:
         raise EngineUnavailableError(
@@ -340,14 +346,14 @@ def _check_signature(signature: Signature, spec: RoleSpec, profile: str, command
 def _load_trusted(tvm: Any, code: bytes, build: Build, path: Path, command: str) -> Any:
     """Load a library that the trust store has, as what it was compiled for.
 
-    What is hashed is what is loaded: the bytes were read once and are loaded from a private copy, so that nothing can be
-    put in the file's place in between, and compiling again does not pull the code from under a running engine.
+    What is hashed is what is loaded: the bytes were read once and are loaded from a private copy, so that nothing can
+    be put in the file's place in between, and compiling again does not pull the code from under a running engine.
     """
     if not is_trusted(build):
-        how = "was compiled by an older portlm, which did not note from which graph," if (
-            was_recorded_alone(build.library)
-        ) else "was not compiled on this machine, or not from this graph,"
-        raise FormatError(f"{path} {how} and is not run (sha256 {build.library[:16]}): run {command}")
+        how = "was not compiled on this machine from this graph"
+        if was_recorded_alone(build.library):
+            how = "was compiled by an older portlm, which did not note from which graph"
+        raise FormatError(f"{path} {how}, and is not run (sha256 {build.library[:16]}): run {command}")
     with private_scratch() as scratch:
         try:
             (scratch / LIBRARY).write_bytes(code)

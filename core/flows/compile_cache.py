@@ -23,7 +23,7 @@ from portlm.artifact import Manifest, check_files, read_manifest, replace, write
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
 from portlm.plan import needs_plan
-from portlm.trust import NATIVE_SUFFIXES, is_trusted, private_folder
+from portlm.trust import is_ours, private_folder
 
 Key = tuple[str, str, str]
 """Engine, device and profile."""
@@ -107,10 +107,7 @@ def find_or_build(folder: Path, manifest: Manifest, key: Key, progress: Callable
 def _has(manifest: Manifest, key: Key) -> bool:
     """Whether an artifact has something compiled for every role, that this machine may run."""
     entries = [e for e in manifest.compiled if (e.engine, e.device, e.profile) == key]
-    native = [name for e in entries for name in e.files if name.endswith(NATIVE_SUFFIXES)]
-    return {e.role for e in entries} == manifest.roles.keys() and all(
-        is_trusted(manifest.files[name].sha256) for name in native
-    )
+    return {e.role for e in entries} == manifest.roles.keys() and all(is_ours(manifest, e) for e in entries)
 
 
 def _digest(manifest: Manifest, key: Key) -> str:
@@ -139,9 +136,11 @@ def _compiler() -> str:
 def _build(folder: Path, manifest: Manifest, key: Key, scratch: Path) -> None:
     """Compile in a copy of the artifact that has no more than what compiling reads; keep the results alone."""
     from portlm.compile.build import build
+    from portlm.compile.isolated import ensure_checked
 
+    ensure_checked(folder, manifest, [role.profiles[key[2]] for role in manifest.roles.values()])
     names = {name for role in manifest.roles.values() for name in (*role.profiles.values(), role.weights)}
-    check_files(folder, sorted(names))
+    check_files(folder, sorted(names), manifest)
     for name in names:
         target = scratch / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +171,7 @@ def _read(entry: Path, manifest: Manifest, key: Key) -> Found:
     cached = read_manifest(entry)
     compiled = tuple(e for e in cached.compiled if (e.engine, e.device, e.profile) == key)
     names = [name for e in compiled for name in e.files]
-    check_files(entry, names)
+    check_files(entry, names, cached)
     if not _has(cached, key):
         raise FormatError(f"{entry}: holds code that is not trusted any more")
     files = {**manifest.files, **{name: cached.files[name] for name in names}}

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
+TEXT_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    GENERATION_CONFIG,
+)  # all that a session reads beside the engine
 
 
 def load(
@@ -36,7 +41,8 @@ def load(
 
     A folder without tokenizer.json gives a session that takes and returns token ids only.
 
-    Every file that is used is first compared with the size and the hash in the manifest. What an engine needs compiled
+    Every file that is used is first compared with the size and the hash in the manifest, and one that the manifest does
+    not list is refused. What an engine needs compiled
     and the artifact does not hold is compiled now, into a private cache of the user's, with a line on stderr.
 
     Args:
@@ -56,6 +62,7 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
+    from portlm.compile.isolated import ensure_checked
     from portlm.engine import PROFILES, OpenRequest
     from portlm.files import shown
     from portlm.runtimes import engine_class
@@ -79,8 +86,10 @@ def load(
         raise UsageError(f"{engine} does not run on {device}: choose {' or '.join(ENGINES[engine].devices)}")
     implementation = engine_class(engine)
     tokenizer, eos_ids = _texts(folder, manifest)
-    request = OpenRequest(folder, manifest, device, profile, allow_fallback, threads)
-    opened = implementation.open(_compiled(engine, request))
+    request = _compiled(engine, OpenRequest(folder, manifest, device, profile, allow_fallback, threads))
+    if request.manifest is not None:
+        ensure_checked(folder, request.manifest, implementation.graphs(request))
+    opened = implementation.open(request)
     try:
         return Session(opened, tokenizer or NoTokenizer(opened.vocab_size), eos_ids)
     except BaseException:
@@ -133,12 +142,12 @@ def _manifest(folder: Path) -> Manifest | None:
 
 def _texts(folder: Path, manifest: Manifest | None) -> tuple[Any, frozenset[int]]:
     """The tokenizer if there is one, and the tokens that end a text according to generation_config.json."""
-    from portlm.artifact import check_files
+    from portlm.artifact import present_files
     from portlm.files import read_json
     from portlm.tokenizer import Tokenizer
 
     if manifest is not None:
-        check_files(folder, [name for name in (TOKENIZER, GENERATION_CONFIG) if name in manifest.files])
+        present_files(folder, TEXT_FILES, manifest)
     path = folder / GENERATION_CONFIG
     ids: Any = None
     if path.exists():

@@ -93,7 +93,7 @@ def test_a_module_with_a_step_gives_its_own_logits_in_every_graph(tmp_path, past
     model, feed = Tiny(), example(past)
     folder = portlm.export(model, tmp_path / "out")
     expected = model.roles()["decoder"].function(*(torch.from_numpy(v) for v in feed.values()))
-    lowered = compile_graph(folder, "cpu").files[0]
+    lowered = compile_graph(folder, "cpu").entry.files[0]
     for graph in ("onnx/decoder.portable.onnx", lowered):
         for ours, theirs in zip(run(folder, graph, feed), expected, strict=True):
             assert np.abs(ours - theirs.detach().numpy()).max(initial=0.0) < TOLERANCE

@@ -25,7 +25,7 @@ def lowered(exported, tmp_path_factory):
     def of(name, device):
         if name not in made:
             made[name] = shutil.copytree(exported[name], root / name)
-        return made[name], made[name] / compile_graph(made[name], device).files[0]
+        return made[name], made[name] / compile_graph(made[name], device).entry.files[0]
 
     return of
 
