@@ -124,6 +124,7 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
         ({"device": ["cpu"]}, "no device"),
         ({"profile": np.array(["auto"])}, "no profile an array"),
         ({"allow_fallback": "no"}, "allow_fallback must be True or False"),
+        ({"threads": 10**5000}, "threads must be"),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(options, words, artifacts):

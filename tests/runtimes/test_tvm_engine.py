@@ -22,7 +22,7 @@ from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.flows.load import load
 from portlm.runtimes import tvm as engine_module
-from portlm.runtimes.tvm import TvmEngine, connect_kernels, map_weights, set_threads
+from portlm.runtimes.tvm import TvmEngine, connect_kernels, map_weights
 from portlm.trust import private_folder
 from portlm.tvm_support import LIBRARY, SIGNATURE, Signature, folder_name
 
@@ -305,21 +305,6 @@ def test_a_weight_that_is_not_aligned_is_copied_to_where_it_is(tmp_path):
     array = np.from_dlpack(value)
     np.testing.assert_array_equal(array, values[1:16].reshape(3, 5))
     assert array.ctypes.data % engine_module.ALIGNMENT == 0
-
-
-def test_a_step_gives_the_thread_count_back(compiled):
-    before = set_threads(3)
-    try:
-        first_step(open_engine(compiled["gpt2"], threads=1))
-        assert set_threads(3) == 3
-    finally:
-        set_threads(before)
-
-
-@pytest.mark.parametrize("count", [0, -1, 10**6])
-def test_an_impossible_thread_count_is_refused(count):
-    with pytest.raises(ValueError, match=r"\[set_threads\]"):
-        set_threads(count)
 
 
 # --- steps --------------------------------------------------------------------------------------------------
