@@ -35,7 +35,7 @@ from portlm.tokenizer_file import (
     TokenizerFile,
     parse,
 )
-from portlm.tokenizer_steps import byte_level, ids_around
+from portlm.tokenizer_steps import INSTEAD, byte_level, ids_around
 
 if TYPE_CHECKING:
     import tokenizers
@@ -111,6 +111,30 @@ class Tokenizer:
     def without_template(self) -> "Tokenizer":
         """Return the same tokenizer, which puts nothing around a text."""
         return Tokenizer(replace(self._file, post_processor=None), self._eos, self._bos)
+
+    def within(self, vocab_size: int) -> "Tokenizer":
+        """Return the tokenizer of a model with this many ids, without the control tokens that the model lacks.
+
+        A control token, often [PAD], is easily added to a tokenizer alone, and text never becomes one.
+
+        Raises:
+            FormatError: the model lacks a token that text, or what is put around it, becomes.
+        """
+        if self.vocab_size <= vocab_size:
+            return self
+        special = {name: index for name, index in self.special.items() if index < vocab_size}
+        lost = len(self.special) - len(special)
+        if lost < self.vocab_size - vocab_size or max([*self.begin_ids, *self.end_ids, 0]) >= vocab_size:
+            raise FormatError(
+                f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}, and text becomes some of the "
+                f"others, so they do not belong together: {INSTEAD}"
+            )
+        vocab = {entry: index for entry, index in self._file.vocab.items() if index < vocab_size}
+        file = parse(
+            replace(self._file, vocab=vocab, special=special).document(), "the tokenizer of the model"
+        )
+        eos, bos = (name if name in special else None for name in (self._eos, self._bos))
+        return Tokenizer(file, eos, bos)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder, created when missing.

@@ -87,7 +87,8 @@ def load(
     request = OpenRequest(folder, manifest, device, profile, allow_fallback, threads)
     opened = implementation.open(_compiled(engine, request))
     try:
-        return Session(opened, tokenizer or NoTokenizer(opened.vocab_size), eos_ids)
+        coder = NoTokenizer(opened.vocab_size) if tokenizer is None else tokenizer.within(opened.vocab_size)
+        return Session(opened, coder, eos_ids)
     except BaseException:
         opened.close()
         raise

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import portlm
 from portlm.errors import FormatError, PortlmError, UsageError
 from portlm.hub import export_hf, import_hf
 from portlm.models import build, load_model, save_model
@@ -273,12 +274,32 @@ def test_without_a_tokenizer_portlm_can_use_the_weights_come_alone_and_a_note_sa
     assert same_weights(load_model(tmp_path / "out"), gpt2)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_noted(gpt2, tmp_path):
+@pytest.mark.parametrize("back", [False, True], ids=["import", "export"])
+def test_control_tokens_that_the_model_lacks_are_noted_and_everything_else_works(gpt2, tmp_path, back):
+    """A [PAD] added to the tokenizer alone: transformers reads text with it as well."""
     save_model(tmp_path / "hf", build(replace(gpt2.config, vocab_size=256, eos_token_ids=())))
     byte_tokenizer(END_OF_TEXT).save(tmp_path / "hf")
-    report = import_hf(tmp_path / "hf", tmp_path / "out")
-    assert any("257 tokens, but the model cannot read ids from 256 on" in note for note in report.notes)
+    report = (export_hf if back else import_hf)(tmp_path / "hf", tmp_path / "out")
+    words = "257 tokens and the model 256: the control tokens beyond are never used"
+    assert any(words in note for note in report.notes)
     assert Tokenizer.load(tmp_path / "out").vocab_size == 257
+    with portlm.load(tmp_path / "out", "torch") as session:
+        assert (session.tokenizer.vocab_size, session.tokenizer.eos_id) == (256, None)
+        assert len(session.generate("a", max_new_tokens=3).token_ids) == 3
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["import", "export"])
+def test_a_tokenizer_whose_text_the_model_cannot_read_is_left_out(gpt2, tmp_path, back):
+    """Nothing could load it, not even to take token ids."""
+    save_model(tmp_path / "hf", build(replace(gpt2.config, vocab_size=200, eos_token_ids=())))
+    byte_tokenizer(END_OF_TEXT).save(tmp_path / "hf")
+    report = (export_hf if back else import_hf)(tmp_path / "hf", tmp_path / "out")
+    assert any("left out, so the model takes token ids only: the tokenizer has 257 tokens and the model 200" in note
+               for note in report.notes)  # fmt: skip
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+    with portlm.load(tmp_path / "out", "torch") as session:
+        assert len(session.generate([[1, 2]], max_new_tokens=3)[0].token_ids) == 3
 
 
 def test_an_existing_folder_is_left_alone(gpt2, tmp_path):
