@@ -27,12 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from harness import environment
 from torch import Tensor, nn
 
 from portlm import _C, settings
+from portlm.agreement import within
 from portlm.data.python_topics import python_topics
 from portlm.flows.measuring import STEAL_LIMIT, StealMeter, paired_ratio
 from portlm.models.gpt2 import GPT2, GPT2Config
@@ -329,7 +331,7 @@ def prepare(
             f"{name} {'cannot run' if name in absent else 'is ready'} after {time.perf_counter() - begin:.1f} s"
         )
     strays = {
-        name: max(abs(a - b) / b for a, b in zip(curve, curves["eager"], strict=True))
+        name: float(np.abs(np.divide(curve, curves["eager"]) - 1).max())  # NaN if one of them is
         for name, curve in curves.items()
     }
     return steps, strays, absent
@@ -348,7 +350,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     data = batches(config, BATCHES, arguments.batch)
     steps, strays, absent = prepare(["portlm", "eager", *rivals], config, options, data)
     for name, stray in strays.items():
-        if stray > GATE_TOLERANCE:
+        if not within(stray, GATE_TOLERANCE):
             raise SystemExit(f"{name} does not train the same model: its loss strays by {stray:.2e}")
     rounds, thrown = race(steps, data, arguments.rounds, arguments.seconds, arguments.patience)
     flops, peak = step_flops(config, arguments.batch), max(r.peak for r in rounds)

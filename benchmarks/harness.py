@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from portlm.agreement import within
 from portlm.flows import measuring
 from portlm.flows.measuring import STEAL_LIMIT, Limits, StealMeter, paired_ratio
 from portlm.train.allocator import keep_freed_memory
@@ -167,7 +168,7 @@ def _agreeing(case: Case, results: dict[str, Result]) -> list[str]:
         for a, b in zip(_tensors(first), _tensors(value), strict=True):
             difference = float((a - b).abs().max()) if a.numel() else 0.0
             allowed = case.tolerance * max(float(a.abs().max()) if a.numel() else 0.0, 1e-30)
-            if not difference <= allowed:
+            if not within(difference, allowed):
                 raise SystemExit(
                     f"{case.name}: {name} differs from the first contender by {difference:.3g}, "
                     f"more than {allowed:.3g}: nothing was timed"

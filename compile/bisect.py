@@ -1,35 +1,36 @@
-"""Finds the first node whose result is wrong, when an engine does not give the model's answer.
+"""Looks at what an engine computes on the way to its answer, and names the first node that is wrong.
 
-The portable graph is evaluated in float64 by onnx's reference implementation, value by value, and the engine runs
-its own graph with the values of the same names exposed as extra outputs. The first that differs, in the order of
-the graph, names the node.
+`bisect` is for an engine that does not give the model's answer. The portable graph is evaluated in float64 by onnx's
+reference implementation, value by value, and the engine runs its own graph with the values of the same names exposed
+as extra outputs. The first that differs, in the order of the graph, names the node.
 
 Exposing a value keeps an engine from fusing across it, so a fault inside a fused kernel can vanish when everything
 is exposed. Then values are exposed one at a time, and halving finds the first wrong one with all other fusions in
 place.
+
+`look_inside` is for an engine that does give the answer: an operator such as Relu may have turned a NaN into a number.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
-from portlm.artifact import RoleSpec, StateSpec, TensorSpec, check_files
+from portlm.agreement import within
+from portlm.artifact import RoleSpec, StateSpec, TensorSpec, check_files, read_manifest
 from portlm.compile.check import check_model
-from portlm.compile.parity import make_probe
+from portlm.compile.parity import RELATIVE_TOLERANCE, make_probe
+from portlm.compile.runners import Runner
 from portlm.compile.source import read_source
-from portlm.errors import EngineUnavailableError, FormatError
-from portlm.trust import private_scratch
+from portlm.errors import FormatError
 
 Values = dict[str, np.ndarray]
-Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
-"""(graph with the wanted values among its outputs, folder of its weight file, wanted names, inputs) -> values."""
-
-TOLERANCE = 2e-5  # of a value's largest element, or of 1 if that is larger; float32 noise is below 1e-5 here
+TOLERANCE = (
+    RELATIVE_TOLERANCE  # of a value's largest element, or of 1 if that is larger: what is allowed of a logit
+)
 MOVEMENT = (
     "Reshape",
     "Transpose",
@@ -42,7 +43,8 @@ class Divergence:
     """The first value that differs from the reference.
 
     `error` is the largest absolute difference, `scale` the largest element of the true value, `situation` the
-    step in which it happened, `alone` whether it needed the engine's fusions to happen.
+    step in which it happened, `alone` whether it needed the engine's fusions to happen. Where NaN or infinity is what
+    is wrong, `unfinite` says so in a clause, and `error` is NaN or infinite.
     """
 
     node: str
@@ -52,13 +54,12 @@ class Divergence:
     scale: float
     situation: str
     alone: bool
+    unfinite: str = ""
 
     def __str__(self) -> str:
         how = ", only when fused with its neighbours" if self.alone else ""
-        return (
-            f"{self.node} ({self.operator}) is the first node that differs, by {self.error:.3g} on values up to "
-            f"{self.scale:.3g}, at the {self.situation}{how}"
-        )
+        what = self.unfinite or f"differs, by {self.error:.3g} on values up to {self.scale:.3g}"
+        return f"{self.node} ({self.operator}) is the first node that {what}, at the {self.situation}{how}"
 
 
 @dataclass(frozen=True)
@@ -97,84 +98,51 @@ def bisect(
     reference = _Reference(root / spec.profiles["portable"])
     for case in _cases(reference, spec, manifest.model.vocab_size, manifest.model.context_length):
         expected = reference.values(case.inputs)
-        found = _first_difference(_Subject(subject, root / graph, run, case, expected, tolerance))
+        found = _first_difference(_Subject(subject, root / graph, run, case), expected, tolerance)
         if found is not None:
             return found
     return None
 
 
-def ort_runner(device: str = "cpu", profile: str = "") -> Runner:
-    """Run graphs in ONNX Runtime as its engine does, on "cpu", "cuda" or "vulkan", the same for every profile.
+def look_inside(folder: str | Path, run: Runner, graph: str, role: str = "decoder") -> Divergence | None:
+    """Look for NaN and infinity among all values that an engine computes for one prompt.
 
-    For Vulkan the WebGPU plugin must be registered in this process, which opening the engine does.
+    The engine runs once, with all of them exposed. The reference is evaluated only if one is not finite: infinity is
+    no fault where the model's own value is too large for float32. NaN always is one, whatever the reference says, as
+    operators that hide it do so on one engine and not on another.
+
+    Args:
+        folder: the artifact.
+        run: the engine under test.
+        graph: what the engine runs, relative to the artifact.
+        role: whose graph it is.
+
+    Returns:
+        The first such value in graph order, or None if there is none.
+
+    Raises:
+        FormatError: a file is damaged.
     """
-    from portlm.ort_support import EXTERNAL_FOLDER, open_session, session_options, webgpu_devices
-
-    opened: dict[tuple[str, ...], Any] = {}
-
-    def run(
-        model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
-    ) -> list[np.ndarray]:
-        key = _outputs(model)
-        if key not in opened:
-            devices = webgpu_devices() if device == "vulkan" else [None]
-            if not devices:
-                raise EngineUnavailableError(
-                    "ort:vulkan: no WebGPU device is registered, open the engine first"
-                )
-            options = session_options(device, devices[0], None, allow_fallback=False)
-            options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
-            opened[key] = open_session(model.SerializeToString(), options, device)
-        results: list[np.ndarray] = opened[key].run(list(names), dict(inputs))
-        return results
-
-    return run
-
-
-def tvm_runner(device: str, profile: str) -> Runner:
-    """Run graphs compiled by TVM for this processor as its engine does, "portable" or "fused"; device is "cpu".
-
-    Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
-    registered in this process, which opening the engine does.
-    """
-    from portlm.compile.tvm_build import Graph, compile_graph, need_linker
-    from portlm.compile.tvm_library import LOWERINGS
-    from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
-
-    tvm = import_tvm()
-    need_linker()
-    opened: dict[tuple[str, ...], Callable[..., Any]] = {}
-
-    def open_machine(model: onnx.ModelProto, folder: Path) -> Callable[..., Any]:
-        weights, tensors = [], []
-        for tensor in model.graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
-                weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
-                tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
-        executable = compile_graph(Graph(model, "", tuple(weights)), LOWERINGS[profile])
-        with private_scratch() as scratch:
-            executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
-            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)))
-        return lambda *inputs: machine["main"](*inputs, *tensors)
-
-    def run(
-        model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
-    ) -> list[np.ndarray]:
-        key = _outputs(model)
-        if key not in opened:
-            opened[key] = open_machine(model, folder)
-        values = [np.ascontiguousarray(inputs[value.name]) for value in model.graph.input]
-        results = opened[key](*(tvm.runtime.tensor(value) for value in values))
-        named = dict(zip(key, results, strict=True))
-        # the cache is a view into a buffer with room to grow, which .numpy() refuses to copy
-        return [np.array(np.from_dlpack(named[name])) for name in names]
-
-    return run
-
-
-def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:
-    return tuple(value.name for value in model.graph.output)
+    root = Path(folder)
+    manifest = read_manifest(root)
+    spec = manifest.roles[role]
+    check_files(root, [spec.weights, graph])
+    case = _prompt(spec, manifest.model.vocab_size, manifest.model.context_length)
+    subject = _Subject(check_model(root / graph), root / graph, run, case)
+    odd = {
+        name: value for name, value in subject.values(subject.shown).items() if not np.isfinite(value).all()
+    }
+    if not odd:
+        return None
+    expected: Values = {}
+    if "portable" in spec.profiles:
+        check_files(root, [spec.profiles["portable"]])
+        expected = _Reference(root / spec.profiles["portable"]).values(case.inputs)
+    for name, value in odd.items():
+        found = subject.compare(name, value, expected.get(name))
+        if found.unfinite:
+            return found
+    return None
 
 
 class _Reference:
@@ -200,94 +168,112 @@ class _Reference:
     def values(self, inputs: Values) -> Values:
         """Every value by name, float64."""
         wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in inputs.items()}
-        return dict(zip(self._names, self._evaluator.run(self._names, wide), strict=True))
+        with np.errstate(all="ignore"):  # what is not finite is found by who asked
+            return dict(zip(self._names, self._evaluator.run(self._names, wide), strict=True))
 
 
 class _Subject:
-    """The engine's graph, and which of its values can be compared by name."""
+    """The engine's graph at one step, and its values by name."""
 
-    def __init__(
-        self, model: onnx.ModelProto, path: Path, run: Runner, case: Case, expected: Values, tolerance: float
-    ):
-        self.case = case
-        self._model, self._path, self._run, self._expected, self._tolerance = (
-            model,
-            path,
-            run,
-            expected,
-            tolerance,
-        )
-        self.results = frozenset(_outputs(model))
-        self.watched = [
-            (node, value)
+    def __init__(self, model: onnx.ModelProto, path: Path, run: Runner, case: Case):
+        self._model, self._path, self._run, self._case = model, path, run, case
+        self.results = frozenset(value.name for value in model.graph.output)
+        self._nodes = {
+            value: node
             for node in model.graph.node
             if node.op_type not in MOVEMENT
             for value in node.output
-            if value in expected
-        ]
+            if value
+        }
+        self.shown = tuple(self._nodes)
 
-    def difference(self, exposed: Sequence[str]) -> Iterator[tuple[str, float, float]]:
-        """(value, error, scale) of the exposed values that differ, in order."""
+    def values(self, exposed: Sequence[str]) -> Values:
+        """What the engine computes for these names, when they are exposed."""
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
-        present = {value.name for value in model.graph.output}
-        for name in exposed:
-            if name not in present:
-                model.graph.output.append(helper.make_tensor_value_info(name, self._element(name), None))
-        results = self._run(model, self._path.parent, exposed, self.case.inputs)
-        for name, actual in zip(exposed, results, strict=True):
-            expected = self._expected[name]
-            if actual.size != expected.size:
-                raise FormatError(
-                    f"{self._path}: {name} has shape {actual.shape}, the reference {expected.shape}"
-                )
-            error, scale = self._error(actual.reshape(expected.shape), expected)
-            if not error <= self._tolerance * max(1.0, scale):  # also if it is NaN
-                yield name, error, scale
+        model.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in exposed if name not in self.results
+        )
+        return dict(
+            zip(exposed, self._run(model, self._path.parent, exposed, self._case.inputs), strict=True)
+        )
 
-    def _element(self, name: str) -> int:
-        """The element type of a value in the engine's graph, which computes in float32 what the reference widened."""
-        dtype = self._expected[name].dtype
-        return int(TensorProto.FLOAT if dtype == np.float64 else helper.np_dtype_to_tensor_dtype(dtype))
+    def difference(
+        self, exposed: Sequence[str], expected: Values, tolerance: float, alone: bool = False
+    ) -> Iterator[Divergence]:
+        """The exposed values that differ, in order."""
+        for name, actual in self.values(exposed).items():
+            found = self.compare(name, actual, expected[name], alone=alone)
+            if not within(found.error, tolerance * max(1.0, found.scale)):
+                yield found
 
-    def _error(self, actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-        """Largest difference and largest element; with padding, of values laid out by token only."""
-        real = self.case.real
+    def compare(
+        self, name: str, actual: np.ndarray, reference: np.ndarray | None, alone: bool = False
+    ) -> Divergence:
+        """How far a value is from the reference, which is float64 and may lack it.
+
+        Infinity where the true value is too large for float32 is no difference. NaN always is, also beside NaN.
+        """
+        expected = np.zeros(actual.shape) if reference is None else reference
+        if actual.size != expected.size:
+            raise FormatError(
+                f"{self._path}: {name} has shape {actual.shape}, the reference {expected.shape}"
+            )
+        node = self._nodes[name]
+        operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        actual, expected = self._meaningful(actual.reshape(expected.shape), expected)
+        with np.errstate(over="ignore", invalid="ignore"):
+            agreed = np.isinf(actual) & (actual == expected.astype(np.float32))
+            error = float(np.abs(np.where(agreed, 0, actual - expected)).max(initial=0))
+            scale = float(np.abs(np.where(agreed, 0, expected)).max(initial=0))
+        unfinite = "" if np.isfinite(error) else f"gives {_kind(actual)}"
+        if unfinite and reference is not None:
+            unfinite += f" where the reference has {_kind(expected)}"
+        return Divergence(node.name, operator, name, error, scale, self._case.situation, alone, unfinite)
+
+    def _meaningful(self, actual: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The elements to compare, float64; with padding, those of values laid out by token only."""
+        real = self._case.real
         if not real.all():
-            if expected.shape[:2] != real.shape:
-                return 0.0, 0.0
-            actual, expected = actual[real], expected[real]
-        if not expected.size:
-            return 0.0, 0.0
-        actual, expected = actual.astype(np.float64), expected.astype(np.float64)  # booleans have no minus
-        return float(np.abs(actual - expected).max()), float(np.abs(expected).max())
+            kept = real if expected.shape[:2] == real.shape else np.zeros(expected.shape, bool)
+            actual, expected = actual[kept], expected[kept]
+        return actual.astype(np.float64), expected.astype(np.float64)  # booleans have no minus
 
 
-def _first_difference(subject: _Subject) -> Divergence | None:
-    names = [value for _, value in subject.watched]
-    for value, error, scale in subject.difference(names):
-        return _report(subject, value, error, scale, alone=False)
-    results = [name for name in names if name in subject.results]
-    for name in results:
-        if list(subject.difference([name])):
-            break
-    else:
+def _kind(values: np.ndarray) -> str:
+    if np.isfinite(values).all():
+        return f"numbers up to {np.abs(values).max(initial=0):.3g}"
+    return "NaN" if np.isnan(values).any() else "infinity"
+
+
+def _first_difference(subject: _Subject, expected: Values, tolerance: float) -> Divergence | None:
+    names = [name for name in subject.shown if name in expected]
+    for found in subject.difference(names, expected, tolerance):
+        return found
+
+    def wrong(name: str) -> Divergence | None:
+        return next(subject.difference([name], expected, tolerance, alone=True), None)
+
+    last = next((name for name in names if name in subject.results and wrong(name)), None)
+    if last is None:
         return None
-    low, high = 0, names.index(name)  # the answer lies in names[low..high]
+    low, high = 0, names.index(last)  # the answer lies in names[low..high]
     while low < high:
         middle = (low + high) // 2
-        if list(subject.difference([names[middle]])):
+        if wrong(names[middle]):
             high = middle
         else:
             low = middle + 1
-    value, error, scale = next(subject.difference([names[low]]))
-    return _report(subject, value, error, scale, alone=True)
+    return wrong(names[low])
 
 
-def _report(subject: _Subject, value: str, error: float, scale: float, alone: bool) -> Divergence:
-    node = next(node for node, name in subject.watched if name == value)
-    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return Divergence(node.name, operator, value, error, scale, subject.case.situation, alone)
+def _prompt(role: RoleSpec, vocab_size: int, context_length: int) -> Case:
+    """One row without padding, read at once before anything else."""
+    probe = make_probe(vocab_size, context_length)
+    ids, mask = probe.input_ids[:1], probe.attention_mask[:1]
+    make = _Inputs(ids, mask, vocab_size)
+    inputs = {spec.name: make.input(spec, 0, ids.shape[1]) for spec in role.inputs}
+    return Case("prompt", inputs | {spec.name: make.state(spec) for spec in role.state}, mask == 1)
 
 
 def _cases(reference: _Reference, role: RoleSpec, vocab_size: int, context_length: int) -> Iterator[Case]:
@@ -344,7 +330,10 @@ class _Inputs:
 
     def _random(self, spec: TensorSpec | StateSpec, shape: tuple[int, ...]) -> np.ndarray:
         if np.issubdtype(np.dtype(spec.dtype), np.integer):
-            return self._rng.integers(0, self._vocab_size, shape).astype(spec.dtype)
+            if spec.name.endswith("input_ids"):
+                return self._rng.integers(0, self._vocab_size, shape).astype(spec.dtype)
+            # Anything else indexes a table of unknown length, but a mask, which hides nothing.
+            return np.full(shape, int(spec.name.endswith("attention_mask")), spec.dtype)
         return self._rng.standard_normal(shape).astype(spec.dtype)
 
     def _shape(self, shape: Sequence[int | str], start: int, end: int) -> tuple[int, ...]:

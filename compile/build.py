@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from portlm.artifact import Compiled, CompiledEntry, read_manifest, replace, write_manifest
+from portlm.compile.isolated import GRAPH, ensure_checked, graph_of
 from portlm.compile.passes import Dump, ignore
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.plan import needs_plan
+from portlm.seen_graphs import record_written, was_written
 from portlm.trust import builds, record_built
 
 Compiler = Callable[..., Compiled]
@@ -101,15 +103,19 @@ def build(
 
     Raises:
         UsageError: no role has one.
-        FormatError: the artifact is damaged.
+        FormatError: the artifact is damaged, or holds a graph that portlm does not write.
         EngineUnavailableError: the engine's compiler is not installed.
     """
     folder = Path(artifact)
     entries: list[CompiledEntry] = []
     for key in keys:
-        roles = [name for name, role in read_manifest(folder).roles.items() if key[2] in role.profiles]
+        manifest = read_manifest(folder)
+        roles = [name for name, role in manifest.roles.items() if key[2] in role.profiles]
         if not roles:
             raise UsageError(f"{folder}: has no {key[2]} graph, export it with that profile")
+        sources = [manifest.roles[name].profiles[key[2]] for name in roles]
+        ensure_checked(folder, manifest, sources)
+        ours = all(was_written(graph_of(manifest, source)) for source in sources)
         passes = ignore if dump is None else Dump(dump / "-".join(key))
         compiler: Compiler = resolve(COMPILERS[key])
         made = [compiler(folder, *key[1:], role=role, note=passes) for role in roles]
@@ -122,5 +128,11 @@ def build(
             for build in builds(manifest, entry):
                 record_built(build)
         write_manifest(folder, manifest)
+        graphs = [name for entry in new for name in entry.files if name.endswith(GRAPH)]
+        if ours:
+            for name in graphs:
+                record_written(graph_of(manifest, name))
+        else:  # lowering a graph from elsewhere says nothing of what ONNX Runtime makes of the result
+            ensure_checked(folder, manifest, graphs)
         entries += new
     return entries

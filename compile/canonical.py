@@ -10,6 +10,7 @@ Nothing is changed in silence: the recording and the result are run on random to
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from portlm.agreement import within
 from portlm.compile import (
     canonical_attention,
     canonical_clean,
@@ -357,8 +359,10 @@ def _check(program: torch.export.ExportedProgram, result: Canonical) -> None:
             expected = Runner(program.graph_module).run(*_arguments(program, ids))[0]
             actual = result(ids)
         scale = float(expected.abs().max())
+        if not math.isfinite(scale):
+            raise ParityError(f"the module's own answer to {B} x {T} random tokens holds NaN or infinity")
         error = float((actual - expected).abs().max())
-        if not error <= TOLERANCE * max(scale, 1e-6):  # also where it is no number
+        if not within(error, TOLERANCE * max(scale, 1e-6)):
             raise ParityError(
                 f"the canonical graph differs from the module by {error:.3g} of {scale:.3g} for {B} x {T} tokens"
             )

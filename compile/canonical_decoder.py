@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from portlm.agreement import within
 from portlm.compile.canonical import TOLERANCE, Canonical, canonicalise, trace
 from portlm.compile.canonical_graph import Node, Runner, aten, module_path, place, portlm
 from portlm.errors import ParityError, UsageError
@@ -62,7 +63,7 @@ def _check_order(decoder: CanonicalDecoder) -> None:
         scale = max(float(whole.abs().max()), 1e-6)
         for T in sorted({1, 2, 3, total // 2, total - 1} & set(range(1, total))):
             error = float((decoder(ids[:, :T]) - whole[:, :T]).abs().max())
-            if not error <= TOLERANCE * scale:
+            if not within(error, TOLERANCE * scale):
                 raise UsageError(
                     f"the logits of {T} tokens change by {error:.3g} of {scale:.3g} when others follow, and a decoder "
                     "writes from left to right: hide later tokens in every attention, with is_causal=True or a mask "
@@ -247,7 +248,7 @@ class CanonicalDecoder(_Part):
                 found.append(logits)
                 begin = end
         error = float((torch.cat(found, 1) - expected).abs().max())
-        if not error <= TOLERANCE * max(float(expected.abs().max()), 1e-6):
+        if not within(error, TOLERANCE * max(float(expected.abs().max()), 1e-6)):
             raise ParityError(f"steps over a cache differ from the whole sequence by {error:.3g}")
 
     def ids(self) -> int:

@@ -1,67 +1,66 @@
-"""Looks at an ONNX file before any library does more than parse it.
+"""Looks at an ONNX file before any library does.
 
-Only what portlm's exporter writes is accepted: its operators with its attributes, weights in one sibling file
-inside that file's bounds, payloads as large as their shapes. The general checkers come last, because they and the
-runtimes behind them have crashed on graphs that this list refuses.
+Only what portlm's exporter writes is accepted: its operators with the inputs, outputs and attributes that it gives them
+(compile/forms.py), values that are computed once and before they are read, weights in one sibling file inside that
+file's bounds, payloads as large as their shapes, and not one byte that is left unread (compile/onnx_reader.py). The
+general checkers come last, because they and the runtimes behind them have crashed on graphs that this list refuses.
 
-Who calls this: export and lowering, on every file they write, and whoever receives an artifact from elsewhere,
-through check_isolated. The runtimes do not, because they do not import onnx: they compare the file with the hash in
-the manifest, so they run what was checked when the manifest was written.
+Who calls this: export and lowering, on every file they write, and compile/isolated.py on a graph from elsewhere before
+this process hands it to anybody. The check itself needs no package for ONNX.
 """
 
 import math
-import resource
-import subprocess
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import onnx
-from google.protobuf.message import DecodeError, Message
-from onnx import AttributeProto, TensorProto
+import numpy as np
 
-from portlm.compile.forms import CONTRIB_OPS, FUSED_OPS, PORTABLE_OPS
-from portlm.compile.graph import OPSET
+from portlm.compile.forms import (
+    ALIGNMENT,
+    CONTRIB_OPS,
+    FUSED_OPS,
+    IR_VERSION,
+    OPSET,
+    PORTABLE_OPS,
+    Form,
+    Operand,
+    Setting,
+)
+from portlm.compile.onnx_reader import MalformedError, Message, read_onnx
 from portlm.errors import FormatError
 from portlm.files import open_regular, safe_join
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
+from portlm.plan import MAX_RANK
+from portlm.roles import MAX_DIMENSION
+
+if TYPE_CHECKING:
+    import onnx
 
 MAX_GRAPH_BYTES = 64 * 2**20  # without weights: 1024 layers take 8 MB
 MAX_NODES = 2**17
-MAX_INITIALIZERS = 65_536
-MAX_RANK = 8
-MAX_DIMENSION = 2**31
+MAX_TENSORS = 65_536  # weights, inputs or outputs
 MAX_NAME = 256  # characters
 MAX_VALUES_PER_NODE = 64  # inputs, outputs or attributes
+MAX_ENTRIES = 16  # of metadata, or operator sets
 
 CONTRIB = "com.microsoft"
-OPERATORS: dict[str, dict[str, tuple[str, ...]]] = {
-    "": PORTABLE_OPS,
-    DOMAIN: FUSED_OPS,
-    CONTRIB: CONTRIB_OPS,
-}
+OPERATORS: dict[str, dict[str, Form]] = {"": PORTABLE_OPS, DOMAIN: FUSED_OPS, CONTRIB: CONTRIB_OPS}
 OPSETS = {"": OPSET, DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
-ITEM_BYTES = {TensorProto.FLOAT: 4, TensorProto.INT64: 8}
-ATTRIBUTE_TYPES = (
-    AttributeProto.INT,
-    AttributeProto.INTS,
-    AttributeProto.FLOAT,
-    AttributeProto.STRING,
-)
-
-# The fields that the exporter sets, by message; any other is refused, known to us or not.
-FIELDS = {
-    "ModelProto": {"ir_version", "opset_import", "producer_name", "graph", "metadata_props"},
-    "GraphProto": {"name", "input", "output", "initializer", "node"},
-    "NodeProto": {"name", "domain", "op_type", "input", "output", "attribute"},
-    "AttributeProto": {"name", "type", "i", "f", "s", "ints"},
-    "TensorProto": {"name", "dims", "data_type", "raw_data", "data_location", "external_data"},
+# Numbers of ONNX: types of elements, places of weights, types of attributes and the fields with their values.
+FLOAT, INT64 = 1, 7
+ITEM_BYTES = {FLOAT: 4, INT64: 8}
+KINDS = {FLOAT: "float32", INT64: "int64"}
+IN_FILE, IN_GRAPH = 1, 0
+ATTRIBUTE_TYPES: dict[type, tuple[int, str]] = {
+    float: (1, "f"),
+    int: (2, "i"),
+    str: (3, "s"),
+    tuple: (7, "ints"),
 }
 
-ISOLATED_BYTES = 4 * 2**30  # address space of the checking child
-ISOLATED_SECONDS = 60
 
-
-def check_model(path: str | Path) -> onnx.ModelProto:
+def check_model(path: str | Path) -> "onnx.ModelProto":
     """Parse a graph and return it if it is one that portlm could have written.
 
     Args:
@@ -73,125 +72,259 @@ def check_model(path: str | Path) -> onnx.ModelProto:
     Raises:
         FormatError: the file is missing, truncated, too large, or holds anything that the exporter never writes.
     """
+    import onnx
+
     path = Path(path)
+    raw = read_graph(path)
+    examine(raw, path)
+    model = onnx.ModelProto.FromString(raw)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise _refused(path, error) from error
+    return model
+
+
+def read_graph(path: Path) -> bytes:
+    """Return the content of a .onnx file.
+
+    Raises:
+        FormatError: it is missing or too large.
+    """
     with open_regular(path) as file:
         raw = file.read(MAX_GRAPH_BYTES + 1)
     if len(raw) > MAX_GRAPH_BYTES:
         raise FormatError(f"{path}: larger than the {MAX_GRAPH_BYTES} bytes a graph may have")
-    model = onnx.ModelProto()
+    return raw
+
+
+def examine(raw: bytes, path: Path) -> Message:
+    """Return what a .onnx file says if portlm could have written it. No other library looks at it.
+
+    Args:
+        raw: what the file holds.
+        path: where it lies, beside its weight file.
+
+    Raises:
+        FormatError: as check_model.
+    """
     try:
-        model.ParseFromString(raw)
-    except DecodeError as error:
-        raise FormatError(f"{path}: truncated or not ONNX; export again") from error
-    try:
+        model = read_onnx(raw)
         _check_structure(model)
-        _check_nodes(model.graph)
         _check_weights(model.graph, path)
-        onnx.checker.check_model(str(path))
-    except (_RefusedError, onnx.checker.ValidationError) as error:
-        raise FormatError(
-            f"{path}: {str(error).splitlines()[0]}; export again from the checkpoint"
-        ) from error
+        _check_nodes(model)
+    except (MalformedError, _RefusedError) as error:
+        raise _refused(path, error) from error
     return model
 
 
-def check_isolated(path: str | Path) -> None:
-    """Run check_model on a file from elsewhere in a child process with little memory and time.
-
-    Raises:
-        FormatError: the file is refused, or the child died of it.
-    """
-    command = [sys.executable, "-m", "portlm.compile.check", str(path)]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=ISOLATED_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise FormatError(
-            f"{path}: checking it took more than {ISOLATED_SECONDS} s; do not use this file"
-        ) from error
-    if child.returncode == FormatError.exit_code and child.stdout:
-        raise FormatError(child.stdout.strip())
-    if child.returncode != 0:
-        raise FormatError(
-            f"{path}: the process that checked it died ({child.returncode}); do not use this file"
-        )
+def _refused(path: Path, error: Exception) -> FormatError:
+    return FormatError(f"{path}: {str(error).splitlines()[0]}; export again from the checkpoint")
 
 
 class _RefusedError(Exception):
     """Something the exporter never writes."""
 
 
-def _check_structure(model: onnx.ModelProto) -> None:
+def _check_structure(model: Message) -> None:
     graph = model.graph
-    _check_fields(model)
-    _check_fields(graph)
     _text(graph.name)
-    if len(graph.node) > MAX_NODES or len(graph.initializer) > MAX_INITIALIZERS:
-        raise _RefusedError("has too many nodes or weights")
+    _text(model.producer_name)
+    if model.ir_version != IR_VERSION:
+        raise _RefusedError(f"is of version {model.ir_version} of ONNX's format, export writes {IR_VERSION}")
+    if (
+        len(graph.node) > MAX_NODES
+        or max(map(len, (graph.initializer, graph.input, graph.output))) > MAX_TENSORS
+    ):
+        raise _RefusedError("has too many nodes, weights, inputs or outputs")
+    if max(len(model.opset_import), len(model.metadata_props)) > MAX_ENTRIES:
+        raise _RefusedError("has too many operator sets or metadata")
+    for entry in model.metadata_props:
+        _text(entry.key)
+        _text(entry.value)
     for opset in model.opset_import:
         if OPSETS.get(_text(opset.domain)) != opset.version:
             raise _RefusedError(f"asks for operator set {opset.domain!r} {opset.version}")
     for value in (*graph.input, *graph.output):
-        kind, name = value.type.tensor_type, _text(value.name)
-        if kind.elem_type not in ITEM_BYTES or len(kind.shape.dim) > MAX_RANK:
-            raise _RefusedError(f"value {name!r} has a type or rank that no graph of ours has")
+        _check_value(value)
 
 
-def _check_fields(message: Message) -> None:
-    kind = message.DESCRIPTOR.name
-    for field, _ in message.ListFields():
-        if field.name not in FIELDS[kind]:
-            raise _RefusedError(f"a {kind} has the field {field.name}, which export never writes")
+def _check_value(value: Message) -> None:
+    """An input or output of the graph: its type, and sizes that are numbers or named."""
+    kind, name = value.type.tensor_type, _text(value.name)
+    if not name or kind.elem_type not in KINDS or "shape" not in kind.present:
+        raise _RefusedError(f"value {name!r} has a type that no graph of ours has")
+    if len(kind.shape.dim) > MAX_RANK:
+        raise _RefusedError(f"value {name!r} has {len(kind.shape.dim)} dimensions")
+    for size in kind.shape.dim:
+        named = size.present == {"dim_param"} and _text(size.dim_param)
+        if not named and (size.present != {"dim_value"} or not 1 <= size.dim_value <= MAX_DIMENSION):
+            raise _RefusedError(f"value {name!r} has a dimension that is neither a size nor a name")
 
 
-def _check_nodes(graph: onnx.GraphProto) -> None:
-    names: set[str] = set()
+class _Values:
+    """The values of a graph that are known so far: the type of each, and those that are constants in the graph."""
+
+    def __init__(self, graph: Message):
+        self.kinds: dict[str, str] = {}
+        self.constants: dict[str, Message] = {}
+        for value in graph.input:
+            self.define(value.name, KINDS[value.type.tensor_type.elem_type])
+        for tensor in graph.initializer:
+            self.define(tensor.name, KINDS[tensor.data_type])
+            if tensor.data_location != IN_FILE:
+                self.constants[tensor.name] = tensor
+
+    def define(self, name: str, kind: str) -> None:
+        if name in self.kinds:
+            raise _RefusedError(f"value {name!r} is there twice")
+        self.kinds[_text(name)] = kind
+
+
+def _check_nodes(model: Message) -> None:
+    graph, domains = model.graph, {opset.domain for opset in model.opset_import}
+    values, names = _Values(graph), set[str]()
+    given = set(values.kinds)
     for node in graph.node:
-        _check_fields(node)
         name, domain, operator = _text(node.name), _text(node.domain), _text(node.op_type)
         if name in names:
             raise _RefusedError(f"two nodes are called {name!r}")
         names.add(name)
-        allowed = OPERATORS.get(domain, {}).get(operator)
-        if allowed is None:
+        form = OPERATORS[domain].get(operator) if domain in domains else None
+        if form is None:
             raise _RefusedError(f"operator {operator!r} of {domain!r} is not one of ours (node {name!r})")
         if max(len(node.input), len(node.output), len(node.attribute)) > MAX_VALUES_PER_NODE:
             raise _RefusedError(f"node {name!r} has too many inputs, outputs or attributes")
-        for value in (*node.input, *node.output):
-            _text(value)
-        for attribute in node.attribute:
-            _check_fields(attribute)
-            if _text(attribute.name) not in allowed or attribute.type not in ATTRIBUTE_TYPES:
-                raise _RefusedError(f"node {name!r} has the attribute {attribute.name!r}")
-            if attribute.name == "num_outputs" and attribute.i != len(node.output):
-                raise _RefusedError(f"node {name!r} has {len(node.output)} outputs and says {attribute.i}")
+        _check_attributes(node, form)
+        same = _check_inputs(node, form, values)
+        for place, (value, wanted) in enumerate(_operands(node, node.output, form.outputs, "outputs")):
+            if value:
+                values.define(value, wanted.kind or same)
+            elif not wanted.absent:
+                raise _RefusedError(f"node {name!r} lacks output {place}")
+    results: set[str] = set()
+    for value in graph.output:
+        if value.name in given or value.name not in values.kinds or value.name in results:
+            raise _RefusedError(f"no node computes the output {value.name!r}, or it is there twice")
+        if values.kinds[value.name] != KINDS[value.type.tensor_type.elem_type]:
+            raise _RefusedError(
+                f"the output {value.name!r} is {values.kinds[value.name]} and said to be otherwise"
+            )
+        results.add(value.name)
 
 
-def _check_weights(graph: onnx.GraphProto, path: Path) -> None:
+def _operands(
+    node: Message, names: Sequence[str], wanted: Sequence[Operand], what: str
+) -> Iterator[tuple[str, Operand]]:
+    """Yield the inputs or outputs of a node beside what its operator's form says of each, if their number is right."""
+    least = sum(not operand.optional for operand in wanted)
+    most = MAX_VALUES_PER_NODE if wanted[-1].many else len(wanted)
+    if not least <= len(names) <= most:
+        takes = f"{least}" if least == most else f"{least} to {most}"
+        raise _RefusedError(f"node {node.name!r} has {len(names)} {what}, {node.op_type} has {takes}")
+    for place, name in enumerate(names):
+        operand = wanted[min(place, len(wanted) - 1)]
+        if name and operand.absent:
+            raise _RefusedError(f"node {node.name!r} has {name!r} where export leaves {what} {place} out")
+        yield name, operand
+
+
+def _check_inputs(node: Message, form: Form, values: _Values) -> str:
+    """Check what a node takes; return the type of its operands that may be of either."""
+    same = ""
+    for place, (value, wanted) in enumerate(_operands(node, node.input, form.inputs, "inputs")):
+        if wanted.absent:
+            continue
+        if not value:
+            if wanted.optional and place < len(node.input) - 1:
+                continue
+            raise _RefusedError(f"node {node.name!r} lacks input {place}")
+        kind = values.kinds.get(value)
+        if kind is None:
+            raise _RefusedError(
+                f"node {node.name!r} reads {_text(value)!r}, which nothing before it computes"
+            )
+        if not wanted.kind:
+            same = same or kind
+        if kind != (wanted.kind or same):
+            raise _RefusedError(f"node {node.name!r} has an input {place} of type {kind}")
+        if wanted.constant:
+            _check_constant(node, value, wanted.constant, values)
+    return same
+
+
+def _check_constant(node: Message, value: str, bounds: tuple[int, int], values: _Values) -> None:
+    """Sizes or axes, which decide what a node does: a short list in the graph itself."""
+    tensor = values.constants.get(value)
+    if tensor is None or len(tensor.dims) > 1:
+        raise _RefusedError(f"node {node.name!r} needs {value!r} as a list of numbers in the graph")
+    numbers = np.frombuffer(tensor.raw_data, "<i8")
+    if len(numbers) > MAX_VALUES_PER_NODE or not all(bounds[0] <= number <= bounds[1] for number in numbers):
+        raise _RefusedError(f"node {node.name!r} has impossible numbers in {value!r}")
+    if node.op_type == "Split" and len(numbers) != len(node.output):
+        raise _RefusedError(f"node {node.name!r} has {len(node.output)} outputs and sizes for {len(numbers)}")
+
+
+def _check_attributes(node: Message, form: Form) -> None:
+    found: dict[str, Any] = {}
+    for attribute in node.attribute:
+        wanted = form.attributes.get(_text(attribute.name))
+        if wanted is None or attribute.name in found:
+            raise _RefusedError(f"node {node.name!r} has the attribute {attribute.name!r}")
+        kind, payload = ATTRIBUTE_TYPES[wanted.kind]
+        fields = attribute.present - {"name", "type", payload}
+        if attribute.type != kind or fields or not _fits(attribute, wanted):
+            raise _RefusedError(f"node {node.name!r} has a wrong {attribute.name!r}")
+        found[attribute.name] = getattr(attribute, payload)
+    if missing := [name for name, s in form.attributes.items() if s.required and name not in found]:
+        raise _RefusedError(f"node {node.name!r} lacks the attribute {missing[0]!r}")
+    if node.op_type == "Split" and (len(node.input) == 1) != ("num_outputs" in found):
+        raise _RefusedError(f"node {node.name!r} must say the sizes of its parts or their number")
+    if found.get("num_outputs", len(node.output)) != len(node.output):
+        raise _RefusedError(
+            f"node {node.name!r} has {len(node.output)} outputs and says {found['num_outputs']}"
+        )
+
+
+def _fits(attribute: Message, wanted: Setting) -> bool:
+    """Whether an attribute of the right type has a value that its operator may have."""
+    if wanted.kind is int:
+        return bool(wanted.values[0] <= attribute.i <= wanted.values[1])
+    if wanted.kind is float:
+        return math.isfinite(attribute.f)
+    if wanted.kind is str:
+        return attribute.s in [value.encode() for value in wanted.values]  # type: ignore[union-attr]
+    return sorted(attribute.ints) == list(range(len(attribute.ints))) and len(attribute.ints) <= MAX_RANK
+
+
+def _check_weights(graph: Message, path: Path) -> None:
     locations: dict[str, int] = {}  # file name -> size; one at most
     for tensor in graph.initializer:
-        _check_fields(tensor)
         name, item = _text(tensor.name), ITEM_BYTES.get(tensor.data_type)
         if item is None:
             raise _RefusedError(f"weight {name!r} is of a type that no graph of ours has")
         if len(tensor.dims) > MAX_RANK or not all(0 <= d <= MAX_DIMENSION for d in tensor.dims):
             raise _RefusedError(f"weight {name!r} has an impossible shape")
         size = math.prod(tensor.dims) * item
-        if tensor.data_location == TensorProto.EXTERNAL:
+        if tensor.data_location == IN_FILE:
             _check_external(tensor, size, path, locations)
-        elif len(tensor.raw_data) != size or tensor.external_data:
+        elif tensor.data_location != IN_GRAPH or len(tensor.raw_data) != size or tensor.external_data:
             raise _RefusedError(
                 f"weight {name!r} has {len(tensor.raw_data)} bytes, its shape asks for {size}"
             )
 
 
-def _check_external(tensor: TensorProto, size: int, path: Path, locations: dict[str, int]) -> None:
-    name, entries = tensor.name, {_text(entry.key): _text(entry.value) for entry in tensor.external_data}
+def _check_external(tensor: Message, size: int, path: Path, locations: dict[str, int]) -> None:
+    name, entries = tensor.name, {}
+    for entry in tensor.external_data:
+        entries[_text(entry.key)] = _text(entry.value)
     if (
         tensor.raw_data
+        or tensor.data_type != FLOAT
         or len(entries) != len(tensor.external_data)
         or entries.keys() != {"location", "offset", "length"}
     ):
-        raise _RefusedError(f"weight {name!r} does not say location, offset and length, each once")
+        raise _RefusedError(f"weight {name!r} does not say float32, location, offset and length, each once")
     location = entries["location"]
     if location not in locations:
         if locations or "/" in location:
@@ -203,16 +336,18 @@ def _check_external(tensor: TensorProto, size: int, path: Path, locations: dict[
     offset, length = (_decimal(entries[key]) for key in ("offset", "length"))
     if length != size:
         raise _RefusedError(f"weight {name!r} has {length} bytes, its shape asks for {size}")
+    if offset % ALIGNMENT:
+        raise _RefusedError(f"weight {name!r} begins at byte {offset}, which is no multiple of {ALIGNMENT}")
     if offset + length > locations[location]:
         raise _RefusedError(
             f"weight {name!r} ends at byte {offset + length} of {location}, which has {locations[location]}"
         )
 
 
-def _text(value: str | bytes) -> str:
-    """A name as text of bounded length. Where it is not UTF-8, protobuf hands out the bytes."""
-    if not isinstance(value, str) or len(value) > MAX_NAME:
-        raise _RefusedError(f"a name is not text, or longer than {MAX_NAME} characters: {value[:80]!r}")
+def _text(value: str) -> str:
+    """A name of bounded length."""
+    if len(value) > MAX_NAME:
+        raise _RefusedError(f"a name is longer than {MAX_NAME} characters: {value[:80]!r}")
     return value
 
 
@@ -220,19 +355,3 @@ def _decimal(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise _RefusedError(f"offset or length is {text!r}")
     return int(text)
-
-
-def _main() -> int:
-    """The child of check_isolated: silent if the file is accepted, else the reason on stdout."""
-    resource.setrlimit(resource.RLIMIT_AS, (ISOLATED_BYTES, ISOLATED_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        check_model(sys.argv[1])
-    except FormatError as error:
-        print(error)
-        return FormatError.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -32,8 +32,9 @@ from portlm.artifact import (
     write_manifest,
 )
 from portlm.compile.check import check_model
-from portlm.compile.forms import PROFILES
-from portlm.compile.graph import OPSET, WeightFile
+from portlm.compile.forms import OPSET, PROFILES
+from portlm.compile.graph import WeightFile
+from portlm.compile.isolated import graph_of, weights_of
 from portlm.compile.mapped import MappedFile
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
@@ -49,6 +50,7 @@ from portlm.hub_files import (
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
 from portlm.roles import file_stem
+from portlm.seen_graphs import record_written
 from portlm.weights import read_header
 
 if TYPE_CHECKING:
@@ -231,10 +233,13 @@ def _make(
                 graphs = capture(module, roles, profiles, context)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
-            write_manifest(workshop, _describe(module, roles, profiles, dict(sorted(files.items())), context))
+            manifest = _describe(module, roles, profiles, dict(sorted(files.items())), context)
+            write_manifest(workshop, manifest)
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
         raise StorageError(f"{target} cannot be written: {error.strerror or error}; {room}") from error
+    for graph in weights_of(manifest):
+        record_written(graph_of(manifest, graph))
     return target
 
 

@@ -1,8 +1,9 @@
-"""The two profiles of a graph, and the operators that each may hold, with their attributes.
+"""The two profiles of a graph, and the operators that each may hold: what each takes, gives and says.
 
 `portable` is standard ONNX of opset 20, `fused` one node of domain ai.portlm per op, which each engine's lowering
 replaces by its best. Both are written by compile/capture.py from the ops' descriptions (core/ops/spec.py), which say
-what the nodes of ai.portlm take and give.
+what the nodes of ai.portlm take and give. compile/check.py refuses a graph with anything that is not in the tables
+below: they say what export and lowering write, which is less than what an engine would take.
 
 Inputs    input_ids (B, T), attention_mask (B, P+T), position_ids (B, T), logits_to_keep (kept) int64,
           past_key_values.N.key and .value (B, K, P, D) float32
@@ -20,45 +21,140 @@ What the portable profile avoids, each for a measured reason:
 - Shape and Slice: TVM needs to know shapes, so head splits are Reshape to (0, 0, H, D), which copies B and T.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from portlm.ops import spec
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
+from portlm.plan import MAX_RANK
+from portlm.roles import MAX_DIMENSION
+
+OPSET = 20  # Gelu is standard from 20 on; ONNX Runtime and TVM's importer both read it
+IR_VERSION = 9  # the oldest container that carries opset 20, so that older engines open the file
+ALIGNMENT = 64  # bytes, of weights in their file: one cache line, and the widest vector register
 
 # Profile -> operator set versions besides the standard one.
 PROFILES: dict[str, dict[str, int]] = {"portable": {}, "fused": {DOMAIN: DOMAIN_VERSION}}
 
-# Operator -> the attributes it may carry. compile/check.py refuses a graph with anything else.
-PORTABLE_OPS: dict[str, tuple[str, ...]] = {
-    "Add": (),
-    "Concat": ("axis",),
-    "CumSum": (),
-    "Div": (),
-    "Exp": (),
-    "Gather": ("axis",),
-    "Gelu": ("approximate",),
-    "LayerNormalization": ("axis", "epsilon"),
-    "MatMul": (),
-    "Mul": (),
-    "ReduceMean": ("keepdims",),
-    "Relu": (),
-    "Reshape": (),
-    "Sigmoid": (),
-    "Softmax": ("axis",),
-    "Split": ("axis", "num_outputs"),
-    "Sqrt": (),
-    "Sub": (),
-    "Transpose": ("perm",),
-    "Unsqueeze": (),
+
+@dataclass(frozen=True)
+class Operand:
+    """One input or output of an operator.
+
+    Attributes:
+        kind: "float32", "int64", or "" for the one type that all operands of the node without a kind have.
+        constant: the least and the greatest element, if it must be an int64 constant in the graph.
+        optional: may be left out.
+        absent: is never there; "" keeps the places of those behind it.
+        many: stands for one or more, the last of its list.
+    """
+
+    kind: str = ""
+    constant: tuple[int, int] | None = None
+    optional: bool = False
+    absent: bool = False
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One attribute of an operator.
+
+    Attributes:
+        kind: int, float (finite), str, or tuple for a permutation of the axes.
+        values: the least and the greatest of an int, all those of a str.
+        required: must be written.
+    """
+
+    kind: type
+    values: tuple[int, int] | tuple[str, ...] = ()
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an operator is written: its inputs and outputs in order, and its attributes by name."""
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...] = (Operand(),)
+    attributes: Mapping[str, Setting] = field(default_factory=dict)
+
+
+ANY, FLOAT, INDEX = Operand(), Operand("float32"), Operand("int64")
+ABSENT, MANY = Operand(absent=True), Operand(many=True)
+AXES = Operand("int64", constant=(-MAX_RANK, MAX_RANK - 1))
+SHAPE = Operand("int64", constant=(-1, MAX_DIMENSION))
+
+AXIS = Setting(int, (-MAX_RANK, MAX_RANK - 1))
+COUNT = Setting(int, (1, MAX_DIMENSION))
+FLAG = Setting(int, (0, 1))
+NUMBER = Setting(float)
+GELU = Setting(str, ("none", "tanh"))
+
+_UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
+
+PORTABLE_OPS: dict[str, Form] = {
+    "Add": _BINARY,
+    "Concat": Form((MANY,), attributes={"axis": AXIS}),
+    "CumSum": Form((FLOAT, AXES), (FLOAT,)),
+    "Div": _BINARY,
+    "Exp": _UNARY,
+    "Gather": Form((ANY, INDEX), attributes={"axis": AXIS}),
+    "Gelu": Form((FLOAT,), (FLOAT,), {"approximate": GELU}),
+    "LayerNormalization": Form((FLOAT,) * 3, (FLOAT,), {"axis": AXIS, "epsilon": NUMBER}),
+    "MatMul": _BINARY,
+    "Mul": _BINARY,
+    "ReduceMean": Form((FLOAT, AXES), (FLOAT,), {"keepdims": FLAG}),
+    "Relu": _UNARY,
+    "Reshape": Form((ANY, SHAPE)),
+    "Sigmoid": _UNARY,
+    "Softmax": Form((FLOAT,), (FLOAT,), {"axis": AXIS}),
+    # Either says the sizes of its parts or, where they are equal, their number: check.py sees to it.
+    "Split": Form(
+        (ANY, Operand("int64", constant=(0, MAX_DIMENSION), optional=True)),
+        (MANY,),
+        {"axis": AXIS, "num_outputs": Setting(int, (1, MAX_DIMENSION), required=False)},
+    ),
+    "Sqrt": _UNARY,
+    "Sub": _BINARY,
+    "Transpose": Form((ANY,), attributes={"perm": Setting(tuple)}),
+    "Unsqueeze": Form((ANY, AXES)),
 }
-FUSED_OPS: dict[str, tuple[str, ...]] = {
-    op_type: tuple(attribute.name for attribute in node.attributes) for op_type, node in nodes().items()
+
+_SUM_AND_NORM = (FLOAT, ABSENT, ABSENT, FLOAT)  # without the mean and the deviation
+CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered for ONNX Runtime
+    "BiasGelu": _BINARY,
+    "FastGelu": _BINARY,
+    "FusedMatMul": Form((FLOAT, FLOAT), (FLOAT,), {"transB": FLAG}),
+    # query, key, value, no bias and no padding mask, attention bias, past key and value
+    "MultiHeadAttention": Form(
+        (FLOAT, FLOAT, FLOAT, ABSENT, ABSENT, FLOAT, FLOAT, FLOAT),
+        (FLOAT,) * 3,
+        {"num_heads": COUNT, "scale": NUMBER},
+    ),
+    "QuickGelu": Form((FLOAT,), (FLOAT,), {"alpha": NUMBER}),
+    "RotaryEmbedding": Form((FLOAT, INDEX, FLOAT, FLOAT), (FLOAT,)),
+    "SkipLayerNormalization": Form((FLOAT,) * 4, _SUM_AND_NORM, {"epsilon": NUMBER}),
+    "SkipSimplifiedLayerNormalization": Form((FLOAT,) * 3, _SUM_AND_NORM, {"epsilon": NUMBER}),
 }
-CONTRIB_OPS: dict[str, tuple[str, ...]] = {  # of domain com.microsoft, in graphs lowered for ONNX Runtime
-    "BiasGelu": (),
-    "FastGelu": (),
-    "FusedMatMul": ("transB",),
-    "MultiHeadAttention": ("num_heads", "scale"),
-    "QuickGelu": ("alpha",),
-    "RotaryEmbedding": (),
-    "SkipLayerNormalization": ("epsilon",),
-    "SkipSimplifiedLayerNormalization": ("epsilon",),
-}
+
+
+def _fused(node: spec.Node) -> Form:
+    """The form of a node of ai.portlm. An attribute that has its default is not written."""
+    counts = {i.heads for i in node.inputs} | {node.output_heads}
+
+    def setting(attribute: spec.Attribute) -> Setting:
+        values: tuple[int, int] | tuple[str, ...] = attribute.choices
+        if attribute.kind is int:
+            values = (1 if attribute.name in counts else 0, MAX_DIMENSION)
+        return Setting(attribute.kind, values, attribute.default is None)
+
+    return Form(
+        tuple(Operand(i.dtype, optional=i.optional) for i in node.inputs),
+        (FLOAT,) * len(node.outputs),
+        {attribute.name: setting(attribute) for attribute in node.attributes},
+    )
+
+
+FUSED_OPS: dict[str, Form] = {op_type: _fused(node) for op_type, node in nodes().items()}

@@ -21,12 +21,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from portlm.compile.forms import ALIGNMENT, IR_VERSION, OPSET
 from portlm.compile.mapped import MappedFile
 from portlm.errors import FormatError
-
-OPSET = 20  # Gelu is standard from 20 on; ONNX Runtime and TVM's importer both read it
-IR_VERSION = 9  # the oldest container that carries opset 20, so that older engines open the file
-ALIGNMENT = 64  # bytes: one cache line, and the widest vector register
 
 
 @dataclass(frozen=True)

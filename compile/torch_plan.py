@@ -15,7 +15,7 @@ from portlm.artifact import Compiled, CompiledEntry, RoleSpec, store_file
 from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.plan import Constant, Node, Plan, Weight, to_bytes
-from portlm.roles import file_stem
+from portlm.roles import TensorSpec, file_stem
 
 DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
 
@@ -82,6 +82,26 @@ def make_plan(model: onnx.ModelProto, name: str, role: RoleSpec, profile: str) -
         constants=constants,
         nodes=tuple(_node(node) for node in model.graph.node),
     )
+
+
+def graph_plan(model: onnx.ModelProto, profile: str) -> Plan:
+    """Return the plan of a checked graph by itself, which gives no outputs: to look at its inner values."""
+    inputs = tuple(
+        TensorSpec(
+            value.name,
+            DTYPES[value.type.tensor_type.elem_type],
+            tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+        )
+        for value in model.graph.input
+    )
+    places = [
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    ]
+    role = RoleSpec({}, places[0] if places else "", inputs, (), ())
+    return make_plan(model, model.graph.name, role, profile)
 
 
 def _node(node: onnx.NodeProto) -> Node:

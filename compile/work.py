@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import onnx
-
 from portlm.artifact import Manifest, check_files
-from portlm.compile.check import ITEM_BYTES
+from portlm.compile.check import FLOAT, ITEM_BYTES, examine, read_graph
 
 ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
 """Operators that read one row of a table for a token -> which inputs are tables."""
@@ -21,19 +19,20 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
         manifest: of it.
 
     Raises:
-        FormatError: the graph is not the one that the manifest lists.
+        FormatError: the graph is not the one that the manifest lists, or none that portlm writes.
     """
     profiles = manifest.roles["decoder"].profiles
     name = profiles.get("portable", next(iter(profiles.values())))
     check_files(folder, [name], manifest)
-    graph = onnx.load(str(Path(folder) / name), load_external_data=False).graph
+    path = Path(folder) / name
+    graph = examine(read_graph(path), path).graph
     read: set[str] = set()
     for node in graph.node:
         tables = ROWS.get((node.domain, node.op_type), ())
         read |= {name for place, name in enumerate(node.input) if place not in tables}
     total = multiplies = 0
     for tensor in graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT:
+        if tensor.data_type != FLOAT:
             continue
         size = ITEM_BYTES[tensor.data_type]
         for extent in tensor.dims if tensor.name in read else tensor.dims[1:]:

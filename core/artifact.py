@@ -158,9 +158,10 @@ class Compiled(NamedTuple):
 class ParityRow(Struct, frozen=True):
     """What was measured of one engine on one machine, against eager PyTorch in float32.
 
-    `max_logit_error` is the largest absolute difference of a logit, `kl` the mean divergence in nats, `top1` the
-    share of positions with the same best token, `greedy_match` of `greedy_total` the tokens that greedy decoding
-    agrees on before the first difference in any of the probe's prompts. `placement` counts nodes per device.
+    `max_logit_error` is the largest absolute difference of a logit, `logit_scale` the largest absolute logit that
+    PyTorch gives (absent in older files), `kl` the mean divergence in nats, `top1` the share of positions with the
+    same best token, `greedy_match` of `greedy_total` the tokens that greedy decoding agrees on before the first
+    difference in any of the probe's prompts. `placement` counts nodes per device.
     """
 
     engine: Text
@@ -177,6 +178,7 @@ class ParityRow(Struct, frozen=True):
     versions: Table[Text]
     date: Text
     role: RoleName = "decoder"
+    logit_scale: Measure | None = None
 
 
 class Manifest(Struct, frozen=True):

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from portlm.arguments import shown
 from portlm.artifact import Manifest
 from portlm.errors import ContextLengthError, UsageError
 from portlm.roles import StateSpec, TensorSpec
@@ -26,6 +27,7 @@ Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
 PROFILES = ("auto", "portable", "fused", "native")
+UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,21 @@ class State:
         role: whose state it is.
         rows: B.
         past: P, slots along the axis that grows; 0 for a role without one.
+        owner: of the engine that made it, which takes no other's; None if it does not say.
     """
 
-    __slots__ = ("_tensors", "past", "role", "rows")
+    __slots__ = ("_owner", "_past", "_role", "_rows", "_tensors")
 
-    def __init__(self, role: str, rows: int, past: int, tensors: dict[str, Any]):
+    def __init__(self, role: str, rows: int, past: int, tensors: dict[str, Any], owner: object = None):
         """Take over an engine's own tensors by name; for engines."""
-        self.role, self.rows, self.past = role, rows, past
+        self._role, self._rows, self._past, self._owner = role, rows, past, owner
         self._tensors: dict[str, Any] | None = tensors
+
+    # Read only: what is behind them are tensors of these sizes.
+    role = property(lambda self: self._role)
+    rows = property(lambda self: self._rows)
+    past = property(lambda self: self._past)
+    owner = property(lambda self: self._owner)
 
     def take(self) -> dict[str, Any]:
         """Return the tensors and leave the state used up; for engines.
@@ -145,6 +154,15 @@ class Engine(Protocol):
             PlacementError: a node would run elsewhere, and allow_fallback is False.
             FormatError: a file is missing, altered or not what it should be.
             UsageError: the artifact has no such profile for this engine and device.
+        """
+        ...
+
+    @classmethod
+    def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
+        """Return the artifact's graphs that open() would hand to a library, by name. Who opens it checks them first.
+
+        Raises:
+            FormatError, UsageError: as open().
         """
         ...
 
@@ -261,17 +279,27 @@ class InputCheck:
             self._plan.append((tensor.name, np.dtype(tensor.dtype), dims, _limit(tensor.name)))
         object.__setattr__(self, "grows", grows(self.spec))
 
-    def __call__(self, inputs: Mapping[str, Array], rows: int, past: int) -> dict[str, int]:
-        """Check one call on a state of `rows` rows and `past` slots; return the sizes that its symbols stand for."""
-        sizes = {"batch": rows, "past": past}
+    def __call__(
+        self, inputs: Mapping[str, Array], rows: int, past: int, known: Mapping[str, int] = {}
+    ) -> dict[str, int]:
+        """Check one call on a state of `rows` rows and `past` slots, in which other symbols have the sizes `known`.
+
+        Returns:
+            The sizes that the symbols of the call stand for.
+        """
+        sizes = {"batch": rows, "past": past, **known}
+        if not isinstance(inputs, Mapping):
+            raise UsageError(f"{self.role} takes a dictionary of arrays by name, got {shown(inputs)}")
         if len(inputs) != len(self._plan):
             extra = inputs.keys() - {name for name, *_ in self._plan}
             if extra:
-                raise UsageError(f"{self.role} has no input {min(extra)}")
+                raise UsageError(f"{self.role} has no input {shown(min(extra, key=str))}")
         for name, dtype, dims, limit in self._plan:
             array = inputs.get(name)
             if array is None:
                 raise UsageError(f"{self.role} needs the input {name}")
+            if not isinstance(array, np.ndarray):
+                raise UsageError(f"{name} must be an array of numpy, got {shown(array)}")
             if array.dtype != dtype:
                 raise UsageError(f"{name} must be {dtype}, got {array.dtype}")
             if array.ndim != len(dims):
@@ -299,8 +327,19 @@ class InputCheck:
             limit = self.context_length
         else:
             limit = 2 if kind == "flag" else sizes.get("sequence", 1)
-        if array.view(np.uint64).max() >= limit:  # a negative number is a huge one there
+        array = np.asarray(array)  # a mask over an array would hide numbers from the check, and not from the engine
+        if array.view(UNSIGNED[array.itemsize]).max() >= limit:  # a negative number is a huge one there
             raise UsageError(f"{name} must be from 0 to {limit - 1}, got {array.min()} to {array.max()}")
+
+    def check_given(self, name: str, array: Array) -> None:
+        """Check the values of a state that a caller gives, which is of the right shape and type and not empty.
+
+        Raises:
+            UsageError: it has the name of an input that looks things up, and a value outside of their table.
+        """
+        kind = _limit(name)
+        if kind and array.dtype.kind in "iu":
+            self._check_range(name, array, kind, {})
 
     def _wrong(self, name: str, array: Array, sizes: Mapping[str, int]) -> UsageError:
         wanted = next(spec.shape for spec in self.spec.inputs if spec.name == name)

@@ -26,7 +26,8 @@ class EngineEntry:
         device_distributions: the same, for one device.
         compilers: (device, profile) -> what makes files for it from an artifact's graphs; see portlm.compile.build. An
             engine that runs the exported graph as it is needs none.
-        runner: (device, profile) -> how the search for a wrong node runs a graph as this engine does; "" if it cannot.
+        runner: (device, profile) -> how a graph is run as this engine does, with inner values exposed; see
+            portlm.compile.runners. "" if it cannot be.
     """
 
     target: str
@@ -54,6 +55,7 @@ ENGINES = {
             itertools.product(("cpu", "cuda"), ("fused", "portable")),
             "portlm.compile.torch_plan:compile_plan",
         ),
+        runner="portlm.flows.plan_runner:plan_runner",
     ),
     "ort": EngineEntry(
         target="portlm.runtimes.ort:OrtEngine",
@@ -67,7 +69,7 @@ ENGINES = {
         compilers=dict.fromkeys(
             (("cpu", "fused"), ("vulkan", "fused")), "portlm.compile.ort_lowering:compile_graph"
         ),
-        runner="portlm.compile.bisect:ort_runner",
+        runner="portlm.compile.runners:ort_runner",
     ),
     "tvm": EngineEntry(
         target="portlm.runtimes.tvm:TvmEngine",
@@ -80,7 +82,7 @@ ENGINES = {
         compilers=dict.fromkeys(
             (("cpu", "portable"), ("cpu", "fused")), "portlm.compile.tvm_library:compile_library"
         ),
-        runner="portlm.compile.bisect:tvm_runner",
+        runner="portlm.compile.runners:tvm_runner",
     ),
     "null": EngineEntry(
         target="portlm.runtimes.null:NullEngine",

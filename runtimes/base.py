@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from portlm.engine import Array, CallSpec, InputCheck, State
+from portlm.arguments import shown, whole
+from portlm.engine import Array, CallSpec, InputCheck, OpenRequest, State
 from portlm.engines import versions_of
-from portlm.errors import UsageError
-from portlm.roles import StateSpec
+from portlm.errors import PortlmError, UsageError
+from portlm.roles import MAX_DIMENSION, StateSpec, symbols
 
 
 class EngineBase:
@@ -36,7 +37,9 @@ class EngineBase:
         self._checks = {
             name: InputCheck(name, spec, vocab_size, context_length) for name, spec in roles.items()
         }
+        self._shared = {name: _shared(spec) for name, spec in roles.items()}
         self._closed = False
+        self._owner = object()
 
     # --- what an engine says ---------------------------------------------------------------------------
 
@@ -78,11 +81,17 @@ class EngineBase:
 
     # --- portlm.engine.Engine --------------------------------------------------------------------------
 
+    @classmethod
+    def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
+        """Return the artifact's graphs that open() hands to a library, none; see Engine."""
+        return ()
+
     def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
         """Return the state of B rows before their first call; see Engine."""
         spec = self._spec(role)
-        if batch < 1:
-            raise UsageError(f"a state has at least one row, got {batch}")
+        batch = whole("a state's number of rows", batch, 1, MAX_DIMENSION)
+        if given is not None and not isinstance(given, Mapping):
+            raise UsageError(f"given states are a dictionary of arrays by name, got {shown(given)}")
         self._ready(role)
         sizes, values = {"batch": batch}, dict(given or {})
         tensors = {}
@@ -91,34 +100,38 @@ class EngineBase:
                 if state.name not in values:
                     raise UsageError(f"{role} starts from {state.name}: give it")
                 array = _given(state, values.pop(state.name), sizes)
+                self._checks[role].check_given(state.name, array)
             else:
-                past = {"past": 0}
-                array = np.zeros([_size(d, {**sizes, **past}) for d in state.shape], state.dtype)
+                array = _nothing(role, state, {**sizes, "past": 0})
             tensors[state.name] = self._settle(array, state)
         if values:
-            raise UsageError(f"{role} takes no given state {min(values)}")
-        return State(role, batch, 0, tensors)
+            raise UsageError(f"{role} takes no given state {shown(min(values, key=str))}")
+        return self._state(role, batch, 0, tensors)
 
     def run(self, role: str, inputs: Mapping[str, Array], state: State) -> tuple[dict[str, Array], State]:
         """Call a role once; see Engine."""
         self._spec(role)
-        if state.role != role:
+        if self._check(state) != role:
             raise UsageError(f"this is a state of {state.role}, not of {role}")
-        sizes = self._checks[role](inputs, state.rows, state.past)
+        held = state.peek()
+        known = {
+            symbol: self._shape(self._work(held[name]))[axis] for name, axis, symbol in self._shared[role]
+        }
+        sizes = self._checks[role](inputs, state.rows, state.past, known)
         tensors = state.take()
         outputs, new = self._call(role, inputs, tensors)
         past = state.past + sizes["sequence"] if self._checks[role].grows else 0
         if len(new) != len(tensors):
             new = {**tensors, **new}
-        return outputs, State(role, state.rows, past, new)
+        return outputs, self._state(role, state.rows, past, new)
 
     def reorder(self, state: State, rows: Sequence[int], skip: int = 0) -> State:
         """Return a state whose row i is row rows[i] of the old one; see Engine."""
-        spec, rows = self._spec(state.role), [int(row) for row in rows]
-        if not rows or min(rows) < 0 or max(rows) >= state.rows:
-            raise UsageError(f"rows must be some of 0 to {state.rows - 1}, got {rows}")
-        if not 0 <= skip <= state.past:
-            raise UsageError(f"skip must be from 0 to the state's {state.past} slots, got {skip}")
+        spec = self._spec(self._check(state))
+        rows = _wholes("rows", rows, f"some of 0 to {state.rows - 1}", state.rows - 1)
+        if not rows:
+            raise UsageError(f"rows must be some of 0 to {state.rows - 1}, got none")
+        skip = whole("skip, leading slots of the state,", skip, 0, state.past)
         tensors = state.take()
         same = rows == list(range(state.rows))
         for item in spec.state:
@@ -129,18 +142,18 @@ class EngineBase:
             if skips:
                 tensor = self._slots(tensor, item.shape.index("past"), skip, state.past)
             tensors[item.name] = self._settle(tensor if same else self._rows(tensor, rows), item)
-        return State(state.role, len(rows), state.past - skip, tensors)
+        return self._state(state.role, len(rows), state.past - skip, tensors)
 
     def crop(self, state: State, lengths: Sequence[int]) -> State:
         """Return a state in which row b has only its first lengths[b] slots; see Engine."""
-        spec, lengths = self._spec(state.role), [int(length) for length in lengths]
+        spec = self._spec(self._check(state))
+        what = f"{state.rows} numbers from 0 to the state's {state.past} slots"
+        lengths = _wholes("lengths", lengths, what, state.past)
         for item in spec.state:
             if item.update == "replace":
                 raise UsageError(f"{state.role}: {item.name} is replaced at every call and cannot be cropped")
-        if len(lengths) != state.rows or min(lengths) < 0 or max(lengths) > state.past:
-            raise UsageError(
-                f"lengths must be {state.rows} numbers from 0 to the state's {state.past} slots, got {lengths}"
-            )
+        if len(lengths) != state.rows:
+            raise UsageError(f"lengths must be {what}, got {shown(lengths)}")
         tensors, longest = state.take(), max(lengths)
         for item in spec.state:
             if "past" not in item.shape or min(lengths) == state.past:
@@ -154,15 +167,13 @@ class EngineBase:
                 shape[axis] = longest
                 cut = self._stack(parts, shape, item.dtype)
             tensors[item.name] = self._settle(cut, item)
-        return State(state.role, state.rows, longest, tensors)
+        return self._state(state.role, state.rows, longest, tensors)
 
     def join(self, states: Sequence[State]) -> State:
         """Return the rows of several states of one role as one state; see Engine."""
-        if (
-            not states
-            or len({state.role for state in states}) != 1
-            or len(set(map(id, states))) < len(states)
-        ):
+        states = list(states) if isinstance(states, Sequence) else [states]
+        roles = {self._check(state) for state in states}
+        if len(roles) != 1 or len(set(map(id, states))) < len(states):
             raise UsageError("join takes one or more different states of one role")
         role = states[0].role
         for state in states:
@@ -175,11 +186,22 @@ class EngineBase:
                 tensors = [self._work(part[item.name]) for part in parts]
                 shape = np.max([self._shape(tensor) for tensor in tensors], axis=0).tolist()
                 joined[item.name] = self._settle(self._stack(tensors, [rows, *shape[1:]], item.dtype), item)
-        return State(role, rows, past, joined)
+        return self._state(role, rows, past, joined)
 
     def copy(self, state: State) -> State:
         """Return a second state with the same content; see Engine."""
-        return State(state.role, state.rows, state.past, dict(state.peek()))
+        return self._state(self._check(state), state.rows, state.past, dict(state.peek()))
+
+    def _state(self, role: str, rows: int, past: int, tensors: dict[str, Any]) -> State:
+        return State(role, rows, past, tensors, self._owner)
+
+    def _check(self, state: State) -> str:
+        """Return the role of a state, which is one that this engine made: nobody else knows what must be in it."""
+        if not isinstance(state, State):
+            raise UsageError(f"a state comes from this engine's start, run or copy, got {shown(state)}")
+        if state.owner is not self._owner:
+            raise UsageError(f"this state of {state.role} is of another engine or session: use it there")
+        return str(state.role)
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the packages that decide what is computed; see Engine."""
@@ -192,11 +214,10 @@ class EngineBase:
     def _spec(self, role: str) -> CallSpec:
         if self._closed:
             raise UsageError("this engine is closed: load the model again")
-        try:
-            return self.roles[role]
-        except KeyError:
+        if not isinstance(role, str) or role not in self.roles:
             known = ", ".join(self.roles) or "none"
-            raise UsageError(f"{self.name} has no role {role!r} of this model: it has {known}") from None
+            raise UsageError(f"{self.name} has no role {shown(role)} of this model: it has {known}")
+        return self.roles[role]
 
 
 class ArrayEngine(EngineBase):
@@ -240,6 +261,35 @@ def _as_slice(rows: Sequence[int]) -> slice | list[int]:
     return list(rows)
 
 
+def _shared(spec: CallSpec) -> list[tuple[str, int, str]]:
+    """Which axes of which states an input has, too, beside "batch" and "past": name, axis and symbol of each."""
+    of_inputs = set().union(*(symbols(item.shape) for item in spec.inputs)) - {"batch", "past"}
+    return [
+        (state.name, axis, dim)
+        for state in spec.state
+        for axis, dim in enumerate(state.shape)
+        if isinstance(dim, str) and dim in of_inputs
+    ]
+
+
+def _wholes(name: str, values: Any, what: str, high: int) -> list[int]:
+    """A list of whole numbers from 0 to `high`, of a sequence, a range or an array."""
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray) or np.ndim(values) != 1:
+        raise UsageError(f"{name} must be {what}, got {shown(values)}")
+    numbers = [whole(f"one of {name}", value) for value in values]
+    if numbers and (min(numbers) < 0 or max(numbers) > high):
+        raise UsageError(f"{name} must be {what}, got {shown(numbers)}")
+    return numbers
+
+
+def _nothing(role: str, spec: StateSpec, sizes: Mapping[str, int]) -> Array:
+    """What a state begins with that nobody gives."""
+    try:
+        return np.zeros([_size(dim, sizes) for dim in spec.shape], spec.dtype)
+    except (MemoryError, ValueError) as error:
+        raise PortlmError(f"{role}: no memory for {spec.name} of {sizes['batch']} rows: {error}") from error
+
+
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
     return dim if isinstance(dim, int) else sizes[dim]
 
@@ -250,7 +300,7 @@ def _given(spec: StateSpec, value: Array, sizes: dict[str, int]) -> Array:
     fits = isinstance(value, np.ndarray) and value.dtype == spec.dtype and len(shape) == len(spec.shape)
     for size, dim in zip(shape, spec.shape, strict=False):
         wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
-        fits = fits and size == wanted
+        fits = fits and size == wanted and size > 0
     if not fits:
         wanted_shape = ", ".join(map(str, spec.shape))
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__

@@ -3,25 +3,34 @@
 Names and meanings are those that users know from transformers.
 """
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Self, TypedDict, Unpack
 
-from portlm.errors import UsageError
-from portlm.ops.token_selection import check_filters
-from portlm.runtimes.stopping import check_stops
+import numpy as np
 
-MAX_VOCABULARY = 2**31  # of any model: a top_k above the real one is refused where that is known
-MAX_BEAMS = 256
-MAX_LENGTH_PENALTY = 32  # the longest context to this power, or one over it, is still a float
+from portlm.arguments import flag, shown, whole
+from portlm.errors import UsageError
+from portlm.generation_config import SETTINGS
+
+DEFAULT_TOKENS = 128
+MAX_SEED = 2**64 - 1
+
+# What other libraries call it, or do not have.
+ELSEWHERE = {
+    "do_sample": "temperature 0 takes the most probable token, anything above samples",
+    "max_length": "max_new_tokens counts the new tokens alone",
+    "stop_strings": "it is called stop",
+    "max_tokens": "it is called max_new_tokens",
+}
 
 
 class Options(TypedDict, total=False):
     """The fields of Decoding as keyword arguments."""
 
-    max_new_tokens: int | Sequence[int]
+    max_new_tokens: int | Sequence[int] | None
     temperature: float
     top_k: int
     top_p: float
@@ -41,7 +50,8 @@ class Decoding:
     """Settings of one call, in range.
 
     Attributes:
-        max_new_tokens: at most this many for each prompt, or one number for each.
+        max_new_tokens: at most this many for each prompt, or one number for each; None for 128, or as many as the
+            context still holds.
         temperature: 0 takes the most probable token, 1 samples from the model, more flattens it.
         top_k: sample among this many of the most probable tokens; 0 for all.
         top_p: sample among the most probable tokens that together reach this probability; 1 for all.
@@ -60,7 +70,7 @@ class Decoding:
             expected; "never": when there cannot be a better one.
     """
 
-    max_new_tokens: int | Sequence[int] = 128
+    max_new_tokens: int | Sequence[int] | None = None
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -80,32 +90,16 @@ class Decoding:
         Raises:
             UsageError: one is out of range, or two do not go together.
         """
-        for count in _each(self.max_new_tokens):
-            at_least_one("max_new_tokens", count)
-        for seed in _each(self.seed):
-            if isinstance(seed, bool) or not 0 <= whole("seed", seed) < 2**64:
-                raise UsageError(f"seed must be from 0 to 2^64 - 1, got {seed!r}")
-        check_filters(MAX_VOCABULARY, self.temperature, self.top_k, self.top_p, self.min_p)
-        object.__setattr__(self, "stop", check_stops(self.stop))
-        for name in ("max_new_tokens", "seed"):
+        checked: dict[str, Any] = {"ignore_eos": flag("ignore_eos", self.ignore_eos)}
+        checked["seed"] = _each("seed", self.seed, partial(whole, low=0, high=MAX_SEED))
+        for name, check in SETTINGS.items():
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, Sequence) else value)
-        _flag("ignore_eos", self.ignore_eos)
-        if not 0 < _number("repetition_penalty", self.repetition_penalty) < float("inf"):
-            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-        if (
-            isinstance(self.no_repeat_ngram_size, bool)
-            or whole("no_repeat_ngram_size", self.no_repeat_ngram_size) < 0
-        ):
-            raise UsageError(f"no_repeat_ngram_size must be 0 or more, got {self.no_repeat_ngram_size!r}")
-        if at_least_one("num_beams", self.num_beams) > MAX_BEAMS:
-            raise UsageError(f"num_beams must be at most {MAX_BEAMS}, got {self.num_beams}")
-        if not abs(_number("length_penalty", self.length_penalty)) <= MAX_LENGTH_PENALTY:
-            raise UsageError(
-                f"length_penalty must be from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}, got {self.length_penalty}"
-            )
-        if self.early_stopping != "never":
-            _flag("early_stopping", self.early_stopping, ' or "never"')
+            if name != "max_new_tokens":
+                checked[name] = check(name, value)
+            elif value is not None:
+                checked[name] = _each(name, value, check)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.num_beams > 1 and (self.temperature != 0 or self.stop):
             what = "temperature 0" if self.temperature != 0 else "no stop strings"
             raise UsageError(
@@ -117,12 +111,14 @@ class Decoding:
         """Return the defaults, or `base`, with some options changed.
 
         Raises:
-            UsageError: there is no such option, or it is out of range.
+            UsageError: there is no such option, it is out of range, or `base` is no Decoding.
         """
+        if base is not None and not isinstance(base, Decoding):
+            raise UsageError(f"decoding must be a Decoding, got {shown(base)}")
         return replace(base or cls(), **_known(options))
 
     def per_row(self, rows: int) -> list[Self]:
-        """Return the settings of each prompt, which have one number where there may be one for each.
+        """Return the settings of each prompt, which have one number, or none, where there may be one for each.
 
         Raises:
             UsageError: numbers were given for another number of prompts.
@@ -156,43 +152,22 @@ def _known(options: Any) -> Any:
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
-            raise UsageError(f"there is no option {name!r} of decoding: {hint}")
+            raise UsageError(f"there is no option {name!r} of decoding: {ELSEWHERE.get(name, hint)}")
     return options
 
 
-def _each(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+def _each(name: str, value: Any, check: Callable[[str, Any], int]) -> int | tuple[int, ...]:
+    """One number, or a list or an array of numbers as a tuple, each of them checked."""
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        return tuple(check(name, item) for item in value)
+    return check(name, value)
 
 
 def _spread(name: str, value: Any, rows: int) -> Sequence[int] | None:
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, tuple):
         return None
     if len(value) != rows:
         raise UsageError(f"{name} was given for {len(value)} prompts, but there are {rows}")
     return value
-
-
-def whole(name: str, value: Any) -> int:
-    """Return a whole number, or raise UsageError."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
-
-
-def at_least_one(name: str, value: Any) -> int:
-    """Return a whole number of at least 1, or raise UsageError."""
-    if isinstance(value, bool) or whole(name, value) < 1:
-        raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return int(value)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UsageError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def _flag(name: str, value: Any, more: str = "") -> None:
-    if not isinstance(value, bool):
-        raise UsageError(f"{name} must be True or False{more}, got {value!r}")

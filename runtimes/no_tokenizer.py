@@ -7,6 +7,11 @@ from typing import NoReturn
 
 from portlm.errors import UsageError
 
+NONE = (
+    "this model has no tokenizer (portlm uses byte-level BPE in tokenizer.json and no other kind; docs/tokenizer.md)"
+)
+INSTEAD = "give token ids: a list of them, or --ids on the command line"
+
 
 class NoTokenizer:
     """Stands where a tokenizer would be: refuses text, and leaves the text of an answer empty.
@@ -14,23 +19,21 @@ class NoTokenizer:
     Attributes:
         vocab_size: of the model.
         eos_id: None.
+        why: why there is none.
     """
 
     eos_id: int | None = None
 
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size: int, why: str = NONE):
+        self.vocab_size, self.why = vocab_size, why
 
-    def encode(self, text: str) -> NoReturn:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> NoReturn:
         """Refuse.
 
         Raises:
             UsageError: always.
         """
-        raise UsageError(
-            "this model has no tokenizer: give lists of token ids, or export again with one: tokenizer= of "
-            "portlm.export, or tokenizer.json in the checkpoint"
-        )
+        raise UsageError(f"{self.why}: {INSTEAD}")
 
     def stream_decoder(self, skip_special: bool = False) -> "NoTokenizer":
         """Return a decoder without words."""

@@ -91,6 +91,14 @@ class OrtEngine(ArrayEngine):
             engine.placement()
         return engine
 
+    @classmethod
+    def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
+        """Return the graphs of the artifact that ONNX Runtime would be given; see Engine."""
+        if request.manifest is None:
+            return ()
+        _, graphs = _choose(request, request.manifest)
+        return tuple(graph.name for graph in graphs.values() if graph.name in graph.files)
+
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -276,11 +284,13 @@ class _Graph(NamedTuple):
     """One graph to open.
 
     Attributes:
+        name: in the manifest.
         path: of the graph.
         files: of the artifact, to be compared with its manifest first.
         weights: the weight file.
     """
 
+    name: str
     path: Path
     files: tuple[str, ...]
     weights: Path
@@ -299,7 +309,7 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
                 weights = manifest.roles[entry.role].weights
                 own = entry.files if request.compiled is None else ()  # the cache's were compared when found
                 path = safe_join(request.compiled or folder, found[0])
-                graphs[entry.role] = _Graph(path, (*own, weights), safe_join(folder, weights))
+                graphs[entry.role] = _Graph(found[0], path, (*own, weights), safe_join(folder, weights))
         if graphs.keys() == manifest.roles.keys():
             return "fused", graphs
         if profile == "fused":
@@ -315,7 +325,7 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
             raise UsageError(f"{folder} holds no portable graph: run portlm export again")
         graph = role.profiles["portable"]
         files = (graph, role.weights)
-        graphs[name] = _Graph(safe_join(folder, graph), files, safe_join(folder, role.weights))
+        graphs[name] = _Graph(graph, safe_join(folder, graph), files, safe_join(folder, role.weights))
     return "portable", graphs
 
 

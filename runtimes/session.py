@@ -6,37 +6,25 @@ empty state.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack, overload
 
 import numpy as np
 
+from portlm.arguments import flag, shown, whole
 from portlm.engine import Engine, Placement
 from portlm.errors import ContextLengthError, PortlmError, UsageError
-from portlm.ops.token_selection import check_filters
 from portlm.rows import Rows, pad
 from portlm.runtimes.beam import Search, search
-from portlm.runtimes.decoding import Decoding, Options, at_least_one, whole
+from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
 from portlm.runtimes.no_tokenizer import NoTokenizer
+from portlm.runtimes.prompts import Ids, Prompt, one_or_several, token_ids
 from portlm.runtimes.results import Generation, Score, Stats
 from portlm.runtimes.scheduler import Scheduler
 from portlm.runtimes.stopping import StopScanner
-
-Prompt = str | Sequence[int]
-
-
-class StreamDecoder(Protocol):
-    """Turns token ids into text one at a time, holding back incomplete characters."""
-
-    def push(self, token: int) -> str:
-        """Take a token; return the text that is complete now."""
-        ...
-
-    def finish(self) -> str:
-        """Return the rest, with U+FFFD for a character that never became complete."""
-        ...
+from portlm.runtimes.stream import Row, StreamDecoder, TextStream
 
 
 class TextCoder(Protocol):
@@ -52,84 +40,13 @@ class TextCoder(Protocol):
         """The id that ends a text, if there is one."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Text to token ids."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Text to token ids, with those that the model's texts begin and end with unless they are not wanted."""
         ...
 
     def stream_decoder(self, skip_special: bool = False) -> StreamDecoder:
         """A decoder for one text, which can leave control tokens out."""
         ...
-
-
-class TextStream:
-    """Pieces of text as a model writes them. Closing it, or leaving the loop, stops the model.
-
-    Attributes:
-        generation: the whole result, once the stream has ended; None before.
-    """
-
-    def __init__(self, steps: Iterator[None], row: "_Row", stats: Stats):
-        self.generation: Generation | None = None
-        self._steps, self._row, self._stats, self._seen = steps, row, stats, 0
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        for _ in self._steps:
-            piece = "".join(self._row.pieces[self._seen :])
-            self._seen = len(self._row.pieces)
-            if piece:
-                return piece
-        if self._row.finish_reason is not None:
-            self.generation = self._row.generation(self._stats)
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop the model. The text so far stays with whoever read it."""
-        close = getattr(self._steps, "close", None)
-        if close is not None:
-            close()
-
-
-@dataclass
-class _Row:
-    """One prompt and what has been said to it."""
-
-    prompt: tuple[int, ...]
-    decoding: Decoding  # of this row: max_new_tokens is one number
-    eos_ids: frozenset[int]
-    seed: int
-    stream: int  # of random numbers
-    decoder: StreamDecoder
-    scanner: StopScanner
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    def push(self, token: int) -> None:
-        """Take the next token, and notice whether it is the last."""
-        self.tokens.append(token)
-        if token in self.eos_ids:
-            self._finish("eos")
-            return
-        self.pieces.append(self.scanner.push(self.decoder.push(token)))
-        if self.scanner.found is not None:
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self.decoding.max_new_tokens:
-            self._finish("length")
-
-    def _finish(self, reason: str) -> None:
-        self.pieces += [self.scanner.push(self.decoder.finish()), self.scanner.flush()]
-        self.finish_reason = reason if self.scanner.found is None else "stop"
-
-    def generation(self, stats: Stats) -> Generation:
-        """Return the result of a finished row."""
-        assert self.finish_reason is not None
-        text = "".join(self.pieces)
-        return Generation(
-            text, tuple(self.tokens), self.finish_reason, self.scanner.found, len(self.prompt), stats
-        )
 
 
 class Session:
@@ -141,13 +58,29 @@ class Session:
         engine: what computes.
         tokenizer: what turns text into token ids and back.
         eos_ids: tokens that end a text.
+        defaults: options of generate that hold where a call says nothing, as the model's generation_config.json has
+            them; and max_length, which bounds prompt and new tokens together where nothing says max_new_tokens.
     """
 
-    def __init__(self, engine: Engine, tokenizer: TextCoder, eos_ids: Iterable[int] = ()):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TextCoder,
+        eos_ids: Iterable[int] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        """Put a model together.
+
+        Raises:
+            UsageError: the tokenizer has more tokens than the model, or a default is out of range.
+        """
         self.engine = engine
         self.tokenizer = tokenizer
         own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self.eos_ids = frozenset((*eos_ids, *own))
+        self.eos_ids = frozenset(whole("one of eos_ids", token, 0) for token in (*eos_ids, *own))
+        self.defaults = dict(defaults or {})
+        for name, value in self.defaults.items():
+            Decoding.of(**{"max_new_tokens" if name == "max_length" else name: value})  # type: ignore[arg-type]
         if tokenizer.vocab_size > engine.vocab_size:
             raise UsageError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {engine.vocab_size}: "
@@ -155,12 +88,13 @@ class Session:
             )
 
     @overload
-    def generate(  # type: ignore[overload-overlap]
+    def generate(
         self,
-        prompts: str,
+        prompts: str | Ids,
         *,
         decoding: Decoding | None = ...,
         batch_size: int = ...,
+        add_special_tokens: bool = ...,
         **options: Unpack[Options],
     ) -> Generation: ...
 
@@ -171,37 +105,42 @@ class Session:
         *,
         decoding: Decoding | None = ...,
         batch_size: int = ...,
+        add_special_tokens: bool = ...,
         **options: Unpack[Options],
     ) -> list[Generation]: ...
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         *,
         decoding: Decoding | None = None,
         batch_size: int = 16,
+        add_special_tokens: bool = True,
         **options: Unpack[Options],
     ) -> Generation | list[Generation]:
         """Continue one prompt or several.
 
         Args:
-            prompts: a text, or several; in place of a text, a sequence of token ids. An empty text starts from the
-                end-of-text token, as every document in training did.
-            decoding: how to continue them; None for the defaults.
+            prompts: a text, or several; in place of a text, a list or an array of token ids. An empty text starts
+                from what every text of the model begins with, or from the end-of-text token if that is nothing.
+            decoding: how to continue them; None for the defaults of the model.
             batch_size: prompts that are computed together. It changes the speed and the memory, not the answers.
-            options: fields of Decoding, which documents them, in place of what `decoding` says.
+            add_special_tokens: put the tokens around a text that the model's texts begin and end with, if the
+                tokenizer says that there are any. Token ids are taken as they are.
+            options: fields of Decoding, which documents them, in place of what `decoding` or the model says.
 
         Returns:
-            One Generation for a text, a list of them for a sequence.
+            One Generation for a text or a flat list of token ids, a list of them for several.
 
         Raises:
             ContextLengthError: a prompt, or a prompt with max_new_tokens, has more tokens than the model's context.
             UsageError: an argument is out of range.
             PortlmError: the model gave logits that are not numbers.
         """
-        wanted = Decoding.of(decoding, **options)
-        batch_size = at_least_one("batch_size", batch_size)
-        rows = self._rows(prompts, wanted)
+        wanted = self.decoding(decoding, **options)
+        batch_size = whole("batch_size", batch_size, 1)
+        several, single = one_or_several("prompt", prompts)
+        rows = self._rows(several, single, wanted, decoding is None, add_special_tokens)
         stats = Stats()
         if wanted.num_beams > 1:
             self._search(rows, batch_size, stats)
@@ -209,55 +148,102 @@ class Session:
             for _ in self._run(rows, batch_size, stats):
                 pass
         results = [row.generation(stats) for row in rows]
-        return results[0] if isinstance(prompts, str) else results
+        return results[0] if single else results
 
     def stream(
-        self, prompt: Prompt, *, decoding: Decoding | None = None, **options: Unpack[Options]
+        self,
+        prompt: Prompt,
+        *,
+        decoding: Decoding | None = None,
+        add_special_tokens: bool = True,
+        **options: Unpack[Options],
     ) -> TextStream:
         """Continue one prompt and return its text piece by piece: the text that generate would return.
 
         A piece is never empty, ends on a whole character, and holds no part of a stop string. Arguments and errors
         are those of generate; errors in the arguments are raised here, not at the first piece. A beam search has
-        nothing to show before its end, so num_beams must be 1.
+        nothing to show before its end, so num_beams must be 1. Of a model without a tokenizer, and of any other, the
+        result's ids() gives the token ids one by one.
         """
-        wanted = Decoding.of(decoding, **options)
+        wanted = self.decoding(decoding, **options)
         if wanted.num_beams > 1:
-            raise UsageError("a beam search cannot be streamed: use generate, or num_beams = 1")
-        rows = self._rows([prompt], wanted)
+            raise UsageError(
+                f"a beam search cannot be streamed: use generate, or num_beams = 1{self._source(('num_beams',), options)}"
+            )
+        several, single = one_or_several("prompt", prompt)
+        if not single:
+            raise UsageError(f"a stream continues one prompt, got {len(several)} in a list: use generate")
+        rows = self._rows(several, single, wanted, decoding is None, add_special_tokens)
         stats = Stats()
-        return TextStream(self._run(rows, 1, stats), rows[0], stats)
+        textless = self.tokenizer.why if isinstance(self.tokenizer, NoTokenizer) else ""
+        return TextStream(self._run(rows, 1, stats), rows[0], stats, textless)
+
+    def decoding(self, decoding: Decoding | None = None, **options: Unpack[Options]) -> Decoding:
+        """Return the settings that generate uses for these arguments: those of the model where nothing is said.
+
+        Raises:
+            UsageError: an argument is out of range.
+        """
+        if decoding is not None:
+            return Decoding.of(decoding, **options)
+        own = {name: value for name, value in self.defaults.items() if name not in ("max_new_tokens", "max_length")}
+        try:
+            return Decoding.of(**{**own, **options})  # type: ignore[typeddict-item]
+        except UsageError as error:
+            Decoding.of(**options)  # an error of the arguments alone is said without the model's
+            raise UsageError(f"{error}{self._source(('num_beams', 'temperature', 'stop'), options)}") from None
+
+    def _source(self, names: Iterable[str], options: Mapping[str, Any]) -> str:
+        """Say which settings come from the model, for an error that the caller may not understand otherwise."""
+        own = [name for name in names if name not in options and self.defaults.get(name)]
+        values = ", ".join(f"{name} = {shown(self.defaults[name])}" for name in own)
+        return f" ({values} is this model's default, from generation_config.json)" if own else ""
 
     @overload
-    def score(self, texts: str, *, batch_size: int = ...) -> Score: ...  # type: ignore[overload-overlap]
+    def score(
+        self, texts: str | Ids, *, batch_size: int = ..., add_special_tokens: bool = ...
+    ) -> Score: ...
 
     @overload
-    def score(self, texts: Sequence[Prompt], *, batch_size: int = ...) -> list[Score]: ...
+    def score(
+        self, texts: Sequence[Prompt], *, batch_size: int = ..., add_special_tokens: bool = ...
+    ) -> list[Score]: ...
 
-    def score(self, texts: str | Sequence[Prompt], *, batch_size: int = 16) -> Score | list[Score]:
+    def score(
+        self, texts: Prompt | Sequence[Prompt], *, batch_size: int = 16, add_special_tokens: bool = True
+    ) -> Score | list[Score]:
         """Return the log-probability of each token of a text, or of several, after its first.
 
         Args:
-            texts: a text, or several; in place of a text, a sequence of token ids. To score the first token too,
-                put the end-of-text token in front of it.
+            texts: a text, or several; in place of a text, a list or an array of token ids. To score the first token
+                of a text too, something must stand in front of it: see add_special_tokens.
             batch_size: texts that are computed together. It changes the speed and the memory, not the answers.
+            add_special_tokens: put the tokens around a text that the model's texts begin and end with, if the
+                tokenizer says that there are any. Token ids are taken as they are.
+
+        Returns:
+            One Score for a text or a flat list of token ids, a list of them for several.
 
         Raises:
             ContextLengthError: a text has more tokens than the model's context.
             UsageError: a text is empty, or batch_size is less than 1.
             PortlmError: the model gave logits that are not numbers.
         """
-        batch_size = at_least_one("batch_size", batch_size)
-        several = _several("text", texts)
-        ids = [self._encode("text", i, text) for i, text in enumerate(several)]
-        for i, tokens in enumerate(ids):
-            if not tokens:
-                raise UsageError(f"text {i} is empty, so there is nothing to score")
+        batch_size = whole("batch_size", batch_size, 1)
+        several, single = one_or_several("text", texts)
+        ids: dict[str, tuple[int, ...]] = {}
+        for i, text in enumerate(several):
+            name = "the text" if single else f"text {i}"
+            tokens = self._encode(name, text, add_special_tokens)
+            if not len(text) or not tokens:
+                raise UsageError(f"{name} is empty, so there is nothing to score")
             if len(tokens) > self.engine.context_length:
-                raise ContextLengthError(len(tokens), self.engine.context_length, f"text {i}")
+                raise ContextLengthError(len(tokens), self.engine.context_length, name)
+            ids[name] = tokens
         scores: list[Score] = []
         for begin in range(0, len(ids), batch_size):
-            scores += self._score(ids[begin : begin + batch_size])
-        return scores[0] if isinstance(texts, str) else scores
+            scores += self._score(dict(list(ids.items())[begin : begin + batch_size]))
+        return scores[0] if single else scores
 
     def placement(self) -> Placement:
         """Return where each node of the model runs."""
@@ -279,54 +265,75 @@ class Session:
         e = self.engine
         return f"<portlm.Session {e.name}:{e.device} {e.profile} {e.precision}>"
 
-    def _rows(self, prompts: str | Sequence[Prompt], decoding: Decoding) -> list[_Row]:
-        several = _several("prompt", prompts)
+    def _rows(
+        self, prompts: list[Prompt], single: bool, decoding: Decoding, of_model: bool, add_special_tokens: bool
+    ) -> list[Row]:
+        """Rows for prompts, checked.
+
+        Args:
+            prompts: texts or token ids.
+            single: whether one was given by itself, for messages.
+            decoding: of all.
+            of_model: whether the model's own bounds hold where `decoding` has none.
+            add_special_tokens: see generate.
+        """
         if decoding.stop and isinstance(self.tokenizer, NoTokenizer):
             raise UsageError(
                 "this model has no tokenizer, so it writes no text that a stop string could be in"
             )
-        check_filters(
-            self.engine.vocab_size, decoding.temperature, decoding.top_k, decoding.top_p, decoding.min_p
-        )
+        whole("top_k", decoding.top_k, 0, self.engine.vocab_size)
+        bounds = self.defaults if of_model else {}
         eos_ids = frozenset() if decoding.ignore_eos else self.eos_ids
-        settings = zip(several, decoding.draws(len(several)), decoding.per_row(len(several)), strict=True)
+        settings = zip(prompts, decoding.draws(len(prompts)), decoding.per_row(len(prompts)), strict=True)
         rows = []
         for i, (prompt, (seed, stream), own) in enumerate(settings):
-            tokens = self._encode("prompt", i, prompt) or self._start(i)
-            limit = self.engine.context_length
-            if len(tokens) > limit:
-                raise ContextLengthError(len(tokens), limit, f"prompt {i}")
-            assert isinstance(own.max_new_tokens, int)
-            total = len(tokens) + own.max_new_tokens
-            if total > limit:
-                what = f"prompt {i} ({len(tokens)} tokens) with max_new_tokens = {own.max_new_tokens}"
-                room = limit - len(tokens)
-                advice = f"set max_new_tokens to at most {room}, shorten the prompt" if room else ""
-                raise ContextLengthError(total, limit, what, advice)
+            name = "the prompt" if single else f"prompt {i}"
+            tokens = self._encode(name, prompt, add_special_tokens) or self._start(name)
+            count = self._room(name, len(tokens), own.max_new_tokens, bounds)
+            own = own if own.max_new_tokens == count else replace(own, max_new_tokens=count)
             decoder = self.tokenizer.stream_decoder(skip_special=True)
-            rows.append(_Row(tokens, own, eos_ids, seed, stream, decoder, StopScanner(own.stop)))
+            rows.append(Row(tokens, own, eos_ids, seed, stream, decoder, StopScanner(own.stop)))
         return rows
 
-    def _start(self, index: int) -> tuple[int, ...]:
+    def _room(self, name: str, tokens: int, asked: Any, bounds: Mapping[str, Any]) -> int:
+        """How many new tokens a prompt gets: as many as were asked for, or what the model's bounds and context leave."""
+        limit = self.engine.context_length
+        if tokens > limit:
+            raise ContextLengthError(tokens, limit, name)
+        if asked is None:
+            longest = bounds.get("max_length", limit)
+            if "max_new_tokens" in bounds or "max_length" not in bounds:
+                asked = bounds.get("max_new_tokens", DEFAULT_TOKENS)
+            elif tokens < longest:
+                asked = longest - tokens
+            else:
+                raise UsageError(
+                    f"{name} has {tokens} tokens, and with max_length = {longest}, this model's default from "
+                    "generation_config.json, there is no room for new ones: give max_new_tokens"
+                )
+            asked = max(1, min(asked, limit - tokens))
+        if tokens + asked > limit:
+            what = f"{name} ({tokens} tokens) with max_new_tokens = {asked}"
+            room = limit - tokens
+            advice = f"set max_new_tokens to at most {room}, shorten the prompt" if room else ""
+            raise ContextLengthError(tokens + asked, limit, what, advice)
+        return int(asked)
+
+    def _start(self, name: str) -> tuple[int, ...]:
         if self.tokenizer.eos_id is None:
             raise UsageError(
-                f"prompt {index} is empty, and this tokenizer has no end-of-text token to start from: "
-                "give at least one token"
+                f"{name} is empty, and there is no end-of-text token to start from: give at least one token"
             )
         return (self.tokenizer.eos_id,)
 
-    def _encode(self, what: str, index: int, text: Prompt) -> tuple[int, ...]:
-        if isinstance(text, str):
+    def _encode(self, name: str, text: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
+        if not isinstance(text, str):
+            return token_ids(name, text, self.engine.vocab_size)
+        if flag("add_special_tokens", add_special_tokens):
             return tuple(self.tokenizer.encode(text))
-        tokens = tuple(whole(f"a token of {what} {index}", token) for token in text)
-        for token in tokens:
-            if not 0 <= token < self.engine.vocab_size:
-                raise UsageError(
-                    f"{what} {index} holds token {token}, but ids run from 0 to {self.engine.vocab_size - 1}"
-                )
-        return tokens
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _run(self, rows: list[_Row], batch_size: int, stats: Stats) -> Iterator[None]:
+    def _run(self, rows: list[Row], batch_size: int, stats: Stats) -> Iterator[None]:
         """Generate for all rows; yield after each step, with the rows brought up to date."""
         scheduler = Scheduler(self.engine, batch_size, self.tokenizer.vocab_size, stats)
         scheduler.add(rows)
@@ -334,7 +341,7 @@ class Session:
             scheduler.step()
             yield
 
-    def _search(self, rows: list[_Row], batch_size: int, stats: Stats) -> None:
+    def _search(self, rows: list[Row], batch_size: int, stats: Stats) -> None:
         """Give each row the best hypothesis of a beam search."""
         began = time.perf_counter()
         prompts = max(1, batch_size // rows[0].decoding.num_beams) if rows else 1
@@ -350,7 +357,8 @@ class Session:
                 stats.new_tokens += len(row.tokens)
         stats.decode_seconds += time.perf_counter() - began
 
-    def _score(self, texts: list[tuple[int, ...]]) -> list[Score]:
+    def _score(self, named: Mapping[str, tuple[int, ...]]) -> list[Score]:
+        names, texts = list(named), list(named.values())
         ids, real = pad(texts)
         B, T = ids.shape
         logprobs: list[list[float]] = [[] for _ in texts]
@@ -366,7 +374,7 @@ class Session:
                 target = ids[b, first + 1 : end + 1]
                 largest = answers.max(axis=1)
                 if not np.isfinite(largest).all():
-                    where = f"{self.engine.name}:{self.engine.device}: text {b}"
+                    where = f"{self.engine.name}:{self.engine.device}: {names[b]}"
                     raise PortlmError(
                         f"{where}: the logits are not numbers: check the weights for NaN or infinity"
                     )
@@ -379,18 +387,3 @@ class Session:
             for tokens, p, g in zip(texts, logprobs, greedy, strict=True)
         ]  # fmt: skip
 
-
-def _several(what: str, texts: Any) -> list[Prompt]:
-    """One text or several as a list; a bare list of token ids is ambiguous."""
-    if isinstance(texts, str):
-        return [texts]
-    if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray):
-        raise UsageError(f"{what}s must be a text or a list of them, got {type(texts).__name__}")
-    for i, text in enumerate(texts):
-        if isinstance(text, int | np.integer):
-            raise UsageError(
-                f"{what} {i} is a number: put the token ids of one {what} in a list of their own"
-            )
-        if not isinstance(text, str | Sequence | np.ndarray) or isinstance(text, bytes | bytearray):
-            raise UsageError(f"{what} {i} must be a text or a list of token ids, got {type(text).__name__}")
-    return list(texts)

@@ -6,30 +6,6 @@ decides, so the text that comes out does not depend on where the pieces were cut
 
 from collections.abc import Sequence
 
-from portlm.errors import UsageError
-
-MAX_STOPS = 16
-MAX_STOP_BYTES = 256
-
-
-def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Return stop strings as a tuple.
-
-    Raises:
-        UsageError: one is empty, longer than 256 bytes or no text, or there are more than 16.
-    """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > MAX_STOPS:
-        raise UsageError(f"at most {MAX_STOPS} stop strings are possible, got {len(stops)}")
-    for text in stops:
-        if not isinstance(text, str) or not text:
-            raise UsageError(f"a stop string must be text of at least one character, got {text!r}")
-        if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
-            raise UsageError(
-                f"a stop string may have {MAX_STOP_BYTES} bytes, this one has more: {text[:40]!r}..."
-            )
-    return stops
-
 
 class StopScanner:
     """Lets text through up to the first stop string.

@@ -69,13 +69,17 @@ def make_role(plan: Plan, path: Path, weights: Path, device: str) -> Role:
     Raises:
         FormatError: the plan is not one that could run.
     """
+    return Role(open_program(plan, path, weights, device), plan.inputs, plan.outputs, plan.state)
+
+
+def open_program(plan: Plan, path: Path, weights: Path, device: str) -> "Program":
+    """Make a plan callable, and its inner values visible; arguments and errors as for make_role."""
     try:
-        program = Program(plan, _map(plan, weights), device)
+        return Program(plan, _map(plan, weights), device)
     except RefusedError as error:
         raise FormatError(f"{path}: {error}; compile again") from error
     except FormatError as error:  # of the first call
         raise FormatError(f"{path}: {error}") from error
-    return Role(program, plan.inputs, plan.outputs, plan.state)
 
 
 class Program:
@@ -256,19 +260,29 @@ class Program:
             PortlmError: out of memory.
             FormatError: a node failed for another reason.
         """
+        values = self._compute(tensors, self._release)
+        return tuple(
+            values[slot].clone() if copied else values[slot]
+            for slot, copied in zip(self._results, self._copied, strict=True)
+        )
+
+    def values(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """Return every value that a call computes, by name; arguments and errors as for the call itself."""
+        values = self._compute(tensors, [()] * len(self._steps))
+        return {name: values[slot] for name, slot in self._slots.items() if values[slot] is not None}
+
+    def _compute(self, tensors: Sequence[Tensor], release: Sequence[tuple[int, ...]]) -> list[Any]:
+        """Run the steps, and let go of the values of `release` after each; return the rest by slot."""
         values: list[Any] = list(self._start)
         for slot, tensor in zip(self._given, tensors, strict=True):
             values[slot] = tensor
-        for step, unused in zip(self._steps, self._release, strict=True):
+        for step, unused in zip(self._steps, release, strict=True):
             results = _run(step, [values[slot] for slot in step.inputs])
             for slot, result in zip(step.outputs, results, strict=True):
                 values[slot] = result
             for slot in unused:
                 values[slot] = None
-        return tuple(
-            values[slot].clone() if copied else values[slot]
-            for slot, copied in zip(self._results, self._copied, strict=True)
-        )
+        return values
 
 
 def _trial_sizes(plan: Plan) -> dict[str, int]:

@@ -19,6 +19,7 @@ import torch
 from context import Context
 from torch import Tensor
 
+from portlm.agreement import within
 from portlm.flows.measuring import paired_ratio
 
 Call = Callable[[], Any]
@@ -217,7 +218,7 @@ def _agreeing(case: Case) -> tuple[dict[str, Call], dict[str, str]]:
         for a, b in zip(first, value, strict=True):
             difference = float((a - b).abs().max()) if a.numel() else 0.0
             allowed = case.tolerance * max(float(a.abs().max()) if a.numel() else 0.0, 1e-30)
-            if not difference <= allowed:
+            if not within(difference, allowed):
                 raise RuntimeError(
                     f"{case.name}: {name} differs from the first contender by {difference:.3g}, more than "
                     f"{allowed:.3g}: nothing was timed"

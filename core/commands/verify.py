@@ -59,19 +59,23 @@ def print_table(model: Path, results: list[Result]) -> None:
     from rich.console import Console
 
     from portlm.commands.tables import figures
+    from portlm.compile.parity import allowed_error
 
     table = figures(
         f"{model}: distance from eager PyTorch",
         ("engine", "profile"),
-        ("max logit\nerror", "in the\ncertificate", "KL", "top-1", "greedy", "off\ndevice"),
+        ("logit\nerror", "allowed", "logits\nup to", "before", "KL", "top-1", "greedy", "off\ndevice"),
+        gap=1,
     )
     for result in results:
         row = result.row
         if row is None:
             continue
+        scale = row.logit_scale or 0.0
         role = "" if row.role == "decoder" else f" {row.role}"
         table.add_row(
             f"{row.engine}:{row.device}{role}", row.profile, f"{row.max_logit_error:.1e}",
+            f"{allowed_error(scale):.1e}" if row.precision == "fp32" else "", f"{scale:.3g}",
             f"{result.recorded.max_logit_error:.1e}" if result.recorded else "written",
             f"{row.kl:.1e}", f"{row.top1:.1%}", f"{row.greedy_match}/{row.greedy_total}", str(len(row.fallback)),
         )  # fmt: skip

@@ -6,7 +6,6 @@ rotated order, so that a slow minute of a shared machine hits all of them.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -159,12 +158,11 @@ def measure(
                     decode[process.target].append(tokens / d)
         bandwidth = max(limit["bandwidth"] for limit in limits)
         flops = max(limit["flops"] for limit in limits)
-        work = _work(model)
-        weights, multiplies = work or (0, 0)
+        weights, multiplies = _work(model)
         rows = []
         for process in processes:
             target = process.target
-            on_host = target.device == "cpu" and work is not None
+            on_host = target.device == "cpu"
             p_rate, d_rate = statistics.median(prefill[target]), statistics.median(decode[target])
             rows.append(
                 Row(
@@ -206,12 +204,9 @@ def _check_room(model: Path, prompt: int, tokens: int) -> None:
         )
 
 
-def _work(model: Path) -> tuple[int, int] | None:
-    """Return (bytes of weights read, multiply-adds made) per decoded token; None where onnx is missing."""
+def _work(model: Path) -> tuple[int, int]:
+    """Return (bytes of weights read, multiply-adds made) per decoded token."""
     from portlm.artifact import read_manifest
-
-    if importlib.util.find_spec("onnx") is None:
-        return None
     from portlm.compile.work import token_work
 
     return token_work(model, read_manifest(model))

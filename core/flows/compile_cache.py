@@ -136,7 +136,9 @@ def _compiler() -> str:
 def _build(folder: Path, manifest: Manifest, key: Key, scratch: Path) -> None:
     """Compile in a copy of the artifact that has no more than what compiling reads; keep the results alone."""
     from portlm.compile.build import build
+    from portlm.compile.isolated import ensure_checked
 
+    ensure_checked(folder, manifest, [role.profiles[key[2]] for role in manifest.roles.values()])
     names = {name for role in manifest.roles.values() for name in (*role.profiles.values(), role.weights)}
     check_files(folder, sorted(names), manifest)
     for name in names:

@@ -62,6 +62,7 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
+    from portlm.compile.isolated import ensure_checked
     from portlm.engine import PROFILES, OpenRequest
     from portlm.runtimes import engine_class
     from portlm.runtimes.no_tokenizer import NoTokenizer
@@ -84,8 +85,10 @@ def load(
         raise UsageError(f"{engine} does not run on {device}: choose {' or '.join(ENGINES[engine].devices)}")
     implementation = engine_class(engine)
     tokenizer, eos_ids = _texts(folder, manifest)
-    request = OpenRequest(folder, manifest, device, profile, allow_fallback, threads)
-    opened = implementation.open(_compiled(engine, request))
+    request = _compiled(engine, OpenRequest(folder, manifest, device, profile, allow_fallback, threads))
+    if request.manifest is not None:
+        ensure_checked(folder, request.manifest, implementation.graphs(request))
+    opened = implementation.open(request)
     try:
         coder = NoTokenizer(opened.vocab_size) if tokenizer is None else tokenizer.within(opened.vocab_size)
         return Session(opened, coder, eos_ids)

@@ -3,14 +3,14 @@
 The first time, eager PyTorch on its own operators answers a probe, the answer is stored in the artifact, and every
 engine's distance from it becomes a row of the certificate in the manifest. Afterwards the same probe is put to the
 engines again, wherever the artifact has gone, and no PyTorch is needed. An engine that differs is searched for the
-first node that does.
+first node that does; in one that agrees, inner values are looked at, for NaN that an operator on the way hides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,8 @@ from portlm.plan import needs_plan
 from portlm.trust import is_ours
 
 if TYPE_CHECKING:
+    from portlm.compile.bisect import Divergence
+    from portlm.compile.parity import Verification
     from portlm.engine import Engine
 
 Progress = Callable[[str], None]
@@ -36,10 +38,10 @@ class Result:
 
     Attributes:
         target: engine, device and profile.
-        row: what was measured, None if the engine could not be measured.
+        row: what was measured, None if the engine could not be measured or does not give the model's answer.
         recorded: the certificate's row for it, None if it has none.
         problem: what is wrong in one line, None if nothing is.
-        node: the first node that differs, where the search found one.
+        node: the first node that is wrong, where the search found one.
     """
 
     target: Target
@@ -64,7 +66,7 @@ def verify_artifact(
 ) -> list[Result]:
     """Check every file of an artifact, then every engine against the stored answer of eager PyTorch.
 
-    Graphs are first read in a child process, where one made to harm its reader can harm nothing else.
+    Graphs from elsewhere are first read in a child process, where one made to harm its reader can harm nothing else.
 
     Args:
         folder: the artifact.
@@ -72,7 +74,8 @@ def verify_artifact(
         only: where no targets are given, those of them that fit.
         certify: make the answer and the certificate anew, as happens by itself when there is none. The answer of a
             module whose code is not here stays the one that was taken when it was exported.
-        search: on a difference, look for the first node that differs.
+        search: open each graph again with its inner values exposed: on a difference to find the first node that
+            differs, otherwise to see for one prompt that all of them are finite.
         progress: called with a line before each step.
 
     Returns:
@@ -84,13 +87,12 @@ def verify_artifact(
         UsageError: there is nothing to check.
     """
     from portlm.compile import parity
-    from portlm.compile.check import check_isolated
+    from portlm.compile.isolated import ensure_checked, weights_of
 
     root = Path(folder)
     progress("files")
     manifest = check_files(root)
-    for graph in _graphs(manifest):
-        check_isolated(root / graph)
+    ensure_checked(root, manifest, weights_of(manifest))
     if targets is not None:
         chosen = list(targets)
     else:
@@ -117,13 +119,6 @@ def verify_artifact(
 def _reference_profile(manifest: Manifest) -> str:
     """The model's own code; where there is none, the graph of standard operators, which says the same in PyTorch's."""
     return "portable" if needs_plan(manifest) else "native"
-
-
-def _graphs(manifest: Manifest) -> list[str]:
-    """Return every ONNX file that some engine would open."""
-    exported = [name for role in manifest.roles.values() for name in role.profiles.values()]
-    lowered = [name for entry in manifest.compiled for name in entry.files if name.endswith(".onnx")]
-    return sorted({*exported, *lowered})
 
 
 def ready_targets(manifest: Manifest, progress: Progress = lambda message: None) -> list[Target]:
@@ -196,43 +191,98 @@ def _open(root: Path, target: Target) -> Engine:
 def _check(root: Path, target: Target, certify: bool, search: bool, progress: Progress) -> list[Result]:
     from portlm.compile import parity
 
+    exact = target
     try:
-        with closing(_open(root, target)) as engine:
-            if certify:
-                return [Result(target, row) for row in parity.certify(root, [engine])]
-            return [Result(target, found.measured, found.recorded) for found in parity.recheck(root, engine)]
+        with closing(
+            _open(root, target)
+        ) as engine:  # also registers the device and the kernels that runners need
+            exact = replace(target, profile=engine.profile)
+            found = parity.recheck(root, engine)
     except ParityError as error:
         problem = str(error)
     except PortlmError as error:
         return [Result(target, problem=str(error))]
+    else:
+        return _inside(root, target, exact, found, certify, search, progress)
     node = None
     if search:
         progress(f"{target} differs: looking for the first node that does")
-        node = next(_first_wrong_node(root, target), None)
+        node = next((str(node) for _, node in _nodes(root, exact, bisect=True)), None)
     return [Result(target, problem=problem, node=node)]
 
 
-def _first_wrong_node(root: Path, target: Target) -> Iterator[str]:
-    """Yield the first node that differs, if the search finds one."""
-    from portlm.compile.bisect import bisect
+def _inside(
+    root: Path,
+    target: Target,
+    exact: Target,
+    found: Sequence[Verification],
+    certify: bool,
+    search: bool,
+    progress: Progress,
+) -> list[Result]:
+    """The results of an engine that gives the model's answer, unless an inner value is not finite."""
+    from portlm.compile import parity
+
+    nodes: dict[str, str] = {}
+    if search:
+        for role, node in _nodes(root, exact, bisect=False):
+            if isinstance(node, PortlmError):
+                progress(f"{target}: its inner values were not looked at: {node}")
+            else:
+                nodes[role] = str(node)
+    if certify and not nodes:
+        parity.record(root, [each.measured for each in found])
+    problem = "its answer is right, but a value on the way to it is not finite"
+    return [
+        Result(
+            target,
+            each.measured,
+            None if certify else each.recorded,
+            problem if each.measured.role in nodes else None,
+            nodes.get(each.measured.role),
+        )
+        for each in found
+    ]
+
+
+def _nodes(root: Path, target: Target, bisect: bool) -> Iterator[tuple[str, Divergence | PortlmError]]:
+    """For each role, the first node that is wrong, if there is one, or why it cannot be looked for.
+
+    Args:
+        root: the artifact.
+        target: with the profile that the engine really has.
+        bisect: compare with the reference; False looks for values that are not finite.
+    """
+    from portlm.compile import bisect as search
 
     manifest, runner = read_manifest(root), ENGINES[target.engine].runner
-    if not runner:  # no graph to search
-        return
     for name, role in manifest.roles.items():
-        graph = role.profiles.get(target.profile)
-        for entry in manifest.compiled:
-            key = (entry.engine, entry.device, entry.profile, entry.role)
-            if key == (target.engine, target.device, target.profile, name):
-                graph = next((file for file in entry.files if file.endswith(".onnx")), graph)
-        if graph is None:
+        if not runner or target.profile not in role.profiles:  # the model's own code has no graph
             continue
         try:
-            with closing(_open(root, target)):  # registers the device or the kernels that the runner needs
-                run = resolve(runner)(target.device, target.profile)
-                found = bisect(root, run, graph, role=name)
+            graph = _graph(manifest, target, name)
+            run = resolve(runner)(target.device, target.profile)
+            look = search.bisect if bisect else search.look_inside
+            node = look(root, run, graph, role=name)
         except (EngineUnavailableError, UsageError) as error:
-            yield f"not found: {error}"
-            return
-        if found is not None:
-            yield str(found)
+            yield name, error
+            continue
+        if node is not None:
+            yield name, node
+
+
+def _graph(manifest: Manifest, target: Target, role: str) -> str:
+    """The graph that an engine runs, or that it was compiled from, relative to the artifact.
+
+    Raises:
+        UsageError: it is not in the artifact.
+    """
+    wanted = (target.engine, target.device, target.profile, role)
+    for entry in manifest.compiled:
+        if (entry.engine, entry.device, entry.profile, entry.role) == wanted:
+            for file in entry.files:
+                if file.endswith(".onnx"):
+                    return file
+    if target.engine == "ort" and (target.device, target.profile) in ENGINES["ort"].compilers:
+        raise UsageError("it was compiled at first use, outside the artifact; run `portlm compile`")
+    return manifest.roles[role].profiles[target.profile]

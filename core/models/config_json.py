@@ -317,7 +317,7 @@ class Reader:
                 f"{key} is {shown(value)} and {also} is {shown(other)}, but they are two names of one number: "
                 "remove the wrong one"
             )
-        self.uses[also] = Use("read", f"another name of {key}")
+        self.uses |= {key: Use("read", "an integer"), also: Use("read", f"another name of {key}")}
         return also if value is None and other is not None else key
 
     def _lost(self, key: str, value: Any, why: str) -> None:

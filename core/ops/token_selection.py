@@ -25,13 +25,13 @@ u comes from Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as eas
 (seed, 0) and counter (step, row, 0, 0): the upper 53 bits of its first word, times 2^-53.
 """
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from portlm.arguments import real, whole
 from portlm.errors import PortlmError, UsageError
 from portlm.ops.compiled import available, kernels
 from portlm.ops.spec import OpSpec
@@ -113,25 +113,11 @@ def token_selection_reference(
 
 
 def check_filters(vocab_size: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Raise UsageError unless every filter is in its range for a vocabulary of this size."""
-    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise UsageError(f"[token_selection] {name} must be a number, got {value!r}")
-    if not 0.0 <= temperature < float("inf"):
-        raise UsageError(
-            f"[token_selection] temperature must be 0 or a finite positive number, got {temperature}"
-        )
-    if not 0.0 < top_p <= 1.0:
-        raise UsageError(
-            f"[token_selection] top_p must be above 0 and at most 1 (1 keeps every token), got {top_p}"
-        )
-    if not 0.0 <= min_p <= 1.0:
-        raise UsageError(f"[token_selection] min_p must be from 0 (keeps every token) to 1, got {min_p}")
-    if not 0 <= _whole("top_k", top_k) <= vocab_size:
-        raise UsageError(
-            f"[token_selection] top_k must be from 0 (keeps every token) to the vocabulary's {vocab_size}, "
-            f"got {top_k}"
-        )
+    """Raise UsageError unless every filter is in its range for a vocabulary of this size; 0 and 1 keep every token."""
+    real("[token_selection] temperature", temperature, 0)
+    real("[token_selection] top_p", top_p, 0, 1, above=True)
+    real("[token_selection] min_p", min_p, 0, 1)
+    whole("[token_selection] top_k", top_k, 0, vocab_size)
 
 
 def random_unit(seed: int, row: int, step: int) -> float:
@@ -240,17 +226,7 @@ def _per_row(name: str, values: Any, B: int) -> npt.NDArray[np.uint64]:
 
 
 def _word(name: str, value: Any) -> int:
-    word = _whole(name, value)
-    if not 0 <= word <= _WORD:
-        raise UsageError(f"[token_selection] {name} must be from 0 to 2^64 - 1, got {value}")
-    return word
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"[token_selection] {name} must be a whole number, got {value!r}") from None
+    return whole(f"[token_selection] {name}", value, 0, _WORD)
 
 
 def _bad_row(logits: npt.NDArray[np.float32], index: int) -> PortlmError:

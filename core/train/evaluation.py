@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from portlm.arguments import whole
 from portlm.data.batches import IGNORE, Tokens, evaluation_batches
 from portlm.errors import ContextLengthError
-from portlm.runtimes.decoding import Decoding, at_least_one, whole
+from portlm.runtimes.decoding import Decoding
 
 if TYPE_CHECKING:
     from portlm.models import Model
@@ -112,7 +113,7 @@ def sample(
 
     context = model.config.context_length
     ids = prompt_ids(tokenizer, prompt, context)
-    window, left, seed = list(ids), at_least_one("max_new_tokens", decoding.max_new_tokens), decoding.seed
+    window, left, seed = list(ids), whole("max_new_tokens", decoding.max_new_tokens, low=1), decoding.seed
     with evaluating(model):
         session = Session(TorchEngine.of(model, str(device or "cpu")), tokenizer)
         while left:

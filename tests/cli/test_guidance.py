@@ -222,10 +222,23 @@ def test_tables_of_figures_fit_80_columns(verb, portlm, capsys, monkeypatch):
         cells = ("ort:vulkan", "portable", "1.2e-06", "384/384", "123,456", "12,345", "12.34")
     else:
         row = ParityRow(
-            "ort", "vulkan", "portable", "fp32", 1.2e-6, 1e-14, 1.0, 384, 384, {}, (), {}, "2026-01-01"
+            "ort",
+            "vulkan",
+            "portable",
+            "fp32",
+            1.2e-6,
+            1e-14,
+            1.0,
+            384,
+            384,
+            {},
+            (),
+            {},
+            "2026-01-01",
+            logit_scale=123.456,
         )
         verify.print_table("model", [Result(Target("ort", "vulkan", "portable"), row, row)])
-        cells = ("ort:vulkan", "portable", "1.2e-06", "1.0e-14", "100.0%", "384/384")
+        cells = ("ort:vulkan", "portable", "1.2e-06", "7.4e-03", "123", "1.0e-14", "100.0%", "384/384")
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if line.startswith("ort:vulkan"))
     assert len(line) <= 80

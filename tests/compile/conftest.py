@@ -106,9 +106,9 @@ def ragged_error(foreign_logits):
             parts.append(outputs["logits"])
             start = end
         logits = np.concatenate(parts, axis=1)
-        assert np.isfinite(logits).all()
         expected = foreign_logits(folder)
-        return max(np.abs(logits[b, total - n :] - expected[b]).max() for b, n in enumerate(LENGTHS))
+        errors = [np.abs(logits[b, total - n :] - expected[b]).max() for b, n in enumerate(LENGTHS)]
+        return float(np.max(errors))  # NaN if one of them is
 
     return error
 

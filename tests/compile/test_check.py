@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from portlm.artifact import check_files
 from portlm.compile import check
-from portlm.compile.check import check_isolated, check_model
+from portlm.compile.check import check_model
 from portlm.compile.ort_lowering import compile_graph
 from portlm.errors import FormatError
 
@@ -47,7 +47,6 @@ def set_entry(tensor, key, value):
 def test_what_the_exporter_writes_is_accepted(artifact, profile):
     path = artifact / "onnx" / f"decoder.{profile}.onnx"
     assert check_model(path).graph.name == "decoder"
-    check_isolated(path)
 
 
 @pytest.mark.parametrize("device", ["cpu", "vulkan"])
@@ -106,7 +105,7 @@ def test_weight_file_that_is_too_short_is_refused(artifact):
         helper.make_node("Transpose", ["x"], ["y"], perm=numpy_helper.from_array(np.zeros(3))),
         helper.make_node("Transpose", ["x"], ["y"], perm=helper.make_graph([], "inner", [], [])),
         helper.make_node("Concat", ["x"] * 65, ["y"], axis=0),
-        helper.make_node("Relu", ["x"], ["y" * 257]),
+        helper.make_node("Relu", ["past_key_values.0.key"], ["y" * 257]),
     ],
     ids=lambda node: f"{node.domain}.{node.op_type}",
 )
@@ -125,11 +124,8 @@ def test_split_that_contradicts_its_outputs_is_refused(rewritten):
         split = next(node for node in model.graph.node if node.op_type == "Split")
         split.attribute[1].i = 3
 
-    path = rewritten(change)
     with pytest.raises(FormatError, match="has 2 outputs and says 3"):
-        check_model(path)
-    with pytest.raises(FormatError, match="has 2 outputs and says 3"):
-        check_isolated(path)
+        check_model(rewritten(change))
 
 
 @pytest.mark.parametrize(
@@ -257,19 +253,3 @@ def test_huge_graph_is_refused_unread(artifact, monkeypatch):
 def test_missing_graph_is_named(tmp_path):
     with pytest.raises(FormatError, match=r"absent\.onnx does not exist"):
         check_model(tmp_path / "absent.onnx")
-
-
-def test_child_that_dies_is_an_error_and_not_a_crash(artifact, monkeypatch):
-    monkeypatch.setattr(check.sys, "executable", "/bin/false")
-    with pytest.raises(FormatError, match="the process that checked it died"):
-        check_isolated(artifact / GRAPH)
-
-
-def test_child_that_hangs_is_stopped(artifact, monkeypatch, tmp_path):
-    script = tmp_path / "hang"
-    script.write_text("#!/bin/sh\nexec sleep 60\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(check.sys, "executable", str(script))
-    monkeypatch.setattr(check, "ISOLATED_SECONDS", 0.2)
-    with pytest.raises(FormatError, match=r"took more than 0\.2 s"):
-        check_isolated(artifact / GRAPH)

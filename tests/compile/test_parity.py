@@ -5,10 +5,11 @@ import onnx
 import pytest
 
 from portlm.artifact import check_files, read_manifest, refresh_files, replace, write_manifest
-from portlm.compile.bisect import bisect, ort_runner, tvm_runner
+from portlm.compile.bisect import bisect
 from portlm.compile.build import build
 from portlm.compile.parity import (
     REFERENCE,
+    Measurement,
     Probe,
     Reference,
     certify,
@@ -18,6 +19,7 @@ from portlm.compile.parity import (
     measure,
     recheck,
 )
+from portlm.compile.runners import ort_runner, tvm_runner
 from portlm.engine import OpenRequest, Placement
 from portlm.errors import FormatError, ParityError, UsageError
 from portlm.runtimes.base import ArrayEngine
@@ -140,7 +142,8 @@ def test_artifact_without_an_answer_needs_the_reference_engine(artifacts):
 def test_engine_that_is_off_is_refused_and_not_certified(copy):
     engine = Wrapped(open_ort(copy), lambda logits: logits + 0.001)
     with pytest.raises(
-        ParityError, match=r"null:cpu, profile native: its logits are off by 0\.001, allowed are 0\.0001"
+        ParityError,
+        match=r"null:cpu, profile native: its logits are off by 0\.001, allowed are 0\.00036 for logits up to 5\.93",
     ):
         certify(copy, [engine])
     assert "null" not in [row.engine for row in read_manifest(copy).parity]
@@ -189,8 +192,35 @@ def test_greedy_difference_is_excused_only_by_a_near_tie():
 
 def test_large_logits_are_allowed_their_rounding():
     reference = scripted_reference([0.0, 1000.0, 10.0], [0.0, 1.0, 0.0])
-    assert measure(Scripted([0.0, 1000.001, 10.0], [0.0, 1.0, 0.0]), reference).problem() is None
-    assert "off by" in measure(Scripted([0.0, 1000.01, 10.0], [0.0, 1.0, 0.0]), reference).problem()
+    measurement = measure(Scripted([0.0, 1000.05, 10.0], [0.0, 1.0, 0.0]), reference)
+    assert measurement.problem() is None
+    assert measurement.row.logit_scale == 1000.0
+    assert "off by" in measure(Scripted([0.0, 1000.07, 10.0], [0.0, 1.0, 0.0]), reference).problem()
+
+
+def test_small_logits_are_allowed_what_they_always_were():
+    reference = scripted_reference([0.0, 1.0, 0.5], [0.0, 1.0, 0.0])
+    assert measure(Scripted([0.0, 1.00009, 0.5], [0.0, 1.0, 0.0]), reference).problem() is None
+    assert (
+        "allowed are 0.0001" in measure(Scripted([0.0, 1.00011, 0.5], [0.0, 1.0, 0.0]), reference).problem()
+    )
+
+
+@pytest.mark.parametrize("missing", [np.nan, np.inf])
+def test_no_comparison_with_a_missing_number_passes(missing):
+    row = measure(Scripted([0.0, 1.0, 2.0]), scripted_reference([0.0, 1.0, 2.0])).row
+    assert Measurement(row, 0.0).problem() is None
+    assert Measurement(replace(row, max_logit_error=missing), 0.0).problem()
+    assert Measurement(replace(row, logit_scale=missing), 0.0).problem()
+    assert Measurement(row, missing).problem()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_reference_that_is_not_finite_is_not_taken(artifacts, bad):
+    """Nothing could be compared with it; kept in an artifact, it would make every engine pass or fail."""
+    engine = Wrapped(open_torch(artifacts["gpt2"]), lambda logits: logits * np.float32(bad))
+    with pytest.raises(ParityError, match="own answer as decoder holds NaN or infinity"):
+        make_reference(engine, 257, 48)
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 5, 48, 1024])
@@ -232,8 +262,14 @@ def test_damaged_answer_is_refused(copy):
         lambda t: t.update(cuts=t["cuts"][::-1].copy()),
         lambda t: t.update(cuts=t["cuts"] * 0),
         lambda t: t.update(cuts=t["cuts"][:0]),
+        lambda t: t.update(logits=t["logits"] * np.float32(np.nan)),
+        lambda t: t.update(
+            logits=np.where(t["logits"] == t["logits"].max(), np.float32(np.inf), t["logits"])
+        ),
+        lambda t: t.update(margins=t["margins"] * np.float32(np.nan)),
+        lambda t: t.update(margins=-t["margins"]),
     ],
-    ids=range(14),
+    ids=range(18),
 )
 def test_answer_that_contradicts_itself_is_refused(copy, change):
     """Even when the manifest lists it: whoever made it may have made the manifest too."""

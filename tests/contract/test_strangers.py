@@ -15,7 +15,7 @@ SOURCES = [[1, 2, 3, 4, 5], [60, 59], [7]]
 
 
 def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE, equal_nan=False)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from portlm.agreement import within
 from portlm.ops import registry
 from portlm.ops.adamw import AdamW
 from portlm.ops.adamw_cuda import CudaPlan
@@ -94,7 +95,7 @@ def assert_as_accurate(ours: Tensor, eager: Tensor, oracle: Tensor, dtype: torch
     if ours.numel():
         error, theirs = (float((t.double() - oracle).abs().max()) for t in (ours, eager))
         scale = max(1.0, float(oracle.abs().max()))
-        assert error <= 2 * theirs + torch.finfo(dtype).eps * scale, (error, theirs)
+        assert within(error, 2 * theirs + torch.finfo(dtype).eps * scale), (error, theirs)
 
 
 @pytest.mark.parametrize("name", names())

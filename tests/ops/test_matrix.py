@@ -29,6 +29,7 @@ pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
 import onnx
 
+from portlm.agreement import within
 from portlm.compile import ort_lowering
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.errors import EngineUnavailableError
@@ -194,7 +195,7 @@ def compare(case: Case, results: Sequence[np.ndarray], *, padded: bool = True) -
                 f"the case proves nothing: errors of {bound} are allowed in a spread of {spread}"
             )
         error = np.abs(result - oracle).max()
-        assert error <= bound, (error, bound)  # false for NaN
+        assert within(error, bound), (error, bound)
 
 
 # --- graphs of one node -------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def feed(engine, ids, cuts=(), lengths=None):
 
 
 def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE, equal_nan=False)
 
 
 def test_it_says_what_it_is(engine, request):

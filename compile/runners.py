@@ -1,0 +1,93 @@
+"""How an engine's graph is run with values of its nodes exposed, by the functions that the engine itself uses.
+
+For the search for a wrong node, and for the look at what an engine computes on the way (compile/bisect.py). Each
+function makes a runner for one graph. The torch engine's is in portlm.flows.plan_runner.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from portlm.errors import EngineUnavailableError
+from portlm.trust import private_scratch
+
+Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
+"""(graph with the wanted values among its outputs, folder of its weight file, wanted names, inputs) -> values."""
+
+
+def ort_runner(device: str = "cpu", profile: str = "") -> Runner:
+    """Run graphs in ONNX Runtime as its engine does, on "cpu", "cuda" or "vulkan", the same for every profile.
+
+    For Vulkan the WebGPU plugin must be registered in this process, which opening the engine does.
+    """
+    from portlm.ort_support import EXTERNAL_FOLDER, open_session, session_options, webgpu_devices
+
+    opened: dict[tuple[str, ...], Any] = {}
+
+    def run(
+        model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        key = _outputs(model)
+        if key not in opened:
+            devices = webgpu_devices() if device == "vulkan" else [None]
+            if not devices:
+                raise EngineUnavailableError(
+                    "ort:vulkan: no WebGPU device is registered, open the engine first"
+                )
+            options = session_options(device, devices[0], None, allow_fallback=False)
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+            opened[key] = open_session(model.SerializeToString(), options, device)
+        results: list[np.ndarray] = opened[key].run(list(names), dict(inputs))
+        return results
+
+    return run
+
+
+def tvm_runner(device: str, profile: str) -> Runner:
+    """Run graphs compiled by TVM for this processor as its engine does, "portable" or "fused"; device is "cpu".
+
+    Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
+    registered in this process, which opening the engine does.
+    """
+    from portlm.compile.tvm_build import Graph, compile_graph, need_linker
+    from portlm.compile.tvm_library import LOWERINGS
+    from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
+
+    tvm = import_tvm()
+    need_linker()
+    opened: dict[tuple[str, ...], Callable[..., Any]] = {}
+
+    def open_machine(model: onnx.ModelProto, folder: Path) -> Callable[..., Any]:
+        weights, tensors = [], []
+        for tensor in model.graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+                weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
+                tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
+        executable = compile_graph(Graph(model, "", tuple(weights)), LOWERINGS[profile])
+        with private_scratch() as scratch:
+            executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
+            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)))
+        return lambda *inputs: machine["main"](*inputs, *tensors)
+
+    def run(
+        model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        key = _outputs(model)
+        if key not in opened:
+            opened[key] = open_machine(model, folder)
+        values = [np.ascontiguousarray(inputs[value.name]) for value in model.graph.input]
+        results = opened[key](*(tvm.runtime.tensor(value) for value in values))
+        named = dict(zip(key, results, strict=True))
+        # the cache is a view into a buffer with room to grow, which .numpy() refuses to copy
+        return [np.array(np.from_dlpack(named[name])) for name in names]
+
+    return run
+
+
+def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:
+    return tuple(value.name for value in model.graph.output)

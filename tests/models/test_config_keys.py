@@ -1,0 +1,313 @@
+"""Every key of config.json: what is accepted is transformers' model, what is refused is named, and the page is true."""
+
+import contextlib
+import io
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from portlm.errors import ConfigError
+from portlm.models import FAMILIES, build, config_from_hf
+from portlm.models.config_json import HARMLESS, REFUSED, Reader
+
+ROOT = Path(__file__).resolve().parents[2]
+# As transformers would have them without any key that is missing; half of each head of GPT-NeoX is rotated.
+BASE = {
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 99, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "llama": {
+        "model_type": "llama", "vocab_size": 99, "max_position_embeddings": 32, "hidden_size": 32,
+        "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "gpt_neox": {
+        "model_type": "gpt_neox", "vocab_size": 99, "max_position_embeddings": 32, "hidden_size": 32,
+        "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_pct": 0.5,
+    },
+}  # fmt: skip
+ROTARY = ("llama", "gpt_neox")
+
+
+def cases(table):
+    """Return (family, change, ...) for rows of (families, change, ...) as parameters with names."""
+    return [
+        pytest.param(family, change, *rest, id=f"{family}-{change}")
+        for families, change, *rest in table
+        for family in families
+    ]
+
+
+def read(family):
+    """Return what a family's reader asked for."""
+    reader = Reader(FAMILIES[family].config_class().tiny().to_hf())
+    config_from_hf(reader)
+    return reader.uses
+
+
+def logits(transformers, data):
+    """Return our logits and transformers' for one config.json and the same weights, float64."""
+    torch.manual_seed(0)
+    model = build(config_from_hf(data)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    given = {key: value for key, value in data.items() if value is not None}  # null counts as missing
+    other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**given)).double()
+    state = {}
+    for name, p in model.named_parameters():
+        hf_name, transposed = model.hf_name(name)
+        state[hf_name.replace("embed_out.", "lm_head.")] = (p.t() if transposed else p).detach().clone()
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    other.tie_weights()
+    ids = torch.arange(60).reshape(2, 30)
+    return model(ids), other.eval()(ids).logits
+
+
+# ---- accepted ----------------------------------------------------------------------------------------------------
+
+ACCEPTED = [
+    (BASE, {}),
+    *(
+        (BASE, change)
+        for change in (
+            {"n_special": 0, "predict_special_tokens": True},
+            {"unk_token_id": 0, "cls_token_id": 3, "mask_token_id": 4, "sep_token_id": 5},
+            {"_model_name_or_path": "a/b", "name_or_path": "a/b", "_commit_hash": "0" * 40},
+            {"tie_encoder_decoder": False, "cross_attention_hidden_size": None, "add_cross_attention": False},
+            {"tie_encoder_decoder": True, "cross_attention_hidden_size": 8},
+            {"_attn_implementation": "sdpa"},
+            {"attn_implementation": "eager"},
+            {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 1},
+            {"sliding_window": 32, "layer_types": ["full_attention"] * 2},
+            {"quantization_config": None, "auto_map": None},
+            {"pad_token_id": 7},
+            {"pad_token_id": -1},
+        )
+    ),
+    *(
+        (("gpt2",), change)
+        for change in (
+            {"hidden_size": 24},
+            {"max_position_embeddings": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n_ctx": 32},
+            {"n_embd": None, "hidden_size": 24},
+            {"n_positions": None, "max_position_embeddings": 40},
+            {"n_layer": None, "num_hidden_layers": 1, "n_head": None, "num_attention_heads": 3},
+            {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3},
+            {"n_inner": None, "reorder_and_upcast_attn": True},
+            *({"activation_function": name} for name in ("gelu_python", "gelu_fast", "gelu_accurate")),
+            *({"activation_function": name} for name in ("gelu_pytorch_tanh", "gelu_python_tanh")),
+        )
+    ),
+    *(
+        (ROTARY, change)
+        for change in (
+            {"rope_scaling": {}},
+            {"rope_parameters": {}},
+            {"rope_scaling": None, "rope_parameters": None},
+            {"rope_parameters": {"rope_theta": 500.0}},
+            {"rope_scaling": {"factor": 1.0}},
+            {"rope_scaling": {"type": "linear", "factor": 1.0}},
+            {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 1}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "rope_theta": 500.0}},
+            {"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_parameters": {"rope_type": "default"}},
+            {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}},
+            {"attention_dropout": 0.2},
+        )
+    ),
+    *(
+        (("llama",), change)
+        for change in (
+            {"rope_theta": 500.0},
+            {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}},
+            {"rope_theta": 500, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+            {"partial_rotary_factor": 1.0, "head_dim": 8, "mlp_bias": False, "pretraining_tp": 2},
+            {"num_key_value_heads": None, "hidden_act": "swish"},
+            {"tie_word_embeddings": True},
+        )
+    ),
+    *(
+        (("gpt_neox",), change)
+        for change in (
+            {"rotary_emb_base": 500},
+            {"rotary_emb_base": 500, "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+            {"rotary_pct": None},
+            {"rotary_pct": None, "rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 500.0}},
+            {"hidden_dropout": 0.1, "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0},
+            *({"hidden_act": name} for name in ("gelu_fast", "gelu_accurate", "gelu_python")),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "change"), cases(ACCEPTED))
+def test_what_is_accepted_is_the_model_that_transformers_computes(transformers, family, change):
+    # In float64, save where transformers always computes in float32: each of its norms then errs by 6e-8.
+    ours, theirs = logits(transformers, {**BASE[family], **change})
+    assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_attribute_that_transformers_may_write_is_known(transformers, family):
+    config = transformers.AutoConfig.for_model(**BASE[family])
+    written = {**config.to_dict(), **{key: getattr(config, key) for key in config.attribute_map}}
+    ids = {"bos_token_id": 1, "eos_token_id": 2}  # where none are given, transformers has some of its own
+    assert config_from_hf({**written, **ids}) == config_from_hf({**BASE[family], **ids})
+    # What transformers 4 wrote with use_diff=False, or as generation settings of the model.
+    of_version_4 = {
+        "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False,
+        "torch_dtype": None, "use_bfloat16": False, "tf_legacy_loss": False, "pruned_heads": {},
+        "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "is_decoder": False,
+        "cross_attention_hidden_size": None, "add_cross_attention": False, "tie_encoder_decoder": False,
+        "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1,
+        "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+        "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False,
+        "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
+        "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None,
+        "begin_suppress_tokens": None, "finetuning_task": None, "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0}, "tokenizer_class": None, "prefix": None, "pad_token_id": None,
+        "sep_token_id": None, "decoder_start_token_id": None, "task_specific_params": None, "problem_type": None,
+        "_name_or_path": "", "_attn_implementation_autoset": False, "gradient_checkpointing": False, "xla_device": None,
+    }  # fmt: skip
+    assert config_from_hf({**BASE[family], **of_version_4}) == config_from_hf(BASE[family])
+
+
+def test_token_ids_and_dropout_that_are_kept_come_back():
+    data = {**BASE["gpt2"], "pad_token_id": 7, "resid_pdrop": 0.2, "embd_pdrop": 0.3}
+    written = config_from_hf(data).to_hf()
+    assert (written["pad_token_id"], written["resid_pdrop"], written["embd_pdrop"]) == (7, 0.2, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "note"),
+    [
+        ("gpt2", {"embd_pdrop": 0.2}, "embd_pdrop = 0.2 was left out, portlm drops at one rate, that of resid_pdrop"),
+        ("gpt2", {"attn_pdrop": 0.1}, "attn_pdrop = 0.1 was left out, only training reads it"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout = 0.1 was left out, only training reads it"),
+        ("gpt_neox", {"hidden_dropout": 0.1}, "hidden_dropout = 0.1 was left out, only training reads it"),
+        ("llama", {"pad_token_id": -1}, "pad_token_id = -1 was left out, the model's ids run from 0 to 98"),
+        ("gpt2", {"eos_token_id": 50256}, "eos_token_id = 50256 was left out, the model's ids run from 0 to 98"),
+        ("gpt2", {"embd_pdrop": 0.1, "attn_pdrop": 0.0, "pad_token_id": 7}, None),
+        ("llama", {"attention_dropout": 0.0, "pad_token_id": 7}, None),
+    ],
+)  # fmt: skip
+def test_what_is_not_kept_of_a_config_json_is_noted(family, change, note):
+    reader = Reader({**BASE[family], **change})
+    config_from_hf(reader)
+    assert len(reader.notes) == (note is not None)
+    assert note is None or note in reader.notes[0]
+
+
+# ---- refused -----------------------------------------------------------------------------------------------------
+
+BOTH = {"rope_type": "default"}
+CONTRADICTIONS = [
+    (("gpt2",), {"hidden_size": 32}, "n_embd is 24 and hidden_size is 32, but they are two names"),
+    (("gpt2",), {"max_position_embeddings": 64}, "n_positions is 32 and max_position_embeddings is 64"),
+    (("gpt2",), {"num_hidden_layers": 3}, "n_layer is 2 and num_hidden_layers is 3"),
+    (("gpt2",), {"num_attention_heads": 2}, "n_head is 4 and num_attention_heads is 2"),
+    (("gpt2",), {"n_ctx": 16}, "n_ctx = 16 is not supported: only 32"),
+    (("gpt2",), {"n_inner": 100}, "n_inner = 100 is not supported: only 96"),
+    (("llama",), {"head_dim": 16}, "head_dim = 16 is not supported: only 8"),
+    (("llama",), {"num_key_value_heads": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
+    (("llama",), {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+    (("llama",), {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
+    (
+        ("llama",),
+        {"rope_theta": 500.0, "rope_parameters": {**BOTH, "rope_theta": 300.0}},
+        "rope_theta is 500, but rope_parameters.rope_theta is 300",
+    ),
+    (
+        ("llama",),
+        {"rope_scaling": BOTH, "rope_parameters": {**BOTH, "rope_theta": 500.0}},
+        "rope_parameters.rope_theta is 500, but rope_theta is missing, which stands for 10000",
+    ),
+    (
+        ROTARY,
+        {"rope_scaling": {**BOTH, "rope_theta": 500.0}, "rope_parameters": {**BOTH, "rope_theta": 300.0}},
+        "rope_parameters.rope_theta is 300, but rope_scaling.rope_theta is 500",
+    ),
+    (ROTARY, {"rope_scaling": {**BOTH, "type": "linear", "factor": 1.0}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {**BOTH, "factor": 8.0}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"factor": 2.0}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"type": "linear"}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": BOTH}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": BOTH, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = "),
+    (ROTARY, {"rope_scaling": {"rope_type": ["default"]}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": []}, "rope_scaling = "),
+    # transformers reads rotary_emb_base and rotary_pct alone, whatever stands under the usual names.
+    (("gpt_neox",), {"rope_theta": 500.0}, "rope_theta is 500, but rotary_emb_base is missing, which stands for 10000"),
+    (("gpt_neox",), {"partial_rotary_factor": 1.0}, "partial_rotary_factor is 1, but rotary_pct is 0.5"),
+    (("gpt_neox",), {"rotary_emb_base": 500, "rope_theta": 10000.0}, "rope_theta is 10000, but rotary_emb_base is 500"),
+    (BASE, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+    (BASE, {"sliding_window": 31}, "sliding_window = 31 is not supported: portlm computes attention over all 32"),
+    (BASE, {"sliding_window": "all"}, "sliding_window = 'all' is not supported"),
+    (BASE, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is not supported"),
+    (BASE, {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
+    (BASE, {"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
+    (BASE, {"_attn_implementation": "someone/kernels"}, "_attn_implementation = 'someone/kernels' is not supported"),
+    (BASE, {"attn_implementation": "someone/kernels"}, "attn_implementation = 'someone/kernels' is not supported"),
+    (BASE, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not supported: its weights are"),
+    (BASE, {"compression_config": {"format": "x"}}, "compression_config is not supported: its weights are quantized"),
+    (BASE, {"auto_map": {"AutoModel": "modeling_x.X"}}, "auto_map is not supported: it asks for code"),
+    (BASE, {"custom_pipelines": {"x": {"impl": "x.X"}}}, "custom_pipelines is not supported: it asks for code"),
+    (BASE, {"per_layer_config": {"0": {}}}, "per_layer_config is not supported"),
+    (BASE, {"shiny_new_norm": None}, "'shiny_new_norm' is a key portlm does not know"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "change", "message"), cases(CONTRADICTIONS))
+def test_what_contradicts_itself_or_asks_for_another_model_is_refused_by_name(family, change, message):
+    with pytest.raises(ConfigError) as error:
+        config_from_hf({**BASE[family], **change})
+    assert message in str(error.value)
+
+
+def test_quantized_weights_cannot_be_had_by_removing_the_key():
+    with pytest.raises(ConfigError) as error:
+        config_from_hf({**BASE["llama"], "quantization_config": {"quant_method": "awq"}})
+    assert "remove" not in str(error.value)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_keys_is_what_the_readers_ask_for():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(str(ROOT / "scripts" / "config_table.py"), run_name="__main__")
+    page = (ROOT / "docs" / "config-keys.md").read_text()
+    assert printed.getvalue() == page, "docs/config-keys.md is out of date: make docs"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_of_the_page_does_as_it_says(family):
+    data = FAMILIES[family].config_class().tiny().to_hf()
+    expected, uses = config_from_hf(data), read(family)
+    for key in (
+        *(key for keys in HARMLESS.values() for key in keys),
+        *(k for k, u in uses.items() if u.how == "harmless"),
+    ):
+        for value in (None, True, "x", 3.5, {"a": []}):
+            assert config_from_hf({**data, key: value}) == expected, key
+    for key, use in uses.items():
+        if use.how == "checked":
+            with pytest.raises(ConfigError, match=key):
+                config_from_hf({**data, key: "something else"})
+        if use.how == "training":
+            assert config_from_hf({**data, key: 0.25}) == expected, key
+            with pytest.raises(ConfigError, match=key):
+                config_from_hf({**data, key: "x"})
+        if use.how == "read":
+            with pytest.raises(ConfigError, match=key):
+                config_from_hf({**data, key: ["x"]})
+    for key in REFUSED:
+        with pytest.raises(ConfigError, match=key):
+            config_from_hf({**data, key: {"x": 1}})
