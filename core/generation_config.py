@@ -43,7 +43,9 @@ def check_stops(name: str, stop: Any) -> tuple[str, ...]:
         if not isinstance(text, str) or not text:
             raise UsageError(f"a stop string must be text of at least one character, got {shown(text)}")
         if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
-            raise UsageError(f"a stop string may have {MAX_STOP_BYTES} bytes, this one has more: {shown(text)}")
+            raise UsageError(
+                f"a stop string may have {MAX_STOP_BYTES} bytes, this one has more: {shown(text)}"
+            )
     return stops
 
 
@@ -187,7 +189,9 @@ def _options(said: dict[str, Any]) -> dict[str, Any]:
         said = {"temperature": 1.0, "top_k": SAMPLED_TOP_K, **said}
     else:
         said.pop("temperature", None)
-    if said.get("top_p") == 0:  # to transformers the most probable token alone, which any share below its own leaves
+    if (
+        said.get("top_p") == 0
+    ):  # to transformers the most probable token alone, which any share below its own leaves
         said["top_p"] = float_info.min
     if "stop_strings" in said:
         said["stop"] = said.pop("stop_strings")
