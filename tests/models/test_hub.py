@@ -77,6 +77,36 @@ def test_transformers_opens_an_export_without_remote_code(transformers, model, t
     torch.testing.assert_close(other(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
 
 
+def test_a_prompt_begins_with_what_transformers_begins_it_with(transformers, gpt2, tmp_path):
+    """A template as Llama 3 has it, through import, a session and the way back."""
+    hf = folder_of(gpt2, tmp_path / "hf")
+    document = json.loads((hf / "tokenizer.json").read_text())
+    begin, text, other = (
+        {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
+        *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"),
+    )
+    document["post_processor"] = {
+        "type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, begin, other],
+        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [256], "tokens": [END_OF_TEXT]}},
+    }  # fmt: skip
+    (hf / "tokenizer.json").write_text(json.dumps(document))
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    for folder in (hf, tmp_path / "back"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with portlm.load(tmp_path / "checkpoint", "torch") as session:
+            for prompt in ("the", ""):
+                ids = theirs(prompt, return_tensors="pt")
+                expected = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[
+                    0
+                ].tolist()
+                found = session.generate(prompt, max_new_tokens=4, ignore_eos=True)
+                assert (found.prompt_tokens, ids["input_ids"][0, 0]) == (len(prompt) + 1, 256)
+                assert [*ids["input_ids"][0].tolist(), *found.token_ids][: len(expected)] == expected
+            assert list(session.score("the").token_ids) == theirs("the")["input_ids"]
+
+
 def test_an_export_without_tokenizer_config_still_opens_as_a_tokenizer(transformers, gpt2, tmp_path):
     folder_of(gpt2, tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "tokenizer_config.json").unlink()

@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 
-from portlm.data.python_topics import python_topics  # noqa: E402
-from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer  # noqa: E402
-from portlm.train.config import DataSettings  # noqa: E402
-from portlm.train.corpus import open_corpus  # noqa: E402
+from portlm.data.python_topics import python_topics
+from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer
+from portlm.train.config import DataSettings
+from portlm.train.corpus import open_corpus
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["a text", "shards"])
