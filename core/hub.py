@@ -32,7 +32,7 @@ from portlm.hub_files import (
     check_names,
     stored,
     unwrapped,
-    why_no_tokenizer,
+    usable_tokenizer,
 )
 from portlm.models import (
     CONFIG,
@@ -242,18 +242,10 @@ def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:
     """Copy the tokenizer's files if portlm can use them, without what would ask transformers to run code."""
-    from portlm.tokenizer import MAX_FILE_BYTES, Tokenizer
+    from portlm.tokenizer import MAX_FILE_BYTES
 
-    if not (src / TOKENIZER).exists():
-        notes.append(f"the checkpoint takes token ids only: {why_no_tokenizer(src)}")
+    if not usable_tokenizer(src, vocab_size, notes):
         return
-    try:
-        known = Tokenizer.load(src).vocab_size
-    except FormatError as error:
-        notes.append(f"the tokenizer was left out, so the checkpoint takes token ids only: {error}")
-        return
-    if known > vocab_size:
-        notes.append(f"the tokenizer has {known} tokens, but the model cannot read ids from {vocab_size} on")
     settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if (src / TOKENIZER_CONFIG).exists():
         settings = read_json(src / TOKENIZER_CONFIG, max_bytes=MAX_TEXT_BYTES)
