@@ -90,6 +90,7 @@ def run(out: Path, *, steps: int | None = None, progress: Progress = lambda mess
     text = _write_corpus(out)
     progress("train: tokenizer and model")
     result, metrics = _train(text, out / "run", steps)
+    reference = _score_of_the_reference(result.checkpoint)
     progress("export: ONNX, portable and fused")
     model = _export(result.checkpoint, out / "model")
     targets, missing = _available()
@@ -101,7 +102,9 @@ def run(out: Path, *, steps: int | None = None, progress: Progress = lambda mess
     figures = measure(model, targets, progress=progress, **BENCH)
     progress("write: one page of documentation")
     sample = _sample(model)
-    report = _report(result, metrics, certificate, figures, missing, sample, time.perf_counter() - begin)
+    report = _report(
+        result, metrics, reference, certificate, figures, missing, sample, time.perf_counter() - begin
+    )
     write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
     _page(out / "report.html", report, metrics)
     return report
@@ -157,6 +160,24 @@ def _train(text: Path, run: Path, steps: int | None) -> tuple[Any, list[dict[str
     return result, read_metrics(run / "metrics.jsonl")
 
 
+def _score_of_the_reference(checkpoint: Path) -> float:
+    """Bits per byte of the language reference's last tenth, which no version of the demonstration has trained on."""
+    import numpy as np
+    import torch
+
+    from portlm.data.python_topics import python_topics
+    from portlm.data.text import split_text
+    from portlm.models import load_model
+    from portlm.tokenizer import Tokenizer
+    from portlm.train.evaluation import HeldOut, evaluate
+
+    tokenizer, (before, text) = Tokenizer.load(checkpoint), split_text(python_topics(), HELD_OUT)
+    held_out = HeldOut(np.array(tokenizer.encode(text)), tokenizer.encode(before[-1])[-1], len(text.encode()))
+    found = evaluate(load_model(checkpoint), held_out, SETTINGS["data"]["batch_size"], torch.device("cpu"))
+    assert found is not None  # nothing stops it
+    return found.bits_per_byte
+
+
 def _export(checkpoint: Path, out: Path) -> Path:
     from portlm.compile.export import export
 
@@ -204,6 +225,7 @@ def _sample(model: Path) -> str:
 def _report(
     result: Any,
     metrics: list[dict[str, Any]],
+    reference: float,
     certificate: list[ParityRow],
     figures: dict[str, Any],
     missing: list[str],
@@ -239,6 +261,7 @@ def _report(
             "tokens_per_second": result.tokens_per_second,
             "val_bits_per_byte_start": evaluations[0]["bits_per_byte"],
             "val_bits_per_byte_end": evaluations[-1]["bits_per_byte"],
+            "reference_bits_per_byte": reference,
         },
         "engines": engines,
         "missing": missing,
@@ -263,6 +286,7 @@ def _page(path: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> 
         training=[
             ("held-out bits per byte, untrained", f"{train['val_bits_per_byte_start']:.3f}"),
             ("held-out bits per byte, trained", f"{train['val_bits_per_byte_end']:.3f}"),
+            ("of the language reference alone", f"{train['reference_bits_per_byte']:.3f}"),
             ("tokens learned from", f"{train['tokens']:,}"),
             ("tokens per second", f"{train['tokens_per_second']:,.0f}"),
         ],

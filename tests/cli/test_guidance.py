@@ -215,6 +215,7 @@ def test_tables_of_figures_fit_80_columns(verb, portlm, capsys, monkeypatch):
             "seconds": 1,
             "val_bits_per_byte_start": 8,
             "val_bits_per_byte_end": 2,
+            "reference_bits_per_byte": 2,
         }
         from pathlib import Path
 
