@@ -12,7 +12,8 @@ from portlm import tokenizer as module
 from portlm.data.python_topics import python_topics
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
-from portlm.tokenizer_file import SPLIT_PATTERNS, TokenizerFile, byte_level
+from portlm.tokenizer_file import TokenizerFile
+from portlm.tokenizer_steps import SPLIT_PATTERNS, byte_level
 
 LLAMA_SPLIT = next(iter(SPLIT_PATTERNS))
 SAMPLE = python_topics()[:30_000]
@@ -136,6 +137,20 @@ def test_a_text_of_many_pieces_equals_the_library_on_the_whole():
     pieces = list(BPE.encode_pieces(text))
     assert len(pieces) > 3
     assert [i for piece in pieces for i in piece] == BPE.encode(text)
+
+
+def test_text_without_spaces_is_encoded_in_pieces_that_a_signal_gets_between():
+    """Only a word of more than a million characters is cut where the cut may show."""
+    for text in ("ACGT" * 600_000, "漢" * 2_400_000):
+        pieces = list(module._cut(text))
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) == 2**20
+        assert max(sum(map(len, group)) for group in module._groups(pieces)) <= 2**20
+    lines = "漢字，漢字。\n" * 100_000
+    assert max(map(len, module._cut(lines))) < 2**17
+    assert all(piece.endswith("。\n") for piece in module._cut(lines))
+    shorter = "ACGT" * 250_000
+    assert list(module._cut(shorter)) == [shorter]
 
 
 @pytest.mark.parametrize("name", ["bpe", "llama 3", "smollm"])
