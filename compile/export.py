@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from portlm import __version__
+from portlm import __version__, generation_config
 from portlm.artifact import (
     FileEntry,
     Manifest,
@@ -93,6 +93,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     check_folder(source)
     check_source(source, COPIED)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
+    generation_config.read(source)  # and what no session would load
     weights = read_header(source / WEIGHTS)
     copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
     size = sum((source / name).stat().st_size for name in copied)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from portlm import generation_config
 from portlm.artifact import check_source
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import atomic_file, open_regular, parse_json, read_json, shown, write_atomic
@@ -47,24 +48,6 @@ from portlm.models import (
     write_json,
 )
 from portlm.weights import read_header, save_tensors
-
-# What sampling needs. Other keys are dropped: some of them name code or files to load.
-_GENERATION_KEYS = {
-    "_from_model_config",
-    "bos_token_id",
-    "do_sample",
-    "eos_token_id",
-    "max_length",
-    "max_new_tokens",
-    "min_p",
-    "pad_token_id",
-    "repetition_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "transformers_version",
-}
-_UNNEEDED_GENERATION_KEYS = {"output_attentions", "output_hidden_states", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -253,23 +236,9 @@ def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
     data = read_json(src / GENERATION_CONFIG, max_bytes=MAX_TEXT_BYTES)
     if not isinstance(data, dict):
         raise FormatError(f"{src / GENERATION_CONFIG} must hold a JSON object")
-    kept = {key: value for key, value in data.items() if key in _GENERATION_KEYS and _is_plain(value)}
-    left = sorted(data.keys() - kept.keys() - _UNNEEDED_GENERATION_KEYS)
-    if left:
-        notes.append(
-            f"{GENERATION_CONFIG}: {', '.join(map(shown, left[:8]))} left out, portlm does not use them"
-        )
-    write_json(folder / GENERATION_CONFIG, kept)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list):
-        return len(value) <= 1024 and all(type(item) is int for item in value)
-    return (
-        value is None
-        or isinstance(value, bool | int | float)
-        or (isinstance(value, str) and len(value) <= 64)
-    )
+    said = generation_config.parse(data)
+    notes += said.notes()
+    write_json(folder / GENERATION_CONFIG, said.kept)
 
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:

@@ -8,6 +8,7 @@ measured eight times slower, and more. A short spin costs nothing measurable on 
 import os
 
 SPIN_COUNT = "2000"
+MOST_THREADS = 4096  # that a user may ask for
 
 
 def bound_spinning() -> None:

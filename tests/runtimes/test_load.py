@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import portlm
@@ -18,6 +19,7 @@ from portlm.errors import (
 )
 from portlm.flows.load import load
 from portlm.runtimes import engine_class
+from portlm.tokenizer import byte_tokenizer
 
 needs_ort = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing: pip install portlm[onnx]"
@@ -116,6 +118,12 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
         ({"threads": 0}, "threads must be"),
         ({"threads": 1.0}, "threads must be"),
         ({"threads": True}, "threads must be"),
+        ({"threads": 10**9}, "threads must be a whole number from 1 to 4096"),
+        ({"threads": 2**99}, "threads must be"),
+        ({"engine": None}, "no engine None"),
+        ({"device": ["cpu"]}, "no device"),
+        ({"profile": np.array(["auto"])}, "no profile an array"),
+        ({"allow_fallback": "no"}, "allow_fallback must be True or False"),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(options, words, artifacts):
@@ -194,6 +202,19 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path):
         load(tmp_path / "file", "null")
 
 
+@pytest.mark.parametrize("path", [None, 5, b"model", ["model"], object()], ids=repr)
+def test_a_folder_of_another_type_is_an_error(path):
+    with pytest.raises(UsageError, match="the folder of a model must be a str or a Path"):
+        load(path, "null")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", ""], ids=["long", "null", "empty"])
+def test_a_folder_that_cannot_be_is_an_error(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FormatError):
+        load(path, "null")
+
+
 @pytest.mark.parametrize("config", ["[]", '{"vocab_size": 0, "n_positions": 8}', '{"vocab_size": 300}'])
 def test_sizes_that_cannot_be_are_an_error(checkpoints, tmp_path, config):
     (tmp_path / "config.json").write_text(config)
@@ -202,20 +223,64 @@ def test_sizes_that_cannot_be_are_an_error(checkpoints, tmp_path, config):
         load(tmp_path, "null")
 
 
-def test_a_model_without_a_tokenizer_takes_token_ids_only(checkpoints, tmp_path):
-    shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
-    with load(tmp_path, "null") as session:
-        answer = session.generate([[1, 2, 3]], max_new_tokens=4)[0]
+@pytest.fixture
+def without_text(checkpoints, tmp_path):
+    """Function: content of tokenizer.json -> a folder that the null engine runs, with that tokenizer."""
+
+    def make(tokenizer=None):
+        shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
+        if tokenizer is not None:
+            (tmp_path / "tokenizer.json").write_text(tokenizer)
+        return tmp_path
+
+    return make
+
+
+OTHER_KIND = json.dumps({"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "why"),
+    [
+        (None, r"this model has no tokenizer \(portlm uses byte-level BPE"),
+        (OTHER_KIND, r"this model's tokenizer cannot be used: .*tokenizer\.json"),
+        ("{", r"this model's tokenizer cannot be used: .*tokenizer\.json"),
+        (
+            "larger",
+            "this model's tokenizer cannot be used: the tokenizer has 258 tokens and the model 257",
+        ),
+    ],
+    ids=["none", "of another kind", "damaged", "larger"],
+)
+def test_a_model_without_a_tokenizer_that_fits_takes_token_ids_and_says_why_no_text(
+    without_text, tokenizer, why
+):
+    folder = without_text(tokenizer if tokenizer != "larger" else None)
+    if tokenizer == "larger":
+        byte_tokenizer("<|endoftext|>").save(folder)
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["added_tokens"].append(
+            {**content["added_tokens"][0], "id": 257, "content": "more", "special": False}
+        )
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    with load(folder, "null") as session:
+        answer = session.generate([1, 2, 3], max_new_tokens=4)
         assert (answer.token_ids, answer.text) == ((4, 5, 6, 7), "")
-        assert list(session.stream([1], max_new_tokens=4)) == []
-        assert session.score([[1, 2, 3]])[0].greedy == (True, True)
+        stream = session.stream([1], max_new_tokens=4)
+        assert list(stream.ids()) == [2, 3, 4, 5]
+        assert stream.generation.token_ids == (2, 3, 4, 5)
+        assert session.score([1, 2, 3]).greedy == (True, True)
         with pytest.raises(
-            UsageError, match="no tokenizer, so it writes no text that a stop string could be in"
+            UsageError, match=f"^{why}.*, so it writes no text that a stop string could be in$"
         ):
-            session.generate([[1, 2, 3]], stop="x")
+            session.generate([1, 2, 3], stop="x")
         for text in ("abc", ""):
-            with pytest.raises(UsageError, match="has no tokenizer: give lists of token ids"):
+            with pytest.raises(
+                UsageError, match=f"^{why}.*: give token ids: a list of them, or --ids on the command"
+            ):
                 session.generate(text)
+        with pytest.raises(UsageError, match=f"^{why}.*; a stream has them in ids"):
+            next(session.stream([1], max_new_tokens=4))
 
 
 @pytest.mark.parametrize(
