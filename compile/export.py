@@ -91,11 +91,11 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
     check_folder(source)
-    check_source(source, COPIED)
+    copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
+    check_source(source, copied)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     generation_config.read(source)  # and what no session would load
     weights = read_header(source / WEIGHTS)
-    copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
     size = sum((source / name).stat().st_size for name in copied)
     size += sum(math.prod(info.shape) * 4 for info in weights.values())
 

@@ -18,7 +18,7 @@ import numpy as np
 from portlm import generation_config
 from portlm.artifact import check_source
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import atomic_file, open_regular, parse_json, read_json, shown, write_atomic
+from portlm.files import atomic_file, open_regular, parse_json, read_bytes, read_json, shown, write_atomic
 from portlm.folders import new_folder
 from portlm.hub_files import (
     INDEX,
@@ -30,7 +30,6 @@ from portlm.hub_files import (
     cards,
     check_folder,
     check_names,
-    read_bounded,
     stored,
     unwrapped,
     usable_tokenizer,
@@ -254,11 +253,11 @@ def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) 
             raise FormatError(f"{src / TOKENIZER_CONFIG} must hold a JSON object")
     if settings.pop("auto_map", None) is not None:
         notes.append(f"{TOKENIZER_CONFIG}: auto_map left out, portlm never runs code from a model folder")
-    write_atomic(folder / TOKENIZER, read_bounded(src / TOKENIZER, MAX_FILE_BYTES))
+    write_atomic(folder / TOKENIZER, read_bytes(src / TOKENIZER, MAX_FILE_BYTES))
     write_json(folder / TOKENIZER_CONFIG, settings)
     for name in TOKENIZER_EXTRAS:
         if (src / name).exists():
-            raw = read_bounded(src / name, MAX_TEXT_BYTES)
+            raw = read_bytes(src / name, MAX_TEXT_BYTES)
             if name.endswith(".json"):
                 parse_json(raw, str(src / name))
             write_atomic(folder / name, raw)
@@ -268,7 +267,7 @@ def _copy_cards(src: Path, folder: Path, notes: list[str]) -> None:
     """Copy model card and licence files: whoever passes the weights on has to pass those on as well."""
     for name in cards(src):
         try:
-            write_atomic(folder / name, read_bounded(src / name, MAX_TEXT_BYTES))
+            write_atomic(folder / name, read_bytes(src / name, MAX_TEXT_BYTES))
         except FormatError as error:
             notes.append(f"{name} was left out: {error}")
 

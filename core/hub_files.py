@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from portlm.errors import FormatError
-from portlm.files import open_regular, read_json, safe_join, shown
+from portlm.files import read_json, safe_join, shown
 from portlm.models import CONFIG, GENERATION_CONFIG, WEIGHTS
 from portlm.weights import TensorInfo, read_header
 
@@ -129,16 +129,16 @@ def cards(folder: Path) -> list[str]:
     Raises:
         FormatError: As :func:`find`.
     """
-    names = [name for name in _names(folder) if _CARD.fullmatch(name) and not (folder / name).is_dir()]
-    return [find(folder, name).name for name in names]
+    places = (folder / name for name in _names(folder) if _CARD.fullmatch(name))
+    return [find(folder, place.name).name for place in places if place.is_symlink() or not place.is_dir()]
 
 
 def why_no_tokenizer(folder: Path) -> str:
     """Say what a folder without tokenizer.json has instead, and what would help."""
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return (
-            f"there is no {TOKENIZER}; AutoTokenizer.from_pretrained(folder).save_pretrained(folder) in transformers "
-            "makes it of vocab.json and merges.txt, for another import"
+            f"there is no {TOKENIZER}; GPT2Tokenizer.from_pretrained(folder).save_pretrained(new_folder) in "
+            "transformers makes it of vocab.json and merges.txt: put it beside them and import again"
         )
     if (folder / "tokenizer.model").exists():
         return f"there is no {TOKENIZER}, and portlm does not read tokenizer.model"
@@ -169,19 +169,6 @@ def usable_tokenizer(folder: Path, vocab_size: int, notes: list[str]) -> bool:
     return True
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Return a file's bytes.
-
-    Raises:
-        FormatError: It is longer than ``limit`` bytes, or no regular file.
-    """
-    with open_regular(path) as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise FormatError(f"{path} is larger than the {limit} bytes allowed for it")
-    return raw
-
-
 def _is_cached(folder: Path, name: str) -> bool:
     """Tell whether a name is a link of the hub's cache: snapshots/<revision>/<name> to blobs/<digest>."""
     if Path(name).name != name or name in ("", ".."):
@@ -194,7 +181,10 @@ def _is_cached(folder: Path, name: str) -> bool:
     blobs = next((above.parent / "blobs" for above in here.parents if above.name == "snapshots"), None)
     if blobs is None or blobs.is_symlink() or os.path.realpath(here / link.parent) != str(blobs):
         return False
-    safe_join(blobs, link.name)  # which must be a file, not another link
+    if not safe_join(blobs, link.name).exists():  # and it must be a file, not another link
+        raise FormatError(
+            f"{folder}: {shown(name)} leads to a file that the hub's cache lacks: download it again"
+        )
     return True
 
 

@@ -56,7 +56,8 @@ def load(
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
             that can be compiled here.
         allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
-        threads: of the CPU, at most 4096; None for one per core.
+        threads: of the CPU, for every call, at most 4096; None for one per core, or one alone while others keep the
+            cores busy.
 
     Raises:
         UsageError: an unknown engine, device or profile, or one that the folder was not exported for.
