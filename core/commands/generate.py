@@ -65,7 +65,7 @@ MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by 
 @click.option(
     "--stream/--no-stream", default=True, help="Print text as it comes, or at the end (default: as it comes)."
 )
-@click.option("--threads", type=int, help="CPU threads (default: one per core).")
+@click.option("--threads", type=int, help="CPU threads (default: what suits each step).")
 @click.option("--allow-fallback", is_flag=True, help="Let the CPU run what the device cannot.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def command(

@@ -54,7 +54,8 @@ def load(
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
             that can be compiled here.
         allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
-        threads: of the CPU, for every call; None for one per core, or one alone while others keep the cores busy.
+        threads: of the CPU, from 1 to 4096; None for one per core, and for steps of few tokens one alone while other
+            programs keep the cores busy.
 
     Raises:
         UsageError: an unknown engine, device or profile, or one that the folder was not exported for.
@@ -62,9 +63,9 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
+    from portlm.arguments import whole
     from portlm.compile.isolated import ensure_checked
     from portlm.engine import PROFILES, OpenRequest
-    from portlm.files import shown
     from portlm.runtimes import engine_class
     from portlm.runtimes.no_tokenizer import NoTokenizer
     from portlm.runtimes.session import Session
@@ -74,8 +75,8 @@ def load(
     _one_of("engine", engine, ("auto", *ENGINES))
     _one_of("device", device, ("auto", *DEVICES))
     _one_of("profile", profile, PROFILES)
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
-        raise UsageError(f"threads must be a whole number from 1 to {MOST_THREADS}, got {shown(threads)}")
+    if threads is not None:
+        threads = whole("threads", threads, 1, MOST_THREADS)
     folder = Path(path)
     manifest = _manifest(folder)
     if engine == "auto":
