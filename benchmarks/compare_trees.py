@@ -76,12 +76,14 @@ class Worker:
 
     def decode(self, prompt: int, tokens: int) -> dict[str, Any]:
         """Seconds per token behind a prompt, one row."""
-        stats = self.session.generate([range_ids(prompt)], max_new_tokens=tokens, ignore_eos=True)[0].stats
+        options: Any = {"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
+        stats = self.session.generate([range_ids(prompt)], **options)[0].stats
         return {"seconds": stats.decode_seconds / (tokens - 1)}
 
     def prefill(self, prompt: int) -> dict[str, Any]:
         """Seconds to the first token of a prompt."""
-        stats = self.session.generate([range_ids(prompt)], max_new_tokens=1, ignore_eos=True)[0].stats
+        options: Any = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        stats = self.session.generate([range_ids(prompt)], **options)[0].stats
         return {"seconds": stats.prefill_seconds}
 
     def ragged(self, lengths: list[int], new: list[int]) -> dict[str, Any]:

@@ -327,7 +327,9 @@ class InputCheck:
             limit = self.context_length
         else:
             limit = 2 if kind == "flag" else sizes.get("sequence", 1)
-        array = np.asarray(array)  # a mask over an array would hide numbers from the check, and not from the engine
+        array = np.asarray(
+            array
+        )  # a mask over an array would hide numbers from the check, and not from the engine
         if array.view(UNSIGNED[array.itemsize]).max() >= limit:  # a negative number is a huge one there
             raise UsageError(f"{name} must be from 0 to {limit - 1}, got {array.min()} to {array.max()}")
 

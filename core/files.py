@@ -21,6 +21,7 @@ from typing import Any
 from portlm.errors import FormatError, StorageError
 
 MAX_JSON_BYTES = 16 * 2**20
+MAX_JSON_VALUES = 2**20  # each takes some hundred bytes of memory, and a file may have one in three bytes
 MAX_NAME_BYTES = 255  # of a relative name that was read from a file
 
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
@@ -226,25 +227,32 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     return raw
 
 
-def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> object:
+def read_json(
+    path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX_JSON_VALUES
+) -> object:
     """Read a JSON file strictly: UTF-8, bounded, without duplicate keys, NaN, infinities or lone surrogates.
 
     Raises:
-        FormatError: the file is missing, larger than `max_bytes`, or not such JSON.
+        FormatError: the file is missing, larger than `max_bytes`, holds more than `max_values`, or is not such JSON.
     """
-    return parse_json(read_bytes(path, max_bytes), str(path))
+    return parse_json(read_bytes(path, max_bytes), str(path), max_values)
 
 
-def parse_json(raw: bytes, name: str) -> Any:
+def parse_json(raw: bytes, name: str, max_values: int = MAX_JSON_VALUES) -> Any:
     """Parse JSON as strictly as `read_json` does.
 
     Args:
         raw: UTF-8 text.
         name: what to call it in an error.
+        max_values: a limit for its commas, braces and brackets, which are counted before anything is made of them.
 
     Raises:
         FormatError: anything but plain JSON with one meaning.
     """
+    if (
+        sum(map(raw.count, (b",", b"{", b"["))) > max_values
+    ):  # a value comes after one of them, or is the whole
+        raise FormatError(f"{name} holds more than the {max_values} JSON values allowed for it")
     try:
         value = json.loads(
             raw.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant

@@ -1,7 +1,7 @@
 """The settings of generation: what each may be, and what a checkpoint's generation_config.json says of them.
 
-The file is read as transformers (5.x) reads it: null says nothing; temperature counts only with do_sample, which without
-top_k samples among 50 tokens; the others count always, as far as what is done reads them.
+The file is read as transformers (5.x) reads it: null says nothing; temperature counts only with do_sample, which
+without top_k samples among 50 tokens; the others count always, as far as what is done reads them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ def check_stops(name: str, stop: Any) -> tuple[str, ...]:
         UsageError: one is empty, longer than 256 bytes or no text, or there are more than 16.
     """
     if not isinstance(stop, str | Sequence) or isinstance(stop, bytes | bytearray):
-        raise UsageError(f"{name} must be a text or a list of them (of none for none), got {shown(stop)}")
+        raise UsageError(f"{name} must be a text or a list of them, an empty one for none, got {shown(stop)}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
         raise UsageError(f"at most {MAX_STOPS} stop strings are possible, got {len(stops)}")
@@ -43,7 +43,9 @@ def check_stops(name: str, stop: Any) -> tuple[str, ...]:
         if not isinstance(text, str) or not text:
             raise UsageError(f"a stop string must be text of at least one character, got {shown(text)}")
         if len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
-            raise UsageError(f"a stop string may have {MAX_STOP_BYTES} bytes, this one has more: {shown(text)}")
+            raise UsageError(
+                f"a stop string may have {MAX_STOP_BYTES} bytes, this one has more: {shown(text)}"
+            )
     return stops
 
 
@@ -84,13 +86,14 @@ _SAID_AGAIN = ("_from_model_config", "transformers_version")  # of no effect her
 
 # Keys that change how transformers works, or what it returns beside the tokens, not the tokens.
 _WITHOUT_EFFECT = {
-    "_commit_hash", "_from_model_config", "_original_object_hash", "assistant_confidence_threshold", "assistant_early_exit",
-    "assistant_ensemble_weight", "assistant_lookbehind", "cache_config", "cache_implementation", "compile_config",
-    "continuous_batching_config", "disable_compile", "is_assistant", "low_memory", "max_cache_len",
-    "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions",
-    "output_hidden_states", "output_logits", "output_scores", "prefill_chunk_size", "prompt_lookup_num_tokens",
-    "return_dict_in_generate", "return_legacy_cache", "speculation_type", "target_lookbehind", "transformers_version",
-    "use_cache", "use_mtp",
+    "_commit_hash", "_from_model_config", "_original_object_hash", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_ensemble_weight", "assistant_lookbehind", "cache_config",
+    "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile", "is_assistant",
+    "low_memory", "max_cache_len", "max_matching_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states", "output_logits",
+    "output_scores", "prefill_chunk_size", "prompt_lookup_num_tokens", "return_dict_in_generate",
+    "return_legacy_cache", "speculation_type", "target_lookbehind", "transformers_version", "use_cache",
+    "use_mtp",
 }  # fmt: skip
 # Values of unused keys that ask for nothing; null and false never do.
 _NEUTRAL = {
@@ -187,7 +190,9 @@ def _options(said: dict[str, Any]) -> dict[str, Any]:
         said = {"temperature": 1.0, "top_k": SAMPLED_TOP_K, **said}
     else:
         said.pop("temperature", None)
-    if said.get("top_p") == 0:  # to transformers the most probable token alone, which any share below its own leaves
+    if (
+        said.get("top_p") == 0
+    ):  # to transformers the most probable token alone, which any share below its own leaves
         said["top_p"] = float_info.min
     if "stop_strings" in said:
         said["stop"] = said.pop("stop_strings")

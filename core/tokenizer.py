@@ -1,8 +1,10 @@
 """Text to token ids and back: byte-level BPE, and plain bytes.
 
-Bytes in are bytes out, for any input. Every byte has a token, so there is no unknown token, no normalisation
-and no added space; bytes that are not valid UTF-8 become their byte tokens. Text never becomes a control
-token such as <|endoftext|>, however it is spelled, unless the caller asks for that.
+Bytes in are bytes out. There is no unknown token and no normalisation; bytes that are not valid UTF-8 become their
+byte tokens. In a tokenizer made here every byte has a token; a byte that has none in a file from elsewhere is an error
+when a text holds it. Such a file may also put a space before a text, as its `add_prefix_space` says. Text never becomes
+a control token such as <|endoftext|>, however it is spelled, unless the caller asks for that; what the file's template
+puts around a text (the token that begins one) is put there by `encode`.
 
 The merging is done by the `tokenizers` library, after the scheme of Radford et al. ("Language Models are
 Unsupervised Multitask Learners", 2019; BPE from Sennrich et al., arXiv 1508.07909). A saved tokenizer.json
@@ -15,36 +17,36 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from portlm.bpe_merges import learn_merges
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import read_json, shown, write_atomic
+from portlm.text_pieces import cut, groups, segments
 from portlm.tokenizer_file import (
     BYTE_TO_CHAR,
     MAX_FILE_BYTES,
+    MAX_FILE_VALUES,
     MAX_VOCAB,
     TokenizerFile,
-    byte_level,
     parse,
 )
+from portlm.tokenizer_steps import INSTEAD, byte_level, ids_around
 
 if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_CONFIG_BYTES = 2**20
-MAX_LEARNED_CHARS = 128  # longest token that training makes: runs of one character would grow for ever
 
-_PIECE_CHARS = 2**16  # the library's working memory is some hundred bytes per token
-_PIECES_AT_ONCE = 16  # encoded in parallel
-# Every supported way to cut words cuts here, whatever stands before and after: before a space that follows a
-# visible character, and before a newline that follows a letter or digit. So the pieces give the whole's ids.
-_CUT = re.compile(r"[!-~](?= )|[0-9A-Za-z](?=\n)")
-_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
+# transformers makes the byte level of these classes anew, with a space before the text if tokenizer_config.json asks.
+_SPACE_FROM_CONFIG = {"GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"}
+_NO_TEMPLATE = {"GPTNeoXTokenizer"}  # and the template of this one, without any control token
 
 
 class Tokenizer:
@@ -55,14 +57,18 @@ class Tokenizer:
         special: the control tokens and their ids.
         eos_id: the id that ends a text, or None.
         bos_id: the id that begins a text, or None.
+        begin_ids: what the file's template puts before a text, often the token that begins one.
+        end_ids: what it puts after a text.
     """
 
     def __init__(self, file: TokenizerFile, eos: str | None = None, bos: str | None = None):
         self._file = file
         self._tokens = file.tokens()
-        self._ids_of_byte = [file.vocab[char] for char in BYTE_TO_CHAR]
+        self._ids_of_byte = [file.vocab.get(char) for char in BYTE_TO_CHAR]
+        missing = bytes(byte for byte, index in enumerate(self._ids_of_byte) if index is None)
+        self._without_token = re.compile(b"[" + re.escape(missing) + b"]") if missing else None
         # Without merges an id is a byte, and the library is not needed.
-        plain_bytes = not file.merges and not file.ignore_merges
+        plain_bytes = not file.merges and not file.ignore_merges and not file.prefixed
         self._library: tokenizers.Tokenizer | None = None if plain_bytes else _build(file)
         self._added = _splitter(file.added)
         self._added_and_special = _splitter(file.added | file.special)
@@ -72,13 +78,15 @@ class Tokenizer:
         self._control = frozenset(file.special.values())
         self.eos_id = None if eos is None else file.special[eos]
         self.bos_id = None if bos is None else file.special[bos]
+        self.begin_ids, self.end_ids = ids_around(file.post_processor, file.special)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Open a tokenizer.json, or a folder that holds one, after checking all of it.
 
-        A tokenizer_config.json beside it names the tokens that begin and end a text; nothing else in it is
-        read. Without one, <|endoftext|> ends a text if it is a control token.
+        A tokenizer_config.json beside it names the tokens that begin and end a text, and may say whether a space is put
+        before a text, for the classes where transformers asks it; nothing else in it is read. Without one,
+        <|endoftext|> ends a text if it is a control token.
 
         Raises:
             FormatError: a file is missing, malformed, contradictory, or no byte-level BPE.
@@ -86,9 +94,39 @@ class Tokenizer:
         file = Path(path)
         if file.is_dir():
             file = file / "tokenizer.json"
-        checked = parse(read_json(file, MAX_FILE_BYTES), str(file))
-        eos, bos = _special_roles(file.with_name("tokenizer_config.json"), checked.special)
-        return cls(checked, eos, bos)
+        checked = parse(read_json(file, MAX_FILE_BYTES, MAX_FILE_VALUES), str(file))
+        beside = file.with_name("tokenizer_config.json")
+        config = _config(beside) if beside.exists() else {}
+        eos, bos = _special_roles(config, checked.special, beside)
+        return cls(_as_transformers(checked, config, beside), eos, bos)
+
+    def without_template(self) -> "Tokenizer":
+        """Return the same tokenizer, which puts nothing around a text."""
+        return Tokenizer(replace(self._file, post_processor=None), self._eos, self._bos)
+
+    def within(self, vocab_size: int) -> "Tokenizer":
+        """Return the tokenizer of a model with this many ids, without the control tokens that the model lacks.
+
+        A control token, often [PAD], is easily added to a tokenizer alone, and text never becomes one.
+
+        Raises:
+            FormatError: the model lacks a token that text, or what is put around it, becomes.
+        """
+        if self.vocab_size <= vocab_size:
+            return self
+        special = {name: index for name, index in self.special.items() if index < vocab_size}
+        lost = len(self.special) - len(special)
+        if lost < self.vocab_size - vocab_size or max([*self.begin_ids, *self.end_ids, 0]) >= vocab_size:
+            raise FormatError(
+                f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}, and text becomes some of the "
+                f"others, so they do not belong together: {INSTEAD}"
+            )
+        vocab = {entry: index for entry, index in self._file.vocab.items() if index < vocab_size}
+        file = parse(
+            replace(self._file, vocab=vocab, special=special).document(), "the tokenizer of the model"
+        )
+        eos, bos = (name if name in special else None for name in (self._eos, self._bos))
+        return Tokenizer(file, eos, bos)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder, created when missing.
@@ -129,36 +167,43 @@ class Tokenizer:
         """
         return self.decode_bytes([token])
 
-    def encode(self, text: str | bytes, special: bool = False) -> list[int]:
-        """Turn text or any bytes into ids.
+    def encode(self, text: str | bytes, special: bool = False, add_special_tokens: bool = True) -> list[int]:
+        """Turn text or any bytes into ids, as transformers does by default.
 
         In a str, the lone surrogates U+DC80 to U+DCFF stand for the bytes 0x80 to 0xFF, as in Python's own
         file names and arguments (PEP 383's "surrogateescape"). Any other half of a surrogate pair is an
         error.
 
         Args:
-            text: what to encode; "" gives [].
+            text: what to encode; "" gives `begin_ids` and `end_ids`, for most files [].
             special: let the names of control tokens in the text become control tokens. Never for a user's
                 text.
+            add_special_tokens: put `begin_ids` before the text and `end_ids` after it.
 
         Raises:
-            UsageError: the str holds a lone surrogate that stands for no byte.
+            UsageError: the str holds a lone surrogate that stands for no byte, or the text a byte that has no token.
         """
-        ids: list[int] = []
+        ids = list(self.begin_ids) if add_special_tokens else []
         for piece in self.encode_pieces(text, special):
             ids += piece
-        return ids
+        return ids + self.end_ids if add_special_tokens else ids
 
-    def encode_batch(self, texts: Iterable[str | bytes], special: bool = False) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Iterable[str | bytes], special: bool = False, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Encode several texts, each as `encode` does."""
-        return [self.encode(text, special) for text in texts]
+        return [self.encode(text, special, add_special_tokens) for text in texts]
 
     def encode_pieces(self, text: str | bytes, special: bool = False) -> Iterator[list[int]]:
-        """Yield the ids of `encode` piece by piece, so that a large text's ids need not fit into memory."""
+        """Yield ids piece by piece, so that a large text's ids need not fit into memory.
+
+        They are those of `encode` without what is put around a text: what a model is trained on. A word of more than a
+        million characters is cut, since it would take that much memory.
+        """
         added = self._added_and_special if special else self._added
-        for segment in _segments(text):
+        for segment in segments(text):
             if isinstance(segment, bytes):
-                yield [self._ids_of_byte[byte] for byte in segment]
+                yield self._encode_bytes(segment)
                 continue
             for i, part in enumerate([segment] if added is None else added.split(segment)):
                 if i % 2:  # what the pattern captured
@@ -166,16 +211,33 @@ class Tokenizer:
                 elif part:
                     yield from self._encode_plain(part)
 
+    def _encode_bytes(self, raw: bytes) -> list[int]:
+        """Encode bytes one by one."""
+        ids = [index for index in map(self._ids_of_byte.__getitem__, raw) if index is not None]
+        if len(ids) < len(raw):
+            self._refuse(raw)
+        return ids
+
     def _encode_plain(self, text: str) -> Iterator[list[int]]:
         """Encode valid Unicode without added tokens."""
         if self._library is None:
-            yield [self._ids_of_byte[byte] for byte in text.encode()]
+            yield self._encode_bytes(text.encode())
             return
-        pieces = list(_cut(text))
-        for start in range(0, len(pieces), _PIECES_AT_ONCE):
-            group = pieces[start : start + _PIECES_AT_ONCE]
+        if self._without_token is not None:  # the library would leave such a byte out, without a word
+            self._refuse(text.encode())
+        for group in groups(cut(text, self._file.prefixed)):
             for encoding in self._library.encode_batch_fast(group, add_special_tokens=False):
                 yield encoding.ids
+
+    def _refuse(self, raw: bytes) -> None:
+        """Raise UsageError if there is a byte without a token."""
+        found = None if self._without_token is None else self._without_token.search(raw)
+        if found is not None:
+            near = raw[max(found.start() - 12, 0) : found.end() + 12].decode(errors="replace")
+            raise UsageError(
+                f"this tokenizer has no token for the byte 0x{found[0][0]:02x}, which the text holds near {near!a}: "
+                "take it out of the text"
+            )
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> bytes:
         """Return the bytes that ids stand for.
@@ -259,7 +321,7 @@ def train_bpe(
     """Learn byte-level BPE. The same texts give the same tokenizer.
 
     Ids 0 to 255 are the bytes, then come the merged tokens in the order they were learned, and the control
-    token last.
+    token last. It is learned in a process of its own, so that Ctrl-C ends it.
 
     Args:
         texts: what to learn from.
@@ -269,27 +331,16 @@ def train_bpe(
 
     Raises:
         UsageError: the vocabulary is too small for the bytes, or larger than the texts support.
+        PortlmError: the process that learns died, for example of too little memory.
     """
-    import tokenizers
-
     smallest = 256 + (eos is not None)
     if not smallest <= vocab_size <= MAX_VOCAB:
         raise UsageError(
             f"a vocabulary of {vocab_size} tokens is not possible: give {smallest} to {MAX_VOCAB}"
         )
-    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - (eos is not None),
-        min_frequency=min_frequency,
-        show_progress=False,
-        special_tokens=[],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=MAX_LEARNED_CHARS,
-    )
-    learner.train_from_iterator(_training_pieces([texts] if isinstance(texts, str) else texts), trainer)
+    pieces = _training_pieces([texts] if isinstance(texts, str) else texts)
+    merges = learn_merges(pieces, vocab_size - (eos is not None), min_frequency)
     vocab = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
     found = len(vocab) + (eos is not None)
@@ -332,44 +383,6 @@ def _splitter(tokens: dict[str, int]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=lambda t: (-len(t), t)))})")
 
 
-def _segments(text: str | bytes) -> Iterator[str | bytes]:
-    """Cut input into valid Unicode (str) and what is not UTF-8 (bytes)."""
-    if isinstance(text, str):
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:
-            try:
-                raw = text.encode("utf-8", "surrogateescape")
-            except UnicodeEncodeError as error:
-                raise UsageError(
-                    f"character {error.start} of the text is {text[error.start]!a}, half of a surrogate pair: "
-                    "no bytes can hold it"
-                ) from error
-        else:
-            yield text
-            return
-    else:
-        raw = bytes(text)
-    # Valid UTF-8 never decodes to a surrogate, so surrogates mark exactly the bytes that are not.
-    for segment in _NOT_UTF8.split(raw.decode("utf-8", "surrogateescape")):
-        if _NOT_UTF8.match(segment):
-            yield segment.encode("utf-8", "surrogateescape")
-        elif segment:
-            yield segment
-
-
-def _cut(text: str) -> Iterator[str]:
-    """Cut a long text where the cut does not show."""
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        found = _CUT.search(text, start + _PIECE_CHARS - 1)
-        if found is None:
-            break
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:]
-
-
 def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
     """Yield texts in pieces that count the same as the whole."""
     for text in texts:
@@ -379,16 +392,34 @@ def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
             raise UsageError(
                 f"character {error.start} of a training text is half of a surrogate pair"
             ) from error
-        yield from _cut(text)
+        yield from cut(text)
 
 
-def _special_roles(path: Path, special: dict[str, int]) -> tuple[str | None, str | None]:
-    """Return the names of the tokens that end and begin a text."""
-    if not path.exists():
-        return (END_OF_TEXT if END_OF_TEXT in special else None), None
+def _config(path: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json."""
     config = read_json(path, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise FormatError(f"{path} is not a JSON object")
+    return config
+
+
+def _as_transformers(file: TokenizerFile, config: dict[str, Any], path: Path) -> TokenizerFile:
+    """Change what transformers does not take from tokenizer.json, for the class that tokenizer_config.json names."""
+    kind, space = config.get("tokenizer_class"), config.get("add_prefix_space")
+    if not isinstance(kind, str | None) or not isinstance(space, bool | None):
+        raise FormatError(f"{path}: tokenizer_class must be text, add_prefix_space true or false")
+    kind = None if kind is None else kind.removesuffix("Fast")
+    if kind in _SPACE_FROM_CONFIG:
+        file = file.with_prefix_space(bool(space))
+    elif kind is None and space is not None:
+        file = file.with_prefix_space(space)
+    return replace(file, post_processor=None) if kind in _NO_TEMPLATE else file
+
+
+def _special_roles(
+    config: dict[str, Any], special: dict[str, int], path: Path
+) -> tuple[str | None, str | None]:
+    """Return the names of the tokens that end and begin a text."""
     roles: list[str | None] = []
     for key in ("eos_token", "bos_token"):
         value = config.get(key)

@@ -4,30 +4,38 @@ The Rust library that runs these files trusts them: a merge longer than any toke
 missing token makes it panic. So nothing of a file reaches it unread. Every part is checked here against a
 list of what is allowed, and written anew from the checked values.
 
-What is allowed is what keeps two promises: every byte string encodes and decodes to itself (all 256 byte
-tokens exist, nothing rewrites the text), and text alone never becomes a control token (no merge leads to
-one). That covers byte-level BPE as it is published today and what portlm trains (docs/tokenizer.md names files).
-SentencePiece files normalise spaces and are refused.
+What is allowed is what keeps two promises: a text's bytes become tokens that stand for exactly these bytes (nothing
+rewrites the text; a file may add one space before it, and says so), and text alone never becomes a control token (no
+merge leads to one). That covers byte-level BPE as it is published today and what portlm trains (docs/tokenizer.md
+names files). Files of another kind are refused by their name; the model can still be given token ids.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from portlm.errors import FormatError
 from portlm.files import shown
+from portlm.tokenizer_steps import (
+    BYTE_LEVEL_KEYS,
+    INSTEAD,
+    byte_level,
+    check_normalizer,
+    check_post_processor,
+    check_pre_tokenizer,
+    fields,
+    flag,
+    kinds_of,
+    steps_of,
+)
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_VOCAB = 2**20
 MAX_TOKEN_CHARS = 4096
 MAX_ADDED = 1024  # each is looked for at every position of a text
 MAX_ADDED_BYTES = 256
-
-# Splitting patterns by name, since an arbitrary one could backtrack for ever.
-SPLIT_PATTERNS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "cl100k_base"
-}
+# Of JSON: an entry of the vocabulary is one, a merge written as a pair is three, and some lie inside the tokens.
+MAX_FILE_VALUES = 5 * MAX_VOCAB
 
 _TOP_KEYS = {
     "version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor",
@@ -37,8 +45,12 @@ _MODEL_KEYS = {
     "type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
     "byte_fallback", "ignore_merges", "vocab", "merges",
 }  # fmt: skip
+_OTHER_KINDS = {
+    "WordPiece": "a WordPiece tokenizer, as BERT's",
+    "Unigram": "a Unigram tokenizer (SentencePiece), as T5's",
+    "WordLevel": "a WordLevel tokenizer, a list of whole words",
+}
 _ADDED_KEYS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
-_BYTE_LEVEL_KEYS = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
 
 
 def _byte_alphabet() -> list[str]:
@@ -65,7 +77,7 @@ class TokenizerFile:
         pre_tokenizer: how text is cut into words.
         special: control tokens and their ids.
         added: other tokens that are found in text before it is cut, and their ids.
-        post_processor: what transformers puts around a text; kept for it, never applied here.
+        post_processor: what is put around a text that a model is asked to read.
     """
 
     vocab: dict[str, int]
@@ -84,6 +96,17 @@ class TokenizerFile:
             if entry not in literal:
                 table[index] = bytes(map(CHAR_TO_BYTE.__getitem__, entry))
         return [table[index] for index in range(len(table))]
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether a space is put before text that does not begin with one."""
+        return any(step.get("add_prefix_space") for step in steps_of(self.pre_tokenizer, "pretokenizers"))
+
+    def with_prefix_space(self, wanted: bool) -> "TokenizerFile":
+        """Return the file with or without a space before the text, where the byte level alone cuts it."""
+        if self.pre_tokenizer["type"] != "ByteLevel":
+            return self
+        return replace(self, pre_tokenizer=self.pre_tokenizer | {"add_prefix_space": wanted})
 
     def document(self, runnable: bool = False) -> dict[str, Any]:
         """Return the file again, in the library's format.
@@ -120,11 +143,6 @@ class TokenizerFile:
         }
 
 
-def byte_level(use_regex: bool = True) -> dict[str, Any]:
-    """Return the byte-level step; with `use_regex` it also cuts words (Radford et al. 2019)."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
 def parse(document: object, name: str) -> TokenizerFile:
     """Check a whole tokenizer.json.
 
@@ -137,20 +155,20 @@ def parse(document: object, name: str) -> TokenizerFile:
     Raises:
         FormatError: anything outside the list of what is allowed, or a contradiction.
     """
-    top = _dict(document, name, "the file", _TOP_KEYS)
+    top = fields(document, name, "the file", _TOP_KEYS)
     if top.get("version") != "1.0":
         raise FormatError(f"{name}: version {shown(top.get('version'))} is unknown, this portlm reads 1.0")
     for key in ("truncation", "padding"):
         if not isinstance(top.get(key), dict | None):
             raise FormatError(f"{name}: {key} is neither an object nor null")
-    if top.get("normalizer") is not None:
-        raise FormatError(
-            f"{name}: a normalizer rewrites text, so what is decoded would not be what was encoded"
-        )
-    decoder = _dict(top.get("decoder"), name, "decoder", _BYTE_LEVEL_KEYS)
+    if not isinstance(top.get("model"), dict):
+        raise FormatError(f"{name}: model is not a JSON object")
+    _check_kind(top, name)
+    check_normalizer(top.get("normalizer"), name)
+    decoder = fields(top.get("decoder"), name, "decoder", BYTE_LEVEL_KEYS)
     if decoder.get("type") != "ByteLevel":
         raise FormatError(f"{name}: the decoder is {shown(decoder.get('type'))}, only ByteLevel is supported")
-    model = _dict(top.get("model"), name, "model", _MODEL_KEYS)
+    model = fields(top["model"], name, "model", _MODEL_KEYS)
     ignore_merges = _check_model_options(model, name)
     vocab = _vocab(model.get("vocab"), name)
     merges = _merges(model.get("merges"), vocab, name)
@@ -161,35 +179,39 @@ def parse(document: object, name: str) -> TokenizerFile:
         vocab=vocab,
         merges=merges,
         ignore_merges=ignore_merges,
-        pre_tokenizer=_pre_tokenizer(top.get("pre_tokenizer"), name),
+        pre_tokenizer=check_pre_tokenizer(top.get("pre_tokenizer"), name),
         special=special,
         added=added,
-        post_processor=_post_processor(top.get("post_processor"), special, name),
+        post_processor=check_post_processor(top.get("post_processor"), special, name),
     )
 
 
-def _dict(value: object, name: str, what: str, keys: set[str]) -> dict[str, Any]:
-    """Return an object that has no key outside the list."""
-    if not isinstance(value, dict):
-        raise FormatError(f"{name}: {what} is not a JSON object")
-    unknown = value.keys() - keys
-    if unknown:
-        raise FormatError(f"{name}: {what} has the unknown entry {shown(min(unknown))}")
-    return value
+def _check_kind(top: dict[str, Any], name: str) -> None:
+    """Refuse a tokenizer of another kind by its name, before something is missed that only byte-level BPE has."""
+    kind = _kind_of(top["model"])
+    steps = {step for key in ("normalizer", "pre_tokenizer", "decoder") for step in kinds_of(top.get(key))}
+    if kind != "BPE":
+        what = _OTHER_KINDS.get(kind, f"a tokenizer of the kind {shown(kind)}")
+    elif steps & {"Metaspace", "ByteFallback"}:
+        what = "a SentencePiece tokenizer with BPE, as LLaMA 2's"
+    elif "ByteLevel" not in steps:
+        what = "BPE over characters, not over bytes"
+    else:
+        return
+    raise FormatError(f"{name}: this is {what}, and portlm reads byte-level BPE only: {INSTEAD}")
 
 
-def _flag(holder: dict[str, Any], key: str, default: bool, name: str) -> bool:
-    """Return an optional true or false."""
-    value = holder.get(key, default)
-    if not isinstance(value, bool):
-        raise FormatError(f"{name}: {key} is {shown(value)}, not true or false")
-    return value
+def _kind_of(model: dict[str, Any]) -> str:
+    """Return the type of a model; files from before the library wrote one show it in what else they hold."""
+    if "type" in model:
+        return str(model["type"])
+    if isinstance(model.get("vocab"), list):
+        return "Unigram"
+    return "WordPiece" if "max_input_chars_per_word" in model else "BPE"
 
 
 def _check_model_options(model: dict[str, Any], name: str) -> bool:
     """Check all of the model but its vocabulary and merges; return ignore_merges."""
-    if model.get("type", "BPE") != "BPE":  # files from before the library wrote a type are BPE
-        raise FormatError(f"{name}: the model is {shown(model['type'])}, only byte-level BPE is supported")
     if model.get("dropout"):
         raise FormatError(f"{name}: dropout makes encoding random, remove it")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -197,26 +219,21 @@ def _check_model_options(model: dict[str, Any], name: str) -> bool:
             raise FormatError(f"{name}: {key} is {shown(model[key])}, byte-level BPE has none")
     if not isinstance(model.get("unk_token"), str | None):
         raise FormatError(f"{name}: unk_token is neither text nor null")
-    _flag(model, "fuse_unk", False, name)
-    if _flag(model, "byte_fallback", False, name):
-        raise FormatError(f"{name}: byte_fallback belongs to SentencePiece, only byte-level BPE is supported")
-    return _flag(model, "ignore_merges", False, name)
+    flag(model, "fuse_unk", False, name)
+    if flag(model, "byte_fallback", False, name):
+        raise FormatError(f"{name}: byte_fallback belongs to SentencePiece, byte-level BPE has none")
+    return flag(model, "ignore_merges", False, name)
 
 
 def _vocab(value: object, name: str) -> dict[str, int]:
-    """Check the entries by themselves, and that all 256 bytes are among them."""
-    if not isinstance(value, dict) or not 256 <= len(value) <= MAX_VOCAB:
-        raise FormatError(f"{name}: vocab must have 256 to {MAX_VOCAB} entries, the bytes first of all")
+    """Check the entries by themselves. Some of the 256 bytes may be missing, those that no text has."""
+    if not isinstance(value, dict) or not 1 <= len(value) <= MAX_VOCAB:
+        raise FormatError(f"{name}: vocab must be an object of 1 to {MAX_VOCAB} entries")
     for entry, index in value.items():
         if not 1 <= len(entry) <= MAX_TOKEN_CHARS:
             raise FormatError(f"{name}: token {shown(index)} is empty or longer than {MAX_TOKEN_CHARS} bytes")
         if type(index) is not int or not 0 <= index < MAX_VOCAB:
             raise FormatError(f"{name}: token {shown(entry)} has the id {shown(index)}")
-    missing = [byte for byte, char in enumerate(BYTE_TO_CHAR) if char not in value]
-    if missing:
-        raise FormatError(
-            f"{name}: byte 0x{missing[0]:02x} has no token (of {len(missing)} bytes): this is not byte-level BPE"
-        )
     return value
 
 
@@ -247,7 +264,7 @@ def _added_tokens(value: object, vocab: dict[str, int], name: str) -> tuple[dict
     special: dict[str, int] = {}
     added: dict[str, int] = {}
     for item in value:
-        token = _dict(item, name, "an added token", _ADDED_KEYS)
+        token = fields(item, name, "an added token", _ADDED_KEYS)
         content, index = token.get("content"), token.get("id")
         if not isinstance(content, str) or not 1 <= len(content.encode()) <= MAX_ADDED_BYTES:
             raise FormatError(f"{name}: an added token needs a content of 1 to {MAX_ADDED_BYTES} bytes")
@@ -259,7 +276,7 @@ def _added_tokens(value: object, vocab: dict[str, int], name: str) -> tuple[dict
             )
         if content in special or content in added:
             raise FormatError(f"{name}: added token {shown(content)} is listed twice")
-        flags = {key: _flag(token, key, False, name) for key in sorted(_ADDED_KEYS - {"id", "content"})}
+        flags = {key: flag(token, key, False, name) for key in sorted(_ADDED_KEYS - {"id", "content"})}
         if flags["special"]:
             special[content] = index
         elif flags["single_word"] or flags["lstrip"] or flags["rstrip"]:
@@ -301,104 +318,3 @@ def _check_reach(
         # One id, two meanings: found in text it stands for its characters, made by BPE for its bytes.
         if [CHAR_TO_BYTE.get(char) for char in content] != list(content.encode()):
             raise FormatError(f"{name}: added token {shown(content)} means other bytes in vocab")
-
-
-def _pre_tokenizer(value: object, name: str) -> dict[str, Any]:
-    """Check how text is cut into words: steps that only cut, then the byte level."""
-    steps = [value]
-    if isinstance(value, dict) and value.get("type") == "Sequence":
-        steps = _dict(value, name, "pre_tokenizer", {"type", "pretokenizers"}).get("pretokenizers") or [None]
-        if not isinstance(steps, list) or len(steps) > 4:
-            raise FormatError(f"{name}: a sequence of pre-tokenizers has 1 to 4 steps")
-    checked = [_pre_tokenizer_step(step, name) for step in steps]
-    if [step["type"] == "ByteLevel" for step in checked] != [False] * (len(checked) - 1) + [True]:
-        raise FormatError(f"{name}: the last pre-tokenizer, and no other, must be ByteLevel")
-    return checked[0] if len(checked) == 1 else {"type": "Sequence", "pretokenizers": checked}
-
-
-def _pre_tokenizer_step(value: object, name: str) -> dict[str, Any]:
-    """Check one step and return it as the library writes it."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "ByteLevel":
-        step = _dict(value, name, "pre_tokenizer", _BYTE_LEVEL_KEYS)
-        _flag(step, "trim_offsets", True, name)
-        if _flag(step, "add_prefix_space", True, name):
-            raise FormatError(f"{name}: add_prefix_space changes the text, only false is supported")
-        return byte_level(_flag(step, "use_regex", True, name))
-    if kind == "Digits":
-        step = _dict(value, name, "pre_tokenizer", {"type", "individual_digits"})
-        return {"type": "Digits", "individual_digits": _flag(step, "individual_digits", False, name)}
-    if kind == "Split":
-        step = _dict(value, name, "pre_tokenizer", {"type", "pattern", "behavior", "invert"})
-        pattern = _dict(step.get("pattern"), name, "the split pattern", {"Regex"}).get("Regex")
-        if not isinstance(pattern, str) or pattern not in SPLIT_PATTERNS:
-            known = ", ".join(SPLIT_PATTERNS.values())
-            raise FormatError(
-                f"{name}: the split pattern {shown(pattern)} is unknown, known is that of {known}"
-            )
-        if step.get("behavior") != "Isolated" or _flag(step, "invert", False, name):
-            raise FormatError(f"{name}: a split must be Isolated and not inverted")
-        return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    raise FormatError(f"{name}: the pre-tokenizer {shown(kind)} is none of ByteLevel, Digits and Split")
-
-
-def _post_processor(value: object, special: dict[str, int], name: str) -> dict[str, Any] | None:
-    """Check what transformers will put around a text; every token in it must be a control token."""
-    if value is None:
-        return None
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "Sequence":
-        steps = _dict(value, name, "post_processor", {"type", "processors"}).get("processors")
-        if not isinstance(steps, list) or not 1 <= len(steps) <= 4:
-            raise FormatError(f"{name}: a sequence of post-processors has 1 to 4 steps")
-        if any(isinstance(step, dict) and step.get("type") == "Sequence" for step in steps):
-            raise FormatError(f"{name}: a post-processor may not nest sequences")
-        return {"type": kind, "processors": [_post_processor(step or {}, special, name) for step in steps]}
-    if kind == "ByteLevel":
-        step = _dict(value, name, "post_processor", _BYTE_LEVEL_KEYS)
-        return {"type": kind} | {
-            key: _flag(step, key, True, name) for key in sorted(_BYTE_LEVEL_KEYS - {"type"})
-        }
-    if kind == "TemplateProcessing":
-        return _template(
-            _dict(value, name, "post_processor", {"type", "single", "pair", "special_tokens"}), special, name
-        )
-    raise FormatError(f"{name}: the post-processor {shown(kind)} is none of ByteLevel and TemplateProcessing")
-
-
-def _template(value: dict[str, Any], special: dict[str, int], name: str) -> dict[str, Any]:
-    """Check a template such as: <bos> $A."""
-    declared = value.get("special_tokens")
-    if not isinstance(declared, dict):
-        raise FormatError(f"{name}: the template's special_tokens is not an object")
-    for token, entry in declared.items():
-        if token not in special or entry != {"id": token, "ids": [special[token]], "tokens": [token]}:
-            raise FormatError(
-                f"{name}: the template's token {shown(token)} is not the control token of that name"
-            )
-    result: dict[str, Any] = {"type": "TemplateProcessing"}
-    for key in ("single", "pair"):
-        pieces = value.get(key)
-        if not isinstance(pieces, list) or not 1 <= len(pieces) <= 16:
-            raise FormatError(f"{name}: the template {key} needs 1 to 16 pieces")
-        used = [_template_piece(piece, declared, f"{name}: the template {key}") for piece in pieces]
-        if {"A", "B"} & set(used) != ({"A"} if key == "single" else {"A", "B"}):
-            raise FormatError(f"{name}: the template {key} does not hold the texts it is for")
-        result[key] = pieces
-    return result | {"special_tokens": declared}
-
-
-def _template_piece(piece: object, declared: dict[str, Any], where: str) -> str | None:
-    """Check one piece of a template; return which text it stands for, if any."""
-    if not isinstance(piece, dict) or len(piece) != 1:
-        raise FormatError(f"{where} has a malformed piece")
-    kind, body = next(iter(piece.items()))
-    if not isinstance(body, dict) or body.keys() != {"id", "type_id"} or not isinstance(body["id"], str):
-        raise FormatError(f"{where} has a malformed piece")
-    if type(body["type_id"]) is not int or not 0 <= body["type_id"] < 2**31:
-        raise FormatError(f"{where} has the type_id {shown(body['type_id'])}")
-    if kind == "Sequence" and body["id"] in ("A", "B"):
-        return body["id"]
-    if kind == "SpecialToken" and body["id"] in declared:
-        return None
-    raise FormatError(f"{where} names {shown(body['id'])}, which is not declared")

@@ -57,9 +57,8 @@ def main() -> None:
     mask = np.array([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
     with portlm.load(model, engine="ort", device="cpu") as session:
         logits = Rows(session.engine, len(prompts)).read(ids, mask, every=True)
-        tokens = [
-            answer.token_ids for answer in session.generate(prompts, max_new_tokens=16, ignore_eos=True)
-        ]
+        answers = session.generate(prompts, max_new_tokens=16, temperature=0, ignore_eos=True)
+        tokens = [answer.token_ids for answer in answers]
 
     errors, largest = [], 0.0
     for row, prompt in enumerate(prompts):

@@ -98,7 +98,7 @@ class EngineBase:
     def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
         """Return the state of B rows before their first call; see Engine."""
         spec = self._spec(role)
-        batch = whole("a state's number of rows", batch, 1, MAX_DIMENSION)
+        batch = whole("batch", batch, 1, MAX_DIMENSION)
         if given is not None and not isinstance(given, Mapping):
             raise UsageError(f"given states are a dictionary of arrays by name, got {shown(given)}")
         self._ready(role)
@@ -140,7 +140,7 @@ class EngineBase:
         rows = _wholes("rows", rows, f"some of 0 to {state.rows - 1}", state.rows - 1)
         if not rows:
             raise UsageError(f"rows must be some of 0 to {state.rows - 1}, got none")
-        skip = whole("skip, leading slots of the state,", skip, 0, state.past)
+        skip = whole("skip", skip, 0, state.past)
         tensors = state.take()
         same = rows == list(range(state.rows))
         for item in spec.state:
@@ -156,11 +156,11 @@ class EngineBase:
     def crop(self, state: State, lengths: Sequence[int]) -> State:
         """Return a state in which row b has only its first lengths[b] slots; see Engine."""
         spec = self._spec(self._check(state))
-        what = f"{state.rows} numbers from 0 to the state's {state.past} slots"
-        lengths = _wholes("lengths", lengths, what, state.past)
         for item in spec.state:
             if item.update == "replace":
                 raise UsageError(f"{state.role}: {item.name} is replaced at every call and cannot be cropped")
+        what = f"{state.rows} numbers from 0 to the state's {state.past} slots"
+        lengths = _wholes("lengths", lengths, what, state.past)
         if len(lengths) != state.rows:
             raise UsageError(f"lengths must be {what}, got {shown(lengths)}")
         tensors, longest = state.take(), max(lengths)
@@ -288,7 +288,11 @@ def _shared(spec: CallSpec) -> list[tuple[str, int, str]]:
 
 def _wholes(name: str, values: Any, what: str, high: int) -> list[int]:
     """A list of whole numbers from 0 to `high`, of a sequence, a range or an array."""
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray) or np.ndim(values) != 1:
+    if (
+        isinstance(values, str | bytes)
+        or not isinstance(values, Sequence | np.ndarray)
+        or np.ndim(values) != 1
+    ):
         raise UsageError(f"{name} must be {what}, got {shown(values)}")
     numbers = [whole(f"one of {name}", value) for value in values]
     if numbers and (min(numbers) < 0 or max(numbers) > high):

@@ -20,7 +20,7 @@ from portlm.errors import EngineUnavailableError, FormatError, PortlmError, Usag
 from portlm.files import safe_join
 from portlm.models import load_model
 from portlm.plan import CHECKPOINT, needs_plan, read_plan
-from portlm.roles import StateSpec
+from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.torch_plan import make_role
 from portlm.threads import StepThreads
@@ -174,8 +174,10 @@ class TorchEngine(ArrayEngine):
             spec = manifest.roles.get(plan.role)
             if spec is None or plan.role in functions:
                 raise FormatError(f"{path}: the artifact has no role of its own for it; compile again")
-            same = (plan.inputs, plan.outputs, plan.state) == (spec.inputs, spec.outputs, spec.state)
-            if not same or plan.profile != profile or plan.weights_file != spec.weights:
+            described, own = ((x.inputs, x.outputs, x.state) for x in (spec, plan))
+            if problem := difference(*described, *interface(*own)):
+                raise FormatError(f"{path}: {problem}; compile again")
+            if described != own or plan.profile != profile or plan.weights_file != spec.weights:
                 raise FormatError(f"{path}: made of another export than this artifact; compile again")
             check_files(request.folder, [spec.weights], manifest)
             weights = safe_join(request.folder, spec.weights)

@@ -7,9 +7,7 @@ from typing import NoReturn
 
 from portlm.errors import UsageError
 
-NONE = (
-    "this model has no tokenizer (portlm uses byte-level BPE in tokenizer.json and no other kind; docs/tokenizer.md)"
-)
+NONE = "this model has no tokenizer (portlm uses byte-level BPE in tokenizer.json and no other kind; docs/tokenizer.md)"
 INSTEAD = "give token ids: a list of them, or --ids on the command line"
 
 

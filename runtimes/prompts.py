@@ -40,8 +40,12 @@ def one_or_several(what: str, given: Any) -> tuple[list[Any], bool]:
             raise UsageError(
                 f"{what} {i} is a number beside other {what}s: put the token ids of one {what} in a list of their own"
             )
-        if not (isinstance(item, str) or _is_sequence(item) or (isinstance(item, np.ndarray) and item.ndim == 1)):
-            raise UsageError(f"{what} {i} must be a text, or token ids in a list or an array, got {shown(item)}")
+        if not (
+            isinstance(item, str) or _is_sequence(item) or (isinstance(item, np.ndarray) and item.ndim == 1)
+        ):
+            raise UsageError(
+                f"{what} {i} must be a text, or token ids in a list or an array, got {shown(item)}"
+            )
     return items, False
 
 

@@ -80,7 +80,7 @@ class Session:
         self.eos_ids = frozenset(whole("one of eos_ids", token, 0) for token in (*eos_ids, *own))
         self.defaults = dict(defaults or {})
         for name, value in self.defaults.items():
-            Decoding.of(**{"max_new_tokens" if name == "max_length" else name: value})  # type: ignore[arg-type]
+            Decoding.of(**{"max_new_tokens" if name == "max_length" else name: value})
         if tokenizer.vocab_size > engine.vocab_size:
             raise UsageError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {engine.vocab_size}: "
@@ -88,7 +88,7 @@ class Session:
             )
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompts: str | Ids,
         *,
@@ -167,16 +167,19 @@ class Session:
         """
         wanted = self.decoding(decoding, **options)
         if wanted.num_beams > 1:
-            raise UsageError(
-                f"a beam search cannot be streamed: use generate, or num_beams = 1{self._source(('num_beams',), options)}"
-            )
+            source = self._source(("num_beams",), options) if decoding is None else ""
+            raise UsageError(f"a beam search cannot be streamed: use generate, or num_beams = 1{source}")
         several, single = one_or_several("prompt", prompt)
-        if not single:
+        if several and not single:
             raise UsageError(f"a stream continues one prompt, got {len(several)} in a list: use generate")
-        rows = self._rows(several, single, wanted, decoding is None, add_special_tokens)
+        rows = self._rows(several or [()], True, wanted, decoding is None, add_special_tokens)
         stats = Stats()
-        textless = self.tokenizer.why if isinstance(self.tokenizer, NoTokenizer) else ""
-        return TextStream(self._run(rows, 1, stats), rows[0], stats, textless)
+        return TextStream(self._run(rows, 1, stats), rows[0], stats, self.textless)
+
+    @property
+    def textless(self) -> str:
+        """Why the model takes and gives token ids alone; "" if it has a tokenizer."""
+        return self.tokenizer.why if isinstance(self.tokenizer, NoTokenizer) else ""
 
     def decoding(self, decoding: Decoding | None = None, **options: Unpack[Options]) -> Decoding:
         """Return the settings that generate uses for these arguments: those of the model where nothing is said.
@@ -186,12 +189,18 @@ class Session:
         """
         if decoding is not None:
             return Decoding.of(decoding, **options)
-        own = {name: value for name, value in self.defaults.items() if name not in ("max_new_tokens", "max_length")}
+        own = {
+            name: value
+            for name, value in self.defaults.items()
+            if name not in ("max_new_tokens", "max_length")
+        }
         try:
-            return Decoding.of(**{**own, **options})  # type: ignore[typeddict-item]
+            return Decoding.of(**{**own, **options})
         except UsageError as error:
             Decoding.of(**options)  # an error of the arguments alone is said without the model's
-            raise UsageError(f"{error}{self._source(('num_beams', 'temperature', 'stop'), options)}") from None
+            raise UsageError(
+                f"{error}{self._source(('num_beams', 'temperature', 'stop'), options)}"
+            ) from None
 
     def _source(self, names: Iterable[str], options: Mapping[str, Any]) -> str:
         """Say which settings come from the model, for an error that the caller may not understand otherwise."""
@@ -200,7 +209,7 @@ class Session:
         return f" ({values} is this model's default, from generation_config.json)" if own else ""
 
     @overload
-    def score(
+    def score(  # type: ignore[overload-overlap]
         self, texts: str | Ids, *, batch_size: int = ..., add_special_tokens: bool = ...
     ) -> Score: ...
 
@@ -266,7 +275,12 @@ class Session:
         return f"<portlm.Session {e.name}:{e.device} {e.profile} {e.precision}>"
 
     def _rows(
-        self, prompts: list[Prompt], single: bool, decoding: Decoding, of_model: bool, add_special_tokens: bool
+        self,
+        prompts: list[Prompt],
+        single: bool,
+        decoding: Decoding,
+        of_model: bool,
+        add_special_tokens: bool,
     ) -> list[Row]:
         """Rows for prompts, checked.
 
@@ -277,10 +291,8 @@ class Session:
             of_model: whether the model's own bounds hold where `decoding` has none.
             add_special_tokens: see generate.
         """
-        if decoding.stop and isinstance(self.tokenizer, NoTokenizer):
-            raise UsageError(
-                "this model has no tokenizer, so it writes no text that a stop string could be in"
-            )
+        if decoding.stop and self.textless:
+            raise UsageError(f"{self.textless}, so it writes no text that a stop string could be in")
         whole("top_k", decoding.top_k, 0, self.engine.vocab_size)
         bounds = self.defaults if of_model else {}
         eos_ids = frozenset() if decoding.ignore_eos else self.eos_ids
@@ -296,7 +308,7 @@ class Session:
         return rows
 
     def _room(self, name: str, tokens: int, asked: Any, bounds: Mapping[str, Any]) -> int:
-        """How many new tokens a prompt gets: as many as were asked for, or what the model's bounds and context leave."""
+        """How many new tokens a prompt gets: those asked for, or what the model's bounds and context leave."""
         limit = self.engine.context_length
         if tokens > limit:
             raise ContextLengthError(tokens, limit, name)
@@ -386,4 +398,3 @@ class Session:
             Score(tokens, tuple(p), tuple(g))
             for tokens, p, g in zip(texts, logprobs, greedy, strict=True)
         ]  # fmt: skip
-

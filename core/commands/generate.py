@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
+import numpy as np
 
+from portlm.arguments import shown
 from portlm.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from portlm.runtimes.decoding import Decoding
     from portlm.runtimes.results import Generation
     from portlm.runtimes.session import Session
 
 HARMLESS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
-DEFAULT_TOKENS = 128
 EARLY_STOPPING = {"no": False, "yes": True, "never": "never"}
 MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by mistake
+OWN = "[default: the model's, or "  # of an option that generation_config.json may set, too
+TOKEN_ID = re.compile(r"-?\d{1,18}")
 
 
 @click.command("generate")
@@ -32,35 +40,33 @@ MAX_PROMPT_BYTES = 16 * 2**20  # no context is that long; it is a file given by 
 @click.option("--device", "-d", default="auto", show_default=True, help="cpu, cuda, vulkan or auto.")
 @click.option("--profile", "-p", default="auto", show_default=True, help="portable, fused, native or auto.")
 @click.option(
-    "--max-new-tokens", "-n", type=int, help="Tokens to generate at most (default: 128, or what the context holds)."
-)  # fmt: skip
-@click.option("--temperature", "-t", default=0.0, show_default=True, help="0 is greedy, 1 the model's own.")
-@click.option("--top-k", default=0, show_default=True, help="Sample among this many tokens; 0 for all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability; 1 for all.")
-@click.option("--min-p", default=0.0, show_default=True, help="Least probability, relative to the largest.")
+    "--ids", is_flag=True, help="The prompt is token ids, with spaces or commas between; print ids, too."
+)
+@click.option(
+    "--no-special-tokens", is_flag=True, help="Leave off what the tokenizer puts around every text."
+)
+@click.option(
+    "--max-new-tokens",
+    "-n",
+    type=int,
+    help=f"Tokens to generate at most  {OWN}128, or what the context holds]",
+)
+@click.option("--temperature", "-t", type=float, help=f"0 is greedy, 1 the model as it is  {OWN}0]")
+@click.option("--top-k", type=int, help=f"Sample among this many tokens; 0 for all  {OWN}0]")
+@click.option("--top-p", type=float, help=f"Sample from this much probability; 1 for all  {OWN}1]")
+@click.option("--min-p", type=float, help=f"Least probability, relative to the largest  {OWN}0]")
 @click.option("--seed", default=0, show_default=True, help="Of the random numbers, 0 to 2^64 - 1.")
 @click.option("--stop", multiple=True, help="End before this text; repeat for several.")
+@click.option("--repetition-penalty", type=float, help=f"For tokens that were said; 1 is none  {OWN}1]")
 @click.option(
-    "--repetition-penalty", default=1.0, show_default=True, help="For tokens that were said; 1 is none."
+    "--no-repeat-ngram-size", type=int, help=f"Say no sequence of this many tokens twice; 0: may  {OWN}0]"
 )
-@click.option(
-    "--no-repeat-ngram-size",
-    default=0,
-    show_default=True,
-    help="Say no sequence of this many tokens twice; 0: may.",
-)
-@click.option(
-    "--num-beams", default=1, show_default=True, help="Search with this many beams; 1 for no search."
-)
-@click.option(
-    "--length-penalty", default=1.0, show_default=True, help="Of a beam: divide by its length to this power."
-)
+@click.option("--num-beams", type=int, help=f"Search with this many beams; 1 for no search  {OWN}1]")
+@click.option("--length-penalty", type=float, help=f"Of a beam: divide by its length to this power  {OWN}1]")
 @click.option(
     "--early-stopping",
-    type=click.Choice(["no", "yes", "never"]),
-    default="no",
-    show_default=True,
-    help="End a search when enough beams have ended (yes), by estimate (no), or only by proof (never).",
+    type=click.Choice(list(EARLY_STOPPING)),
+    help=f"End a search when enough beams have ended (yes), by estimate (no), or only by proof (never)  {OWN}no]",
 )
 @click.option(
     "--stream/--no-stream", default=True, help="Print text as it comes, or at the end (default: as it comes)."
@@ -75,19 +81,24 @@ def command(
     engine: str,
     device: str,
     profile: str,
+    ids: bool,
+    no_special_tokens: bool,
     stream: bool,
     threads: int | None,
     allow_fallback: bool,
     as_json: bool,
-    **sampling: Any,
+    **settings: Any,
 ) -> None:
     """Continue PROMPT with MODEL, an artifact or (for the torch engine) a checkpoint folder.
 
     Without PROMPT, or with "-", the prompt is read from stdin; one newline at its end is not part of it. Only the new
-    text goes to stdout.
+    text goes to stdout. What no option says is as generation_config.json of the model has it.
     """
     text = read_prompt(prompt, prompt_file)
-    sampling["early_stopping"] = EARLY_STOPPING[sampling["early_stopping"]]
+    given = read_ids(text) if ids else text
+    options = {name: value for name, value in settings.items() if value is not None and value != ()}
+    if "early_stopping" in options:
+        options["early_stopping"] = EARLY_STOPPING[options["early_stopping"]]
     import portlm
     from portlm.flows.targets import Choice
 
@@ -95,17 +106,19 @@ def command(
         choice = Choice.parse(engine).narrowed(_said(device), _said(profile))
         engine, device, profile = choice.engine or "auto", choice.device or "auto", choice.profile or "auto"
     with portlm.load(model, engine, device, profile, allow_fallback, threads) as session:
-        if sampling["max_new_tokens"] is None:
-            sampling["max_new_tokens"] = room(session, text)
+        decoding = session.decoding(**options)
         note = session.placement().note
         if note:
             click.echo(f"generate: {session.engine.name}:{session.engine.device}: {note}", err=True)
+        if sys.stderr.isatty() and (own := defaults_in_use(session, options)):
+            click.echo(f"generate: {own} (generation_config.json; options change it)", err=True)
+        options["add_special_tokens"] = not no_special_tokens
         if as_json:
-            click.echo(json.dumps(describe(session, session.generate(text, **sampling)), ensure_ascii=False))
+            result = session.generate(given, **options)
+            click.echo(json.dumps(describe(session, decoding, result), ensure_ascii=False))
             return
         # A search has nothing to show before its end.
-        stream = stream and sampling["num_beams"] == 1
-        result = write_text(session, text, stream, sampling, sys.stdout.buffer)
+        result = write(session, given, stream and decoding.num_beams == 1, options, sys.stdout.buffer)
     if sys.stderr.isatty():
         stats = result.stats
         click.echo(
@@ -119,10 +132,29 @@ def _said(option: str) -> str | None:
     return None if option == "auto" else option
 
 
-def room(session: Session, text: str) -> int:
-    """Return how many tokens to generate when nobody said: DEFAULT_TOKENS, or what the context leaves."""
-    used = len(session.tokenizer.encode(text)) or 1  # an empty text starts from the end-of-text token
-    return max(1, min(DEFAULT_TOKENS, session.engine.context_length - used))
+def defaults_in_use(session: Session, options: dict[str, Any]) -> str:
+    """Say which settings come from the model and change what is written."""
+    found = {name: value for name, value in session.defaults.items() if name not in options}
+    if not session.decoding(**options).temperature:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            found.pop(name, None)
+    if "max_new_tokens" in options or "max_new_tokens" in found:
+        found.pop("max_length", None)
+    plain = {field.name: field.default for field in dataclasses.fields(session.decoding())}
+    return ", ".join(f"{name} = {value}" for name, value in found.items() if value != plain.get(name))
+
+
+def read_ids(text: str) -> npt.NDArray[np.int64]:
+    """Return the token ids of a prompt: whole numbers with spaces, commas or lines between, in brackets or not.
+
+    Raises:
+        UsageError: something in it is no whole number.
+    """
+    words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+    for word in words:
+        if not TOKEN_ID.fullmatch(word):
+            raise UsageError(f"--ids: {shown(word)} is no token id: give whole numbers, with spaces between")
+    return np.array(words, np.int64)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -153,37 +185,47 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return raw.removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
 
-def write_text(
-    session: Session, text: str, stream: bool, sampling: dict[str, Any], out: BinaryIO
+def write(
+    session: Session, given: str | npt.NDArray[np.int64], stream: bool, options: dict[str, Any], out: BinaryIO
 ) -> Generation:
-    """Write the continuation as UTF-8, with a newline behind it."""
+    """Write the continuation of a text as UTF-8, or that of token ids as ids, with a newline behind it."""
     # A model can write the sequences that move a terminal's cursor or set its title; a file gets what it wrote.
-    shown = HARMLESS if out.isatty() else {}
+    safe = HARMLESS if out.isatty() else {}
+
+    def put(piece: object, before: str = "") -> None:
+        out.write(f"{before}{piece}".translate(safe).encode())
+        out.flush()
+
     if not stream:
-        result = session.generate(text, **sampling)
-        out.write(result.text.translate(shown).encode() + b"\n")
-        out.flush()
-        return result
-    pieces = session.stream(text, **sampling)
-    for piece in pieces:
-        out.write(piece.translate(shown).encode())
-        out.flush()
+        result = session.generate(given, **options)
+        put(result.text if isinstance(given, str) else " ".join(map(str, result.token_ids)))
+    else:
+        pieces = session.stream(given, **options)
+        if isinstance(given, str):
+            for piece in pieces:
+                put(piece)
+        else:
+            for i, token in enumerate(pieces.ids()):
+                put(token, " " if i else "")
+        assert pieces.generation is not None  # the stream has ended
+        result = pieces.generation
     out.write(b"\n")
     out.flush()
-    assert pieces.generation is not None  # the stream has ended
-    return pieces.generation
+    return result
 
 
-def describe(session: Session, result: Generation) -> dict[str, Any]:
-    """Return what --json prints."""
+def describe(session: Session, decoding: Decoding, result: Generation) -> dict[str, Any]:
+    """Return what --json prints; the text of a model without a tokenizer is null."""
     engine, placement, stats = session.engine, session.placement(), result.stats
     return {
-        "text": result.text,
+        "text": result.text if session.textless == "" else None,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "stop": result.stop,
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": result.new_tokens,
+        "decoding": dataclasses.asdict(decoding),
+        "defaults": session.defaults,
         "engine": engine.name,
         "device": engine.device,
         "profile": engine.profile,

@@ -10,23 +10,24 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from portlm import generation_config
+from portlm.arguments import flag, one_of, shown, whole
 from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import EngineUnavailableError, FormatError, StorageError, UsageError
+from portlm.generation_config import GENERATION_CONFIG
 
 if TYPE_CHECKING:
     from portlm.artifact import Manifest
-    from portlm.engine import OpenRequest
+    from portlm.engine import Engine, OpenRequest
+    from portlm.generation_config import GenerationConfig
     from portlm.runtimes.session import Session
+    from portlm.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
-GENERATION_CONFIG = "generation_config.json"
-TEXT_FILES = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    GENERATION_CONFIG,
-)  # all that a session reads beside the engine
+# All that a session reads beside the engine.
+TEXT_FILES = (TOKENIZER, "tokenizer_config.json", GENERATION_CONFIG)
 
 
 def load(
@@ -39,7 +40,8 @@ def load(
 ) -> Session:
     """Load an artifact, or for the torch engine a plain checkpoint folder, and return a session.
 
-    A folder without tokenizer.json gives a session that takes and returns token ids only.
+    A folder without a tokenizer.json that portlm can use gives a session that takes and returns token ids only, and
+    says why when it is given text. What generation_config.json says of sampling is in the session's `defaults`.
 
     Every file that is used is first compared with the size and the hash in the manifest, and one that the manifest does
     not list is refused. What an engine needs compiled
@@ -54,8 +56,8 @@ def load(
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
             that can be compiled here.
         allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
-        threads: of the CPU, from 1 to 4096; None for one per core, and for steps of few tokens one alone while other
-            programs keep the cores busy.
+        threads: of the CPU, for every call, at most 4096; None for one per core, or one alone while others keep the
+            cores busy.
 
     Raises:
         UsageError: an unknown engine, device or profile, or one that the folder was not exported for.
@@ -67,18 +69,21 @@ def load(
     from portlm.compile.isolated import ensure_checked
     from portlm.engine import PROFILES, OpenRequest
     from portlm.runtimes import engine_class
-    from portlm.runtimes.no_tokenizer import NoTokenizer
-    from portlm.runtimes.session import Session
     from portlm.threads import MOST_THREADS, bound_spinning
 
     bound_spinning()
-    _one_of("engine", engine, ("auto", *ENGINES))
-    _one_of("device", device, ("auto", *DEVICES))
-    _one_of("profile", profile, PROFILES)
-    if threads is not None:
-        threads = whole("threads", threads, 1, MOST_THREADS)
+    one_of("engine", engine, ("auto", *ENGINES))
+    one_of("device", device, ("auto", *DEVICES))
+    one_of("profile", profile, PROFILES)
+    allow_fallback = flag("allow_fallback", allow_fallback)
+    threads = None if threads is None else whole("threads", threads, 1, MOST_THREADS)
+    if not isinstance(path, str | Path):
+        raise UsageError(f"the folder of a model must be a str or a Path, got {shown(path)}")
     folder = Path(path)
-    manifest = _manifest(folder)
+    try:
+        manifest = _manifest(folder)
+    except OSError as error:
+        raise FormatError(f"{folder}: cannot be read: {error.strerror or error}") from error
     if engine == "auto":
         engine, device = _choose(manifest, device, profile)
     elif device == "auto":
@@ -86,13 +91,13 @@ def load(
     if device not in ENGINES[engine].devices:
         raise UsageError(f"{engine} does not run on {device}: choose {' or '.join(ENGINES[engine].devices)}")
     implementation = engine_class(engine)
-    tokenizer, eos_ids = _texts(folder, manifest)
+    tokenizer, config = _texts(folder, manifest)
     request = _compiled(engine, OpenRequest(folder, manifest, device, profile, allow_fallback, threads))
     if request.manifest is not None:
         ensure_checked(folder, request.manifest, implementation.graphs(request))
     opened = implementation.open(request)
     try:
-        return Session(opened, tokenizer or NoTokenizer(opened.vocab_size), eos_ids)
+        return _session(opened, tokenizer, config)
     except BaseException:
         opened.close()
         raise
@@ -141,23 +146,37 @@ def _manifest(folder: Path) -> Manifest | None:
     return None
 
 
-def _texts(folder: Path, manifest: Manifest | None) -> tuple[Any, frozenset[int]]:
-    """The tokenizer if there is one, and the tokens that end a text according to generation_config.json."""
+def _texts(folder: Path, manifest: Manifest | None) -> tuple[Tokenizer | str | None, GenerationConfig]:
+    """The tokenizer if there is one, or why it cannot be used; and what generation_config.json says."""
     from portlm.artifact import present_files
-    from portlm.files import read_json
     from portlm.tokenizer import Tokenizer
 
     if manifest is not None:
         present_files(folder, TEXT_FILES, manifest)
-    path = folder / GENERATION_CONFIG
-    ids: Any = None
-    if path.exists():
-        config = read_json(path)
-        ids = config.get("eos_token_id") if isinstance(config, dict) else None
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise FormatError(f"{path}: eos_token_id must be a token id, a list of them or null")
-    return Tokenizer.load(folder) if (folder / TOKENIZER).exists() else None, frozenset(ids)
+    tokenizer: Tokenizer | str | None = None
+    if (folder / TOKENIZER).exists():
+        try:
+            tokenizer = Tokenizer.load(folder)
+        except FormatError as error:
+            tokenizer = f"this model's tokenizer cannot be used: {error}"
+    return tokenizer, generation_config.read(folder)
+
+
+def _session(engine: Engine, tokenizer: Tokenizer | str | None, config: GenerationConfig) -> Session:
+    """A session for text, or for token ids alone where there is no tokenizer for the model."""
+    from portlm.runtimes.no_tokenizer import NONE, NoTokenizer
+    from portlm.runtimes.session import Session
+
+    V, defaults = engine.vocab_size, dict(config.options)
+    if "top_k" in defaults:
+        defaults["top_k"] = min(defaults["top_k"], V)
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        try:
+            return Session(engine, tokenizer.within(V), config.eos_ids, defaults)
+        except FormatError as error:
+            tokenizer = f"this model's tokenizer cannot be used: {error}"
+    defaults.pop("stop", None)  # nothing is written that it could be in
+    return Session(engine, NoTokenizer(V, tokenizer or NONE), config.eos_ids, defaults)
 
 
 def _choose(manifest: Manifest | None, device: str, profile: str) -> tuple[str, str]:
@@ -197,8 +216,3 @@ def _cuda_works() -> bool:
     except EngineUnavailableError:
         return False
     return True
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"there is no {what} {value!r}: choose one of {', '.join(known)}")

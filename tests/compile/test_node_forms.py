@@ -97,7 +97,10 @@ def test_an_input_that_is_taken_away_added_or_left_out_is_refused(written, name,
         most = 64 if form.inputs[-1].many else len(form.inputs)
         for i, value in enumerate(node.input):
             if value:
-                assert refused(changed(model, place, lambda n, i=i: n.input.__setitem__(i, "")), path), (node, i)
+                assert refused(changed(model, place, lambda n, i=i: n.input.__setitem__(i, "")), path), (
+                    node,
+                    i,
+                )
                 tried += 1
             if len(node.input) - 1 < least or node.op_type == "Split":
                 assert refused(changed(model, place, lambda n, i=i: n.input.pop(i)), path), (node, i)
@@ -167,9 +170,7 @@ def constant(values):
 )
 def test_numbers_that_no_shape_or_axis_has_are_refused(written, operator, values):
     model, path = written("gpt2" if operator == "Split" else "llama", "portable")
-    place = next(
-        i for i, n in enumerate(model.graph.node) if n.op_type == operator and len(n.input) == 2
-    )
+    place = next(i for i, n in enumerate(model.graph.node) if n.op_type == operator and len(n.input) == 2)
     model.graph.initializer.append(constant(values))
     assert refused(changed(model, place, lambda n: n.input.__setitem__(1, "ours")), path)
 

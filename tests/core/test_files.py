@@ -271,3 +271,24 @@ def test_any_bytes_parse_or_raise_format_error(raw):
     else:
         return
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "raw", [b"[" + b"{}," * 2**20 + b"{}]", b"[" * 2**21, b'{"a": [' + b"1," * 2**20 + b"1]}"],
+    ids=["objects", "depth", "numbers"],
+)  # fmt: skip
+def test_json_with_too_many_values_is_refused_before_they_are_made(tmp_path, monkeypatch, raw):
+    """Sixteen MiB of empty objects would be five million of them."""
+    path = tmp_path / "a.json"
+    path.write_bytes(raw)
+    monkeypatch.setattr("json.loads", None)
+    with pytest.raises(FormatError, match=r"a\.json holds more than the 1048576 JSON values"):
+        files.read_json(path)
+
+
+def test_the_number_of_json_values_counts_commas_and_brackets(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[1,2]")
+    assert files.read_json(path, max_values=2) == [1, 2]
+    with pytest.raises(FormatError, match="more than the 1 JSON values"):
+        files.read_json(path, max_values=1)

@@ -1,14 +1,18 @@
 import copy
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from portlm.errors import FormatError
+from portlm.errors import FormatError, UsageError
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
-from portlm.tokenizer_file import BYTE_TO_CHAR, SPLIT_PATTERNS, parse
+from portlm.tokenizer_file import BYTE_TO_CHAR, MAX_FILE_BYTES, parse
+from portlm.tokenizer_steps import SPLIT_PATTERNS
 
 BPE = train_bpe(["the theme of the thesis then " * 4], 264)
 MERGED = BPE.token_bytes(256).decode()  # the first token that training made
@@ -68,6 +72,8 @@ REFUSED = {
     "no version": edited("version", value=...),
     "truncation list": edited("truncation", value=[]),
     "normalizer": edited("normalizer", value={"type": "NFC"}),
+    "normalizer in a sequence": edited("normalizer", value={"type": "Sequence", "normalizers": [{"type": "NFC"}]}),
+    "normalizer list": edited("normalizer", value=[]),
     "charsmap": edited("normalizer", value={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
     "no decoder": edited("decoder", value=None),
     "other decoder": edited("decoder", value={"type": "WordPiece"}),
@@ -85,8 +91,7 @@ REFUSED = {
     # the vocabulary
     "vocab list": edited("model", "vocab", value=[]),
     "vocab empty": edited("model", "vocab", value={}),
-    "a byte missing": vocab(a=...),
-    "a byte renamed": vocab(a=..., ab=97),
+    "a byte missing leaves a gap": vocab(a=...),
     "empty token": vocab(**{"": 264}),
     "long token": vocab(**{"a" * 4097: 264}),
     "foreign token": vocab(**{"漢": 264}),
@@ -137,8 +142,7 @@ REFUSED = {
     "many steps": pre(SPLIT, SPLIT, SPLIT, SPLIT, BYTE_LEVEL),
     "nested": pre({"type": "Sequence", "pretokenizers": [BYTE_LEVEL]}),
     "steps object": edited("pre_tokenizer", value={"type": "Sequence", "pretokenizers": {"a": 1}}),
-    "prefix space": edited("pre_tokenizer", "add_prefix_space", value=True),
-    "prefix space by default": edited("pre_tokenizer", "add_prefix_space", value=...),
+    "prefix space text": edited("pre_tokenizer", "add_prefix_space", value="yes"),
     "regex text": edited("pre_tokenizer", "use_regex", value="yes"),
     "slow pattern": pre(SPLIT | {"pattern": {"Regex": "(a+)+$"}}, BYTE_LEVEL),
     "pattern string": pre(SPLIT | {"pattern": {"String": "a"}}, BYTE_LEVEL),
@@ -151,6 +155,8 @@ REFUSED = {
     "post nested": edited("post_processor", value={"type": "Sequence",
                    "processors": [{"type": "Sequence", "processors": [{"type": "ByteLevel"}]}]}),
     "post null step": edited("post_processor", value={"type": "Sequence", "processors": [None]}),
+    "two templates": edited("post_processor", value={"type": "Sequence",
+                     "processors": [template()["post_processor"]] * 2}),
     "template names a missing token": template(single=[{"SpecialToken": {"id": "[CLS]", "type_id": 0}},
                                                        {"Sequence": {"id": "A", "type_id": 0}}]),
     "template without declaration": template(special_tokens={}),
@@ -158,6 +164,7 @@ REFUSED = {
         END_OF_TEXT: {"id": END_OF_TEXT, "ids": [1], "tokens": [END_OF_TEXT]}}),
     "template with foreign token": template(special_tokens={"a": {"id": "a", "ids": [97], "tokens": ["a"]}}),
     "template loses the text": template(single=[{"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]),
+    "template of the text twice": template(single=[{"Sequence": {"id": "A", "type_id": 0}}] * 2),
     "template of one text in pair": template(pair=[{"Sequence": {"id": "A", "type_id": 0}}]),
     "template of C": template(single=[{"Sequence": {"id": "C", "type_id": 0}}]),
     "template piece": template(single=[{"Sequence": {"id": "A"}}]),
@@ -184,6 +191,8 @@ def test_the_good_file_and_its_allowed_variants_are_accepted():
         added(special=False),
         added(lstrip=True),
         edited("post_processor", value={"type": "ByteLevel", "trim_offsets": False}),
+        edited("post_processor", value={"type": "Sequence", "processors": []}),
+        edited("normalizer", value={"type": "Sequence", "normalizers": []}),
         edited("model", "merges", value=[" ".join(pair) for pair in GOOD["model"]["merges"]]),
         edited("model", "type", value=...),
         edited("model", "unk_token", value=END_OF_TEXT),
@@ -199,13 +208,13 @@ def test_the_good_file_and_its_allowed_variants_are_accepted():
         edited("model", "ignore_merges", value=True),
     ):
         tokenizer = Tokenizer(parse(document, "x"))
-        ids = tokenizer.encode("the thesis <x> <|endoftext|> \U0001f600")
+        ids = tokenizer.encode("the thesis <x> <|endoftext|> \U0001f600", add_special_tokens=False)
         assert tokenizer.decode(ids) == "the thesis <x> <|endoftext|> \U0001f600"
         # what is written again opens in the library itself, with the same ids
         library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
         library.encode_special_tokens = True
         text = "the thesis <x>"
-        assert library.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+        assert library.encode(text).ids == tokenizer.encode(text)
         assert parse(json.loads(tokenizer.to_json()), "x") == tokenizer._file
 
 
@@ -214,12 +223,6 @@ def test_added_tokens_that_are_no_control_tokens_are_found_in_text():
     assert tokenizer.encode("a<x>b") == [97, 264, 98]
     assert tokenizer.decode([97, 264, 98], skip_special=True) == "a<x>b"
     assert Tokenizer(parse(added(), "x")).encode("a<x>b") == [97, *b"<x>", 98]
-
-
-def test_the_template_is_kept_for_transformers_and_never_applied_here():
-    tokenizer = Tokenizer(parse(template(), "x"))
-    assert tokenizer.encode("a") == [97]
-    assert tokenizers.Tokenizer.from_str(tokenizer.to_json()).encode("a").ids == [263, 97]
 
 
 def test_truncation_in_a_file_truncates_nothing():
@@ -273,6 +276,78 @@ def test_a_file_that_is_too_large_or_no_json_is_refused(tmp_path, monkeypatch):
         Tokenizer.load(tmp_path / "nowhere")
 
 
+OTHER_KINDS = {
+    "a WordPiece tokenizer, as BERT's": {
+        "normalizer": {"type": "BertNormalizer"}, "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "a": 1}},
+    },
+    "a Unigram tokenizer (SentencePiece), as T5's": {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}, "pre_tokenizer": {"type": "Metaspace"},
+        "decoder": {"type": "Metaspace"}, "model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]},
+    },
+    "a WordLevel tokenizer, a list of whole words": {
+        "pre_tokenizer": {"type": "Whitespace"}, "decoder": None,
+        "model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0}},
+    },
+    "a SentencePiece tokenizer with BPE, as LLaMA 2's": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}]},
+        "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]},
+        "model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []},
+    },
+    "BPE over characters, not over bytes": {
+        "pre_tokenizer": {"type": "Whitespace"}, "decoder": {"type": "BPEDecoder"},
+        "model": {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": {"a": 0}, "merges": []},
+    },
+    "a tokenizer of the kind 'Morse'": {"model": {"type": "Morse"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHER_KINDS)
+def test_a_tokenizer_of_another_kind_is_refused_by_its_name_with_what_can_be_done(tmp_path, what):
+    shown_without_type = OTHER_KINDS[what]["model"]["type"] in ("WordPiece", "Unigram", "BPE")
+    for typed in {True, not shown_without_type}:  # old files name no type
+        document = GOOD | {"normalizer": None, "pre_tokenizer": None} | copy.deepcopy(OTHER_KINDS[what])
+        if not typed:
+            del document["model"]["type"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+        with pytest.raises(FormatError) as caught:
+            Tokenizer.load(tmp_path)
+        assert f"this is {what}, and portlm reads byte-level BPE only" in str(caught.value)
+        assert "token ids" in str(caught.value)
+        assert "--ids" in str(caught.value)
+
+
+def test_a_normalizer_is_refused_by_its_name():
+    for value in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}):
+        with pytest.raises(FormatError, match=r"the normalizer .*'NFC'.* rewrites text.*token ids"):
+            parse(edited("normalizer", value=value), "x")
+
+
+def test_a_large_file_of_empty_objects_is_refused_before_they_are_made(tmp_path):
+    """Each would take a hundred bytes and a call: 13 s and 1.7 GB for the whole file."""
+    path = tmp_path / "tokenizer.json"
+    with path.open("wb") as file:
+        file.write(b'{"added_tokens": [' + b"{}," * (MAX_FILE_BYTES // 3 - 10) + b"{}]}")
+    code = (
+        "import resource, sys\n"
+        "from portlm.errors import FormatError\n"
+        "from portlm.tokenizer import Tokenizer\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "try: Tokenizer.load(sys.argv[1])\n"
+        "except FormatError as error: print(error)\n"
+        "after = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print((after.ru_maxrss - before.ru_maxrss) // 1024, after.ru_utime - before.ru_utime)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    message, figures = done.stdout.splitlines()
+    assert message.endswith("holds more than the 5242880 JSON values allowed for it")
+    mebibytes, seconds = map(float, figures.split())
+    assert mebibytes < 100  # the file itself is 64
+    assert seconds < 5
+
+
 SCALARS = st.none() | st.booleans() | st.integers(-2, 2**33) | st.floats() | st.text(max_size=3)
 REPLACEMENTS = st.one_of(
     SCALARS,
@@ -317,9 +392,17 @@ def test_a_mutated_file_is_refused_or_keeps_every_promise(data):
         message = str(error)
     else:
         message = ""
-        raw = b"the <x> <|endoftext|> th aa \xff \xf0\x9f\x98\x80"
-        ids = tokenizer.encode(raw)
-        assert tokenizer.decode_bytes(ids) == raw
-        assert not set(tokenizer.special.values()) & set(ids)
         tokenizers.Tokenizer.from_str(tokenizer.to_json())
+        raw = b"the <x> <|endoftext|> th aa \xff \xf0\x9f\x98\x80"
+        try:
+            ids = tokenizer.encode(raw, add_special_tokens=False)
+        except UsageError as error:
+            message = str(error)
+            assert re.search("no token for the byte 0x", message)
+        else:
+            back = tokenizer.decode_bytes(ids)
+            if tokenizer._file.prefixed:
+                raw, back = raw.replace(b" ", b""), back.replace(b" ", b"")
+            assert back == raw
+            assert not set(tokenizer.special.values()) & set(ids)
     assert "\n" not in message

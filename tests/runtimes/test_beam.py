@@ -181,7 +181,7 @@ def test_a_search_with_something_else_is_refused():
     session = Session(NullEngine(257, 64), byte_tokenizer(eos="<|endoftext|>"))
     for options, words in (
         ({"temperature": 1.0}, "needs temperature 0"), ({"stop": "x"}, "no stop strings"),
-        ({"num_beams": 0}, "num_beams"), ({"num_beams": 1000}, "at most 256"),
+        ({"num_beams": 0}, "num_beams"), ({"num_beams": 1000}, "from 1 to 256"),
         ({"early_stopping": "soon"}, "early_stopping"),
         ({"length_penalty": float("nan")}, "length_penalty"), ({"length_penalty": -1e308}, "from -32 to 32"),
         ({"length_penalty": 33}, "from -32 to 32"), ({"repetition_penalty": 0}, "repetition_penalty"),

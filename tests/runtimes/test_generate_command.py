@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 import portlm
 from portlm.cli import main
-from portlm.commands.generate import command, write_text
+from portlm.commands.generate import command, write
 from portlm.errors import UsageError
 
 
@@ -80,8 +80,8 @@ def test_a_terminal_is_not_given_control_characters(artifacts, stream):
     terminal, file = Terminal(), io.BytesIO()
     with portlm.load(artifacts["gpt2"], "null") as session:
         for out in (terminal, file):
-            write_text(session, "\x06", stream, {"max_new_tokens": 6}, out)
-            write_text(session, "\x19", stream, {"max_new_tokens": 3}, out)
+            write(session, "\x06", stream, {"max_new_tokens": 6}, out)
+            write(session, "\x19", stream, {"max_new_tokens": 3}, out)
     assert file.getvalue() == b"\x07\x08\t\n\x0b\x0c\n\x1a\x1b\x1c\n"
     assert terminal.getvalue().decode() == "\ufffd\ufffd\t\n\ufffd\ufffd\n\ufffd\ufffd\ufffd\n"
 
@@ -96,7 +96,7 @@ def test_a_terminal_is_not_given_control_characters(artifacts, stream):
         (["abc", "-e", "torch:cpu:"], 2, "is no engine"),
         (["abc", "-n", "0"], 2, "max_new_tokens"),
         (["abc", "-t", "-1"], 2, "temperature"),
-        (["a" * 60], 2, "prompt 0 has 60 tokens, but the model's context holds 48"),
+        (["a" * 60], 2, "the prompt has 60 tokens, but the model's context holds 48"),
         (["abc", "-n", "many"], 2, "'many' is not a valid integer"),
     ],
 )

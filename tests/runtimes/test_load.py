@@ -4,10 +4,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import portlm
-from portlm.artifact import read_manifest, write_manifest
+from portlm.artifact import read_manifest, replace, write_manifest
 from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import (
     ContextLengthError,
@@ -18,6 +19,7 @@ from portlm.errors import (
 )
 from portlm.flows.load import load
 from portlm.runtimes import engine_class
+from portlm.tokenizer import byte_tokenizer
 
 needs_ort = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing: pip install portlm[onnx]"
@@ -116,7 +118,12 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
         ({"threads": 0}, "threads must be"),
         ({"threads": 1.0}, "threads must be"),
         ({"threads": True}, "threads must be"),
-        ({"threads": 10**6}, "threads must be"),
+        ({"threads": 10**9}, "threads must be a whole number from 1 to 4096"),
+        ({"threads": 2**99}, "threads must be"),
+        ({"engine": None}, "no engine None"),
+        ({"device": ["cpu"]}, "no device"),
+        ({"profile": np.array(["auto"])}, "no profile an array"),
+        ({"allow_fallback": "no"}, "allow_fallback must be True or False"),
         ({"threads": 10**5000}, "threads must be"),
     ],
 )
@@ -172,6 +179,66 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
         load(artifact, engine, profile=profile)
 
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
+def test_every_file_that_a_session_reads_is_compared_with_the_manifest(artifact, name, damage):
+    path = artifact / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":  # what is written is valid JSON
+        path.write_bytes(content + b" " if damage == "altered" else b"{}")
+    with pytest.raises(FormatError, match=f"{name}: {damage}"):
+        load(artifact, "null")
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_that_would_be_used_and_is_not_listed_is_refused(artifact, tmp_path, name, kind):
+    manifest = read_manifest(artifact)
+    files = {other: entry for other, entry in manifest.files.items() if other != name}
+    write_manifest(artifact, replace(manifest, files=files))
+    if kind == "link":
+        (artifact / name).rename(tmp_path / name)
+        (artifact / name).symlink_to(tmp_path / name)
+    with pytest.raises(FormatError, match=f"{name} is not in the manifest; export again"):
+        load(artifact, "null")
+    (artifact / name).unlink()
+    with load(artifact, "null") as session:  # without it, as if it had never been there
+        assert session.generate([[1, 2]], max_new_tokens=2)[0].new_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_an_artifact_that_is_exported_again_is_compared_with_its_manifest(artifact, tmp_path, name):
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.export import export
+    from portlm.hub import export_hf
+
+    path = artifact / name
+    content = path.read_bytes()
+    path.write_bytes(content + b" ")
+    for again in (export, export_hf):
+        with pytest.raises(FormatError, match=f"{name}: altered"):
+            again(artifact, tmp_path / "out")
+    path.write_bytes(content)
+    (artifact / "chat_template.jinja").write_text("its user put this here")
+    export(artifact, tmp_path / "out")
+    assert "chat_template.jinja" in read_manifest(tmp_path / "out").files
+
+
+def test_bench_compares_the_graph_that_it_counts_in_with_the_manifest(artifact):
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.work import token_work
+
+    token_work(artifact, read_manifest(artifact))
+    graph = artifact / "onnx/decoder.portable.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\x32\x00")
+    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: altered"):
+        token_work(artifact, read_manifest(artifact))
+
+
 @needs_ort
 def test_a_file_that_is_not_used_may_be_damaged(artifact):
     (artifact / "model.safetensors").unlink()
@@ -196,6 +263,19 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path):
         load(tmp_path / "file", "null")
 
 
+@pytest.mark.parametrize("path", [None, 5, b"model", ["model"], object()], ids=repr)
+def test_a_folder_of_another_type_is_an_error(path):
+    with pytest.raises(UsageError, match="the folder of a model must be a str or a Path"):
+        load(path, "null")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", ""], ids=["long", "null", "empty"])
+def test_a_folder_that_cannot_be_is_an_error(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FormatError):
+        load(path, "null")
+
+
 @pytest.mark.parametrize("config", ["[]", '{"vocab_size": 0, "n_positions": 8}', '{"vocab_size": 300}'])
 def test_sizes_that_cannot_be_are_an_error(checkpoints, tmp_path, config):
     (tmp_path / "config.json").write_text(config)
@@ -204,20 +284,62 @@ def test_sizes_that_cannot_be_are_an_error(checkpoints, tmp_path, config):
         load(tmp_path, "null")
 
 
-def test_a_model_without_a_tokenizer_takes_token_ids_only(checkpoints, tmp_path):
-    shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
-    with load(tmp_path, "null") as session:
-        answer = session.generate([[1, 2, 3]], max_new_tokens=4)[0]
+@pytest.fixture
+def without_text(checkpoints, tmp_path):
+    """Function: content of tokenizer.json -> a folder that the null engine runs, with that tokenizer."""
+
+    def make(tokenizer=None):
+        shutil.copy(checkpoints["gpt2"] / "config.json", tmp_path)
+        if tokenizer is not None:
+            (tmp_path / "tokenizer.json").write_text(tokenizer)
+        return tmp_path
+
+    return make
+
+
+OTHER_KIND = json.dumps({"version": "1.0", "model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "why"),
+    [
+        (None, r"this model has no tokenizer \(portlm uses byte-level BPE"),
+        (OTHER_KIND, r"this model's tokenizer cannot be used: .*tokenizer\.json"),
+        ("{", r"this model's tokenizer cannot be used: .*tokenizer\.json"),
+        (
+            "larger",
+            "this model's tokenizer has 258 tokens, but the model only 257, so it is of another model",
+        ),
+    ],
+    ids=["none", "of another kind", "damaged", "larger"],
+)
+def test_a_model_without_a_tokenizer_that_fits_takes_token_ids_and_says_why_no_text(
+    without_text, tokenizer, why
+):
+    folder = without_text(tokenizer if tokenizer != "larger" else None)
+    if tokenizer == "larger":
+        byte_tokenizer("<|endoftext|>").save(folder)
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 257, "content": "<|more|>"})
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    with load(folder, "null") as session:
+        answer = session.generate([1, 2, 3], max_new_tokens=4)
         assert (answer.token_ids, answer.text) == ((4, 5, 6, 7), "")
-        assert list(session.stream([1], max_new_tokens=4)) == []
-        assert session.score([[1, 2, 3]])[0].greedy == (True, True)
+        stream = session.stream([1], max_new_tokens=4)
+        assert list(stream.ids()) == [2, 3, 4, 5]
+        assert stream.generation.token_ids == (2, 3, 4, 5)
+        assert session.score([1, 2, 3]).greedy == (True, True)
         with pytest.raises(
-            UsageError, match="no tokenizer, so it writes no text that a stop string could be in"
+            UsageError, match=f"^{why}.*, so it writes no text that a stop string could be in$"
         ):
-            session.generate([[1, 2, 3]], stop="x")
+            session.generate([1, 2, 3], stop="x")
         for text in ("abc", ""):
-            with pytest.raises(UsageError, match="has no tokenizer: give lists of token ids"):
+            with pytest.raises(
+                UsageError, match=f"^{why}.*: give token ids: a list of them, or --ids on the command"
+            ):
                 session.generate(text)
+        with pytest.raises(UsageError, match=f"^{why}.*; a stream has them in ids"):
+            next(session.stream([1], max_new_tokens=4))
 
 
 @pytest.mark.parametrize(
@@ -236,13 +358,18 @@ def test_generation_config_says_which_tokens_end_a_text(checkpoints, tmp_path, e
 
 
 @needs_ort
-def test_a_graph_that_onnx_runtime_does_not_take_is_an_error_that_names_it(artifact):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x08\x08", b"\x08\x08 this is no graph", b"\x08\x08\x3a\x80", b"\x08\x08\x3a\x05 cut"],
+    ids=["empty", "version", "words", "endless", "cut"],
+)
+def test_a_file_that_is_no_graph_is_an_error_that_names_it(artifact, content):
     path = artifact / "onnx/decoder.portable.onnx"
-    path.write_bytes(b"\x08\x08 this is no graph")
+    path.write_bytes(content)
     from portlm.artifact import refresh_files
 
     write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
-    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: ONNX Runtime does not take it"):
+    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: .*; export again"):
         load(artifact, "ort", profile="portable")
 
 
@@ -269,11 +396,18 @@ def det(artifact):
     return artifact
 
 
-def load_vulkan(*arguments, **options):
+def load_vulkan(folder, allow_fallback=False):
+    """A session on the engine itself, which takes graphs that `load` refuses because portlm never writes them."""
+    from portlm.engine import OpenRequest
+    from portlm.runtimes.session import Session
+    from portlm.tokenizer import Tokenizer
+
+    request = OpenRequest(folder, read_manifest(folder), "vulkan", "portable", allow_fallback)
     try:
-        return load(*arguments, "ort", "vulkan", "portable", **options)
+        engine = engine_class("ort").open(request)
     except EngineUnavailableError as error:
         pytest.skip(str(error))
+    return Session(engine, Tokenizer.load(folder), frozenset())
 
 
 def test_a_node_that_the_device_lacks_is_an_error_that_names_it(det):
@@ -317,7 +451,7 @@ def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch
 
     def setting():
         with load(artifacts["gpt2"], "ort", threads=1) as session:
-            options = session.engine._session("decoder")[0].get_session_options()
+            options = session.engine._session("decoder").get_session_options()
             assert options.intra_op_num_threads == 1
             return options.get_session_config_entry(key)
 

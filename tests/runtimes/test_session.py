@@ -7,6 +7,7 @@ from portlm import rows as rows_module
 from portlm.engine import Placement
 from portlm.errors import ContextLengthError, PortlmError, UsageError
 from portlm.runtimes.base import ArrayEngine
+from portlm.runtimes.decoding import Decoding
 from portlm.runtimes.null import DECODER, NullEngine
 from portlm.runtimes.session import Session
 from portlm.runtimes.stopping import StopScanner
@@ -137,10 +138,23 @@ def test_the_filters_reach_the_selection():
     assert session.generate("a", max_new_tokens=5, temperature=9.0).text != greedy
 
 
-def test_token_ids_can_stand_for_text():
+@pytest.mark.parametrize(
+    "ids",
+    [[97, 98], (97, 98), range(97, 99), np.array([97, 98]), np.array([97, 98], np.uint8), [np.int32(97), 98]],
+    ids=repr,
+)
+def test_token_ids_can_stand_for_text(ids):
+    """A flat list or array is one prompt and gets one answer, as a text does; several are a list."""
     session = null()
-    assert session.generate([[97, 98]], max_new_tokens=2)[0].text == "cd"
-    assert session.generate([np.array([97, 98]), "ab"], max_new_tokens=2)[0].text == "cd"
+    assert session.generate(ids, max_new_tokens=2).text == "cd"
+    assert [answer.text for answer in session.generate([ids, "ab"], max_new_tokens=2)] == ["cd", "cd"]
+    assert "".join(session.stream(ids, max_new_tokens=2)) == "cd"
+    assert session.score(ids) == session.score("ab") == session.score([ids])[0]
+
+
+def test_a_matrix_of_token_ids_is_a_prompt_in_each_row():
+    answers = null().generate(np.array([[97, 98], [99, 100]]), max_new_tokens=2)
+    assert [answer.text for answer in answers] == ["cd", "ef"]
 
 
 def test_an_empty_prompt_starts_from_the_end_of_text_token():
@@ -151,6 +165,8 @@ def test_an_empty_prompt_starts_from_the_end_of_text_token():
 def test_an_empty_prompt_without_an_end_of_text_token_is_an_error():
     with pytest.raises(UsageError, match="prompt 1 is empty"):
         null(tokenizer=byte_tokenizer()).generate(["a", ""], max_new_tokens=1)
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        null(tokenizer=byte_tokenizer()).generate("", max_new_tokens=1)
 
 
 def test_a_row_of_the_table_without_a_token_is_never_drawn():
@@ -168,6 +184,68 @@ def test_control_tokens_leave_no_text():
 
 def test_no_prompts_give_no_answers():
     assert null().generate([]) == []
+    assert null().score([]) == []
+
+
+def test_an_empty_list_is_an_empty_prompt_where_there_is_one_prompt():
+    assert (
+        next(null().stream([], max_new_tokens=1)) == "\0"
+    )  # after the end of text, the last id, comes the first
+    assert null().generate(np.array([], np.int64), max_new_tokens=1).token_ids == (0,)
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(64, 61), (400, 128), (4, 1)])
+def test_without_a_number_128_tokens_are_written_or_what_the_context_holds(context, tokens):
+    session = null(context)
+    assert session.generate("abc", ignore_eos=True).new_tokens == tokens
+    several = session.generate(["abc", "ab"], ignore_eos=True, max_new_tokens=None)
+    assert [r.new_tokens for r in several] == [tokens, min(128, context - 2)]
+    assert session.generate("abc", decoding=Decoding(ignore_eos=True)).new_tokens == tokens
+
+
+class Framed:
+    """A tokenizer whose texts begin with <s>, here the letter s, and end with e, as some files ask for."""
+
+    def __init__(self, begin=b"s", end=b""):
+        self.begin, self.end, self.inner = list(begin), list(end), BYTES
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def encode(self, text, *, add_special_tokens=True):
+        ids = self.inner.encode(text)
+        return [*self.begin, *ids, *self.end] if add_special_tokens else ids
+
+
+def test_what_every_text_begins_with_is_put_before_texts_and_not_before_ids():
+    session = Session(NullEngine(257, 64), Framed(b"s", b"e"))
+    for ask in (
+        lambda prompt, **o: session.generate(prompt, max_new_tokens=1, **o),
+        lambda prompt, **o: session.generate([prompt], max_new_tokens=1, **o)[0],
+        lambda prompt, **o: spent(session.stream(prompt, max_new_tokens=1, **o)),
+    ):
+        assert (ask("ab").prompt_tokens, ask("ab").text) == (4, "f")
+        bare = ask("ab", add_special_tokens=False)
+        assert (bare.prompt_tokens, bare.text) == (2, "c")
+        assert ask([97, 98]).prompt_tokens == 2
+    assert session.score("ab").token_ids == tuple(b"sabe")
+    assert session.score("ab", add_special_tokens=False).token_ids == tuple(b"ab")
+    assert session.score([97, 98]).token_ids == tuple(b"ab")
+
+
+def spent(stream):
+    assert list(stream)
+    return stream.generation
+
+
+def test_an_empty_prompt_starts_from_what_every_text_begins_with():
+    session = Session(NullEngine(257, 64), Framed())
+    assert session.generate("", max_new_tokens=1).text == "t"
+    assert session.generate("", max_new_tokens=1, add_special_tokens=False).token_ids == (
+        0,
+    )  # after end of text
+    with pytest.raises(UsageError, match="the text is empty"):
+        session.score("")
 
 
 def test_no_step_is_computed_beyond_the_last_token():
@@ -216,6 +294,46 @@ def test_a_character_is_never_cut():
     for length in range(1, len(text.encode())):
         result = session.generate("a", max_new_tokens=length)
         assert result.text == text.encode()[:length].decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", ["é漢🙂 ok", "🙂🙃", "a🙂", "\u0301é"])
+def test_the_joined_stream_is_what_generate_returns_for_a_text_cut_inside_a_character(text):
+    """The bytes that are left at the end become U+FFFD in both, and a piece holds back the rest of a character."""
+    session = Session(Scripted({"a": text}), BYTES)
+    for length in range(1, len(text.encode()) + 2):
+        for stop in ((), "🙃", "\ufffd"):
+            whole = session.generate("a", max_new_tokens=length, stop=stop)
+            stream = session.stream("a", max_new_tokens=length, stop=stop)
+            pieces = list(stream)
+            assert "".join(pieces) == whole.text
+            assert stream.generation.text == whole.text
+            assert (stream.generation.finish_reason, stream.generation.stop) == (
+                whole.finish_reason,
+                whole.stop,
+            )
+            assert all("\ufffd" not in piece for piece in pieces[:-1])
+
+
+def test_a_character_that_is_no_character_is_the_same_in_a_stream():
+    """Bytes that never were UTF-8, in the middle and at the end."""
+    raw = b"\xffa\xf0\x9f\x99b\xe6\xbc"
+    session = Session(Scripted({"a": list(raw)}), BYTES)
+    for length in range(1, len(raw) + 2):
+        assert (
+            "".join(session.stream("a", max_new_tokens=length))
+            == session.generate("a", max_new_tokens=length).text
+        )
+
+
+def test_a_stream_gives_token_ids_in_place_of_text_and_beside_it():
+    session = Session(Scripted({"a": "é!"}), BYTES)
+    stream = session.stream("a", max_new_tokens=9)
+    assert list(stream.ids()) == [*"é!".encode(), EOS]
+    assert stream.generation.text == "é!"
+    stream = session.stream("a", max_new_tokens=9)
+    assert next(stream) == "é"
+    assert list(stream.ids()) == [*"é!".encode(), EOS]
+    assert list(stream) == ["!"]
 
 
 def test_a_stop_string_may_be_longer_than_a_token_and_of_any_script():
@@ -345,14 +463,29 @@ def test_an_argument_out_of_range_is_named(options, words):
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [
-        ([97, 98], "prompt 0 is a number"), ([[97, 257]], "holds token 257"), ([[-1]], "holds token -1"),
-        (b"abc", "a text or a list"), ([b"abc"], "prompt 0 must be a text"), (7, "a text or a list"),
-        ([[0.5]], "whole number"), ([None], "prompt 0 must be a text"),
+        ([97, "a"], "prompt 0 is a number beside other prompts"), ([[97, 257]], "prompt 0 holds token 257"),
+        ([97, 257], "the prompt holds token 257"), ([[-1]], "holds token -1"), ([[2**9000]], "a number of 9001 bits"),
+        (b"abc", "a text, token ids"), ([b"abc"], "prompt 0 must be a text"), (7, "a text, token ids"),
+        ([[0.5]], "whole number"), ([0.5], "a token of the prompt must be a whole number"), (None, "a text, token ids"),
+        ([None], "prompt 0 must be a text"), ([[True]], "whole number, got True"), ([True], "whole number, got True"),
+        (np.array(3), "a text, token ids"), ([np.array(3)], "prompt 0 must be a text"),
+        (np.array([0.5]), r"the prompt must be whole numbers, got an array of float64 \(1,\)"),
+        (np.array([True]), "must be whole numbers"), (np.zeros((1, 1, 1), np.int64), "a text, token ids"),
+        ({"a": 1}, "a text, token ids"), ({97}, "a text, token ids"), (iter("ab"), "a text, token ids"),
+        ([["a"]], "whole number, got 'a'"), ([[[97]]], "whole number"), (np.array(["a"]), "whole numbers"),
+        (np.array([2**63], np.uint64), "holds token 9223372036854775808"), (object(), "a text, token ids"),
     ],
+    ids=repr,
 )  # fmt: skip
 def test_a_prompt_of_another_kind_is_refused(prompts, words):
-    with pytest.raises(UsageError, match=words):
-        null().generate(prompts)
+    for ask in (null().generate, null().score):
+        with pytest.raises(
+            UsageError, match=words if ask.__name__ == "generate" else words.replace("prompt", "text")
+        ):
+            ask(prompts)
+    if not isinstance(prompts, list) or len(prompts) > 1:
+        with pytest.raises(UsageError, match=words):
+            null().stream(prompts)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -409,7 +542,7 @@ def test_texts_score_the_same_alone_and_in_a_batch(logits_per_step, monkeypatch)
 
 def test_a_text_may_fill_the_context_and_no_more():
     assert len(null().score("a" * 64).logprobs) == 63
-    with pytest.raises(ContextLengthError, match="text 0 has 65 tokens"):
+    with pytest.raises(ContextLengthError, match="the text has 65 tokens"):
         null().score("a" * 65)
     with pytest.raises(UsageError, match="text 1 is empty"):
         null().score(["a", ""])

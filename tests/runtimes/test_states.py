@@ -177,8 +177,8 @@ def test_inputs_that_are_refused_leave_the_state_as_it_was(engine):
     ("use", "words"),
     [
         (lambda e: e.start("encoder", 1), "has no role 'encoder'"),
-        (lambda e: e.start("decoder", 0), "at least one row"),
-        (lambda e: e.start("decoder", 1, {"memory": np.zeros(1)}), "takes no given state memory"),
+        (lambda e: e.start("decoder", 0), "batch must be a whole number from 1"),
+        (lambda e: e.start("decoder", 1, {"memory": np.zeros(1)}), "takes no given state 'memory'"),
         (lambda e: e.reorder(e.start("decoder", 2), [2]), "rows must be some of 0 to 1"),
         (lambda e: e.reorder(e.start("decoder", 2), []), "rows must be"),
         (lambda e: e.reorder(e.start("decoder", 2), [0], 1), "skip must be"),

@@ -339,8 +339,8 @@ ATTACKS = {
     "another role": (lambda p: p.update(role="encoder"), "no role of its own"),
     "another profile": (lambda p: p.update(profile="portable"), "another export"),
     "another weight file": (lambda p: p.update(weights_file="../secret"), "another export"),
-    "other inputs": (lambda p: p["inputs"].append({"name": "x", "dtype": "int64", "shape": [2]}), "another export"),
-    "another state": (lambda p: p["state"][0].update(shape=["batch", 2, "past", 9]), "another export"),
+    "other inputs": (lambda p: p["inputs"].append({"name": "x", "dtype": "int64", "shape": [2]}), "and x int64"),
+    "another state": (lambda p: p["state"][0].update(shape=["batch", 2, "past", 9]), "in the manifest"),
 }  # fmt: skip
 
 
