@@ -10,8 +10,8 @@ The protocol:
 - **The limit in the same run.** Memory bandwidth and multiply-add peak are probed between the rounds; bytes or
   operations that the task needs, divided by the time, are printed as a share of them.
 - **Noise is thrown away.** A round in which the hypervisor stole more than 1 % of the time is repeated.
-- **Same memory.** malloc keeps what is freed, for all contenders: else the page faults of fresh 64 MiB results would
-  drown every kernel. `--fresh-memory` shows what that is like.
+- **Same memory.** malloc keeps what is freed, as in `portlm pretrain`, for all contenders: else the page faults of
+  fresh 64 MiB results would drown every kernel. `--fresh-memory` shows what that is like.
 - **Losses stay in the table**, and so does a contender that cannot run, with the reason.
 """
 

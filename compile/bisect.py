@@ -126,7 +126,7 @@ def look_inside(folder: str | Path, run: Runner, graph: str, role: str = "decode
     root = Path(folder)
     manifest = read_manifest(root)
     spec = manifest.roles[role]
-    check_files(root, [spec.weights, graph])
+    check_files(root, [spec.weights, graph], manifest)
     case = _prompt(spec, manifest.model.vocab_size, manifest.model.context_length)
     subject = _Subject(check_model(root / graph), root / graph, run, case)
     odd = {
@@ -136,7 +136,7 @@ def look_inside(folder: str | Path, run: Runner, graph: str, role: str = "decode
         return None
     expected: Values = {}
     if "portable" in spec.profiles:
-        check_files(root, [spec.profiles["portable"]])
+        check_files(root, [spec.profiles["portable"]], manifest)
         expected = _Reference(root / spec.profiles["portable"]).values(case.inputs)
     for name, value in odd.items():
         found = subject.compare(name, value, expected.get(name))

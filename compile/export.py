@@ -39,7 +39,14 @@ from portlm.compile.mapped import MappedFile
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
 from portlm.folders import FILE_OPS, new_folder
-from portlm.hub_files import cards, check_folder
+from portlm.hub_files import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_EXTRAS,
+    cards,
+    check_folder,
+    usable_tokenizer,
+)
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
 from portlm.roles import file_stem
@@ -71,7 +78,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
         profiles: which graphs to write.
 
     Returns:
-        The artifact folder.
+        The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
 
     Raises:
         FormatError: the checkpoint is damaged or not of a known family.
@@ -84,19 +91,28 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
     check_folder(source)
-    check_source(source, COPIED)
+    copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
+    check_source(source, copied)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     generation_config.read(source)  # and what no session would load
     weights = read_header(source / WEIGHTS)
-    copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
     size = sum((source / name).stat().st_size for name in copied)
     size += sum(math.prod(info.shape) * 4 for info in weights.values())
 
-    def bring(workshop: Path) -> None:
-        for name in copied:
-            shutil.copyfile(source / name, workshop / name)
+    notes: list[str] = []
 
-    return _make(lambda: open_mapped(source), target, profiles, size, bring, beside=True)
+    def bring(workshop: Path) -> None:
+        without: tuple[str, ...] = ()
+        if TOKENIZER in copied and not usable_tokenizer(source, load_config(source).vocab_size, notes):
+            without = (TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+        for name in copied:
+            if name not in without:
+                shutil.copyfile(source / name, workshop / name)
+
+    made = _make(lambda: open_mapped(source), target, profiles, size, bring, beside=True)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return made
 
 
 def export_module(
@@ -138,6 +154,11 @@ def export_module(
         decoder = decoder_of(module, example=example)
         decoder.warn(type(module).__name__)
         module = decoder
+    if tokenizer is not None and tokenizer.vocab_size > (ids := _vocab_size(module, roles_to_export(module))):
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
+            f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
+        )
     size = sum(p.numel() * (p.element_size() + 4) for p in module.parameters())
     config = getattr(module, "config", None)
 

@@ -27,7 +27,9 @@ def read_source(artifact: Path, role: str, profile: str) -> tuple[onnx.ModelProt
     name = spec.profiles[profile]
     check_files(artifact, [name, spec.weights], manifest)
     model = check_model(artifact / name)
-    if problem := _wrong_weights(name, model, spec) or _difference(model, spec):
+    said = next((entry.value for entry in model.metadata_props if entry.key == "portlm.profile"), profile)
+    problem = "" if said == profile else f"it is the {said[:80]!r} graph, and the manifest says {profile}"
+    if problem := problem or _wrong_weights(name, model, spec) or _difference(model, spec):
         raise FormatError(f"{artifact / name}: {problem}; export again")
     return model, manifest
 

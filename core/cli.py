@@ -1,17 +1,16 @@
 """The command line: names to verbs, errors to exit codes.
 
 stdout carries the result, stderr everything else. Exit codes: 0 done, 1 the input or the machine is at fault,
-2 the call is wrong, 130 interrupted, 143 terminated.
+2 the call is wrong, 129 the terminal was closed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -75,18 +74,30 @@ def cli() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"portlm: error: {message}", err=True)
+    try:
+        click.echo(f"portlm: error: {message}", err=True)
+    except OSError:
+        _let_go(sys.stderr)  # the terminal was closed; the code is still an answer to whoever waits for it
     sys.exit(code)
 
 
-def _terminate(*_: Any) -> NoReturn:
-    raise SystemExit(143)
+def _let_go(stream: TextIO) -> None:
+    """Silence a stream whose reader has gone, for the flush at exit as well."""
+    from portlm.train.progress import let_go
+
+    let_go(stream)
+
+
+def _terminate(number: int, _: Any) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit with its code."""
     bound_spinning()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     try:
         result = cli.main(args=arguments, prog_name="portlm", standalone_mode=False)
     except click.exceptions.Exit as exit_request:
@@ -103,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         _fail(f"this needs {package}, which is not installed: pip install 'portlm[{EXTRAS[package]}]'", 1)
     except BrokenPipeError:
-        # The reader of our output has gone (`portlm ... | head`); silence the flush at exit as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go(sys.stdout)  # `portlm ... | head`
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)

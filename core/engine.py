@@ -55,7 +55,7 @@ class OpenRequest:
         device: one that the table of engines lists.
         profile: one of PROFILES; "auto" takes the best one that the artifact has for this engine and device.
         allow_fallback: let nodes that the device cannot run go to the CPU.
-        threads: of the CPU; None for one per core.
+        threads: of the CPU; None leaves the choice to the engine.
         compiled: the folder that the compiled files of the manifest lie in, None for the artifact itself. It is a
             private cache of this user's, whose files were compared with its record when it was found.
     """

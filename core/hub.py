@@ -18,7 +18,7 @@ import numpy as np
 from portlm import generation_config
 from portlm.artifact import check_source
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import atomic_file, open_regular, parse_json, read_json, shown, write_atomic
+from portlm.files import atomic_file, open_regular, parse_json, read_bytes, read_json, shown, write_atomic
 from portlm.folders import new_folder
 from portlm.hub_files import (
     INDEX,
@@ -30,10 +30,9 @@ from portlm.hub_files import (
     cards,
     check_folder,
     check_names,
-    read_bounded,
     stored,
     unwrapped,
-    why_no_tokenizer,
+    usable_tokenizer,
 )
 from portlm.models import (
     CONFIG,
@@ -243,18 +242,10 @@ def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:
     """Copy the tokenizer's files if portlm can use them, without what would ask transformers to run code."""
-    from portlm.tokenizer import MAX_FILE_BYTES, Tokenizer
+    from portlm.tokenizer import MAX_FILE_BYTES
 
-    if not (src / TOKENIZER).exists():
-        notes.append(f"the checkpoint takes token ids only: {why_no_tokenizer(src)}")
+    if not usable_tokenizer(src, vocab_size, notes):
         return
-    try:
-        known = Tokenizer.load(src).vocab_size
-    except FormatError as error:
-        notes.append(f"the tokenizer was left out, so the checkpoint takes token ids only: {error}")
-        return
-    if known > vocab_size:
-        notes.append(f"the tokenizer has {known} tokens, but the model cannot read ids from {vocab_size} on")
     settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if (src / TOKENIZER_CONFIG).exists():
         settings = read_json(src / TOKENIZER_CONFIG, max_bytes=MAX_TEXT_BYTES)
@@ -262,11 +253,11 @@ def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) 
             raise FormatError(f"{src / TOKENIZER_CONFIG} must hold a JSON object")
     if settings.pop("auto_map", None) is not None:
         notes.append(f"{TOKENIZER_CONFIG}: auto_map left out, portlm never runs code from a model folder")
-    write_atomic(folder / TOKENIZER, read_bounded(src / TOKENIZER, MAX_FILE_BYTES))
+    write_atomic(folder / TOKENIZER, read_bytes(src / TOKENIZER, MAX_FILE_BYTES))
     write_json(folder / TOKENIZER_CONFIG, settings)
     for name in TOKENIZER_EXTRAS:
         if (src / name).exists():
-            raw = read_bounded(src / name, MAX_TEXT_BYTES)
+            raw = read_bytes(src / name, MAX_TEXT_BYTES)
             if name.endswith(".json"):
                 parse_json(raw, str(src / name))
             write_atomic(folder / name, raw)
@@ -276,7 +267,7 @@ def _copy_cards(src: Path, folder: Path, notes: list[str]) -> None:
     """Copy model card and licence files: whoever passes the weights on has to pass those on as well."""
     for name in cards(src):
         try:
-            write_atomic(folder / name, read_bounded(src / name, MAX_TEXT_BYTES))
+            write_atomic(folder / name, read_bytes(src / name, MAX_TEXT_BYTES))
         except FormatError as error:
             notes.append(f"{name} was left out: {error}")
 

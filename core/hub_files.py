@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from portlm.errors import FormatError
-from portlm.files import open_regular, read_json, safe_join, shown
+from portlm.files import read_json, safe_join, shown
 from portlm.models import CONFIG, GENERATION_CONFIG, WEIGHTS
 from portlm.weights import TensorInfo, read_header
 
@@ -129,33 +129,44 @@ def cards(folder: Path) -> list[str]:
     Raises:
         FormatError: As :func:`find`.
     """
-    names = [name for name in _names(folder) if _CARD.fullmatch(name) and not (folder / name).is_dir()]
-    return [find(folder, name).name for name in names]
+    places = (folder / name for name in _names(folder) if _CARD.fullmatch(name))
+    return [find(folder, place.name).name for place in places if place.is_symlink() or not place.is_dir()]
 
 
 def why_no_tokenizer(folder: Path) -> str:
     """Say what a folder without tokenizer.json has instead, and what would help."""
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return (
-            f"there is no {TOKENIZER}; AutoTokenizer.from_pretrained(folder).save_pretrained(folder) in transformers "
-            "makes it of vocab.json and merges.txt, for another import"
+            f"there is no {TOKENIZER}; GPT2Tokenizer.from_pretrained(folder).save_pretrained(new_folder) in "
+            "transformers makes it of vocab.json and merges.txt: put it beside them and import again"
         )
     if (folder / "tokenizer.model").exists():
         return f"there is no {TOKENIZER}, and portlm does not read tokenizer.model"
     return f"there is no {TOKENIZER}"
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Return a file's bytes.
+def usable_tokenizer(folder: Path, vocab_size: int, notes: list[str]) -> bool:
+    """Whether text for a model can go through the tokenizer of its folder; if not, or not in all, ``notes`` say why.
 
-    Raises:
-        FormatError: It is longer than ``limit`` bytes, or no regular file.
+    A tokenizer that cannot be used is left out, for with it nothing could be loaded, not even to take token ids.
     """
-    with open_regular(path) as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise FormatError(f"{path} is larger than the {limit} bytes allowed for it")
-    return raw
+    from portlm.tokenizer import Tokenizer
+
+    if not (folder / TOKENIZER).exists():
+        notes.append(f"the checkpoint takes token ids only: {why_no_tokenizer(folder)}")
+        return False
+    try:
+        tokenizer = Tokenizer.load(folder)
+        tokenizer.within(vocab_size)
+    except FormatError as error:
+        notes.append(f"the tokenizer was left out, so the model takes token ids only (--ids): {error}")
+        return False
+    if tokenizer.vocab_size > vocab_size:
+        notes.append(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: the control tokens beyond "
+            "are never used"
+        )
+    return True
 
 
 def _is_cached(folder: Path, name: str) -> bool:
@@ -170,7 +181,10 @@ def _is_cached(folder: Path, name: str) -> bool:
     blobs = next((above.parent / "blobs" for above in here.parents if above.name == "snapshots"), None)
     if blobs is None or blobs.is_symlink() or os.path.realpath(here / link.parent) != str(blobs):
         return False
-    safe_join(blobs, link.name)  # which must be a file, not another link
+    if not safe_join(blobs, link.name).exists():  # and it must be a file, not another link
+        raise FormatError(
+            f"{folder}: {shown(name)} leads to a file that the hub's cache lacks: download it again"
+        )
     return True
 
 

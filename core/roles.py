@@ -123,6 +123,15 @@ def _state_contradiction(state: StateSpec) -> str:
     return ""
 
 
+def interface(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], state: Sequence[StateSpec]
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """What the graph of a role takes and what it returns, in this order: the state comes last in both."""
+    taken = [TensorSpec(item.name, item.dtype, item.shape) for item in state]
+    returned = [TensorSpec(item.output, item.dtype, _shape_after(item)) for item in state if item.output]
+    return [*inputs, *taken], [*outputs, *returned]
+
+
 def difference(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
@@ -132,8 +141,7 @@ def difference(
 ) -> str:
     """Say where a graph and the description of its role differ, or "".
 
-    A graph takes a role's inputs and then its state, and returns its outputs and then its new state, in this order; so
-    which output becomes which state is not a matter of names alone.
+    The order counts: it says which output becomes which state, and names alone do not.
 
     Args:
         inputs: of the role.
@@ -142,18 +150,10 @@ def difference(
         taken: what the graph says it takes.
         returned: what the graph says it returns.
     """
-    new = [(item.output, item) for item in state if item.output]
-    described = (
-        ("input", [*inputs, *(TensorSpec(item.name, item.dtype, item.shape) for item in state)], taken),
-        (
-            "output",
-            [*outputs, *(TensorSpec(name, item.dtype, _shape_after(item)) for name, item in new)],
-            returned,
-        ),
-    )
-    for what, wanted, found in described:
-        for i in range(max(len(wanted), len(found))):
-            here, there = (_place(specs, i) for specs in (wanted, found))
+    wanted = interface(inputs, outputs, state)
+    for what, ours, found in zip(("input", "output"), wanted, (taken, returned), strict=True):
+        for i in range(max(len(ours), len(found))):
+            here, there = (_place(specs, i) for specs in (ours, found))
             if here != there:
                 return f"{what} {i} is {_said(here)} in the manifest and {_said(there)} in the graph"
     return ""

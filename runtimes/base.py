@@ -15,6 +15,7 @@ from portlm.engine import Array, CallSpec, InputCheck, OpenRequest, State
 from portlm.engines import versions_of
 from portlm.errors import PortlmError, UsageError
 from portlm.roles import MAX_DIMENSION, StateSpec, symbols
+from portlm.threads import survive_fork
 
 
 class EngineBase:
@@ -38,8 +39,9 @@ class EngineBase:
             name: InputCheck(name, spec, vocab_size, context_length) for name, spec in roles.items()
         }
         self._shared = {name: _shared(spec) for name, spec in roles.items()}
-        self._closed = False
+        self._closed, self._forked = False, False
         self._owner = object()
+        survive_fork(self)
 
     # --- what an engine says ---------------------------------------------------------------------------
 
@@ -78,6 +80,13 @@ class EngineBase:
         What they leave free on the left is zero.
         """
         raise NotImplementedError
+
+    def enter_child(self) -> None:
+        """Prepare to go on in a forked child, which has its parent's memory and none of its other threads.
+
+        A device is not among what it has: there every further call is an error.
+        """
+        self._forked = True
 
     # --- portlm.engine.Engine --------------------------------------------------------------------------
 
@@ -215,6 +224,11 @@ class EngineBase:
     def _spec(self, role: str) -> CallSpec:
         if self._closed:
             raise UsageError("this engine is closed: load the model again")
+        if self._forked and self.device != "cpu":
+            raise UsageError(
+                f"{self.name}:{self.device}: a forked process cannot use the device of its parent: "
+                "load the model after the fork, or start the process by spawn"
+            )
         if not isinstance(role, str) or role not in self.roles:
             known = ", ".join(self.roles) or "none"
             raise UsageError(f"{self.name} has no role {shown(role)} of this model: it has {known}")

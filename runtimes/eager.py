@@ -5,6 +5,7 @@ is compared with. Of any artifact it runs the graphs as plans (torch_plan.py), p
 model whose code is not here runs, too. PyTorch is imported by this file, and by those of plans that it imports.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from portlm.errors import EngineUnavailableError, FormatError, PortlmError, Usag
 from portlm.files import safe_join
 from portlm.models import load_model
 from portlm.plan import CHECKPOINT, needs_plan, read_plan
-from portlm.roles import StateSpec
+from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.torch_plan import make_role
+from portlm.threads import StepThreads
 
 if TYPE_CHECKING:
     from portlm.models.roles import Role
@@ -46,6 +48,13 @@ def try_device(device: str) -> str:
     return name
 
 
+def use_threads(count: int) -> int:
+    """Set on how many threads PyTorch and the kernels run when called from this thread; return what it was before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    return before
+
+
 class TorchEngine(ArrayEngine):
     """Roles as functions of PyTorch tensors, in float32 on the CPU, with portlm's kernels, or on a CUDA device.
 
@@ -63,6 +72,7 @@ class TorchEngine(ArrayEngine):
         device: str,
         profile: str,
         nodes: Mapping[str, int],
+        threads: int | None = None,
     ):
         """Take over functions of tensors on a device; use open().
 
@@ -73,9 +83,11 @@ class TorchEngine(ArrayEngine):
             device: "cpu" or "cuda".
             profile: "native", "fused" or "portable".
             nodes: how many there are on each device.
+            threads: of each call on the CPU; None leaves it to portlm.threads.
         """
         self.device, self.profile = device, profile
         self._functions, self._nodes = dict(functions), dict(nodes)
+        self._threads = StepThreads(use_threads, threads) if device == "cpu" else None
         specs = {
             name: CallSpec(tuple(role.inputs), tuple(role.outputs), tuple(role.state))
             for name, role in self._functions.items()
@@ -89,8 +101,8 @@ class TorchEngine(ArrayEngine):
         Args:
             request: device is "cpu" or "cuda". Profile "native" takes config.json and model.safetensors of the folder;
                 "fused" and "portable" what portlm compile made of the graphs; "auto" the checkpoint, or plans where
-                there is none of a known family. threads count for the whole process, because PyTorch has one setting
-                for all. allow_fallback is without effect, PyTorch moves nothing by itself.
+                there is none of a known family. threads are those of each call, PyTorch's own setting stays as it is.
+                allow_fallback is without effect, PyTorch moves nothing by itself.
 
         Raises:
             EngineUnavailableError: this PyTorch finds no CUDA device.
@@ -105,8 +117,6 @@ class TorchEngine(ArrayEngine):
         plans = manifest is not None and needs_plan(manifest)
         if request.profile not in ("auto", "native", *PLANS):
             raise UsageError(f"torch has no profile {request.profile}: choose native, fused or portable")
-        if request.threads is not None:
-            torch.set_num_threads(request.threads)
         if manifest is None or request.profile == "native" or (request.profile == "auto" and not plans):
             if request.profile in PLANS:
                 raise UsageError(
@@ -134,15 +144,16 @@ class TorchEngine(ArrayEngine):
                     f"{request.folder}: the manifest says {said[0]} ids and {said[1]} positions, config.json says "
                     f"{found[0]} and {found[1]}; export again"
                 )
-        return cls.of(model, request.device)
+        return cls.of(model, request.device, request.threads)
 
     @classmethod
-    def of(cls, model: Any, device: str) -> Self:
+    def of(cls, model: Any, device: str, threads: int | None = None) -> Self:
         """Run a model that is in memory, which stays the caller's.
 
         Args:
             model: a module with a config, which has vocab_size and context_length, and roles().
             device: "cpu" or "cuda"; the model is moved there.
+            threads: of each call on the CPU; None leaves it to portlm.threads.
         """
         model = model.to(device).eval()
         nodes = Counter(
@@ -151,7 +162,7 @@ class TorchEngine(ArrayEngine):
             if next(module.parameters(recurse=False), None) is not None
         )
         sizes = model.config.vocab_size, model.config.context_length
-        return cls(model.roles(), *sizes, device, "native", nodes)
+        return cls(model.roles(), *sizes, device, "native", nodes, threads)
 
     @classmethod
     def _planned(cls, request: OpenRequest, manifest: Manifest) -> Self:
@@ -163,8 +174,10 @@ class TorchEngine(ArrayEngine):
             spec = manifest.roles.get(plan.role)
             if spec is None or plan.role in functions:
                 raise FormatError(f"{path}: the artifact has no role of its own for it; compile again")
-            same = (plan.inputs, plan.outputs, plan.state) == (spec.inputs, spec.outputs, spec.state)
-            if not same or plan.profile != profile or plan.weights_file != spec.weights:
+            described, own = ((x.inputs, x.outputs, x.state) for x in (spec, plan))
+            if problem := difference(*described, *interface(*own)):
+                raise FormatError(f"{path}: {problem}; compile again")
+            if described != own or plan.profile != profile or plan.weights_file != spec.weights:
                 raise FormatError(f"{path}: made of another export than this artifact; compile again")
             check_files(request.folder, [spec.weights], manifest)
             weights = safe_join(request.folder, spec.weights)
@@ -173,7 +186,7 @@ class TorchEngine(ArrayEngine):
         if missing := manifest.roles.keys() - functions.keys():
             raise FormatError(f"{request.folder}: nothing was compiled for its {min(missing)}; compile again")
         sizes = manifest.model.vocab_size, manifest.model.context_length
-        return cls(functions, *sizes, request.device, profile, {request.device: count})
+        return cls(functions, *sizes, request.device, profile, {request.device: count}, request.threads)
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
@@ -181,15 +194,17 @@ class TorchEngine(ArrayEngine):
         spec = self.roles[role]
         given = [torch.from_numpy(inputs[item.name].copy()).to(self.device) for item in spec.inputs]
         states = [tensors[item.name] for item in spec.state]
+        first = next(iter(inputs.values()))
+        threads = self._threads.step(role, first) if self._threads else contextlib.nullcontext()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), threads:
                 results = self._functions[role].function(*given, *states)
                 outputs = {
                     item.name: result.cpu().numpy()
                     for item, result in zip(spec.outputs, results, strict=False)
                 }
         except torch.cuda.OutOfMemoryError as error:
-            rows = next(iter(inputs.values())).shape[0]
+            rows = first.shape[0]
             raise PortlmError(
                 f"torch:{self.device}: out of memory with {rows} rows: use a smaller batch"
             ) from error

@@ -8,6 +8,7 @@ Its threads park when idle instead of spinning, so that they take nothing from w
 PORTLM_ORT_SPINNING=1 in the environment lets them spin, which is faster when nothing else does.
 """
 
+import ctypes
 import os
 import threading
 from collections import Counter
@@ -154,6 +155,16 @@ class OrtEngine(ArrayEngine):
             nodes.update(placement.nodes)
         fallback = tuple(name for placement in self._placements.values() for name in placement.fallback)
         return Placement(dict(nodes), fallback, self._note)
+
+    def enter_child(self) -> None:
+        """Prepare to go on in a forked child, on new sessions.
+
+        Those of the parent have lost their threads, and wait for them as soon as anything frees them. So nothing may.
+        """
+        super().enter_child()
+        lost = [*self._sessions.values(), *self._tools.values()]
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(lost))
+        self._sessions, self._tools = {}, {}
 
     def close(self) -> None:
         """Let go of the sessions and their memory."""

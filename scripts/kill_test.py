@@ -278,7 +278,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100, help="kills to survive (default: %(default)s)")
     parser.add_argument(
-        "--signal", choices=["KILL", "TERM", "INT"], default="KILL", help="(default: %(default)s)"
+        "--signal", choices=["KILL", "TERM", "INT", "HUP"], default="KILL", help="(default: %(default)s)"
     )
     parser.add_argument(
         "--objective", choices=list(OBJECTIVES), default="causal", help="(default: %(default)s)"

@@ -44,7 +44,8 @@ def _print(report: dict[str, Any], out: Path) -> None:
     train = report["train"]
     console.print(
         f"trained {train['parameters']:,} parameters on {train['tokens']:,} tokens in {train['seconds']:.0f} s: "
-        f"held-out bits per byte {train['val_bits_per_byte_start']:.2f} -> {train['val_bits_per_byte_end']:.2f}",
+        f"held-out bits per byte {train['val_bits_per_byte_start']:.2f} -> {train['val_bits_per_byte_end']:.2f}, "
+        f"{train['reference_bits_per_byte']:.2f} of the language reference alone",
         highlight=False,
     )
     table = figures(

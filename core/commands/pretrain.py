@@ -89,8 +89,10 @@ def command(
     shards. Ctrl-C finishes the step, saves and leaves with code 130. The same command with --resume auto goes
     on from there, and after a crash; so does `portlm pretrain --out OUT --resume auto` alone.
     """
+    from portlm.train.allocator import keep_freed_memory
     from portlm.train.pretrain import pretrain
 
+    keep_freed_memory()  # here, where the process is ours, and not in pretrain()
     result = pretrain(
         resolve(texts, out, resume, preset, config, overrides, short), out, resume=resume, quiet=quiet
     )

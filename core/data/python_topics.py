@@ -1,9 +1,8 @@
 """A corpus that every Python carries: the language reference that help() shows.
 
 `pydoc_data.topics` is part of CPython's standard library (PSF licence), so training can be tried without a
-download: about 80 documents and 460 kB of English prose with code. The text belongs to the Python version
-    that runs; a model
-trained on it should record the sha256 of what it saw, as the token shards do.
+download: about 80 documents and 460 kB of English prose with code. The text belongs to the Python version that runs;
+a model trained on it should record the sha256 of what it saw, as the token shards do.
 """
 
 from portlm.errors import FormatError

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from portlm.errors import PortlmError, UsageError
-from portlm.flows.measuring import environment, spread
+from portlm.flows.measuring import bootstrap, environment, spread
 from portlm.flows.targets import Target, default_targets
 
 __all__ = ["Row", "Target", "default_targets", "measure"]
@@ -28,6 +28,7 @@ Progress = Callable[[str], None]
 class Row:
     """What was measured for one target. Rates are medians over the rounds, spreads the interquartile range.
 
+    ``prefill_interval`` and ``decode_interval`` are the bootstrapped 95 % intervals of those medians.
     ``decode_of_limit`` is the share of the rate at which this machine could read the weights once per token, and
     ``prefill_of_limit`` the share of its peak multiply-add rate; both limits were probed between the rounds.
     """
@@ -37,8 +38,10 @@ class Row:
     profile: str
     prefill_tok_s: float
     prefill_spread: float
+    prefill_interval: tuple[float, float]
     decode_tok_s: float
     decode_spread: float
+    decode_interval: tuple[float, float]
     load_s: float
     model_mib: float
     peak_rss_mib: float
@@ -52,7 +55,7 @@ class Process:
     def __init__(self, target: Target):
         self.target = target
         self.pipe = subprocess.Popen(
-            [sys.executable, "-m", "portlm.flows.bench_worker"],
+            [sys.executable, "-P", "-m", "portlm.flows.bench_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -159,6 +162,7 @@ def measure(
         bandwidth = max(limit["bandwidth"] for limit in limits)
         flops = max(limit["flops"] for limit in limits)
         weights, multiplies = _work(model)
+        p_limit, d_limit = flops / (2 * multiplies), bandwidth / weights
         rows = []
         for process in processes:
             target = process.target
@@ -171,13 +175,15 @@ def measure(
                     profile=loaded[target]["profile"],
                     prefill_tok_s=p_rate,
                     prefill_spread=spread(prefill[target]),
+                    prefill_interval=bootstrap(prefill[target]),
                     decode_tok_s=d_rate,
                     decode_spread=spread(decode[target]),
+                    decode_interval=bootstrap(decode[target]),
                     load_s=loaded[target]["load_s"],
                     model_mib=loaded[target]["model_bytes"] / 2**20,
                     peak_rss_mib=process.call("memory")["peak_rss"] / 2**20,
-                    prefill_of_limit=p_rate * 2 * multiplies / flops if on_host else None,
-                    decode_of_limit=d_rate * weights / bandwidth if on_host else None,
+                    prefill_of_limit=p_rate / p_limit if on_host else None,
+                    decode_of_limit=d_rate / d_limit if on_host else None,
                 )
             )
     finally:
@@ -187,7 +193,12 @@ def measure(
         "model": str(model),
         "settings": {"prompt": prompt, "tokens": tokens, "rounds": rounds, "threads": threads},
         "environment": environment(),
-        "limits": {"read_bandwidth_gb_s": bandwidth / 1e9, "fp32_gflop_s": flops / 1e9},
+        "limits": {
+            "read_bandwidth_gb_s": bandwidth / 1e9,
+            "fp32_gflop_s": flops / 1e9,
+            "prefill_tok_s": p_limit,
+            "decode_tok_s": d_limit,
+        },
         "rows": [asdict(row) for row in rows],
         "failed": failed,
     }

@@ -56,7 +56,8 @@ def load(
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
             that can be compiled here.
         allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
-        threads: of the CPU, at most 4096; None for one per core.
+        threads: of the CPU, for every call, at most 4096; None for one per core, or one alone while others keep the
+            cores busy.
 
     Raises:
         UsageError: an unknown engine, device or profile, or one that the folder was not exported for.
@@ -169,12 +170,10 @@ def _session(engine: Engine, tokenizer: Tokenizer | str | None, config: Generati
     if "top_k" in defaults:
         defaults["top_k"] = min(defaults["top_k"], V)
     if tokenizer is not None and not isinstance(tokenizer, str):
-        if tokenizer.vocab_size <= V:
-            return Session(engine, tokenizer, config.eos_ids, defaults)
-        tokenizer = (
-            f"this model's tokenizer has {tokenizer.vocab_size} tokens, but the model only {V}, "
-            "so it is of another model"
-        )
+        try:
+            return Session(engine, tokenizer.within(V), config.eos_ids, defaults)
+        except FormatError as error:
+            tokenizer = f"this model's tokenizer cannot be used: {error}"
     defaults.pop("stop", None)  # nothing is written that it could be in
     return Session(engine, NoTokenizer(V, tokenizer or NONE), config.eos_ids, defaults)
 

@@ -7,7 +7,7 @@ al., "Pythia", 2023 (arXiv:2304.01373).
   to it (Wang and Komatsuzaki, 2021); ``parallel_residual = False`` puts them one behind the other again
 - rotary positions (Su et al., 2021) on the first ``rotary_pct`` of each head, the rest of it without a position
 - one matrix for queries, keys and values, whose rows go head by head: q, k and v of the first head, then of the next
-- the output layer has its own matrix, and GELU is the exact form
+- the output layer has its own matrix, unless ``tie_embeddings``, and GELU is the exact form
 
 B batch, T time, C width, H heads, D = C / H head width, R the rotated part of it, P slots already in the cache, V
 vocabulary.
@@ -80,6 +80,7 @@ class GPTNeoXConfig:
     attention_bias: bool = True  # of the two matrices of attention; those of the MLP always have one
     layer_norm_eps: float = 1e-5
     gelu: config_json.Gelu = "none"
+    tie_embeddings: bool = False
     init_std: float = 0.02  # of every matrix
     bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
     eos_token_ids: tuple[int, ...] = ()
@@ -96,7 +97,7 @@ class GPTNeoXConfig:
             )
         if self.gelu not in ("tanh", "none"):
             raise ConfigError(f"gelu must be tanh or none, got {self.gelu!r}")
-        for name in ("parallel_residual", "attention_bias"):
+        for name in ("parallel_residual", "attention_bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         config_json.check_token_ids(self)
@@ -150,7 +151,6 @@ class GPTNeoXConfig:
             "hidden_dropout_prob",
         ):
             read.training(key, 0.0)  # nothing published used them
-        read.require("tie_word_embeddings", False)
         read.require_full_attention(context)
         rope_theta, rotary_pct = rotary_keys(
             read, base="rotary_emb_base", share="rotary_pct", default_share=0.25
@@ -168,6 +168,7 @@ class GPTNeoXConfig:
             attention_bias=read.boolean("attention_bias", True),
             layer_norm_eps=read.number("layer_norm_eps", 1e-5),
             gelu=read.choice("hidden_act", "gelu", config_json.GELU),
+            tie_embeddings=read.boolean("tie_word_embeddings", False),
             init_std=read.number("initializer_range", 0.02),
             bos_token_id=read.token_id("bos_token_id", vocab_size),
             eos_token_ids=read.token_ids("eos_token_id", vocab_size),
@@ -200,7 +201,7 @@ class GPTNeoXConfig:
             "attention_bias": self.attention_bias,
             "layer_norm_eps": self.layer_norm_eps,
             "initializer_range": self.init_std,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
@@ -340,12 +341,19 @@ class GPTNeoX(nn.Module):
         self.embed_in = Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.final_layer_norm = LayerNorm(config.width, config.layer_norm_eps)
-        self.embed_out = Linear(config.width, config.vocab_size, bias=False)
+        self.embed_out = (
+            None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
+        )
         cos, sin = rotary_table(config)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
         if init:
             self.init_weights()
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix (V, C)."""
+        return self.embed_in.weight if self.embed_out is None else self.embed_out.weight
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits (B, T, V), or the mean cross-entropy when targets are given.
@@ -361,8 +369,8 @@ class GPTNeoX(nn.Module):
         check_length(T, self.config.context_length)
         y, _ = self._decode(input_ids, self.rotary_cos[:T], self.rotary_sin[:T])
         if targets is None:
-            return self.embed_out(y)
-        return linear_cross_entropy(y.flatten(0, 1), self.embed_out.weight, targets.flatten())
+            return linear(y, self.head)
+        return linear_cross_entropy(y.flatten(0, 1), self.head, targets.flatten())
 
     @torch.no_grad()
     def step(
@@ -390,15 +398,14 @@ class GPTNeoX(nn.Module):
         """
         check_length(attention_mask.shape[1], self.config.context_length)
         if past is None:
-            head = self.embed_out.weight
-            empty = head.new_empty(len(input_ids), self.config.n_head, 0, self.config.head_dim)
+            empty = self.head.new_empty(len(input_ids), self.config.n_head, 0, self.config.head_dim)
             past = [(empty, empty)] * self.config.n_layer
         cos = embedding(position_ids, self.rotary_cos)  # (B, T, R/2)
         sin = embedding(position_ids, self.rotary_sin)
         y, present = self._decode(input_ids, cos, sin, attention_mask, past)
         if logits_to_keep is not None:
             y = y.index_select(1, logits_to_keep)
-        return linear(y, self.embed_out.weight), present
+        return linear(y, self.head), present
 
     def roles(self) -> dict[str, Role]:
         """Return what this model can be exported as: a decoder with a cache."""
@@ -427,7 +434,7 @@ class GPTNeoX(nn.Module):
         return y, presents
 
     def num_parameters(self) -> int:
-        """Return the number of parameters."""
+        """Return the number of parameters, a shared one counted once."""
         return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
@@ -462,5 +469,5 @@ class GPTNeoX(nn.Module):
 
     @staticmethod
     def hf_tied(config: GPTNeoXConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}
+        """Return {name: the tensor it must equal} for what some files store twice."""
+        return {"embed_out.weight": "gpt_neox.embed_in.weight"} if config.tie_embeddings else {}

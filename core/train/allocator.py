@@ -3,7 +3,9 @@
 glibc's malloc asks the kernel for every block above 32 MiB anew and returns it when it is freed. A training step
 frees and allocates the same activations and gradients again and again, and each time the kernel clears every page and
 handles a fault for it. Measured on one core of a virtual machine with swiglu on (8192, 2048), whose result is 64 MiB:
-36 ms, and 7 ms with the memory kept.
+36 ms, and 7 ms with the memory kept. Of a step of one layer of width 384 on 16384 tokens: 36,900 faults and 0.10 of 2.7
+seconds in the kernel; 2 faults and 0.002 seconds with the memory kept, and the same peak of it. A model whose tensors
+are all below 32 MiB gains nothing and loses nothing.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ parent folder, and points ``latest`` at it. Only then are old checkpoints remove
 the newest complete checkpoint is on the disk at every moment, whatever happens to the process or the power.
 
 Reading trusts nothing but the manifest: a resume takes the newest folder whose manifest and files verify,
-says on the way which ones do not, and never deletes those. ``latest`` is for people.
+says on the way which ones do not, and never deletes those. A renamed folder is of the step that its manifest names.
+``latest`` is for people.
 
 The folder is itself a model checkpoint (``config.json``, ``model.safetensors``, ``tokenizer.json``); what
 else it holds is the caller's business, so every kind of training can use this file. It needs no PyTorch.
@@ -39,6 +40,7 @@ __all__ = [
     "newest_checkpoint",
     "remove_leftovers",
     "remove_stale_files",
+    "renamed_checkpoints",
     "replace_folder",
     "save_checkpoint",
     "set_aside_newer",
@@ -97,7 +99,11 @@ def save_checkpoint(
     with _storage_errors(f"save the checkpoint {target}", estimate, root, ops):
         root.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            raise UsageError(f"{target} exists already: resume from it, or choose another folder")
+            if _step_of(target, step) == step:
+                raise UsageError(f"{target} exists already: resume from it, or choose another folder")
+            ops.rename(
+                target, _unused_name(target)
+            )  # of another step, and in the way since somebody renamed it
         remove_leftovers(root, ops)
         _require_space(root, target, estimate, ops)
 
@@ -133,11 +139,26 @@ def replace_folder(target: Path, fill: Fill, *, estimate: int, ops: FileOps = FI
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder) of every checkpoint under ``root``, damaged or not, oldest first."""
+    """Return (step, folder) of every checkpoint under ``root``, damaged or not, oldest first.
+
+    The step is that of the manifest, or of the folder's name where the manifest cannot be read.
+    """
     if not root.is_dir():
         return []
     matches = ((_STEP_FOLDER.fullmatch(entry.name), entry) for entry in root.iterdir())
-    return sorted((int(match[1]), entry) for match, entry in matches if match and entry.is_dir())
+    return sorted(
+        (_step_of(entry, int(match[1])), entry) for match, entry in matches if match and entry.is_dir()
+    )
+
+
+def renamed_checkpoints(root: Path) -> list[Path]:
+    """Return every checkpoint under ``root`` whose name is not ``step-N``: no resume finds it by itself."""
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    return [
+        e
+        for e in entries
+        if not _STEP_FOLDER.fullmatch(e.name) and ".tmp-" not in e.name and is_checkpoint(e)
+    ]
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -155,7 +176,7 @@ def check_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         FormatError: A file is missing, truncated or altered, or the manifest is; the message names it.
     """
-    manifest = _read_manifest(folder)
+    manifest = _check_sizes(folder)
     for name, expected in manifest["files"].items():
         path = safe_join(folder, name)
         if sha256_file(path) != expected["sha256"]:
@@ -249,8 +270,17 @@ def _manifest_path(folder: Path) -> Path:
     return old if old.exists() and not (folder / MANIFEST).exists() else folder / MANIFEST
 
 
+def _step_of(folder: Path, otherwise: int) -> int:
+    """Return the step that a manifest names; nothing of the files it lists is checked."""
+    try:
+        step: int = _read_manifest(folder)["step"]
+    except FormatError:
+        return otherwise
+    return step
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check a manifest, and the sizes (not yet the contents) of the files it lists."""
+    """Read and check a manifest by itself."""
     path = _manifest_path(folder)
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -269,6 +299,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise FormatError(f"{path}: the entry of {name!r} has no size")
         if not isinstance(entry.get("sha256"), str) or not _SHA256.fullmatch(entry["sha256"]):
             raise FormatError(f"{path}: the entry of {name!r} has no sha256")
+    return manifest
+
+
+def _check_sizes(folder: Path) -> dict[str, Any]:
+    """Read a manifest, and check the sizes (not yet the contents) of the files it lists."""
+    manifest = _read_manifest(folder)
+    for name, entry in manifest["files"].items():
         file = safe_join(folder, name)
         try:
             size = file.stat().st_size
@@ -290,7 +327,7 @@ def _prune(root: Path, keep: int, ops: FileOps) -> None:
             ops.remove_folder(doomed)
             continue
         with contextlib.suppress(FormatError):
-            _read_manifest(folder)
+            _check_sizes(folder)
             complete += 1
 
 

@@ -44,7 +44,7 @@ class Start:
     Attributes:
         folder: Of the run.
         device: Where to train.
-        fresh: Whether the run begins at step 0; else its files may be there already.
+        fresh: Whether the folder has no checkpoint yet; else the data that they were trained on are there.
         note: Told what is being done.
     """
 
@@ -113,18 +113,23 @@ def train(
         saved = None if found is None else SavedRun.from_checkpoint(found)
         if saved is not None:
             check_same_run(saved, config, progress.note)
-        folder.write_config(config)
+        else:
+            folder.write_config(config)
         torch.manual_seed(config.seed)
-        objective = make_objective(Start(folder, device, found is None, progress.note))
+        fresh = found is None or not folder.owns(found)
+        objective = make_objective(Start(folder, device, fresh, progress.note))
         if saved is not None and saved.kind != objective.kind:
             raise ConfigError(
                 f"the checkpoint is of a run of kind {saved.kind}, this one is of kind {objective.kind}: "
                 "choose another --out"
             )
-        metrics = stack.enter_context(_open_metrics(folder, saved))
-        trainer = Trainer(config, folder, objective, device, metrics, progress)
+        trainer = Trainer(config, folder, objective, device, progress)
         if found is not None and saved is not None:
             trainer.restore(found.path, saved)
+            # Only now: a resume that is refused leaves settings, later checkpoints and metrics as they were.
+            checkpoint.set_aside_newer(folder.checkpoints, found.step, progress.warn)
+            folder.write_config(config)
+        trainer.metrics = stack.enter_context(_open_metrics(folder, saved))
         trainer.describe("run" if found is None else "resume")
         progress.start = trainer.step
         interrupt = stack.enter_context(Interrupt())
@@ -144,7 +149,10 @@ class Trainer:
         step: Optimiser steps taken so far.
         objective: What is learned; its model is in training mode.
         evaluation: The latest, None before the first.
+        metrics: Where every event is written; to be set before anything is done.
     """
+
+    metrics: MetricsLog
 
     def __init__(
         self,
@@ -152,11 +160,10 @@ class Trainer:
         folder: RunFolder,
         objective: Objective,
         device: torch.device,
-        metrics: MetricsLog,
         progress: ProgressReport,
     ):
         self.config, self.folder, self.objective, self.device = config, folder, objective, device
-        self.metrics, self.progress = metrics, progress
+        self.progress = progress
         objective.model.train()
         self.optimizer = make_optimizer(objective.model, config.optimizer)
         self.schedule = WarmupCosine(

@@ -1,14 +1,66 @@
-"""Progress on stderr: a bar with tokens/s, loss and ETA on a terminal, plain lines elsewhere."""
+"""Progress on stderr: a bar with tokens/s, loss and ETA on a terminal, plain lines elsewhere.
 
+Nobody may be reading: a terminal was closed, or `head` has seen enough. That is no reason to stop training.
+"""
+
+import contextlib
+import errno
+import io
 import os
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+
+class Unread(io.TextIOBase):
+    """A stream that may be written to although its reader has gone."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's own."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Say whether it is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the stream's descriptor."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write, or do nothing."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._failed(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or do nothing."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if error.errno in (errno.EIO, errno.EPIPE):
+            let_go(self._stream)
+
+
+def let_go(stream: TextIO) -> None:
+    """Let a stream whose reader has gone lead nowhere, for whoever writes to it and for the flush at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 class ProgressReport:
@@ -23,7 +75,7 @@ class ProgressReport:
 
     def __init__(self, steps: int, start: int = 0, stream: TextIO | None = None, quiet: bool = False):
         self.steps, self.start, self.quiet = steps, start, quiet
-        self.stream = stream if stream is not None else sys.stderr
+        self.stream = Unread(stream if stream is not None else sys.stderr)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._begin = time.monotonic()
@@ -73,11 +125,7 @@ class ProgressReport:
             # Plain text: a model's sample may look like rich markup.
             self._bar.console.print(text, markup=False, highlight=False, emoji=False)
         else:
-            try:
-                print(text, file=self.stream, flush=True)
-            except BrokenPipeError:
-                # Whoever read our progress has gone (`portlm pretrain ... 2>&1 | head`): no reason to stop training.
-                self.stream = Path(os.devnull).open("w")  # noqa: SIM115 - lives as long as the process
+            print(text, file=self.stream, flush=True)
 
     def _start_bar(self) -> None:
         from rich.console import Console
@@ -91,7 +139,7 @@ class ProgressReport:
             TextColumn("{task.fields[speed]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=Console(file=self.stream),
+            console=Console(file=cast("TextIO", self.stream)),
             refresh_per_second=4,
         )
         self._task = self._bar.add_task("train", total=self.steps, completed=self.start, loss="-", speed="")

@@ -32,7 +32,7 @@ from portlm.train.checkpoint import (
     newest_checkpoint,
     remove_leftovers,
     remove_stale_files,
-    set_aside_newer,
+    renamed_checkpoints,
 )
 from portlm.train.config import RunConfig
 
@@ -86,33 +86,40 @@ class RunFolder:
         """Keep the resolved settings."""
         write_atomic(self.config, settings.to_toml(config))
 
+    def owns(self, found: Checkpoint) -> bool:
+        """Say whether a checkpoint is one of this run."""
+        return found.path.resolve().parent == self.checkpoints.resolve()
+
     def start_point(self, resume: str, warn: Callable[[str], None]) -> Checkpoint | None:
         """Return the checkpoint to continue from, or None for a fresh start.
 
         Args:
             resume: ``none``, ``auto`` (the newest intact checkpoint of this run, if any), or the path of a
                 checkpoint or of another run.
-            warn: Told about every checkpoint that is damaged or set aside.
+            warn: Told about every checkpoint that is damaged.
 
         Raises:
-            UsageError: ``none``, although the folder holds a run; or a path, although it holds another run.
+            UsageError: ``none``, although the folder holds a run; a path, although it holds another run; or ``auto``,
+                although every checkpoint was renamed.
             FormatError: No intact checkpoint where there should be one.
         """
-        own = list_checkpoints(self.checkpoints)
+        own, renamed = list_checkpoints(self.checkpoints), renamed_checkpoints(self.checkpoints)
         if resume == "none":
-            if own or self.final.exists():
+            if own or renamed or self.final.exists():
                 raise UsageError(
                     f"{self.path} holds a run already: continue it with --resume auto, or choose another --out"
                 )
             return None
         if resume == "auto":
-            found = newest_checkpoint(self.checkpoints, warn)
-        else:
-            found = _find(Path(resume), warn)
-            if own and found.path.resolve().parent != self.checkpoints.resolve():
-                raise UsageError(f"{self.path} holds another run already: choose another --out")
-        if found is not None:
-            set_aside_newer(self.checkpoints, found.step, warn)
+            if renamed and not own:
+                raise UsageError(
+                    f"{self.checkpoints} has no step-N, but a checkpoint under another name: continue it with "
+                    f"--resume {renamed[-1]}, or choose another --out"
+                )
+            return newest_checkpoint(self.checkpoints, warn)
+        found = _find(Path(resume), warn)
+        if own and not self.owns(found):
+            raise UsageError(f"{self.path} holds another run already: choose another --out")
         return found
 
 

@@ -7,6 +7,9 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace portlm {
 namespace {
@@ -115,6 +118,17 @@ const char* const* usable_isas() {
 
 void visit_calls(Visit visit, void* context) {
   for (const Isa& isa : kIsas) isa.visit(visit, context, isa.name);
+}
+
+int set_threads(int count) {
+#ifdef _OPENMP
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(count);
+  return before;
+#else
+  (void)count;
+  return 1;
+#endif
 }
 
 }  // namespace portlm

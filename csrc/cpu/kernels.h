@@ -31,6 +31,10 @@ const char* const* usable_isas();
 // the kernel was called through kernels() since the process began.
 void visit_calls(void (*visit)(void* context, const char* name, const char* isa, uint64_t calls), void* context);
 
+// Sets on how many threads the kernels run when called from this thread, at least 1, and returns what it was before. Without
+// OpenMP that is always 1.
+int set_threads(int count);
+
 #define PORTLM_DECLARE_ISA(isa)                              \
   namespace isa {                                            \
   extern const Kernels table;                                \

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <string>
 #include <type_traits>
 
 #include "cpu/kernels.h"
@@ -87,6 +88,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &portlm::isa_name, "Instruction set in use: scalar, avx2, avx512 or neon.");
   m.def("kernel_calls", &kernel_calls,
         "Calls since the process began, {kernel: {instruction set, or 'cuda': count}}, from Python and from TVM alike.");
+  m.def(
+      "set_threads",
+      [](int count) {
+        if (count < 1) throw py::value_error("[set_threads] count must be at least 1, got " + std::to_string(count));
+        return portlm::set_threads(count);
+      },
+      "Set on how many threads kernels run when called from this thread; return what it was before.");
   m.def(
       "usable_isas",
       [] {

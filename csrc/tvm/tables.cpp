@@ -1,14 +1,10 @@
-// Look-ups in tables, whose places are checked, and the number of threads, as TVM-FFI functions.
+// Look-ups in tables, whose places are checked, as TVM-FFI functions.
 #include <string>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "cpu/kernels.h"
 #include "tvm/call.h"
 
 using portlm::kernels;
-using portlm::tvm::Any;
 using portlm::tvm::Call;
 using portlm::tvm::guarded;
 
@@ -43,22 +39,5 @@ PORTLM_TVM_FUNCTION(rotary) {
                   std::to_string(positions.data<int64_t>()[i]));
     kernels().rotary_fwd(x.data<float>(), H * D, cos.data<float>(), sin.data<float>(), positions.data<int64_t>(),
                          y.data<float>(), tokens, tokens, H, D, 0);
-  });
-}
-
-// (count) -> the number of threads that kernels called from this thread used until now
-PORTLM_TVM_FUNCTION(set_threads) {
-  return guarded("set_threads", args, count, [result](const Call& call) {
-    call.expect_count(1);
-    const int64_t wanted = call.integer(0, "count");
-    if (wanted < 1 || wanted > 4096) call.fail("count must be from 1 to 4096, got " + std::to_string(wanted));
-    int64_t before = 1;
-#ifdef _OPENMP
-    before = omp_get_max_threads();
-    omp_set_num_threads(static_cast<int>(wanted));
-#endif
-    result->type_index = portlm::tvm::kInteger;
-    result->padding = 0;
-    result->integer = before;
   });
 }

@@ -29,12 +29,13 @@ def portlm(capsys):
     """Return a function that runs one command line and returns its Outcome."""
 
     def run(*arguments: object) -> Outcome:
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             with pytest.raises(SystemExit) as end:
                 cli.main([str(a) for a in arguments])
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return Outcome(end.value.code or 0, captured.out, captured.err)
 

@@ -143,3 +143,18 @@ def test_a_demo_folder_with_other_files_is_left_alone(portlm, tmp_path):
     outcome = portlm("demo", "--out", tmp_path)
     assert outcome.code == 2
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "a", "--engine", "ort"), ("verify",), ("compile",)], ids=" ".join
+)
+def test_a_graph_that_kills_its_reader_is_one_line(portlm, artifacts, tmp_path, monkeypatch, words):
+    """A child process dies in place of the command."""
+    from portlm.compile import isolated
+
+    monkeypatch.setenv("PORTLM_HOME", str(tmp_path / "of somebody else"))
+    monkeypatch.setattr(isolated, "CHILD", ("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    copy = shutil.copytree(artifacts["gpt2"], tmp_path / "artifact")
+    outcome = portlm(words[0], str(copy), *words[1:])
+    assert outcome.code == 1
+    assert outcome.error.endswith("the process that checked it died (-9); do not use this file")

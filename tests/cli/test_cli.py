@@ -101,6 +101,13 @@ def test_the_whole_path_from_text_to_every_engine(portlm, text, tmp_path, monkey
     figures = json.loads(measured.out)
     assert [row["engine"] for row in figures["rows"]] == ["torch", "ort"]
     assert all(row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0 for row in figures["rows"])
+    for kind in ("decode", "prefill"):
+        for row in figures["rows"]:
+            low, high = row[f"{kind}_interval"]
+            assert low <= row[f"{kind}_tok_s"] <= high
+            assert row[f"{kind}_of_limit"] == pytest.approx(
+                row[f"{kind}_tok_s"] / figures["limits"][f"{kind}_tok_s"]
+            )
     round_trip = portlm("export", checkpoint, tmp_path / "hf", "--to", "hf")
     assert round_trip.code == 0, round_trip.err
     imported = portlm("import", tmp_path / "hf", tmp_path / "back")

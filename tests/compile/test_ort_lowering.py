@@ -102,7 +102,7 @@ def test_build_enters_the_graph_in_the_manifest(artifacts, tmp_path):
 
 def test_artifact_without_fused_profile_is_refused(checkpoints, tmp_path):
     folder = export(checkpoints["gpt2"], tmp_path / "out", profiles=("portable",))
-    with pytest.raises(UsageError, match="no fused decoder graph"):
+    with pytest.raises(UsageError, match="no fused graph of decoder"):
         compile_graph(folder, "cpu")
 
 

@@ -375,7 +375,7 @@ def test_bisect_needs_the_portable_profile(checkpoints, tmp_path):
     from portlm.compile.export import export
 
     folder = export(checkpoints["gpt2"], tmp_path / "out", profiles=("fused",))
-    with pytest.raises(UsageError, match="no portable decoder graph to compare with"):
+    with pytest.raises(UsageError, match="no portable graph of decoder"):
         bisect(folder, ort_runner(), "onnx/decoder.fused.onnx")
 
 
@@ -447,5 +447,5 @@ def test_bisect_reads_the_names_of_states_and_outputs_from_the_role(renamed):
 
     found = bisect(renamed, forgets, GRAPH, role="head:other")
     assert found.situation == "cached step"
-    with pytest.raises(UsageError, match="no portable decoder graph"):
+    with pytest.raises(UsageError, match="no portable graph of decoder"):
         bisect(renamed, run, GRAPH)

@@ -1,9 +1,16 @@
 """Models of other kinds run on every engine, with the state that they declare."""
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from portlm.errors import UsageError
+from portlm.artifact import read_manifest, replace, write_manifest
+from portlm.engine import CallSpec
+from portlm.errors import EngineUnavailableError, FormatError, UsageError
+from portlm.flows.load import load
+from portlm.roles import TensorSpec
 from portlm.rows import Rows, pad
 from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.session import Session
@@ -223,3 +230,33 @@ def test_a_role_without_state_can_be_called_again_and_again(classifier):
 def test_a_model_that_does_not_write_says_so(classifier):
     with pytest.raises(UsageError, match="has no role 'decoder', only head:topic"):
         Session(classifier, NoTokenizer(V)).generate([[1]], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "name"),
+    [
+        ("float32", ("batch", "sequence", V), "scores"),
+        ("float32", ("batch", V), "logits"),
+        ("int64", ("batch", "sequence", V), "logits"),
+    ],
+)
+def test_a_decoder_that_gives_no_logits_of_every_token_says_so(dtype, shape, name):
+    ids = TensorSpec("input_ids", "int64", ("batch", "sequence"))
+    engine = SimpleNamespace(roles={"decoder": CallSpec((ids,), (TensorSpec(name, dtype, shape),))})
+    with pytest.raises(UsageError, match="decoder gives no float32 logits of every token"):
+        Rows(engine, 1)
+
+
+@pytest.mark.parametrize("engine", ["ort", "tvm"])
+def test_a_role_is_compared_with_its_graph_before_a_state_is_made_for_it(engine, stranger_artifact, tmp_path):
+    """Of several roles each is opened when it is first used, and a state of this size would take 8 GB."""
+    folder = shutil.copytree(stranger_artifact("recurrent"), tmp_path / "model")
+    manifest = read_manifest(folder)
+    role = manifest.roles["decoder"]
+    large = replace(role, state=(replace(role.state[0], shape=("batch", 2**31)),))
+    write_manifest(folder, replace(manifest, roles={"decoder": large, "other": role}))
+    try:
+        with pytest.raises(FormatError, match=r"total float32 \(batch, 2147483648\) in the manifest"):
+            load(folder, engine, "cpu", "portable").engine.start("decoder", 1)
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))

@@ -2,6 +2,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -433,6 +434,26 @@ def test_the_entry_that_is_wrong_is_named_wherever_it_stands(folder, culprit):
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
+        (("inputs", 0, "dtype"), "bfloat16", "inputs[0].dtype must be `str` matching"),
+        (("inputs", 0, "shape", 1), "past + x", "input 'input_ids' has a dimension 'x' that no input has"),
+        (("outputs", 0, "shape"), [], """output 'logits' must have "batch" as its first dimension"""),
+        (("outputs", 0, "shape", 2), 258, "output 'logits' has 258 values for a vocabulary of 257"),
+        (("outputs", 0, "shape", 2), "batch", "output 'logits' has batch values for a vocabulary of 257"),
+        (("state", 0, "shape", 2), "past + sequence", "has the dimension 'past + sequence', a sum"),
+        (("state", 0, "shape", 0), 1, 'must have "batch" as its first dimension, and only there'),
+        (("state", 0, "shape", 1), "batch", 'must have "batch" as its first dimension, and only there'),
+        (("state", 0, "initial"), "given", 'is given, and has the dimension "past"'),
+    ],
+)  # fmt: skip
+def test_a_role_that_would_end_in_a_bare_error_is_refused(folder, place, value, words):
+    rewrite(folder, lambda data: set_at(data, (*DECODER, *place), value))
+    with pytest.raises(FormatError, match=re.escape(words)):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
         (("inputs", 0, "name"), "past_key_values.0.key", "'past_key_values.0.key' is taken twice"),
         (("outputs", 0, "name"), "present.0.key", "'present.0.key' is returned twice"),
         (("outputs", 0, "shape", 1), "kept", "output 'logits' has a dimension 'kept' that no input has"),
@@ -472,6 +493,40 @@ def test_file_that_a_role_needs_must_be_listed(folder):
     rewrite(folder, lambda data: data["files"].pop("onnx/decoder.onnx.data"))
     with pytest.raises(FormatError, match=r"decoder\.onnx\.data' is used but not listed"):
         read_manifest(folder)
+
+
+def test_a_state_that_grows_by_what_no_input_has_is_refused(folder):
+    def change(data):
+        for kind in ("inputs", "outputs"):
+            set_at(data, (*DECODER, kind, 0, "shape", 1), "tokens")
+
+    rewrite(folder, change)
+    with pytest.raises(FormatError, match='no input has the dimension "sequence", by which a state grows'):
+        read_manifest(folder)
+
+
+def test_reading_looks_at_no_file_but_the_manifest(folder, monkeypatch):
+    """Otherwise one that lists 65,536 files in deep folders takes many seconds, whatever becomes of it."""
+    deep = "/".join("a" * 100)
+    entry = {"size": 1, "sha256": "0" * 64}
+    rewrite(folder, lambda data: data["files"].update({f"{deep}/{i}": entry for i in range(1000)}))
+    looked, real = [], os.lstat
+
+    def lstat(path, **options):
+        looked.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    assert len(read_manifest(folder).files) == 1000 + len(FILES)
+    assert len(looked) < 10
+
+
+def test_a_manifest_is_read_once_for_the_files_of_a_role(folder, monkeypatch):
+    from portlm import artifact
+
+    manifest = read_manifest(folder)
+    monkeypatch.setattr(artifact, "read_manifest", lambda folder: pytest.fail("it was read before"))
+    assert check_files(folder, FILES[:2], manifest) is manifest
 
 
 def test_contradiction_is_not_written(folder):

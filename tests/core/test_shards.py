@@ -28,7 +28,7 @@ def test_every_range_reads_back_whatever_the_pieces_and_shards(tmp_path_factory,
     folder = tmp_path_factory.mktemp("shards")
     flat = [i for piece in pieces for i in piece]
     write_shards(folder, pieces, vocab_size=300, text_bytes=5, shard_tokens=shard_tokens)
-    opened = TokenShards.open(folder, verify=True)
+    opened = TokenShards.open(folder)
     assert len(opened) == len(flat)
     assert [opened[i] for i in range(len(flat))] == flat
     assert opened[-1] == flat[-1]
@@ -57,7 +57,7 @@ def test_rewriting_replaces_the_data_set_and_spares_open_maps_and_other_files(tm
     old = write(tmp_path, list(range(10)), shard_tokens=3)
     (tmp_path / "notes.bin").write_bytes(b"mine")
     write(tmp_path, [7, 8], shard_tokens=3)
-    assert TokenShards.open(tmp_path, verify=True)[:].tolist() == [7, 8]
+    assert TokenShards.open(tmp_path)[:].tolist() == [7, 8]
     assert old[:].tolist() == list(range(10))
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -75,7 +75,7 @@ def test_a_failed_rewrite_leaves_the_old_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", fail_later)
     with pytest.raises(StorageError):
         write(tmp_path, list(range(100, 110)), shard_tokens=3)
-    assert TokenShards.open(tmp_path, verify=True)[:].tolist() == list(range(10))
+    assert TokenShards.open(tmp_path)[:].tolist() == list(range(10))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_ranges_outside_the_data_set_are_refused(tmp_path):
         opened[::2]
 
 
-def test_a_cut_shard_is_refused_always_and_an_altered_one_when_verified(tmp_path):
+def test_a_cut_shard_is_refused_always_and_an_altered_one_unless_told_otherwise(tmp_path):
     write(tmp_path, list(range(10)))
     path = next(tmp_path.glob("*.bin"))
     raw = path.read_bytes()
@@ -119,20 +119,20 @@ def test_a_cut_shard_is_refused_always_and_an_altered_one_when_verified(tmp_path
     with pytest.raises(FormatError, match="has 19 bytes"):
         TokenShards.open(tmp_path)
     path.write_bytes(b"\x09" + raw[1:])
-    assert TokenShards.open(tmp_path)[0] == 9
+    assert TokenShards.open(tmp_path, verify=False)[0] == 9
     with pytest.raises(FormatError, match="altered"):
-        TokenShards.open(tmp_path, verify=True)
+        TokenShards.open(tmp_path)
     path.unlink()
     with pytest.raises(FormatError):
         TokenShards.open(tmp_path)
 
 
-def test_an_id_outside_the_vocabulary_is_found_when_verified(tmp_path):
+def test_an_id_outside_the_vocabulary_is_found(tmp_path):
     write(tmp_path, [5, 6, 7])
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(index | {"vocab_size": 7}))
     with pytest.raises(FormatError, match="outside the vocabulary of 7"):
-        TokenShards.open(tmp_path, verify=True)
+        TokenShards.open(tmp_path)
 
 
 def damage(**changes):

@@ -227,7 +227,7 @@ def test_an_ordinary_user_with_an_ordinary_home_can_use_it(tmp_path_factory):
         "assert trust.is_trusted(build)\n"
     )
     # Not below pytest's own folder, which nobody else may enter.
-    place = Path(tempfile.mkdtemp(dir="/tmp"))  # noqa: S108 - the sticky one
+    place = Path(tempfile.mkdtemp(dir="/tmp"))  # which has the sticky bit
     try:
         place.chmod(0o755)
         (place / "me").mkdir()

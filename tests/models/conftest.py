@@ -8,9 +8,10 @@ import torch
 
 from portlm.models import FAMILIES, build
 
-# Of every family, and one whose head is its embedding.
+# Of every family, and those whose head is their embedding.
 TINY = {name: family.config_class().tiny() for name, family in FAMILIES.items()}
 TINY["llama-tied"] = replace(TINY["llama"], n_layer=1, n_head=2, width=8, hidden=12, tie_embeddings=True)
+TINY["gpt_neox-tied"] = replace(TINY["gpt_neox"], n_layer=1, tie_embeddings=True)
 
 
 @pytest.fixture(autouse=True)

@@ -137,6 +137,7 @@ ACCEPTED = [
             {"rotary_emb_base": 500},
             {"rotary_emb_base": 500, "rope_theta": 500.0, "partial_rotary_factor": 0.5},
             {"rotary_pct": None},
+            {"tie_word_embeddings": True},
             {"rotary_pct": None, "rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 500.0}},
             {"hidden_dropout": 0.1, "attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0},
             *({"hidden_act": name} for name in ("gelu_fast", "gelu_accurate", "gelu_python")),

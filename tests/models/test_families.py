@@ -52,7 +52,7 @@ ENTRIES = {
         steps=("embedding_fwd", "layer_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "gelu_mlp_fwd"),
         # of 0.6 x 8 elements transformers rotates 4
         variants=({"parallel_residual": False}, {"attention_bias": False}, {"rotary_pct": 1.0, "rope_theta": 500.0},
-                  {"rotary_pct": 0.6, "gelu": "tanh"}),
+                  {"rotary_pct": 0.6, "gelu": "tanh"}, {"tie_embeddings": True}),
         renamed=("embed_out.", "lm_head."),
     ),
 }
@@ -101,14 +101,12 @@ def theirs(transformers, model):
     other = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**model.config.to_hf())
     )
-    state = {}
+    entry, state = ENTRIES[model.config.family], {}
     for name, p in model.named_parameters():
         hf_name, transposed = model.hf_name(name)
-        state[ENTRIES[model.config.family].their_name(hf_name)] = (
-            (p.t() if transposed else p).detach().clone()
-        )
+        state[entry.their_name(hf_name)] = (p.t() if transposed else p).detach().clone()
     missing, unexpected = other.load_state_dict(state, strict=False)
-    assert set(missing) <= set(model.hf_tied(model.config))
+    assert set(missing) <= set(map(entry.their_name, model.hf_tied(model.config)))
     assert not unexpected
     other.tie_weights()
     return other.to(next(model.parameters()).dtype)

@@ -118,7 +118,6 @@ def test_the_config_of_the_published_checkpoints_is_understood():
     ("change", "key"),
     [
         ({"hidden_act": "relu"}, "hidden_act"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         (

@@ -1,4 +1,4 @@
-"""Object files of two instruction sets share no symbol: the linker would keep one copy, and it may be the wider one's."""
+"""Objects of two instruction sets share no symbol: the linker would keep one copy, and it may be the wider one's."""
 
 import shutil
 import subprocess

@@ -5,12 +5,11 @@ import hashlib
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
-from portlm.artifact import read_manifest
+from portlm.artifact import read_manifest, refresh_files, write_manifest
 from portlm.compile.build import build
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError
 from portlm.flows.load import load
@@ -205,23 +204,27 @@ def test_a_changed_manifest_is_an_error_of_ours_or_the_right_answer(original, ac
 @pytest.mark.parametrize(
     "key", [("torch", "cpu", "portable"), ("ort", "cpu", "fused"), ("tvm", "cpu", "fused")]
 )
-def test_nothing_is_compiled_from_a_graph_that_the_manifest_contradicts(original, accepted, key):
-    folder, data = original
+def test_nothing_is_compiled_from_a_graph_that_the_manifest_contradicts(original, accepted, key, tmp_path):
+    folder, data = shutil.copytree(original[0], tmp_path / "model"), original[1]
     write(folder, data)
     try:
         build(folder, [key])
     except EngineUnavailableError as error:
         pytest.skip(str(error))
-    of_role = [
-        (name, changed) for name, changed in accepted if changed["roles"].get("decoder") != data["roles"]["decoder"]
-    ]  # fmt: skip
-    for name, changed in of_role:
-        if changed["roles"].keys() != data["roles"].keys() or "initial" in name or "update" in name:
+    wrong = []
+    for name, changed in accepted:
+        same = changed["roles"].get("decoder") in (None, data["roles"]["decoder"])
+        if same or "initial" in name or "update" in name:
             continue  # of these a graph says nothing
         write(folder, changed)
-        with pytest.raises(PortlmError) as caught:
+        try:
             build(folder, [key])
-        assert "\n" not in str(caught.value), name
+        except PortlmError as error:
+            if "\n" in str(error):
+                wrong.append(f"{name}: {error}")
+        else:
+            wrong.append(f"{name}: is compiled")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("engine", [("ort", "portable"), ("tvm", "fused"), ("torch", "fused")], ids=":".join)
@@ -230,8 +233,8 @@ def test_nothing_is_compiled_from_a_graph_that_the_manifest_contradicts(original
     [
         ("inputs", 2, "dtype", "int32", "position_ids int32 (batch, sequence)"),
         ("outputs", 0, "shape", ["batch", "sequence", 257], "logits float32 (batch, sequence, 257)"),
-        ("state", 0, "shape", ["batch", 5, "past", 6], "past_key_values.0.key float32 (batch, 5, past, 6)"),
-        ("state", 1, "output", "x", "x float32 (batch, 4, past + sequence, 6)"),
+        ("state", 0, "shape", ["batch", 5, "past", 8], "past_key_values.0.key float32 (batch, 5, past, 8)"),
+        ("state", 1, "output", "x", "x float32 (batch, 4, past + sequence, 8)"),
     ],
 )
 def test_the_error_says_what_the_manifest_says_and_what_the_graph_says(
@@ -249,10 +252,6 @@ def test_the_error_says_what_the_manifest_says_and_what_the_graph_says(
     assert str(was).strip("[]").replace("'", "") in str(caught.value).split("in the manifest")[1]
 
 
-def test_a_state_that_no_memory_holds_is_refused_before_it_is_made(stranger_like, tmp_path):
-    """A role that is opened when it is first used is compared with its graph before its state is made."""
-
-
 def test_weights_in_a_file_that_the_manifest_does_not_name_are_refused(original, tmp_path):
     """The graph names another file than its role: one that nobody has compared with anything."""
     import onnx
@@ -263,19 +262,15 @@ def test_weights_in_a_file_that_the_manifest_does_not_name_are_refused(original,
     shutil.copy(other / "onnx/decoder.onnx.data", other / "onnx/other.data")
     for name in ("onnx/decoder.portable.onnx", "onnx/decoder.ort-cpu-fused.onnx"):
         model = onnx.load(other / name, load_external_data=False)
-        for tensor in model.graph.initializer[-1:]:
+        for tensor in model.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = "other.data"
         (other / name).write_bytes(model.SerializeToString())
-    from portlm.artifact import refresh_files, write_manifest
-
     write_manifest(other, refresh_files(other, read_manifest(other), data["files"]))
     for profile in ("portable", "fused"):
-        with pytest.raises(
-            FormatError, match="weights in 'other.data', and the manifest says decoder.onnx.data"
-        ):
+        with pytest.raises(FormatError, match=r"weights in 'other\.data', and the manifest says"):
             load(other, "ort", "cpu", profile)
     for key in (("torch", "cpu", "portable"), ("tvm", "cpu", "portable")):
-        with pytest.raises((FormatError, EngineUnavailableError), match="second file|is in other.data|tvm:"):
+        with pytest.raises((FormatError, EngineUnavailableError), match=r"is in other\.data|tvm:"):
             build(other, [key])

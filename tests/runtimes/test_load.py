@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import portlm
-from portlm.artifact import read_manifest, write_manifest
+from portlm.artifact import read_manifest, replace, write_manifest
 from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import (
     ContextLengthError,
@@ -124,6 +124,7 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
         ({"device": ["cpu"]}, "no device"),
         ({"profile": np.array(["auto"])}, "no profile an array"),
         ({"allow_fallback": "no"}, "allow_fallback must be True or False"),
+        ({"threads": 10**5000}, "threads must be"),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(options, words, artifacts):
@@ -176,6 +177,66 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
     profile = "portable" if engine == "ort" else "auto"
     with pytest.raises(FormatError, match=f"{path.name}.*{damage}"):
         load(artifact, engine, profile=profile)
+
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
+def test_every_file_that_a_session_reads_is_compared_with_the_manifest(artifact, name, damage):
+    path = artifact / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":  # what is written is valid JSON
+        path.write_bytes(content + b" " if damage == "altered" else b"{}")
+    with pytest.raises(FormatError, match=f"{name}: {damage}"):
+        load(artifact, "null")
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_that_would_be_used_and_is_not_listed_is_refused(artifact, tmp_path, name, kind):
+    manifest = read_manifest(artifact)
+    files = {other: entry for other, entry in manifest.files.items() if other != name}
+    write_manifest(artifact, replace(manifest, files=files))
+    if kind == "link":
+        (artifact / name).rename(tmp_path / name)
+        (artifact / name).symlink_to(tmp_path / name)
+    with pytest.raises(FormatError, match=f"{name} is not in the manifest; export again"):
+        load(artifact, "null")
+    (artifact / name).unlink()
+    with load(artifact, "null") as session:  # without it, as if it had never been there
+        assert session.generate([[1, 2]], max_new_tokens=2)[0].new_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_an_artifact_that_is_exported_again_is_compared_with_its_manifest(artifact, tmp_path, name):
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.export import export
+    from portlm.hub import export_hf
+
+    path = artifact / name
+    content = path.read_bytes()
+    path.write_bytes(content + b" ")
+    for again in (export, export_hf):
+        with pytest.raises(FormatError, match=f"{name}: altered"):
+            again(artifact, tmp_path / "out")
+    path.write_bytes(content)
+    (artifact / "chat_template.jinja").write_text("its user put this here")
+    export(artifact, tmp_path / "out")
+    assert "chat_template.jinja" in read_manifest(tmp_path / "out").files
+
+
+def test_bench_compares_the_graph_that_it_counts_in_with_the_manifest(artifact):
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.work import token_work
+
+    token_work(artifact, read_manifest(artifact))
+    graph = artifact / "onnx/decoder.portable.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\x32\x00")
+    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: altered"):
+        token_work(artifact, read_manifest(artifact))
 
 
 @needs_ort
@@ -247,7 +308,7 @@ OTHER_KIND = json.dumps({"version": "1.0", "model": {"type": "Unigram", "vocab":
         ("{", r"this model's tokenizer cannot be used: .*tokenizer\.json"),
         (
             "larger",
-            "this model's tokenizer has 258 tokens, but the model only 257, so it is of another model",
+            "this model's tokenizer cannot be used: the tokenizer has 258 tokens and the model 257",
         ),
     ],
     ids=["none", "of another kind", "damaged", "larger"],
@@ -259,7 +320,9 @@ def test_a_model_without_a_tokenizer_that_fits_takes_token_ids_and_says_why_no_t
     if tokenizer == "larger":
         byte_tokenizer("<|endoftext|>").save(folder)
         content = json.loads((folder / "tokenizer.json").read_text())
-        content["added_tokens"].append({**content["added_tokens"][0], "id": 257, "content": "<|more|>"})
+        content["added_tokens"].append(
+            {**content["added_tokens"][0], "id": 257, "content": "more", "special": False}
+        )
         (folder / "tokenizer.json").write_text(json.dumps(content))
     with load(folder, "null") as session:
         answer = session.generate([1, 2, 3], max_new_tokens=4)
@@ -297,13 +360,18 @@ def test_generation_config_says_which_tokens_end_a_text(checkpoints, tmp_path, e
 
 
 @needs_ort
-def test_a_graph_that_onnx_runtime_does_not_take_is_an_error_that_names_it(artifact):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x08\x08", b"\x08\x08 this is no graph", b"\x08\x08\x3a\x80", b"\x08\x08\x3a\x05 cut"],
+    ids=["empty", "version", "words", "endless", "cut"],
+)
+def test_a_file_that_is_no_graph_is_an_error_that_names_it(artifact, content):
     path = artifact / "onnx/decoder.portable.onnx"
-    path.write_bytes(b"\x08\x08 this is no graph")
+    path.write_bytes(content)
     from portlm.artifact import refresh_files
 
     write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
-    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: ONNX Runtime does not take it"):
+    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: .*; export again"):
         load(artifact, "ort", profile="portable")
 
 
@@ -330,11 +398,18 @@ def det(artifact):
     return artifact
 
 
-def load_vulkan(*arguments, **options):
+def load_vulkan(folder, allow_fallback=False):
+    """A session on the engine itself, which takes graphs that `load` refuses because portlm never writes them."""
+    from portlm.engine import OpenRequest
+    from portlm.runtimes.session import Session
+    from portlm.tokenizer import Tokenizer
+
+    request = OpenRequest(folder, read_manifest(folder), "vulkan", "portable", allow_fallback)
     try:
-        return load(*arguments, "ort", "vulkan", "portable", **options)
+        engine = engine_class("ort").open(request)
     except EngineUnavailableError as error:
         pytest.skip(str(error))
+    return Session(engine, Tokenizer.load(folder), frozenset())
 
 
 def test_a_node_that_the_device_lacks_is_an_error_that_names_it(det):
@@ -378,7 +453,7 @@ def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch
 
     def setting():
         with load(artifacts["gpt2"], "ort", threads=1) as session:
-            options = session.engine._session("decoder")[0].get_session_options()
+            options = session.engine._session("decoder").get_session_options()
             assert options.intra_op_num_threads == 1
             return options.get_session_config_entry(key)
 

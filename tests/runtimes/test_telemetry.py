@@ -1,4 +1,4 @@
-"""Nothing that portlm starts leaves anything in the user's folders, ONNX Runtime's telemetry included."""
+"""Nothing that portlm starts leaves anything in the user's folders but its own cache, ONNX Runtime included."""
 
 import os
 import subprocess
@@ -16,17 +16,14 @@ GENERATE = (
 
 
 @pytest.fixture
-def fresh_home(tmp_path):
-    """A new user's environment: a home and a folder for temporary files, both empty."""
+def fresh_home(tmp_path, tmp_path_factory):
+    """A new user's environment: a home and a folder for temporary files, both empty, and portlm's cache elsewhere."""
     home, temporary = tmp_path / "home", tmp_path / "temporary"
     home.mkdir(), temporary.mkdir()
     own = {"HOME": home, "TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": 1}
+    own["PORTLM_HOME"] = tmp_path_factory.mktemp("cache")
     own |= {f"XDG_{kind}_HOME": home / kind for kind in ("CACHE", "CONFIG", "DATA", "STATE")}
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("XDG_", "ORT_", "PORTLM_HOME"))
-    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
     return tmp_path, inherited | {name: str(value) for name, value in own.items()}
 
 

@@ -20,8 +20,10 @@ from portlm import tvm_support
 from portlm.artifact import read_manifest, refresh_files, replace, write_manifest
 from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
+from portlm.flows.load import load
 from portlm.runtimes import tvm as engine_module
-from portlm.runtimes.tvm import TvmEngine, connect_kernels, map_weights, set_threads
+from portlm.runtimes.tvm import TvmEngine, connect_kernels, map_weights
+from portlm.trust import private_folder
 from portlm.tvm_support import LIBRARY, SIGNATURE, Signature, folder_name
 
 FUSED = folder_name("cpu", "fused")
@@ -76,6 +78,83 @@ def test_an_altered_library_is_refused_though_the_manifest_agrees(artifact):
     write_manifest(artifact, refresh_files(artifact, read_manifest(artifact), [f"{FUSED}/{LIBRARY}"]))
     with pytest.raises(FormatError, match="not compiled on this machine"):
         open_engine(artifact)
+
+
+def test_a_library_that_is_swapped_while_it_is_compiled_is_not_trusted(artifact, monkeypatch):
+    """Whoever may write to the artifact can put another file in the library's place as soon as it is there."""
+    from portlm.compile import tvm_library
+    from portlm.compile.build import build
+
+    real = tvm_library.compile_library
+
+    def swapped(folder, *arguments, **options):
+        made = real(folder, *arguments, **options)
+        (folder / FUSED / LIBRARY).write_bytes(b"somebody else's code")
+        return made
+
+    monkeypatch.setattr(tvm_library, "compile_library", swapped)
+    build(artifact, [("tvm", "cpu", "fused")])
+    with pytest.raises(FormatError, match=f"{LIBRARY}: (altered|truncated)"):
+        open_engine(artifact)
+    write_manifest(artifact, refresh_files(artifact, read_manifest(artifact), [f"{FUSED}/{LIBRARY}"]))
+    with pytest.raises(FormatError, match="was not compiled on this machine from this graph, and is not run"):
+        open_engine(artifact)
+
+
+def test_a_library_is_linked_in_a_folder_that_nobody_else_can_enter(artifact, monkeypatch):
+    from portlm.compile.build import build
+
+    seen = []
+    real = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == LIBRARY:
+            seen.append((path, path.parent.stat().st_mode & 0o777))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    build(artifact, [("tvm", "cpu", "fused")])
+    ((path, mode),) = seen  # read once, and not in the artifact
+    assert mode == 0o700
+    assert artifact not in path.parents
+
+
+@pytest.mark.parametrize("what", ["the signature", "the graph", "the profile"])
+def test_a_library_of_this_machine_is_not_run_as_what_it_was_not_compiled_for(artifact, what):
+    """Everything is as the manifest says; only the trust store knows better."""
+    manifest = read_manifest(artifact)
+    if what == "the signature":
+        path = artifact / FUSED / SIGNATURE
+        path.write_text(path.read_text() + " ")
+    elif what == "the graph":
+        path = artifact / "onnx/decoder.fused.onnx"
+        path.write_bytes(
+            path.read_bytes() + b"\x32\x00"
+        )  # an empty description: the same graph in other words
+    else:  # the portable graph's library, which calls no kernels, under the other name
+        other = artifact / folder_name("cpu", "portable")
+        shutil.copy(other / LIBRARY, artifact / FUSED / LIBRARY)
+    write_manifest(artifact, refresh_files(artifact, manifest, manifest.files))
+    with pytest.raises(FormatError, match="was not compiled on this machine from this graph, and is not run"):
+        open_engine(artifact)
+
+
+def test_a_library_whose_entry_an_older_version_wrote_is_compiled_again_and_says_why(
+    artifact, monkeypatch, tmp_path, capsys
+):
+    """Such an entry is an empty file, named by the digest of the library alone."""
+    monkeypatch.setenv("PORTLM_HOME", str(tmp_path / "home"))
+    digest = read_manifest(artifact).files[f"{FUSED}/{LIBRARY}"].sha256
+    (private_folder("trust") / digest).write_bytes(b"")
+    with pytest.raises(
+        FormatError, match="was compiled by an older portlm, which did not note from which graph"
+    ):
+        open_engine(artifact)
+    for count in (1, 0):
+        with load(artifact, "tvm") as session:
+            assert session.generate([[1, 2, 3]], max_new_tokens=2)[0].new_tokens == 2
+        said = capsys.readouterr().err
+        assert said.count(f"portlm: compiling {artifact} for tvm:cpu:fused, once on this machine\n") == count
 
 
 @pytest.mark.parametrize("name", [f"{FUSED}/{LIBRARY}", f"{FUSED}/{SIGNATURE}", "onnx/decoder.onnx.data"])
@@ -227,21 +306,6 @@ def test_a_weight_that_is_not_aligned_is_copied_to_where_it_is(tmp_path):
     array = np.from_dlpack(value)
     np.testing.assert_array_equal(array, values[1:16].reshape(3, 5))
     assert array.ctypes.data % engine_module.ALIGNMENT == 0
-
-
-def test_a_step_gives_the_thread_count_back(compiled):
-    before = set_threads(3)
-    try:
-        first_step(open_engine(compiled["gpt2"], threads=1))
-        assert set_threads(3) == 3
-    finally:
-        set_threads(before)
-
-
-@pytest.mark.parametrize("count", [0, -1, 10**6])
-def test_an_impossible_thread_count_is_refused(count):
-    with pytest.raises(ValueError, match=r"\[set_threads\]"):
-        set_threads(count)
 
 
 # --- steps --------------------------------------------------------------------------------------------------

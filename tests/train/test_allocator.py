@@ -41,3 +41,28 @@ def test_other_systems_are_left_alone(monkeypatch):
 
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+
+
+def test_the_command_keeps_freed_memory_and_the_function_leaves_the_process_alone(
+    text, tmp_path, monkeypatch
+):
+    """malloc's setting is for the whole process and cannot be taken back: only a process of ours may have it."""
+    pytest.importorskip("torch")
+    from click.testing import CliRunner
+    from tiny_runs import pretrain, tiny
+
+    from portlm.commands.pretrain import command
+    from portlm.train import allocator
+    from portlm.train.loop import Trainer
+
+    happened = []
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: happened.append("kept"))
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (happened.append("step"), step(self))[1])
+    pretrain(tiny(text, steps=2), tmp_path / "function", quiet=True)
+    assert happened == ["step", "step"]
+    happened.clear()
+    config = tmp_path / "function" / "config.toml"
+    arguments = ["--config", str(config), "--out", str(tmp_path / "command"), "-q"]
+    assert CliRunner().invoke(command, arguments, catch_exceptions=False).exit_code == 0
+    assert happened == ["kept", "step", "step"]

@@ -24,6 +24,7 @@ from portlm.train.checkpoint import (
     newest_checkpoint,
     remove_leftovers,
     remove_stale_files,
+    renamed_checkpoints,
     replace_folder,
     save_checkpoint,
     set_aside_newer,
@@ -235,6 +236,53 @@ def test_pruning_counts_only_checkpoints_that_look_complete(tmp_path):
     (tmp_path / "step-2" / "model.bin").write_bytes(b"")
     save(tmp_path, 3)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2, 3]
+
+
+# ---- renamed folders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["step-500", "step-1"])
+def test_a_renamed_checkpoint_is_of_the_step_that_it_holds(tmp_path, name):
+    """Whatever number the name has: it is not set aside as a newer one, nor preferred to a newer one."""
+    for step in (10, 20):
+        save(tmp_path, step)
+    (tmp_path / "step-20").rename(tmp_path / name)
+    found, warnings = newest(tmp_path)
+    assert (found.step, found.path.name, warnings) == (20, name, [])
+    set_aside_newer(tmp_path, found.step, warnings.append)
+    assert (found.path.is_dir(), warnings) == (True, [])
+    (tmp_path / "step-10").rename(tmp_path / "step-900")
+    assert newest(tmp_path)[0].step == 20
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 20]
+
+
+def test_pruning_counts_steps_and_not_names(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step-1").rename(tmp_path / "step-900")
+    save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2", "step-3"]
+
+
+def test_a_renamed_checkpoint_in_the_way_of_a_save_is_kept_beside_it(tmp_path):
+    save(tmp_path, 4)
+    (tmp_path / "step-4").rename(tmp_path / "step-5")
+    save(tmp_path, 5)
+    assert check_checkpoint(tmp_path / "step-5").step == 5
+    assert check_checkpoint(tmp_path / "step-5.aside").step == 4
+    with pytest.raises(UsageError, match="exists already"):
+        save(tmp_path, 5)
+
+
+def test_checkpoints_under_names_that_no_resume_finds_are_listed(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert renamed_checkpoints(tmp_path) == renamed_checkpoints(tmp_path / "absent") == []
+    (tmp_path / "step-2").rename(tmp_path / "best")
+    (tmp_path / "step-3.tmp-77").mkdir()
+    shutil.copy(tmp_path / "best" / MANIFEST, tmp_path / "step-3.tmp-77")
+    (tmp_path / "notes").mkdir()
+    assert renamed_checkpoints(tmp_path) == [tmp_path / "best"]
 
 
 # ---- failing operations ----------------------------------------------------------------------------------

@@ -1,17 +1,12 @@
-"""Pretraining: it learns, it resumes bit for bit, and whatever stops it leaves a good checkpoint."""
+"""Pretraining: it learns, and whatever stops it leaves a good checkpoint."""
 
-import dataclasses
 import errno
-import functools
-import hashlib
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from click.testing import CliRunner  # noqa: E402
+from tiny_runs import TEXT, crash, digest, newest, pretrain, pretrain_and_plot, stop_at, tiny  # noqa: E402
 
 import portlm  # noqa: E402
 from portlm import models, settings  # noqa: E402
@@ -35,68 +31,15 @@ from portlm.errors import (  # noqa: E402
 )
 from portlm.runtimes.decoding import Decoding  # noqa: E402
 from portlm.tokenizer import byte_tokenizer  # noqa: E402
-from portlm.train.checkpoint import FileOps, check_checkpoint, list_checkpoints  # noqa: E402
+from portlm.train.checkpoint import FileOps, check_checkpoint  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
 from portlm.train.evaluation import HeldOut, evaluate, sample  # noqa: E402
 from portlm.train.interrupt import InterruptedTraining  # noqa: E402
 from portlm.train.loop import Trainer, accumulate_gradients  # noqa: E402
-from portlm.train.metrics import comparable, read_metrics  # noqa: E402
-from portlm.train.pretrain import pretrain as pretrain_and_plot  # noqa: E402
+from portlm.train.metrics import read_metrics  # noqa: E402
 from portlm.train.run_folder import RunFolder  # noqa: E402
 
-TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer. Äpfel!\n" for i in range(99, 0, -1))
-
-
-# A picture takes longer than these runs.
-pretrain = functools.partial(pretrain_and_plot, plot=False)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The models here are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-def tiny(text, *overrides, **values):
-    """Return settings for a model that takes a few milliseconds per step."""
-    values = {
-        "steps": 12, "log_interval": 3, "model.n_layer": 1, "model.n_head": 2, "model.width": 16,
-        "model.context_length": 16, "data.batch_size": 4, "evaluation.interval": 6, "evaluation.max_tokens": 128,
-        "evaluation.sample_tokens": 20, "checkpoint.interval": 4, "data.texts": [str(text)], "threads": 1,
-    } | {key.replace("__", "."): value for key, value in values.items()}  # fmt: skip
-    return settings.load(PretrainConfig, overrides=[*values.items(), *overrides])
-
-
-def digest(folder):
-    """Return the sha256 of everything that a bit-exact resume must reproduce."""
-    names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-
-
-def newest(run):
-    return list_checkpoints(run / "checkpoints")[-1][1]
-
-
-def stop_at(monkeypatch, step, action):
-    """Do something right after the step with this number."""
-    original = Trainer.train_step
-
-    def train_step(self):
-        original(self)
-        if self.step == step:
-            action()
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- learning ----------------------------------------------------------------------------------------------------
@@ -254,183 +197,6 @@ def test_a_sample_outgrows_the_context_and_draws_no_random_number_of_pytorch():
     assert greedy[15:] == tokenizer.decode([int(model(torch.tensor([[97] * 15]))[0, -1].argmax())])
 
 
-# ---- resuming ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
-    text, tmp_path, monkeypatch, dropout, accumulate
-):
-    """Weights, moments, random state and every line of metrics but the clock's."""
-    config = tiny(text, model__dropout=dropout, data__accumulate=accumulate)
-    straight = pretrain(config, tmp_path / "straight", quiet=True)
-    broken = tmp_path / "broken"
-    for step in sorted(random.Random(f"{dropout} {accumulate}").sample(range(1, 12), 3)):
-        with monkeypatch.context() as patch:
-            stop_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            with pytest.raises(InterruptedTraining, match=f"after step {step} of 12") as caught:
-                pretrain(config, broken, resume="auto", quiet=True)
-        assert caught.value.exit_code == 143
-        assert check_checkpoint(newest(broken)).step == step
-    torch.manual_seed(99)  # whatever the process did before does not matter
-    resumed = pretrain(config, broken, resume="auto", quiet=True)
-    assert digest(newest(broken)) == digest(newest(straight.run))
-    assert comparable(read_metrics(broken / "metrics.jsonl")) == comparable(
-        read_metrics(straight.run / "metrics.jsonl")
-    )
-    assert (resumed.loss, resumed.bits_per_byte) == (straight.loss, straight.bits_per_byte)
-    assert (
-        check_checkpoint(newest(broken)).state["objective"]
-        == check_checkpoint(newest(straight.run)).state["objective"]
-    )
-
-
-def test_two_threads_resume_bit_for_bit_as_well(text, tmp_path, monkeypatch):
-    """Large enough that every kernel divides its work."""
-    config = tiny(
-        text,
-        threads=2,
-        steps=6,
-        model__width=64,
-        model__context_length=64,
-        data__batch_size=8,
-        model__dropout=0.1,
-    )
-    straight = pretrain(config, tmp_path / "straight", quiet=True)
-    crash(monkeypatch, config, tmp_path / "run", 5)
-    pretrain(config, tmp_path / "run", resume="auto", quiet=True)
-    assert digest(newest(tmp_path / "run")) == digest(newest(straight.run))
-
-
-@pytest.mark.parametrize("step", [6, 12])
-def test_a_signal_before_an_evaluation_puts_it_off_until_the_resume(text, tmp_path, monkeypatch, step):
-    """Evaluating may take minutes; stopping must not. 12 is the last step."""
-    straight = pretrain(tiny(text), tmp_path / "straight", quiet=True)
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(InterruptedTraining) as caught:
-            pretrain(tiny(text), run, quiet=True)
-    assert caught.value.exit_code == 130
-    assert not (run / "final").exists()
-    assert [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "eval" and r["step"] == step] == []
-    for _ in range(2):
-        resumed = pretrain(tiny(text), run, resume="auto", quiet=True)
-        assert resumed.loss == straight.loss
-        assert comparable(read_metrics(run / "metrics.jsonl")) == comparable(
-            read_metrics(straight.run / "metrics.jsonl")
-        )
-
-
-class CrashError(Exception):
-    """Stands for whatever kills a process between two saves."""
-
-
-def crash(monkeypatch, config, run, step, resume="none"):
-    def raise_it():
-        raise CrashError
-
-    with monkeypatch.context() as patch:
-        stop_at(patch, step, raise_it)
-        with pytest.raises(CrashError):
-            pretrain(config, run, resume=resume, quiet=True)
-
-
-def test_a_crash_loses_at_most_the_steps_since_the_last_checkpoint(text, tmp_path, monkeypatch):
-    straight = pretrain(tiny(text), tmp_path / "straight", quiet=True)
-    run = tmp_path / "run"
-    crash(monkeypatch, tiny(text), run, 7)
-    assert newest(run).name == "step-4"
-    pretrain(tiny(text), run, resume="auto", quiet=True)
-    assert digest(newest(run)) == digest(newest(straight.run))
-    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
-    assert steps == [3, 6, 9, 12]
-
-
-def test_resuming_a_finished_run_only_repeats_its_result(text, tmp_path):
-    first = pretrain(tiny(text), tmp_path / "run", quiet=True)
-    before = digest(newest(first.run))
-    again = pretrain(tiny(text), tmp_path / "run", resume="auto", quiet=True)
-    assert dataclasses.replace(again, seconds=0, tokens_per_second=0) == dataclasses.replace(
-        first, seconds=0, tokens_per_second=0
-    )
-    assert digest(newest(first.run)) == before
-
-
-def test_a_damaged_newest_checkpoint_is_reported_kept_and_not_used(text, tmp_path, monkeypatch, capsys):
-    straight = pretrain(tiny(text), tmp_path / "straight", quiet=True)
-    run = tmp_path / "run"
-    crash(monkeypatch, tiny(text), run, 10)
-    damaged = newest(run) / "optimizer.safetensors"
-    raw = bytearray(damaged.read_bytes())
-    raw[-5] ^= 4
-    damaged.write_bytes(raw)
-    pretrain(tiny(text), run, resume="auto", quiet=True)
-    said = capsys.readouterr().err
-    assert "step-8 is damaged" in said
-    assert "optimizer.safetensors was altered" in said
-    assert (run / "checkpoints" / "step-8.aside" / "optimizer.safetensors").read_bytes() == raw
-    assert digest(newest(run)) == digest(newest(straight.run))
-
-
-def test_with_no_intact_checkpoint_resuming_stops(text, tmp_path):
-    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
-    for _, folder in list_checkpoints(run / "checkpoints"):
-        (folder / "checkpoint.json").unlink()
-    with pytest.raises(FormatError, match="none of the 2 checkpoints"):
-        pretrain(tiny(text), run, resume="auto", quiet=True)
-    assert len(list_checkpoints(run / "checkpoints")) == 2
-
-
-def test_resuming_from_an_earlier_checkpoint_keeps_the_later_ones(text, tmp_path):
-    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
-    expected = digest(newest(run))
-    pretrain(tiny(text), run, resume=str(run / "checkpoints" / "step-8"), quiet=True)
-    assert digest(newest(run)) == expected
-    assert check_checkpoint(run / "checkpoints" / "step-12.aside").step == 12
-
-
-def test_another_run_can_be_continued_in_a_new_folder(text, tmp_path):
-    first = pretrain(tiny(text), tmp_path / "run", quiet=True)
-    longer = tiny(text, steps=16)
-    for number, source in enumerate((first.run, first.run / "checkpoints", newest(first.run))):
-        result = pretrain(longer, tmp_path / f"more-{number}", resume=str(source), quiet=True)
-        assert result.steps == 16
-    with pytest.raises(UsageError, match="another run"):
-        pretrain(longer, tmp_path / "more-0", resume=str(first.run), quiet=True)
-
-
-def test_a_second_run_does_not_overwrite_the_first(text, tmp_path):
-    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
-    with pytest.raises(UsageError, match="--resume auto"):
-        pretrain(tiny(text), run, quiet=True)
-
-
-@pytest.mark.parametrize(
-    "change", ["model.width=32", "data.batch_size=2", "seed=4", "data.tokenizer=bpe:280"]
-)
-def test_a_setting_that_decides_the_run_cannot_change_on_resume(text, tmp_path, change):
-    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
-    with pytest.raises(ConfigError, match=change.partition("=")[0]):
-        pretrain(tiny(text, change), run, resume="auto", quiet=True)
-
-
-def test_other_settings_may_change_on_resume_and_are_reported(text, tmp_path, capsys):
-    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
-    assert pretrain(tiny(text, steps=14, optimizer__lr=5e-4), run, resume="auto").steps == 14
-    assert "optimizer.lr = 0.0005 instead of 0.001" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="14 steps already"):
-        pretrain(tiny(text, steps=5), run, resume="auto", quiet=True)
-
-
-def test_other_text_is_noticed_on_resume(text, tmp_path):
-    run = pretrain(tiny(text), tmp_path / "run", quiet=True).run
-    prepare(TEXT + "more", byte_tokenizer(), run / "data")
-    with pytest.raises(ConfigError, match="not those of the checkpoint"):
-        pretrain(tiny(text), run, resume="auto", quiet=True)
-
-
 # ---- what stops a run --------------------------------------------------------------------------------------------
 
 
@@ -557,41 +323,6 @@ def test_the_command_prints_the_checkpoint_on_stdout_and_progress_on_stderr(text
     assert done.stderr == ""
 
 
-def test_a_terminated_run_saves_and_leaves_with_143(text, tmp_path):
-    run = tmp_path / "run"
-    arguments = [str(text), "--out", str(run), *FLAGS, "--steps", "100000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "portlm", "pretrain", *arguments], stderr=subprocess.PIPE, text=True
-    ) as child:
-        deadline = time.monotonic() + 60
-        latest = run / "checkpoints" / "latest"
-        while not latest.exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        child.send_signal(signal.SIGTERM)
-        said = child.communicate(timeout=30)[1]
-    assert child.returncode == 143, said
-    assert "SIGTERM: finishing this step" in said
-    step = check_checkpoint(newest(run)).step
-    assert f"stopped after step {step}" in said
-    assert "Traceback" not in said
-
-
 def test_reading_the_settings_does_not_load_pytorch():
     program = "import sys, portlm.commands.pretrain; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-def test_a_reader_of_the_progress_that_leaves_does_not_stop_the_training():
-    """As in `portlm pretrain ... 2>&1 | head`."""
-    import io
-
-    from portlm.train.progress import ProgressReport
-
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-    report = ProgressReport(3, stream=Gone())
-    report.note("nobody reads this")
-    report.update(1, 2.0, 3.0)
-    report.stream.close()

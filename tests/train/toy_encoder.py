@@ -40,6 +40,7 @@ class ToyConfig:
     dropout: float = 0.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
 
     def __post_init__(self):
         config_json.check_bounds(
@@ -56,12 +57,12 @@ class ToyConfig:
 
     @classmethod
     def from_hf(cls, data):
-        read = config_json.Reader(data)
+        read = config_json.Reader.of(data)
         read.require("model_type", NAME)
         numbers = {name: read.integer(name) for name in ("vocab_size", *cls.SETTINGS) if name != "dropout"}
         eos = read.token_ids("eos_token_id", numbers["vocab_size"])
         config = cls(**numbers, dropout=read.number("dropout"), eos_token_ids=eos)
-        read.finish("bos_token_id")
+        read.finish("bos_token_id", "pad_token_id")
         return config
 
     def to_hf(self):
