@@ -289,11 +289,8 @@ def _shared(spec: CallSpec) -> list[tuple[str, int, str]]:
 
 def _wholes(name: str, values: Any, what: str, high: int) -> list[int]:
     """A list of whole numbers from 0 to `high`, of a sequence, a range or an array."""
-    if (
-        isinstance(values, str | bytes)
-        or not isinstance(values, Sequence | np.ndarray)
-        or np.ndim(values) != 1
-    ):
+    array = isinstance(values, np.ndarray) and values.ndim == 1
+    if isinstance(values, str | bytes) or not (array or isinstance(values, Sequence)):
         raise UsageError(f"{name} must be {what}, got {shown(values)}")
     numbers = []
     for value in values:

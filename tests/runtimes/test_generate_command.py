@@ -197,7 +197,7 @@ def test_a_terminal_is_not_given_control_characters(artifacts, stream):
         (["--ids", "abc"], 2, "--ids: 'abc' is no token id"),
         (["--ids", "9" * 9000], 2, "is no token id"),
         (["--ids", "97 300"], 2, "the prompt holds token 300, but ids run from 0 to 256"),
-        (["--ids", "-1"], 2, "the prompt holds token -1"),
+        (["--ids", "97, -1"], 2, "the prompt holds token -1"),
         (["abc", "--top-k", "300"], 2, "top_k must be a whole number from 0 to 257"),
         (["abc", "-t", "1e400"], 2, "temperature must be a finite number of at least 0, got inf"),
         (

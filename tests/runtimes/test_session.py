@@ -527,7 +527,7 @@ def test_a_session_closes_its_engine():
 ANYTHING = (
     None, True, -1, 0, 2.5, float("nan"), float("inf"), 10**400, 10**9000, 2**64, 1j, "x", "", b"x", "\ud800", (), [],
     [None], [[1]], [2.5], {}, {1}, {"a": 1}, object(), int, np.array(1), np.array([1, 2, 3]), np.array([0.5]),
-    np.zeros((2, 2)), range(10**12),
+    np.zeros((2, 2)), range(10**12), range(2**99),
     np.float32(0.5), np.int8(1), np.bool_(True), range(3), iter([1]), len,
 )  # fmt: skip
 

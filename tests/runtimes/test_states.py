@@ -215,7 +215,7 @@ def test_a_state_made_by_hand_is_refused(engine):
 ANYTHING = (
     None, True, 3, -1, 2.5, float("nan"), 10**400, 2**63, "decoder", b"01", (), [], [None], [0.5], ["0"], [[0]], {},
     {"a": 1}, {0}, object(), np.array(0), np.array([0.5]), np.zeros((1, 1)), np.zeros((1, 1), np.int64),
-    range(10**9), iter([0]),
+    range(10**9), range(2**99), iter([0]),
 )  # fmt: skip
 
 
