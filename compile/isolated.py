@@ -115,8 +115,10 @@ def check_isolated(jobs: Sequence[Job]) -> None:
         )  # fmt: skip
         output, end = child.stdout, f"died ({child.returncode})"
     except subprocess.TimeoutExpired as error:
-        output, end = error.stdout or "", f"took more than {seconds:.3g} s"
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+        # bytes, whatever the encoding; what is said of its type is wrong
+        said = error.stdout or b""
+        output = said if isinstance(said, str) else said.decode(errors="replace")
+        end = f"took more than {seconds:.3g} s"
     answers = output.splitlines()
     for place, job in enumerate(jobs):
         answer = answers[place] if place < len(answers) else ""

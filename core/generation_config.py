@@ -11,7 +11,7 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
-from portlm.arguments import flag, real, shown, whole
+from portlm.arguments import count, flag, real, shown, whole
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json
 
@@ -36,9 +36,9 @@ def check_stops(name: str, stop: Any) -> tuple[str, ...]:
     """
     if not isinstance(stop, str | Sequence) or isinstance(stop, bytes | bytearray):
         raise UsageError(f"{name} must be a text or a list of them, an empty one for none, got {shown(stop)}")
+    if not isinstance(stop, str) and count(stop) > MAX_STOPS:
+        raise UsageError(f"at most {MAX_STOPS} stop strings are possible, got {count(stop)}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > MAX_STOPS:
-        raise UsageError(f"at most {MAX_STOPS} stop strings are possible, got {len(stops)}")
     for text in stops:
         if not isinstance(text, str) or not text:
             raise UsageError(f"a stop string must be text of at least one character, got {shown(text)}")
