@@ -44,8 +44,8 @@ def load(
     says why when it is given text. What generation_config.json says of sampling is in the session's `defaults`.
 
     Every file that is used is first compared with the size and the hash in the manifest, and one that the manifest does
-    not list is refused. What an engine needs compiled
-    and the artifact does not hold is compiled now, into a private cache of the user's, with a line on stderr.
+    not list is refused. What an engine needs compiled and the artifact does not hold is compiled now, into a private
+    cache of the user's, with a line on stderr.
 
     Args:
         path: the folder.

@@ -237,6 +237,8 @@ def test_bench_compares_the_graph_that_it_counts_in_with_the_manifest(artifact):
     graph.write_bytes(graph.read_bytes() + b"\x32\x00")
     with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: altered"):
         token_work(artifact, read_manifest(artifact))
+    with pytest.raises(FormatError, match="the manifest has no graph of a decoder"):
+        token_work(artifact, replace(read_manifest(artifact), roles={}))
 
 
 @needs_ort
