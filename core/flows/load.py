@@ -65,7 +65,6 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
-    from portlm.arguments import whole
     from portlm.compile.isolated import ensure_checked
     from portlm.engine import PROFILES, OpenRequest
     from portlm.runtimes import engine_class

@@ -161,7 +161,9 @@ def test_the_child_imports_nothing_from_the_folder_that_the_user_is_in(
 
 def test_no_child_of_ours_looks_there():
     root, starting = Path(__file__).resolve().parents[2], set()
-    for path in (path for folder in ("core", "compile", "runtimes") for path in (root / folder).rglob("*.py")):
+    for path in (
+        path for folder in ("core", "compile", "runtimes") for path in (root / folder).rglob("*.py")
+    ):
         text = path.read_text()
         assert '"-m"' not in text.replace('"-P", "-m"', ""), path
         if "sys.executable" in text:
