@@ -92,7 +92,7 @@ class EngineBase:
 
     @classmethod
     def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
-        """Return the artifact's graphs that open() hands to a library, none; see Engine."""
+        """Return the artifact's graphs that open() relies on, none; see Engine."""
         return ()
 
     def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
@@ -109,7 +109,7 @@ class EngineBase:
                 if state.name not in values:
                     raise UsageError(f"{role} starts from {state.name}: give it")
                 array = _given(state, values.pop(state.name), sizes)
-                self._checks[role].check_given(state.name, array)
+                self._checks[role].check_given(state, array)
             else:
                 array = _nothing(role, state, {**sizes, "past": 0})
             tensors[state.name] = self._settle(array, state)
