@@ -179,6 +179,19 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
         load(artifact, engine, profile=profile)
 
 
+def test_what_is_read_of_config_json_is_compared_with_the_manifest(artifact):
+    """Without generation_config.json, config.json says how text is made."""
+    manifest = read_manifest(artifact)
+    (artifact / "generation_config.json").unlink()
+    files = {name: entry for name, entry in manifest.files.items() if name != "generation_config.json"}
+    write_manifest(artifact, replace(manifest, files=files))
+    load(artifact, "null").close()
+    content = json.loads((artifact / "config.json").read_text())
+    (artifact / "config.json").write_text(json.dumps({**content, "temperature": 2.0, "do_sample": True}))
+    with pytest.raises(FormatError, match=r"config\.json"):
+        load(artifact, "null")
+
+
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
