@@ -154,13 +154,12 @@ class Rows:
     def next(self, tokens: Sequence[int] | Ids) -> Logits:
         """Read one more token for each row; return (B, V)."""
         B = len(self.lengths)
-        try:
-            ids = np.array(tokens)
-        except ValueError:  # lists of different lengths
-            ids = np.zeros(0)
-        if ids.dtype.kind not in "iu" or ids.size != B:
-            raise UsageError(f"one token is needed for each of {B} rows, got {shown(tokens)}")
-        return self.read(ids.astype(np.int64).reshape(B, 1))[:, -1]
+        if isinstance(tokens, np.ndarray):  # what argmax gives, of one axis or two
+            tokens = tokens.ravel()
+        ids = wholes("tokens", tokens, self._engine.vocab_size - 1)
+        if len(ids) != B:
+            raise UsageError(f"one token is needed for each of {B} rows, got {shown(ids)}")
+        return self.read(np.array(ids, np.int64).reshape(B, 1))[:, -1]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; a row may be named several times or not at all."""

@@ -168,8 +168,10 @@ def test_a_state_is_used_once(engine):
 
 def test_inputs_that_are_refused_leave_the_state_as_it_was(engine):
     rows = read(engine, TEXTS)
-    with pytest.raises(UsageError, match="input_ids must be from 0 to 256"):
+    with pytest.raises(UsageError, match="one of tokens must be a whole number from 0 to 256, got 257"):
         rows.next([0, 1, 257])
+    with pytest.raises(UsageError, match="input_ids must be from 0 to 256, got 0 to 257"):
+        rows.read(np.array([[0], [1], [257]]))
     assert_next(rows, engine, TEXTS, MORE)
 
 
