@@ -36,6 +36,7 @@ from portlm.compile.forms import OPSET, PROFILES
 from portlm.compile.graph import WeightFile
 from portlm.compile.isolated import graph_of, weights_of
 from portlm.compile.mapped import MappedFile
+from portlm.compile.tables import table_limits, with_limits
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
 from portlm.folders import FILE_OPS, new_folder
@@ -234,7 +235,7 @@ def _make(
                 graphs = capture(module, roles, profiles, context)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
-            manifest = _describe(module, roles, profiles, dict(sorted(files.items())), context)
+            manifest = _describe(module, roles, graphs, dict(sorted(files.items())), context)
             write_manifest(workshop, manifest)
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
@@ -387,7 +388,7 @@ def _context_length(module: "nn.Module") -> int:
 def _describe(
     module: "nn.Module",
     roles: "Mapping[str, Role]",
-    profiles: Sequence[str],
+    graphs: Graphs,
     files: dict[str, FileEntry],
     context: int,
 ) -> Manifest:
@@ -402,17 +403,18 @@ def _describe(
         "numpy": np.__version__,
     }
     settings: dict[str, str | bool | int | float] = {"opset": OPSET, "domain_version": DOMAIN_VERSION}
-    described = {
-        name: RoleSpec(
-            profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in profiles},
+    described = {}
+    for name, role in roles.items():
+        models = graphs[name][1]
+        limits = [table_limits(model.graph) for model in models.values()]
+        described[name] = RoleSpec(
+            profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in models},
             weights=f"onnx/{weight_file(name)}",
-            inputs=role.inputs,
+            inputs=with_limits(role.inputs, limits),
             outputs=role.outputs,
-            state=role.state,
+            state=with_limits(role.state, limits),
             provenance=Provenance(versions, settings, traced_shapes(role)),
         )
-        for name, role in roles.items()
-    }
     parameters = sum(p.numel() for p in module.parameters())
     model = ModelSpec(_family(module), parameters, _vocab_size(module, roles), context)
     return Manifest(model=model, roles=described, files=files)

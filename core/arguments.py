@@ -6,6 +6,7 @@ A message may have to show anything: numbers of thousands of digits, arrays, obj
 import math
 import operator
 import reprlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,14 @@ def one_of(what: str, value: Any, known: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in known:
         raise UsageError(f"there is no {what} {shown(value)}: choose one of {', '.join(known)}")
     return value
+
+
+def count(values: Any) -> int:
+    """The length of a sequence, which of a range may be more than len() can say."""
+    try:
+        return len(values)
+    except OverflowError:
+        return sys.maxsize
 
 
 def _range(low: float | None, high: float | None, above: bool = False) -> str:

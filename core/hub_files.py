@@ -159,7 +159,7 @@ def usable_tokenizer(folder: Path, vocab_size: int, notes: list[str]) -> bool:
         tokenizer = Tokenizer.load(folder)
         tokenizer.within(vocab_size)
     except FormatError as error:
-        notes.append(f"the tokenizer was left out, so the model takes token ids only: {error}")
+        notes.append(f"the tokenizer was left out, so the model takes token ids only (--ids): {error}")
         return False
     if tokenizer.vocab_size > vocab_size:
         notes.append(

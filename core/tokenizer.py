@@ -36,7 +36,7 @@ from portlm.tokenizer_file import (
     TokenizerFile,
     parse,
 )
-from portlm.tokenizer_steps import INSTEAD, byte_level, ids_around
+from portlm.tokenizer_steps import byte_level, ids_around
 
 if TYPE_CHECKING:
     import tokenizers
@@ -119,7 +119,7 @@ class Tokenizer:
         if lost < self.vocab_size - vocab_size or max([*self.begin_ids, *self.end_ids, 0]) >= vocab_size:
             raise FormatError(
                 f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}, and text becomes some of the "
-                f"others, so they do not belong together: {INSTEAD}"
+                "others, so they do not belong together"
             )
         vocab = {entry: index for entry, index in self._file.vocab.items() if index < vocab_size}
         file = parse(

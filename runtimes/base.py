@@ -92,7 +92,7 @@ class EngineBase:
 
     @classmethod
     def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
-        """Return the artifact's graphs that open() hands to a library, none; see Engine."""
+        """Return the artifact's graphs that open() relies on, none; see Engine."""
         return ()
 
     def start(self, role: str, batch: int, given: Mapping[str, Array] | None = None) -> State:
@@ -109,7 +109,7 @@ class EngineBase:
                 if state.name not in values:
                     raise UsageError(f"{role} starts from {state.name}: give it")
                 array = _given(state, values.pop(state.name), sizes)
-                self._checks[role].check_given(state.name, array)
+                self._checks[role].check_given(state, array)
             else:
                 array = _nothing(role, state, {**sizes, "past": 0})
             tensors[state.name] = self._settle(array, state)
@@ -180,7 +180,8 @@ class EngineBase:
 
     def join(self, states: Sequence[State]) -> State:
         """Return the rows of several states of one role as one state; see Engine."""
-        states = list(states) if isinstance(states, Sequence) else [states]
+        if not isinstance(states, Sequence):
+            raise UsageError(f"join takes states in a list, got {shown(states)}")
         roles = {self._check(state) for state in states}
         if len(roles) != 1 or len(set(map(id, states))) < len(states):
             raise UsageError("join takes one or more different states of one role")
@@ -288,15 +289,15 @@ def _shared(spec: CallSpec) -> list[tuple[str, int, str]]:
 
 def _wholes(name: str, values: Any, what: str, high: int) -> list[int]:
     """A list of whole numbers from 0 to `high`, of a sequence, a range or an array."""
-    if (
-        isinstance(values, str | bytes)
-        or not isinstance(values, Sequence | np.ndarray)
-        or np.ndim(values) != 1
-    ):
+    array = isinstance(values, np.ndarray) and values.ndim == 1
+    if isinstance(values, str | bytes) or not (array or isinstance(values, Sequence)):
         raise UsageError(f"{name} must be {what}, got {shown(values)}")
-    numbers = [whole(f"one of {name}", value) for value in values]
-    if numbers and (min(numbers) < 0 or max(numbers) > high):
-        raise UsageError(f"{name} must be {what}, got {shown(numbers)}")
+    numbers = []
+    for value in values:
+        number = whole(f"one of {name}", value)
+        if not 0 <= number <= high:  # at once: there may be many
+            raise UsageError(f"{name} must be {what}, got {shown(values)}")
+        numbers.append(number)
     return numbers
 
 
