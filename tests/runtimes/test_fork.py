@@ -21,7 +21,7 @@ TARGETS = (
     "torch:portable",
     "tvm:fused",
     "ort:fused",
-)  # each with a pool that others do not use
+)  # each runs its loops in another way
 
 START = """
 import os, signal, sys, threading, time
