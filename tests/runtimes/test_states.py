@@ -258,6 +258,31 @@ def test_whatever_is_handed_to_an_engine_the_answer_is_a_usage_error_or_right(en
     assert all("\n" not in message and len(message) < 400 for message in messages)
 
 
+def test_whatever_is_handed_to_rows_the_answer_is_a_usage_error_or_right():
+    """As above, for what puts padding, masks and positions around a role."""
+    engine = NullEngine(V, 48)
+    calls = [
+        lambda x: Rows(engine, x),
+        lambda x: Rows(engine, 1, x),
+        lambda x: Rows(engine, 1, given=x),
+        lambda x: Rows(engine, 2).read(x),
+        lambda x: Rows(engine, 2).read(np.ones((2, 1), np.int64), x),
+        lambda x: Rows(engine, 2).next(x),
+        lambda x: Rows(engine, 2).keep(x),
+        lambda x: read(engine, TEXTS).crop(x),
+        lambda x: read(engine, TEXTS).join(x),
+    ]
+    messages = []
+    for call in calls:
+        for value in ANYTHING:
+            try:
+                call(value)
+            except UsageError as error:
+                messages.append(str(error))
+    assert len(messages) > len(calls) * len(ANYTHING) * 0.8
+    assert all("\n" not in message and len(message) < 400 for message in messages)
+
+
 def test_a_mask_over_an_array_hides_nothing_from_the_check():
     """numpy's masked arrays leave masked numbers out of max(), and hand them to whoever reads the memory."""
     engine = NullEngine(V, 48)
@@ -276,10 +301,16 @@ def test_a_mask_over_an_array_hides_nothing_from_the_check():
         (lambda e: e.start("encoder", 1), "has no role 'encoder'"),
         (lambda e: e.start("decoder", 0), "batch must be a whole number from 1"),
         (lambda e: e.start("decoder", 1, {"memory": np.zeros(1)}), "takes no given state 'memory'"),
-        (lambda e: e.reorder(e.start("decoder", 2), [2]), "rows must be some of 0 to 1"),
-        (lambda e: e.reorder(e.start("decoder", 2), []), "rows must be"),
+        (
+            lambda e: e.reorder(e.start("decoder", 2), [2]),
+            "one of rows must be a whole number from 0 to 1, got 2",
+        ),
+        (lambda e: e.reorder(e.start("decoder", 2), []), "at least one of the rows 0 to 1"),
         (lambda e: e.reorder(e.start("decoder", 2), [0], 1), "skip must be"),
-        (lambda e: e.crop(e.start("decoder", 2), [0, 1]), "lengths must be 2 numbers"),
+        (
+            lambda e: e.crop(e.start("decoder", 2), [0, 1]),
+            "one of lengths must be a whole number from 0 to 0, got 1",
+        ),
         (lambda e: e.crop(e.start("decoder", 2), [0]), "lengths must be 2 numbers"),
         (lambda e: e.join([]), "one or more"),
     ],
