@@ -481,16 +481,6 @@ def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch
 # --- torch ------------------------------------------------------------------------------------------
 
 
-def test_threads_of_torch_are_set_when_asked(artifacts):
-    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
-    before = torch.get_num_threads()
-    try:
-        load(artifacts["gpt2"], "torch", "cpu", threads=1).close()
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_cuda_without_a_device_is_an_error_that_says_so(artifacts):
     torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
     if torch.cuda.is_available():
