@@ -36,10 +36,18 @@ from portlm.compile.forms import OPSET, PROFILES
 from portlm.compile.graph import WeightFile
 from portlm.compile.isolated import graph_of, weights_of
 from portlm.compile.mapped import MappedFile
+from portlm.compile.tables import table_limits, with_limits
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
 from portlm.folders import FILE_OPS, new_folder
-from portlm.hub_files import cards, check_folder
+from portlm.hub_files import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_EXTRAS,
+    cards,
+    check_folder,
+    usable_tokenizer,
+)
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
 from portlm.roles import file_stem
@@ -71,7 +79,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
         profiles: which graphs to write.
 
     Returns:
-        The artifact folder.
+        The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
 
     Raises:
         FormatError: the checkpoint is damaged or not of a known family.
@@ -92,11 +100,20 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
     size = sum((source / name).stat().st_size for name in copied)
     size += sum(math.prod(info.shape) * 4 for info in weights.values())
 
-    def bring(workshop: Path) -> None:
-        for name in copied:
-            shutil.copyfile(source / name, workshop / name)
+    notes: list[str] = []
 
-    return _make(lambda: open_mapped(source), target, profiles, size, bring, beside=True)
+    def bring(workshop: Path) -> None:
+        without: tuple[str, ...] = ()
+        if TOKENIZER in copied and not usable_tokenizer(source, load_config(source).vocab_size, notes):
+            without = (TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+        for name in copied:
+            if name not in without:
+                shutil.copyfile(source / name, workshop / name)
+
+    made = _make(lambda: open_mapped(source), target, profiles, size, bring, beside=True)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return made
 
 
 def export_module(
@@ -138,6 +155,11 @@ def export_module(
         decoder = decoder_of(module, example=example)
         decoder.warn(type(module).__name__)
         module = decoder
+    if tokenizer is not None and tokenizer.vocab_size > (ids := _vocab_size(module, roles_to_export(module))):
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
+            f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
+        )
     size = sum(p.numel() * (p.element_size() + 4) for p in module.parameters())
     config = getattr(module, "config", None)
 
@@ -213,7 +235,7 @@ def _make(
                 graphs = capture(module, roles, profiles, context)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
-            manifest = _describe(module, roles, profiles, dict(sorted(files.items())), context)
+            manifest = _describe(module, roles, graphs, dict(sorted(files.items())), context)
             write_manifest(workshop, manifest)
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
@@ -366,7 +388,7 @@ def _context_length(module: "nn.Module") -> int:
 def _describe(
     module: "nn.Module",
     roles: "Mapping[str, Role]",
-    profiles: Sequence[str],
+    graphs: Graphs,
     files: dict[str, FileEntry],
     context: int,
 ) -> Manifest:
@@ -381,17 +403,18 @@ def _describe(
         "numpy": np.__version__,
     }
     settings: dict[str, str | bool | int | float] = {"opset": OPSET, "domain_version": DOMAIN_VERSION}
-    described = {
-        name: RoleSpec(
-            profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in profiles},
+    described = {}
+    for name, role in roles.items():
+        models = graphs[name][1]
+        limits = [table_limits(model.graph) for model in models.values()]
+        described[name] = RoleSpec(
+            profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in models},
             weights=f"onnx/{weight_file(name)}",
-            inputs=role.inputs,
+            inputs=with_limits(role.inputs, limits),
             outputs=role.outputs,
-            state=role.state,
+            state=with_limits(role.state, limits),
             provenance=Provenance(versions, settings, traced_shapes(role)),
         )
-        for name, role in roles.items()
-    }
     parameters = sum(p.numel() for p in module.parameters())
     model = ModelSpec(_family(module), parameters, _vocab_size(module, roles), context)
     return Manifest(model=model, roles=described, files=files)

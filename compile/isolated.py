@@ -19,11 +19,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from portlm.artifact import Manifest, check_files
+from portlm.artifact import Manifest, RoleSpec, check_files
 from portlm.compile.check import examine, read_graph
+from portlm.compile.onnx_reader import Message
+from portlm.compile.tables import beyond
+from portlm.engine import limit_of
 from portlm.errors import FormatError
 from portlm.files import safe_join
 from portlm.ops.spec import DOMAIN
+from portlm.roles import StateSpec, TensorSpec
 from portlm.seen_graphs import Graph, may_be_read, record_checked
 
 CHILD = ("-P", "-m", "portlm.compile.isolated")  # -P: nothing is imported from the folder that the user is in
@@ -63,7 +67,7 @@ def ensure_checked(
 
     Raises:
         FormatError: a file is not the one that the manifest lists, is none that portlm writes, or a library refused it
-            or died of it.
+            or died of it; or the manifest lets values through that a table of the graph has no row for.
     """
     weights, graphs = weights_of(manifest), {name: graph_of(manifest, name) for name in names}
     unknown = [name for name, graph in graphs.items() if not may_be_read(graph)]
@@ -73,8 +77,11 @@ def ensure_checked(
     (say or _to_stderr)(line)
     check_files(folder, dict.fromkeys([*unknown, *(weights[name] for name in unknown)]), manifest)
     context = manifest.model.context_length
-    check_isolated([Job(str(safe_join(folder, name)), graphs[name].graph, context) for name in unknown])
-    for name in unknown:
+    jobs = [Job(str(safe_join(folder, name)), graphs[name].graph, context) for name in unknown]
+    for name, model in zip(unknown, check_isolated(jobs), strict=True):
+        for role in _roles_of(manifest, name):
+            if problem := beyond(manifest, role, model.graph):
+                raise FormatError(f"{folder}/{name}: {problem}; export again")
         record_checked(graphs[name])
 
 
@@ -88,23 +95,38 @@ def weights_of(manifest: Manifest) -> dict[str, str]:
 
 
 def graph_of(manifest: Manifest, name: str) -> Graph:
-    """Return the digests of a graph file that a manifest lists, and of its weights."""
-    return Graph(manifest.files[name].sha256, manifest.files[weights_of(manifest)[name]].sha256)
+    """Return a graph file that a manifest lists, with its weights and with what the manifest says of its inputs."""
+    sizes = manifest.model.vocab_size, manifest.model.context_length
+    specs: list[TensorSpec | StateSpec] = []
+    for role in _roles_of(manifest, name):
+        specs += [*role.inputs, *role.state]
+    limits = tuple((spec.name, limit_of(spec, *sizes)) for spec in specs)
+    return Graph(manifest.files[name].sha256, manifest.files[weights_of(manifest)[name]].sha256, limits)
 
 
-def check_isolated(jobs: Sequence[Job]) -> None:
+def _roles_of(manifest: Manifest, name: str) -> list[RoleSpec]:
+    """The roles whose graph this is, as exported or compiled."""
+    compiled = {entry.role for entry in manifest.compiled if name in entry.files}
+    return [role for key, role in manifest.roles.items() if key in compiled or name in role.profiles.values()]
+
+
+def check_isolated(jobs: Sequence[Job]) -> list[Message]:
     """Read graphs here without any library, and then with them, in a child process.
+
+    Returns:
+        What they say.
 
     Raises:
         FormatError: one is refused, or the child died of it or took too long.
     """
-    most = total = 0
+    most, total, found = 0, 0, []
     for job in jobs:
         path = Path(job.path)
         raw = read_graph(path)
         if hashlib.sha256(raw).hexdigest() != job.sha256:
             raise FormatError(f"{path}: altered while it was read; restore the file or export again")
-        size = sum(_size(tensor) for tensor in examine(raw, path).graph.initializer)
+        found.append(examine(raw, path))
+        size = sum(_size(tensor) for tensor in found[-1].graph.initializer)
         most, total = max(most, size), total + size
     seconds = SECONDS * len(jobs) + total / WEIGHTS_PER_SECOND
     text = json.dumps({"bytes": BYTES + BYTES_PER_WEIGHT * most, "jobs": jobs})
@@ -115,8 +137,10 @@ def check_isolated(jobs: Sequence[Job]) -> None:
         )  # fmt: skip
         output, end = child.stdout, f"died ({child.returncode})"
     except subprocess.TimeoutExpired as error:
-        output, end = error.stdout or "", f"took more than {seconds:.3g} s"
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+        # bytes, whatever the encoding; what is said of its type is wrong
+        said = error.stdout or b""
+        output = said if isinstance(said, str) else said.decode(errors="replace")
+        end = f"took more than {seconds:.3g} s"
     answers = output.splitlines()
     for place, job in enumerate(jobs):
         answer = answers[place] if place < len(answers) else ""
@@ -125,6 +149,7 @@ def check_isolated(jobs: Sequence[Job]) -> None:
         if answer.startswith(REFUSED):
             raise FormatError(f"{job.path}: {answer.removeprefix(REFUSED)}; export again from the checkpoint")
         raise FormatError(f"{job.path}: the process that checked it {end}; do not use this file")
+    return found
 
 
 def _size(tensor: Any) -> int:

@@ -55,7 +55,7 @@ class OpenRequest:
         device: one that the table of engines lists.
         profile: one of PROFILES; "auto" takes the best one that the artifact has for this engine and device.
         allow_fallback: let nodes that the device cannot run go to the CPU.
-        threads: of the CPU; None for one per core.
+        threads: of the CPU; None leaves the choice to the engine.
         compiled: the folder that the compiled files of the manifest lie in, None for the artifact itself. It is a
             private cache of this user's, whose files were compared with its record when it was found.
     """
@@ -159,7 +159,9 @@ class Engine(Protocol):
 
     @classmethod
     def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
-        """Return the artifact's graphs that open() would hand to a library, by name. Who opens it checks them first.
+        """Return the artifact's graphs that open() would hand to a library, or to what was made of them, by name.
+
+        Who opens an artifact has them checked first; open() itself does not.
 
         Raises:
             FormatError, UsageError: as open().
@@ -253,6 +255,11 @@ def call_specs(manifest: Manifest) -> dict[str, CallSpec]:
     return {name: CallSpec(role.inputs, role.outputs, role.state) for name, role in manifest.roles.items()}
 
 
+def graph_names(manifest: Manifest, profile: str) -> tuple[str, ...]:
+    """Return the graph of each role in a profile, of those roles that have it."""
+    return tuple(role.profiles[profile] for role in manifest.roles.values() if profile in role.profiles)
+
+
 def grows(spec: CallSpec) -> bool:
     """Say whether a role's state has an axis "past"."""
     return any("past" in state.shape for state in spec.state)
@@ -270,13 +277,13 @@ class InputCheck:
     vocab_size: int
     context_length: int
     grows: bool = field(init=False)
-    _plan: list[tuple[str, Any, tuple[Any, ...], str]] = field(default_factory=list, init=False)
+    _plan: list[tuple[str, Any, tuple[Any, ...], int | str]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         """Prepare what is looked up at every call."""
         for tensor in sorted(self.spec.inputs, key=lambda t: any("+" in str(d) for d in t.shape)):
             dims = tuple(tuple(d.split(" + ")) if isinstance(d, str) else d for d in tensor.shape)
-            self._plan.append((tensor.name, np.dtype(tensor.dtype), dims, _limit(tensor.name)))
+            self._plan.append((tensor.name, np.dtype(tensor.dtype), dims, self._limit(tensor)))
         object.__setattr__(self, "grows", grows(self.spec))
 
     def __call__(
@@ -314,34 +321,28 @@ class InputCheck:
                 if not fits:
                     raise self._wrong(name, array, sizes)
             if limit:
-                self._check_range(name, array, limit, sizes)
+                _check_range(name, array, limit if isinstance(limit, int) else sizes.get(limit, 1))
         total = past + sizes.get("sequence", 0)
         if total > self.context_length:
             raise ContextLengthError(total, self.context_length, "the longest row with its padding")
         return sizes
 
-    def _check_range(self, name: str, array: Array, kind: str, sizes: Mapping[str, int]) -> None:
-        if kind == "vocabulary":
-            limit = self.vocab_size
-        elif kind == "context":
-            limit = self.context_length
-        else:
-            limit = 2 if kind == "flag" else sizes.get("sequence", 1)
-        array = np.asarray(
-            array
-        )  # a mask over an array would hide numbers from the check, and not from the engine
-        if array.view(UNSIGNED[array.itemsize]).max() >= limit:  # a negative number is a huge one there
-            raise UsageError(f"{name} must be from 0 to {limit - 1}, got {array.min()} to {array.max()}")
+    def _limit(self, spec: TensorSpec | StateSpec) -> int | str:
+        """What the values of an input are below: a number or a symbol; 0 if they may be anything."""
+        if np.dtype(spec.dtype).kind not in "iu":
+            return 0
+        known = limit_of(spec, self.vocab_size, self.context_length)
+        return known or ("sequence" if spec.name.endswith("logits_to_keep") else 0)
 
-    def check_given(self, name: str, array: Array) -> None:
+    def check_given(self, spec: StateSpec, array: Array) -> None:
         """Check the values of a state that a caller gives, which is of the right shape and type and not empty.
 
         Raises:
-            UsageError: it has the name of an input that looks things up, and a value outside of their table.
+            UsageError: it looks something up, and has a value outside of that table.
         """
-        kind = _limit(name)
-        if kind and array.dtype.kind in "iu":
-            self._check_range(name, array, kind, {})
+        limit = self._limit(spec)
+        if isinstance(limit, int) and limit:
+            _check_range(spec.name, array, limit)
 
     def _wrong(self, name: str, array: Array, sizes: Mapping[str, int]) -> UsageError:
         wanted = next(spec.shape for spec in self.spec.inputs if spec.name == name)
@@ -353,14 +354,19 @@ class InputCheck:
         )
 
 
-def _limit(name: str) -> str:
-    """What the values of an input index; the names are those of transformers."""
-    for ending, kind in (
-        ("input_ids", "vocabulary"),
-        ("position_ids", "context"),
-        ("attention_mask", "flag"),
-        ("logits_to_keep", "sequence"),
-    ):
-        if name.endswith(ending):
-            return kind
-    return ""
+def _check_range(name: str, array: Array, limit: int) -> None:
+    array = np.asarray(
+        array
+    )  # a mask over an array would hide numbers from the check, and not from the engine
+    if array.view(UNSIGNED[array.itemsize]).max() >= limit:  # a negative number is a huge one there
+        raise UsageError(f"{name} must be from 0 to {limit - 1}, got {array.min()} to {array.max()}")
+
+
+def limit_of(spec: TensorSpec | StateSpec, vocab_size: int, context_length: int) -> int | None:
+    """Return what the values of an input or state are below, None if nothing is known.
+
+    That is what export found in the graphs, and what the names of transformers stand for.
+    """
+    named = {"input_ids": vocab_size, "position_ids": context_length, "attention_mask": 2}
+    known = [size for ending, size in named.items() if spec.name.endswith(ending)]
+    return min(known if spec.below is None else [*known, spec.below], default=None)

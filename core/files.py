@@ -315,10 +315,7 @@ def _name_problem(name: object) -> str | None:
 
 def shown(value: object) -> str:
     """Quote something read from a file, short and on one line."""
-    try:
-        text = ascii(value)
-    except ValueError:  # Python writes no number of more than some thousand digits
-        text = "a number of thousands of digits"
+    text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

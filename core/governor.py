@@ -2,7 +2,7 @@
 
 One step of decoding is a hundred small parallel loops, and each ends when the last of its threads does. On a machine
 that does nothing else that is soon. Beside other busy programs the system sets threads aside for milliseconds at a
-time, in every loop another one, and a step may take fifty times as long as on one thread, which waits for nobody.
+time, in every loop another one, and a step takes many times as long as on one thread, which waits for nobody.
 """
 
 from collections.abc import Hashable
@@ -37,6 +37,11 @@ class Governor:
         self._pace_of_all = 0.0
         self._turn(alone=False)
 
+    def _turn(self, alone: bool) -> None:
+        self.alone = alone
+        self._spent, self._lost = 0.0, 0.0  # seconds since then
+        self._steps, self._pace = 0, 0.0  # pace: how many times as long as they should steps take of late
+
     def took(self, kind: Hashable, seconds: float, alone: bool) -> None:
         """Take in a step.
 
@@ -58,11 +63,6 @@ class Governor:
             self._lost = max(0.0, self._lost + seconds - SLACK * should)
             if self._lost > self._doubts * self._threads * should:
                 self._leave_all()
-
-    def _turn(self, alone: bool) -> None:
-        self.alone = alone
-        self._spent, self._lost = 0.0, 0.0  # seconds since then
-        self._steps, self._pace = 0, 0.0  # pace: how many times as long as they should steps take of late
 
     def _leave_all(self) -> None:
         at_once = self._spent - self._lost < self._stay

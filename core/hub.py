@@ -32,7 +32,7 @@ from portlm.hub_files import (
     check_names,
     stored,
     unwrapped,
-    why_no_tokenizer,
+    usable_tokenizer,
 )
 from portlm.models import (
     CONFIG,
@@ -230,30 +230,22 @@ def _check_tensors(src: Path, tensors: _Tensors, shapes: Mapping[str, Any], note
 
 def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
     """Replace the minimal generation_config.json in ``folder`` by what the source says about sampling."""
-    if not (src / GENERATION_CONFIG).exists():
-        return
-    data = read_json(src / GENERATION_CONFIG, max_bytes=MAX_TEXT_BYTES)
-    if not isinstance(data, dict):
-        raise FormatError(f"{src / GENERATION_CONFIG} must hold a JSON object")
-    said = generation_config.parse(data)
-    notes += said.notes()
-    write_json(folder / GENERATION_CONFIG, said.kept)
+    path, said = generation_config.find(src)
+    notes += said.notes(path.name)
+    if path.name == GENERATION_CONFIG:
+        write_json(folder / GENERATION_CONFIG, said.kept)
+    elif said.options:
+        written = read_json(folder / GENERATION_CONFIG)
+        assert isinstance(written, dict)
+        write_json(folder / GENERATION_CONFIG, {**written, **said.kept})
 
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:
     """Copy the tokenizer's files if portlm can use them, without what would ask transformers to run code."""
-    from portlm.tokenizer import MAX_FILE_BYTES, Tokenizer
+    from portlm.tokenizer import MAX_FILE_BYTES
 
-    if not (src / TOKENIZER).exists():
-        notes.append(f"the checkpoint takes token ids only: {why_no_tokenizer(src)}")
+    if not usable_tokenizer(src, vocab_size, notes):
         return
-    try:
-        known = Tokenizer.load(src).vocab_size
-    except FormatError as error:
-        notes.append(f"the tokenizer was left out, so the checkpoint takes token ids only: {error}")
-        return
-    if known > vocab_size:
-        notes.append(f"the tokenizer has {known} tokens, but the model cannot read ids from {vocab_size} on")
     settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if (src / TOKENIZER_CONFIG).exists():
         settings = read_json(src / TOKENIZER_CONFIG, max_bytes=MAX_TEXT_BYTES)

@@ -145,6 +145,30 @@ def why_no_tokenizer(folder: Path) -> str:
     return f"there is no {TOKENIZER}"
 
 
+def usable_tokenizer(folder: Path, vocab_size: int, notes: list[str]) -> bool:
+    """Whether text for a model can go through the tokenizer of its folder; if not, or not in all, ``notes`` say why.
+
+    A tokenizer that cannot be used is left out, for with it nothing could be loaded, not even to take token ids.
+    """
+    from portlm.tokenizer import Tokenizer
+
+    if not (folder / TOKENIZER).exists():
+        notes.append(f"the checkpoint takes token ids only: {why_no_tokenizer(folder)}")
+        return False
+    try:
+        tokenizer = Tokenizer.load(folder)
+        tokenizer.within(vocab_size)
+    except FormatError as error:
+        notes.append(f"the tokenizer was left out, so the model takes token ids only (--ids): {error}")
+        return False
+    if tokenizer.vocab_size > vocab_size:
+        notes.append(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: the control tokens beyond "
+            "are never used"
+        )
+    return True
+
+
 def _is_cached(folder: Path, name: str) -> bool:
     """Tell whether a name is a link of the hub's cache: snapshots/<revision>/<name> to blobs/<digest>."""
     if Path(name).name != name or name in ("", ".."):

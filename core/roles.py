@@ -41,15 +41,23 @@ Dtype = Annotated[str, one_of(DTYPES)]
 ArrayDtype = Annotated[str, one_of(ARRAY_DTYPES)]
 
 
-class TensorSpec(msgspec.Struct, frozen=True):
-    """One input or output of a call."""
+class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One input or output of a call.
+
+    Attributes:
+        name: of the graph's input or output.
+        dtype: "float32", ...
+        shape: sizes and symbols.
+        below: of an input whose values look something up: each is from 0 to this, exclusive. Export writes it.
+    """
 
     name: Text
     dtype: ArrayDtype
     shape: Shape
+    below: Size | None = None
 
 
-class StateSpec(msgspec.Struct, frozen=True):
+class StateSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """One tensor that the engine carries from call to call.
 
     Attributes:
@@ -59,6 +67,7 @@ class StateSpec(msgspec.Struct, frozen=True):
         shape: with "past" on the axis that grows, if any.
         initial: "empty" ("past" is 0), "zeros", or "given" by the caller of Engine.start.
         update: "append" (the output is the old value, grown along "past"), "replace" or "constant".
+        below: of one whose values look something up, as of a TensorSpec.
     """
 
     name: Text
@@ -67,6 +76,7 @@ class StateSpec(msgspec.Struct, frozen=True):
     shape: Shape
     initial: Annotated[str, one_of(INITIALS)]
     update: Annotated[str, one_of(UPDATES)]
+    below: Size | None = None
 
 
 def file_stem(role: str) -> str:
@@ -89,6 +99,8 @@ def contradiction(
         (name, count), *_ = Counter(names).most_common(1) or [("", 0)]
         if count > 1:
             return f"{name[:80]!r} is {verb} twice"
+    if not inputs or not outputs:
+        return f"it {'takes no input' if outputs else 'returns no output'}"
     alone = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str) and " + " not in dim}
     given = {dim for item in state if item.initial == "given" for dim in item.shape if isinstance(dim, str)}
     known = {"batch", "past"} | alone | given

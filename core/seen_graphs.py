@@ -4,8 +4,9 @@ The libraries that read a graph have been ended by files that were made for it. 
 child process first (portlm.compile.isolated), once for each version of what read it there. What portlm wrote on this
 machine needs none of that, whatever the versions.
 
-The store is a private folder of empty files, one for each graph with its weights, named by digest. Losing one costs the
-time to check again. Where there can be no private folder nothing is remembered: every graph is checked each time.
+The store is a private folder of empty files, named by digest: one for each graph with its weights and with what the
+manifest says of its inputs. Losing one costs the time to check again. Where there can be no private folder nothing is
+remembered: every graph is checked each time.
 """
 
 import hashlib
@@ -22,10 +23,17 @@ READERS = ("portlm", "onnx", "onnxruntime", "onnxruntime-gpu")  # distributions 
 
 
 class Graph(NamedTuple):
-    """The sha256 of a graph's file and of its weight file."""
+    """A graph, and what a manifest says of it.
+
+    Attributes:
+        graph: sha256 of its file.
+        weights: sha256 of its weight file.
+        limits: how far the manifest lets the values of each input go.
+    """
 
     graph: str
     weights: str
+    limits: tuple[tuple[str, int | None], ...]
 
 
 def record_written(graph: Graph) -> None:

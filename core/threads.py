@@ -22,7 +22,8 @@ SPIN_COUNT = "2000"
 MOST_THREADS = 4096  # that a user may ask for
 FEW_TOKENS = 64  # of a call: above, loops are long enough to wait for a thread now and then
 
-_forked = False  # this process, since an engine was opened
+_used = False  # an engine was opened, so the pool may have threads
+_forked = False  # this process, after that
 _engines: WeakSet["Forked"] = WeakSet()
 
 
@@ -49,12 +50,14 @@ def survive_fork(engine: Forked) -> None:
 
     A child has the thread that forked and no other of the pool: a loop on several would wait for them for ever.
     """
+    global _used
+    _used = True
     _engines.add(engine)
 
 
 def _enter_child() -> None:
     global _forked
-    if not _engines:
+    if not _used:
         return
     _forked = True
     for engine in list(_engines):

@@ -27,6 +27,7 @@ import numpy as np
 from portlm.bpe_merges import learn_merges
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import read_json, shown, write_atomic
+from portlm.text_pieces import cut, groups, segments
 from portlm.tokenizer_file import (
     BYTE_TO_CHAR,
     MAX_FILE_BYTES,
@@ -46,15 +47,6 @@ MAX_CONFIG_BYTES = 2**20
 # transformers makes the byte level of these classes anew, with a space before the text if tokenizer_config.json asks.
 _SPACE_FROM_CONFIG = {"GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"}
 _NO_TEMPLATE = {"GPTNeoXTokenizer"}  # and the template of this one, without any control token
-
-_PIECE_CHARS = 2**16  # the library's working memory is some hundred bytes per token
-_CHARS_AT_ONCE = 2**20  # encoded in parallel, in a call that no signal interrupts
-# Every supported way to cut words cuts here, whatever stands before and after: before a space that follows a
-# visible character, before a newline that follows a letter or digit, and after a newline that stands alone. So the
-# pieces give the whole's ids.
-_CUT = re.compile(r"[!-~](?= )|[0-9A-Za-z](?=\n)|\S\n(?=\S)")
-_CUT_BEFORE_SPACE = re.compile(r"[!-~](?= )")  # where no space is put before what follows
-_NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
 
 class Tokenizer:
@@ -111,6 +103,30 @@ class Tokenizer:
     def without_template(self) -> "Tokenizer":
         """Return the same tokenizer, which puts nothing around a text."""
         return Tokenizer(replace(self._file, post_processor=None), self._eos, self._bos)
+
+    def within(self, vocab_size: int) -> "Tokenizer":
+        """Return the tokenizer of a model with this many ids, without the control tokens that the model lacks.
+
+        A control token, often [PAD], is easily added to a tokenizer alone, and text never becomes one.
+
+        Raises:
+            FormatError: the model lacks a token that text, or what is put around it, becomes.
+        """
+        if self.vocab_size <= vocab_size:
+            return self
+        special = {name: index for name, index in self.special.items() if index < vocab_size}
+        lost = len(self.special) - len(special)
+        if lost < self.vocab_size - vocab_size or max([*self.begin_ids, *self.end_ids, 0]) >= vocab_size:
+            raise FormatError(
+                f"the tokenizer has {self.vocab_size} tokens and the model {vocab_size}, and text becomes some of the "
+                "others, so they do not belong together"
+            )
+        vocab = {entry: index for entry, index in self._file.vocab.items() if index < vocab_size}
+        file = parse(
+            replace(self._file, vocab=vocab, special=special).document(), "the tokenizer of the model"
+        )
+        eos, bos = (name if name in special else None for name in (self._eos, self._bos))
+        return Tokenizer(file, eos, bos)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder, created when missing.
@@ -185,7 +201,7 @@ class Tokenizer:
         million characters is cut, since it would take that much memory.
         """
         added = self._added_and_special if special else self._added
-        for segment in _segments(text):
+        for segment in segments(text):
             if isinstance(segment, bytes):
                 yield self._encode_bytes(segment)
                 continue
@@ -209,7 +225,7 @@ class Tokenizer:
             return
         if self._without_token is not None:  # the library would leave such a byte out, without a word
             self._refuse(text.encode())
-        for group in _groups(_cut(text, self._file.prefixed)):
+        for group in groups(cut(text, self._file.prefixed)):
             for encoding in self._library.encode_batch_fast(group, add_special_tokens=False):
                 yield encoding.ids
 
@@ -367,64 +383,6 @@ def _splitter(tokens: dict[str, int]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=lambda t: (-len(t), t)))})")
 
 
-def _segments(text: str | bytes) -> Iterator[str | bytes]:
-    """Cut input into valid Unicode (str) and what is not UTF-8 (bytes)."""
-    if isinstance(text, str):
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:
-            try:
-                raw = text.encode("utf-8", "surrogateescape")
-            except UnicodeEncodeError as error:
-                raise UsageError(
-                    f"character {error.start} of the text is {text[error.start]!a}, half of a surrogate pair: "
-                    "no bytes can hold it"
-                ) from error
-        else:
-            yield text
-            return
-    else:
-        raw = bytes(text)
-    # Valid UTF-8 never decodes to a surrogate, so surrogates mark exactly the bytes that are not.
-    for segment in _NOT_UTF8.split(raw.decode("utf-8", "surrogateescape")):
-        if _NOT_UTF8.match(segment):
-            yield segment.encode("utf-8", "surrogateescape")
-        elif segment:
-            yield segment
-
-
-def _cut(text: str, before_space: bool = False) -> Iterator[str]:
-    """Cut a long text where the cut does not show; a word that would take long and much memory is cut inside.
-
-    Args:
-        text: valid Unicode.
-        before_space: cut only before spaces, for a tokenizer that would put one before each piece.
-    """
-    pattern = _CUT_BEFORE_SPACE if before_space else _CUT
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        longest = len(text) if before_space else start + _CHARS_AT_ONCE
-        found = pattern.search(text, start + _PIECE_CHARS - 1, longest)
-        end = longest if found is None else found.end()
-        if end >= len(text):
-            break
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _groups(pieces: Iterable[str]) -> Iterator[list[str]]:
-    """Join pieces to lists of about the size that is encoded at once."""
-    group: list[str] = []
-    for piece in pieces:
-        group.append(piece)
-        if sum(map(len, group)) >= _CHARS_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
     """Yield texts in pieces that count the same as the whole."""
     for text in texts:
@@ -434,7 +392,7 @@ def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
             raise UsageError(
                 f"character {error.start} of a training text is half of a surrogate pair"
             ) from error
-        yield from _cut(text)
+        yield from cut(text)
 
 
 def _config(path: Path) -> dict[str, Any]:

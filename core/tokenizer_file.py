@@ -18,7 +18,6 @@ from portlm.errors import FormatError
 from portlm.files import shown
 from portlm.tokenizer_steps import (
     BYTE_LEVEL_KEYS,
-    INSTEAD,
     byte_level,
     check_normalizer,
     check_post_processor,
@@ -198,7 +197,7 @@ def _check_kind(top: dict[str, Any], name: str) -> None:
         what = "BPE over characters, not over bytes"
     else:
         return
-    raise FormatError(f"{name}: this is {what}, and portlm reads byte-level BPE only: {INSTEAD}")
+    raise FormatError(f"{name}: this is {what}, and portlm reads byte-level BPE only")
 
 
 def _kind_of(model: dict[str, Any]) -> str:

@@ -14,8 +14,6 @@ SPLIT_PATTERNS = {
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "cl100k_base"
 }
 
-INSTEAD = "give the model token ids instead (--ids)"  # of text, when its tokenizer cannot be used
-
 BYTE_LEVEL_KEYS = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
 
 
@@ -74,7 +72,7 @@ def check_normalizer(value: object, name: str) -> None:
         return
     kinds = ", ".join(map(shown, kinds_of(value))) or "of an unknown form"
     raise FormatError(
-        f"{name}: the normalizer ({kinds}) rewrites text, so what is decoded would not be what was encoded: {INSTEAD}"
+        f"{name}: the normalizer ({kinds}) rewrites text, so what is decoded would not be what was encoded"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from portlm.artifact import Manifest, check_files
-from portlm.engine import Array, CallSpec, OpenRequest, Placement
+from portlm.engine import Array, CallSpec, OpenRequest, Placement, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import safe_join
 from portlm.models import load_model
@@ -117,7 +117,7 @@ class TorchEngine(ArrayEngine):
         plans = manifest is not None and needs_plan(manifest)
         if request.profile not in ("auto", "native", *PLANS):
             raise UsageError(f"torch has no profile {request.profile}: choose native, fused or portable")
-        if manifest is None or request.profile == "native" or (request.profile == "auto" and not plans):
+        if _is_native(request):
             if request.profile in PLANS:
                 raise UsageError(
                     f"{request.folder} is a checkpoint, whose profile is native: "
@@ -128,6 +128,7 @@ class TorchEngine(ArrayEngine):
                     f"{request.folder} holds the graphs of a module and no code of it: choose profile fused or portable"
                 )
             return cls._native(request)
+        assert manifest is not None  # what is not native is an artifact
         return cls._planned(request, manifest)
 
     @classmethod
@@ -145,6 +146,15 @@ class TorchEngine(ArrayEngine):
                     f"{found[0]} and {found[1]}; export again"
                 )
         return cls.of(model, request.device, request.threads)
+
+    @classmethod
+    def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
+        """Return the graphs that the plans were made of; see Engine."""
+        manifest = request.manifest
+        if manifest is None or _is_native(request):
+            return ()
+        profile, _ = _choose(request, manifest)
+        return graph_names(manifest, profile)
 
     @classmethod
     def of(cls, model: Any, device: str, threads: int | None = None) -> Self:
@@ -227,6 +237,13 @@ class TorchEngine(ArrayEngine):
         """Let go of the model."""
         super().close()
         self._functions = {}
+
+
+def _is_native(request: OpenRequest) -> bool:
+    """Whether a checkpoint is asked for, and no plan of a graph."""
+    if request.manifest is None or request.profile == "native":
+        return True
+    return request.profile == "auto" and not needs_plan(request.manifest)
 
 
 def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, list[Path]]:

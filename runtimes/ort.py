@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from portlm.artifact import Manifest, check_files
-from portlm.engine import Array, OpenRequest, Placement, call_specs
+from portlm.engine import Array, OpenRequest, Placement, call_specs, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import read_bytes, safe_join, shown
 from portlm.ort_support import (
@@ -97,8 +97,10 @@ class OrtEngine(ArrayEngine):
         """Return the graphs of the artifact that ONNX Runtime would be given; see Engine."""
         if request.manifest is None:
             return ()
-        _, graphs = _choose(request, request.manifest)
-        return tuple(graph.name for graph in graphs.values() if graph.name in graph.files)
+        profile, graphs = _choose(request, request.manifest)
+        if request.compiled is not None:  # the graph that the cache's was lowered from
+            return graph_names(request.manifest, profile)
+        return tuple(graph.name for graph in graphs.values())
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]

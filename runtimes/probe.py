@@ -175,7 +175,7 @@ def _version(package: str) -> str | None:
 
 def _child(engine: str, device: str) -> str:
     """Try an engine on a device in a process of its own; return what it says of it."""
-    command = [sys.executable, "-m", "portlm.runtimes.probe", engine, device]
+    command = [sys.executable, "-P", "-m", "portlm.runtimes.probe", engine, device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
     except subprocess.TimeoutExpired:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from portlm.artifact import Manifest, RoleSpec, check_files
-from portlm.engine import Array, OpenRequest, Placement, call_specs
+from portlm.engine import Array, OpenRequest, Placement, call_specs, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import MAX_JSON_BYTES, open_regular, read_bytes, safe_join, shown
 from portlm.ops.registry import tvm_functions
@@ -145,6 +145,15 @@ class TvmEngine(ArrayEngine):
         if len(libraries) == 1:
             engine.placement()
         return engine
+
+    @classmethod
+    def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
+        """Return the graphs that the libraries were made of; see Engine."""
+        manifest = request.manifest
+        if manifest is None:
+            return ()
+        profile, _ = _choose(request, manifest)
+        return graph_names(manifest, profile)
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]

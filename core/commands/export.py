@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import click
@@ -44,5 +45,8 @@ def command(checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], a
     else:
         from portlm.compile.export import export
 
-        export(checkpoint, out, profiles=profiles or ("portable", "fused"))
+        with warnings.catch_warnings(record=True, action="always", category=UserWarning) as caught:
+            export(checkpoint, out, profiles=profiles or ("portable", "fused"))
+        for warning in caught:
+            click.echo(f"export: {warning.message}", err=True)
     click.echo(json.dumps({"path": str(out), "form": form}) if as_json else out)

@@ -71,7 +71,7 @@ TOKEN_ID = re.compile(r"-?\d{1,18}")
 @click.option(
     "--stream/--no-stream", default=True, help="Print text as it comes, or at the end (default: as it comes)."
 )
-@click.option("--threads", type=int, help="CPU threads (default: one per core).")
+@click.option("--threads", type=int, help="CPU threads (default: what suits each step).")
 @click.option("--allow-fallback", is_flag=True, help="Let the CPU run what the device cannot.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def command(

@@ -55,7 +55,7 @@ class Process:
     def __init__(self, target: Target):
         self.target = target
         self.pipe = subprocess.Popen(
-            [sys.executable, "-m", "portlm.flows.bench_worker"],
+            [sys.executable, "-P", "-m", "portlm.flows.bench_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -188,7 +188,8 @@ def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
 def _corpus(tokenizer: Tokenizer, train: TokenShards, validation: TokenShards) -> Corpus:
     digest = {name: sha256_file(shards.folder / "index.json") for name, shards in
               (("train", train), ("validation", validation))}  # fmt: skip
-    return Corpus(tokenizer, train, validation, digest)
+    # The model reads no template while it learns, so that its checkpoints must not prompt it with one.
+    return Corpus(tokenizer.without_template(), train, validation, digest)
 
 
 def _tokenizer(data: DataSettings, text: str, note: Callable[[str], None]) -> Tokenizer:

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+
+from portlm import load
+from portlm.models import build, load_config, save_model
 
 
 @pytest.fixture
@@ -71,9 +75,36 @@ def test_import_says_what_it_left_out(portlm, checkpoints, tmp_path):
     (hf / "tokenizer.json").unlink()
     outcome = portlm("import", hf, tmp_path / "out", "--json")
     assert json.loads(outcome.out)["notes"] == [
-        "there is no tokenizer.json, so the checkpoint takes token ids only"
+        "the checkpoint takes token ids only: there is no tokenizer.json"
     ]
-    assert "import: there is no tokenizer.json" in outcome.err
+    assert "import: the checkpoint takes token ids only: there is no tokenizer.json" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, "this is a WordPiece tokenizer, as BERT's"),
+        ({"model": {"vocab": {chr(33 + i): i for i in range(90)}, "merges": []}}, "has 90 tokens and the model 80"),
+    ],
+    ids=["another kind", "more tokens than the model"],
+)  # fmt: skip
+def test_export_leaves_out_a_tokenizer_that_cannot_be_used_and_the_rest_works(
+    portlm, checkpoints, tmp_path, tokenizer, words
+):
+    checkpoint = shutil.copytree(checkpoints["gpt2"], tmp_path / "checkpoint")
+    save_model(checkpoint, build(replace(load_config(checkpoint), vocab_size=80, eos_token_ids=())))
+    whole = json.loads((checkpoint / "tokenizer.json").read_text()) | {"added_tokens": []} | tokenizer
+    (checkpoint / "tokenizer.json").write_text(json.dumps(whole))
+    (checkpoint / "tokenizer_config.json").unlink()
+    outcome = portlm("export", checkpoint, tmp_path / "out", "--profile", "portable")
+    assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path / "out"))
+    assert outcome.err.startswith(
+        "export: the tokenizer was left out, so the model takes token ids only (--ids): "
+    )
+    assert words in outcome.err
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    with load(tmp_path / "out", "ort", profile="portable") as session:
+        assert len(session.generate([[1, 2]], max_new_tokens=3)[0].token_ids) == 3
 
 
 def test_a_choice_of_graphs_for_a_form_without_graphs_is_an_error(portlm, checkpoints, tmp_path):

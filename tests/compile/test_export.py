@@ -190,8 +190,9 @@ def test_unknown_profile_is_refused(checkpoint, tmp_path):
             "unscaled rotary positions only",
         ),
         ({"attention_bias": True}, "attention_bias"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks for code"),
-        ({"sliding_window": 128}, "'sliding_window' is a key portlm does not know"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is not supported: it asks for code"),
+        ({"sliding_window": 8}, "sliding_window = 8 is not supported"),
+        ({"window_size": 8}, "'window_size' is a key portlm does not know"),
     ],
     ids=str,
 )

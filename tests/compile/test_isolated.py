@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
@@ -42,7 +43,7 @@ def children(monkeypatch):
 
     def counting(jobs):
         counts.append(len(jobs))
-        real(jobs)
+        return real(jobs)
 
     monkeypatch.setattr(isolated, "check_isolated", counting)
     return counts
@@ -156,6 +157,19 @@ def test_the_child_imports_nothing_from_the_folder_that_the_user_is_in(
     monkeypatch.chdir(trap)
     check_isolated([job(artifact / PORTABLE)])
     assert not (trap / "sprung").exists()
+
+
+def test_no_child_of_ours_looks_there():
+    root, starting = Path(__file__).resolve().parents[2], set()
+    for path in (
+        path for folder in ("core", "compile", "runtimes") for path in (root / folder).rglob("*.py")
+    ):
+        text = path.read_text()
+        assert '"-m"' not in text.replace('"-P", "-m"', ""), path
+        if "sys.executable" in text:
+            assert '"-P", "-m"' in text, path
+            starting.add(path.name)
+    assert {"isolated.py", "probe.py", "bench.py"} <= starting
 
 
 def test_a_graph_that_is_not_the_one_that_was_asked_for_is_refused(artifact):

@@ -41,8 +41,6 @@ def test_steps_that_grow_with_the_context_are_not_taken_for_slow_ones():
 
 
 def test_a_single_pause_costs_no_more_than_a_few_times_itself():
-    pauses = iter([STEP] * 10 + [20 * STEP])
-    alone, _ = run(Governor(2), 11, lambda alone: next(pauses))
     governor = Governor(2)
     pauses = iter([STEP] * 10 + [20 * STEP])
     _, seconds = run(governor, 1000, lambda alone: next(pauses, idle(alone)))
@@ -78,9 +76,9 @@ def test_one_thread_that_is_no_better_is_left_after_the_trial_and_seldom_tried_a
     rng = random.Random(4)
 
     def slow_disk(alone):  # which no choice of threads can help
-        return idle(alone) + rng.choice([0.0, 0.0, 0.0, 30 * STEP])
+        return 40 * STEP if alone else STEP + rng.choice([0.0, 0.0, 0.0, 30 * STEP])
 
-    alone, seconds = run(Governor(2), 3000, lambda alone: slow_disk(alone) if not alone else 40 * STEP)
+    alone, _ = run(Governor(2), 3000, slow_disk)
     trials = sum(1 for before, now in zip([False, *alone], alone, strict=False) if now and not before)
     assert sum(alone) == TRIAL * trials
     assert trials <= 200

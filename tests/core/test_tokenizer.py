@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from portlm import tokenizer as module
+from portlm import text_pieces
 from portlm.data.python_topics import python_topics
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
@@ -126,13 +126,13 @@ def test_cutting_a_long_text_into_pieces_does_not_show(name, text):
     tokenizer = TOKENIZERS[name]
     whole = tokenizer._library.encode(text, add_special_tokens=False).ids
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PIECE_CHARS", 1)
+        patch.setattr(text_pieces, "PIECE_CHARS", 1)
         assert tokenizer.encode(text) == whole
 
 
 def test_a_text_of_many_pieces_equals_the_library_on_the_whole():
     text = SAMPLE * 10
-    assert len(list(module._cut(text))) > 3
+    assert len(list(text_pieces.cut(text))) > 3
     assert BPE.encode(text) == BPE._library.encode(text, add_special_tokens=False).ids
     pieces = list(BPE.encode_pieces(text))
     assert len(pieces) > 3
@@ -142,15 +142,15 @@ def test_a_text_of_many_pieces_equals_the_library_on_the_whole():
 def test_text_without_spaces_is_encoded_in_pieces_that_a_signal_gets_between():
     """Only a word of more than a million characters is cut where the cut may show."""
     for text in ("ACGT" * 600_000, "漢" * 2_400_000):
-        pieces = list(module._cut(text))
+        pieces = list(text_pieces.cut(text))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) == 2**20
-        assert max(sum(map(len, group)) for group in module._groups(pieces)) <= 2**20
+        assert max(sum(map(len, group)) for group in text_pieces.groups(pieces)) <= 2**20
     lines = "漢字，漢字。\n" * 100_000
-    assert max(map(len, module._cut(lines))) < 2**17
-    assert all(piece.endswith("。\n") for piece in module._cut(lines))
+    assert max(map(len, text_pieces.cut(lines))) < 2**17
+    assert all(piece.endswith("。\n") for piece in text_pieces.cut(lines))
     shorter = "ACGT" * 250_000
-    assert list(module._cut(shorter)) == [shorter]
+    assert list(text_pieces.cut(shorter)) == [shorter]
 
 
 @pytest.mark.parametrize("name", ["bpe", "llama 3", "smollm"])

@@ -305,7 +305,7 @@ OTHER_KINDS = {
 
 
 @pytest.mark.parametrize("what", OTHER_KINDS)
-def test_a_tokenizer_of_another_kind_is_refused_by_its_name_with_what_can_be_done(tmp_path, what):
+def test_a_tokenizer_of_another_kind_is_refused_by_its_name(tmp_path, what):
     shown_without_type = OTHER_KINDS[what]["model"]["type"] in ("WordPiece", "Unigram", "BPE")
     for typed in {True, not shown_without_type}:  # old files name no type
         document = GOOD | {"normalizer": None, "pre_tokenizer": None} | copy.deepcopy(OTHER_KINDS[what])
@@ -315,13 +315,11 @@ def test_a_tokenizer_of_another_kind_is_refused_by_its_name_with_what_can_be_don
         with pytest.raises(FormatError) as caught:
             Tokenizer.load(tmp_path)
         assert f"this is {what}, and portlm reads byte-level BPE only" in str(caught.value)
-        assert "token ids" in str(caught.value)
-        assert "--ids" in str(caught.value)
 
 
 def test_a_normalizer_is_refused_by_its_name():
     for value in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}):
-        with pytest.raises(FormatError, match=r"the normalizer .*'NFC'.* rewrites text.*token ids"):
+        with pytest.raises(FormatError, match=r"the normalizer .*'NFC'.* rewrites text"):
             parse(edited("normalizer", value=value), "x")
 
 

@@ -281,3 +281,32 @@ def test_a_tokenizer_without_merges_may_lack_bytes():
     assert (tokenizer.encode("ab"), tokenizer.vocab_size) == ([0, 1], 2)
     with pytest.raises(UsageError, match="0x63"):
         tokenizer.encode("abc")
+
+
+def test_control_tokens_that_a_model_lacks_are_taken_away_where_text_needs_none(opened):
+    ours, _, _ = opened["none", "llama 3"]
+    assert ours.within(512) is ours
+    for size, special, ends in ((511, {BEGIN: 510}, (510, None)), (510, {}, (None, None))):
+        smaller = ours.within(size)
+        assert (smaller.vocab_size, smaller.special) == (size, special)
+        assert (smaller.bos_id, smaller.eos_id) == ends
+        assert smaller.encode(SAMPLE) == ours.encode(SAMPLE)
+        assert smaller.encode(END, special=True) == ours.encode(END)
+    for kind, size in (("none", 509), ("begin", 510), ("end", 511), ("both", 511)):
+        with pytest.raises(
+            FormatError, match=rf"has 512 tokens and the model {size}, and text becomes some of the others"
+        ):
+            opened[kind, "llama 3"][0].within(size)
+    assert opened["begin", "llama 3"][0].within(511).begin_ids == [510]
+
+
+def test_a_control_token_with_an_entry_in_the_vocabulary_can_be_taken_away(smollm, tmp_path):
+    """Trainers put control tokens first; a [PAD] that was added comes last, in the vocabulary or not."""
+    document = json.loads((smollm / "tokenizer.json").read_text())
+    document["added_tokens"].append(BASE["added_tokens"][0] | {"id": 600, "content": "[PAD]"})
+    document["model"]["vocab"]["[PAD]"] = 600
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    assert "[PAD]" in Tokenizer.load(tmp_path).special
+    smaller = Tokenizer.load(tmp_path).within(600)
+    assert "[PAD]" not in smaller.special
+    assert smaller.decode(smaller.encode("[PAD]")) == "[PAD]"

@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 import portlm  # noqa: E402
 from portlm.artifact import read_manifest  # noqa: E402
 from portlm.errors import UsageError  # noqa: E402
+from portlm.tokenizer import byte_tokenizer  # noqa: E402
 
 
 class Bigrams(nn.Module):
@@ -42,6 +43,13 @@ def test_arguments_are_checked(tmp_path, arguments, words):
     folder = given.pop("folder")
     with pytest.raises(UsageError, match=words):
         portlm.export(given.pop("module"), f"{tmp_path}/{folder}", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*exported without a cache")
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"has 256 tokens, but the model 11: give .*tokenizer\.within\(11\)"):
+        portlm.export(Bigrams(), tmp_path / "out", tokenizer=byte_tokenizer())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import portlm
 from portlm.errors import FormatError, PortlmError, UsageError
 from portlm.hub import export_hf, import_hf
 from portlm.models import build, load_model, save_model
@@ -74,6 +75,36 @@ def test_transformers_opens_an_export_without_remote_code(transformers, model, t
     assert ids.tolist() == [list(b"the")]
     assert tokenizer.eos_token_id == 256
     torch.testing.assert_close(other(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_begins_with_what_transformers_begins_it_with(transformers, gpt2, tmp_path):
+    """A template as Llama 3 has it, through import, a session and the way back."""
+    hf = folder_of(gpt2, tmp_path / "hf")
+    document = json.loads((hf / "tokenizer.json").read_text())
+    begin, text, other = (
+        {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
+        *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"),
+    )
+    document["post_processor"] = {
+        "type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, begin, other],
+        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [256], "tokens": [END_OF_TEXT]}},
+    }  # fmt: skip
+    (hf / "tokenizer.json").write_text(json.dumps(document))
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    for folder in (hf, tmp_path / "back"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with portlm.load(tmp_path / "checkpoint", "torch") as session:
+            for prompt in ("the", ""):
+                ids = theirs(prompt, return_tensors="pt")
+                expected = model.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[
+                    0
+                ].tolist()
+                found = session.generate(prompt, max_new_tokens=4, ignore_eos=True)
+                assert (found.prompt_tokens, ids["input_ids"][0, 0]) == (len(prompt) + 1, 256)
+                assert [*ids["input_ids"][0].tolist(), *found.token_ids][: len(expected)] == expected
+            assert list(session.score("the").token_ids) == theirs("the")["input_ids"]
 
 
 def test_an_export_without_tokenizer_config_still_opens_as_a_tokenizer(transformers, gpt2, tmp_path):
@@ -273,12 +304,34 @@ def test_without_a_tokenizer_portlm_can_use_the_weights_come_alone_and_a_note_sa
     assert same_weights(load_model(tmp_path / "out"), gpt2)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_noted(gpt2, tmp_path):
+@pytest.mark.parametrize("back", [False, True], ids=["import", "export"])
+def test_control_tokens_that_the_model_lacks_are_noted_and_everything_else_works(gpt2, tmp_path, back):
+    """A [PAD] added to the tokenizer alone: transformers reads text with it as well."""
     save_model(tmp_path / "hf", build(replace(gpt2.config, vocab_size=256, eos_token_ids=())))
     byte_tokenizer(END_OF_TEXT).save(tmp_path / "hf")
-    report = import_hf(tmp_path / "hf", tmp_path / "out")
-    assert any("257 tokens, but the model cannot read ids from 256 on" in note for note in report.notes)
+    report = (export_hf if back else import_hf)(tmp_path / "hf", tmp_path / "out")
+    words = "257 tokens and the model 256: the control tokens beyond are never used"
+    assert any(words in note for note in report.notes)
     assert Tokenizer.load(tmp_path / "out").vocab_size == 257
+    with portlm.load(tmp_path / "out", "torch") as session:
+        assert (session.tokenizer.vocab_size, session.tokenizer.eos_id) == (256, None)
+        assert len(session.generate("a", max_new_tokens=3).token_ids) == 3
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["import", "export"])
+def test_a_tokenizer_whose_text_the_model_cannot_read_is_left_out(gpt2, tmp_path, back):
+    """Nothing could load it, not even to take token ids."""
+    save_model(tmp_path / "hf", build(replace(gpt2.config, vocab_size=200, eos_token_ids=())))
+    byte_tokenizer(END_OF_TEXT).save(tmp_path / "hf")
+    report = (export_hf if back else import_hf)(tmp_path / "hf", tmp_path / "out")
+    words = (
+        "left out, so the model takes token ids only (--ids): the tokenizer has 257 tokens and the model 200"
+    )
+    assert any(words in note for note in report.notes)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+    with portlm.load(tmp_path / "out", "torch") as session:
+        assert len(session.generate([[1, 2]], max_new_tokens=3)[0].token_ids) == 3
 
 
 def test_an_existing_folder_is_left_alone(gpt2, tmp_path):

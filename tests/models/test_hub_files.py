@@ -192,7 +192,7 @@ def test_no_file_of_a_folder_may_be_a_link_except_to_a_blob_of_the_same_model(
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_refused_unopened(gpt2, tmp_path, file):
+def test_a_pipe_in_the_place_of_a_file_is_refused_unopened(gpt2, tmp_path, file):
     hf = folder_of(gpt2, tmp_path / "hf")
     if file == INDEX or file.startswith("model-"):
         shard(hf)

@@ -119,10 +119,15 @@ def test_the_same_graph_gives_the_same_bytes(profile, artifacts, tmp_path):
 
 def test_the_table_has_every_operator_that_graphs_have():
     table = operators()
-    for name, attributes in PORTABLE_OPS.items():
-        assert set(attributes) <= table[name].attributes.keys(), name
-    for name, attributes in FUSED_OPS.items():
-        assert set(attributes) <= table[f"ai.portlm.{name}"].attributes.keys(), name
+    forms = PORTABLE_OPS | {f"ai.portlm.{name}": form for name, form in FUSED_OPS.items()}
+    for name, form in forms.items():
+        entry = table[name]
+        assert set(form.attributes) <= entry.attributes.keys(), name
+        assert entry.least <= sum(not operand.optional for operand in form.inputs), name
+        assert entry.most >= (64 if form.inputs[-1].many else len(form.inputs)), name
+        assert {place for place, operand in enumerate(form.inputs) if operand.constant} == set(
+            entry.static
+        ), name
 
 
 # --- models whose code is not here ----------------------------------------------------------------------------
