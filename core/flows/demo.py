@@ -22,33 +22,35 @@ from portlm.flows.targets import Target
 Progress = Callable[[str], None]
 
 # Sized so that two cores of a laptop train it in two or three minutes: about 2 million parameters, three passes over
-# the text in many small steps. The context holds the certificate's probe and 128 greedy tokens after it.
+# the text in many small steps, too few to learn it by heart, so without dropout. A higher rate is worse: at 3e-3, 1.85
+# bits per byte of the held-out language reference instead of 1.71, in 1800 steps. The context holds the certificate's
+# probe and 128 greedy tokens after it.
 SETTINGS: dict[str, Any] = {
-    "steps": 1800,
+    "steps": 1700,
     "log_interval": 20,
     "model": {
         "n_layer": 4,
         "n_head": 6,
         "width": 192,
         "context_length": 160,
-        "dropout": 0.0,  # three passes are too few to learn a text by heart
+        "dropout": 0.0,
     },
     "data": {"tokenizer": "bpe:2048", "batch_size": 6},
     "optimizer": {"lr": 2e-3},
     "schedule": {"min_lr": 5e-5},
     "evaluation": {
-        "interval": 550,
+        "interval": 600,
         "sample_tokens": 120,
         "prompt": 'The "while" statement',
         "temperature": 0.6,
     },
-    "checkpoint": {"interval": 900},
+    "checkpoint": {"interval": 850},
 }
 CORPUS = "python.txt"
 HELD_OUT = 0.1  # of the text
 PROMPT = 'The "while" statement'  # a heading of the held-out text
 SAMPLE: dict[str, Any] = {"max_new_tokens": 140, "temperature": 0.5, "top_k": 40, "seed": 2}
-BENCH: dict[str, Any] = {"prompt": 64, "tokens": 64, "rounds": 5}
+BENCH: dict[str, Any] = {"prompt": 64, "tokens": 64, "rounds": 3}
 RATES = (
     "prefill_tok_s",
     "prefill_interval",
