@@ -43,7 +43,7 @@ def children(monkeypatch):
 
     def counting(jobs):
         counts.append(len(jobs))
-        real(jobs)
+        return real(jobs)
 
     monkeypatch.setattr(isolated, "check_isolated", counting)
     return counts
