@@ -133,6 +133,6 @@ def build(
             for name in graphs:
                 record_written(graph_of(manifest, name))
         else:  # lowering a graph from elsewhere says nothing of what ONNX Runtime makes of the result
-            ensure_checked(folder, manifest, graphs)
+            ensure_checked(folder, manifest, graphs, lambda line: None)  # it was said of the graph itself
         entries += new
     return entries

@@ -27,6 +27,7 @@ from portlm.engine import limit_of
 from portlm.errors import FormatError
 from portlm.files import safe_join
 from portlm.ops.spec import DOMAIN
+from portlm.roles import StateSpec, TensorSpec
 from portlm.seen_graphs import Graph, may_be_read, record_checked
 
 CHILD = ("-P", "-m", "portlm.compile.isolated")  # -P: nothing is imported from the folder that the user is in
@@ -96,7 +97,9 @@ def weights_of(manifest: Manifest) -> dict[str, str]:
 def graph_of(manifest: Manifest, name: str) -> Graph:
     """Return a graph file that a manifest lists, with its weights and with what the manifest says of its inputs."""
     sizes = manifest.model.vocab_size, manifest.model.context_length
-    specs = [spec for role in _roles_of(manifest, name) for spec in (*role.inputs, *role.state)]
+    specs: list[TensorSpec | StateSpec] = []
+    for role in _roles_of(manifest, name):
+        specs += [*role.inputs, *role.state]
     limits = tuple((spec.name, limit_of(spec, *sizes)) for spec in specs)
     return Graph(manifest.files[name].sha256, manifest.files[weights_of(manifest)[name]].sha256, limits)
 
@@ -134,8 +137,10 @@ def check_isolated(jobs: Sequence[Job]) -> list[Message]:
         )  # fmt: skip
         output, end = child.stdout, f"died ({child.returncode})"
     except subprocess.TimeoutExpired as error:
-        output, end = error.stdout or "", f"took more than {seconds:.3g} s"
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+        # bytes, whatever the encoding; what is said of its type is wrong
+        said = error.stdout or b""
+        output = said if isinstance(said, str) else said.decode(errors="replace")
+        end = f"took more than {seconds:.3g} s"
     answers = output.splitlines()
     for place, job in enumerate(jobs):
         answer = answers[place] if place < len(answers) else ""

@@ -62,7 +62,8 @@ def with_limits(specs: Sequence[Spec], limits: Sequence[Mapping[str, int]]) -> t
 def beyond(manifest: Manifest, role: RoleSpec, graph: Any) -> str:
     """Say what a manifest would let through that a graph of this role has no row for, or ""."""
     limits, sizes = table_limits(graph), (manifest.model.vocab_size, manifest.model.context_length)
-    for spec in (*role.inputs, *role.state):
+    taken: list[TensorSpec | StateSpec] = [*role.inputs, *role.state]
+    for spec in taken:
         said, rows = limit_of(spec, *sizes), limits.get(spec.name)
         if rows is not None and (said is None or said > rows):
             until = "does not say how far they go" if said is None else f"lets them go to {said - 1}"

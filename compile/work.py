@@ -4,6 +4,7 @@ from pathlib import Path
 
 from portlm.artifact import Manifest, check_files
 from portlm.compile.check import FLOAT, ITEM_BYTES, examine, read_graph
+from portlm.errors import FormatError
 
 ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
 """Operators that read one row of a table for a token -> which inputs are tables."""
@@ -19,10 +20,12 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
         manifest: of it.
 
     Raises:
-        FormatError: the graph is not the one that the manifest lists, or none that portlm writes.
+        FormatError: there is no graph, it is not the one that the manifest lists, or none that portlm writes.
     """
-    profiles = manifest.roles["decoder"].profiles
-    name = profiles.get("portable", next(iter(profiles.values())))
+    role = manifest.roles.get("decoder")
+    if role is None or not role.profiles:
+        raise FormatError(f"{folder}: the manifest has no graph of a decoder; export again")
+    name = role.profiles.get("portable", min(role.profiles.values()))
     check_files(folder, [name], manifest)
     path = Path(folder) / name
     graph = examine(read_graph(path), path).graph

@@ -6,6 +6,8 @@ A message may have to show anything: numbers of thousands of digits, arrays, obj
 import math
 import operator
 import reprlib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,26 @@ def one_of(what: str, value: Any, known: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in known:
         raise UsageError(f"there is no {what} {shown(value)}: choose one of {', '.join(known)}")
     return value
+
+
+def wholes(name: str, values: Any, high: int) -> list[int]:
+    """Return whole numbers from 0 to `high`, of a list or another sequence or a flat array, as a list.
+
+    Raises:
+        UsageError: it is something else, or one of them is another number.
+    """
+    flat = isinstance(values, np.ndarray) and values.ndim == 1
+    if not (flat or isinstance(values, Sequence)) or isinstance(values, str | bytes):
+        raise UsageError(f"{name} must be whole numbers in a list, got {shown(values)}")
+    return [whole(f"one of {name}", value, 0, high) for value in values]  # the first that is wrong ends it
+
+
+def count(values: Any) -> int:
+    """The length of a sequence, which of a range may be more than len() can say."""
+    try:
+        return len(values)
+    except OverflowError:
+        return sys.maxsize
 
 
 def _range(low: float | None, high: float | None, above: bool = False) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
-from portlm.arguments import flag, real, shown, whole
+from portlm.arguments import count, flag, real, shown, whole
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json
 
@@ -36,9 +36,9 @@ def check_stops(name: str, stop: Any) -> tuple[str, ...]:
     """
     if not isinstance(stop, str | Sequence) or isinstance(stop, bytes | bytearray):
         raise UsageError(f"{name} must be a text or a list of them, an empty one for none, got {shown(stop)}")
+    if not isinstance(stop, str) and count(stop) > MAX_STOPS:
+        raise UsageError(f"at most {MAX_STOPS} stop strings are possible, got {count(stop)}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > MAX_STOPS:
-        raise UsageError(f"at most {MAX_STOPS} stop strings are possible, got {len(stops)}")
     for text in stops:
         if not isinstance(text, str) or not text:
             raise UsageError(f"a stop string must be text of at least one character, got {shown(text)}")
@@ -101,6 +101,11 @@ _NEUTRAL = {
     "eta_cutoff": 0, "guidance_scale": 1, "min_length": 0, "min_new_tokens": 0, "num_beam_groups": 1,
     "num_return_sequences": 1, "typical_p": 1,
 }  # fmt: skip
+# More that an old config.json may say of generation.
+_IN_CONFIG = (
+    "bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class GenerationConfig:
     unused: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    def notes(self) -> list[str]:
+    def notes(self, source: str = GENERATION_CONFIG) -> list[str]:
         """What somebody who expects the same of portlm as of transformers should know, a sentence each."""
         found = [f"{reason}, and was left out" for reason in self.refused.values()]
         if self.unused:
@@ -133,7 +138,7 @@ class GenerationConfig:
                 "do_sample with num_beams asks for samples of beams, which portlm does not draw: "
                 "generate with temperature 0 or num_beams 1"
             )
-        return [f"{GENERATION_CONFIG}: {sentence}" for sentence in found]
+        return [f"{source}: {sentence}" for sentence in found]
 
 
 def parse(data: Mapping[str, Any]) -> GenerationConfig:
@@ -166,19 +171,37 @@ def parse(data: Mapping[str, Any]) -> GenerationConfig:
     return GenerationConfig(_options(said), eos_ids, kept, tuple(sorted(unused)), refused)
 
 
-def read(folder: Path) -> GenerationConfig:
-    """Return what the generation_config.json of a folder says, nothing if there is none.
+def find(folder: Path) -> tuple[Path, GenerationConfig]:
+    """Return which file of a folder speaks of generation, and what it says.
+
+    Where there is no generation_config.json, it is config.json, as in old folders and to transformers.
 
     Raises:
-        FormatError: it cannot be read, or a value that would be used cannot be.
+        FormatError: it cannot be read.
     """
     path = folder / GENERATION_CONFIG
-    if not path.exists():
-        return GenerationConfig()
+    old = not path.exists()
+    if old:
+        path = folder / "config.json"
+        if not path.exists():
+            return path, GenerationConfig()
     data = read_json(path)
     if not isinstance(data, dict):
         raise FormatError(f"{path} must hold a JSON object")
-    found = parse(data)
+    if old:
+        data = {
+            key: value for key, value in data.items() if key in _USED or key in _TOKENS or key in _NEUTRAL
+        }
+    return path, parse(data)
+
+
+def read(folder: Path) -> GenerationConfig:
+    """Return what a folder says of generation, nothing if there is no file that does.
+
+    Raises:
+        FormatError: the file cannot be read, or a value that would be used cannot be.
+    """
+    path, found = find(folder)
     for reason in found.refused.values():
         raise FormatError(f"{path}: {reason}; correct the file, or remove the key from it")
     return found

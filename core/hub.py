@@ -230,14 +230,14 @@ def _check_tensors(src: Path, tensors: _Tensors, shapes: Mapping[str, Any], note
 
 def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
     """Replace the minimal generation_config.json in ``folder`` by what the source says about sampling."""
-    if not (src / GENERATION_CONFIG).exists():
-        return
-    data = read_json(src / GENERATION_CONFIG, max_bytes=MAX_TEXT_BYTES)
-    if not isinstance(data, dict):
-        raise FormatError(f"{src / GENERATION_CONFIG} must hold a JSON object")
-    said = generation_config.parse(data)
-    notes += said.notes()
-    write_json(folder / GENERATION_CONFIG, said.kept)
+    path, said = generation_config.find(src)
+    notes += said.notes(path.name)
+    if path.name == GENERATION_CONFIG:
+        write_json(folder / GENERATION_CONFIG, said.kept)
+    elif said.options:
+        written = read_json(folder / GENERATION_CONFIG)
+        assert isinstance(written, dict)
+        write_json(folder / GENERATION_CONFIG, {**written, **said.kept})
 
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:

@@ -99,6 +99,8 @@ def contradiction(
         (name, count), *_ = Counter(names).most_common(1) or [("", 0)]
         if count > 1:
             return f"{name[:80]!r} is {verb} twice"
+    if not inputs or not outputs:
+        return f"it {'takes no input' if outputs else 'returns no output'}"
     alone = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str) and " + " not in dim}
     given = {dim for item in state if item.initial == "given" for dim in item.shape if isinstance(dim, str)}
     known = {"batch", "past"} | alone | given

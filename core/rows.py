@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 
+from portlm.arguments import shown, wholes
 from portlm.engine import Array, Engine, Ids, Logits
 from portlm.errors import UsageError
 
@@ -36,10 +37,12 @@ class Rows:
         Raises:
             UsageError: the engine has no such role, or the role takes inputs that are not made of tokens.
         """
-        spec = engine.roles.get(role)
+        spec = engine.roles.get(role) if isinstance(role, str) else None
         if spec is None:
             known = ", ".join(engine.roles) or "none"
-            raise UsageError(f"this model has no role {role!r}, only {known}, so it cannot continue a text")
+            raise UsageError(
+                f"this model has no role {shown(role)}, only {known}, so it cannot continue a text"
+            )
         logits = [item for item in spec.outputs if item.name == "logits"]
         if not logits or len(logits[0].shape) != 3 or logits[0].dtype != "float32":
             raise UsageError(f"{role} gives no float32 logits of every token, so it cannot continue a text")
@@ -48,8 +51,8 @@ class Rows:
         if unknown := self._inputs - set(KNOWN):
             raise UsageError(f"{role} takes {min(unknown)}, which does not follow from the tokens")
         self.keeps = "logits_to_keep" in self._inputs
-        self.lengths = np.zeros(batch, np.int64)
         self._state = engine.start(role, batch, given)
+        self.lengths = np.zeros(batch, np.int64)
         self._texts: list[Ids] | None = None if spec.state else [np.zeros(0, np.int64)] * batch
         self._mask_grows = any("past" in str(i.shape) for i in spec.inputs if i.name == "attention_mask")
 
@@ -68,6 +71,11 @@ class Rows:
             UsageError: a token that the model does not have.
             ContextLengthError: a row, or the longest one with its padding, is longer than the context.
         """
+        if not isinstance(ids, np.ndarray) or ids.ndim != 2 or len(ids) != len(self.lengths) or not ids.size:
+            wanted = f"({len(self.lengths)} rows, new tokens)"
+            raise UsageError(f"tokens must be an array {wanted} of numpy, got {shown(ids)}")
+        if real is not None and (not isinstance(real, np.ndarray) or real.shape != ids.shape):
+            raise UsageError(f"what is no padding must be an array {ids.shape} of numpy, got {shown(real)}")
         if self._texts is not None:
             return self._read_whole(self._texts, ids, real, every)
         B, T = ids.shape
@@ -145,11 +153,19 @@ class Rows:
 
     def next(self, tokens: Sequence[int] | Ids) -> Logits:
         """Read one more token for each row; return (B, V)."""
-        return self.read(np.array(tokens, np.int64).reshape(-1, 1))[:, -1]
+        B = len(self.lengths)
+        if isinstance(tokens, np.ndarray):  # what argmax gives, of one axis or two
+            tokens = tokens.ravel()
+        ids = wholes("tokens", tokens, self._engine.vocab_size - 1)
+        if len(ids) != B:
+            raise UsageError(f"one token is needed for each of {B} rows, got {shown(ids)}")
+        return self.read(np.array(ids, np.int64).reshape(B, 1))[:, -1]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; a row may be named several times or not at all."""
-        rows = list(rows)
+        rows = wholes("rows", rows, len(self.lengths) - 1)
+        if not rows:
+            raise UsageError("there must be at least one row to go on with")
         lengths = self.lengths[rows]
         if self._texts is not None:
             self._texts = [self._texts[row] for row in rows]
@@ -163,9 +179,10 @@ class Rows:
         Raises:
             UsageError: the role's state cannot go back, or a row is shorter.
         """
-        kept = np.array(lengths, np.int64)
-        if kept.shape != self.lengths.shape or (kept > self.lengths).any() or (kept < 0).any():
-            raise UsageError(f"rows of {self.lengths.tolist()} tokens cannot be cropped to {list(lengths)}")
+        asked = wholes("lengths", lengths, int(self.lengths.max()))
+        if len(asked) != len(self.lengths) or (np.array(asked, np.int64) > self.lengths).any():
+            raise UsageError(f"rows of {self.lengths.tolist()} tokens cannot be cropped to {shown(asked)}")
+        kept = np.array(asked, np.int64)
         if self._texts is not None:
             self._texts = [text[:n] for text, n in zip(self._texts, kept.tolist(), strict=True)]
         else:
@@ -178,6 +195,8 @@ class Rows:
 
     def join(self, others: Sequence["Rows"]) -> None:
         """Take over the rows of others, behind these."""
+        if not isinstance(others, Sequence) or not all(isinstance(other, Rows) for other in others):
+            raise UsageError(f"rows are joined by others in a list, got {shown(others)}")
         parts = [self, *others]
         if self._texts is not None:
             self._texts = [text for part in parts for text in part._texts or ()]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from portlm.arguments import shown, whole
+from portlm.arguments import shown, whole, wholes
 from portlm.engine import Array, CallSpec, InputCheck, OpenRequest, State
 from portlm.engines import versions_of
 from portlm.errors import PortlmError, UsageError
@@ -137,9 +137,9 @@ class EngineBase:
     def reorder(self, state: State, rows: Sequence[int], skip: int = 0) -> State:
         """Return a state whose row i is row rows[i] of the old one; see Engine."""
         spec = self._spec(self._check(state))
-        rows = _wholes("rows", rows, f"some of 0 to {state.rows - 1}", state.rows - 1)
+        rows = wholes("rows", rows, state.rows - 1)
         if not rows:
-            raise UsageError(f"rows must be some of 0 to {state.rows - 1}, got none")
+            raise UsageError(f"a state has at least one of the rows 0 to {state.rows - 1}, got none")
         skip = whole("skip", skip, 0, state.past)
         tensors = state.take()
         same = rows == list(range(state.rows))
@@ -159,10 +159,9 @@ class EngineBase:
         for item in spec.state:
             if item.update == "replace":
                 raise UsageError(f"{state.role}: {item.name} is replaced at every call and cannot be cropped")
-        what = f"{state.rows} numbers from 0 to the state's {state.past} slots"
-        lengths = _wholes("lengths", lengths, what, state.past)
+        lengths = wholes("lengths", lengths, state.past)
         if len(lengths) != state.rows:
-            raise UsageError(f"lengths must be {what}, got {shown(lengths)}")
+            raise UsageError(f"lengths must be {state.rows} numbers, one for each row, got {shown(lengths)}")
         tensors, longest = state.take(), max(lengths)
         for item in spec.state:
             if "past" not in item.shape or min(lengths) == state.past:
@@ -180,7 +179,8 @@ class EngineBase:
 
     def join(self, states: Sequence[State]) -> State:
         """Return the rows of several states of one role as one state; see Engine."""
-        states = list(states) if isinstance(states, Sequence) else [states]
+        if not isinstance(states, Sequence):
+            raise UsageError(f"join takes states in a list, got {shown(states)}")
         roles = {self._check(state) for state in states}
         if len(roles) != 1 or len(set(map(id, states))) < len(states):
             raise UsageError("join takes one or more different states of one role")
@@ -284,20 +284,6 @@ def _shared(spec: CallSpec) -> list[tuple[str, int, str]]:
         for axis, dim in enumerate(state.shape)
         if isinstance(dim, str) and dim in of_inputs
     ]
-
-
-def _wholes(name: str, values: Any, what: str, high: int) -> list[int]:
-    """A list of whole numbers from 0 to `high`, of a sequence, a range or an array."""
-    if (
-        isinstance(values, str | bytes)
-        or not isinstance(values, Sequence | np.ndarray)
-        or np.ndim(values) != 1
-    ):
-        raise UsageError(f"{name} must be {what}, got {shown(values)}")
-    numbers = [whole(f"one of {name}", value) for value in values]
-    if numbers and (min(numbers) < 0 or max(numbers) > high):
-        raise UsageError(f"{name} must be {what}, got {shown(numbers)}")
-    return numbers
 
 
 def _nothing(role: str, spec: StateSpec, sizes: Mapping[str, int]) -> Array:

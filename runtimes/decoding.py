@@ -11,12 +11,13 @@ from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
-from portlm.arguments import flag, shown, whole
+from portlm.arguments import count, flag, shown, whole
 from portlm.errors import UsageError
 from portlm.generation_config import SETTINGS
 
 DEFAULT_TOKENS = 128
 MAX_SEED = 2**64 - 1
+MAX_PROMPTS = 2**20  # that have a number each
 
 # What other libraries call it, or do not have.
 ELSEWHERE = {
@@ -161,6 +162,8 @@ def _each(name: str, value: Any, check: Callable[[str, Any], int]) -> int | tupl
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        if count(value) > MAX_PROMPTS:
+            raise UsageError(f"{name} may be given for {MAX_PROMPTS} prompts at once, got {count(value)}")
         return tuple(check(name, item) for item in value)
     return check(name, value)
 

@@ -128,6 +128,7 @@ class TorchEngine(ArrayEngine):
                     f"{request.folder} holds the graphs of a module and no code of it: choose profile fused or portable"
                 )
             return cls._native(request)
+        assert manifest is not None  # what is not native is an artifact
         return cls._planned(request, manifest)
 
     @classmethod

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portlm.arguments import shown, whole
-from portlm.errors import UsageError
+from portlm.arguments import count, shown, whole
+from portlm.errors import ContextLengthError, UsageError
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 Prompt = str | Ids
@@ -31,6 +31,8 @@ def one_or_several(what: str, given: Any) -> tuple[list[Any], bool]:
         raise UsageError(
             f"{what}s must be a text, token ids in a list or an array, or a list of these, got {shown(given)}"
         )
+    if isinstance(given, range) and given:
+        return [given], True
     items = list(given)
     flat = [_is_number(item) for item in items]
     if items and all(flat):
@@ -49,12 +51,15 @@ def one_or_several(what: str, given: Any) -> tuple[list[Any], bool]:
     return items, False
 
 
-def token_ids(name: str, given: Ids, vocab_size: int) -> tuple[int, ...]:
+def token_ids(name: str, given: Ids, vocab_size: int, context_length: int) -> tuple[int, ...]:
     """Return the token ids of one prompt.
 
     Raises:
+        ContextLengthError: there are more than the model's context holds.
         UsageError: one is no whole number, or none of the model's.
     """
+    if count(given) > context_length:  # before they are looked at, since there may be any number
+        raise ContextLengthError(count(given), context_length, name)
     if isinstance(given, np.ndarray):
         if given.dtype.kind not in "iu":
             raise UsageError(f"the token ids of {name} must be whole numbers, got {shown(given)}")

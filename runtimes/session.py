@@ -244,7 +244,7 @@ class Session:
         for i, text in enumerate(several):
             name = "the text" if single else f"text {i}"
             tokens = self._encode(name, text, add_special_tokens)
-            if not len(text) or not tokens:
+            if not tokens or not len(text):
                 raise UsageError(f"{name} is empty, so there is nothing to score")
             if len(tokens) > self.engine.context_length:
                 raise ContextLengthError(len(tokens), self.engine.context_length, name)
@@ -340,7 +340,7 @@ class Session:
 
     def _encode(self, name: str, text: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if not isinstance(text, str):
-            return token_ids(name, text, self.engine.vocab_size)
+            return token_ids(name, text, self.engine.vocab_size, self.engine.context_length)
         if flag("add_special_tokens", add_special_tokens):
             return tuple(self.tokenizer.encode(text))
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from portlm.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+CONFIG = "config.json"
 # All that a session reads beside the engine.
 TEXT_FILES = (TOKENIZER, "tokenizer_config.json", GENERATION_CONFIG)
 
@@ -44,8 +45,8 @@ def load(
     says why when it is given text. What generation_config.json says of sampling is in the session's `defaults`.
 
     Every file that is used is first compared with the size and the hash in the manifest, and one that the manifest does
-    not list is refused. What an engine needs compiled
-    and the artifact does not hold is compiled now, into a private cache of the user's, with a line on stderr.
+    not list is refused. What an engine needs compiled and the artifact does not hold is compiled now, into a private
+    cache of the user's, with a line on stderr.
 
     Args:
         path: the folder.
@@ -139,7 +140,7 @@ def _manifest(folder: Path) -> Manifest | None:
         return read_manifest(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         hint = instead(folder) or "give an artifact or a checkpoint folder"
         raise FormatError(f"{folder}: holds neither manifest.json nor config.json: {hint}")
     return None
@@ -151,7 +152,10 @@ def _texts(folder: Path, manifest: Manifest | None) -> tuple[Tokenizer | str | N
     from portlm.tokenizer import Tokenizer
 
     if manifest is not None:
-        present_files(folder, TEXT_FILES, manifest)
+        old = (
+            () if (folder / GENERATION_CONFIG).exists() else (CONFIG,)
+        )  # which speaks of generation in its place
+        present_files(folder, (*TEXT_FILES, *old), manifest)
     tokenizer: Tokenizer | str | None = None
     if (folder / TOKENIZER).exists():
         try:

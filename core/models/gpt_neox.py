@@ -341,7 +341,9 @@ class GPTNeoX(nn.Module):
         self.embed_in = Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.final_layer_norm = LayerNorm(config.width, config.layer_norm_eps)
-        self.embed_out = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
+        self.embed_out = (
+            None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
+        )
         cos, sin = rotary_table(config)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)

@@ -187,6 +187,12 @@ def test_copies_of_a_decoder_with_memory_go_separate_ways(encoder_decoder):
         ({"encoder_hidden_states": np.zeros((1, 3, 24))}, "must be float32"),
         ({"encoder_hidden_states": np.zeros((1, 3, 24), np.float32),
           "encoder_attention_mask": np.zeros((1, 4), np.int64)}, r"\(batch, source\)"),
+        ({"encoder_hidden_states": np.zeros((1, 3, 24), np.float32),
+          "encoder_attention_mask": np.full((1, 3), 2)}, "encoder_attention_mask must be from 0 to 1, got 2 to 2"),
+        ({"encoder_hidden_states": np.zeros((1, 3, 24), np.float32),
+          "encoder_attention_mask": np.full((1, 3), -1)}, "encoder_attention_mask must be from 0 to 1"),
+        ({"encoder_hidden_states": np.zeros((1, 0, 24), np.float32)}, r"got float32 \(1, 0, 24\)"),
+        ([1], "given states are a dictionary"),
     ],
 )  # fmt: skip
 def test_a_given_state_that_does_not_fit_is_refused(encoder_decoder, given, words):

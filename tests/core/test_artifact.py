@@ -434,6 +434,8 @@ def test_the_entry_that_is_wrong_is_named_wherever_it_stands(folder, culprit):
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
+        (("inputs",), [], "it takes no input"),
+        (("outputs",), [], "it returns no output"),
         (("inputs", 0, "dtype"), "bfloat16", "inputs[0].dtype must be `str` matching"),
         (("inputs", 0, "shape", 1), "past + x", "input 'input_ids' has a dimension 'x' that no input has"),
         (("outputs", 0, "shape"), [], """output 'logits' must have "batch" as its first dimension"""),

@@ -10,9 +10,11 @@ import sys
 import pytest
 
 from portlm.artifact import read_manifest
+from portlm.compile.isolated import graph_of, weights_of
 from portlm.errors import EngineUnavailableError, FormatError, UsageError
 from portlm.flows import compile_cache
 from portlm.flows.load import load
+from portlm.seen_graphs import record_written
 from portlm.trust import home
 
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
@@ -30,7 +32,12 @@ def own_home(monkeypatch, tmp_path):
 
 @pytest.fixture
 def artifact(artifacts, tmp_path):
-    return shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+    """One that was exported here, as the home that is new knows too."""
+    folder = shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+    manifest = read_manifest(folder)
+    for name in weights_of(manifest):
+        record_written(graph_of(manifest, name))
+    return folder
 
 
 def open_session(*arguments):
@@ -54,6 +61,19 @@ def test_an_exported_artifact_is_compiled_at_first_use_and_not_again(
         said = capsys.readouterr().err
         assert said.count("\n") == said.count("once on this machine") == count
     assert sorted(artifact.rglob("*")) == before
+
+
+def test_an_artifact_from_elsewhere_is_checked_and_compiled_with_a_line_for_each(artifact, capsys):
+    shutil.rmtree(home())
+    for count in (1, 0):
+        open_session(artifact, "ort").close()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 2 * count
+        assert (
+            said.count(f"portlm: checking onnx/decoder.fused.onnx of {artifact}, which was made elsewhere")
+            == count
+        )
+        assert said.count(f"portlm: compiling {artifact} for ort:cpu:fused, once on this machine") == count
 
 
 def test_what_was_compiled_is_private_and_holds_no_weights(artifact):

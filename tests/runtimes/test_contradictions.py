@@ -262,17 +262,15 @@ def test_weights_in_a_file_that_the_manifest_does_not_name_are_refused(original,
     shutil.copy(other / "onnx/decoder.onnx.data", other / "onnx/other.data")
     for name in ("onnx/decoder.portable.onnx", "onnx/decoder.ort-cpu-fused.onnx"):
         model = onnx.load(other / name, load_external_data=False)
-        weight = next(tensor for tensor in model.graph.initializer if tensor.external_data)
-        for entry in weight.external_data:
-            if entry.key == "location":
-                entry.value = "other.data"
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "other.data"
         (other / name).write_bytes(model.SerializeToString())
     write_manifest(other, refresh_files(other, read_manifest(other), data["files"]))
     for profile in ("portable", "fused"):
         with pytest.raises(FormatError, match=r"weights in 'other\.data', and the manifest says"):
             load(other, "ort", "cpu", profile)
     for key in (("torch", "cpu", "portable"), ("tvm", "cpu", "portable")):
-        with pytest.raises(
-            (FormatError, EngineUnavailableError), match=r"second file|is in other\.data|tvm:"
-        ):
+        with pytest.raises((FormatError, EngineUnavailableError), match=r"is in other\.data|tvm:"):
             build(other, [key])

@@ -179,6 +179,19 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
         load(artifact, engine, profile=profile)
 
 
+def test_what_is_read_of_config_json_is_compared_with_the_manifest(artifact):
+    """Without generation_config.json, config.json says how text is made."""
+    manifest = read_manifest(artifact)
+    (artifact / "generation_config.json").unlink()
+    files = {name: entry for name, entry in manifest.files.items() if name != "generation_config.json"}
+    write_manifest(artifact, replace(manifest, files=files))
+    load(artifact, "null").close()
+    content = json.loads((artifact / "config.json").read_text())
+    (artifact / "config.json").write_text(json.dumps({**content, "temperature": 2.0, "do_sample": True}))
+    with pytest.raises(FormatError, match=r"config\.json"):
+        load(artifact, "null")
+
+
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -237,6 +250,8 @@ def test_bench_compares_the_graph_that_it_counts_in_with_the_manifest(artifact):
     graph.write_bytes(graph.read_bytes() + b"\x32\x00")
     with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: altered"):
         token_work(artifact, read_manifest(artifact))
+    with pytest.raises(FormatError, match="the manifest has no graph of a decoder"):
+        token_work(artifact, replace(read_manifest(artifact), roles={}))
 
 
 @needs_ort
@@ -464,16 +479,6 @@ def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch
 
 
 # --- torch ------------------------------------------------------------------------------------------
-
-
-def test_threads_of_torch_are_set_when_asked(artifacts):
-    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
-    before = torch.get_num_threads()
-    try:
-        load(artifacts["gpt2"], "torch", "cpu", threads=1).close()
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_cuda_without_a_device_is_an_error_that_says_so(artifacts):

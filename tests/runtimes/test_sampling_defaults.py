@@ -275,3 +275,63 @@ def test_verifying_and_measuring_are_greedy_whatever_the_model_says(folder, tmp_
         assert worker.decode(4, 4, 0)["seconds"] > 0
         worker.session.close()
     assert answers[0] == answers[1]
+
+
+def test_an_old_folder_says_it_in_config_json(checkpoints, tmp_path):
+    """So did transformers before there was a generation_config.json, and it reads it there to this day."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is missing: pip install portlm[hf]"
+    )
+    old = shutil.copytree(checkpoints["gpt2"], tmp_path / "old")
+    (old / "generation_config.json").unlink()
+    settings = {"do_sample": True, "temperature": 0.5, "top_k": 7, "max_length": 33}
+    config = json.loads((old / "config.json").read_text())
+    tasks = {"text-generation": {"do_sample": True, "max_length": 50}}  # of pipelines, not of the model
+    (old / "config.json").write_text(json.dumps({**config, **settings, "task_specific_params": tasks}))
+    import_hf(old, tmp_path / "imported")
+    expected = {"temperature": 0.5, "top_k": 7, "max_length": 33}
+    for path in (old, tmp_path / "imported"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path).generation_config
+        assert {name: getattr(theirs, name) for name in settings} == settings
+        with portlm.load(path, "null") as session:
+            assert session.defaults == expected
+            assert 256 in session.eos_ids
+
+
+@pytest.fixture
+def with_bos(checkpoints, tmp_path):
+    """A checkpoint whose tokenizer puts <s> before every text, as LLaMA 3's does."""
+    folder = shutil.copytree(checkpoints["gpt2"], tmp_path / "bos")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": [bos, text[0]], "pair": [bos, *text],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]}},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_text_is_continued_and_scored_behind_the_bos_that_transformers_puts_there(with_bos):
+    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is missing: pip install portlm[hf]"
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(with_bos)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(with_bos)
+    with portlm.load(with_bos, "torch", "cpu") as session:
+        for bos in (True, False):
+            ids = tokenizer("the cat", return_tensors="pt", add_special_tokens=bos)["input_ids"]
+            assert ids[0, 0].item() == (256 if bos else ord("t"))
+            expected = theirs.generate(ids, max_new_tokens=12, pad_token_id=256)[0, ids.shape[1] :].tolist()
+            answer = session.generate("the cat", max_new_tokens=12, add_special_tokens=bos)
+            assert (list(answer.token_ids), answer.prompt_tokens) == (expected, ids.shape[1])
+            with torch.no_grad():
+                wanted = torch.log_softmax(theirs(ids).logits.double(), -1)[0, :-1].gather(
+                    1, ids[0, 1:, None]
+                )
+            score = session.score("the cat", add_special_tokens=bos)
+            assert score.token_ids == tuple(ids[0].tolist())
+            np.testing.assert_allclose(score.logprobs, wanted[:, 0].numpy(), rtol=0, atol=1e-4)
+        assert session.generate("", max_new_tokens=3).prompt_tokens == 1

@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -453,6 +455,14 @@ def test_a_prompt_longer_than_the_context_is_an_error_with_both_numbers(tokens):
         ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"), ({"seed": [1, 2]}, "seed was given for 2 prompts"),
         ({"seed": "1"}, "seed"), ({"stop": ""}, "stop string"), ({"stop": ["a"] * 17}, "16 stop strings"),
         ({"stop": "é" * 129}, "256 bytes"), ({"stop": [3]}, "stop string"), ({"batch_size": 0}, "batch_size"),
+        ({"temperature": 10**400}, "temperature must be .* got a number of 1329 bits"),
+        ({"temperature": None}, "temperature must be a finite number"),
+        ({"stop": None}, "stop must be a text or a list of them, an empty one for none, got None"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty must be a finite number from 1e-06 to 1e"),
+        ({"early_stopping": np.array([1, 2])}, 'early_stopping must be True, False or "never"'),
+        ({"max_new_tokens": 10**9000}, "max_new_tokens must be .* got a number of 29898 bits"),
+        ({"do_sample": True}, "no option 'do_sample' of decoding: temperature 0 takes the most probable"),
+        ({"decoding": {"temperature": 1}}, "decoding must be a Decoding, got"), ({"decoding": "greedy"}, "a Decoding"),
     ],
 )  # fmt: skip
 def test_an_argument_out_of_range_is_named(options, words):
@@ -512,6 +522,58 @@ def test_a_session_closes_its_engine():
         assert session.placement() == Placement({"cpu": 1})
         assert repr(session) == "<portlm.Session scripted:cpu native fp32>"
     assert engine.closed == 1
+
+
+ANYTHING = (
+    None, True, -1, 0, 2.5, float("nan"), float("inf"), 10**400, 10**9000, 2**64, 1j, "x", "", b"x", "\ud800", (), [],
+    [None], [[1]], [2.5], {}, {1}, {"a": 1}, object(), int, np.array(1), np.array([1, 2, 3]), np.array([0.5]),
+    np.zeros((2, 2)), range(10**12), range(2**99),
+    np.float32(0.5), np.int8(1), np.bool_(True), range(3), iter([1]), len,
+)  # fmt: skip
+
+
+class Unshowable:
+    """An object that cannot even be shown."""
+
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("value", [*ANYTHING, Unshowable()], ids=lambda value: type(value).__name__)
+def test_whatever_is_handed_to_a_session_the_answer_is_right_or_a_usage_error_of_one_line(value):
+    """Every argument of generate, stream, score and Decoding, with values of every type in its place."""
+    session = null()
+    calls = [
+        session.generate,
+        session.stream,
+        session.score,
+        lambda v: session.generate([v]),
+        lambda v: session.score([v]),
+    ]
+    for name in (
+        "decoding",
+        "batch_size",
+        "add_special_tokens",
+        *(field.name for field in fields(Decoding)),
+        "no_such",
+    ):
+        calls.append(lambda v, name=name: session.generate("ab", **{"max_new_tokens": 2, name: v}))
+    calls.append(lambda v: Decoding.of(v, top_k=1))
+    calls += [
+        lambda v, name=name: Decoding(**{name: v}) for name in (field.name for field in fields(Decoding))
+    ]
+    calls += [
+        lambda v: session.score("ab", batch_size=v),
+        lambda v: session.score("ab", add_special_tokens=v),
+    ]
+    refused = []
+    for call in calls:
+        try:
+            call(value)
+        except UsageError as error:
+            refused.append(str(error))
+    assert refused
+    assert all("\n" not in message and len(message) < 400 for message in refused)
 
 
 # --- score ------------------------------------------------------------------------------------------

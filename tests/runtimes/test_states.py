@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from portlm.artifact import read_manifest
-from portlm.engine import OpenRequest
+from portlm.engine import OpenRequest, State
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.models import FAMILIES
 from portlm.rows import Rows, pad
@@ -168,9 +168,133 @@ def test_a_state_is_used_once(engine):
 
 def test_inputs_that_are_refused_leave_the_state_as_it_was(engine):
     rows = read(engine, TEXTS)
-    with pytest.raises(UsageError, match="input_ids must be from 0 to 256"):
+    with pytest.raises(UsageError, match="one of tokens must be a whole number from 0 to 256, got 257"):
         rows.next([0, 1, 257])
+    with pytest.raises(UsageError, match="input_ids must be from 0 to 256, got 0 to 257"):
+        rows.read(np.array([[0], [1], [257]]))
     assert_next(rows, engine, TEXTS, MORE)
+
+
+def test_a_state_of_another_engine_is_refused_and_stays_as_it_was(engine):
+    """Another session of the same model has another engine; its states may be of another kind, or another model."""
+    other = NullEngine(V, 48)
+    foreign = other.start("decoder", 2)
+    inputs = {
+        "input_ids": np.zeros((2, 1), np.int64), "attention_mask": np.ones((2, 1), np.int64),
+        "position_ids": np.zeros((2, 1), np.int64), "logits_to_keep": np.zeros(1, np.int64),
+    }  # fmt: skip
+    own = engine.start("decoder", 2)
+    for use in (
+        lambda: engine.run("decoder", inputs, foreign),
+        lambda: engine.reorder(foreign, [0]),
+        lambda: engine.crop(foreign, [0, 0]),
+        lambda: engine.join([own, foreign]),
+        lambda: engine.copy(foreign),
+    ):
+        with pytest.raises(UsageError, match="this state of decoder is of another engine or session"):
+            use()
+    other.run("decoder", inputs, foreign)
+    engine.run("decoder", inputs, own)
+
+
+def test_a_state_made_by_hand_is_refused(engine):
+    """Its tensors could be of any number of rows, over which a graph would be broadcast without a word."""
+    made = State("decoder", 3, 0, engine.start("decoder", 1).take())
+    inputs = {
+        "input_ids": np.zeros((3, 1), np.int64), "attention_mask": np.ones((3, 1), np.int64),
+        "position_ids": np.zeros((3, 1), np.int64), "logits_to_keep": np.zeros(1, np.int64),
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="another engine or session"):
+        engine.run("decoder", inputs, made)
+    own = engine.start("decoder", 1)
+    for name in ("rows", "past", "role"):
+        with pytest.raises(AttributeError):
+            setattr(own, name, 3)
+    with pytest.raises(UsageError, match=r"input_ids must be \(batch, sequence\) with a state of 1 rows"):
+        engine.run("decoder", inputs, own)
+
+
+ANYTHING = (
+    None, True, 3, -1, 2.5, float("nan"), 10**400, 2**63, "decoder", b"01", (), [], [None], [0.5], ["0"], [[0]], {},
+    {"a": 1}, {0}, object(), np.array(0), np.array([0.5]), np.zeros((1, 1)), np.zeros((1, 1), np.int64),
+    range(10**9), range(2**99), iter([0]),
+)  # fmt: skip
+
+
+def test_whatever_is_handed_to_an_engine_the_answer_is_a_usage_error_or_right(engine):
+    """Every argument of every operation on states, with values of every type in its place."""
+    good = {
+        "input_ids": np.zeros((2, 1), np.int64), "attention_mask": np.ones((2, 1), np.int64),
+        "position_ids": np.zeros((2, 1), np.int64), "logits_to_keep": np.zeros(1, np.int64),
+    }  # fmt: skip
+
+    def state():
+        return engine.start("decoder", 2)
+
+    calls = [
+        lambda x: engine.start(x, 1),
+        lambda x: engine.start("decoder", x),
+        lambda x: engine.start("decoder", 1, x),
+        lambda x: engine.run(x, good, state()),
+        lambda x: engine.run("decoder", x, state()),
+        lambda x: engine.run("decoder", good, x),
+        *(lambda x, name=name: engine.run("decoder", {**good, name: x}, state()) for name in good),
+        lambda x: engine.run("decoder", {**good, x if isinstance(x, str | int) else "more": 0}, state()),
+        lambda x: engine.reorder(x, [0]),
+        lambda x: engine.reorder(state(), x),
+        lambda x: engine.reorder(state(), [0, 1], x),
+        lambda x: engine.crop(x, [0, 0]),
+        lambda x: engine.crop(state(), x),
+        lambda x: engine.join(x),
+        lambda x: engine.join([state(), x]),
+        lambda x: engine.copy(x),
+    ]
+    messages = []
+    for call in calls:
+        for value in ANYTHING:
+            try:
+                call(value)
+            except UsageError as error:
+                messages.append(str(error))
+    assert len(messages) > len(calls) * len(ANYTHING) * 0.9
+    assert all("\n" not in message and len(message) < 400 for message in messages)
+
+
+def test_whatever_is_handed_to_rows_the_answer_is_a_usage_error_or_right():
+    """As above, for what puts padding, masks and positions around a role."""
+    engine = NullEngine(V, 48)
+    calls = [
+        lambda x: Rows(engine, x),
+        lambda x: Rows(engine, 1, x),
+        lambda x: Rows(engine, 1, given=x),
+        lambda x: Rows(engine, 2).read(x),
+        lambda x: Rows(engine, 2).read(np.ones((2, 1), np.int64), x),
+        lambda x: Rows(engine, 2).next(x),
+        lambda x: Rows(engine, 2).keep(x),
+        lambda x: read(engine, TEXTS).crop(x),
+        lambda x: read(engine, TEXTS).join(x),
+    ]
+    messages = []
+    for call in calls:
+        for value in ANYTHING:
+            try:
+                call(value)
+            except UsageError as error:
+                messages.append(str(error))
+    assert len(messages) > len(calls) * len(ANYTHING) * 0.8
+    assert all("\n" not in message and len(message) < 400 for message in messages)
+
+
+def test_a_mask_over_an_array_hides_nothing_from_the_check():
+    """numpy's masked arrays leave masked numbers out of max(), and hand them to whoever reads the memory."""
+    engine = NullEngine(V, 48)
+    ids = np.ma.MaskedArray(np.array([[V]]), mask=[[True]])
+    inputs = {
+        "input_ids": ids, "attention_mask": np.ones((1, 1), np.int64),
+        "position_ids": np.zeros((1, 1), np.int64), "logits_to_keep": np.zeros(1, np.int64),
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="input_ids must be from 0 to 256"):
+        engine.run("decoder", inputs, engine.start("decoder", 1))
 
 
 @pytest.mark.parametrize(
@@ -179,10 +303,16 @@ def test_inputs_that_are_refused_leave_the_state_as_it_was(engine):
         (lambda e: e.start("encoder", 1), "has no role 'encoder'"),
         (lambda e: e.start("decoder", 0), "batch must be a whole number from 1"),
         (lambda e: e.start("decoder", 1, {"memory": np.zeros(1)}), "takes no given state 'memory'"),
-        (lambda e: e.reorder(e.start("decoder", 2), [2]), "rows must be some of 0 to 1"),
-        (lambda e: e.reorder(e.start("decoder", 2), []), "rows must be"),
+        (
+            lambda e: e.reorder(e.start("decoder", 2), [2]),
+            "one of rows must be a whole number from 0 to 1, got 2",
+        ),
+        (lambda e: e.reorder(e.start("decoder", 2), []), "at least one of the rows 0 to 1"),
         (lambda e: e.reorder(e.start("decoder", 2), [0], 1), "skip must be"),
-        (lambda e: e.crop(e.start("decoder", 2), [0, 1]), "lengths must be 2 numbers"),
+        (
+            lambda e: e.crop(e.start("decoder", 2), [0, 1]),
+            "one of lengths must be a whole number from 0 to 0, got 1",
+        ),
         (lambda e: e.crop(e.start("decoder", 2), [0]), "lengths must be 2 numbers"),
         (lambda e: e.join([]), "one or more"),
     ],

@@ -125,7 +125,9 @@ def test_the_table_has_every_operator_that_graphs_have():
         assert set(form.attributes) <= entry.attributes.keys(), name
         assert entry.least <= sum(not operand.optional for operand in form.inputs), name
         assert entry.most >= (64 if form.inputs[-1].many else len(form.inputs)), name
-        assert {place for place, operand in enumerate(form.inputs) if operand.constant} == set(entry.static), name
+        assert {place for place, operand in enumerate(form.inputs) if operand.constant} == set(
+            entry.static
+        ), name
 
 
 # --- models whose code is not here ----------------------------------------------------------------------------

@@ -150,10 +150,11 @@ def test_a_library_whose_entry_an_older_version_wrote_is_compiled_again_and_says
         FormatError, match="was compiled by an older portlm, which did not note from which graph"
     ):
         open_engine(artifact)
-    for said in (f"portlm: compiling {artifact} for tvm:cpu:fused, once on this machine\n", ""):
+    for count in (1, 0):
         with load(artifact, "tvm") as session:
             assert session.generate([[1, 2, 3]], max_new_tokens=2)[0].new_tokens == 2
-        assert capsys.readouterr().err == said
+        said = capsys.readouterr().err
+        assert said.count(f"portlm: compiling {artifact} for tvm:cpu:fused, once on this machine\n") == count
 
 
 @pytest.mark.parametrize("name", [f"{FUSED}/{LIBRARY}", f"{FUSED}/{SIGNATURE}", "onnx/decoder.onnx.data"])
