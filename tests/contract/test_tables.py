@@ -36,6 +36,8 @@ class Tagger(torch.nn.Module):
         self.config = type("Config", (), {"vocab_size": 70, "context_length": 32})
         self.wte, self.kinds, self.groups = Embedding(ROWS, 8), Embedding(PLACES, 8), Embedding(GROUPS, 8)
         self.head = Linear(8, 4, bias=True)
+        for weight in self.parameters():  # portlm's layers leave that to the model
+            torch.nn.init.normal_(weight)
 
     def tag(self, ids, kinds, groups):
         """Of each token: ids (B, T), kinds (T, B), groups (B, T)."""
