@@ -168,8 +168,8 @@ def test_graph_without_weights_stays_small(artifacts, profile):
 def test_graphs_stay_at_opset_20(artifacts, profile):
     """No later one is worth it: the WebGPU provider loses operators as the number rises.
 
-    With plugin 0.4.0 Transpose leaves the GPU at 25, Pad at 24, Flatten at 23, Sin and Cos at 22; opset 20 loses nothing. And
-    onnx's own default (28, in format 14) does not load in ONNX Runtime 1.31, which knows 26, in format 13.
+    With plugin 0.4.0 Transpose leaves the GPU at 25, Pad at 24, Flatten at 23, Sin and Cos at 22; opset 20 loses
+    nothing. And onnx's own default (28, in format 14) does not load in ONNX Runtime 1.31, which knows 26, in format 13.
     """
     for folder in artifacts.values():
         model = onnx.load(folder / "onnx" / f"decoder.{profile}.onnx", load_external_data=False)
