@@ -1,5 +1,6 @@
 """Tiny models that several test folders share, and the proof that a test which is about a kernel ran it."""
 
+import signal
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +12,13 @@ hypothesis.settings.register_profile("portlm", deadline=None)  # no test fails b
 hypothesis.settings.load_profile("portlm")
 
 EOS = "<|endoftext|>"
+
+
+def pytest_configure():
+    """Let signals through that whoever started the tests ignores, as nohup and a shell's & do: programs inherit that."""
+    for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 @pytest.hookimpl(wrapper=True)
