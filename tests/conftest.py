@@ -15,7 +15,7 @@ EOS = "<|endoftext|>"
 
 
 def pytest_configure():
-    """Let signals through that whoever started the tests ignores, as nohup and a shell's & do: programs inherit that."""
+    """Let signals through that whoever started the tests ignores, as nohup and a shell's & do: children inherit it."""
     for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, action)
