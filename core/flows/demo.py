@@ -21,7 +21,7 @@ from portlm.flows.targets import Target
 
 Progress = Callable[[str], None]
 
-# Sized so that two cores of a laptop train it in two or three minutes: about 2 million parameters, three passes over
+# Sized so that two cores of a laptop train it in minutes: about 2 million parameters, three passes over
 # the text in many small steps, too few to learn it by heart, so without dropout. A higher rate is worse: at 3e-3, 1.85
 # bits per byte of the held-out language reference instead of 1.71, in 1800 steps. The context holds the certificate's
 # probe and 128 greedy tokens after it.

@@ -221,6 +221,19 @@ ANYTHING = (
 )  # fmt: skip
 
 
+def hand_anything_to(calls, refused):
+    """Call each function with every odd value: what is raised is a UsageError of one line, for at least this share."""
+    messages = []
+    for call in calls:
+        for value in ANYTHING:
+            try:
+                call(value)
+            except UsageError as error:
+                messages.append(str(error))
+    assert len(messages) > len(calls) * len(ANYTHING) * refused
+    assert all("\n" not in message and len(message) < 400 for message in messages)
+
+
 def test_whatever_is_handed_to_an_engine_the_answer_is_a_usage_error_or_right(engine):
     """Every argument of every operation on states, with values of every type in its place."""
     good = {
@@ -249,15 +262,7 @@ def test_whatever_is_handed_to_an_engine_the_answer_is_a_usage_error_or_right(en
         lambda x: engine.join([state(), x]),
         lambda x: engine.copy(x),
     ]
-    messages = []
-    for call in calls:
-        for value in ANYTHING:
-            try:
-                call(value)
-            except UsageError as error:
-                messages.append(str(error))
-    assert len(messages) > len(calls) * len(ANYTHING) * 0.9
-    assert all("\n" not in message and len(message) < 400 for message in messages)
+    hand_anything_to(calls, refused=0.9)
 
 
 def test_whatever_is_handed_to_rows_the_answer_is_a_usage_error_or_right():
@@ -274,15 +279,7 @@ def test_whatever_is_handed_to_rows_the_answer_is_a_usage_error_or_right():
         lambda x: read(engine, TEXTS).crop(x),
         lambda x: read(engine, TEXTS).join(x),
     ]
-    messages = []
-    for call in calls:
-        for value in ANYTHING:
-            try:
-                call(value)
-            except UsageError as error:
-                messages.append(str(error))
-    assert len(messages) > len(calls) * len(ANYTHING) * 0.8
-    assert all("\n" not in message and len(message) < 400 for message in messages)
+    hand_anything_to(calls, refused=0.8)
 
 
 def test_a_mask_over_an_array_hides_nothing_from_the_check():
