@@ -13,7 +13,7 @@ import onnx
 import tvm
 from tvm import relax
 
-from portlm.artifact import read_manifest, refresh_files, write_manifest
+from portlm.artifact import hash_files, read_manifest, refresh_files, write_manifest
 from portlm.compile import tvm_fused
 from portlm.compile.tvm_build import read_graph
 from portlm.compile.tvm_library import compile_library
@@ -159,7 +159,10 @@ def test_compiling_again_replaces_the_library(artifact):
     folder = artifact / folder_name("cpu", "fused")
     first = compile_library(artifact, "cpu", "fused")
     inode = (folder / LIBRARY).stat().st_ino
-    assert compile_library(artifact, "cpu", "fused") == first
+    second = compile_library(artifact, "cpu", "fused")
+    assert second.entry == first.entry
+    # Not the bytes: TVM computes the shapes of one graph in an order that differs from build to build.
+    assert second.files == hash_files(artifact, first.files)
     assert (folder / LIBRARY).stat().st_ino != inode, "a running engine keeps the old file"
     assert sorted(path.name for path in folder.iterdir()) == sorted((LIBRARY, SIGNATURE))
 
