@@ -18,7 +18,7 @@
 namespace portlm::PORTLM_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
+constexpr int64_t kGrain = 1 << 14;  // cycles below which a second thread costs more than it brings
 constexpr int64_t kRowsAtOnce = 512;  // enough that reading the matrix again does not matter
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations that stay in L2 while tiles pass
 
