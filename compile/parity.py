@@ -371,7 +371,9 @@ def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Ca
         read = _read_decoder if continues_text(specs[role]) else _read_calls
         found[role] = read(path, tensors, specs[role], manifest)
     if missing := [role for role in specs if role not in found]:
-        raise FormatError(f"{path}: holds no answer of the model as {missing[0]}, so nothing can be compared with it")
+        raise FormatError(
+            f"{path}: holds no answer of the model as {missing[0]}, so nothing can be compared with it"
+        )
     return {role: found[role] for role in specs}
 
 

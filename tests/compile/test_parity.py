@@ -288,7 +288,10 @@ def of_padding_alone(t):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(dict.clear, "holds no answer of the model as decoder"), (of_padding_alone, "has no logits to compare with")],
+    [
+        (dict.clear, "holds no answer of the model as decoder"),
+        (of_padding_alone, "has no logits to compare with"),
+    ],
 )
 def test_an_answer_that_says_nothing_is_not_agreed_with(copy, change, words):
     tensors = {name: tensor.copy() for name, tensor in load_numpy(copy / REFERENCE).items()}
