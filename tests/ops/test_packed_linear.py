@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
