@@ -72,9 +72,9 @@ def tvm_runner(device: str, profile: str) -> Runner:
         graph = make_graph(model, "", weights)
         tensors = [tvm.runtime.tensor(arrays[weight.name]) for weight in graph.weights]
         for matrix in graph.packed:
-            parts = [arrays[part.name] for part in matrix.parts()]
-            weight, scale, zero = (*parts, None)[:3]
-            tensors.append(tvm.runtime.tensor(pack_array(weight, scale, zero, matrix.bits)))
+            weight, scale, *zero = (arrays[part.name] for part in matrix.parts())
+            packed = pack_array(weight, scale, zero[0] if zero else None, matrix.bits)
+            tensors.append(tvm.runtime.tensor(packed))
         executable = compile_graph(graph, LOWERINGS[profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

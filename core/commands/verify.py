@@ -90,7 +90,8 @@ def print_table(model: Path, results: list[Result]) -> None:
             if r.row and r.row.precision == precision
         ]
         if rounding:
-            line = f"{', '.join(dict.fromkeys(rounding))}: activations have {bits} bits where they meet quantized weights"
+            names = ", ".join(dict.fromkeys(rounding))
+            line = f"{names}: activations have {bits} bits where they meet quantized weights"
             console.print(line, highlight=False, soft_wrap=True)
     for result in results:
         if result.problem:

@@ -254,6 +254,7 @@ def _nodes(
         precision: of the engine: compare with the reference; None looks for values that are not finite.
     """
     from portlm.compile import bisect as search
+    from portlm.compile.parity import ROUNDED_TOLERANCE
 
     manifest, runner = read_manifest(root), ENGINES[target.engine].runner
     for name, role in manifest.roles.items():
@@ -265,7 +266,7 @@ def _nodes(
             if precision is None:
                 node = search.look_inside(root, run, graph, role=name)
             else:
-                tolerance = search.TOLERANCE if precision == "fp32" else search.ROUNDED_TOLERANCE
+                tolerance = search.TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE
                 node = search.bisect(root, run, graph, tolerance, role=name)
         except (EngineUnavailableError, UsageError) as error:
             yield name, error

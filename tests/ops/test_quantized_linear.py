@@ -13,6 +13,8 @@ from portlm.compile.quantize import (
     pack,
     pack_zeros,
 )
+from portlm.ops.kernel_op import without_kernels
+from portlm.ops.quantized import pack as pack_for_kernels
 from portlm.ops.quantized_linear import (
     ACTIVATIONS,
     quantized_linear,
@@ -49,6 +51,9 @@ MATRIX = {
             {"K": 64, "N": 17, "G": 2, "b": 32, "z": 2, "bits": 8, "absent": ("bias",), "activation": "gelu"},
         ],
         "fill": numbers,
+        "tvm_kernels": ("packed_linear",),
+        # x is rounded to 15 bits: half a step of each is 1.6e-5 of the largest of its group, and 96 of them add up
+        "rounding": 1e-4,
     }
 }  # fmt: skip
 
@@ -63,6 +68,7 @@ def case(scheme, N=7, G=3, seed=0):
     return Quantized(q, scale, zero), [None if p is None else torch.from_numpy(p) for p in parts]
 
 
+@pytest.mark.no_kernel("about the reference: test_packed_linear.py is about the kernel")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     "scheme",
@@ -82,7 +88,8 @@ def test_quantized_linear_is_a_linear_map_of_what_the_exporter_means(scheme, act
     }[activation]
     eager = after(x @ wide.T + bias)
     oracle = after(x.double() @ wide.double().T + bias.double())
-    ours = quantized_linear(x, weight, scale, zero, bias, scheme.bits, activation)
+    with without_kernels():
+        ours = quantized_linear(x, weight, scale, zero, bias, scheme.bits, activation)
     as_accurate(ours, eager, oracle)
     exact = quantized_linear_reference(
         x.double(), weight, scale.double(), zero, bias.double(), scheme.bits, activation
@@ -90,6 +97,25 @@ def test_quantized_linear_is_a_linear_map_of_what_the_exporter_means(scheme, act
     assert torch.allclose(exact, oracle, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_linear_on_a_packed_weight_gives_the_bits_that_it_gives_without(
+    bits, same_on_all_thread_counts
+):
+    """The plan of a graph packs once; x and bias may have any strides."""
+    _, (weight, scale, zero) = case(Scheme(bits, 32, symmetric=False), N=37)
+    x, bias = torch.randn(96, 5).T, torch.randn(74)[::2]
+    packed = pack_for_kernels(weight, scale, zero, bits)
+    alone = quantized_linear(x, weight, scale, zero, bias, bits, "gelu")
+    assert torch.equal(quantized_linear(x, weight, scale, zero, bias, bits, "gelu", packed), alone)
+    assert torch.equal(
+        quantized_linear(x.contiguous(), weight, scale, zero, bias.contiguous(), bits, "gelu"), alone
+    )
+    assert same_on_all_thread_counts(
+        lambda: [quantized_linear(x, weight, scale, zero, bias, bits, "gelu", packed)]
+    )
+
+
+@pytest.mark.no_kernel("refused before a kernel is called")
 @pytest.mark.parametrize(
     ("change", "said"),
     [
