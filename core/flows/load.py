@@ -125,7 +125,8 @@ def _compiled(engine: str, request: OpenRequest) -> OpenRequest:
         if request.profile == "auto" and engine == "ort":
             return replace(request, profile="portable")  # which needs nothing compiled
         raise
-    return replace(request, profile=profile, manifest=found.manifest, compiled=found.folder)
+    kept = "native" if request.profile == "native" else profile
+    return replace(request, profile=kept, manifest=found.manifest, compiled=found.folder)
 
 
 def _manifest(folder: Path) -> Manifest | None:
