@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/gemm_bf16.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -96,6 +97,19 @@ double probe_flops(int64_t turns) {
     g_sink = sums[0];
   });
   return 2.0 * kChains * Vec::N * static_cast<double>(turns / kPasses) * count / seconds;
+}
+
+double probe_bf16(int64_t turns) {
+  const int count = threads();
+  const Bf16Tiles& tiles = bf16_tiles();
+  std::vector<float> sums(static_cast<size_t>(count));
+  const double seconds = best_seconds([&] {
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) sums[static_cast<size_t>(t)] = tiles.chains(turns / kPasses);
+    });
+    g_sink = sums[0];
+  });
+  return tiles.turn_flops * static_cast<double>(turns / kPasses) * count / seconds;
 }
 
 }  // namespace portlm::PORTLM_ISA
