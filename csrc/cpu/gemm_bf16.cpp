@@ -22,14 +22,12 @@ extern const Bf16Tiles own_bf16_tiles;
 
 namespace {
 
-// A block of B has at most kDepth rows and kWidth columns: half of a 1 MB L2 as bfloat16. The sum over k is added up per
-// kDepth products, as in gemm.cpp.
-constexpr int64_t kDepth = 512;
-constexpr int64_t kWidth = 512;
+constexpr int64_t kBlock = 1 << 19;  // bytes of a packed block of B: half of a 1 MB L2
 constexpr int64_t kRate = 32;        // products per cycle, of a core that multiplies pairs
 constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Whether the processor's own instruction may be used, if there is one.
 bool g_native = true;
@@ -42,15 +40,17 @@ Bf16Operand from(const Bf16Operand& x, int64_t row, int64_t column) {
   return {static_cast<const char*>(x.data) + offset * element(x), x.ld, x.transposed, x.half};
 }
 
-// Asks for `rows` x `columns` elements that are needed soon.
-void prefetch(const Bf16Operand& x, int64_t rows, int64_t columns) {
-  if (x.transposed) {
-    const int64_t other = rows;
-    rows = columns, columns = other;
-  }
+// Asks for `rows` rows of memory, of `columns` elements each, that are needed soon.
+void prefetch_rows(const Bf16Operand& x, int64_t rows, int64_t columns) {
   const char* p = static_cast<const char*>(x.data);
   for (int64_t r = 0; r < rows; ++r, p += x.ld * element(x))
     for (int64_t byte = 0; byte < columns * element(x); byte += 64) __builtin_prefetch(p + byte, 0, 2);
+}
+
+// Rows of strip s: they are shared out evenly, since a last tile of one row would waste registers.
+Range strip_rows(Range rows, int64_t s, int64_t strips) {
+  const Range r = share(rows.size(), s, strips);
+  return {rows.begin + r.begin, rows.begin + r.end};
 }
 
 // Rounds rows [i, i + count) of A (M, K), columns [k, k + depth), and returns where they are.
@@ -61,14 +61,33 @@ Bf16Operand round_rows(const Bf16Product& p, const Bf16Tiles& tiles, int64_t i, 
   return rows_of(to, p.K);
 }
 
-void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Range columns, PartDone done, void* context) {
+// Packs strips [s0, s1) of a transposed A, some rows of memory at a time: one strip is narrower than a cache line.
+void pack_group(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, int64_t strips, int64_t s0, int64_t s1, int64_t k,
+                int64_t depth, char* strip, int64_t strip_size) {
+  constexpr int64_t kRun = 64;
+  const int64_t first = strip_rows(rows, s0, strips).begin, count = strip_rows(rows, s1 - 1, strips).end - first;
+  prefetch_rows(from(p.A, first, k), min(kRun, depth), count);
+  for (int64_t d = 0; d < depth; d += kRun) {
+    if (d + kRun < depth) prefetch_rows(from(p.A, first, k + d + kRun), min(kRun, depth - d - kRun), count);
+    for (int64_t s = s0; s < s1; ++s) {
+      const Range r = strip_rows(rows, s, strips);
+      tiles.pack_strip(from(p.A, r.begin, k + d), r.size(), min(kRun, depth - d),
+                       strip + (s - s0) * strip_size + d * tiles.transposed_step);
+    }
+  }
+}
+
+void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Range columns, Bf16Done done, void* context) {
   thread_local Scratch scratch;
-  const int64_t depth_blocks = p.K > kDepth ? ceil_div(p.K, kDepth) : 1;
+  const int64_t depth_blocks = p.K > kBf16Depth ? ceil_div(p.K, kBf16Depth) : 1;
   const int64_t depth_step = ceil_div(ceil_div(p.K, depth_blocks), 32) * 32;
-  const int64_t panel_size = tiles.panel_bytes(depth_step), strip_size = tiles.strip_bytes(depth_step);
-  const int64_t panels = ceil_div(min(kWidth, columns.size()), tiles.columns);
-  char* const packed = reinterpret_cast<char*>(scratch.floats((panels * panel_size + strip_size) / 4));
+  const int64_t group = p.A.transposed ? 8 : 1;  // strips: of them, 48 rows are three cache lines of floats
+  const int64_t panel_size = tiles.panel_bytes(depth_step), strip_size = tiles.strip_bytes(depth_step, p.A.transposed);
+  const int64_t panels = min(ceil_div(columns.size(), tiles.columns), max(kBlock / max(panel_size, 1), 1));
+  const int64_t part_size = p.C ? 0 : 4 * tiles.rows * panels * tiles.columns;
+  char* const packed = reinterpret_cast<char*>(scratch.floats((panels * panel_size + group * strip_size + part_size) / 4));
   char* const strip = packed + panels * panel_size;
+  float* const part = reinterpret_cast<float*>(strip + group * strip_size);
   const int64_t strips = ceil_div(rows.size(), tiles.rows);
   const bool far = p.M * p.K + p.K * p.N > 1 << 18;
   const int64_t wide = panels * tiles.columns;
@@ -80,19 +99,27 @@ void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Ran
       const bool first = k == 0, last = k + depth == p.K;
       for (int64_t j = j0; j < j1; j += tiles.columns)
         tiles.pack_panel(from(p.B, k, j), min(tiles.columns, j1 - j), depth, packed + (j - j0) / tiles.columns * panel_size);
-      for (int64_t s = 0; s < strips; ++s) {
-        const Range r = share(rows.size(), s, strips);  // evenly: a last tile of one row would waste registers
-        const int64_t i = rows.begin + r.begin;
-        // every part of the rows rounds for itself, and the one with the first columns hands it out
-        const bool hand_out = p.rounded_a && j0 == 0;
-        const Bf16Operand A = hand_out ? round_rows(p, tiles, i, r.size(), k, depth) : from(p.A, i, k);
-        tiles.pack_strip(A, r.size(), depth, strip);
-        if (far && s + 1 < strips) prefetch(from(p.A, i + r.size(), k), tiles.rows, depth);
-        for (int64_t j = j0; j < j1; j += tiles.columns)
-          tiles.tile(r.size(), depth, strip, p.A.transposed, packed + (j - j0) / tiles.columns * panel_size,
-                     {p.C + i * p.ldc + j, p.ldc, min(tiles.columns, j1 - j), first && p.bias ? p.bias + j : nullptr,
-                      p.accumulate || !first});
-        if (last && done) done(context, i, i + r.size(), j0, j1);
+      for (int64_t s0 = 0; s0 < strips; s0 += group) {
+        const int64_t s1 = min(s0 + group, strips);
+        if (group > 1) pack_group(p, tiles, rows, strips, s0, s1, k, depth, strip, strip_size);
+        for (int64_t s = s0; s < s1; ++s) {
+          const Range r = strip_rows(rows, s, strips);
+          const int64_t i = r.begin;
+          if (group == 1) {
+            // every part of the rows rounds for itself, and the one with the first columns hands it out
+            const bool hand_out = p.rounded_a && j0 == 0;
+            tiles.pack_strip(hand_out ? round_rows(p, tiles, i, r.size(), k, depth) : from(p.A, i, k), r.size(), depth, strip);
+            if (far && s + 1 < strips) prefetch_rows(from(p.A, i + r.size(), k), tiles.rows, depth);
+          }
+          float* const C = p.C ? p.C + i * p.ldc + j0 : part;
+          const int64_t ldc = p.C ? p.ldc : wide;
+          for (int64_t j = j0; j < j1; j += tiles.columns)
+            tiles.tile(r.size(), depth, strip + (s - s0) * strip_size, p.A.transposed,
+                       packed + (j - j0) / tiles.columns * panel_size,
+                       {C + j - j0, ldc, min(tiles.columns, j1 - j), first && p.bias ? p.bias + j : nullptr,
+                        p.accumulate || !first});
+          if (last && done) done(context, C, ldc, i, r.end, j0, j1);
+        }
       }
       k += depth;
     } while (k < p.K);
@@ -109,7 +136,7 @@ const Bf16Tiles& bf16_tiles() {
   return own_bf16_tiles;
 }
 
-void multiply_bf16(const Bf16Product& p, PartDone done, void* context) {
+void multiply_bf16(const Bf16Product& p, Bf16Done done, void* context) {
   if (p.M <= 0 || p.N <= 0) return;
   const Bf16Tiles& tiles = bf16_tiles();
   const int64_t threads = threads_for(product_cycles(p.M, p.N, p.K, kRate), kGrain);
@@ -120,6 +147,26 @@ void multiply_bf16(const Bf16Product& p, PartDone done, void* context) {
       const Range c = share(column_tiles, part / grid.rows, grid.columns);
       multiply_part(p, tiles, share(p.M, part % grid.rows, grid.rows),
                     {c.begin * tiles.columns, min(p.N, c.end * tiles.columns)}, done, context);
+    }
+  });
+}
+
+void sum_rows_bf16(const uint16_t* x, int64_t ld, float* out, int64_t rows, int64_t N, bool accumulate) {
+  constexpr int64_t kRows = 32;      // that are added up before they join the total, to keep rounding errors low
+  constexpr int64_t kColumns = 128;  // at a time
+  parallel_for(ceil_div(N, kColumns), 4 * kGrain / (rows * kColumns / 16 + 1) + 1, [=](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kColumns; j < min(N, end * kColumns); j += kColumns) {
+      const int64_t count = min(kColumns, N - j);
+      float total[kColumns] = {}, sums[kColumns], row[kColumns];
+      for (int64_t i0 = 0; i0 < rows; i0 += kRows) {
+        for (int64_t c = 0; c < kColumns; ++c) sums[c] = 0.0f;
+        for (int64_t i = i0; i < min(i0 + kRows, rows); ++i) {
+          widen(x + i * ld + j, row, count);
+          for (int64_t c = 0; c < count; ++c) sums[c] += row[c];
+        }
+        for (int64_t c = 0; c < count; ++c) total[c] += sums[c];
+      }
+      for (int64_t c = 0; c < count; ++c) out[j + c] = accumulate ? out[j + c] + total[c] : total[c];
     }
   });
 }

@@ -8,8 +8,12 @@
 
 namespace portlm::PORTLM_ISA {
 
+// Called as PartDone is (gemm.h), with the part itself: `part` is C's element (i0, j0), whose rows lie ld floats apart. What it
+// writes there stays.
+using Bf16Done = void (*)(void* context, float* part, int64_t ld, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
+
 // C (M, N) = A (M, K) B (K, N) + bias (N, or nullptr), or C += the same if accumulate. rounded_a (M, K), unless nullptr,
-// receives A as it was used; A then is not transposed.
+// receives A as it was used; A then is floats, and not transposed.
 struct Bf16Product {
   Bf16Operand A, B;
   const float* bias;
@@ -19,9 +23,16 @@ struct Bf16Product {
   uint16_t* rounded_a = nullptr;
 };
 
+// Sums over k are added up per so many products at most. Up to that, C may be nullptr where all that is wanted of it is what
+// `done` makes of its parts, which then never leave the cache.
+constexpr int64_t kBf16Depth = 1024;
+
 // Runs on all threads, or on the calling one alone if that already is one of several at work. Same bits on any number of
-// them. `done` is called as multiply() calls it.
-void multiply_bf16(const Bf16Product& product, PartDone done = nullptr, void* context = nullptr);
+// them.
+void multiply_bf16(const Bf16Product& product, Bf16Done done = nullptr, void* context = nullptr);
+
+// out[j] = sum over the rows i of x (rows, N), ld elements apart, of x[i][j]; or += that.
+void sum_rows_bf16(const uint16_t* x, int64_t ld, float* out, int64_t rows, int64_t N, bool accumulate = false);
 
 // The best tiles that this processor has.
 const Bf16Tiles& bf16_tiles();
