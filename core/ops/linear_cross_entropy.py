@@ -99,7 +99,7 @@ def _run(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, rounds: bool
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, rounds: bool = False
 ) -> Tensor:
     return _run(x, weight, targets, ignore_index, mean, rounds, 0, 0)
 
@@ -116,7 +116,7 @@ def _forward_with_gradients(
     mean: bool,
     need_x: bool,
     need_weight: bool,
-    rounds: bool,
+    rounds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight = _gradient_like(x, need_x), _gradient_like(weight, need_weight)
     # an empty tensor has no address, so one that is not needed is 0 for the kernel
@@ -168,12 +168,12 @@ def _gradients_again(ctx: Any, dloss: Tensor, needed: tuple[bool, ...]) -> list[
 _fused = KernelOp(
     "linear_cross_entropy",
     _forward,
-    fake=lambda x, weight, targets, ignore_index, mean, rounds: x.new_empty(()),
+    fake=lambda x, weight, targets, ignore_index, mean, rounds=False: x.new_empty(()),
 )
 _fused_with_gradients = KernelOp(
     "linear_cross_entropy_with_gradients",
     _forward_with_gradients,
-    fake=lambda x, weight, targets, ignore_index, mean, need_x, need_weight, rounds: (
+    fake=lambda x, weight, targets, ignore_index, mean, need_x, need_weight, rounds=False: (
         x.new_empty(()),
         _gradient_like(x, need_x),
         _gradient_like(weight, need_weight),

@@ -59,7 +59,7 @@ __m256i pair8(const uint16_t* row, const uint16_t* next, __mmask8 columns, __mma
   return _mm256_set_m128i(_mm_unpackhi_epi16(lo, hi), _mm_unpacklo_epi16(lo, hi));
 }
 
-constexpr int64_t kTransposedStep = 2 * kSlot;
+constexpr int64_t kPanelStep = 2 * kColumns, kTransposedStep = 2 * kSlot;
 int64_t strip_bytes(int64_t K, bool transposed) { return transposed ? 4 * kSlot * pairs(K) : 4 * kRows * strip_stride(K); }
 int64_t panel_bytes(int64_t K) { return 4 * kColumns * round_up(pairs(K), 16); }
 
@@ -199,7 +199,7 @@ void round_all(const float* from, uint16_t* to, int64_t count) {
   }
 }
 
-constexpr int64_t kTransposedStep = 4 * kRows;
+constexpr int64_t kPanelStep = 4 * kColumns, kTransposedStep = 4 * kRows;
 int64_t strip_bytes(int64_t K, bool) { return 4 * kRows * K; }
 int64_t panel_bytes(int64_t K) { return 4 * kColumns * K; }
 
@@ -276,7 +276,18 @@ using Packed = float;
 }  // namespace
 
 extern const Bf16Tiles own_bf16_tiles;
-const Bf16Tiles own_bf16_tiles = {kNative,          kRows,    kColumns,  strip_bytes, panel_bytes, kTransposedStep, pack_strip<Packed>,
-                                  pack_panel<Packed>, run_tile, round_all, chains,      kTurnFlops};
+const Bf16Tiles own_bf16_tiles = {kNative,
+                                  kRows,
+                                  kColumns,
+                                  strip_bytes,
+                                  panel_bytes,
+                                  kPanelStep,
+                                  kTransposedStep,
+                                  pack_strip<Packed>,
+                                  pack_panel<Packed>,
+                                  run_tile,
+                                  round_all,
+                                  chains,
+                                  kTurnFlops};
 
 }  // namespace portlm::PORTLM_ISA

@@ -39,7 +39,8 @@ struct Bf16Tiles {
   // Bytes of a packed strip of `rows` rows of A, and of a panel of `columns` columns of B, of K products.
   int64_t (*strip_bytes)(int64_t K, bool transposed);
   int64_t (*panel_bytes)(int64_t K);
-  int64_t transposed_step;  // bytes from product to product, K even, in a strip packed from a transposed A
+  int64_t panel_step;       // bytes from product to product, K even, in a panel
+  int64_t transposed_step;  // bytes from product to product, K even, in a strip of a transposed A
   // Packs rows [0, count) of A (., K), and columns [0, count) of B (K, .); the others of the panel become zeros.
   void (*pack_strip)(const Bf16Operand& A, int64_t count, int64_t K, void* strip);
   void (*pack_panel)(const Bf16Operand& B, int64_t count, int64_t K, void* panel);

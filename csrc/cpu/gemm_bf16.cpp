@@ -23,6 +23,7 @@ extern const Bf16Tiles own_bf16_tiles;
 namespace {
 
 constexpr int64_t kBlock = 1 << 19;  // bytes of a packed block of B: half of a 1 MB L2
+constexpr int64_t kKept = 1 << 22;   // bytes of packed rows of A at a time
 constexpr int64_t kRate = 32;        // products per cycle, of a core that multiplies pairs
 constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
 
@@ -53,26 +54,43 @@ Range strip_rows(Range rows, int64_t s, int64_t strips) {
   return {rows.begin + r.begin, rows.begin + r.end};
 }
 
-// Rounds rows [i, i + count) of A (M, K), columns [k, k + depth), and returns where they are.
-Bf16Operand round_rows(const Bf16Product& p, const Bf16Tiles& tiles, int64_t i, int64_t count, int64_t k, int64_t depth) {
-  uint16_t* const to = p.rounded_a + i * p.K + k;
-  for (int64_t r = 0; r < count; ++r)
-    tiles.round(static_cast<const float*>(from(p.A, i + r, k).data), to + r * p.K, depth);
-  return rows_of(to, p.K);
-}
+// The packed rows of one part of A: `strips` of them, of products [k, k + depth).
+struct Strips {
+  char* memory;
+  int64_t size;  // bytes of a strip
+  Range rows;
+  int64_t strips;
+};
 
-// Packs strips [s0, s1) of a transposed A, some rows of memory at a time: one strip is narrower than a cache line.
-void pack_group(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, int64_t strips, int64_t s0, int64_t s1, int64_t k,
-                int64_t depth, char* strip, int64_t strip_size) {
-  constexpr int64_t kRun = 64;
-  const int64_t first = strip_rows(rows, s0, strips).begin, count = strip_rows(rows, s1 - 1, strips).end - first;
-  prefetch_rows(from(p.A, first, k), min(kRun, depth), count);
-  for (int64_t d = 0; d < depth; d += kRun) {
-    if (d + kRun < depth) prefetch_rows(from(p.A, first, k + d + kRun), min(kRun, depth - d - kRun), count);
+// Packs strips [s0, s1) into the places [at, at + s1 - s0). What `hand_out` says: A's rounded rows are wanted, too.
+void pack_strips(const Bf16Product& p, const Bf16Tiles& tiles, const Strips& a, int64_t s0, int64_t s1, int64_t at, int64_t k,
+                 int64_t depth, bool hand_out) {
+  const Range first = strip_rows(a.rows, s0, a.strips), last = strip_rows(a.rows, s1 - 1, a.strips);
+  if (!p.A.transposed) {
     for (int64_t s = s0; s < s1; ++s) {
-      const Range r = strip_rows(rows, s, strips);
+      const Range r = strip_rows(a.rows, s, a.strips);
+      Bf16Operand A = from(p.A, r.begin, k);
+      if (hand_out) {
+        uint16_t* const to = p.rounded_a + r.begin * p.K + k;
+        for (int64_t i = 0; i < r.size(); ++i)
+          tiles.round(static_cast<const float*>(from(A, i, 0).data), to + i * p.K, depth);
+        A = rows_of(to, p.K);
+      }
+      tiles.pack_strip(A, r.size(), depth, a.memory + (at + s - s0) * a.size);
+    }
+    if (last.end < a.rows.end) prefetch_rows(from(p.A, last.end, k), min(tiles.rows, a.rows.end - last.end), depth);
+    return;
+  }
+  // Some rows of memory at a time: one strip is narrower than a cache line.
+  constexpr int64_t kRun = 64;
+  const int64_t count = last.end - first.begin;
+  prefetch_rows(from(p.A, first.begin, k), min(kRun, depth), count);
+  for (int64_t d = 0; d < depth; d += kRun) {
+    if (d + kRun < depth) prefetch_rows(from(p.A, first.begin, k + d + kRun), min(kRun, depth - d - kRun), count);
+    for (int64_t s = s0; s < s1; ++s) {
+      const Range r = strip_rows(a.rows, s, a.strips);
       tiles.pack_strip(from(p.A, r.begin, k + d), r.size(), min(kRun, depth - d),
-                       strip + (s - s0) * strip_size + d * tiles.transposed_step);
+                       a.memory + (at + s - s0) * a.size + d * tiles.transposed_step);
     }
   }
 }
@@ -81,44 +99,42 @@ void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Ran
   thread_local Scratch scratch;
   const int64_t depth_blocks = p.K > kBf16Depth ? ceil_div(p.K, kBf16Depth) : 1;
   const int64_t depth_step = ceil_div(ceil_div(p.K, depth_blocks), 32) * 32;
-  const int64_t group = p.A.transposed ? 8 : 1;  // strips: of them, 48 rows are three cache lines of floats
   const int64_t panel_size = tiles.panel_bytes(depth_step), strip_size = tiles.strip_bytes(depth_step, p.A.transposed);
   const int64_t panels = min(ceil_div(columns.size(), tiles.columns), max(kBlock / max(panel_size, 1), 1));
-  const int64_t part_size = p.C ? 0 : 4 * tiles.rows * panels * tiles.columns;
-  char* const packed = reinterpret_cast<char*>(scratch.floats((panels * panel_size + group * strip_size + part_size) / 4));
-  char* const strip = packed + panels * panel_size;
-  float* const part = reinterpret_cast<float*>(strip + group * strip_size);
-  const int64_t strips = ceil_div(rows.size(), tiles.rows);
-  const bool far = p.M * p.K + p.K * p.N > 1 << 18;
   const int64_t wide = panels * tiles.columns;
-  for (int64_t j0 = columns.begin; j0 < columns.end; j0 += wide) {
-    const int64_t j1 = min(j0 + wide, columns.end);
+  // Where B has several blocks, the rows of A that meet all of them are packed once, so many that B's packing, which
+  // is done again for each such lot, does not matter. Else a strip or a few (of which 8 are three cache lines of floats).
+  const bool keep = columns.size() > wide;
+  const int64_t group = p.A.transposed ? 8 : 1;
+  const int64_t lot = keep ? min(rows.size(), max(kKept / max(strip_size, 1), 64) * tiles.rows) : rows.size();
+  const int64_t places = keep ? ceil_div(lot, tiles.rows) : group;
+  const int64_t part_size = p.C ? 0 : 4 * tiles.rows * wide;
+  char* const packed = reinterpret_cast<char*>(scratch.floats((panels * panel_size + places * strip_size + part_size) / 4));
+  float* const part = reinterpret_cast<float*>(packed + panels * panel_size + places * strip_size);
+  for (int64_t i0 = rows.begin; i0 < rows.end; i0 += lot) {
+    const Range some{i0, min(i0 + lot, rows.end)};
+    const Strips a{packed + panels * panel_size, strip_size, some, ceil_div(some.size(), tiles.rows)};
     int64_t k = 0;
     do {
       const int64_t depth = min(depth_step, p.K - k);
       const bool first = k == 0, last = k + depth == p.K;
-      for (int64_t j = j0; j < j1; j += tiles.columns)
-        tiles.pack_panel(from(p.B, k, j), min(tiles.columns, j1 - j), depth, packed + (j - j0) / tiles.columns * panel_size);
-      for (int64_t s0 = 0; s0 < strips; s0 += group) {
-        const int64_t s1 = min(s0 + group, strips);
-        if (group > 1) pack_group(p, tiles, rows, strips, s0, s1, k, depth, strip, strip_size);
-        for (int64_t s = s0; s < s1; ++s) {
-          const Range r = strip_rows(rows, s, strips);
-          const int64_t i = r.begin;
-          if (group == 1) {
-            // every part of the rows rounds for itself, and the one with the first columns hands it out
-            const bool hand_out = p.rounded_a && j0 == 0;
-            tiles.pack_strip(hand_out ? round_rows(p, tiles, i, r.size(), k, depth) : from(p.A, i, k), r.size(), depth, strip);
-            if (far && s + 1 < strips) prefetch_rows(from(p.A, i + r.size(), k), tiles.rows, depth);
-          }
-          float* const C = p.C ? p.C + i * p.ldc + j0 : part;
+      for (int64_t j0 = columns.begin; j0 < columns.end; j0 += wide) {
+        const int64_t j1 = min(j0 + wide, columns.end);
+        for (int64_t j = j0; j < j1; j += tiles.columns)
+          tiles.pack_panel(from(p.B, k, j), min(tiles.columns, j1 - j), depth, packed + (j - j0) / tiles.columns * panel_size);
+        for (int64_t s = 0; s < a.strips; ++s) {
+          // every part of the rows rounds for itself, and the one with the first columns hands it out
+          if (s % group == 0 && (!keep || j0 == columns.begin))
+            pack_strips(p, tiles, a, s, min(s + group, a.strips), keep ? s : 0, k, depth, p.rounded_a && columns.begin == 0);
+          const Range r = strip_rows(some, s, a.strips);
+          const char* const strip = a.memory + (keep ? s : s % group) * strip_size;
+          float* const C = p.C ? p.C + r.begin * p.ldc + j0 : part;
           const int64_t ldc = p.C ? p.ldc : wide;
           for (int64_t j = j0; j < j1; j += tiles.columns)
-            tiles.tile(r.size(), depth, strip + (s - s0) * strip_size, p.A.transposed,
-                       packed + (j - j0) / tiles.columns * panel_size,
+            tiles.tile(r.size(), depth, strip, p.A.transposed, packed + (j - j0) / tiles.columns * panel_size,
                        {C + j - j0, ldc, min(tiles.columns, j1 - j), first && p.bias ? p.bias + j : nullptr,
                         p.accumulate || !first});
-          if (last && done) done(context, C, ldc, i, r.end, j0, j1);
+          if (last && done) done(context, C, ldc, r.begin, r.end, j0, j1);
         }
       }
       k += depth;

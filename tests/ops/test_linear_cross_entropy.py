@@ -108,7 +108,7 @@ def test_only_the_wanted_gradient_is_computed(wanted):
     leaf = (x, weight)[wanted].requires_grad_()
     loss = linear_cross_entropy(x, weight, targets)
     assert torch.equal(torch.autograd.grad(loss, leaf)[0], both[wanted])
-    parts = _fused_with_gradients(x, weight, targets, -100, True, wanted == 0, wanted == 1, False)
+    parts = _fused_with_gradients(x, weight, targets, -100, True, wanted == 0, wanted == 1)
     assert parts[2 - wanted].numel() == 0
 
 
@@ -152,12 +152,10 @@ def test_linear_cross_entropy_does_not_depend_on_the_number_of_threads(shape, sa
 
 def test_linear_cross_entropy_passes_opcheck():
     x, weight, targets = _inputs(9, 8, 20)
-    torch.library.opcheck(_fused.op, (x, weight, targets, -100, True, False))
+    torch.library.opcheck(_fused.op, (x, weight, targets, -100, True))
     leaves = (x.requires_grad_(), weight.requires_grad_())
-    torch.library.opcheck(_fused_with_gradients.op, (*leaves, targets, -100, True, True, True, True))
-    torch.library.opcheck(
-        _fused_with_gradients.op, (x, weight.detach(), targets, -100, False, True, False, False)
-    )
+    torch.library.opcheck(_fused_with_gradients.op, (*leaves, targets, -100, True, True, True))
+    torch.library.opcheck(_fused_with_gradients.op, (x, weight.detach(), targets, -100, False, True, False))
 
 
 def test_linear_cross_entropy_compiles_without_a_graph_break():

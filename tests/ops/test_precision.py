@@ -1,7 +1,7 @@
 """Ops inside products_in("bf16"): what their kernels compute, what backward keeps, and that nothing else changes.
 
 The oracle is float64 with the same operands rounded. Where a number is rounded that was computed, float32 and float64
-may have it on different sides of the middle between two neighbours: then one term of a sum differs by a step of bfloat16.
+may have it on different sides of the middle between two neighbours: one term of a sum then differs by a bfloat16 step.
 `CLOSE` bounds that, as a share of the largest value.
 """
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from portlm.agreement import within
+from portlm.ops.attention import attention, attention_qkv, attention_reference
 from portlm.ops.gelu_mlp import gelu_mlp, gelu_mlp_reference
 from portlm.ops.gelu_mlp_bf16 import _fused as fused_mlp
 from portlm.ops.gelu_mlp_bf16 import _fused_gradients as fused_mlp_gradients
@@ -23,6 +24,7 @@ from portlm.ops.precision import products_in, rounded_linear_reference, rounds_p
 from portlm.ops.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_reference
 
 LINEAR = ("linear_bf16_fwd", "linear_bf16_bwd")
+ATTENTION = ("attention_bf16_fwd", "attention_bf16_bwd")
 MLP = ("gelu_mlp_bf16_fwd", "gelu_mlp_bf16_bwd")
 # One step of bfloat16 is 2^-8 of a number; a sum of a few dozen products of like size moves by a twentieth of that.
 CLOSE = 2.0**-12
@@ -64,7 +66,7 @@ def test_linear_rounds_the_operands_of_every_product(shape, N, biased):
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("sizes", [(5, 8, 32, 8), (70, 33, 130, 20), (1400, 24, 1601, 9)], ids=str)
 def test_gelu_mlp_is_its_definition_with_rounded_products(sizes, approximate):
-    """GELU's argument u is kept rounded for backward: its slope moves by |u| 2^-9, |u| up to 4; 5 rows average little."""
+    """GELU's argument u is kept rounded for backward: its slope moves by |u| 2^-9, |u| up to 4; 5 rows average few."""
     rows, C, F_, N = sizes
     inputs = [
         torch.randn(rows, C),
@@ -85,6 +87,31 @@ def test_gelu_mlp_is_its_definition_with_rounded_products(sizes, approximate):
     reference = gradients(oracle, inputs, upstream, torch.float64)
     assert_close(mine[:1], reference[:1])
     assert_close(mine[1:], reference[1:], 2.0**-7)
+
+
+@pytest.mark.runs_kernel(*ATTENTION)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 8), (2, 33, 4, 2, 20), (1, 200, 2, 1, 64), (1, 131, 1, 1, 70)], ids=str
+)
+def test_attention_is_its_definition_with_rounded_products(sizes, causal):
+    """Weights are rounded before the softmax divides them by their sum, and after it in the oracle: 2^-8 each."""
+    B, T, H, K, D = sizes
+    q, k, v = torch.randn(B, T, H, D), torch.randn(B, T, K, D), torch.randn(B, T, K, D)
+    upstream = torch.randn(B, T, H, D)
+    qkv = torch.cat([t.flatten(2) for t in (q, k, v)], dim=2)
+
+    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_reference(q, k, v, causal)
+
+    mine = gradients(apart, [q, k, v], upstream, torch.float32)
+    assert_close(mine, gradients(oracle, [q, k, v], upstream, torch.float64), 2.0**-7)
+    joined = gradients(lambda x: attention_qkv(x, H, K, causal), [qkv], upstream, torch.float32)
+    assert torch.equal(joined[0], mine[0])
+    assert torch.equal(joined[1], torch.cat([t.flatten(2) for t in mine[1:]], dim=2))
 
 
 @pytest.mark.runs_kernel("linear_cross_entropy_bf16")
@@ -142,17 +169,20 @@ def test_relu_squared_mlp_rounds_both_its_products():
     assert not torch.equal(mine[0], relu_squared_mlp_reference(*inputs))
 
 
-@pytest.mark.runs_kernel(*LINEAR, *MLP, "linear_cross_entropy_bf16")
+@pytest.mark.runs_kernel(*LINEAR, *ATTENTION, *MLP, "linear_cross_entropy_bf16")
 def test_results_and_gradients_do_not_depend_on_the_number_of_threads(same_on_all_thread_counts):
     x, weight, bias = torch.randn(500, 96), torch.randn(130, 96), torch.randn(130)
     w1, b1, w2, b2 = torch.randn(200, 96), torch.randn(200), torch.randn(96, 200), torch.randn(96)
     head, targets = torch.randn(700, 96), torch.randint(700, (500,))
+
+    qkv = torch.randn(1, 300, 12 * 10)
 
     def everything() -> list[Tensor]:
         upstream = torch.ones(500, 130), torch.ones(500, 96)
         return [
             *gradients(linear, [x, weight, bias], upstream[0], torch.float32),
             *gradients(gelu_mlp, [x, w1, b1, w2, b2], upstream[1], torch.float32),
+            *gradients(lambda x: attention_qkv(x, 6, 3), [qkv], torch.ones(1, 300, 6, 10), torch.float32),
             *gradients(lambda x, h: linear_cross_entropy(x, h, targets), [x, head], None, torch.float32),
         ]
 
