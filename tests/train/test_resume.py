@@ -19,13 +19,15 @@ from portlm.train.metrics import read_metrics  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("dropout", "accumulate", "precision"),
+    [(0.0, 1, "fp32"), (0.0, 2, "fp32"), (0.2, 1, "fp32"), (0.2, 2, "fp32"), (0.2, 2, "bf16")],
+)
 def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
-    text, tmp_path, monkeypatch, dropout, accumulate
+    text, tmp_path, monkeypatch, dropout, accumulate, precision
 ):
     """Weights, moments, random state and every line of metrics but the clock's."""
-    config = tiny(text, model__dropout=dropout, data__accumulate=accumulate)
+    config = tiny(text, model__dropout=dropout, data__accumulate=accumulate, precision=precision)
     straight = pretrain(config, tmp_path / "straight", quiet=True)
     broken = tmp_path / "broken"
     for step in sorted(random.Random(f"{dropout} {accumulate}").sample(range(1, 12), 3)):
@@ -46,10 +48,12 @@ def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
     )
 
 
-def test_two_threads_resume_bit_for_bit_as_well(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_threads_resume_bit_for_bit_as_well(text, tmp_path, monkeypatch, precision):
     """Large enough that every kernel divides its work."""
     config = tiny(
         text,
+        precision=precision,
         threads=2,
         steps=6,
         model__width=64,
