@@ -1,7 +1,7 @@
 """The fused graphs of an artifact as one packed file: steps for the runner, and weights as its kernels read them.
 
-Matrices of linear maps are stored (out, in), whatever the graph has; a part of a Split is read where it lies by the
-steps that can, and copied out for the others; a Reshape is another view of the same elements.
+Matrices of linear maps are stored in panels of (out, in), whatever the graph has; a part of a Split is read where it
+lies by the steps that can, and copied out for the others; a Reshape is another view of the same elements.
 """
 
 import functools
@@ -41,17 +41,17 @@ from portlm.roles import StateSpec, TensorSpec
 
 FILE, PROFILE = "packed.portlm", "fused"
 
-# Nodes that are one step with the same inputs: step, places of matrices that the graph keeps as (in, out).
+# Nodes that are one step with the same inputs.
 PLAIN = {
-    "Embedding": ("embedding", ()),
-    "LayerNorm": ("layer_norm", ()),
-    "AddLayerNorm": ("add_layer_norm", ()),
-    "RmsNorm": ("rms_norm", ()),
-    "AddRmsNorm": ("add_rms_norm", ()),
-    "GeluMlp": ("gelu_mlp", (1, 3)),
-    "ReluSquaredMlp": ("relu_squared_mlp", (1, 3)),
-    "SwiGlu": ("swiglu", ()),
+    "Embedding": "embedding",
+    "LayerNorm": "layer_norm",
+    "AddLayerNorm": "add_layer_norm",
+    "RmsNorm": "rms_norm",
+    "AddRmsNorm": "add_rms_norm",
+    "SwiGlu": "swiglu",
 }
+NO_ACTIVATION, RELU_SQUARED = 0, 3
+GELU = {b"none": 1, b"tanh": 2}
 
 Shape = tuple[int | str, ...]
 
@@ -95,18 +95,18 @@ class Weights:
     def __init__(self, root: Path):
         self.tensors: list[Tensor] = []
         self._root = root
-        self._places: dict[tuple[str, int, bool], int] = {}
+        self._places: dict[tuple[str, int, bool, bool], int] = {}
 
-    def place(self, tensor: TensorProto, folder: str, turned: bool) -> int:
-        """Return the place of a weight of a graph; (in, out) becomes (out, in) if it is to be turned."""
+    def place(self, tensor: TensorProto, folder: str, panels: bool, turned: bool) -> int:
+        """Return the place of a weight of a graph, in panels or not; (in, out) becomes (out, in) if it is turned."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
         file, offset, dims = f"{folder}/{entries['location']}", int(entries["offset"]), tuple(tensor.dims)
-        key = (file, offset, turned)
+        key = (file, offset, panels, turned)
         if key not in self._places:
             self._places[key] = len(self.tensors)
             shape = dims[::-1] if turned else dims
             read = functools.partial(_read, safe_join(self._root, file), offset, dims, turned)
-            self.tensors.append(Tensor(tensor.name, shape, read))
+            self.tensors.append(Tensor(tensor.name, shape, read, panels))
         return self._places[key]
 
 
@@ -162,11 +162,19 @@ class _Lowering:
         self.constants = {
             t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name not in self.external
         }
+        # tables that are heads, too, of which there is one copy
+        self.heads = {
+            node.input[1]
+            for node in graph.node
+            if node.op_type == "Linear" and any(a.name == "transposed" and a.i for a in node.attribute)
+        }
         self.present = {state.output: state.name for state in self.role.state}
-        self._placed: dict[tuple[str, bool], _Known] = {}
+        self._placed: dict[tuple[str, bool, bool], _Known] = {}
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], None]] = {
             **{(DOMAIN, op_type): self._plain for op_type in PLAIN},
             (DOMAIN, "Linear"): self._linear,
+            (DOMAIN, "GeluMlp"): self._mlp,
+            (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "Rotary"): self._rotary,
             (DOMAIN, "CachedAttention"): self._attention,
             ("", "Add"): self._add,
@@ -209,15 +217,17 @@ class _Lowering:
         """A value of the graph as it is known, a weight as the graph has it."""
         if name in self.constants:
             raise _NoFormError(f"it reads the constant {name!r}")
-        return self._weight(name) if name in self.external else self.known[name]
+        return self._weight(name, name in self.heads) if name in self.external else self.known[name]
 
-    def _weight(self, name: str, turned: bool = False) -> _Known:
+    def _weight(self, name: str, panels: bool = False, turned: bool = False) -> _Known:
         tensor = self.external.get(name)
         if tensor is None:
             raise _NoFormError(f"{name!r} is no weight")
-        key = (name, turned)
+        if panels and len(tensor.dims) != 2:
+            raise _NoFormError(f"{name!r} is no matrix")
+        key = (name, panels, turned)
         if key not in self._placed:
-            place = self.weights.place(tensor, self.folder, turned)
+            place = self.weights.place(tensor, self.folder, panels, turned)
             shape = self.weights.tensors[place].shape
             self._placed[key] = _Known(len(self.values), shape, "float32")
             self.values.append(Value(name, WEIGHT, tensor=place))
@@ -260,27 +270,37 @@ class _Lowering:
     # --- nodes ----------------------------------------------------------------------------------------
 
     def _plain(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        """A node with the same inputs as its step; of its attributes, floats are reals and choices ints."""
-        operation, matrices = PLAIN[node.op_type]
+        """A node with the same inputs as its step; its attributes are all floats."""
         spec = nodes()[node.op_type]
-        inputs = [
-            self._weight(name, turned=True) if i in matrices else self._whole(name)
-            for i, name in enumerate(node.input)
-        ]
-        graph_shapes = [known.shape[::-1] if i in matrices else known.shape for i, known in enumerate(inputs)]
-        reals = [float(attributes[a.name]) for a in spec.attributes if a.kind is float]
-        ints = [a.choices.index(attributes[a.name].decode()) for a in spec.attributes if a.kind is str]
-        shapes = spec.shapes(graph_shapes, attributes)
-        places = [known.place for known in inputs]
-        self._step(node.name, operation, places, list(zip(node.output, shapes, strict=True)), ints, reals)
+        inputs = [self._whole(name) for name in node.input]
+        reals = [float(attributes[a.name]) for a in spec.attributes]
+        shapes = spec.shapes([known.shape for known in inputs], attributes)
+        outputs = list(zip(node.output, shapes, strict=True))
+        self._step(node.name, PLAIN[node.op_type], [known.place for known in inputs], outputs, reals=reals)
 
     def _linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        x = self._whole(node.input[0])
-        weight = self._weight(node.input[1], turned=not attributes.get("transposed", 0))
-        has_bias = len(node.input) > 2 and bool(node.input[2])
-        bias = self._weight(node.input[2]).place if has_bias else NONE
-        shape = (*x.shape[:-1], weight.shape[0])
-        self._step(node.name, "linear", [x.place, weight.place, bias], [(node.output[0], shape)])
+        bias = node.input[2] if len(node.input) > 2 else ""
+        turned = not attributes.get("transposed", 0)
+        self._map(
+            node.name, self._whole(node.input[0]), node.input[1], bias, node.output[0], NO_ACTIVATION, turned
+        )
+
+    def _mlp(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        """Two linear maps, the first with an activation."""
+        x, w1, b1, w2, b2 = node.input
+        activation = GELU[attributes["approximate"]] if node.op_type == "GeluMlp" else RELU_SQUARED
+        inner = f"{node.name}.hidden"
+        hidden = self._map(inner, self._whole(x), w1, b1, inner, activation, turned=True)
+        self._map(node.name, hidden, w2, b2, node.output[0], NO_ACTIVATION, turned=True)
+
+    def _map(
+        self, name: str, x: _Known, weight: str, bias: str, output: str, activation: int, turned: bool
+    ) -> _Known:
+        matrix = self._weight(weight, panels=True, turned=turned)
+        inputs = [x.place, matrix.place, self._weight(bias).place if bias else NONE]
+        shape = (*x.shape[:-1], matrix.shape[0])
+        (made,) = self._step(name, "linear", inputs, [(output, shape)], ints=(activation,))
+        return made
 
     def _rotary(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         place, first = self._columns(node.input[0])

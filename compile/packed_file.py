@@ -14,16 +14,15 @@ from portlm.files import atomic_file, check_space
 from portlm.roles import StateSpec, TensorSpec
 
 MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 1
-ALIGNMENT, HEADER = 64, 256
+ALIGNMENT, HEADER, PANEL = 64, 256, 64
 NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
 SUM = "past + sequence"
-DTYPES = {"float32": 1, "int64": 2}
+DTYPES, PANELS = {"float32": 1, "int64": 2}, 6
 INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
-    "add_layer_norm": 9, "rms_norm": 10, "add_rms_norm": 11, "gelu_mlp": 12, "relu_squared_mlp": 13, "swiglu": 14,
-    "rotary": 15, "attention": 16,
+    "add_layer_norm": 9, "rms_norm": 10, "add_rms_norm": 11, "swiglu": 12, "rotary": 13, "attention": 14,
 }  # fmt: skip
 
 Shape = Sequence[int | str]
@@ -37,11 +36,26 @@ class Tensor:
         name: of the parameter or buffer.
         shape: sizes.
         read: returns it as an array of float32; called once, when it is written.
+        panels: a matrix that is written in panels of 64 rows.
     """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    panels: bool = False
+
+    @property
+    def floats(self) -> int:
+        """How many it takes in the file."""
+        return math.prod((_aligned(self.shape[0]), self.shape[1]) if self.panels else self.shape)
+
+
+def in_panels(matrix: np.ndarray) -> np.ndarray:
+    """A matrix (N, K) as panels (ceil(N / 64), K, 64), rows beyond N zero."""
+    N, K = matrix.shape
+    padded = np.zeros((_aligned(N), K), np.float32)
+    padded[:N] = matrix
+    return padded.reshape(len(padded) // PANEL, PANEL, K).transpose(0, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,8 @@ def write_packed(
     with atomic_file(path, end) as file:
         file.write(head)
         for tensor, begin in zip(tensors, begins, strict=True):
-            data = np.ascontiguousarray(tensor.read(), "<f4").reshape(tensor.shape)
+            array = tensor.read().reshape(tensor.shape)
+            data = np.ascontiguousarray(in_panels(array) if tensor.panels else array, "<f4")
             for part in (bytes(begin - position), data.reshape(-1).view(np.uint8).data):
                 file.write(part)
                 digest.update(part)
@@ -164,7 +179,7 @@ class _Tables:
         end, begins = begin + size, []
         for tensor in tensors:
             begins.append(_aligned(end))
-            end = begins[-1] + 4 * math.prod(tensor.shape)
+            end = begins[-1] + 4 * tensor.floats
         return begins, end
 
     def to_bytes(self, end: int, begins: Sequence[int], vocabulary: int, context: int) -> bytes:
@@ -174,7 +189,7 @@ class _Tables:
             shape = tensor.shape
             records += self._name(tensor.name) + struct.pack(
                 "<4B3I2Q",
-                DTYPES["float32"],
+                PANELS if tensor.panels else DTYPES["float32"],
                 len(shape),
                 0,
                 0,
@@ -182,7 +197,7 @@ class _Tables:
                 self._shape(shape),
                 0,
                 begin,
-                4 * math.prod(shape),
+                4 * tensor.floats,
             )
         places = self._places()
         header = struct.pack("<8sIIQ3I28x", MAGIC, ORDER, VERSION, end, 0, vocabulary, context)

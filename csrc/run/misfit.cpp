@@ -45,8 +45,8 @@ class Call {
   }
 
   // The sizes of a matrix or vector that does not change from call to call.
-  void fixed(size_t i, std::initializer_list<int64_t*> sizes) const {
-    const Shape& found = shape(i);
+  void fixed(size_t i, std::initializer_list<int64_t*> sizes, Dtype dtype = Dtype::float32) const {
+    const Shape& found = shape(i, dtype);
     bool fits = found.size() == sizes.size();
     for (size_t k = 0; fits && k < found.size(); ++k) {
       int64_t& wanted = *sizes.begin()[k];
@@ -92,7 +92,7 @@ class Call {
 void embedding(const Call& call) {
   call.counts(2, 1);
   int64_t V = 0, C = 0;
-  call.fixed(1, {&V, &C});
+  call.fixed(1, {&V, &C}, call.value(1).dtype == Dtype::panels ? Dtype::panels : Dtype::float32);
   Shape wanted = call.shape(0, Dtype::int64);
   wanted.push_back({C, 0});
   call.output(0, wanted);
@@ -159,10 +159,11 @@ void rows(const Call& call) {
 }
 
 void linear(const Call& call) {
-  call.counts(3, 1);
+  call.counts(3, 1, 1);
+  call.number(0, 0, 3);
   const Shape& x = call.rowwise(0);
   int64_t N = 0, K = x.back().size;
-  call.fixed(1, {&N, &K});
+  call.fixed(1, {&N, &K}, Dtype::panels);
   if (call.has(2)) call.fixed(2, {&N});
   call.output_columns(0, x, N);
 }
@@ -178,18 +179,6 @@ void norm(const Call& call, bool has_bias, bool has_residual) {
   if (!has_residual) return;
   need(call.shape(1) == x, "adds two shapes");
   call.output(1, x);
-}
-
-void mlp(const Call& call, bool is_gelu) {
-  call.counts(5, 1, is_gelu ? 1 : 0);
-  if (is_gelu) call.number(0, 0, 1);
-  const Shape& x = call.rowwise(0);
-  int64_t C = x.back().size, F = 0, N = 0;
-  call.fixed(1, {&F, &C});
-  call.fixed(2, {&F});
-  call.fixed(3, {&N, &F});
-  call.fixed(4, {&N});
-  call.output_columns(0, x, N);
 }
 
 void rotary(const Call& call) {
@@ -234,8 +223,6 @@ void check(const Role& role, const Step& step) {
     case Opcode::add_layer_norm: return norm(call, true, true);
     case Opcode::rms_norm: return norm(call, false, false);
     case Opcode::add_rms_norm: return norm(call, false, true);
-    case Opcode::gelu_mlp: return mlp(call, true);
-    case Opcode::relu_squared_mlp: return mlp(call, false);
     case Opcode::swiglu:
       call.counts(2, 1);
       need(call.shape(0) == call.shape(1), "multiplies two shapes");

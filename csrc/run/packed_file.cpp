@@ -218,12 +218,14 @@ class Reader {
   Section tables_[kTables] = {};
 };
 
+// Only a tensor can be in panels.
 Dtype dtype_of(uint8_t code, const char* what, uint64_t index) {
   if (code >= 3 && code <= 5)
     refuse(std::string(what) + " " + std::to_string(index) + " is of type " + std::to_string(code) +
            ", which this portlm cannot read");
-  need(code == 1 || code == 2, what, index);
-  return static_cast<Dtype>(code);
+  const auto dtype = static_cast<Dtype>(code);
+  need(dtype == Dtype::float32 || dtype == Dtype::int64 || (dtype == Dtype::panels && what[0] == 't'), what, index);
+  return dtype;
 }
 
 Tensor read_tensor(Reader& reader, uint64_t index) {
@@ -231,10 +233,12 @@ Tensor read_tensor(Reader& reader, uint64_t index) {
   const Dtype dtype = dtype_of(record.dtype, "tensor", index);
   need(record.bits == 0 && record.has_zeros == 0 && record.group == 0 && record.zero == 0, "tensor", index);
   Shape shape = reader.shape(record.dims, record.rank);
-  uint64_t bytes = dtype == Dtype::float32 ? 4 : 8;
-  for (const Dim& dim : shape) {
-    need(dim.symbols == 0, "tensor", index);
-    bytes *= static_cast<uint64_t>(dim.size);  // at most 2^44 * 2^31
+  need(dtype != Dtype::panels || shape.size() == 2, "tensor", index);
+  uint64_t bytes = dtype == Dtype::int64 ? 8 : 4;
+  for (size_t axis = 0; axis < shape.size(); ++axis) {
+    need(shape[axis].symbols == 0, "tensor", index);
+    const auto size = static_cast<uint64_t>(shape[axis].size);
+    bytes *= dtype == Dtype::panels && axis == 0 ? aligned(size) : size;  // at most 2^44 * 2^31; panels have 64 rows
     need(bytes <= kMaxBytes, "tensor", index);
   }
   need(record.bytes == bytes, "tensor", index);

@@ -17,8 +17,9 @@ constexpr uint32_t kVersion = 1;
 
 enum Symbol : uint32_t { kBatch = 1, kSequence = 2, kPast = 4, kKept = 8 };
 
-// As in the file; float16 and packed matrices are reserved in it and not among these.
-enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2 };
+// As in the file; float16 and quantized matrices are reserved in it and not among these. panels is float32, too, a matrix
+// (N, K) as panel_linear reads it.
+enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2, panels = 6 };
 
 enum class Kind : uint8_t { input = 1, state = 2, weight = 3, computed = 4 };
 
@@ -34,8 +35,6 @@ enum class Opcode : uint32_t {
   add_layer_norm,
   rms_norm,
   add_rms_norm,
-  gelu_mlp,
-  relu_squared_mlp,
   swiglu,
   rotary,
   attention,

@@ -200,9 +200,12 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
   const auto rows = [this](uint32_t value) { return count(value) / last(value); };
   switch (step.opcode) {
     case Opcode::embedding: {
-      const Shape& table = role_.values[in[1]].shape;
-      const int64_t wrong = k.embedding_fwd(integers(in[0]), floats(in[1]), floats(out[0]), count(in[0]), table[0].size, table[1].size);
-      if (wrong >= 0) return bad_index(role_.values[in[0]].name, integers(in[0])[wrong], table[0].size);
+      const Value& table = role_.values[in[1]];
+      const int64_t V = table.shape[0].size, C = table.shape[1].size;
+      const int64_t wrong = table.dtype == Dtype::panels
+                                ? k.panel_rows(integers(in[0]), floats(in[1]), floats(out[0]), count(in[0]), V, C)
+                                : k.embedding_fwd(integers(in[0]), floats(in[1]), floats(out[0]), count(in[0]), V, C);
+      if (wrong >= 0) return bad_index(role_.values[in[0]].name, integers(in[0])[wrong], V);
       break;
     }
     case Opcode::add: {
@@ -230,11 +233,10 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
         copy_columns(floats(in[0]) + at * C, extents.sequence * C, floats(out[0]) + j * C, extents.kept * C, C, extents.batch);
       }
       break;
-    case Opcode::linear: {
-      const int64_t N = width(out[0]), K = width(in[0]);
-      k.gemm(floats(in[0]), floats(in[1]), maybe(in[2]), floats(out[0]), rows(in[0]), N, K, K, K, N, 0, 1, 0);
+    case Opcode::linear:
+      k.panel_linear(floats(in[0]), floats(in[1]), maybe(in[2]), floats(out[0]), rows(in[0]), width(out[0]), width(in[0]),
+                     static_cast<int>(step.ints[0]));
       break;
-    }
     case Opcode::layer_norm:
       k.layer_norm_fwd(floats(in[0]), nullptr, floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), nullptr, nullptr,
                        nullptr, rows(in[0]), width(in[0]));
@@ -250,14 +252,6 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
     case Opcode::add_rms_norm:
       k.rms_norm_fwd(floats(in[0]), floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), floats(out[1]), nullptr,
                      rows(in[0]), width(in[0]));
-      break;
-    case Opcode::gelu_mlp:
-      k.gelu_mlp_fwd(floats(in[0]), floats(in[1]), floats(in[2]), floats(in[3]), floats(in[4]), nullptr, floats(out[0]),
-                     rows(in[0]), width(in[0]), last(in[2]), width(out[0]), static_cast<int>(step.ints[0]));
-      break;
-    case Opcode::relu_squared_mlp:
-      k.relu_squared_mlp_fwd(floats(in[0]), floats(in[1]), floats(in[2]), floats(in[3]), floats(in[4]), floats(out[0]), nullptr, 1,
-                             rows(in[0]), width(in[0]), last(in[2]), width(out[0]));
       break;
     case Opcode::swiglu: k.swiglu_fwd(floats(in[0]), floats(in[1]), floats(out[0]), count(out[0])); break;
     case Opcode::rotary: return rotate(step, extents);

@@ -58,23 +58,25 @@ def test_a_file_describes_its_roles_as_the_manifest_does(family, compiled):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_is_there_once(family, compiled, checkpoints):
+def test_every_weight_is_there_once_and_can_be_read_by_the_document_alone(family, compiled, checkpoints):
     """A tied table, too. The rotation's tables come on top, which no checkpoint holds."""
     raw = (compiled[family] / FILE).read_bytes()
-    (offset, count) = places(raw)[2]
-    sizes = [struct.unpack_from("<Q", raw, offset + 40 * i + 32)[0] for i in range(count)]
-    stored = sum(array.nbytes for array in load_numpy(checkpoints[family] / "model.safetensors").values())
-    assert sum(sizes) == stored + _rotation(raw)
-
-
-def _rotation(raw):
-    (names, _), _, (offset, count), *_ = places(raw)
-    total = 0
+    names, dims, (table, count) = (place for place in places(raw)[:3])
+    found = []
     for i in range(count):
-        at, length = struct.unpack_from("<II", raw, offset + 40 * i)
-        if b"rotary_" in raw[names + at : names + at + length]:
-            total += struct.unpack_from("<Q", raw, offset + 40 * i + 32)[0]
-    return total
+        at, length, dtype, rank, _, _, _, first, _, offset, size = struct.unpack_from(
+            "<2I4B3I2Q", raw, table + 40 * i
+        )
+        name = raw[names[0] + at : names[0] + at + length].decode()
+        shape = [struct.unpack_from("<q", raw, dims[0] + 16 * d)[0] for d in range(first, first + rank)]
+        array = np.frombuffer(raw, "<f4", size // 4, offset)
+        if dtype == 6:
+            panels = array.reshape(-1, shape[1], 64)
+            array = panels.transpose(0, 2, 1).reshape(-1, shape[1])[: shape[0]]
+        if "rotary_" not in name:
+            found.append(np.sort(array.ravel()).tobytes())
+    stored = load_numpy(checkpoints[family] / "model.safetensors").values()
+    assert sorted(found) == sorted(np.sort(array.ravel()).tobytes() for array in stored)
 
 
 def test_the_same_artifact_gives_the_same_bytes(artifacts, tmp_path):
@@ -279,6 +281,10 @@ WRONG = {
     "an input as output": lambda p: changed(p, "rms_norm", outputs=lambda s: (0,)),
     "a weight as output": lambda p: changed(p, "rms_norm", outputs=lambda s: (value(p, 3),)),
     "no epsilon": lambda p: changed(p, "rms_norm", reals=lambda s: ()),
+    "an activation that there is not": lambda p: changed(p, "linear", ints=lambda s: (4,)),
+    "a matrix that is not in panels": lambda p: changed(
+        p, "linear", inputs=lambda s: (s.inputs[0], p.steps[1].inputs[1], NONE)
+    ),
     "too few inputs": lambda p: changed(p, "linear", inputs=lambda s: s.inputs[:1]),
     "a matrix of another size": lambda p: changed(
         p, "linear", inputs=lambda s: (s.inputs[0], p.steps[0].inputs[1], NONE)

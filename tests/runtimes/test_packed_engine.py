@@ -1,6 +1,7 @@
 """The packed engine beside the others: the same tokens whether it writes one at a time or many."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,19 @@ pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 import torch
 
 from portlm.artifact import read_manifest, refresh_files, write_manifest
+from portlm.compile.build import build
+from portlm.compile.export import export, export_module
 from portlm.engine import Advance, OpenRequest, RowChoice
 from portlm.errors import FormatError, PortlmError, UsageError
 from portlm.flows.load import load
 from portlm.flows.targets import Target
 from portlm.flows.verify import verify_artifact
-from portlm.models import FAMILIES, load_model
+from portlm.models import FAMILIES, load_model, save_model
+from portlm.models.layers import Embedding, Linear
+from portlm.models.roles import Role
+from portlm.ops.linear import linear
+from portlm.ops.relu_squared_mlp import relu_squared_mlp
+from portlm.roles import TensorSpec
 from portlm.rows import Rows
 from portlm.runtimes.null import NullEngine
 from portlm.runtimes.packed import FILE, PackedEngine
@@ -65,7 +73,7 @@ def calls(monkeypatch):
     return made
 
 
-@pytest.mark.runs_kernel("gemm", "cached_attention", "select_tokens", "embedding_fwd")
+@pytest.mark.runs_kernel("panel_linear", "cached_attention", "select_tokens")
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_tokens_are_the_same_written_one_by_one_or_many_at_once(
@@ -170,10 +178,6 @@ def test_logits_that_are_no_numbers_are_the_same_error_after_the_same_text(
     temperature, checkpoints, tmp_path, one_at_a_time
 ):
     """What follows position 7 has no norm."""
-    from portlm.compile.build import build
-    from portlm.compile.export import export
-    from portlm.models import save_model
-
     model = load_model(checkpoints["gpt2"])
     with torch.no_grad():
         model.wpe.weight[7] = 3e38  # finite, and its norm is not
@@ -203,7 +207,7 @@ def test_the_certificate_holds_against_eager_pytorch(family, compiled, tmp_path)
     assert result.row.greedy_match == result.row.greedy_total
 
 
-@pytest.mark.runs_kernel("gemm", "cached_attention")
+@pytest.mark.runs_kernel("panel_linear", "cached_attention")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_as_near_to_float64_as_eager_pytorchs(family, compiled, checkpoints):
     ids = np.random.default_rng(5).integers(0, V, (3, 24))
@@ -215,6 +219,49 @@ def test_logits_are_as_near_to_float64_as_eager_pytorchs(family, compiled, check
         found = Rows(session.engine, 3).read(ids, every=True)
     ours, theirs = (np.abs(logits - exact).max() for logits in (found, single))
     assert ours <= 2 * theirs
+
+
+class Squared(torch.nn.Module):
+    """No layer of a family: squared ReLU, tokens in two halves that change places, and no state."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=61, context_length=32)
+        self.wte, self.up, self.down = Embedding(61, 24), Linear(24, 70, bias=True), Linear(70, 24, bias=True)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.4 * torch.randn(p.shape, generator=generator))
+
+    def step(self, ids, kept):
+        x = self.wte(ids)
+        y = relu_squared_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        first, last = y.chunk(2, -1)
+        x = x + torch.cat((last, first), -1)
+        return (linear(x.index_select(1, kept), self.wte.weight),)
+
+    def roles(self):
+        """One role, which answers each token for itself."""
+        inputs = (
+            TensorSpec("input_ids", "int64", ("batch", "sequence")), TensorSpec("logits_to_keep", "int64", ("kept",))
+        )  # fmt: skip
+        return {"decoder": Role(self.step, inputs, (TensorSpec("logits", "float32", ("batch", "kept", 61)),))}
+
+
+@pytest.mark.runs_kernel("panel_linear", "panel_rows")
+def test_a_module_without_a_state_runs_and_writes_token_by_token(tmp_path):
+    model = Squared()
+    folder = export_module(model, tmp_path / "model")
+    build(folder, [("packed", "cpu", "fused")])
+    ids = np.array([[3, 60, 0, 7], [1, 2, 3, 4]])
+    with torch.no_grad():
+        expected = model.step(torch.from_numpy(ids), torch.arange(4))[0].numpy()
+    with load(folder, "packed") as session:
+        found = Rows(session.engine, 2).read(ids, every=True)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, equal_nan=False)
+        assert session.generate([[3], [1, 2]], max_new_tokens=1)[0].token_ids == (
+            int(expected[0, 0].argmax()),
+        )
 
 
 def test_it_is_found_by_load_verify_and_the_lists_of_targets(compiled):
