@@ -110,7 +110,7 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"engine": "tensorrt"}, "no engine 'tensorrt': choose one of auto, torch, ort, tvm, null"),
+        ({"engine": "tensorrt"}, "no engine 'tensorrt': choose one of auto, torch, ort, tvm, packed, null"),
         ({"device": "tpu"}, "no device 'tpu': choose one of auto, cpu, cuda, vulkan"),
         ({"profile": "best"}, "no profile 'best': choose one of auto, portable, fused, native"),
         ({"engine": "null", "device": "cuda"}, "null does not run on cuda: choose cpu"),
