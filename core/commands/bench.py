@@ -93,7 +93,7 @@ def print_race(result: dict[str, Any]) -> None:
         f"{result['model']['artifact']}: prompt {turn['prompt']}, {turn['tokens']} tokens decoded",
         ("engine", "weights"),
         ("prefill\ntok/s", "x best\nrival", "decode\ntok/s", "x best\nrival", "of\nlimit", "MB per\ntoken",
-         "load\ns", "top-1"),
+         "top-1"),
         gap=1,
     )  # fmt: skip
 
@@ -107,8 +107,8 @@ def print_race(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(
             row["name"], row["precision"], *rate(row, prefill), *rate(row, decode),
-            f"{row['measures'][decode].get('of_limit', 0):.0%}", f"{row['weight_bytes'] / 1e6:,.0f}",
-            f"{row['load_s']:.2f}", f"{row['agreement']['top1']:.0%}",
+            f"{row['measures'][decode].get('of_limit', 0):.0%}", f"{row['weight_bytes'] / 1e6:,.1f}",
+            f"{row['agreement']['top1']:.0%}",
         )  # fmt: skip
     console = Console()
     console.print(table)

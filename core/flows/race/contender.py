@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class Contender(ABC):
     """
 
     cache_item: float = 4.0
-    choices: ClassVar[Sequence[Choice]] = ()
+    choices: Sequence[Choice] = ()
 
     def prepare(self, source: Source) -> None:  # noqa: B027 - most read the source as it is
         """Make the files that `load` opens and that are not there yet. Runs in a process of its own."""

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from portlm.errors import PortlmError
+from portlm.errors import PortlmError, UsageError
 from portlm.flows.race.contender import Array, Contender, Source
+from portlm.models import load_config
 
 NEEDS = {"onnxruntime_genai": "onnxruntime-genai", "onnx_ir": "onnx_ir", "transformers": "transformers"}
+FAMILIES = ("llama",)  # of portlm's, those that the builder knows
 # Blocks of 32 are the bytes of Q4_0, accuracy level 4 is ONNX Runtime's int8 arithmetic, and the head is computed for
 # the last position, as every loop that generates needs it.
 OPTIONS = {"fp32": (), "int4": ("block_size=32", "accuracy_level=4")}
@@ -37,11 +39,17 @@ class Genai(Contender):
         """Run the builder, offline.
 
         Raises:
+            UsageError: it does not know the family.
             PortlmError: it failed; with its last line.
         """
         folder = self._folder(source)
         if folder.exists():
             return
+        family = load_config(source.hf).family
+        if family not in FAMILIES:
+            raise UsageError(
+                f"its builder knows no models of the family {family}, only {', '.join(FAMILIES)}"
+            )
         temporary, cache = folder.with_suffix(".part"), folder.with_suffix(".cache")
         options = ("prune_lm_head=true", "hf_token=false", *OPTIONS[self._precision])
         # The builder is a script: run as a module it would not find its neighbours.
@@ -87,7 +95,10 @@ class Genai(Contender):
         """Make a new generator."""
         self._generator = None  # the old cache goes first
         options = self._lib.GeneratorParams(self._model)
-        options.set_search_options(max_length=self._length, do_sample=False, batch_size=1, num_beams=1)
+        # Its loop stands still behind an end of text, without a word: min_length keeps that from being chosen.
+        options.set_search_options(
+            max_length=self._length, min_length=self._length, do_sample=False, batch_size=1, num_beams=1
+        )
         self._generator = self._lib.Generator(self._model, options)
 
     def read(self, ids: Array) -> Array:
@@ -96,12 +107,20 @@ class Genai(Contender):
         return np.asarray(self._generator.get_logits(), np.float32).reshape(-1)
 
     def decode(self, logits: Array, count: int) -> float:
-        """Its own loop: the first call only chooses a token, each further one is a step and a choice."""
+        """Its own loop: the first call only chooses a token, each further one is a step and a choice.
+
+        Raises:
+            PortlmError: it wrote another number of tokens.
+        """
+        before = self._generator.token_count()
         self._generator.generate_next_token()
         begin = time.perf_counter()
         for _ in range(count):
             self._generator.generate_next_token()
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        if (written := self._generator.token_count() - before) != count + 1:
+            raise PortlmError(f"onnxruntime-genai wrote {written} tokens in {count + 1} steps")
+        return seconds
 
     def weight_bytes(self, source: Source) -> int:
         """Of every initializer of its graph but lookup tables."""

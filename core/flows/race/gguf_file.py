@@ -96,7 +96,8 @@ def gguf_tensors(tensors: Mapping[str, Array], config: Any) -> dict[str, Array]:
                 tensor = tensor.T  # their Conv1D keeps its matrices (in, out)
             tensor = turned.get(f"{family}.{part}", lambda x: x)(tensor)
         else:
-            part = target = _WHOLE[family].get(whole)
+            part = _WHOLE[family].get(whole)
+            target = f"{part}"
         if part is None:
             raise UsageError(f"llama.cpp: GGUF has no name for {name} of the family {family}")
         found[f"{target}.{kind}"] = np.ascontiguousarray(tensor, np.float32)

@@ -40,8 +40,8 @@ class Transformers(Contender):
     def read(self, ids: Array) -> Array:
         """Call the model; the head computes the last position alone."""
         with self._torch.inference_mode():
-            ids = self._torch.from_numpy(ids)[None]
-            out = self._model(ids, past_key_values=self._past, use_cache=True, logits_to_keep=1)
+            tokens = self._torch.from_numpy(ids)[None]
+            out = self._model(tokens, past_key_values=self._past, use_cache=True, logits_to_keep=1)
             logits: Array = out.logits[0, -1].float().numpy()
         return logits
 
