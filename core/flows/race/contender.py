@@ -39,6 +39,7 @@ class Entry:
         environment: of its process, on top of one without the caller's settings of threads.
         ours: it is portlm.
         note: what a reader of the table should know.
+        bar: of its logits, one of portlm.flows.race.gate.BARS; that of its precision where it is empty.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Entry:
     environment: Mapping[str, str] = field(default_factory=dict)
     ours: bool = False
     note: str = ""
+    bar: str = ""
 
     def check(self) -> None:
         """Raise EngineUnavailableError with a pip command if a package is not installed."""

@@ -189,7 +189,7 @@ def _enter(entry: Entry, start: Start, rules: Rules, reference: Path) -> Runner:
     facts |= process.call("describe", LOADING)
     facts["agreement"] = process.call("gate", LOADING, reference=str(reference.resolve()))
     try:
-        gate.check(gate.Agreement(**facts["agreement"]), entry.precision)
+        gate.check(gate.Agreement(**facts["agreement"]), entry.bar or entry.precision)
     except ParityError:
         process.close()
         raise

@@ -14,7 +14,10 @@ _HERE = "portlm.flows.race"
 def llama_cpp(file: str, precision: str, note: str) -> Entry:
     """A row of llama.cpp: one of its formats."""
     name = f"llama.cpp {file.upper()}"
-    return Entry(name, precision, f"{_HERE}.llamacpp:LlamaCpp", {"file": file}, llamacpp.NEEDS, note=note)
+    return Entry(
+        name, precision, f"{_HERE}.llamacpp:LlamaCpp", {"file": file}, llamacpp.NEEDS, note=note,
+        bar="f32, GELU from a table" if precision == "f32" else "",
+    )  # fmt: skip
 
 
 def ort_genai(builder: str, precision: str, note: str) -> Entry:
