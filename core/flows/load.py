@@ -152,10 +152,8 @@ def _texts(folder: Path, manifest: Manifest | None) -> tuple[Tokenizer | str | N
     from portlm.tokenizer import Tokenizer
 
     if manifest is not None:
-        old = (
-            () if (folder / GENERATION_CONFIG).exists() else (CONFIG,)
-        )  # which speaks of generation in its place
-        present_files(folder, (*TEXT_FILES, *old), manifest)
+        # config.json speaks in the place of each of the others, where that is silent.
+        present_files(folder, (*TEXT_FILES, CONFIG), manifest)
     tokenizer: Tokenizer | str | None = None
     if (folder / TOKENIZER).exists():
         try:
