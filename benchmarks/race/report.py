@@ -42,7 +42,8 @@ def _said(result: dict[str, Any]) -> str:
     date = time.strftime("%Y-%m-%d", time.gmtime(environment["unix_time"]))
     lines = [
         f"{date}, {environment['system']}, {', '.join(f'{k} {v}' for k, v in environment['versions'].items())}. "
-        f"Limits in this run: {limits['read_gb_s']:.1f} GB/s read, {limits['fp32_gflop_s']:.0f} GFLOP/s fp32. "
+        f"Limits in this run: {limits['read_gb_s']:.1f} GB/s read, {limits['fp32_gflop_s']:.0f} GFLOP/s fp32, "
+        f"{limits['int8_gop_s']:.0f} GOP/s int8. "
         f"Logits compared with {result['reference']}."
     ]
     for kind, found in result["rounds"].items():
@@ -118,7 +119,7 @@ def _decode_cells(result: dict[str, Any], row: Row) -> list[str]:
 def _prefill_columns(result: dict[str, Any]) -> list[str]:
     found = ["contender", "weights"]
     for measure in _of(result, "prefill"):
-        found += [f"tok/s of {_tokens(measure)}", "of fp32 peak", "x best rival, same bits"]
+        found += [f"tok/s of {_tokens(measure)}", "of peak", "x best rival, same bits"]
     return found
 
 

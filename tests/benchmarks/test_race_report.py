@@ -46,7 +46,7 @@ def result(artifacts):
         rounds = [
             Round(
                 {n: {"decode@16": s * slow, "prefill@8": s * slow} for n, s in seconds.items()},
-                {"read": 4000.0, "flops": 1e9}, 0.5 if noisy else 0.0, noisy,
+                {"read": 4000.0, "flops": 1e9, "byte_ops": 4e9}, 0.5 if noisy else 0.0, noisy,
             )
             for slow in (1.0, 2.0, 3.0)
         ]  # fmt: skip

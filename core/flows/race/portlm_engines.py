@@ -20,20 +20,21 @@ class PortlmEngine(Contender):
         return source.work / f"portlm-{self._quantize}" if self._quantize else source.artifact
 
     def prepare(self, source: Source) -> None:
-        """Export the quantized artifact.
+        """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then.
 
         Raises:
             EngineUnavailableError: this version has no quantized export.
         """
+        import portlm
         from portlm.compile.export import export
 
         folder = self._folder(source)
-        if not self._quantize or folder.exists():
-            return
-        options = {"quantize": self._quantize}
-        if not options.keys() <= inspect.signature(export).parameters.keys():
-            raise EngineUnavailableError("this version of portlm exports no quantized weights")
-        export(source.hf, folder, **options)
+        if self._quantize and not folder.exists():
+            options = {"quantize": self._quantize}
+            if not options.keys() <= inspect.signature(export).parameters.keys():
+                raise EngineUnavailableError("this version of portlm exports no quantized weights")
+            export(source.hf, folder, **options)
+        portlm.load(folder, engine=self._engine, device=self._device, profile=self._profile).close()
 
     def bring(self) -> None:
         """Import the engine's packages."""

@@ -14,6 +14,9 @@ from portlm.flows.race.contender import Entry, Source
 from portlm.flows.race.rounds import Outcome
 from portlm.models import load_config
 
+PEAKS = {"f32": "flops", "f16": "flops", "q8": "byte_ops", "q4": "byte_ops"}
+"""Which peak a prompt is limited by; half precision is held against float32's, which it may exceed."""
+
 
 def summarize(
     source: Source, runners: Sequence[tuple[Entry, dict[str, Any]]], outcomes: Mapping[str, Outcome],
@@ -36,7 +39,9 @@ def summarize(
     cache_numbers = 2 * config.n_layer * getattr(config, "n_kv_head", config.n_head) * config.head_dim
     multiplies = token_work(source.artifact, read_manifest(source.artifact))[1]
     probed = [round_.limits for outcome in outcomes.values() for round_ in outcome.rounds]
-    limits = {name: max((found[name] for found in probed), default=0.0) for name in ("read", "flops")}
+    limits = {
+        name: max((found[name] for found in probed), default=0.0) for name in ("read", "flops", "byte_ops")
+    }
     absent = dict(failed)
     for outcome in outcomes.values():
         absent |= outcome.failed
@@ -55,8 +60,8 @@ def summarize(
                         "bytes_s": found["rate"] * moved,
                         "of_limit": found["rate"] * moved / limits["read"],
                     }
-                elif what == "prefill" and limits["flops"] and entry.precision == "f32":
-                    found["of_limit"] = found["rate"] * 2 * multiplies / limits["flops"]
+                elif what == "prefill" and (peak := limits[PEAKS[entry.precision]]):
+                    found["of_limit"] = found["rate"] * 2 * multiplies / peak
                 measures[f"{kind}/{measure}"] = found
         rows.append(
             {
@@ -67,7 +72,11 @@ def summarize(
     return {
         "rows": rows,
         "absent": absent,
-        "limits": {"read_gb_s": limits["read"] / 1e9, "fp32_gflop_s": limits["flops"] / 1e9},
+        "limits": {
+            "read_gb_s": limits["read"] / 1e9,
+            "fp32_gflop_s": limits["flops"] / 1e9,
+            "int8_gop_s": limits["byte_ops"] / 1e9,
+        },
         "rounds": {
             kind: {
                 "repeated": outcome.repeated,

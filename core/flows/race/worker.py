@@ -140,13 +140,14 @@ class Worker:
         return dict(memory())
 
     def limits(self) -> dict[str, Any]:
-        """Probe what the hardware gives: bytes/s read and float32 FLOP/s, all threads."""
+        """Probe what all threads get: bytes/s read, float32 FLOP/s, and operations/s on bytes."""
+        from portlm import _C
         from portlm.flows.measuring import Limits
 
         bound_spinning()
         found = Limits()
         found.probe()
-        return {"read": found.read, "flops": found.flops}
+        return {"read": found.read, "flops": found.flops, "byte_ops": _C.probe_int8(20_000_000)}
 
     def _ids(self, count: int, seed: int) -> Array:
         return np.random.default_rng(seed).integers(0, self._vocab, count)
