@@ -56,7 +56,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, role: str, parameters: Mapping[Any, str], seen: Callable[[Place, str, Tensor], None]):
         super().__init__()
         self._role, self._parameters, self._seen = role, parameters, seen
-        self._count, self._last = -1, None
+        self._count, self._last = -1, torch.empty(0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at a call, and make it."""

@@ -81,9 +81,9 @@ def quality(
     ids = np.asarray(tokens, np.int64).reshape(-1)
     count, sums = 0, np.zeros(4)
     for inputs, targets in evaluation_batches(ids, batch_size, sizes[0][1], before):
-        for target, *answers in _answers(engines, inputs, targets):
+        for target, logits, other in _answers(engines, inputs, targets):
             count += len(target)
-            sums += _compare(*answers, target)
+            sums += _compare(logits, other, target)
     nll, quantized_nll, kl, same = (sums / count).tolist()
     return Quality(count, _perplexity(nll), _perplexity(quantized_nll), max(kl, 0.0), same)
 
@@ -114,7 +114,7 @@ def _answers(
                         f"{engine.name}:{engine.device} {engine.profile}: its logits on this text are not numbers: "
                         "look for weights that are NaN or overflow float32"
                     )
-            yield target[some], *(each[some].astype(np.float64) for each in found)
+            yield target[some], found[0][some].astype(np.float64), found[1][some].astype(np.float64)
 
 
 def _compare(logits: Array, other: Array, target: Array) -> Array:
