@@ -91,6 +91,7 @@ class Reader:
 
     def __init__(self, module: nn.Module, roles: Mapping[str, Role]):
         self._module = module
+        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._roles = {name: role for name, role in roles.items() if _reads_tokens(role)}
         found: dict[Place, dict[str, int]] = {}
 
@@ -119,7 +120,7 @@ class Reader:
         wanted = {place: site for site in sites for place in site.places}
         last = {role: max((n for r, n in wanted if r == role), default=-1) for role in self._roles}
         roles = {name: role for name, role in self._roles.items() if last[name] >= 0}
-        sums = {site: torch.zeros(site.width, site.width) for site in sites}
+        sums = {site: torch.zeros(site.width, site.width, device=self._device) for site in sites}
         noted: set[Place] = set()
         tokens = 0
 
@@ -143,7 +144,7 @@ class Reader:
                     f"what the text puts into {site.names[0]} is not finite, or too large to be squared: "
                     "look for weights that overflow float32"
                 )
-        return {site: (total / tokens).numpy() for site, total in sums.items()}
+        return {site: (total / tokens).cpu().numpy() for site, total in sums.items()}
 
     def _run(
         self, ids: Tensor, roles: Mapping[str, Role], seen: Callable[[Place, str, Tensor], None]
@@ -157,7 +158,7 @@ class Reader:
                 watch = _Watch(role, parameters, seen)
                 try:
                     with watch:
-                        spec.function(*_arguments(spec, ids))
+                        spec.function(*_arguments(spec, ids.to(self._device)))
                 except _DoneError:
                     pass
 
@@ -196,22 +197,21 @@ def _reads_tokens(role: Role) -> bool:
 def _arguments(role: Role, ids: Tensor) -> Sequence[Tensor]:
     """What a role's function takes for the first tokens of B rows, without padding."""
     B, T = ids.shape
-    places = torch.arange(T)
+    places = torch.arange(T, device=ids.device)
     values = {
         "input_ids": ids,
-        "attention_mask": torch.ones(B, T, dtype=torch.int64),
+        "attention_mask": torch.ones_like(ids),
         "position_ids": places.expand(B, T),
         "positions": places,
         "logits_to_keep": places,
     }
     sizes = {"batch": B, "past": 0}
     states = [
-        torch.zeros([sizes[d] if isinstance(d, str) else d for d in state.shape], dtype=_dtype(state.dtype))
+        torch.zeros(
+            [sizes[d] if isinstance(d, str) else d for d in state.shape],
+            dtype=getattr(torch, state.dtype),
+            device=ids.device,
+        )
         for state in role.state
     ]
     return [*(values[spec.name] for spec in role.inputs), *states]
-
-
-def _dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, name)
-    return found
