@@ -164,17 +164,16 @@ class Reader:
 
 
 @contextmanager
-def own_memory(module: nn.Module, names: Collection[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Give parameters memory of their own for a while, which may be written to; return them by name."""
-    chosen = {name: p for name, p in module.named_parameters() if name in names}
-    before = {name: p.data for name, p in chosen.items()}
+def own_memory(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Give parameters memory of their own for a while, which may be written to, and then back what they had."""
+    chosen = [(p, p.data) for name, p in module.named_parameters() if name in names]
     try:
-        for p in chosen.values():
-            p.data = p.data.clone(memory_format=torch.contiguous_format)
-        yield chosen
+        for p, data in chosen:
+            p.data = data.clone(memory_format=torch.contiguous_format)
+        yield
     finally:
-        for name, p in chosen.items():
-            p.data = before[name]
+        for p, data in chosen:
+            p.data = data
 
 
 def _joined(found: Mapping[Place, Mapping[str, int]]) -> tuple[Site, ...]:

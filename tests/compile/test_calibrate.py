@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is missing: pip install portl
 from portlm.compile import calibrate as module  # noqa: E402
 from portlm.compile.calibrate import Text, calibrate, read, readings, windows  # noqa: E402
 from portlm.compile.gptq import gptq  # noqa: E402
-from portlm.compile.moments import Reader  # noqa: E402
+from portlm.compile.moments import Reader, Site  # noqa: E402
 from portlm.compile.quantize import RoundToNearest, Scheme, dequantize  # noqa: E402
 from portlm.errors import FormatError, PortlmError, UsageError  # noqa: E402
 from portlm.models import FAMILIES, build  # noqa: E402
@@ -166,10 +166,19 @@ def test_a_text_shorter_than_the_context_is_one_window():
 
 def test_neighbours_share_a_reading_where_one_for_each_input_would_take_too_long(monkeypatch):
     monkeypatch.setattr(module, "OPERATIONS", 300.0)
-    sites = list(range(7))
-    assert readings(sites, 1.0) == [[i] for i in sites]
-    assert readings(sites, 100.0) == [[0], [1], [2, 3], [4], [5, 6]]  # 100 times (5 + 1) / 2
+    sites = [Site((("decoder", i),), (f"w{i}",), 10) for i in range(7)]
+    assert readings(sites, 1.0) == [[site] for site in sites]
+    assert list(map(len, readings(sites, 100.0))) == [1, 1, 2, 1, 2]  # 100 times (5 + 1) / 2
     assert readings(sites, 1e6) == [sites]
+
+
+def test_the_moments_of_one_reading_are_bounded(monkeypatch):
+    monkeypatch.setattr(module, "OPERATIONS", 1.0)
+    monkeypatch.setattr(module, "MOMENTS", 450)
+    sites = [Site((("decoder", i),), (f"w{i}",), 20 if i == 3 else 10) for i in range(7)]
+    assert list(map(len, readings(sites, 1e6))) == [1, 1, 1, 1, 1, 2]
+    monkeypatch.setattr(module, "MOMENTS", 1)  # one alone has to do
+    assert list(map(len, readings(sites, 1e6))) == [1] * 7
 
 
 def test_one_reading_for_all_inputs_is_for_what_the_float32_model_gives(monkeypatch):

@@ -163,11 +163,11 @@ def test_the_module_is_left_as_it_was(family):
     module = tiny(family).train()
     before = {name: (p.data_ptr(), p.clone()) for name, p in module.named_parameters()}
     names = matrices(module)
-    with own_memory(module, names) as own:
+    with own_memory(module, names):
         reader(module).moments(batches(module, (1, 8)))
         with torch.no_grad():
-            for p in own.values():
-                p.fill_(torch.nan)
+            for name in names:
+                module.get_parameter(name).fill_(torch.nan)
     assert module.training
     for name, p in module.named_parameters():
         assert p.data_ptr() == before[name][0], name
