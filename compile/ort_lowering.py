@@ -27,6 +27,7 @@ from onnx import helper
 from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
 from portlm.ops.cached_attention import attention_bias
@@ -215,6 +216,8 @@ PASSES: tuple[Rewrite, ...] = (
     skip_norm,
     rotary_embedding,
     fused_matmul,
+    matmul_nbits,
+    gather_block_quantized,
     multi_head_attention,
     portable_form,
 )

@@ -13,13 +13,14 @@ A file holds q as uint8 (N, G, g * bits / 8), with 4 bits two to a byte, the eve
 Runtime's MatMulNBits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from portlm.arguments import flag, shown
 from portlm.errors import FormatError, UsageError
 
 Floats = npt.NDArray[np.float32]
@@ -27,6 +28,7 @@ Bytes = npt.NDArray[np.uint8]
 
 BITS = {"int8": 8, "int4": 4}
 GROUPS = (32, 64, 128)
+DEFAULT_GROUP = 64
 # Shares of the scale with which the largest number of a group just fits. With 4 bits it is worth clipping that one a
 # little, if all others become finer.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -92,8 +94,40 @@ class Quantizer(Protocol):
         """
 
 
+Prepare = Callable[[Any], Quantizer]
+"""Makes the quantizer of a module, whose parameters the names that it is given are of."""
+
+
+def scheme_of(quantize: str | None, group: int | None, asymmetric: bool) -> Scheme | None:
+    """Return the scheme that a user asks for, None for none.
+
+    Args:
+        quantize: a key of BITS.
+        group: None for DEFAULT_GROUP.
+        asymmetric: with zero points.
+
+    Raises:
+        UsageError: there is no such scheme, or the other two are said without the first.
+    """
+    if quantize is None:
+        if group is not None or asymmetric:
+            raise UsageError("group and asymmetric say how to quantize: say int8 or int4 as well")
+        return None
+    if not isinstance(quantize, str) or quantize not in BITS:
+        raise UsageError(f"quantize must be {' or '.join(BITS)}, got {shown(quantize)}")
+    group = DEFAULT_GROUP if group is None else group
+    if type(group) is not int or group not in GROUPS:
+        raise UsageError(f"group must be one of {', '.join(map(str, GROUPS))}, got {shown(group)}")
+    return Scheme(BITS[quantize], group, not flag("asymmetric", asymmetric))
+
+
 class RoundToNearest:
     """The Quantizer that looks at the weights alone."""
+
+    @classmethod
+    def prepare(cls, scheme: Scheme) -> Prepare:
+        """Return what makes it of any module."""
+        return lambda module: cls(scheme)
 
     method = "round to nearest"
 
@@ -259,8 +293,9 @@ def unpack_zeros(packed: Bytes, groups: int, scheme: Scheme) -> Bytes:
 
 def _pairs(values: Bytes) -> Bytes:
     """Numbers below 16, two to a byte along the last axis, the first in the low half."""
-    return values[..., ::2] | values[..., 1::2] << 4
+    return np.bitwise_or(values[..., ::2], np.left_shift(values[..., 1::2], 4), dtype=np.uint8)
 
 
 def _halves(values: Bytes) -> Bytes:
-    return np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:-1], -1)
+    halves: Bytes = np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:-1], -1)
+    return halves

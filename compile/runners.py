@@ -66,8 +66,9 @@ def tvm_runner(device: str, profile: str) -> Runner:
         for tensor in model.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
-                weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
-                tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
+                array = numpy_helper.to_array(tensor, str(folder))
+                weights.append(Weight(tensor.name, array.shape, offset, str(array.dtype)))
+                tensors.append(tvm.runtime.tensor(array))
         executable = compile_graph(Graph(model, "", tuple(weights)), LOWERINGS[profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from portlm import _C
 from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.passes import Note, Pass, ignore, run_passes
 from portlm.compile.source import read_source, specs
-from portlm.errors import EngineUnavailableError, FormatError
+from portlm.errors import EngineUnavailableError
 from portlm.trust import private_scratch
 from portlm.tvm_support import (
     LIBRARY,
@@ -57,17 +57,16 @@ def read_graph(artifact: Path, role: str, profile: str) -> Graph:
 
     Raises:
         UsageError: there is no such graph.
-        FormatError: as read_source, or a weight is not float32 in a file.
+        FormatError: as read_source.
     """
     proto, manifest = read_source(artifact, role, profile)
     weights = []
     for tensor in proto.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        if tensor.data_type != TensorProto.FLOAT:
-            raise FormatError(f"{artifact}: weight {tensor.name} of {role} is not float32: export again")
         where = {entry.key: entry.value for entry in tensor.external_data}
-        weights.append(Weight(tensor.name, tuple(tensor.dims), int(where["offset"])))
+        dtype = str(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        weights.append(Weight(tensor.name, tuple(tensor.dims), int(where["offset"]), dtype))
     return Graph(proto, manifest.roles[role].weights, tuple(weights))
 
 

@@ -43,7 +43,7 @@ MAX_NODES = 2**17
 MAX_TENSORS = 65_536  # weights, or constants, or inputs
 MAX_VALUES = 64  # inputs, outputs or attributes of a node
 MAX_RANK = 8
-ITEM_BYTES = {"float32": 4, "int64": 8}
+ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1}
 INT64 = 2**63
 FLOAT32_MAX = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 
@@ -66,7 +66,7 @@ class Weight(Struct, frozen=True, forbid_unknown_fields=True):
 class Constant(Struct, frozen=True, forbid_unknown_fields=True):
     """A small tensor, its elements in C order."""
 
-    dtype: Dtype
+    dtype: Annotated[str, one_of(("float32", "int64"))]
     shape: Shape
     values: tuple[int | float, ...]
 

@@ -18,11 +18,12 @@ from msgspec import Meta, Struct
 from portlm.artifact import MAX_FILE_BYTES
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import MAX_JSON_BYTES, parse_json, read_bytes, safe_join, shown
-from portlm.roles import MAX_DIMENSION, TensorSpec, Text, file_stem
+from portlm.roles import MAX_DIMENSION, TensorSpec, Text, file_stem, one_of
 
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
 FORMAT, FORMAT_VERSION = "portlm-tvm", 2
 MAX_TENSORS = 65_536
+ITEM_BYTES = {"float32": 4, "uint8": 1}  # of a weight
 LIBRARY, SIGNATURE = "model.so", "signature.json"
 
 # Processor levels of LLVM by the instruction set that portlm._C names; "generic" for anything but x86-64.
@@ -78,16 +79,17 @@ def virtual_machine(module: Any) -> Any:
 
 
 class Weight(Struct, frozen=True, forbid_unknown_fields=True):
-    """One float32 tensor in the weight file."""
+    """One tensor in the weight file."""
 
     name: Text
     shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=2**40)], ...], Meta(max_length=8)]
     offset: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES, multiple_of=4)]
+    dtype: Annotated[str, one_of(tuple(ITEM_BYTES))] = "float32"
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return 4 * math.prod(self.shape)
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
 class Signature(Struct, frozen=True, forbid_unknown_fields=True):

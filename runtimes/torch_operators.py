@@ -300,10 +300,14 @@ def _with(shape: Shape, place: int, size: int) -> Shape:
 
 _STANDARD = {
     "Add": Operator(2, 2, _plain(torch.add), _broadcast),
+    "Cast": Operator(
+        1, 1, _plain(Tensor.float), _same, ("uint8",), {"to": Attribute(int, choices=(1,))}  # float32
+    ),
     "Concat": Operator(1, 64, _concat, _shape_of_concat, ("",), {"axis": _AXIS}),
     "CumSum": Operator(2, 2, _cumulative_sum, _same, static=(1,)),
     "Div": Operator(2, 2, _plain(torch.div), _broadcast),
     "Exp": Operator(1, 1, _plain(torch.exp), _same),
+    "Floor": Operator(1, 1, _plain(torch.floor), _same),
     "Gather": Operator(2, 2, _gather, _shape_of_gather, ("", "int64"), {"axis": _axis_of(0)}),
     "Gelu": Operator(1, 1, _gelu, _same, attributes={"approximate": Attribute(str, "none", ("none", "tanh"))}),
     "LayerNormalization": Operator(

@@ -26,7 +26,7 @@ from portlm.plan import ITEM_BYTES, MAX_RANK, Plan
 from portlm.roles import StateSpec, TensorSpec, symbols
 from portlm.runtimes.torch_operators import Function, RefusedError, Shape, operators
 
-DTYPES = {"float32": torch.float32, "int64": torch.int64}
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)  # stand for the role's symbols; different, so that mistakes show
 MAX_TRIAL = 2**24  # elements of a value at these sizes, or four times those of the largest weight
 
@@ -289,7 +289,7 @@ def _trial_sizes(plan: Plan) -> dict[str, int]:
     """A size for every symbol of the role."""
     sizes: dict[str, int] = {}
     for spec in plan.taken():
-        if spec.dtype not in DTYPES:
+        if spec.dtype not in ("float32", "int64"):
             raise RefusedError(f"the role has a tensor of {spec.dtype}, a plan computes in float32")
         for symbol in sorted(symbols(spec.shape) - sizes.keys()):
             if len(sizes) == len(SIZES):

@@ -278,7 +278,7 @@ def map_weights(path: Path, weights: tuple[Weight, ...]) -> list[Any]:
     data = np.memmap(path, dtype=np.uint8, mode="c")
     tensors = []
     for weight in weights:
-        array = data[weight.offset : weight.offset + weight.nbytes].view(np.float32).reshape(weight.shape)
+        array = data[weight.offset : weight.offset + weight.nbytes].view(weight.dtype).reshape(weight.shape)
         tensors.append((_tensor if array.ctypes.data % ALIGNMENT == 0 else _aligned)(array))
     return tensors
 

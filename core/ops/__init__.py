@@ -17,6 +17,7 @@ _TOOLS = {
     "kernel_op",
     "lazy",
     "linear_cross_entropy_cuda",
+    "quantized",
     "registry",
     "spec",
 }
