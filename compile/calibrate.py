@@ -61,18 +61,29 @@ class Text:
     before: int
 
 
-def read(path: str | Path, tokenizer: Encoder) -> Text:
+def read(path: str | Path, tokenizer: Encoder | None, vocab_size: int) -> Text:
     """Read a UTF-8 file and cut it in two.
+
+    Args:
+        path: the file.
+        tokenizer: the model's own.
+        vocab_size: ids of the model.
 
     Raises:
         FormatError: the file is missing, empty or not UTF-8.
-        UsageError: it is too short to be cut.
+        UsageError: there is no tokenizer, or one of another model, or the text is too short to be cut.
     """
+    if not hasattr(tokenizer, "encode_pieces"):
+        raise UsageError(f"{path} cannot be read for the model: it has no tokenizer of portlm's")
     seen, held_out = split_text(read_text(path), HELD_OUT)
     ids = np.concatenate([np.array(tokenizer.begin_ids, np.int64), _ids(tokenizer, seen)])
     rest = _ids(tokenizer, held_out)
     if not ids.size or not rest.size:
         raise UsageError(f"{path} is too short to calibrate with and to judge by: give a longer text")
+    if (largest := int(max(ids.max(), rest.max()))) >= vocab_size:
+        raise UsageError(
+            f"{path} holds token {largest}, and the model {vocab_size}: give the model's own tokenizer"
+        )
     return Text(str(path), ids, rest, int(ids[-1]))
 
 
@@ -127,7 +138,7 @@ class _Gptq:
         return solve(weight, self.order, self.scheme)
 
 
-def calibrate(
+def calibrated(
     module: "nn.Module", roles: "Mapping[str, Role]", text: Text, context_length: int, scheme: Scheme
 ) -> Calibrated:
     """Choose the numbers of every matrix of a module for a text.

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 
 from portlm.compile import calibrate as module  # noqa: E402
-from portlm.compile.calibrate import Text, calibrate, read, readings, windows  # noqa: E402
+from portlm.compile.calibrate import Text, calibrated, read, readings, windows  # noqa: E402
 from portlm.compile.gptq import gptq  # noqa: E402
 from portlm.compile.moments import Reader, Site  # noqa: E402
 from portlm.compile.quantize import RoundToNearest, Scheme, dequantize  # noqa: E402
@@ -43,8 +43,8 @@ def text(tokens=2048, vocab=259, seed=0) -> Text:
     return Text("text.txt", ids[:-64], ids[-64:], int(ids[-65]))
 
 
-def calibrated(model, scheme=INT4, of=None):
-    return calibrate(model, model.roles(), of or text(), CONTEXT, scheme)
+def chosen(model, scheme=INT4, of=None):
+    return calibrated(model, model.roles(), of or text(), CONTEXT, scheme)
 
 
 def with_weights(model, quantizer):
@@ -76,13 +76,13 @@ def test_predictions_stay_nearer_than_by_rounding_on_text_that_was_not_seen(fami
     model = tiny(family)
     other = text(4096, seed=1).seen
     plain = divergence(model, with_weights(model, RoundToNearest(scheme)), other)
-    assert divergence(model, with_weights(model, calibrated(model, scheme)), other) < 0.75 * plain
+    assert divergence(model, with_weights(model, chosen(model, scheme)), other) < 0.75 * plain
 
 
 def test_a_matrix_is_quantized_for_inputs_that_come_from_quantized_matrices():
     """Each against the definition: all before it replaced, then the moments, then GPTQ."""
     model = tiny("llama", n_layer=1)
-    found = calibrated(model)
+    found = chosen(model)
     batches = windows(text().seen, CONTEXT)
     with torch.no_grad():
         other = tiny("llama", n_layer=1)
@@ -98,14 +98,14 @@ def test_a_matrix_is_quantized_for_inputs_that_come_from_quantized_matrices():
 def test_a_table_that_is_only_looked_up_in_is_rounded_to_nearest():
     model = tiny("llama")
     table = model.embed_tokens.weight.detach().numpy()
-    found = calibrated(model)
+    found = chosen(model)
     assert "embed_tokens.weight" not in found.numbers
     assert np.array_equal(found("embed_tokens.weight", table).q, RoundToNearest(INT4)("", table).q)
 
 
 def test_the_same_text_gives_the_same_numbers_and_another_text_others():
     model = tiny("gpt2")
-    one, same, other = calibrated(model), calibrated(model), calibrated(model, of=text(seed=5))
+    one, same, other = chosen(model), chosen(model), chosen(model, of=text(seed=5))
     for name, numbers in one.numbers.items():
         assert np.array_equal(numbers.q, same.numbers[name].q), name
     assert any((numbers.q != other.numbers[name].q).any() for name, numbers in one.numbers.items())
@@ -114,11 +114,11 @@ def test_the_same_text_gives_the_same_numbers_and_another_text_others():
 def test_the_module_is_put_back_also_after_an_error():
     model = tiny("gpt2").train()
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
-    calibrated(model)
+    chosen(model)
     with torch.no_grad():
         model.h[1].mlp.c_fc.bias[0] = before["h.1.mlp.c_fc.bias"][1][0] = torch.inf
     with pytest.raises(PortlmError, match=r"into h\.1\.mlp\.c_proj\.weight is not finite"):
-        calibrated(model)
+        chosen(model)
     assert model.training
     for name, p in model.named_parameters():
         assert p.data_ptr() == before[name][0], name
@@ -133,7 +133,7 @@ def test_weights_that_may_not_be_written_to_are_not(tmp_path):
     model = tiny("gpt2")
     save_model(tmp_path / "checkpoint", model)
     mapped, file = open_mapped(tmp_path / "checkpoint")
-    found, expected = calibrated(mapped), calibrated(model)
+    found, expected = chosen(mapped), chosen(model)
     assert all(np.array_equal(found.numbers[name].q, numbers.q) for name, numbers in expected.numbers.items())
     del file
 
@@ -144,7 +144,7 @@ def test_weights_that_may_not_be_written_to_are_not(tmp_path):
 def test_the_last_tenth_of_the_text_is_kept_to_judge_by(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(range(32, 122)) * 10)
-    found = read(path, byte_tokenizer())
+    found = read(path, byte_tokenizer(), 259)
     assert [*found.seen, *found.held_out] == [*path.read_bytes()]
     assert (len(found.held_out), found.before, found.name) == (90, 121, str(path))
 
@@ -184,7 +184,7 @@ def test_the_moments_of_one_reading_are_bounded(monkeypatch):
 def test_one_reading_for_all_inputs_is_for_what_the_float32_model_gives(monkeypatch):
     monkeypatch.setattr(module, "OPERATIONS", 1.0)
     model = tiny("gpt_neox")
-    found = calibrated(model)
+    found = chosen(model)
     moments = Reader(model, model.roles()).moments(windows(text().seen, CONTEXT))
     for site, value in moments.items():
         for name in site.names:
@@ -199,7 +199,7 @@ def test_a_text_that_is_too_short_is_refused_with_what_is_needed():
     with pytest.raises(
         UsageError, match=r"text\.txt leaves 224 tokens to calibrate with, and a matrix has 256 inputs"
     ):
-        calibrated(tiny("gpt2"), of=text(255))
+        chosen(tiny("gpt2"), of=text(255))
 
 
 @pytest.mark.parametrize(
@@ -213,14 +213,24 @@ def test_a_text_that_is_too_short_is_refused_with_what_is_needed():
 def test_what_is_no_text_is_refused(tmp_path, raw, error, words):
     (tmp_path / "text.txt").write_bytes(raw)
     with pytest.raises(error, match=words):
-        read(tmp_path / "text.txt", byte_tokenizer())
+        read(tmp_path / "text.txt", byte_tokenizer(), 259)
 
 
 def test_a_group_that_does_not_divide_is_refused_by_the_name_of_the_matrix():
     with pytest.raises(UsageError, match=r"q_proj\.weight has 64 inputs, which groups of 128 do not"):
-        calibrated(tiny("llama"), Scheme(4, 128))
+        chosen(tiny("llama"), Scheme(4, 128))
 
 
 def test_a_module_that_no_token_ids_lead_into_is_refused():
     with pytest.raises(UsageError, match="GPT2 has no matrix that token ids lead to"):
-        calibrate(tiny("gpt2"), {}, text(), CONTEXT, INT4)
+        calibrated(tiny("gpt2"), {}, text(), CONTEXT, INT4)
+
+
+def test_a_text_needs_the_models_own_tokenizer(tmp_path):
+    (tmp_path / "text.txt").write_text("z" * 40)
+    with pytest.raises(
+        UsageError, match=r"text\.txt cannot be read for the model: it has no tokenizer of portlm's"
+    ):
+        read(tmp_path / "text.txt", None, 259)
+    with pytest.raises(UsageError, match=r"text\.txt holds token 122, and the model 100"):
+        read(tmp_path / "text.txt", byte_tokenizer(), 100)
