@@ -201,10 +201,13 @@ def export_module(
     config = getattr(module, "config", None)
 
     def bring(workshop: Path) -> None:
-        if config is not None and hasattr(config, "to_hf") and scheme is None:
-            from portlm.models import save_model
+        if config is not None and hasattr(config, "to_hf"):
+            from portlm.models import save_config, save_model
 
-            save_model(workshop, module, tokenizer)  # type: ignore[arg-type]
+            if scheme is None:
+                save_model(workshop, module, tokenizer)  # type: ignore[arg-type]
+            else:  # the weights are those of the graphs
+                save_config(workshop, config, tokenizer)
         elif tokenizer is not None:
             tokenizer.save(workshop)
 

@@ -26,7 +26,7 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, recordings: Iterable[Recording]):
-        self.rename = _renaming(module)
+        self.rename = renaming(module)
         tensors: dict[str, Tensor] = {}
         tensors |= dict(module.named_parameters(remove_duplicate=False))
         tensors |= dict(module.named_buffers(remove_duplicate=False))
@@ -134,7 +134,7 @@ def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return first
 
 
-def _renaming(module: nn.Module) -> Callable[[str], str]:
-    """Path in the module -> name in the graph: that of Hugging Face's files where the model has them."""
+def renaming(module: nn.Module) -> Callable[[str], str]:
+    """Return path in the module -> name in the graph: that of Hugging Face's files where the model has them."""
     hf_name = getattr(module, "hf_name", None)
     return (lambda path: hf_name(path)[0]) if hf_name else (lambda path: path)

@@ -174,6 +174,7 @@ def measure(engine: Engine, reference: Reference | Calls, role: str = DECODER) -
 
     Raises:
         ParityError: what the engine gives is not finite, or of another shape.
+        FormatError: the reference says nothing of an output.
     """
     if isinstance(reference, Calls):
         return _measure_calls(engine, reference, role)
@@ -210,6 +211,9 @@ def _measurement(
     engine: Engine, role: str, pairs: Mapping[str, Sequence[Pair]], tokens: tuple[int, int], margin: float
 ) -> Measurement:
     """A row from finite (expected, found) values of each output, and the greedy tokens that agree of all."""
+    for name, each in pairs.items():
+        if not any(expected.size for expected, _ in each):  # of padding alone, with which everything agrees
+            raise FormatError(f"{_label(engine)}: the stored answer as {role} has no {name} to compare with")
     placement, logits = engine.placement(), pairs.get("logits", ())
     distances = [_distance(each) for each in pairs.values()]
     error, scale = max(distances, key=lambda pair: pair[0] / allowed_error(pair[1]))
@@ -341,7 +345,7 @@ def _tensors(reference: Reference | Calls) -> dict[str, np.ndarray]:
 
 
 def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Calls]:
-    """Read parity.safetensors, checked against the manifest and against itself; return the answer of each role in it.
+    """Read parity.safetensors, checked against the manifest and against itself; return the answer of each role.
 
     Raises:
         UsageError: there is none.
@@ -366,7 +370,11 @@ def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Ca
             raise FormatError(f"{path}: holds the answer of a {role}, which the model does not have")
         read = _read_decoder if continues_text(specs[role]) else _read_calls
         found[role] = read(path, tensors, specs[role], manifest)
-    return {role: found[role] for role in specs if role in found}
+    if missing := [role for role in specs if role not in found]:
+        raise FormatError(
+            f"{path}: holds no answer of the model as {missing[0]}, so nothing can be compared with it"
+        )
+    return {role: found[role] for role in specs}
 
 
 def _read_calls(path: Path, tensors: dict[str, np.ndarray], spec: CallSpec, manifest: Manifest) -> Calls:

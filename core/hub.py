@@ -242,17 +242,19 @@ def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:
     """Copy the tokenizer's files if portlm can use them, without what would ask transformers to run code."""
-    from portlm.tokenizer import MAX_FILE_BYTES
+    from portlm.tokenizer import MAX_FILE_BYTES, class_of_model
 
     if not usable_tokenizer(src, vocab_size, notes):
         return
-    settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings: Any = {}
     if (src / TOKENIZER_CONFIG).exists():
         settings = read_json(src / TOKENIZER_CONFIG, max_bytes=MAX_TEXT_BYTES)
         if not isinstance(settings, dict):
             raise FormatError(f"{src / TOKENIZER_CONFIG} must hold a JSON object")
     if settings.pop("auto_map", None) is not None:
         notes.append(f"{TOKENIZER_CONFIG}: auto_map left out, portlm never runs code from a model folder")
+    if settings.get("tokenizer_class") is None:
+        settings["tokenizer_class"] = class_of_model(src / CONFIG)
     write_atomic(folder / TOKENIZER, read_bytes(src / TOKENIZER, MAX_FILE_BYTES))
     write_json(folder / TOKENIZER_CONFIG, settings)
     for name in TOKENIZER_EXTRAS:

@@ -31,6 +31,7 @@ __all__ = [
     "Node",
     "Plan",
     "Weight",
+    "has_code",
     "needs_plan",
     "read_plan",
     "to_bytes",
@@ -120,6 +121,15 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
 def needs_plan(manifest: Manifest) -> bool:
     """Say whether an artifact's model is known by its graphs alone: there is no checkpoint of a known family."""
     return manifest.model.family == "module" or not manifest.files.keys() >= set(CHECKPOINT)
+
+
+def has_code(manifest: Manifest) -> bool:
+    """Say whether portlm has the code of an artifact's model and the artifact all that it needs to run.
+
+    That is a checkpoint or, where weights are quantized, config.json and the graphs' weights.
+    """
+    quantized = manifest.quantization is not None and manifest.model.family != "module"
+    return not needs_plan(manifest) or (quantized and CHECKPOINT[0] in manifest.files)
 
 
 def to_bytes(plan: Plan) -> bytes:

@@ -27,7 +27,9 @@ ITEM_BYTES = {"float32": 4, "uint8": 1}  # of a weight
 LIBRARY, SIGNATURE = "model.so", "signature.json"
 
 # Processor levels of LLVM by the instruction set that portlm._C names; "generic" for anything but x86-64.
-PROCESSORS = {"scalar": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+PROCESSORS = {
+    "scalar": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4", "avx512_vnni": "x86-64-v4",
+}  # fmt: skip
 
 
 def processor_of(isa: str) -> str:

@@ -75,7 +75,7 @@ def make_role(plan: Plan, path: Path, weights: Path, device: str) -> Role:
 def open_program(plan: Plan, path: Path, weights: Path, device: str) -> "Program":
     """Make a plan callable, and its inner values visible; arguments and errors as for make_role."""
     try:
-        return Program(plan, _map(plan, weights), device)
+        return Program(plan, map_weights(plan, weights), device)
     except RefusedError as error:
         raise FormatError(f"{path}: {error}; compile again") from error
     except FormatError as error:  # of the first call
@@ -328,8 +328,12 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _map(plan: Plan, path: Path) -> dict[str, Tensor]:
-    """The weights of a plan, in the memory of a private mapping of their file."""
+def map_weights(plan: Plan, path: Path) -> dict[str, Tensor]:
+    """Return the weights of a plan, in the memory of a private mapping of their file.
+
+    Raises:
+        RefusedError: one lies outside of it.
+    """
     if not plan.weights:
         return {}
     with open_regular(path) as file:

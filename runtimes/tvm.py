@@ -345,7 +345,7 @@ def _check_signature(signature: Signature, spec: RoleSpec, profile: str, command
         raise FormatError(
             f"tvm: the compiled {profile} library is of another model, {problem}: run {command}"
         )
-    usable = [processor_of(isa) for isa in _C.usable_isas()]
+    usable = dict.fromkeys(processor_of(isa) for isa in _C.usable_isas())
     if signature.processor not in usable:
         raise EngineUnavailableError(
             f"tvm: compiled for {signature.processor}, this machine runs {', '.join(usable)}: run {command}"

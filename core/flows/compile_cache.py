@@ -50,6 +50,8 @@ def needed(engine: str, device: str, profile: str, manifest: Manifest) -> str | 
 
     if engine == "torch" and profile == "auto" and not needs_plan(manifest):
         return None  # it runs the checkpoint
+    if engine == "torch" and profile == "native" and manifest.quantization is not None:
+        profile = "auto"  # any plan says where the weights are
     for name in ("fused", "portable") if profile == "auto" else (profile,):
         key = (engine, device, name)
         if key in COMPILERS and _has(manifest, key):

@@ -20,7 +20,7 @@ from portlm.artifact import Manifest, ParityRow, check_files, read_manifest
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
-from portlm.plan import needs_plan
+from portlm.plan import has_code, needs_plan
 from portlm.trust import is_ours
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def verify_artifact(
             f"{root}: no engine of this machine can run it that way; run `portlm compile` first, or see doctor"
         )
     known = parity.REFERENCE in manifest.files
-    if not known or (
-        certify and not needs_plan(manifest)
-    ):  # a module's own answer was taken when it was exported
+    if not known or (certify and has_code(manifest)):  # a module's own answer was taken when it was exported
         progress("the answer of eager PyTorch")
         with closing(_open(root, Target("torch", "cpu", _reference_profile(manifest)))) as engine:
             parity.certify(root, [], reference=cast("Engine", PlainPyTorch(engine)))
@@ -118,7 +116,7 @@ def verify_artifact(
 
 def _reference_profile(manifest: Manifest) -> str:
     """The model's own code; where there is none, the graph of standard operators, which says the same in PyTorch's."""
-    return "portable" if needs_plan(manifest) else "native"
+    return "native" if has_code(manifest) else "portable"
 
 
 def ready_targets(manifest: Manifest, progress: Progress = lambda message: None) -> list[Target]:
@@ -143,7 +141,7 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
             continue
         if engine == "torch":
             plans = [name for name in ("fused", "portable") if all(name in each for each in profiles)]
-            wanted = plans if needs_plan(manifest) else ["native"]
+            wanted = [*(plans if needs_plan(manifest) else ()), *(["native"] if has_code(manifest) else ())]
             targets += [Target(engine, device, name) for name in wanted]
             continue
         if engine == "ort" and profiles and all("portable" in profile for profile in profiles):

@@ -85,7 +85,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cuda = m.def_submodule("cuda", "CUDA kernels; each throws RuntimeError in a build without nvcc.");
   bind_cuda(cuda);
   cuda.def("architectures", &portlm::cuda::architectures, "Compute capabilities compiled for, '' for none.");
-  m.def("isa", &portlm::isa_name, "Instruction set in use: scalar, avx2, avx512 or neon.");
+  m.def("isa", &portlm::isa_name, "Instruction set in use: scalar, avx2, avx512, avx512_vnni, neon or neon_dotprod.");
   m.def("kernel_calls", &kernel_calls,
         "Calls since the process began, {kernel: {instruction set, or 'cuda': count}}, from Python and from TVM alike.");
   m.def(

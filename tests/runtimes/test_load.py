@@ -180,7 +180,12 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
 
 
 def test_what_is_read_of_config_json_is_compared_with_the_manifest(artifact):
-    """Without generation_config.json, config.json says how text is made."""
+    """It may name the class of the tokenizer and, without generation_config.json, say how text is made."""
+    content = (artifact / "config.json").read_text()
+    (artifact / "config.json").write_text(content + " ")
+    with pytest.raises(FormatError, match=r"config\.json: altered"):
+        load(artifact, "null")
+    (artifact / "config.json").write_text(content)
     manifest = read_manifest(artifact)
     (artifact / "generation_config.json").unlink()
     files = {name: entry for name, entry in manifest.files.items() if name != "generation_config.json"}
