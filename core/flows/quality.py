@@ -7,19 +7,32 @@ compared token by token, in float64.
 B rows, T tokens, V vocabulary.
 """
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from portlm.artifact import read_manifest, replace, write_manifest
 from portlm.data.batches import IGNORE, evaluation_batches
 from portlm.engine import Array, Engine
 from portlm.errors import PortlmError, UsageError
+from portlm.quantization import QuantizationCost
 from portlm.rows import Rows
 from portlm.runtimes.session import Session
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from portlm.compile.calibrate import Text
+
 BATCH = 8
+MOST_TOKENS = 2**14  # of the text that is held out: the divergence is then known to a few per cent
 _NUMBERS = 2**20  # of float64 at a time in each array of the comparison, 8 MB
 
 
@@ -86,6 +99,45 @@ def quality(
             sums += _compare(logits, other, target)
     nll, quantized_nll, kl, same = (sums / count).tolist()
     return Quality(count, _perplexity(nll), _perplexity(quantized_nll), max(kl, 0.0), same)
+
+
+def record_cost(folder: Path, module: nn.Module, text: Text) -> QuantizationCost:
+    """Measure what quantizing cost a model, on the last tenth of a text, and say so in the artifact's manifest.
+
+    Args:
+        folder: the artifact, with quantized weights.
+        module: the model that it was made of, in float32, which declares its roles. It is not changed.
+        text: only what is held out of it is read, up to MOST_TOKENS.
+
+    Raises:
+        UsageError, PortlmError: as quality().
+    """
+    from portlm.compile.quantized_module import dequantized
+    from portlm.models.modes import answering
+    from portlm.models.roles import roles_of
+    from portlm.runtimes.eager import TorchEngine
+
+    manifest = read_manifest(folder)
+    if manifest.quantization is None:
+        raise UsageError(f"{folder} holds float32 weights: there is no cost to measure")
+    twin = copy.deepcopy(module)
+    sizes = manifest.model.vocab_size, manifest.model.context_length
+    engines = (
+        TorchEngine(roles_of(each) or {}, *sizes, "cpu", "native", {"cpu": 0}) for each in (module, twin)
+    )
+    with answering(module), answering(twin), dequantized(twin, folder, manifest):
+        found = quality(*engines, text.held_out[:MOST_TOKENS], before=text.before)
+    cost = QuantizationCost(
+        tokens=found.tokens,
+        perplexity_float32=found.perplexity,
+        perplexity=found.quantized_perplexity,
+        kl=found.kl,
+        top1=found.top1,
+        text=f"the end of {Path(text.name).name}, which was not calibrated with",
+    )
+    said = replace(manifest.quantization, cost=cost)
+    write_manifest(folder, replace(manifest, quantization=said))
+    return cost
 
 
 def _perplexity(nll: float) -> float:
