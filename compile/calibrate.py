@@ -6,7 +6,6 @@ measured there (portlm.flows.quality), on text that no integer was chosen for.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portlm.compile.gptq import Order, ordered, solve
-from portlm.compile.quantize import Floats, Quantized, RoundToNearest, Scheme, dequantize, quantize
+from portlm.compile.quantize import Floats, Quantized, RoundToNearest, Scheme, quantize
 from portlm.data.text import read_text, split_text
 from portlm.errors import UsageError
 from portlm.rows import TOKENS_PER_CALL
@@ -29,8 +28,8 @@ Ids = npt.NDArray[np.int64]
 
 HELD_OUT = 0.1  # of the text's bytes
 MOST_TOKENS = 2**15
-OPERATIONS = 1e13  # multiply-adds that reading the text again and again may take: minutes on a laptop's cores
 MOMENTS = 2**28  # numbers of float32 that are summed in one reading, 1 GB
+SHORT, SHORT_TOKENS = 256, 2**13  # of windows and of all, for gradients, which take the memory of training
 
 
 class Encoder(Protocol):
@@ -87,18 +86,24 @@ def read(path: str | Path, tokenizer: Encoder | None, vocab_size: int) -> Text:
     return Text(str(path), ids, rest, int(ids[-1]))
 
 
-def windows(ids: Ids, context: int, most: int = MOST_TOKENS) -> list[Ids]:
-    """Cut a text into windows of the context, spread evenly over it if there are more than `most` tokens.
+def windows(ids: Ids, width: int, most: int = MOST_TOKENS, call: int = TOKENS_PER_CALL) -> list[Ids]:
+    """Cut a text into windows, spread evenly over it if there are more than enough.
+
+    Args:
+        ids: the text.
+        width: tokens of a window.
+        most: tokens that are enough.
+        call: tokens of a batch.
 
     Returns:
         Batches (B, T) of windows. What is left at the end of the text is dropped, unless it is all there is.
     """
-    if len(ids) < context:
+    if len(ids) < width:
         return [ids[None]]
-    rows = ids[: len(ids) // context * context].reshape(-1, context)
-    count = min(len(rows), max(1, most // context))
+    rows = ids[: len(ids) // width * width].reshape(-1, width)
+    count = min(len(rows), max(1, most // width))
     rows = rows[np.arange(count) * len(rows) // count]
-    step = max(1, TOKENS_PER_CALL // context)
+    step = max(1, call // width)
     return [rows[begin : begin + step] for begin in range(0, count, step)]
 
 
@@ -119,10 +124,7 @@ class Calibrated:
         self._others = RoundToNearest(scheme)
 
     def __call__(self, name: str, weight: Floats) -> Quantized:
-        """Return what was chosen for a matrix; a table that is only looked up in is rounded to nearest.
-
-        An id's row is then all of the input, so that no other rounding has a smaller error.
-        """
+        """Return what was chosen for a matrix, or its nearest numbers if no token ids lead to it."""
         return self.numbers.get(name) or self._others(name, weight)
 
 
@@ -143,17 +145,16 @@ def calibrated(
 ) -> Calibrated:
     """Choose the numbers of every matrix of a module for a text.
 
-    A matrix should be quantized for what it will get, and that comes from matrices which are quantized themselves. So
-    the text is read once for each input of matrices, up to there, with everything before it quantized already. Where
-    that takes too long (OPERATIONS), neighbouring inputs share a reading: what they are then quantized for is a little
-    cleaner than what they will get.
+    All matrices are quantized for what the float32 model gives them. To quantize each for what it gets from those
+    before it, quantized already, takes a reading of the text for each, and is worth nothing with 4 bits: a divergence
+    of 0.00047 nats became 0.00048 (docs/performance-log.md).
 
-    Memory is K x K float32 for each input of a reading, 1 GB at most (MOMENTS), a few times K x K float64 for one of
-    them, and a copy of the matrices that later readings go through. A model of 254 million parameters in 20 layers of
-    width 1024 keeps 290 MB of moments in each of three readings.
+    Memory is K x K float32 for each input of matrices that is looked at in one reading of the text, MOMENTS numbers at
+    most, and a few times K x K float64 for one of them: 850 MB in one reading for a model of 254 million parameters, 20
+    layers of width 1024.
 
     Args:
-        module: has its values, and is put back as it was.
+        module: has its values, and is not changed.
         roles: its functions by name.
         text: what to read.
         context_length: tokens of a window.
@@ -165,9 +166,8 @@ def calibrated(
         FormatError: a weight is not finite, or too large.
         PortlmError: the text puts into a matrix what is not finite.
     """
-    import torch
-
-    from portlm.compile.moments import Reader, own_memory
+    from portlm.compile.moments import Reader
+    from portlm.compile.sensitivity import sensitivities
 
     reader = Reader(module, roles)
     if not reader.sites:
@@ -182,35 +182,35 @@ def calibrated(
             "at least as many tokens"
         )
     numbers: dict[str, Quantized] = {}
-    size = sum(module.get_parameter(name).numel() for site in reader.sites for name in site.names)
-    parts = readings(reader.sites, tokens * size)
-    with own_memory(module, {name for sites in parts[:-1] for site in sites for name in site.names}):
-        for sites in parts:
-            moments = reader.moments(batches, sites)
-            for site in sites:
-                quantizer = _Gptq(scheme, ordered(moments.pop(site).astype(np.float64), site.width))
-                for name in site.names:
-                    parameter = module.get_parameter(name).detach()
-                    numbers[name] = quantize(name, parameter.cpu().numpy(), quantizer)
-                    if sites is not parts[-1]:
-                        parameter.copy_(torch.from_numpy(dequantize(numbers[name], scheme)))
+
+    def choose(names: Iterable[str], moments: Floats) -> None:
+        quantizer = _Gptq(scheme, ordered(moments.astype(np.float64), len(moments)))
+        for name in names:
+            numbers[name] = quantize(name, module.get_parameter(name).detach().cpu().numpy(), quantizer)
+
+    short = windows(text.seen, min(context_length, SHORT), most=SHORT_TOKENS, call=SHORT)
+    tables = sensitivities(module, roles, short)
+    for sites in readings(reader.sites):
+        for site, moments in reader.moments(batches, sites).items():
+            choose([name for name in site.names if name not in tables], moments)
+            for name in tables.keys() & set(site.names):
+                choose([name], moments + tables.pop(name))
+    for name, moments in tables.items():  # that are no matrices
+        choose([name], moments)
     return Calibrated(scheme, numbers)
 
 
-def readings(sites: "Sequence[Site]", operations: float) -> "list[Sequence[Site]]":
-    """Cut the inputs into those that share a reading of the text: few by OPERATIONS, not too few by MOMENTS.
-
-    Args:
-        sites: in order.
-        operations: multiply-adds of a reading to the end; the others together take half as many each.
-    """
-    count = int(min(len(sites), max(1, 2 * OPERATIONS / max(operations, 1) - 1)))
-    while True:
-        edges = [len(sites) * i // count for i in range(count + 1)]
-        parts = [sites[begin:end] for begin, end in pairwise(edges)]
-        if count == len(sites) or all(sum(s.width**2 for s in part) <= MOMENTS for part in parts):
-            return parts
-        count += 1
+def readings(sites: "Sequence[Site]") -> "list[list[Site]]":
+    """Cut the inputs of matrices into those whose moments are kept at the same time."""
+    parts: list[list[Site]] = []
+    kept = 0
+    for site in sites:
+        if not parts or kept + site.width**2 > MOMENTS:
+            parts.append([])
+            kept = 0
+        parts[-1].append(site)
+        kept += site.width**2
+    return parts
 
 
 def _ids(tokenizer: Encoder, text: str) -> Ids:

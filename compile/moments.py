@@ -7,8 +7,7 @@ there is nothing here per op or per family. Inputs are not kept: what is kept of
 B rows, T tokens, K inputs of a matrix.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +61,7 @@ class _Watch(TorchFunctionMode):
         """Look at a call, and make it."""
         if func is F.linear:
             x, weight = _operands(*args, **(kwargs or {}))
-            if name := self._parameters.get(_identity(weight)):
+            if name := self._parameters.get(identity(weight)):
                 if x is not self._last:  # by which q, k and v are seen to have one input
                     self._count, self._last = self._count + 1, x
                 self._seen((self._role, self._count), name, x)
@@ -74,8 +73,22 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tupl
     return input, weight
 
 
-def _identity(tensor: Tensor) -> Any:
+def identity(tensor: Tensor) -> Any:
+    """Return what two tensors share if they are the same numbers in memory."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def names_of(module: nn.Module) -> dict[Any, str]:
+    """Return the name of each parameter by its identity, the first of those that are the same."""
+    names: dict[Any, str] = {}
+    for name, parameter in module.named_parameters():
+        names.setdefault(identity(parameter), name)
+    return names
+
+
+def reading_roles(roles: Mapping[str, Role]) -> dict[str, Role]:
+    """Return those roles that take nothing but what follows from token ids."""
+    return {name: role for name, role in roles.items() if _reads_tokens(role)}
 
 
 class Reader:
@@ -92,7 +105,7 @@ class Reader:
     def __init__(self, module: nn.Module, roles: Mapping[str, Role]):
         self._module = module
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self._roles = {name: role for name, role in roles.items() if _reads_tokens(role)}
+        self._roles = reading_roles(roles)
         found: dict[Place, dict[str, int]] = {}
 
         def note(place: Place, name: str, x: Tensor) -> None:
@@ -149,31 +162,14 @@ class Reader:
     def _run(
         self, ids: Tensor, roles: Mapping[str, Role], seen: Callable[[Place, str, Tensor], None]
     ) -> None:
-        # Looked up at each run, as parameters may have been given other values in other memory.
-        parameters: dict[Any, str] = {}
-        for name, parameter in self._module.named_parameters():
-            parameters.setdefault(_identity(parameter), name)
         with answering(self._module), torch.no_grad(), without_kernels():
             for role, spec in roles.items():
-                watch = _Watch(role, parameters, seen)
+                watch = _Watch(role, names_of(self._module), seen)
                 try:
                     with watch:
-                        spec.function(*_arguments(spec, ids.to(self._device)))
+                        spec.function(*arguments_for(spec, ids.to(self._device)))
                 except _DoneError:
                     pass
-
-
-@contextmanager
-def own_memory(module: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Give parameters memory of their own for a while, which may be written to, and then back what they had."""
-    chosen = [(p, p.data) for name, p in module.named_parameters() if name in names]
-    try:
-        for p, data in chosen:
-            p.data = data.clone(memory_format=torch.contiguous_format)
-        yield
-    finally:
-        for p, data in chosen:
-            p.data = data
 
 
 def _joined(found: Mapping[Place, Mapping[str, int]]) -> tuple[Site, ...]:
@@ -193,7 +189,7 @@ def _reads_tokens(role: Role) -> bool:
     return "input_ids" in names <= set(FROM_TOKENS) and not any(s.initial == "given" for s in role.state)
 
 
-def _arguments(role: Role, ids: Tensor) -> Sequence[Tensor]:
+def arguments_for(role: Role, ids: Tensor) -> Sequence[Tensor]:
     """What a role's function takes for the first tokens of B rows, without padding."""
     B, T = ids.shape
     places = torch.arange(T, device=ids.device)

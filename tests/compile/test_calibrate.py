@@ -12,7 +12,8 @@ from portlm.compile.calibrate import Text, calibrated, read, readings, windows  
 from portlm.compile.gptq import gptq  # noqa: E402
 from portlm.compile.moments import Reader, Site  # noqa: E402
 from portlm.compile.quantize import RoundToNearest, Scheme, dequantize  # noqa: E402
-from portlm.errors import FormatError, PortlmError, UsageError  # noqa: E402
+from portlm.compile.sensitivity import sensitivities  # noqa: E402
+from portlm.errors import FormatError, UsageError  # noqa: E402
 from portlm.models import FAMILIES, build  # noqa: E402
 from portlm.tokenizer import byte_tokenizer  # noqa: E402
 
@@ -79,28 +80,31 @@ def test_predictions_stay_nearer_than_by_rounding_on_text_that_was_not_seen(fami
     assert divergence(model, with_weights(model, chosen(model, scheme)), other) < 0.75 * plain
 
 
-def test_a_matrix_is_quantized_for_inputs_that_come_from_quantized_matrices():
-    """Each against the definition: all before it replaced, then the moments, then GPTQ."""
-    model = tiny("llama", n_layer=1)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_matrix_is_quantized_for_its_inputs_and_a_table_for_what_its_rows_change(tied):
+    """Each against the definition; the table of a tied model is both."""
+    model = tiny("llama", n_layer=1, tie_embeddings=tied)
     found = chosen(model)
-    batches = windows(text().seen, CONTEXT)
-    with torch.no_grad():
-        other = tiny("llama", n_layer=1)
-        for site in Reader(other, other.roles()).sites:
-            moments = Reader(other, other.roles()).moments(batches, [site])[site].astype(np.float64)
-            for name in site.names:
-                parameter = other.get_parameter(name)
-                expected = gptq(parameter.numpy(), moments, INT4)
-                assert np.array_equal(found.numbers[name].q, expected.q), name
-                parameter.copy_(torch.from_numpy(dequantize(expected, INT4)))
+    reader = Reader(model, model.roles())
+    moments = {
+        name: value
+        for site, value in reader.moments(windows(text().seen, CONTEXT)).items()
+        for name in site.names
+    }
+    tables = sensitivities(model, model.roles(), windows(text().seen, CONTEXT, call=module.SHORT))
+    assert tables.keys() == {"embed_tokens.weight"}
+    for name, value in tables.items():
+        moments[name] = moments.get(name, 0) + value
+    assert found.numbers.keys() == moments.keys()
+    for name, value in moments.items():
+        weight = model.get_parameter(name).detach().numpy()
+        assert np.array_equal(found.numbers[name].q, gptq(weight, value.astype(np.float64), INT4).q), name
 
 
-def test_a_table_that_is_only_looked_up_in_is_rounded_to_nearest():
-    model = tiny("llama")
-    table = model.embed_tokens.weight.detach().numpy()
-    found = chosen(model)
-    assert "embed_tokens.weight" not in found.numbers
-    assert np.array_equal(found("embed_tokens.weight", table).q, RoundToNearest(INT4)("", table).q)
+def test_a_matrix_that_no_token_ids_lead_to_is_rounded_to_nearest():
+    weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    found = module.Calibrated(INT4, {})
+    assert np.array_equal(found("other", weight).q, RoundToNearest(INT4)("other", weight).q)
 
 
 def test_the_same_text_gives_the_same_numbers_and_another_text_others():
@@ -111,18 +115,15 @@ def test_the_same_text_gives_the_same_numbers_and_another_text_others():
     assert any((numbers.q != other.numbers[name].q).any() for name, numbers in one.numbers.items())
 
 
-def test_the_module_is_put_back_also_after_an_error():
+def test_the_module_is_not_changed():
     model = tiny("gpt2").train()
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     chosen(model)
-    with torch.no_grad():
-        model.h[1].mlp.c_fc.bias[0] = before["h.1.mlp.c_fc.bias"][1][0] = torch.inf
-    with pytest.raises(PortlmError, match=r"into h\.1\.mlp\.c_proj\.weight is not finite"):
-        chosen(model)
     assert model.training
     for name, p in model.named_parameters():
         assert p.data_ptr() == before[name][0], name
         assert torch.equal(p, before[name][1]), name
+        assert p.grad is None, name
 
 
 def test_weights_that_may_not_be_written_to_are_not(tmp_path):
@@ -164,32 +165,21 @@ def test_a_text_shorter_than_the_context_is_one_window():
     assert [batch.tolist() for batch in windows(np.arange(17), 8, most=8)] == [[list(range(8))]]
 
 
-def test_neighbours_share_a_reading_where_one_for_each_input_would_take_too_long(monkeypatch):
-    monkeypatch.setattr(module, "OPERATIONS", 300.0)
-    sites = [Site((("decoder", i),), (f"w{i}",), 10) for i in range(7)]
-    assert readings(sites, 1.0) == [[site] for site in sites]
-    assert list(map(len, readings(sites, 100.0))) == [1, 1, 2, 1, 2]  # 100 times (5 + 1) / 2
-    assert readings(sites, 1e6) == [sites]
-
-
 def test_the_moments_of_one_reading_are_bounded(monkeypatch):
-    monkeypatch.setattr(module, "OPERATIONS", 1.0)
-    monkeypatch.setattr(module, "MOMENTS", 450)
     sites = [Site((("decoder", i),), (f"w{i}",), 20 if i == 3 else 10) for i in range(7)]
-    assert list(map(len, readings(sites, 1e6))) == [1, 1, 1, 1, 1, 2]
-    monkeypatch.setattr(module, "MOMENTS", 1)  # one alone has to do
-    assert list(map(len, readings(sites, 1e6))) == [1] * 7
+    assert list(map(len, readings(sites))) == [7]
+    for most, expected in ((450, [3, 1, 3]), (500, [3, 2, 2]), (1, [1] * 7)):  # one alone has to do
+        monkeypatch.setattr(module, "MOMENTS", most)
+        assert list(map(len, readings(sites))) == expected
+        assert [site for part in readings(sites) for site in part] == sites
 
 
-def test_one_reading_for_all_inputs_is_for_what_the_float32_model_gives(monkeypatch):
-    monkeypatch.setattr(module, "OPERATIONS", 1.0)
+def test_several_readings_choose_what_one_does(monkeypatch):
     model = tiny("gpt_neox")
-    found = chosen(model)
-    moments = Reader(model, model.roles()).moments(windows(text().seen, CONTEXT))
-    for site, value in moments.items():
-        for name in site.names:
-            weight = model.get_parameter(name).detach().numpy()
-            assert np.array_equal(found.numbers[name].q, gptq(weight, value.astype(np.float64), INT4).q), name
+    one = chosen(model)
+    monkeypatch.setattr(module, "MOMENTS", 64 * 64 * 2)
+    for name, numbers in chosen(model).numbers.items():
+        assert np.array_equal(numbers.q, one.numbers[name].q), name
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
