@@ -22,7 +22,7 @@ from onnx import TensorProto, numpy_helper
 from portlm.agreement import within
 from portlm.artifact import RoleSpec, StateSpec, TensorSpec, check_files, read_manifest
 from portlm.compile.check import check_model
-from portlm.compile.parity import RELATIVE_TOLERANCE, make_probe
+from portlm.compile.parity import RELATIVE_TOLERANCE, ROUNDED_TOLERANCE, make_probe
 from portlm.compile.runners import Runner
 from portlm.compile.source import read_source
 from portlm.errors import FormatError

@@ -33,6 +33,7 @@ from portlm.compile.source import read_source
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
+from portlm.ort_support import ROUNDED, ROUNDED_TARGET, accuracy_level
 from portlm.roles import file_stem
 
 
@@ -63,7 +64,9 @@ def compile_graph(
     written = store_file(root, name, model.SerializeToString(deterministic=True))
     check_model(root / name)
     versions = {"portlm": version("portlm")}
-    entry = CompiledEntry("ort", device, "fused", "onnxruntime", (name,), versions, role=role)
+    rounded = manifest.quantization is not None and accuracy_level() == ROUNDED
+    target = ROUNDED_TARGET if rounded else "onnxruntime"
+    entry = CompiledEntry("ort", device, "fused", target, (name,), versions, role=role)
     return Compiled(entry, {name: written})
 
 

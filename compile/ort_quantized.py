@@ -7,8 +7,7 @@ from portlm.compile.check import CONTRIB
 from portlm.compile.graph import GraphBuilder
 from portlm.ops.quantized import width
 from portlm.ops.quantized_linear import write_activation
-
-EXACT = 0  # the level at which MatMulNBits computes in float32; 4 would round activations to 8 bits
+from portlm.ort_support import accuracy_level
 
 
 def matmul_nbits(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
@@ -30,7 +29,7 @@ def matmul_nbits(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
         domain=CONTRIB,
         K=width((N, G, size), said["bits"]),
         N=N,
-        accuracy_level=EXACT,
+        accuracy_level=accuracy_level(),
         bits=said["bits"],
         block_size=size * 8 // said["bits"],
     )

@@ -129,7 +129,7 @@ class Engine(Protocol):
         name: "torch", "ort", "tvm" or "null".
         device: "cpu", "cuda" or "vulkan".
         profile: "portable", "fused" or "native" (no exported graph).
-        precision: of the arithmetic, "fp32".
+        precision: of the arithmetic, "fp32", or one of portlm.quantization.
         vocab_size: V, the number of token ids.
         context_length: the largest number of tokens that one row may have.
         roles: what it can run.

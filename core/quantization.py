@@ -7,6 +7,9 @@ from msgspec import Meta, Struct
 
 from portlm.roles import MAX_DIMENSION, Text
 
+# The precision of engines that multiply quantized weights with activations rounded to so many bits, in place of "fp32".
+FIFTEEN_BITS, EIGHT_BITS = "a15", "a8"
+
 MAX_TOKENS = 2**40
 Perplexity = Annotated[float, Meta(ge=1, le=sys.float_info.max)]
 

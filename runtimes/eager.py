@@ -21,7 +21,9 @@ from portlm.engine import Array, CallSpec, OpenRequest, Placement, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import safe_join
 from portlm.models import load_model
+from portlm.ops.kernel_op import available
 from portlm.plan import CHECKPOINT, has_code, needs_plan, read_plan
+from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.dequantized import load_dequantized
@@ -204,7 +206,14 @@ class TorchEngine(ArrayEngine):
         if missing := manifest.roles.keys() - functions.keys():
             raise FormatError(f"{request.folder}: nothing was compiled for its {min(missing)}; compile again")
         sizes = manifest.model.vocab_size, manifest.model.context_length
-        return cls(functions, *sizes, request.device, profile, {request.device: count}, request.threads)
+        engine = cls(functions, *sizes, request.device, profile, {request.device: count}, request.threads)
+        if (
+            manifest.quantization is not None
+            and (profile, request.device) == ("fused", "cpu")
+            and available()
+        ):
+            engine.precision = FIFTEEN_BITS
+        return engine
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]

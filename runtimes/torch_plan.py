@@ -145,9 +145,13 @@ class Program:
         kinds = [operator.dtypes[min(i, len(operator.dtypes) - 1)] for i in range(len(inputs))]
         replaced = {}
         for i, (function, shapes, positions) in operator.derive(call).items():
-            sources, types = [inputs[p] for p in positions], [kinds[p] for p in positions]
+            sources = [inputs[p] if p < len(inputs) else 0 for p in positions]
+            types = [kinds[p] if p < len(kinds) else "" for p in positions]
             rule = functools.partial(shapes, call)
             replaced[i] = self._derived(function, rule, sources, types, f"node {place} ({node.operator})")
+        if operator.most in replaced:  # an input more, behind those that the node may have
+            missing = operator.most - len(inputs)
+            inputs, kinds = [*inputs, *[0] * missing, 0], [*kinds, *[""] * missing, ""]
         inputs = [replaced.get(i, slot) for i, slot in enumerate(inputs)]
         moving = [i for i in range(len(inputs)) if i not in operator.static]
         self._steps.append(

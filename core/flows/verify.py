@@ -189,12 +189,12 @@ def _open(root: Path, target: Target) -> Engine:
 def _check(root: Path, target: Target, certify: bool, search: bool, progress: Progress) -> list[Result]:
     from portlm.compile import parity
 
-    exact = target
+    exact, precision = target, "fp32"
     try:
         with closing(
             _open(root, target)
         ) as engine:  # also registers the device and the kernels that runners need
-            exact = replace(target, profile=engine.profile)
+            exact, precision = replace(target, profile=engine.profile), engine.precision
             found = parity.recheck(root, engine)
     except ParityError as error:
         problem = str(error)
@@ -205,7 +205,7 @@ def _check(root: Path, target: Target, certify: bool, search: bool, progress: Pr
     node = None
     if search:
         progress(f"{target} differs: looking for the first node that does")
-        node = next((str(node) for _, node in _nodes(root, exact, bisect=True)), None)
+        node = next((str(node) for _, node in _nodes(root, exact, precision)), None)
     return [Result(target, problem=problem, node=node)]
 
 
@@ -223,7 +223,7 @@ def _inside(
 
     nodes: dict[str, str] = {}
     if search:
-        for role, node in _nodes(root, exact, bisect=False):
+        for role, node in _nodes(root, exact, None):
             if isinstance(node, PortlmError):
                 progress(f"{target}: its inner values were not looked at: {node}")
             else:
@@ -243,13 +243,15 @@ def _inside(
     ]
 
 
-def _nodes(root: Path, target: Target, bisect: bool) -> Iterator[tuple[str, Divergence | PortlmError]]:
+def _nodes(
+    root: Path, target: Target, precision: str | None
+) -> Iterator[tuple[str, Divergence | PortlmError]]:
     """For each role, the first node that is wrong, if there is one, or why it cannot be looked for.
 
     Args:
         root: the artifact.
         target: with the profile that the engine really has.
-        bisect: compare with the reference; False looks for values that are not finite.
+        precision: of the engine: compare with the reference; None looks for values that are not finite.
     """
     from portlm.compile import bisect as search
 
@@ -260,8 +262,11 @@ def _nodes(root: Path, target: Target, bisect: bool) -> Iterator[tuple[str, Dive
         try:
             graph = _graph(manifest, target, name)
             run = resolve(runner)(target.device, target.profile)
-            look = search.bisect if bisect else search.look_inside
-            node = look(root, run, graph, role=name)
+            if precision is None:
+                node = search.look_inside(root, run, graph, role=name)
+            else:
+                tolerance = search.TOLERANCE if precision == "fp32" else search.ROUNDED_TOLERANCE
+                node = search.bisect(root, run, graph, tolerance, role=name)
         except (EngineUnavailableError, UsageError) as error:
             yield name, error
             continue

@@ -8,9 +8,12 @@ the even k in the low half. Group by group it means scale * (q - zero), for scal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from portlm.ops import lazy
+from portlm.ops.kernel_op import available, kernels
 from portlm.ops.spec import Builder, Shape
 
 if TYPE_CHECKING:
@@ -19,7 +22,74 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["check_weight", "dequantized", "width", "write_matrix", "write_rows"]
+__all__ = [
+    "Layout",
+    "check_weight",
+    "dequantized",
+    "pack",
+    "pack_array",
+    "width",
+    "write_matrix",
+    "write_rows",
+]
+
+ALIGNMENT = 64  # bytes: where a packed weight begins
+
+
+class Layout(NamedTuple):
+    """The sizes of a weight, as kernels are told them: N rows, K columns, and so on."""
+
+    N: int
+    K: int
+    group: int
+    bits: int
+    has_zeros: int
+
+    @classmethod
+    def of(cls, weight: Sequence[int], bits: int, has_zeros: bool) -> Layout:
+        """Return those of a weight's shape (N, G, g * bits / 8)."""
+        return cls(weight[0], width(weight, bits), weight[2] * 8 // bits, bits, int(has_zeros))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the packed weight."""
+        return int(kernels.packed_size(*self))
+
+
+def pack_array(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) -> np.ndarray:
+    """Return a weight as packed_linear and packed_rows read it, (bytes) uint8, beginning at a multiple of 64.
+
+    Args:
+        weight: (N, G, g * bits / 8) uint8, g 32, 64 or 128.
+        scale: (N, G) float32, values of half precision.
+        zero: (N, ceil(G * bits / 8)) uint8, or None.
+        bits: 4 or 8.
+    """
+    layout = Layout.of(weight.shape, bits, zero is not None)
+    parts = [None if part is None else np.ascontiguousarray(part) for part in (weight, scale, zero)]
+    room = np.empty(layout.size + ALIGNMENT, np.uint8)
+    begin = -room.ctypes.data % ALIGNMENT
+    packed = room[begin : begin + layout.size]
+    addresses = (0 if part is None else part.ctypes.data for part in parts)
+    kernels.pack_matrix(*addresses, packed.ctypes.data, *layout[:4])
+    return packed
+
+
+def pack(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Return the same for tensors; empty where no kernel could read it."""
+    if not available() or not weight.is_cpu or not _has_groups(weight, bits):
+        return weight.new_empty(0)
+    zeros = None if zero is None else zero.numpy()
+    return torch.from_numpy(pack_array(weight.numpy(), scale.float().numpy(), zeros, bits))
+
+
+def packed_shape(weight: Sequence[int], bits: int, has_zeros: bool) -> tuple[int]:
+    """Return the shape of what `pack` gives on the CPU for a weight of a shape (N, G, g * bits / 8)."""
+    return (Layout.of(weight, bits, has_zeros).size if available() else 0,)
+
+
+def _has_groups(weight: Tensor, bits: int) -> bool:
+    return weight.shape[2] * 8 // bits in (32, 64, 128)
 
 
 def width(weight: Sequence[Any], bits: int) -> Any:

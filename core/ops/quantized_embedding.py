@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.quantized import check_weight, dequantized, width, write_rows
+from portlm.ops.kernel_op import has_kernel, kernels
+from portlm.ops.quantized import Layout, check_weight, dequantized, pack, width, write_rows
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -30,7 +31,12 @@ def quantized_embedding_reference(
 
 
 def quantized_embedding(
-    ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None, bits: int = 4
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bits: int = 4,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Return rows of the table (V, K) that quantized numbers mean.
 
@@ -40,6 +46,7 @@ def quantized_embedding(
         scale: (V, G).
         zero: (V, ceil(G * bits / 8)) uint8; None for 2^(bits - 1).
         bits: 4 or 8.
+        packed: what portlm.ops.quantized.pack gives of the table, which is made now if it is None.
 
     Returns:
         (..., K).
@@ -51,13 +58,26 @@ def quantized_embedding(
     check_weight("quantized_embedding", weight, scale, zero, bits)
     if ids.dtype != torch.int64:
         raise ValueError(f"[quantized_embedding] ids must be int64, got {ids.dtype}")
-    V = len(weight)
-    wrong = ids[(ids < 0) | (ids >= V)]
+    if has_kernel(scale) and weight.is_cpu and ids.is_cpu:
+        packed = pack(weight, scale, zero, bits) if packed is None else packed
+        if packed.numel():
+            return _run(ids.contiguous(), packed, Layout.of(weight.shape, bits, zero is not None))
+    wrong = ids[(ids < 0) | (ids >= len(weight))]
     if len(wrong):
-        raise IndexError(
-            f"[quantized_embedding] id {int(wrong[0])} is outside [0, {V}), the rows of the table"
-        )
+        raise _outside(int(wrong[0]), len(weight))
     return quantized_embedding_reference(ids, weight, scale, zero, bits)
+
+
+def _run(ids: Tensor, packed: Tensor, layout: Layout) -> Tensor:
+    y = torch.empty((*ids.shape, layout.K))
+    bad = kernels.packed_rows(ids.data_ptr(), packed.data_ptr(), y.data_ptr(), ids.numel(), *layout)
+    if bad >= 0:
+        raise _outside(int(ids.view(-1)[bad]), layout.N)
+    return y
+
+
+def _outside(value: int, rows: int) -> IndexError:
+    return IndexError(f"[quantized_embedding] id {value} is outside [0, {rows}), the rows of the table")
 
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
@@ -72,6 +92,8 @@ def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:
 SPEC = OpSpec(
     name="quantized_embedding",
     summary="rows of a table of 4 or 8 bits by token id",
+    forward=("packed_rows", "pack_matrix"),
+    functions=("packed_rows",),
     nodes=(
         Node(
             op_type="QuantizedEmbedding",
@@ -86,6 +108,7 @@ SPEC = OpSpec(
             attributes=(Attribute("bits", int),),
             shapes=_shapes,
             portable=_portable,
+            packed=("weight", "scale", "zero"),
         ),
     ),
 )

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.quantized import check_weight, dequantized, width, write_matrix
+from portlm.ops.kernel_op import has_kernel, kernels
+from portlm.ops.quantized import Layout, check_weight, dequantized, pack, width, write_matrix
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -50,8 +51,11 @@ def quantized_linear(
     bias: Tensor | None = None,
     bits: int = 4,
     activation: str = "none",
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Return activation(x W^T + b) for the matrix W (N, K) that quantized numbers mean.
+
+    The kernel rounds x to 15 bits, group by group, and gives the same bits on any number of threads.
 
     Args:
         x: (..., K).
@@ -62,6 +66,7 @@ def quantized_linear(
         bias: (N,).
         bits: 4 or 8.
         activation: "none", "gelu", "gelu_tanh" or "relu_squared".
+        packed: what portlm.ops.quantized.pack gives of the weight, which is made now if it is None.
 
     Returns:
         (..., N).
@@ -85,7 +90,23 @@ def quantized_linear(
             f"[quantized_linear] bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, "
             f"got {tuple(bias.shape)}"
         )
+    if has_kernel(x, scale, bias) and weight.is_cpu:
+        packed = pack(weight, scale, zero, bits) if packed is None else packed
+        if packed.numel():
+            return _run(
+                x.contiguous(), packed, bias, Layout.of(weight.shape, bits, zero is not None), activation
+            )
     return quantized_linear_reference(x, weight, scale, zero, bias, bits, activation)
+
+
+def _run(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout, activation: str) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], layout.N))
+    bias = bias if bias is None else bias.contiguous()
+    kernels.packed_linear(
+        x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), y.shape[:-1].numel(),
+        *layout, ACTIVATIONS.index(activation),
+    )  # fmt: skip
+    return y
 
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
@@ -116,6 +137,8 @@ def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:
 SPEC = OpSpec(
     name="quantized_linear",
     summary="activation(x W^T + b) for W of 4 or 8 bits",
+    forward=("packed_linear", "pack_matrix"),
+    functions=("packed_linear", "packed_linear_no_bias"),
     nodes=(
         Node(
             op_type="QuantizedLinear",
@@ -135,6 +158,7 @@ SPEC = OpSpec(
             shapes=_shapes,
             portable=_portable,
             rowwise=True,
+            packed=("weight", "scale", "zero"),
         ),
     ),
 )

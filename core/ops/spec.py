@@ -120,6 +120,8 @@ class Node:
             in or, if this is given, the input of this name,
         suffix: with this appended, if it is not "".
         rowwise: only the last axis means anything: inputs and outputs may have any axes before it.
+        packed: inputs, bits among the attributes, of which kernels read another form, see portlm.ops.quantized: it is
+            made of weights when a model is opened.
         tvm: the native function "portlm.<tvm>" that takes the inputs, the attributes as numbers and the outputs.
             Without an optional input it is "<tvm>_no_<input>". "" for a node that TVM's lowering writes by hand.
     """
@@ -136,6 +138,7 @@ class Node:
     named_after: str = ""
     suffix: str = ""
     rowwise: bool = False
+    packed: tuple[str, ...] = ()
     tvm: str = ""
 
     def functions(self) -> tuple[str, ...]:
