@@ -73,11 +73,11 @@ def divergence(model, other, ids) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", [INT4, Scheme(4, 32, False), Scheme(8, 32)], ids=str)
 def test_predictions_stay_nearer_than_by_rounding_on_text_that_was_not_seen(family, scheme):
-    """Measured: 0.27 to 0.53 of the divergence of rounding, of models that have learned nothing."""
+    """Measured: 0.20 to 0.40 of the divergence of rounding, of models that have learned nothing."""
     model = tiny(family)
     other = text(4096, seed=1).seen
     plain = divergence(model, with_weights(model, RoundToNearest(scheme)), other)
-    assert divergence(model, with_weights(model, chosen(model, scheme)), other) < 0.75 * plain
+    assert divergence(model, with_weights(model, chosen(model, scheme)), other) < 0.6 * plain
 
 
 @pytest.mark.parametrize("tied", [False, True])
