@@ -72,7 +72,7 @@ def read(path: str | Path, tokenizer: Encoder | None, vocab_size: int) -> Text:
         FormatError: the file is missing, empty or not UTF-8.
         UsageError: there is no tokenizer, or one of another model, or the text is too short to be cut.
     """
-    if not hasattr(tokenizer, "encode_pieces"):
+    if tokenizer is None or not hasattr(tokenizer, "encode_pieces"):
         raise UsageError(f"{path} cannot be read for the model: it has no tokenizer of portlm's")
     seen, held_out = split_text(read_text(path), HELD_OUT)
     ids = np.concatenate([np.array(tokenizer.begin_ids, np.int64), _ids(tokenizer, seen)])
@@ -128,7 +128,7 @@ class Calibrated:
         return self.numbers.get(name) or self._others(name, weight)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Gptq:
     """The Quantizer of the matrices that have one input in common."""
 

@@ -122,11 +122,11 @@ def record_cost(folder: Path, module: nn.Module, text: Text) -> QuantizationCost
         raise UsageError(f"{folder} holds float32 weights: there is no cost to measure")
     twin = copy.deepcopy(module)
     sizes = manifest.model.vocab_size, manifest.model.context_length
-    engines = (
+    own, other = (
         TorchEngine(roles_of(each) or {}, *sizes, "cpu", "native", {"cpu": 0}) for each in (module, twin)
     )
     with answering(module), answering(twin), dequantized(twin, folder, manifest):
-        found = quality(*engines, text.held_out[:MOST_TOKENS], before=text.before)
+        found = quality(own, other, text.held_out[:MOST_TOKENS], before=text.before)
     cost = QuantizationCost(
         tokens=found.tokens,
         perplexity_float32=found.perplexity,
