@@ -26,7 +26,7 @@ import torch
 
 from portlm import settings
 from portlm.compile.calibrate import MOST_TOKENS, Text, calibrated, read
-from portlm.compile.quantize import GROUPS, Quantizer, RoundToNearest, Scheme, dequantize
+from portlm.compile.quantize import GROUPS, Quantizer, RoundToNearest, Scheme, dequantize, quantize
 from portlm.data.batches import BatchSampler
 from portlm.errors import UsageError
 from portlm.flows import demo
@@ -89,7 +89,7 @@ def with_weights(model: Model, quantizer: Quantizer) -> Model:
     with torch.no_grad():
         for name, p in other.named_parameters():
             if p.dim() == 2 and name != "wpe.weight":  # positions stay float32
-                numbers = quantizer(name, p.numpy())
+                numbers = quantize(name, p.numpy(), quantizer)
                 p.copy_(torch.from_numpy(dequantize(numbers, quantizer.scheme)))
     return other
 
