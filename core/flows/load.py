@@ -50,8 +50,8 @@ def load(
 
     Args:
         path: the folder.
-        engine: "torch", "ort", "tvm", "null", or "auto": the first of ort, tvm and torch that is installed and for
-            which the folder holds what it needs; torch if there is a CUDA device that it can use.
+        engine: "torch", "ort", "tvm", "packed", "null", or "auto": the first of ort, tvm and torch that is installed
+            and for which the folder holds what it needs; torch if there is a CUDA device that it can use.
         device: "cpu", "cuda", "vulkan", or "auto": cuda for torch where there is one, otherwise cpu. Vulkan is
             never chosen by itself.
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
