@@ -31,4 +31,4 @@ def _recompute(block: nn.Module) -> None:
             return checkpoint(forward, *inputs, use_reentrant=False)
         return forward(*inputs)
 
-    block.forward = run  # type: ignore[method-assign]
+    block.forward = run
