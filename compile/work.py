@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from portlm.artifact import Manifest, check_files
-from portlm.compile.check import FLOAT, ITEM_BYTES, examine, read_graph
+from portlm.compile.check import INT64, ITEM_BYTES, examine, read_graph
 from portlm.errors import FormatError
 
 ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
@@ -35,7 +35,7 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
         read |= {name for place, name in enumerate(node.input) if place not in tables}
     total = multiplies = 0
     for tensor in graph.initializer:
-        if tensor.data_type != FLOAT:
+        if tensor.data_type == INT64:  # extents and places, no weights
             continue
         size = ITEM_BYTES[tensor.data_type]
         for extent in tensor.dims if tensor.name in read else tensor.dims[1:]:

@@ -20,6 +20,7 @@ _TOOLS = {
     "linear_bf16",
     "linear_cross_entropy_cuda",
     "precision",
+    "quantized",
     "registry",
     "spec",
 }

@@ -5,6 +5,7 @@
 // kRows of their T queries, go through it together. The softmax is online (Milakov and Gimelshein 2018), over blocks
 // of kSlots positions, so nothing of length S is stored.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>

@@ -10,6 +10,10 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace portlm {
 namespace {
@@ -67,6 +71,15 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#elif defined(__aarch64__)
+bool has_neon_dotprod() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return true;  // every Mac with this processor
+#endif
+}
 #endif
 
 // Narrowest first: the last usable one is the default.
@@ -78,8 +91,14 @@ const Isa kIsas[] = {
 #ifdef PORTLM_HAVE_AVX512
     isa<avx512::table>("avx512", has_avx512),
 #endif
+#ifdef PORTLM_HAVE_AVX512_VNNI
+    isa<avx512_vnni::table>("avx512_vnni", has_avx512_vnni),
+#endif
 #ifdef PORTLM_HAVE_NEON
     isa<neon::table>("neon", always),
+#endif
+#ifdef PORTLM_HAVE_NEON_DOTPROD
+    isa<neon_dotprod::table>("neon_dotprod", has_neon_dotprod),
 #endif
 };
 

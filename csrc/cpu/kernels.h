@@ -21,7 +21,7 @@ struct Kernels {
 // environment variable PORTLM_ISA names. Throws std::runtime_error if that one is unknown or unusable here.
 const Kernels& kernels();
 
-// Name of the instruction set that kernels() chose: "scalar", "avx2", "avx512" or "neon".
+// Name of the instruction set that kernels() chose: "scalar", "avx2", "avx512", "avx512_vnni", "neon" or "neon_dotprod".
 const char* isa_name();
 
 // Names of all instruction sets that this build carries and this machine can run, narrowest first; ends with nullptr.
@@ -42,11 +42,26 @@ int set_threads(int count);
 PORTLM_DECLARE_ISA(scalar)
 PORTLM_DECLARE_ISA(avx2)
 PORTLM_DECLARE_ISA(avx512)
+PORTLM_DECLARE_ISA(avx512_vnni)
 PORTLM_DECLARE_ISA(neon)
+PORTLM_DECLARE_ISA(neon_dotprod)
 #undef PORTLM_DECLARE_ISA
 
-// Inside a kernel file: the declarations of this compilation's own instruction set.
-#ifdef PORTLM_ISA
+// Inside a kernel file: the declarations of this compilation's own instruction set. One that only adds products of bytes to
+// another, PORTLM_BASE_ISA, has kernels for these of its own and shares all others.
+#ifdef PORTLM_BASE_ISA
+namespace PORTLM_BASE_ISA {
+#define PORTLM_KERNEL(ret, name, ...) ret name(__VA_ARGS__);
+#include "cpu/kernels.def"
+#undef PORTLM_KERNEL
+}  // namespace PORTLM_BASE_ISA
+namespace PORTLM_ISA {
+#define PORTLM_KERNEL(ret, name, ...)
+#define PORTLM_DOT_KERNEL(ret, name, ...) ret name(__VA_ARGS__);
+#include "cpu/kernels.def"
+#undef PORTLM_KERNEL
+}  // namespace PORTLM_ISA
+#elif defined(PORTLM_ISA)
 namespace PORTLM_ISA {
 #define PORTLM_KERNEL(ret, name, ...) ret name(__VA_ARGS__);
 #include "cpu/kernels.def"

@@ -2,6 +2,8 @@
 //
 // Memory bound: forward reads x (and the residual) once and writes y (and h) once; the row stays in L1 between the
 // three passes over it (mean, variance, normalise). The two-pass variance avoids the cancellation of E[x^2] - E[x]^2.
+#include <cmath>
+
 #include "cpu/column_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"

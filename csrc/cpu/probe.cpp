@@ -1,11 +1,12 @@
 // What this machine allows, measured with the same threads and registers as the kernels: memory bandwidth and
 // arithmetic. Benchmarks print it beside what they reach; nothing else uses it.
-#include <chrono>
+#include "cpu/probe.h"
+
 #include <cstddef>
 #include <memory>
-#include <vector>
 
 #include "cpu/gemm_bf16.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -13,48 +14,50 @@
 namespace portlm::PORTLM_ISA {
 namespace {
 
-constexpr int kPasses = 4;  // the best of these counts: whatever disturbs a pass only makes it slower
-
-template <typename Pass>
-double best_seconds(Pass pass) {
-  using Clock = std::chrono::steady_clock;
-  double best = 1e30;
-  for (int i = 0; i < kPasses; ++i) {
-    const auto start = Clock::now();
-    pass();
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    best = seconds < best ? seconds : best;
-  }
-  return best;
-}
-
-// An array whose pages each thread touched first where it will use them.
+// An array in large pages, each of which the thread touched first that will use it.
 std::unique_ptr<float[]> touched(int64_t n) {
   std::unique_ptr<float[]> memory(new float[static_cast<size_t>(n)]);
+  prefer_huge_pages(memory.get(), 4 * n);
   parallel_for(n, 1, [p = memory.get()](int64_t begin, int64_t end) {
     for_lanes(end - begin, [=](int64_t i, auto lanes) { store(Vec(1.0f), p + begin + i, lanes); });
   });
   return memory;
 }
 
-int threads() { return threads_for(int64_t{1} << 40, 1); }
-
-// Keeps a result alive that nothing reads.
-volatile float g_sink;
+// The sum of n floats, read as four streams that are asked for 4 KB ahead: with fewer requests under way a core gets less
+// from memory than it could.
+float sum_streams(const float* p, int64_t n) {
+  constexpr int kStreams = 4, kTurn = 4;
+  constexpr int64_t kLine = 16, kAhead = 1024;  // floats
+  constexpr int64_t kStep = kTurn * Vec::N > kLine ? kTurn * Vec::N : kLine;
+  const int64_t each = n / kStreams / kStep * kStep;
+  Vec total[kStreams][kTurn];
+  for (auto& stream : total)
+    for (Vec& t : stream) t = Vec(0.0f);
+  for (int64_t i = 0; i < each; i += kStep) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const float* const from = p + s * each + i;
+      for (int64_t j = 0; j < kStep; j += kLine) __builtin_prefetch(from + j + kAhead);
+      for (int64_t j = 0; j < kStep; j += kTurn * Vec::N)
+#pragma GCC unroll 4
+        for (int k = 0; k < kTurn; ++k) total[s][k] += Vec::load(from + j + k * Vec::N);
+    }
+  }
+  Vec all(0.0f);
+  for (const auto& stream : total)
+    for (const Vec t : stream) all += t;
+  for_lanes(n - kStreams * each, [&](int64_t i, auto lanes) { all += load(p + kStreams * each + i, lanes); });
+  return sum(all);
+}
 
 }  // namespace
 
 double probe_bandwidth(int64_t bytes) {
   const int64_t n = bytes / 4;
   const auto memory = touched(n);
-  std::vector<float> sums(static_cast<size_t>(threads()));
-  const double seconds = best_seconds([&] {
-    parallel_for(n, 1, [&sums, n, p = memory.get()](int64_t begin, int64_t end) {
-      float total[1];
-      row_sums<1>(end - begin, total, [p = p + begin](int64_t i, auto lanes) { return Sums<1>{{load(p + i, lanes)}}; });
-      sums[static_cast<size_t>((begin * static_cast<int64_t>(sums.size()) + n - 1) / n)] = total[0];  // by thread
-    });
-    g_sink = sums[0];
+  const double seconds = best_seconds([n, p = memory.get()] {
+    parallel_for(n, 1, [p](int64_t begin, int64_t end) { keep_result(sum_streams(p + begin, end - begin)); });
   });
   return static_cast<double>(4 * n) / seconds;
 }
@@ -69,47 +72,39 @@ double probe_triad(int64_t bytes) {
         store(fma(load(y + i, lanes), Vec(0.5f), load(x + i, lanes)), z + i, lanes);
       });
     });
-    g_sink = z[0];
   });
+  keep_result(n > 0 ? z[0] : 0.0f);
   return static_cast<double>(12 * n) / seconds;
 }
 
 double probe_flops(int64_t turns) {
   // 12 chains: more than latency times throughput of any core so far, and few enough for 16 registers.
   constexpr int kChains = 12;
-  const int count = threads();
-  std::vector<float> sums(static_cast<size_t>(count));
-  const double seconds = best_seconds([&] {
-    parallel_for(count, 1, [&sums, turns](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        Vec chain[kChains];
-        for (int k = 0; k < kChains; ++k) chain[k] = Vec(static_cast<float>(k));
-        const Vec a(0.999f), b(0.001f);
-        for (int64_t turn = 0; turn < turns / kPasses; ++turn) {
+  const int64_t each = turns / kPasses;
+  const int threads = probe_threads();
+  const double seconds = best_seconds([=] {
+    parallel_for(threads, 1, [=](int64_t, int64_t) {
+      Vec chain[kChains];
+      for (int k = 0; k < kChains; ++k) chain[k] = Vec(static_cast<float>(k));
+      const Vec a(0.999f), b(0.001f);
+      for (int64_t turn = 0; turn < each; ++turn) {
 #pragma GCC unroll 12
-          for (int k = 0; k < kChains; ++k) chain[k] = fma(chain[k], a, b);
-        }
-        Vec total(0.0f);
-        for (int k = 0; k < kChains; ++k) total += chain[k];
-        sums[static_cast<size_t>(t)] = sum(total);
+        for (int k = 0; k < kChains; ++k) chain[k] = fma(chain[k], a, b);
       }
+      Vec total(0.0f);
+      for (int k = 0; k < kChains; ++k) total += chain[k];
+      keep_result(sum(total));
     });
-    g_sink = sums[0];
   });
-  return 2.0 * kChains * Vec::N * static_cast<double>(turns / kPasses) * count / seconds;
+  return 2.0 * kChains * Vec::N * static_cast<double>(each) * threads / seconds;
 }
 
 double probe_bf16(int64_t turns) {
-  const int count = threads();
   const Bf16Tiles& tiles = bf16_tiles();
-  std::vector<float> sums(static_cast<size_t>(count));
-  const double seconds = best_seconds([&] {
-    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) sums[static_cast<size_t>(t)] = tiles.chains(turns / kPasses);
-    });
-    g_sink = sums[0];
-  });
-  return tiles.turn_flops * static_cast<double>(turns / kPasses) * count / seconds;
+  const int64_t each = turns / kPasses;
+  const int threads = probe_threads();
+  const double seconds = best_seconds([&] { parallel_for(threads, 1, [&](int64_t, int64_t) { keep_result(tiles.chains(each)); }); });
+  return tiles.turn_flops * static_cast<double>(each) * threads / seconds;
 }
 
 }  // namespace portlm::PORTLM_ISA

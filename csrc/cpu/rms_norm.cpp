@@ -1,6 +1,8 @@
 // Root-mean-square normalisation with an optional residual add in front, forward and backward.
 //
 // Memory bound like layer_norm, and simpler: there is no mean to subtract.
+#include <cmath>
+
 #include "cpu/column_sums.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"

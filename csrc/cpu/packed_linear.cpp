@@ -1,0 +1,218 @@
+// y = activation(x W^T + bias) for a quantized W as pack_matrix leaves it.
+//
+// Activations become whole numbers of 15 bits per group, so that products and their sums are exact and what is lost
+// against float32 is about 1e-5 of the largest output. Every element of y is computed by one thread with the same
+// operations whatever else is computed beside it: results are the same, bit for bit, for any number of threads, and a
+// row's for any number of rows.
+#include <cstring>
+#include <limits>
+
+#include "cpu/gelu.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/packed_tiles.h"
+#include "cpu/parallel.h"
+
+namespace portlm::PORTLM_ISA {
+namespace {
+
+constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
+constexpr int64_t kRowsAtOnce = 512;  // enough that reading the matrix again does not matter
+constexpr int64_t kPanelBytes = 1 << 18;  // of activations that stay in L2 while tiles pass
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Linear {
+  PackedMatrix m;
+  const float* x;
+  const uint8_t* packed;
+  const float* bias;
+  float* y;
+  int64_t rows;
+  int activation;
+};
+
+constexpr int64_t kMostColumns = 128;  // of a group
+
+// One group of one row in whole numbers X: x is about X times scale.
+struct Whole16 {
+  int16_t x[kMostColumns];
+  int32_t total;
+  float scale;
+};
+
+// A group with NaN in it becomes NaN, and of one with infinities only these remain, so that either reaches y.
+__attribute__((noinline)) void take_odd(const float* x, int64_t group, Whole16& to) {
+  constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
+  to.total = 0, to.scale = kInf;
+  for (int64_t i = 0; i < group; ++i) {
+    if (x[i] != x[i]) to.scale = kNan;
+    to.x[i] = x[i] == kInf ? 1 : x[i] == -kInf ? -1 : 0;
+    to.total += to.x[i];
+  }
+}
+
+inline void take_group(const float* x, int64_t group, Whole16& to) {
+  Vec most(0.0f);
+  for (int64_t i = 0; i < group; i += Vec::N) most = max(abs(Vec::load(x + i)), most);
+  const float largest = hmax(most);
+  // Below 2^-100 the inverse might be infinite, so that both are made larger.
+  const float lift = largest < 7.888609052e-31f ? 1.267650600e30f : 1.0f;
+  const float inverse = largest > 0.0f ? kLargestActivation / (largest * lift) : 0.0f;
+  Vec total(0.0f);
+  for (int64_t i = 0; i < group; i += Vec::N) {
+    const Vec whole = round(Vec::load(x + i) * Vec(lift) * Vec(inverse));  // NaN where x is, or is infinite
+    total += whole;
+    store_int16(whole, to.x + i);
+  }
+  const float sum_of_whole = sum(total);  // exact, for it is less than 2^24
+  if (sum_of_whole != sum_of_whole) return take_odd(x, group, to);
+  to.total = static_cast<int32_t>(sum_of_whole);
+  to.scale = largest * (1.0f / kLargestActivation);
+}
+
+// Writes row r of a panel of R rows.
+template <int bits>
+void fill_panel(const PackedMatrix& m, const float* x, uint32_t* panel, int64_t R, int64_t r) {
+  using D = Dots<bits>;
+  const int32_t zero = m.has_zeros ? 1 : (1 << (bits - 1)) - D::kOffset;  // 1: the kernel multiplies by the zeros
+  Whole16 whole;
+  for (int64_t g = 0; g < m.groups; ++g, x += m.group) {
+    take_group(x, m.group, whole);
+    for (int64_t i = 0; i < m.group; i += 16) {
+      uint32_t* const to = panel + i / 2 * R;
+      if (R == 1) {
+        D::arrange(whole.x + i, to);
+        continue;
+      }
+      uint32_t words[8];
+      D::arrange(whole.x + i, words);
+      for (int64_t unit = 0; unit < 4; ++unit) std::memcpy(to + 2 * (unit * R + r), words + 2 * unit, 8);
+    }
+    uint32_t* const behind = panel + R * (m.group / 2);
+    behind[r] = static_cast<uint32_t>(-whole.total * zero);
+    std::memcpy(behind + R + r, &whole.scale, 4);
+    panel = behind + 2 * R;
+  }
+}
+
+void fill_panels(const Linear& p, int64_t row, int64_t rows, uint32_t* words) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (p.m.bits == 4)
+      fill_panel<4>(p.m, p.x + (row + r) * p.m.K, words, rows, r);
+    else
+      fill_panel<8>(p.m, p.x + (row + r) * p.m.K, words, rows, r);
+  }
+}
+
+template <typename Function>
+void apply(TileSums& sums, int64_t rows, Function function) {
+  for (int64_t i = 0; i < rows * kTileHeight; i += Vec::N) function(Vec::load(sums.v + i)).store(sums.v + i);
+}
+
+// Out of line, for it is long and most layers have none.
+__attribute__((noinline)) void activate(TileSums& sums, int64_t rows, int activation) {
+  switch (activation) {
+    case 1: return apply(sums, rows, [](Vec v) { return GeluExact::value(v); });
+    case 2: return apply(sums, rows, [](Vec v) { return GeluTanh::value(v); });
+    case 3: return apply(sums, rows, [](Vec v) { return v = max(Vec(0.0f), v), v * v; });  // NaN stays NaN
+    default: return;
+  }
+}
+
+// Adds the bias to the sums of one tile, applies the activation and writes rows [row, row + rows) of y.
+inline void finish(const Linear& p, TileSums& sums, int64_t tile, int64_t row, int64_t rows) {
+  const int64_t column = tile * kTileHeight, columns = min(kTileHeight, p.m.N - column);
+  if (p.bias)
+    for_lanes(columns, [&](int64_t j, auto lanes) {
+      const Vec bias = load(p.bias + column + j, lanes);
+      for (int64_t r = 0; r < rows; ++r) (Vec::load(sums.v + r * kTileHeight + j) + bias).store(sums.v + r * kTileHeight + j);
+    });
+  if (p.activation) activate(sums, rows, p.activation);
+  for (int64_t r = 0; r < rows; ++r)
+    for_lanes(columns, [&](int64_t j, auto lanes) {
+      store(Vec::load(sums.v + r * kTileHeight + j), p.y + (row + r) * p.m.N + column + j, lanes);
+    });
+}
+
+template <int bits, int R>
+void multiply_slab(const Linear& p, const Panel& panel, int64_t row, int64_t begin, int64_t end) {
+  // Each of T parts of the slab is a stream of its own, read from end to end.
+  constexpr int T = kTilesAtOnce<R>;
+  const int64_t bytes = p.m.tile_bytes, part = (end - begin) / T;
+  TileSums sums[T];
+  for (int64_t i = 0; i < part; ++i) {
+    const uint8_t* tiles[T];
+    for (int t = 0; t < T; ++t) tiles[t] = p.packed + (begin + t * part + i) * bytes;
+    multiply_tiles<bits, R, T>(p.m, panel.words, tiles, sums);
+    for (int t = 0; t < T; ++t) finish(p, sums[t], begin + t * part + i, row, R);
+  }
+  for (int64_t tile = begin + T * part; tile < end; ++tile) {
+    const uint8_t* const from = p.packed + tile * bytes;
+    multiply_tiles<bits, R, 1>(p.m, panel.words, &from, sums);
+    finish(p, sums[0], tile, row, R);
+  }
+}
+
+using Slab = void (*)(const Linear& p, const Panel& panel, int64_t row, int64_t begin, int64_t end);
+
+template <int bits, int R = kPanelRows>
+Slab slab_of(int64_t rows) {
+  if constexpr (R == 1)
+    return multiply_slab<bits, 1>;
+  else
+    return rows == R ? multiply_slab<bits, R> : slab_of<bits, R - 1>(rows);
+}
+
+// Tiles [begin, end) for rows [row, row + rows), of which `panels` panels lie at `words`.
+void multiply_panels(const Linear& p, const uint32_t* words, int64_t row, int64_t first, int64_t last, int64_t panels,
+                     int64_t rows, int64_t begin, int64_t end) {
+  const int64_t per_row = Panel::words_per_row(p.m);
+  const auto start = [=](int64_t panel) { return rows * panel / panels; };
+  if (last - first == 1) {
+    const int64_t r = start(first), n = start(last) - r;
+    (p.m.bits == 4 ? slab_of<4>(n) : slab_of<8>(n))(p, {n, words + r * per_row}, row + r, begin, end);
+    return;
+  }
+  for (int64_t tile = begin; tile < end; ++tile)
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t r = start(panel), n = start(panel + 1) - r;
+      (p.m.bits == 4 ? slab_of<4>(n) : slab_of<8>(n))(p, {n, words + r * per_row}, row + r, tile, tile + 1);
+    }
+}
+
+}  // namespace
+
+void packed_linear(const float* x, const uint8_t* packed, const float* bias, float* y, int64_t rows, int64_t N, int64_t K,
+                   int64_t group, int64_t bits, int has_zeros, int activation) {
+  if (rows <= 0 || N <= 0) return;
+  const Linear p{PackedMatrix(N, K, group, bits, has_zeros != 0), x, packed, bias, y, rows, activation};
+  const int64_t per_row = Panel::words_per_row(p.m), tiles = p.m.tiles;
+  thread_local Scratch scratch;
+  if (rows <= kPanelRows) {
+    const int64_t tile_cycles = (K * (rows + 1) + 1) / 2 + 1;
+    parallel_for(tiles, kGrain / tile_cycles + 1, [&](int64_t begin, int64_t end) {
+      thread_local Scratch own;  // each thread makes the whole numbers for itself: that is cheaper than to wait for them
+      uint32_t* const words = reinterpret_cast<uint32_t*>(own.floats(rows * per_row));
+      fill_panels(p, 0, rows, words);
+      multiply_panels(p, words, 0, 0, 1, 1, rows, begin, end);
+    });
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+    const int64_t count = min(kRowsAtOnce, rows - row), panels = ceil_div(count, kPanelRows);
+    uint32_t* const words = reinterpret_cast<uint32_t*>(scratch.floats(count * per_row));
+    const auto start = [=](int64_t panel) { return count * panel / panels; };
+    parallel_for(panels, kGrain / (K * kPanelRows / 2 + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) fill_panels(p, row + start(i), start(i + 1) - start(i), words + start(i) * per_row);
+    });
+    const int64_t in_cache = kPanelBytes / (4 * kPanelRows * per_row + 1) + 1;
+    parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t first = 0; first < panels; first += in_cache)
+        multiply_panels(p, words, row, first, min(panels, first + in_cache), panels, count, begin, end);
+    });
+  }
+}
+
+}  // namespace portlm::PORTLM_ISA

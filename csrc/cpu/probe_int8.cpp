@@ -1,0 +1,45 @@
+// The peak of byte products on this machine, measured with packed_linear's threads and instructions.
+#include "cpu/dots.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/probe.h"
+
+namespace portlm::PORTLM_ISA {
+
+double probe_int8(int64_t turns) {
+  using D = Dots<4>;
+  constexpr int kSums = 6;   // of one product with high and one with low activations each: as many chains as probe_flops
+  constexpr int kUnits = 8;  // products of a sum before it is widened, where that is needed
+  const int64_t each = turns / kPasses / kUnits;
+  const int threads = probe_threads();
+  const double seconds = best_seconds([=] {
+    parallel_for(threads, 1, [=](int64_t, int64_t) {
+      uint8_t line[4 * Vec::N];
+      for (uint8_t& b : line) b = 0x35;
+      uint32_t words[2 * kSums];
+      for (uint32_t& word : words) word = 0x01020304u;
+      D::Weights w[2];
+      D::unpack(line, w);
+      D::Sum sums[kSums];
+#pragma GCC unroll 6
+      for (int k = 0; k < kSums; ++k) sums[k].start(Ints(k));
+      for (int64_t turn = 0; turn < each; ++turn) {
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnits; ++u) {
+          __asm__ volatile("" : : "r"(words) : "memory");  // they may have changed: no product can be used twice
+#pragma GCC unroll 6
+          for (int k = 0; k < kSums; ++k) sums[k].add(w[u % 2], D::load(words + 2 * k));
+        }
+#pragma GCC unroll 6
+        for (int k = 0; k < kSums; ++k) sums[k].carry();
+      }
+      Vec total(0.0f);
+#pragma GCC unroll 6
+      for (int k = 0; k < kSums; ++k) total += to_float(sums[k].total());
+      keep_result(sum(total));
+    });
+  });
+  return 2.0 * 2.0 * 4.0 * Vec::N * kSums * kUnits * static_cast<double>(each) * threads / seconds;
+}
+
+}  // namespace portlm::PORTLM_ISA
