@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
-from portlm.errors import EngineUnavailableError, UsageError
+from portlm.errors import UsageError
 from portlm.flows.race.contender import Array, Contender, Source
 
 
@@ -20,20 +19,13 @@ class PortlmEngine(Contender):
         return source.work / f"portlm-{self._quantize}" if self._quantize else source.artifact
 
     def prepare(self, source: Source) -> None:
-        """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then.
-
-        Raises:
-            EngineUnavailableError: this version has no quantized export.
-        """
+        """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then."""
         import portlm
         from portlm.compile.export import export
 
         folder = self._folder(source)
         if self._quantize and not folder.exists():
-            options = {"quantize": self._quantize}
-            if not options.keys() <= inspect.signature(export).parameters.keys():
-                raise EngineUnavailableError("this version of portlm exports no quantized weights")
-            export(source.hf, folder, **options)
+            export(source.hf, folder, quantize=self._quantize)
         portlm.load(folder, engine=self._engine, device=self._device, profile=self._profile).close()
 
     def bring(self) -> None:
