@@ -157,7 +157,7 @@ class Reader:
                     f"what the text puts into {site.names[0]} is not finite, or too large to be squared: "
                     "look for weights that overflow float32"
                 )
-        return {site: (total / tokens).cpu().numpy() for site, total in sums.items()}
+        return {site: total.div_(tokens).cpu().numpy() for site, total in sums.items()}
 
     def _run(
         self, ids: Tensor, roles: Mapping[str, Role], seen: Callable[[Place, str, Tensor], None]

@@ -96,7 +96,7 @@ def sensitivities(
             raise PortlmError(
                 f"the gradient at the rows of {name} is not finite: look for weights that overflow float32"
             )
-    return {name: (total / tokens).cpu().numpy() for name, total in sums.items()}
+    return {name: total.div_(tokens).cpu().numpy() for name, total in sums.items()}
 
 
 def _gradients(
