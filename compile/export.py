@@ -29,13 +29,14 @@ from portlm.artifact import (
     list_files,
     write_manifest,
 )
+from portlm.compile.calibrate import calibrated, read
 from portlm.compile.check import check_model
 from portlm.compile.export_checks import check_profiles, check_target, check_unquantized, stored_bytes
 from portlm.compile.forms import OPSET
 from portlm.compile.graph import WeightFile
 from portlm.compile.isolated import graph_of, weights_of
 from portlm.compile.mapped import MappedFile
-from portlm.compile.quantize import Quantizer, RoundToNearest, Scheme, scheme_of
+from portlm.compile.quantize import Prepare, Quantizer, RoundToNearest, Scheme, scheme_of
 from portlm.compile.tables import table_limits, with_limits
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
@@ -53,6 +54,7 @@ from portlm.ops.spec import DOMAIN_VERSION, FAR
 from portlm.quantization import Quantization
 from portlm.roles import file_stem
 from portlm.seen_graphs import record_written
+from portlm.tokenizer import Tokenizer
 from portlm.weights import read_header
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def export(
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
+    calibrate: str | Path | None = None,
 ) -> Path:
     """Export a checkpoint to an artifact folder, which appears complete or not at all.
 
@@ -90,14 +93,16 @@ def export(
             artifact then holds no model.safetensors.
         group: how many weights share a scale: 32, 64 or 128, which must divide the inputs of every matrix.
         asymmetric: each group has a zero point, too.
+        calibrate: a text file that is like what the model will read: weights are then rounded so that what they give on
+            its first nine tenths changes least, see compile/calibrate.py.
 
     Returns:
         The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
 
     Raises:
         FormatError: the checkpoint is damaged or not of a known family.
-        UsageError: `out` holds something that is not an artifact, a profile is unknown, the group does not divide, or
-            the weights are quantized already.
+        UsageError: `out` holds something that is not an artifact, a profile is unknown, the group does not divide, the
+            weights are quantized already, or the text is too short.
         StorageError: the disk is full or refuses. What was there before is untouched.
     """
     source, target = Path(checkpoint), Path(out)
@@ -113,6 +118,8 @@ def export(
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     generation_config.read(source)  # and what no session would load
     weights = read_header(source / WEIGHTS)
+    tokenizer = Tokenizer.load(source) if calibrate is not None and (source / TOKENIZER).is_file() else None
+    prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size)
     if scheme is not None:
         copied.remove(WEIGHTS)
     size = sum((source / name).stat().st_size for name in copied)
@@ -128,7 +135,7 @@ def export(
             if name not in without:
                 shutil.copyfile(source / name, workshop / name)
 
-    made = _make(lambda: open_mapped(source), target, profiles, size, bring, scheme, beside=True)
+    made = _make(lambda: open_mapped(source), target, profiles, size, bring, prepare, beside=True)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return made
@@ -144,6 +151,7 @@ def export_module(
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
+    calibrate: str | Path | None = None,
 ) -> Path:
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
@@ -157,6 +165,7 @@ def export_module(
         quantize: as for `export`.
         group: as for `export`.
         asymmetric: as for `export`.
+        calibrate: as for `export`; the tokenizer reads it.
 
     Returns:
         The artifact folder.
@@ -185,6 +194,7 @@ def export_module(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
             f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
         )
+    prepare = _preparation(scheme, calibrate, tokenizer, _vocab_size(module, roles_to_export(module)))
     size = sum(stored_bytes(p.shape, scheme) for p in module.parameters())
     if scheme is None:
         size += sum(p.numel() * p.element_size() for p in module.parameters())
@@ -201,7 +211,24 @@ def export_module(
         elif tokenizer is not None:
             tokenizer.save(workshop)
 
-    return _make(lambda: (module, None), target, profiles, size, bring, scheme)
+    return _make(lambda: (module, None), target, profiles, size, bring, prepare)
+
+
+def _preparation(
+    scheme: Scheme | None, calibrate: str | Path | None, tokenizer: Any, vocab_size: int
+) -> Prepare | None:
+    """Return what makes the quantizer of a module: None without a scheme.
+
+    Raises:
+        UsageError: there is a text and no scheme, or nothing that could read it, or it is too short.
+        FormatError: the text is missing or damaged.
+    """
+    if calibrate is None:
+        return None if scheme is None else RoundToNearest.prepare(scheme)
+    if scheme is None:
+        raise UsageError("calibrate says by which text to quantize: say int8 or int4 as well")
+    text = read(calibrate, tokenizer, vocab_size)
+    return lambda module: calibrated(module, roles_to_export(module), text, _context_length(module), scheme)
 
 
 def open_mapped(folder: str | Path) -> "tuple[nn.Module, MappedFile]":
@@ -238,7 +265,7 @@ def _make(
     profiles: Sequence[str],
     size: int,
     bring: Callable[[Path], None],
-    scheme: Scheme | None,
+    prepare: Prepare | None,
     *,
     beside: bool = False,
 ) -> Path:
@@ -250,7 +277,7 @@ def _make(
         profiles: which graphs to write.
         size: bytes of what is written, graphs aside.
         bring: writes the files beside the graphs into a folder.
-        scheme: of quantized weights, None for float32.
+        prepare: makes the quantizer of the weights; None leaves them float32.
         beside: `bring` copies files and does not look at the module: the disk and the hash then work while PyTorch is
             loaded and the module captured, for neither needs Python's lock.
     """
@@ -263,8 +290,9 @@ def _make(
                 brought.result()
             with _no_collections():
                 module, weights = load()
+            quantizer = None if prepare is None else prepare(module)
+            with _no_collections():
                 roles, context = roles_to_export(module), _context_length(module)
-                quantizer = None if scheme is None else RoundToNearest.prepare(scheme)(module)
                 graphs = capture(module, roles, profiles, context, quantizer)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
