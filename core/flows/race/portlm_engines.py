@@ -26,10 +26,11 @@ class PortlmEngine(Contender):
             EngineUnavailableError: this version has no quantized export.
         """
         import portlm
-        from portlm.compile.export import export
 
         folder = self._folder(source)
         if self._quantize and not folder.exists():
+            from portlm.compile.export import export
+
             options = {"quantize": self._quantize}
             if not options.keys() <= inspect.signature(export).parameters.keys():
                 raise EngineUnavailableError("this version of portlm exports no quantized weights")
