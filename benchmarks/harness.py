@@ -48,15 +48,19 @@ class Case:
     Attributes:
         name: what and how large, e.g. "forward (8192, 768)".
         contenders: name to call; the first is ours. All return the same tensors (or None to skip the comparison).
-        moved: bytes that any implementation must move through memory, 0 if memory does not bound it.
+        moved: bytes that any implementation must move through memory, 0 if memory does not bound it; or by contender.
         flops: operations that any implementation must make, 0 if arithmetic does not bound it.
+        int8: the same, of bytes, by contender: those that multiply bytes.
+        calls: by contender, how often one call does the task, where it is not once.
         tolerance: largest difference between contenders' results, relative to the largest value.
     """
 
     name: str
     contenders: dict[str, Call]
-    moved: int = 0
+    moved: int | dict[str, int] = 0
     flops: int = 0
+    int8: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
     tolerance: float = 1e-4
 
 
@@ -127,14 +131,14 @@ def race(
     repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
     order = list(calls)
     for round_ in range(rounds):
-        limits.probe(probe_bytes)
+        limits.probe(probe_bytes, int8=bool(case.int8))
         for _ in range(_MOST_REPEATS):
             meter = StealMeter()
             times = {name: _sample(calls[name], repeats[name]) for name in order}
             if meter.share() <= STEAL_LIMIT:
                 break
         for name, value in times.items():
-            results[name].samples.append(value)
+            results[name].samples.append(value / case.calls.get(name, 1))
         order.reverse()
         if sys.stderr.isatty():
             end = "" if round_ + 1 < rounds else "\r" + " " * 79 + "\r"
@@ -143,11 +147,15 @@ def race(
     for name in runnable:
         result = results[name]
         result.seconds = statistics.median(result.samples)
-        if case.flops:
+        moved = case.moved.get(name, 0) if isinstance(case.moved, dict) else case.moved
+        if name in case.int8:
+            result.rate, result.unit = case.int8[name] / result.seconds / 1e9, "GOP/s of bytes"
+            result.of_limit = result.rate / (limits.int8 / 1e9)
+        elif case.flops:
             result.rate, result.unit = case.flops / result.seconds / 1e9, "GFLOP/s"
             result.of_limit = result.rate / (limits.flops / 1e9)
-        elif case.moved:
-            result.rate, result.unit = case.moved / result.seconds / 1e9, "GB/s"
+        elif moved:
+            result.rate, result.unit = moved / result.seconds / 1e9, "GB/s"
             result.of_limit = result.rate / (max(limits.read, limits.triad) / 1e9)
         if result is not ours and ours.samples:
             result.ratio, result.interval = paired_ratio(result.samples, ours.samples)
@@ -258,6 +266,7 @@ def main(title: str, cases: Callable[[bool], Iterable[Case]]) -> None:
         print(
             f"limits, {threads} threads: read {limit.read / 1e9:.1f} GB/s, triad {limit.triad / 1e9:.1f} GB/s, "
             f"{limit.flops / 1e9:.0f} GFLOP/s"
+            + (f", {limit.int8 / 1e9:.0f} GOP/s of bytes" if limit.int8 else "")
         )
     if options.json:
         report = {

@@ -80,7 +80,7 @@ def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Trans
         StorageError: The disk is full or refuses the write.
     """
     src, out, notes = Path(src), Path(out), list[str]()
-    check_folder(src)
+    _check_files(src)
     config = load_config(src, notes)
     shapes = expected_shapes(config)
     tensors = _parameters(src, config, shapes, notes)
@@ -107,9 +107,7 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         StorageError: The disk is full or refuses the write.
     """
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
-    check_folder(checkpoint)
-    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
-    check_source(checkpoint, (CONFIG, WEIGHTS, *texts))
+    _check_files(checkpoint)
     config = load_config(checkpoint, notes)
     shapes = expected_shapes(config)
     header = read_header(checkpoint / WEIGHTS)
@@ -123,6 +121,13 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         _copy_tokenizer(checkpoint, folder, config.vocab_size, notes)
         _copy_cards(checkpoint, folder, notes)
     return Transfer(out, config.family, _count(shapes), tuple(notes))
+
+
+def _check_files(folder: Path) -> None:
+    """Look at where the files of a folder lie, and at what is in them if it is an artifact, whose manifest says it."""
+    check_folder(folder)
+    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+    check_source(folder, (CONFIG, WEIGHTS, *texts, *cards(folder)))
 
 
 class _Tensors(Mapping[str, np.ndarray]):

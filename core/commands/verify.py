@@ -60,6 +60,7 @@ def print_table(model: Path, results: list[Result]) -> None:
 
     from portlm.commands.tables import figures
     from portlm.compile.parity import allowed_error
+    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS
 
     table = figures(
         f"{model}: distance from eager PyTorch",
@@ -75,13 +76,23 @@ def print_table(model: Path, results: list[Result]) -> None:
         role = "" if row.role == "decoder" else f" {row.role}"
         table.add_row(
             f"{row.engine}:{row.device}{role}", row.profile, f"{row.max_logit_error:.1e}",
-            f"{allowed_error(scale):.1e}" if row.precision == "fp32" else "", f"{scale:.3g}",
+            f"{allowed_error(scale, row.precision):.1e}" if row.precision != EIGHT_BITS else "", f"{scale:.3g}",
             f"{result.recorded.max_logit_error:.1e}" if result.recorded else "written",
             f"{row.kl:.1e}", f"{row.top1:.1%}", f"{row.greedy_match}/{row.greedy_total}", str(len(row.fallback)),
         )  # fmt: skip
     console = Console()
     if table.row_count:
         console.print(table)
+    for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):
+        rounding = [
+            f"{r.row.engine}:{r.row.device} {r.row.profile}"
+            for r in results
+            if r.row and r.row.precision == precision
+        ]
+        if rounding:
+            names = ", ".join(dict.fromkeys(rounding))
+            line = f"{names}: activations have {bits} bits where they meet quantized weights"
+            console.print(line, highlight=False, soft_wrap=True)
     for result in results:
         if result.problem:
             # An engine's own messages begin with its name.

@@ -27,24 +27,28 @@ PACKAGES = (
 
 @dataclass
 class Limits:
-    """The best that the probes saw during the run: bytes/s read, bytes/s of a triad, FLOP/s of multiply-adds."""
+    """The best that the probes saw: bytes/s read and of a triad, FLOP/s of multiply-adds, and of those of bytes."""
 
     read: float = 0.0
     triad: float = 0.0
     flops: float = 0.0
+    int8: float = 0.0
 
-    def probe(self, moved: int = 1 << 28, steps: int = 20_000_000) -> None:
+    def probe(self, moved: int = 1 << 28, steps: int = 20_000_000, *, int8: bool = False) -> None:
         """Probe again, with all threads of the caller's pool, and keep the best.
 
         Args:
             moved: bytes of the buffer that is read, well beyond the caches.
             steps: multiply-adds of each lane.
+            int8: also those of bytes.
         """
         from portlm import _C
 
         self.read = max(self.read, _C.probe_bandwidth(moved))
         self.triad = max(self.triad, _C.probe_triad(moved))
         self.flops = max(self.flops, _C.probe_flops(steps))
+        if int8:
+            self.int8 = max(self.int8, _C.probe_int8(steps))
 
 
 def bootstrap(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

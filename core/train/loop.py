@@ -20,6 +20,7 @@ from torch import Tensor
 import portlm
 from portlm import settings
 from portlm.errors import ConfigError, DivergenceError, PortlmError
+from portlm.ops.precision import products_in
 from portlm.train import checkpoint, state
 from portlm.train.config import RunConfig
 from portlm.train.interrupt import Interrupt, InterruptedTraining
@@ -211,7 +212,9 @@ class Trainer:
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = accumulate_gradients(self.objective.loss, self.objective.batches())
+        parts = self.objective.batches()
+        with products_in(self.config.precision):
+            loss = accumulate_gradients(self.objective.loss, parts)
         norm = self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

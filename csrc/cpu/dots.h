@@ -4,7 +4,7 @@
 // bytes by bytes, so most of them take it as X = 128 h + l with l in -64 .. 63 and h in -127 .. 127: two products per
 // weight, the accuracy of one with 15 bits. All sums are exact. Each dots_*.h defines
 //   Ints             Vec::N 32-bit integers: from one, + - *, to_float; bytes(p) and half(p) read Vec::N bytes or float16
-//   store_int16      the integers that a Vec holds
+//   store_int16      the integers that a Vec holds, and anything for NaN
 //   Dots<bits>       for weights of 4 or 8 bits:
 //     kOffset        what it takes away from every stored weight, which the caller has to make good
 //     Weights        of Vec::N rows, 4 weights each; unpack() reads those of the rows in one line of the packed matrix

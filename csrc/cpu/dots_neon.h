@@ -49,7 +49,7 @@ struct Dots {
       w[0].v = vreinterpretq_s8_u8(veorq_u8(line, vdupq_n_u8(128)));
     }
   }
-  static void arrange(const int16_t* x, uint32_t (&words)[8]) {
+  static void arrange(const int16_t* x, uint32_t* words) {
     for (int half = 0; half < 2; ++half) {
       const int16x8_t v = vld1q_s16(x + 8 * half), c64 = vdupq_n_s16(64);
       const int16x8_t l = vsubq_s16(vandq_s16(vaddq_s16(v, c64), vdupq_n_s16(127)), c64);

@@ -1,7 +1,6 @@
 // Products of weights and activations without vector registers: one row of weights at a time, and what the others mean.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -25,7 +24,7 @@ inline Vec half(const uint8_t* p) {
   std::memcpy(&bits, p, 2);
   return from_half(bits);
 }
-inline void store_int16(Vec a, int16_t* p) { *p = static_cast<int16_t>(std::nearbyint(a.v)); }
+inline void store_int16(Vec a, int16_t* p) { *p = a.v == a.v ? static_cast<int16_t>(a.v) : int16_t{0}; }  // NaN has none
 
 template <int bits>
 struct Dots {
@@ -46,7 +45,7 @@ struct Dots {
         w[0].q[j] = p[j];
     }
   }
-  static void arrange(const int16_t* x, uint32_t (&words)[8]) {
+  static void arrange(const int16_t* x, uint32_t* words) {
     for (int unit = 0; unit < 4; ++unit) {
       Activations a;
       for (int j = 0; j < 4; ++j) {

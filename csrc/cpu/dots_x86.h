@@ -60,7 +60,7 @@ inline WordPair load_pair(const uint32_t* words) {
 }
 
 // 16 activations as words (h, l), of four bytes each.
-inline void arrange_bytes(const int16_t* x, uint32_t (&words)[8]) {
+inline void arrange_bytes(const int16_t* x, uint32_t* words) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), c64 = _mm256_set1_epi16(64);
   const __m256i l = _mm256_sub_epi16(_mm256_and_si256(_mm256_add_epi16(v, c64), _mm256_set1_epi16(127)), c64);
   const __m256i h = _mm256_srai_epi16(_mm256_sub_epi16(v, l), 7);
@@ -70,7 +70,7 @@ inline void arrange_bytes(const int16_t* x, uint32_t (&words)[8]) {
 }
 
 // 16 activations as words ((X0, X2), (X1, X3)), of two 16-bit numbers each.
-inline void arrange_shorts(const int16_t* x, uint32_t (&words)[8]) {
+inline void arrange_shorts(const int16_t* x, uint32_t* words) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(v, 0xD8), 0xD8));
 }
@@ -98,7 +98,7 @@ struct Dots {
   using Weights = StoredWeights<bits>;
   using Activations = WordPair;
   static void unpack(const uint8_t* p, Weights (&w)[8 / bits]) { Weights::unpack(p, w); }
-  static void arrange(const int16_t* x, uint32_t (&words)[8]) { arrange_bytes(x, words); }
+  static void arrange(const int16_t* x, uint32_t* words) { arrange_bytes(x, words); }
   static Activations load(const uint32_t* words) { return load_pair(words); }
   struct Sum {
     Bits h, l;
@@ -114,6 +114,9 @@ struct Dots {
 
 #else
 
+// Keeps additions as they are written: gcc would first make all products of a long sum, more than there are registers.
+inline void in_order(Bits& sum) { __asm__("" : "+v"(sum)); }
+
 template <int bits>
 struct Dots;
 
@@ -123,7 +126,7 @@ struct Dots<4> {
   using Weights = StoredWeights<4>;
   using Activations = WordPair;
   static void unpack(const uint8_t* p, Weights (&w)[2]) { Weights::unpack(p, w); }
-  static void arrange(const int16_t* x, uint32_t (&words)[8]) { arrange_bytes(x, words); }
+  static void arrange(const int16_t* x, uint32_t* words) { arrange_bytes(x, words); }
   static Activations load(const uint32_t* words) { return load_pair(words); }
   struct Sum {
     Bits h, l;  // in 16 bits, of fewer than 32 columns
@@ -132,6 +135,8 @@ struct Dots<4> {
     void add(const Weights& w, const Activations& x) {
       h = PORTLM_X86(add_epi16)(h, PORTLM_X86(maddubs_epi16)(w.v, x.a));
       l = PORTLM_X86(add_epi16)(l, PORTLM_X86(maddubs_epi16)(w.v, x.b));
+      in_order(h);
+      in_order(l);
     }
     void carry() {
       const Bits high = PORTLM_X86(madd_epi16)(h, PORTLM_X86(set1_epi16)(128));
@@ -155,13 +160,14 @@ struct Dots<8> {
     w[0].even = both(line, PORTLM_X86(set1_epi16)(255));
     w[0].odd = PORTLM_X86(srli_epi16)(line, 8);
   }
-  static void arrange(const int16_t* x, uint32_t (&words)[8]) { arrange_shorts(x, words); }
+  static void arrange(const int16_t* x, uint32_t* words) { arrange_shorts(x, words); }
   static Activations load(const uint32_t* words) { return load_pair(words); }
   struct Sum {
     Ints sum;
     void start(Ints value) { sum = value; }
     void add(const Weights& w, const Activations& x) {
       sum = sum + (Ints(PORTLM_X86(madd_epi16)(w.even, x.a)) + Ints(PORTLM_X86(madd_epi16)(w.odd, x.b)));
+      in_order(sum.v);
     }
     void carry() {}
     Ints total() const { return sum; }

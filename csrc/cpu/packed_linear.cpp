@@ -33,53 +33,66 @@ struct Linear {
   int activation;
 };
 
-// A group of x with NaN in it becomes NaN, and of one with infinities only these remain, so that either reaches y.
-template <typename D>
-float arrange_odd(const float* x, int64_t group, int16_t* out) {
+constexpr int64_t kMostColumns = 128;  // of a group
+
+// One group of one row in whole numbers X: x is about X times scale.
+struct Whole16 {
+  int16_t x[kMostColumns];
+  int32_t total;
+  float scale;
+};
+
+// A group with NaN in it becomes NaN, and of one with infinities only these remain, so that either reaches y.
+__attribute__((noinline)) void take_odd(const float* x, int64_t group, Whole16& to) {
   constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
-  bool nan = false;
+  to.total = 0, to.scale = kInf;
   for (int64_t i = 0; i < group; ++i) {
-    nan |= x[i] != x[i];
-    out[i] = x[i] == kInf ? 1 : x[i] == -kInf ? -1 : 0;
+    if (x[i] != x[i]) to.scale = kNan;
+    to.x[i] = x[i] == kInf ? 1 : x[i] == -kInf ? -1 : 0;
+    to.total += to.x[i];
   }
-  return nan ? kNan : kInf;
 }
 
-// One group of one row as whole numbers; returns what they have to be multiplied with.
-inline float to_whole(const float* x, int64_t group, int16_t* out) {
-  Vec most(0.0f), odd(0.0f);
-  for (int64_t i = 0; i < group; i += Vec::N) {
-    const Vec v = Vec::load(x + i);
-    most = max(abs(v), most);
-    odd = fma(v, Vec(0.0f), odd);  // NaN if v is, or infinite
-  }
+inline void take_group(const float* x, int64_t group, Whole16& to) {
+  Vec most(0.0f);
+  for (int64_t i = 0; i < group; i += Vec::N) most = max(abs(Vec::load(x + i)), most);
   const float largest = hmax(most);
-  if (!(sum(odd) == 0.0f)) return arrange_odd<Dots<4>>(x, group, out);
   // Below 2^-100 the inverse might be infinite, so that both are made larger.
   const float lift = largest < 7.888609052e-31f ? 1.267650600e30f : 1.0f;
   const float inverse = largest > 0.0f ? kLargestActivation / (largest * lift) : 0.0f;
-  for (int64_t i = 0; i < group; i += Vec::N) store_int16(Vec::load(x + i) * Vec(lift) * Vec(inverse), out + i);
-  return largest / kLargestActivation;
+  Vec total(0.0f);
+  for (int64_t i = 0; i < group; i += Vec::N) {
+    const Vec whole = round(Vec::load(x + i) * Vec(lift) * Vec(inverse));  // NaN where x is, or is infinite
+    total += whole;
+    store_int16(whole, to.x + i);
+  }
+  const float sum_of_whole = sum(total);  // exact, for it is less than 2^24
+  if (sum_of_whole != sum_of_whole) return take_odd(x, group, to);
+  to.total = static_cast<int32_t>(sum_of_whole);
+  to.scale = largest * (1.0f / kLargestActivation);
 }
 
 // Writes row r of a panel of R rows.
 template <int bits>
 void fill_panel(const PackedMatrix& m, const float* x, uint32_t* panel, int64_t R, int64_t r) {
   using D = Dots<bits>;
-  constexpr int64_t kMostColumns = 128;
-  int16_t whole[kMostColumns];
+  const int32_t zero = m.has_zeros ? 1 : (1 << (bits - 1)) - D::kOffset;  // 1: the kernel multiplies by the zeros
+  Whole16 whole;
   for (int64_t g = 0; g < m.groups; ++g, x += m.group) {
-    const float scale = to_whole(x, m.group, whole);
-    int32_t total = 0;
-    for (int64_t i = 0; i < m.group; ++i) total += whole[i];
+    take_group(x, m.group, whole);
     for (int64_t i = 0; i < m.group; i += 16) {
+      uint32_t* const to = panel + i / 2 * R;
+      if (R == 1) {
+        D::arrange(whole.x + i, to);
+        continue;
+      }
       uint32_t words[8];
-      D::arrange(whole + i, words);
-      for (int64_t unit = 0; unit < 4; ++unit) std::memcpy(panel + 2 * ((i / 4 + unit) * R + r), words + 2 * unit, 8);
+      D::arrange(whole.x + i, words);
+      for (int64_t unit = 0; unit < 4; ++unit) std::memcpy(to + 2 * (unit * R + r), words + 2 * unit, 8);
     }
     uint32_t* const behind = panel + R * (m.group / 2);
-    behind[r] = static_cast<uint32_t>(-total * (m.has_zeros ? 1 : (1 << (bits - 1)) - D::kOffset));
-    std::memcpy(behind + R + r, &scale, 4);
+    behind[r] = static_cast<uint32_t>(-whole.total * zero);
+    std::memcpy(behind + R + r, &whole.scale, 4);
     panel = behind + 2 * R;
   }
 }
@@ -122,10 +135,6 @@ inline void finish(const Linear& p, TileSums& sums, int64_t tile, int64_t row, i
       store(Vec::load(sums.v + r * kTileHeight + j), p.y + (row + r) * p.m.N + column + j, lanes);
     });
 }
-
-// Tiles at a time, by the registers that their sums take.
-template <int R>
-constexpr int kTilesAtOnce = R == 1 ? 4 : R <= 4 ? 2 : 1;
 
 template <int bits, int R>
 void multiply_slab(const Linear& p, const Panel& panel, int64_t row, int64_t begin, int64_t end) {

@@ -8,7 +8,21 @@
 
 namespace portlm::PORTLM_ISA {
 
-constexpr int kPanelRows = 8;  // rows of activations that share weights while they are in a register, at most
+// Rows of activations that share weights while they are in a register, at most, and tiles that are computed at once, where
+// few rows leave registers for more: a sum takes several cycles, and activations are loaded once for all tiles.
+#if defined(PORTLM_ISA_AVX512) || defined(PORTLM_ISA_NEON)
+constexpr int kPanelRows = 8;
+template <int R>
+constexpr int kTilesAtOnce = R == 1 ? 4 : R <= 4 ? 2 : 1;
+#elif defined(PORTLM_ISA_AVX2)
+constexpr int kPanelRows = 3;
+template <int R>
+constexpr int kTilesAtOnce = R == 1 ? 2 : 1;
+#else
+constexpr int kPanelRows = 2;
+template <int R>
+constexpr int kTilesAtOnce = 1;
+#endif
 
 // Up to kPanelRows rows of activations. Per group: two words for each row of each four columns (Dots::arrange), the
 // number that each row's sums start with, and each row's scale.
@@ -27,7 +41,7 @@ struct TileSums {
 // Bytes ahead of what is read now that are asked for: the way of a request from memory, at the rate of one core.
 constexpr int64_t kAhead = 4096;
 
-// The rows of a panel times T tiles at once, for one row of activations as many as hide how long a sum takes.
+// The rows of a panel times T tiles at once.
 template <int bits, int R, int T>
 void multiply_tiles(const PackedMatrix& m, const uint32_t* words, const uint8_t* const* tiles, TileSums* out) {
   using D = Dots<bits>;

@@ -40,6 +40,9 @@ def test_limits_keep_the_best_and_a_meter_starts_at_nothing():
     assert limits.read == 1e30
     assert limits.triad > 0
     assert limits.flops > 0
+    assert limits.int8 == 0
+    limits.probe(1 << 20, 10_000, int8=True)
+    assert limits.int8 > 0
     assert 0 <= StealMeter().share() <= 1
 
 

@@ -4,7 +4,9 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,7 +283,7 @@ def test_every_instruction_set_is_right_and_those_with_fused_products_agree_bit_
     for isa in kernels.usable_isas():
         file = tmp_path / f"{isa}.npz"
         subprocess.run(
-            [sys.executable, "-c", EVERY_FORM, os.path.dirname(__file__), str(file)],
+            [sys.executable, "-c", EVERY_FORM, str(Path(__file__).parent), str(file)],
             env={**os.environ, "PORTLM_ISA": isa}, check=True, timeout=120,
         )  # fmt: skip
         with np.load(file) as saved:
