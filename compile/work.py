@@ -3,14 +3,17 @@
 from pathlib import Path
 
 from portlm.artifact import Manifest, check_files
-from portlm.compile.check import INT64, ITEM_BYTES, examine, read_graph
+from portlm.compile.check import INT64, ITEM_BYTES, UINT8, examine, read_graph
 from portlm.errors import FormatError
 
-ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
+ROWS = {
+    ("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3),
+    ("ai.portlm", "QuantizedEmbedding"): (1, 2, 3),
+}  # fmt: skip
 """Operators that read one row of a table for a token -> which inputs are tables."""
 
 
-def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
+def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False) -> tuple[int, int]:
     """Return (bytes of weights read, multiply-adds made) per decoded token of the role "decoder".
 
     Every weight is read once, and every matrix multiplied once, except a pure lookup table, of which a row is read.
@@ -18,6 +21,8 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
     Args:
         folder: the artifact.
         manifest: of it.
+        half_scales: count scales of quantized weights as portlm's kernels keep them, in 2 bytes; else as the graph
+            does, in 4.
 
     Raises:
         FormatError: there is no graph, it is not the one that the manifest lists, or none that portlm writes.
@@ -33,6 +38,7 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
     for node in graph.node:
         tables = ROWS.get((node.domain, node.op_type), ())
         read |= {name for place, name in enumerate(node.input) if place not in tables}
+    scales = {f"{t.name.removesuffix('.q')}.scale" for t in graph.initializer if t.data_type == UINT8}
     total = multiplies = 0
     for tensor in graph.initializer:
         if tensor.data_type == INT64:  # extents and places, no weights
@@ -40,7 +46,11 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
         size = ITEM_BYTES[tensor.data_type]
         for extent in tensor.dims if tensor.name in read else tensor.dims[1:]:
             size *= extent
-        total += size
-        if len(tensor.dims) == 2 and tensor.name in read:
-            multiplies += tensor.dims[0] * tensor.dims[1]
+        total += size // 2 if half_scales and tensor.name in scales else size
+        if tensor.name not in read or tensor.name in scales:
+            continue
+        if manifest.quantization is not None and tensor.data_type == UINT8 and len(tensor.dims) == 3:
+            multiplies += size * 8 // manifest.quantization.bits  # (N, groups, bytes of a group)
+        elif tensor.data_type != UINT8 and len(tensor.dims) == 2:
+            multiplies += size // ITEM_BYTES[tensor.data_type]
     return total, multiplies

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
-from portlm.errors import EngineUnavailableError, UsageError
+from portlm.errors import UsageError
 from portlm.flows.race.contender import Array, Contender, Source
+
+GROUP = 32  # weights that share a scale, as in the formats of others
 
 
 class PortlmEngine(Contender):
@@ -20,21 +21,14 @@ class PortlmEngine(Contender):
         return source.work / f"portlm-{self._quantize}" if self._quantize else source.artifact
 
     def prepare(self, source: Source) -> None:
-        """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then.
-
-        Raises:
-            EngineUnavailableError: this version has no quantized export.
-        """
+        """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then."""
         import portlm
 
         folder = self._folder(source)
         if self._quantize and not folder.exists():
             from portlm.compile.export import export
 
-            options = {"quantize": self._quantize}
-            if not options.keys() <= inspect.signature(export).parameters.keys():
-                raise EngineUnavailableError("this version of portlm exports no quantized weights")
-            export(source.hf, folder, **options)
+            export(source.hf, folder, quantize=self._quantize, group=GROUP)
         portlm.load(folder, engine=self._engine, device=self._device, profile=self._profile).close()
 
     def bring(self) -> None:
@@ -77,7 +71,7 @@ class PortlmEngine(Contender):
         from portlm.compile.work import token_work
 
         folder = self._folder(source)
-        return token_work(folder, read_manifest(folder))[0]
+        return token_work(folder, read_manifest(folder), half_scales=self._engine != "ort")[0]
 
 
 class PortlmGenerate(PortlmEngine):
