@@ -150,7 +150,7 @@ def calibrated(
     of 0.00047 nats became 0.00048 (docs/performance-log.md).
 
     Memory is K x K float32 for each input of matrices that is looked at in one reading of the text, MOMENTS numbers at
-    most, and a few times K x K float64 for one of them: 850 MB in one reading for a model of 254 million parameters, 20
+    most, and a few times K x K float64 for one of them: 0.8 GB in one reading for a model of 254 million parameters, 20
     layers of width 1024.
 
     Args:

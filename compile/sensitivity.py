@@ -48,8 +48,9 @@ class _Lookups(TorchFunctionMode):
             ids, table = _operands(*args, **(kwargs or {}))
             name = self._names.get(identity(table))
             if name and ids.data_ptr() == self._ids.data_ptr() and ids.shape == self._ids.shape:
-                result = result.detach().requires_grad_()
-                self.found.append((name, result))
+                leaf = result.detach().requires_grad_()
+                self.found.append((name, leaf))
+                result = leaf.clone()  # which a model may write into, and not into a leaf
         return result
 
 
@@ -117,5 +118,5 @@ def _gradients(
         drawn = torch.multinomial(p, 1, generator=generator).to(ids.device)
         names = [name for name, _ in lookups.found]
         rows = [row for _, row in lookups.found]
-        gradients = torch.autograd.grad(likelihood.gather(1, drawn).sum(), rows)
-    return list(zip(names, gradients, strict=True))
+        gradients = torch.autograd.grad(likelihood.gather(1, drawn).sum(), rows, allow_unused=True)
+    return [(name, g) for name, g in zip(names, gradients, strict=True) if g is not None]

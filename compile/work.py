@@ -1,5 +1,6 @@
 """How much work a decoded token is, read from the graph: what a measured rate is compared with."""
 
+import math
 from pathlib import Path
 
 from portlm.artifact import Manifest, check_files
@@ -7,9 +8,11 @@ from portlm.compile.check import INT64, ITEM_BYTES, UINT8, examine, read_graph
 from portlm.errors import FormatError
 
 ROWS = {
-    ("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3),
+    ("", "Gather"): (0,),
+    ("ai.portlm", "Embedding"): (1,),
     ("ai.portlm", "QuantizedEmbedding"): (1, 2, 3),
-}  # fmt: skip
+    ("ai.portlm", "Rotary"): (2, 3),
+}
 """Operators that read one row of a table for a token -> which inputs are tables."""
 
 
@@ -38,7 +41,9 @@ def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False
     for node in graph.node:
         tables = ROWS.get((node.domain, node.op_type), ())
         read |= {name for place, name in enumerate(node.input) if place not in tables}
-    scales = {f"{t.name.removesuffix('.q')}.scale" for t in graph.initializer if t.data_type == UINT8}
+    scales = {  # beside weights in small numbers, which they are no matrices of their own
+        f"{tensor.name.removesuffix('.q')}.scale" for tensor in graph.initializer if tensor.data_type == UINT8
+    }
     total = multiplies = 0
     for tensor in graph.initializer:
         if tensor.data_type == INT64:  # extents and places, no weights
@@ -49,8 +54,8 @@ def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False
         total += size // 2 if half_scales and tensor.name in scales else size
         if tensor.name not in read or tensor.name in scales:
             continue
-        if manifest.quantization is not None and tensor.data_type == UINT8 and len(tensor.dims) == 3:
-            multiplies += size * 8 // manifest.quantization.bits  # (N, groups, bytes of a group)
-        elif tensor.data_type != UINT8 and len(tensor.dims) == 2:
-            multiplies += size // ITEM_BYTES[tensor.data_type]
+        if tensor.data_type == UINT8 and len(tensor.dims) == 3 and manifest.quantization is not None:
+            multiplies += math.prod(tensor.dims) * 8 // manifest.quantization.bits
+        elif len(tensor.dims) == 2 and tensor.data_type != UINT8:
+            multiplies += tensor.dims[0] * tensor.dims[1]
     return total, multiplies

@@ -50,3 +50,18 @@ class Quantization(Struct, frozen=True):
     symmetric: bool
     method: Text
     cost: QuantizationCost | None = None
+
+
+def described(quantization: Quantization) -> list[str]:
+    """Return lines for people: what the weights are, and what that costs, as far as it was measured."""
+    kind = "symmetric" if quantization.symmetric else "with zero points"
+    lines = [
+        f"weights of {quantization.bits} bits in groups of {quantization.group}, {kind}, {quantization.method}"
+    ]
+    if (cost := quantization.cost) is not None:
+        lines.append(
+            f"quantizing takes the perplexity from {cost.perplexity_float32:.4g} to {cost.perplexity:.4g}, diverges by "
+            f"{cost.kl:.2g} nats a token and keeps {cost.top1:.1%} of the best guesses "
+            f"({cost.tokens} tokens, {cost.text})"
+        )
+    return lines

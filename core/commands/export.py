@@ -70,7 +70,9 @@ def command(
         for note in export_hf(checkpoint, out).notes:
             click.echo(f"export: {note}", err=True)
     else:
+        from portlm.artifact import read_manifest
         from portlm.flows.export import export_checkpoint
+        from portlm.quantization import described
 
         with warnings.catch_warnings(record=True, action="always", category=UserWarning) as caught:
             export_checkpoint(
@@ -84,4 +86,7 @@ def command(
             )
         for warning in caught:
             click.echo(f"export: {warning.message}", err=True)
+        if quantize is not None:
+            for line in described(read_manifest(out).quantization):
+                click.echo(f"export: {line}", err=True)
     click.echo(json.dumps({"path": str(out), "form": form}) if as_json else out)

@@ -58,9 +58,10 @@ def print_table(model: Path, results: list[Result]) -> None:
     """Print one row per target, and beneath the table what is wrong."""
     from rich.console import Console
 
+    from portlm.artifact import read_manifest
     from portlm.commands.tables import figures
     from portlm.compile.parity import allowed_error
-    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS
+    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described
 
     table = figures(
         f"{model}: distance from eager PyTorch",
@@ -83,6 +84,9 @@ def print_table(model: Path, results: list[Result]) -> None:
     console = Console()
     if table.row_count:
         console.print(table)
+    quantization = read_manifest(model).quantization
+    for line in [] if quantization is None else described(quantization):
+        console.print(line, highlight=False, soft_wrap=True)
     for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):
         rounding = [
             f"{r.row.engine}:{r.row.device} {r.row.profile}"

@@ -108,6 +108,20 @@ def test_frozen_parameters_make_no_difference():
     assert np.array_equal(one, other)
 
 
+def test_rows_may_be_written_into_and_others_left_unused():
+    class Writing(Pairs):
+        def step(self, ids, positions, mask, past, keep):
+            self.table(ids)
+            x = self.table(ids)
+            x += 0.0
+            return self.head(x[:, keep]), []
+
+    model, plain = Writing(), Pairs()
+    given = batches(model, 2, (4, 64))
+    found, expected = (sensitivities(each, each.roles(), given) for each in (model, plain))
+    assert np.array_equal(found["table.weight"], expected["table.weight"])
+
+
 def test_a_role_that_gives_something_else_than_logits_has_none():
     model = Pairs()
     role = model.roles()["decoder"]

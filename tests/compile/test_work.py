@@ -6,7 +6,7 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
 from portlm.artifact import read_manifest
-from portlm.compile.export import export_module
+from portlm.compile.export import export, export_module
 from portlm.compile.work import token_work
 from portlm.models import FAMILIES, build
 
@@ -34,17 +34,30 @@ def test_every_weight_is_read_once_and_of_a_table_one_row(family, profile, tmp_p
 
 
 @pytest.mark.parametrize("profile", ["portable", "fused"])
-@pytest.mark.parametrize(("quantize", "bits"), [("int4", 4), ("int8", 8)])
-def test_quantized_weights_count_with_their_scales_and_multiply_as_before(quantize, bits, profile, tmp_path):
-    config = FAMILIES["llama"].config_class()(
-        vocab_size=96, context_length=16, n_layer=1, n_head=2, n_kv_head=1, width=64, hidden=96
+@pytest.mark.parametrize(("bits", "asymmetric"), [("int4", True), ("int8", False)])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_quantized_weights_count_as_the_bytes_that_they_are(
+    divisible, family, bits, asymmetric, profile, tmp_path
+):
+    """And as many products as the matrices that they stand for."""
+    options = {"profiles": [profile], "group": 32}
+    plain = export(divisible[family], tmp_path / "plain", options["profiles"])
+    small = export(divisible[family], tmp_path / "small", quantize=bits, asymmetric=asymmetric, **options)
+    before, products = token_work(plain, read_manifest(plain))
+    after, same = token_work(small, read_manifest(small))
+    assert same == products
+    width = int(bits[3:])
+    table = 0 if family == "gpt2" else 96  # of the token table one row, unless it is the head as well
+    each = width / 8 + 4 / 32 + (width / 8 / 32 if asymmetric else 0)  # numbers, scales, zero points
+    expected = before - 4 * products + products * each - table * (4 - each)
+    assert abs(after - expected) <= 0.01 * before  # zero points of a row are whole bytes
+
+
+def test_scales_that_kernels_keep_in_two_bytes_count_as_two(divisible, tmp_path):
+    folder = export(divisible["llama"], tmp_path / "small", quantize="int4", group=32)
+    manifest = read_manifest(folder)
+    (whole, products), (half, same) = (
+        token_work(folder, manifest, half_scales) for half_scales in (False, True)
     )
-    plain = export_module(build(config), tmp_path / "plain", profiles=[profile])
-    small = export_module(build(config), tmp_path / "small", profiles=[profile], quantize=quantize, group=32)
-    read, multiplies = token_work(plain, read_manifest(plain))
-    manifest = read_manifest(small)
-    assert token_work(small, manifest)[1] == multiplies
-    for half, scale in ((False, 4), (True, 2)):
-        saved = 4 - (bits / 8 + scale / 32)  # bytes of a weight; one row of the token table is read, too
-        constants = token_work(small, manifest, half)[0] - (read - saved * (multiplies + config.width))
-        assert 0 <= constants <= 16  # a few float32 numbers, with which a portable graph unpacks nibbles
+    assert same == products
+    assert whole - half == 2 * (products + 64) // 32  # a row of the token table is 64 numbers

@@ -105,6 +105,37 @@ def test_a_module_in_memory_is_calibrated_with_its_tokenizer(artifact, text, tmp
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_a_module_of_plain_pytorch_is_calibrated_and_gets_no_statement(text, tmp_path):
+    from torch import nn
+
+    class Plain(nn.Module):
+        context_length = 32
+
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(256, 64), nn.Embedding(32, 64)
+            self.norm, self.qkv, self.out = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+            self.head = nn.Linear(64, 256, bias=False)
+
+        def forward(self, ids):
+            x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+            q, k, v = (
+                y.unflatten(-1, (2, 32)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, dim=-1)
+            )
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+
+    torch.manual_seed(0)
+    options = {"quantize": "int4", "group": 32, "tokenizer": byte_tokenizer()}
+    plain, other = (
+        portlm.export(Plain().eval(), tmp_path / name, calibrate=path, **options)
+        for name, path in (("plain", None), ("other", text))
+    )
+    said = read_manifest(other).quantization
+    assert (said.method, said.cost) == ("GPTQ", None)
+    assert read_manifest(plain).files != read_manifest(other).files
+
+
 @pytest.mark.parametrize(
     ("options", "raw", "error", "words"),
     [

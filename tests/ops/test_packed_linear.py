@@ -4,7 +4,6 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 from dataclasses import dataclass
 from pathlib import Path
 

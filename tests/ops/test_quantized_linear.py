@@ -45,7 +45,7 @@ MATRIX = {
             {"K": 96, "N": 17, "G": 3, "b": 16, "z": 2, "bits": 4},
             {"K": 96, "N": 17, "G": 3, "b": 16, "z": 2, "bits": 4, "absent": ("zero",), "activation": "gelu"},
             {"K": 128, "N": 33, "G": 2, "b": 32, "z": 1, "bits": 4, "absent": ("bias",)},
-            {"K": 128, "N": 5, "G": 1, "b": 64, "z": 1, "bits": 4, "absent": ("zero", "bias")},
+            {"K": 128, "N": 21, "G": 1, "b": 64, "z": 1, "bits": 4, "absent": ("zero", "bias")},
             {"K": 64, "N": 17, "G": 2, "b": 32, "z": 2, "bits": 8, "activation": "gelu_tanh"},
             {"K": 64, "N": 17, "G": 2, "b": 32, "z": 2, "bits": 8, "absent": ("zero",), "activation": "relu_squared"},
             {"K": 64, "N": 17, "G": 2, "b": 32, "z": 2, "bits": 8, "absent": ("bias",), "activation": "gelu"},
