@@ -24,8 +24,10 @@ from typing import Any
 from portlm.flows.measuring import environment, paired_ratio
 
 ENGINES = ("packed", "tvm")
-# Name: vocabulary, layers, heads, width. 0.02, 0.6 and 30 million parameters.
-MODELS = {"steps": (256, 4, 2, 16), "0.6M": (512, 4, 4, 104), "30M": (16384, 8, 8, 512)}
+# Name: vocabulary, layers, heads, width. 0.02, 0.6 and 30 million parameters, the last with weights of 4 bits, too.
+MODELS = {
+    "steps": (256, 4, 2, 16), "0.6M": (512, 4, 4, 104), "30M": (16384, 8, 8, 512), "30M int4": (16384, 8, 8, 512)
+}  # fmt: skip
 PROMPT = list(range(3, 19))
 CONTEXT = 512
 FIRST_TOKEN = """
@@ -40,8 +42,8 @@ print(seconds, *(int(status[key].split()[0]) / 1024 for key in ("VmHWM", "RssAno
 """
 
 
-def make_model(folder: Path, sizes: tuple[int, int, int, int]) -> Path:
-    """Export and compile a random model for both engines; return the artifact."""
+def make_model(folder: Path, sizes: tuple[int, int, int, int], quantize: str | None = None) -> Path:
+    """Export and compile a random model for both engines, perhaps quantized; return the artifact."""
     import torch
 
     from portlm.compile.build import build
@@ -56,7 +58,7 @@ def make_model(folder: Path, sizes: tuple[int, int, int, int]) -> Path:
         vocab_size=vocabulary, context_length=CONTEXT, n_layer=layers, n_head=heads, width=width
     )
     save_model(folder / "checkpoint", build_model(config))
-    artifact = export(folder / "checkpoint", folder / "artifact")
+    artifact = export(folder / "checkpoint", folder / "artifact", quantize=quantize)
     build(artifact, [(engine, "cpu", "fused") for engine in ENGINES])
     return artifact
 
@@ -110,8 +112,8 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment(), "threads": arguments.threads}
     with tempfile.TemporaryDirectory() as scratch:
         for name, sizes in models.items():
-            artifact = make_model(Path(scratch) / name, sizes)
-            tokens = 16 if arguments.smoke else 64 if name == "30M" else 384
+            artifact = make_model(Path(scratch) / name, sizes, "int4" if "int4" in name else None)
+            tokens = 16 if arguments.smoke else 64 if "30M" in name else 384
             results[name] = {
                 **race(artifact, tokens, rounds, arguments.threads),
                 "first token": first_tokens(artifact, 1 if arguments.smoke else 5),

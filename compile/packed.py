@@ -1,10 +1,10 @@
 """The fused graphs of an artifact as one packed file: steps for the runner, and weights as its kernels read them.
 
-Matrices of linear maps are stored in panels of (out, in), whatever the graph has; a part of a Split is read where it
-lies by the steps that can, and copied out for the others; a Reshape is another view of the same elements.
+Matrices of linear maps are stored in panels of (out, in), whatever the graph has, or packed if they are quantized. A
+part of a Split is read where it lies by the steps that can, and copied out for the others; a Reshape is another view of
+the same elements.
 """
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +35,8 @@ from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
 from portlm.files import safe_join
+from portlm.ops.quantized import Layout, pack_array
+from portlm.ops.quantized_linear import ACTIVATIONS
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
 from portlm.roles import StateSpec, TensorSpec
@@ -50,8 +52,8 @@ PLAIN = {
     "AddRmsNorm": "add_rms_norm",
     "SwiGlu": "swiglu",
 }
-NO_ACTIVATION, RELU_SQUARED = 0, 3
-GELU = {b"none": 1, b"tanh": 2}
+NO_ACTIVATION, RELU_SQUARED = ACTIVATIONS.index("none"), ACTIVATIONS.index("relu_squared")
+GELU = {b"none": ACTIVATIONS.index("gelu"), b"tanh": ACTIVATIONS.index("gelu_tanh")}
 
 Shape = tuple[int | str, ...]
 
@@ -95,25 +97,49 @@ class Weights:
     def __init__(self, root: Path):
         self.tensors: list[Tensor] = []
         self._root = root
-        self._places: dict[tuple[str, int, bool, bool], int] = {}
+        self._places: dict[tuple[str, int, str], int] = {}
 
     def place(self, tensor: TensorProto, folder: str, panels: bool, turned: bool) -> int:
         """Return the place of a weight of a graph, in panels or not; (in, out) becomes (out, in) if it is turned."""
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        file, offset, dims = f"{folder}/{entries['location']}", int(entries["offset"]), tuple(tensor.dims)
-        key = (file, offset, panels, turned)
+        file, offset, shape = _located(tensor, folder)
+
+        def read() -> np.ndarray:
+            array = self._read(file, offset, shape, "<f4")
+            return array.T if turned else array
+
+        made = Tensor(tensor.name, shape[::-1] if turned else shape, read, panels)
+        return self._add((file, offset, f"{panels} {turned}"), made)
+
+    def place_quantized(self, parts: Sequence[TensorProto | None], folder: str, bits: int) -> int:
+        """Return the place of a quantized matrix, of weight, scale and zero points or None."""
+        places = [None if part is None else _located(part, folder) for part in parts]
+        weight, scale, zero = places
+        assert weight is not None
+        assert scale is not None
+
+        def read() -> np.ndarray:
+            numbers, scales = self._read(*weight, "u1"), self._read(*scale, "<f4")
+            return pack_array(numbers, scales, None if zero is None else self._read(*zero, "u1"), bits)
+
+        layout = Layout.of(weight[2], bits, zero is not None)
+        assert parts[0] is not None
+        made = Tensor(parts[0].name, (layout.N, layout.K), read, layout=layout)
+        return self._add((*weight[:2], f"{bits} {zero} {scale}"), made)
+
+    def _add(self, key: tuple[str, int, str], tensor: Tensor) -> int:
         if key not in self._places:
             self._places[key] = len(self.tensors)
-            shape = dims[::-1] if turned else dims
-            read = functools.partial(_read, safe_join(self._root, file), offset, dims, turned)
-            self.tensors.append(Tensor(tensor.name, shape, read, panels))
+            self.tensors.append(tensor)
         return self._places[key]
 
+    def _read(self, file: str, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return np.fromfile(safe_join(self._root, file), dtype, math.prod(shape), offset=offset).reshape(shape)
 
-def _read(path: Path, offset: int, shape: tuple[int, ...], turned: bool) -> np.ndarray:
-    count = math.prod(shape)
-    array = np.fromfile(path, "<f4", count, offset=offset).reshape(shape)
-    return array.T if turned else array
+
+def _located(tensor: TensorProto, folder: str) -> tuple[str, int, tuple[int, ...]]:
+    """File, offset and shape of a weight."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return f"{folder}/{entries['location']}", int(entries["offset"]), tuple(tensor.dims)
 
 
 def lower(model: onnx.ModelProto, name: str, role: RoleSpec, weights: Weights) -> Program:
@@ -173,6 +199,8 @@ class _Lowering:
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], None]] = {
             **{(DOMAIN, op_type): self._plain for op_type in PLAIN},
             (DOMAIN, "Linear"): self._linear,
+            (DOMAIN, "QuantizedLinear"): self._quantized_linear,
+            (DOMAIN, "QuantizedEmbedding"): self._quantized_embedding,
             (DOMAIN, "GeluMlp"): self._mlp,
             (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "Rotary"): self._rotary,
@@ -221,8 +249,8 @@ class _Lowering:
 
     def _weight(self, name: str, panels: bool = False, turned: bool = False) -> _Known:
         tensor = self.external.get(name)
-        if tensor is None:
-            raise _NoFormError(f"{name!r} is no weight")
+        if tensor is None or tensor.data_type != TensorProto.FLOAT:
+            raise _NoFormError(f"{name!r} is no float32 weight")
         if panels and len(tensor.dims) != 2:
             raise _NoFormError(f"{name!r} is no matrix")
         key = (name, panels, turned)
@@ -231,6 +259,16 @@ class _Lowering:
             shape = self.weights.tensors[place].shape
             self._placed[key] = _Known(len(self.values), shape, "float32")
             self.values.append(Value(name, WEIGHT, tensor=place))
+        return self._placed[key]
+
+    def _quantized(self, parts: Sequence[str], bits: int) -> _Known:
+        """A matrix of small numbers: the names of weight, scale and zero points, "" for none."""
+        tensors = [self.external.get(name) if name else None for name in parts]
+        key = (parts[0], False, False)
+        if key not in self._placed:
+            place = self.weights.place_quantized(tensors, self.folder, bits)
+            self._placed[key] = _Known(len(self.values), self.weights.tensors[place].shape, "")
+            self.values.append(Value(parts[0], WEIGHT, tensor=place))
         return self._placed[key]
 
     def _whole(self, name: str) -> _Known:
@@ -280,23 +318,31 @@ class _Lowering:
 
     def _linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         bias = node.input[2] if len(node.input) > 2 else ""
-        turned = not attributes.get("transposed", 0)
-        self._map(
-            node.name, self._whole(node.input[0]), node.input[1], bias, node.output[0], NO_ACTIVATION, turned
-        )
+        matrix = self._weight(node.input[1], panels=True, turned=not attributes.get("transposed", 0))
+        self._map(node.name, self._whole(node.input[0]), matrix, bias, node.output[0], NO_ACTIVATION)
+
+    def _quantized_linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        x, *parts, bias = (*node.input, "", "")[:5]
+        activation = ACTIVATIONS.index(attributes.get("activation", b"none").decode())
+        matrix = self._quantized(parts, int(attributes["bits"]))
+        self._map(node.name, self._whole(x), matrix, bias, node.output[0], activation)
+
+    def _quantized_embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        ids, *parts = (*node.input, "")[:4]
+        table, places = self._quantized(parts, int(attributes["bits"])), self._whole(ids)
+        shape = (*places.shape, table.shape[1])
+        self._step(node.name, "embedding", [places.place, table.place], [(node.output[0], shape)])
 
     def _mlp(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         """Two linear maps, the first with an activation."""
         x, w1, b1, w2, b2 = node.input
         activation = GELU[attributes["approximate"]] if node.op_type == "GeluMlp" else RELU_SQUARED
         inner = f"{node.name}.hidden"
-        hidden = self._map(inner, self._whole(x), w1, b1, inner, activation, turned=True)
-        self._map(node.name, hidden, w2, b2, node.output[0], NO_ACTIVATION, turned=True)
+        up, down = (self._weight(name, panels=True, turned=True) for name in (w1, w2))
+        hidden = self._map(inner, self._whole(x), up, b1, inner, activation)
+        self._map(node.name, hidden, down, b2, node.output[0], NO_ACTIVATION)
 
-    def _map(
-        self, name: str, x: _Known, weight: str, bias: str, output: str, activation: int, turned: bool
-    ) -> _Known:
-        matrix = self._weight(weight, panels=True, turned=turned)
+    def _map(self, name: str, x: _Known, matrix: _Known, bias: str, output: str, activation: int) -> _Known:
         inputs = [x.place, matrix.place, self._weight(bias).place if bias else NONE]
         shape = (*x.shape[:-1], matrix.shape[0])
         (made,) = self._step(name, "linear", inputs, [(output, shape)], ints=(activation,))

@@ -11,6 +11,7 @@ import numpy as np
 
 from portlm.artifact import FileEntry
 from portlm.files import atomic_file, check_space
+from portlm.ops.quantized import Layout
 from portlm.roles import StateSpec, TensorSpec
 
 MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 1
@@ -18,7 +19,8 @@ ALIGNMENT, HEADER, PANEL = 64, 256, 64
 NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
 SUM = "past + sequence"
-DTYPES, PANELS = {"float32": 1, "int64": 2}, 6
+DTYPES, QUANTIZED, PANELS = {"float32": 1, "int64": 2}, {4: 4, 8: 5}, 6
+TILES = 1  # the layout of quantized matrices
 INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
@@ -35,19 +37,39 @@ class Tensor:
     Attributes:
         name: of the parameter or buffer.
         shape: sizes.
-        read: returns it as an array of float32; called once, when it is written.
+        read: returns it as an array of float32, or as the bytes of a quantized matrix; called once, when it is written.
         panels: a matrix that is written in panels of 64 rows.
+        layout: of a quantized matrix.
     """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     panels: bool = False
+    layout: Layout | None = None
 
     @property
-    def floats(self) -> int:
+    def nbytes(self) -> int:
         """How many it takes in the file."""
-        return math.prod((_aligned(self.shape[0]), self.shape[1]) if self.panels else self.shape)
+        if self.layout is not None:
+            return self.layout.size
+        return 4 * math.prod((_aligned(self.shape[0]), self.shape[1]) if self.panels else self.shape)
+
+    def numbers(self) -> tuple[int, ...]:
+        """Dtype, rank, bits, zero points and group, as the table has them."""
+        if self.layout is None:
+            return PANELS if self.panels else DTYPES["float32"], len(self.shape), 0, 0, 0
+        bits, has_zeros, group = self.layout.bits, self.layout.has_zeros, self.layout.group
+        return QUANTIZED[bits], len(self.shape), bits, has_zeros, group
+
+    def content(self) -> np.ndarray:
+        """What is written."""
+        array = self.read()
+        if self.layout is None:
+            array = array.reshape(self.shape)
+            array = np.ascontiguousarray(in_panels(array) if self.panels else array, "<f4")
+        assert array.nbytes == self.nbytes
+        return array.reshape(-1).view(np.uint8)
 
 
 def in_panels(matrix: np.ndarray) -> np.ndarray:
@@ -124,12 +146,11 @@ def write_packed(
     with atomic_file(path, end) as file:
         file.write(head)
         for tensor, begin in zip(tensors, begins, strict=True):
-            array = tensor.read().reshape(tensor.shape)
-            data = np.ascontiguousarray(in_panels(array) if tensor.panels else array, "<f4")
-            for part in (bytes(begin - position), data.reshape(-1).view(np.uint8).data):
+            content = tensor.content()
+            for part in (bytes(begin - position), content.data):
                 file.write(part)
                 digest.update(part)
-            position = begin + data.nbytes
+            position = begin + content.nbytes
     return FileEntry(end, digest.hexdigest())
 
 
@@ -179,28 +200,18 @@ class _Tables:
         end, begins = begin + size, []
         for tensor in tensors:
             begins.append(_aligned(end))
-            end = begins[-1] + 4 * tensor.floats
+            end = begins[-1] + tensor.nbytes
         return begins, end
 
     def to_bytes(self, end: int, begins: Sequence[int], vocabulary: int, context: int) -> bytes:
         """Return header and tables."""
         records = bytearray()
         for tensor, begin in zip(self._tensors, begins, strict=True):
-            shape = tensor.shape
-            records += self._name(tensor.name) + struct.pack(
-                "<4B3I2Q",
-                PANELS if tensor.panels else DTYPES["float32"],
-                len(shape),
-                0,
-                0,
-                0,
-                self._shape(shape),
-                0,
-                begin,
-                4 * tensor.floats,
-            )
+            numbers = (*tensor.numbers(), self._shape(tensor.shape), 0, begin, tensor.nbytes)
+            records += self._name(tensor.name) + struct.pack("<4B3I2Q", *numbers)
         places = self._places()
-        header = struct.pack("<8sIIQ3I28x", MAGIC, ORDER, VERSION, end, 0, vocabulary, context)
+        layout = TILES if any(tensor.layout for tensor in self._tensors) else 0
+        header = struct.pack("<8sIIQ3I28x", MAGIC, ORDER, VERSION, end, layout, vocabulary, context)
         items = (1, 16, 40, 40, 40, 24, 40, 4, 8, 8)
         for (begin, size), item in zip(places, items, strict=True):
             header += struct.pack("<QQ", begin, size // item)

@@ -16,7 +16,7 @@ ROWS = {
 """Operators that read one row of a table for a token -> which inputs are tables."""
 
 
-def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
+def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False) -> tuple[int, int]:
     """Return (bytes of weights read, multiply-adds made) per decoded token of the role "decoder".
 
     Every weight is read once, and every matrix multiplied once, except a pure lookup table, of which a row is read.
@@ -24,6 +24,8 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
     Args:
         folder: the artifact.
         manifest: of it.
+        half_scales: count scales of quantized weights as portlm's kernels keep them, in 2 bytes; else as the graph
+            does, in 4.
 
     Raises:
         FormatError: there is no graph, it is not the one that the manifest lists, or none that portlm writes.
@@ -49,7 +51,7 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
         size = ITEM_BYTES[tensor.data_type]
         for extent in tensor.dims if tensor.name in read else tensor.dims[1:]:
             size *= extent
-        total += size
+        total += size // 2 if half_scales and tensor.name in scales else size
         if tensor.name not in read or tensor.name in scales:
             continue
         if tensor.data_type == UINT8 and len(tensor.dims) == 3 and manifest.quantization is not None:

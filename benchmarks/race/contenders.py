@@ -9,7 +9,8 @@ from __future__ import annotations
 from portlm.flows.race.contender import Entry
 from portlm.flows.race.rivals import RIVALS, llama_cpp, transformers
 
-ENGINES = "portlm.flows.race.portlm_engines"
+CLASSES = "portlm.flows.race.portlm_engines"
+ENGINES = ("packed:cpu:fused", "tvm:cpu:fused", "ort:cpu:fused")
 OPENVINO = {"openvino": "openvino", "nncf": "nncf", "torch": "torch", "transformers": "transformers"}
 
 
@@ -21,7 +22,7 @@ def portlm(target: str, quantize: str = "", generate: bool = False) -> Entry:
     note = ", ".join(filter(None, (target, "through session.generate" if generate else "")))
     cls = "PortlmGenerate" if generate else "PortlmEngine"
     arguments = {"engine": engine, "device": device, "profile": profile, "quantize": quantize}
-    return Entry(name, precision, f"{ENGINES}:{cls}", arguments, ours=True, note=note)
+    return Entry(name, precision, f"{CLASSES}:{cls}", arguments, ours=True, note=note)
 
 
 def openvino(precision: str) -> Entry:
@@ -39,12 +40,7 @@ def openvino(precision: str) -> Entry:
 CONTENDERS = {
     entry.name: entry
     for entry in (
-        portlm("tvm:cpu:fused"),
-        portlm("ort:cpu:fused"),
-        portlm("tvm:cpu:fused", "int8"),
-        portlm("tvm:cpu:fused", "int4"),
-        portlm("ort:cpu:fused", "int8"),
-        portlm("ort:cpu:fused", "int4"),
+        *(portlm(target, bits) for bits in ("", "int8", "int4") for target in ENGINES),
         *RIVALS["transformers"],
         *RIVALS["llama.cpp"],
         llama_cpp("q4_0_mix", "q4", "Q4_0 as llama.cpp mixes it: the head in Q6_K"),
@@ -59,14 +55,13 @@ EXTRAS = {
     entry.name: entry
     for entry in (
         portlm("torch:cpu:native"),
-        portlm("tvm:cpu:fused", generate=True),
-        portlm("ort:cpu:fused", generate=True),
+        *(portlm(target, bits, generate=True) for bits in ("", "int4") for target in ENGINES),
         llama_cpp("q4_k_m", "q4", "Q4_K_M"),
         transformers("bfloat16", "f16", "eager mode, sdpa attention"),
     )
 }
 """What runs when it is named."""
 
-SMOKE = ("portlm tvm f32", "portlm ort f32", "portlm tvm f32 generate", "portlm tvm int4")
-WHOLE_LOOP = ("portlm tvm f32 generate", "portlm ort f32 generate")
+SMOKE = ("portlm packed f32", "portlm ort f32", "portlm packed f32 generate", "portlm packed int4")
+WHOLE_LOOP = tuple(name for name in EXTRAS if name.endswith("generate"))
 """Rows that a model too small for its kernels to matter is about."""

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import torch
 
-from portlm.compile.build import build as compile_artifact
 from portlm.compile.export import export
-from portlm.errors import PortlmError
 from portlm.models import build, save_model
 from portlm.models.llama import LlamaConfig
 from portlm.tokenizer import byte_tokenizer
 
 CONTEXT = 2048
-CPU = (("ort", "cpu", "fused"), ("tvm", "cpu", "fused"))
 EOS = "<|endoftext|>"
 
 
@@ -52,7 +49,7 @@ SHAPES = {
 
 
 def make(name: str, folder: Path) -> Path:
-    """Draw, export and compile a model into a folder, unless it is there; return the artifact."""
+    """Draw a model and export it into a folder, unless it is there; return the artifact."""
     artifact = folder / "artifact"
     if artifact.exists():
         return artifact
@@ -66,9 +63,4 @@ def make(name: str, folder: Path) -> Path:
                 p.normal_(0.0, 1.0 if "embed_tokens" in parameter_name else p.shape[1] ** -0.5)
     save_model(folder / "checkpoint", model, byte_tokenizer(EOS))
     export(folder / "checkpoint", artifact)
-    for target in CPU:
-        try:
-            compile_artifact(artifact, [target])
-        except PortlmError as error:  # the contender says so, too
-            print(f"{':'.join(target)} is not compiled: {error}")
     return artifact

@@ -86,7 +86,7 @@ def command(
             )
         for warning in caught:
             click.echo(f"export: {warning.message}", err=True)
-        if quantize is not None:
-            for line in described(read_manifest(out).quantization):
+        if (quantization := read_manifest(out).quantization) is not None:
+            for line in described(quantization):
                 click.echo(f"export: {line}", err=True)
     click.echo(json.dumps({"path": str(out), "form": form}) if as_json else out)

@@ -24,6 +24,7 @@ else:
 
 __all__ = [
     "Layout",
+    "check_packed",
     "check_weight",
     "dequantized",
     "pack",
@@ -76,8 +77,13 @@ def pack_array(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, b
 
 
 def pack(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """Return the same for tensors; empty where no kernel could read it."""
-    if not available() or not weight.is_cpu or not _has_groups(weight, bits):
+    """Return the same for tensors; empty where no kernel could read it.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+    check_weight("quantized weight", weight, scale, zero, bits)
+    if not available() or not weight.is_cpu or not _has_groups(weight.shape, bits):
         return weight.new_empty(0)
     zeros = None if zero is None else zero.numpy()
     return torch.from_numpy(pack_array(weight.numpy(), scale.float().numpy(), zeros, bits))
@@ -85,11 +91,23 @@ def pack(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tenso
 
 def packed_shape(weight: Sequence[int], bits: int, has_zeros: bool) -> tuple[int]:
     """Return the shape of what `pack` gives on the CPU for a weight of a shape (N, G, g * bits / 8)."""
-    return (Layout.of(weight, bits, has_zeros).size if available() else 0,)
+    if not available() or not _has_groups(weight, bits):
+        return (0,)
+    return (Layout.of(weight, bits, has_zeros).size,)
 
 
-def _has_groups(weight: Tensor, bits: int) -> bool:
-    return weight.shape[2] * 8 // bits in (32, 64, 128)
+def _has_groups(weight: Sequence[int], bits: int) -> bool:
+    """Whether kernels read groups of this size: they would divide by others."""
+    return bits in (4, 8) and len(weight) == 3 and weight[2] * 8 // bits in (32, 64, 128)
+
+
+def check_packed(op: str, packed: Tensor, layout: Layout) -> None:
+    """Raise ValueError unless a packed weight is as large as its sizes ask for."""
+    if packed.dtype != torch.uint8 or packed.shape != (layout.size,):
+        raise ValueError(
+            f"[{op}] packed must be uint8 ({layout.size},), what portlm.ops.quantized.pack gives of the weight, "
+            f"got {packed.dtype} {tuple(packed.shape)}"
+        )
 
 
 def width(weight: Sequence[Any], bits: int) -> Any:

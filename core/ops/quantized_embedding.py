@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.kernel_op import has_kernel, kernels
-from portlm.ops.quantized import Layout, check_weight, dequantized, pack, width, write_rows
+from portlm.ops.quantized import Layout, check_packed, check_weight, dequantized, pack, width, write_rows
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def quantized_embedding(
     if has_kernel(scale) and weight.is_cpu and ids.is_cpu:
         packed = pack(weight, scale, zero, bits) if packed is None else packed
         if packed.numel():
-            return _run(ids.contiguous(), packed, Layout.of(weight.shape, bits, zero is not None))
+            layout = Layout.of(weight.shape, bits, zero is not None)
+            check_packed("quantized_embedding", packed, layout)
+            return _run(ids.contiguous(), packed, layout)
     wrong = ids[(ids < 0) | (ids >= len(weight))]
     if len(wrong):
         raise _outside(int(wrong[0]), len(weight))

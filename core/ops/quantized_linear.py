@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.kernel_op import has_kernel, kernels
-from portlm.ops.quantized import Layout, check_weight, dequantized, pack, width, write_matrix
+from portlm.ops.quantized import Layout, check_packed, check_weight, dequantized, pack, width, write_matrix
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ def quantized_linear(
     if has_kernel(x, scale, bias) and weight.is_cpu:
         packed = pack(weight, scale, zero, bits) if packed is None else packed
         if packed.numel():
-            return _run(
-                x.contiguous(), packed, bias, Layout.of(weight.shape, bits, zero is not None), activation
-            )
+            layout = Layout.of(weight.shape, bits, zero is not None)
+            check_packed("quantized_linear", packed, layout)
+            return _run(x.contiguous(), packed, bias, layout, activation)
     return quantized_linear_reference(x, weight, scale, zero, bias, bits, activation)
 
 

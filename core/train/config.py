@@ -133,6 +133,9 @@ class RunConfig:
     precision: Precision = (
         "fp32"  # of matrix products while training; "bf16" rounds their operands, on the CPU
     )
+    recompute: bool = (
+        False  # compute activations again in backward instead of keeping them: less memory, more time
+    )
     log_interval: int = 10  # steps between lines of metrics
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)

@@ -28,6 +28,7 @@ from portlm.train.metrics import MetricsLog
 from portlm.train.objectives import Objective
 from portlm.train.plot import plot_loss
 from portlm.train.progress import ProgressReport, duration
+from portlm.train.recompute import recompute_blocks
 from portlm.train.run_folder import RunFolder, SavedRun, check_same_run
 from portlm.train.schedule import WarmupCosine
 from portlm.train.setup import make_optimizer, training_device
@@ -166,6 +167,8 @@ class Trainer:
         self.config, self.folder, self.objective, self.device = config, folder, objective, device
         self.progress = progress
         objective.model.train()
+        if config.recompute:
+            recompute_blocks(objective.model)
         self.optimizer = make_optimizer(objective.model, config.optimizer)
         self.schedule = WarmupCosine(
             config.optimizer.lr, config.schedule.min_lr, config.warmup_steps, config.steps

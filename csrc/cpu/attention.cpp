@@ -86,15 +86,17 @@ struct Workspace {
   float* dscores;  // kBlock x kBlock gradients with respect to q k^T
 };
 
-void differentiate(const Shape& s, const Head& h, const Workspace& w, float scale) {
-  for (int64_t i0 = 0; i0 < s.T; i0 += kBlock) {
+void differentiate(const Shape& s, const Head& h, const Workspace& w, float scale, const BackwardPart& part) {
+  for (int64_t i0 = part.first_query(s.causal); i0 < part.queries.end; i0 += kBlock) {
     const int64_t queries = min(kBlock, s.T - i0);
-    pack_as_rows(h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
-    pack_as_rows(h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
+    if (part.for_keys) {
+      pack_as_rows(h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
+      pack_as_rows(h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
+    }
     float delta[kBlock];  // sum over the keys of weight * its gradient
     for (int64_t i = 0; i < queries; ++i) delta[i] = dot(h.dout + (i0 + i) * h.out_row, h.out + (i0 + i) * h.out_row, s.D);
-    const int64_t end = s.end(i0 + queries);
-    for (int64_t j0 = 0; j0 < end; j0 += kBlock) {
+    const int64_t end = min(s.end(i0 + queries), part.keys.end);
+    for (int64_t j0 = part.keys.begin; j0 < end; j0 += kBlock) {
       const int64_t keys = min(kBlock, end - j0), panels = ceil_div(queries, kTileRows);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t i = queries * p / panels, R = queries * (p + 1) / panels - i;
@@ -115,10 +117,11 @@ void differentiate(const Shape& s, const Head& h, const Workspace& w, float scal
           fill(0.0f, weights + r * kBlock + visible, n - visible);
           fill(0.0f, dscores + r * kBlock + visible, n - visible);
         }
-        times_panels<false>(R, n, dscores, kBlock, w.keys_as_rows + j0 * kTileCols, kTileCols * s.T,
+        if (part.for_queries)
+          times_panels<false>(R, n, dscores, kBlock, w.keys_as_rows + j0 * kTileCols, kTileCols * s.T,
                             h.dq + (i0 + i) * h.dq_row, h.dq_row, s.D, false, j0 > 0);
       }
-      const int64_t key_panels = ceil_div(keys, kTileRows);
+      const int64_t key_panels = part.for_keys ? ceil_div(keys, kTileRows) : 0;
       for (int64_t p = 0; p < key_panels; ++p) {
         const int64_t j = keys * p / key_panels, R = keys * (p + 1) / key_panels - j;
         const int64_t from = s.causal ? max(0, j0 + j - i0) : 0;  // the first query that sees key j
@@ -194,7 +197,8 @@ void attention_bwd(const float* dout, const float* q, const float* k, const floa
   const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
   const Layout dql = layout(grad_strides, 0), dkl = layout(grad_strides, 1), dvl = layout(grad_strides, 2);
   const Shape shape{T, T, D, causal != 0, nullptr};
-  parallel_for(B * K, 1, [=](int64_t begin, int64_t end) {
+  const int64_t chunks = backward_chunks(B * K, T, threads_for(INT64_MAX, 1)), parts = chunks == 1 ? 1 : 2 * chunks;
+  parallel_for(B * K * parts, 1, [=](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     const int64_t rows = round_up(T, kTileCols), columns = round_up(D, kTileCols);
     Workspace w;
@@ -206,14 +210,16 @@ void attention_bwd(const float* dout, const float* q, const float* k, const floa
     w.weights = w.grads + kBlock * columns;
     w.dscores = w.weights + kBlock * kBlock;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / K, kv = task % K;
+      const int64_t head = task / parts, b = head / K, kv = head % K;
+      const BackwardPart part = backward_part(task % parts, chunks, T);
+      const int64_t j0 = part.keys.begin, seen = min(shape.end(part.queries.end), part.keys.end) - j0;
       const float *key = k + b * kl.batch + kv * kl.head, *value = v + b * vl.batch + kv * vl.head;
-      pack_as_columns(key, kl.row, T, D, w.keys_as_columns);
-      scale_by(scale, w.keys_as_columns, rows * D);
-      pack_as_columns(value, vl.row, T, D, w.values_as_columns);
-      pack_as_rows(key, kl.row, T, D, w.keys_as_rows);
+      pack_as_columns(key + j0 * kl.row, kl.row, seen, D, w.keys_as_columns + j0 * D);
+      scale_by(scale, w.keys_as_columns + j0 * D, round_up(seen, kTileCols) * D);
+      pack_as_columns(value + j0 * vl.row, vl.row, seen, D, w.values_as_columns + j0 * D);
+      if (part.for_queries) pack_as_rows(key, kl.row, T, D, w.keys_as_rows);
       float *dkey = dk + b * dkl.batch + kv * dkl.head, *dvalue = dv + b * dvl.batch + kv * dvl.head;
-      for (int64_t t = 0; t < T; ++t) {
+      for (int64_t t = part.keys.begin; part.for_keys && t < part.keys.end; ++t) {
         fill(0.0f, dkey + t * dkl.row, D);
         fill(0.0f, dvalue + t * dvl.row, D);
       }
@@ -222,7 +228,7 @@ void attention_bwd(const float* dout, const float* q, const float* k, const floa
         differentiate(shape,
                       {q + b * ql.batch + h * ql.head, out + at, dout + at, stats + 2 * (b * H + h) * T,
                        dq + b * dql.batch + h * dql.head, dkey, dvalue, ql.row, H * D, dql.row, dkl.row, dvl.row},
-                      w, scale);
+                      w, scale, part);
       }
     }
   });

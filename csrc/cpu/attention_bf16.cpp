@@ -120,11 +120,14 @@ struct BackwardSpace {
   float* scaled;
 };
 
-void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const BackwardSpace& w, float scale) {
-  for (int64_t i0 = 0; i0 < s.T; i0 += kBlock) {
+void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const BackwardSpace& w, float scale,
+                   const BackwardPart& part) {
+  for (int64_t i0 = part.first_query(s.causal); i0 < part.queries.end; i0 += kBlock) {
     const int64_t queries = min(kBlock, s.T - i0), panels = ceil_div(queries, tiles.rows);
-    pack_as_rows(tiles, h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
-    pack_as_rows(tiles, h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
+    if (part.for_keys) {
+      pack_as_rows(tiles, h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
+      pack_as_rows(tiles, h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
+    }
     for (int64_t p = 0; p < panels; ++p) {
       const Range rows = share(queries, p, panels);
       const int64_t i = i0 + rows.begin;
@@ -138,8 +141,8 @@ void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const 
       widen(halves, w.scaled, s.D);
       delta[i] = dot(w.scaled, h.out + (i0 + i) * h.out_row, s.D);
     }
-    const int64_t end = s.end(i0 + queries);
-    for (int64_t j0 = 0; j0 < end; j0 += kBlock) {
+    const int64_t end = min(s.end(i0 + queries), part.keys.end);
+    for (int64_t j0 = part.keys.begin; j0 < end; j0 += kBlock) {
       const int64_t keys = min(kBlock, end - j0);
       for (int64_t p = 0; p < panels; ++p) {
         const Range rows = share(queries, p, panels);
@@ -158,10 +161,11 @@ void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const 
           fill(0.0f, weights + r * kBlock + visible, kBlock - visible);
           fill(0.0f, dscores + r * kBlock + visible, kBlock - visible);
         }
+        if (!part.for_queries) continue;
         tiles.pack_strip(rows_of(dscores, kBlock), R, n, w.strip);
         times_rows(tiles, R, n, w.strip, false, w.keys_as_rows, j0, h.dq + (i0 + i) * h.dq_row, h.dq_row, s.D, j0 > 0);
       }
-      const int64_t key_panels = ceil_div(keys, tiles.rows);
+      const int64_t key_panels = part.for_keys ? ceil_div(keys, tiles.rows) : 0;
       for (int64_t p = 0; p < key_panels; ++p) {
         const Range columns = share(keys, p, key_panels);
         const int64_t j = columns.begin, R = columns.size();
@@ -221,7 +225,8 @@ void attention_bf16_bwd(const float* dout, const float* q, const float* k, const
   const Layout dql = layout(grad_strides, 0), dkl = layout(grad_strides, 1), dvl = layout(grad_strides, 2);
   const Bf16Tiles& tiles = bf16_tiles();
   const Shape shape{T, T, D, causal != 0, nullptr};
-  parallel_for(B * K, 1, [=, &tiles](int64_t begin, int64_t end) {
+  const int64_t chunks = backward_chunks(B * K, T, threads_for(INT64_MAX, 1)), parts = chunks == 1 ? 1 : 2 * chunks;
+  parallel_for(B * K * parts, 1, [=, &tiles](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     Pieces pieces(scratch);
     const int64_t columns = tiles.panel_bytes(D), rows = tiles.panel_bytes(T), block = tiles.panel_bytes(kBlock);
@@ -249,13 +254,16 @@ void attention_bf16_bwd(const float* dout, const float* q, const float* k, const
     w.dscores = pieces.floats(at_dscores);
     w.scaled = pieces.floats(at_scaled);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / K, kv = task % K;
+      const int64_t head = task / parts, b = head / K, kv = head % K;
+      const BackwardPart part = backward_part(task % parts, chunks, T);
+      const int64_t j0 = part.keys.begin, seen = min(shape.end(part.queries.end), part.keys.end) - j0;
+      const int64_t skipped = j0 / tiles.columns * columns;
       const float *key = k + b * kl.batch + kv * kl.head, *value = v + b * vl.batch + kv * vl.head;
-      pack_as_columns(tiles, key, kl.row, T, D, w.keys_as_columns);
-      pack_as_columns(tiles, value, vl.row, T, D, w.values_as_columns);
-      pack_as_rows(tiles, key, kl.row, T, D, w.keys_as_rows);
+      pack_as_columns(tiles, key + j0 * kl.row, kl.row, seen, D, {w.keys_as_columns.data + skipped, columns});
+      pack_as_columns(tiles, value + j0 * vl.row, vl.row, seen, D, {w.values_as_columns.data + skipped, columns});
+      if (part.for_queries) pack_as_rows(tiles, key, kl.row, T, D, w.keys_as_rows);
       float *dkey = dk + b * dkl.batch + kv * dkl.head, *dvalue = dv + b * dvl.batch + kv * dvl.head;
-      for (int64_t t = 0; t < T; ++t) {
+      for (int64_t t = part.keys.begin; part.for_keys && t < part.keys.end; ++t) {
         fill(0.0f, dkey + t * dkl.row, D);
         fill(0.0f, dvalue + t * dvl.row, D);
       }
@@ -264,7 +272,7 @@ void attention_bf16_bwd(const float* dout, const float* q, const float* k, const
         differentiate(tiles, shape,
                       {q + b * ql.batch + h * ql.head, out + at, dout + at, stats + 2 * (b * H + h) * T,
                        dq + b * dql.batch + h * dql.head, dkey, dvalue, ql.row, H * D, dql.row, dkl.row, dvl.row},
-                      w, scale);
+                      w, scale, part);
       }
     }
   });

@@ -93,4 +93,30 @@ struct Head {
   int64_t q_row, out_row, dq_row, dk_row, dv_row;
 };
 
+// What of a head's gradients a task of the backward pass makes, from the scores of these queries and keys: dq of all the
+// queries, if for_queries, and dk and dv of all the keys, if for_keys. Beginnings are multiples of kBlock.
+struct BackwardPart {
+  Range queries, keys;
+  bool for_queries, for_keys;
+  int64_t first_query(bool causal) const { return causal && keys.begin > queries.begin ? keys.begin : queries.begin; }
+};
+
+// How many chunks of queries, and as many of keys, the backward pass of each head is cut into: 1 where there are heads for
+// all threads, and then one task makes all gradients of a head and computes its scores once. With more, each score is
+// computed for its query and again for its key: 7 products and not 5, on more threads. Sums have the same order either way.
+inline int64_t backward_chunks(int64_t heads, int64_t T, int64_t threads) {
+  constexpr int64_t kEach = 4;  // tasks per thread of either kind, which evens them out
+  return heads >= threads ? 1 : max(1, min(ceil_div(T, kBlock), ceil_div(kEach * threads, heads)));
+}
+
+// Task t of the 2 chunks of one head, or the only one: a chunk of queries, which sees the more keys the later it is, and then
+// the same of keys, which are seen by the fewer queries.
+inline BackwardPart backward_part(int64_t t, int64_t chunks, int64_t T) {
+  if (chunks == 1) return {{0, T}, {0, T}, true, true};
+  const Range blocks = share(ceil_div(T, kBlock), t / 2, chunks);
+  const Range some{blocks.begin * kBlock, min(T, blocks.end * kBlock)}, all{0, T};
+  if (t % 2) return {all, some, false, true};
+  return {some, all, true, false};
+}
+
 }  // namespace portlm::PORTLM_ISA

@@ -89,10 +89,13 @@ class Call {
   const Step& step_;
 };
 
+// Whether linear maps read it: in panels, or of small numbers.
+bool is_matrix(Dtype dtype) { return dtype == Dtype::panels || dtype == Dtype::int4 || dtype == Dtype::int8; }
+
 void embedding(const Call& call) {
   call.counts(2, 1);
   int64_t V = 0, C = 0;
-  call.fixed(1, {&V, &C}, call.value(1).dtype == Dtype::panels ? Dtype::panels : Dtype::float32);
+  call.fixed(1, {&V, &C}, is_matrix(call.value(1).dtype) ? call.value(1).dtype : Dtype::float32);
   Shape wanted = call.shape(0, Dtype::int64);
   wanted.push_back({C, 0});
   call.output(0, wanted);
@@ -122,7 +125,7 @@ void view(const Call& call, const Role& role) {
   int64_t before = 0, after = 0;
   std::vector<uint32_t> symbols, others;
   const bool known = elements(from.shape, before, symbols) && elements(to.shape, after, others);
-  need(from.kind != Kind::state && known && before == after && symbols == others && from.dtype == to.dtype,
+  need(from.kind != Kind::state && from.kind != Kind::weight && known && before == after && symbols == others && from.dtype == to.dtype,
        "sees " + text_of(from.shape) + " as " + text_of(to.shape));
 }
 
@@ -163,7 +166,7 @@ void linear(const Call& call) {
   call.number(0, 0, 3);
   const Shape& x = call.rowwise(0);
   int64_t N = 0, K = x.back().size;
-  call.fixed(1, {&N, &K}, Dtype::panels);
+  call.fixed(1, {&N, &K}, is_matrix(call.value(1).dtype) ? call.value(1).dtype : Dtype::panels);
   if (call.has(2)) call.fixed(2, {&N});
   call.output_columns(0, x, N);
 }

@@ -7,11 +7,14 @@
 #include <cstring>
 #include <new>
 
+#include "cpu/kernels.h"
+
 namespace portlm::run {
 namespace {
 
 constexpr unsigned char kMagic[8] = {0x89, 'P', 'O', 'R', 'T', 'L', 'M', '\n'};
 constexpr uint32_t kOrder = 0x01020304;
+constexpr uint32_t kTiles = 1;  // the layout of quantized matrices
 constexpr size_t kAlignment = 64, kHeader = 256, kTables = 10;
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 constexpr uint64_t kMaxBytes = uint64_t{1} << 44;
@@ -135,7 +138,7 @@ class Reader {
     if (header.bytes != size_)
       refuse((size_ < header.bytes ? "truncated, it has " : "it has ") + std::to_string(size_) + " bytes and says " +
              std::to_string(header.bytes));
-    if (header.layout != 0)
+    if (header.layout > kTiles)
       refuse("its matrices are packed in layout " + std::to_string(header.layout) + ", which this portlm cannot read");
     need(all_zero(header.zeros, 7) && all_zero(header.more_zeros, 8) && header.vocabulary >= 1 && header.context >= 1 &&
              header.vocabulary <= kMaxSize && header.context <= kMaxSize,
@@ -218,31 +221,51 @@ class Reader {
   Section tables_[kTables] = {};
 };
 
-// Only a tensor can be in panels.
 Dtype dtype_of(uint8_t code, const char* what, uint64_t index) {
-  if (code >= 3 && code <= 5)
-    refuse(std::string(what) + " " + std::to_string(index) + " is of type " + std::to_string(code) +
-           ", which this portlm cannot read");
+  if (code == 3)
+    refuse(std::string(what) + " " + std::to_string(index) + " is of type 3, which this portlm cannot read");
+  need(code == 1 || code == 2, what, index);
+  return static_cast<Dtype>(code);
+}
+
+bool is_quantized(Dtype dtype) { return dtype == Dtype::int4 || dtype == Dtype::int8; }
+
+// The types that matrices alone have, and the others.
+Dtype tensor_dtype_of(uint8_t code, uint64_t index) {
   const auto dtype = static_cast<Dtype>(code);
-  need(dtype == Dtype::float32 || dtype == Dtype::int64 || (dtype == Dtype::panels && what[0] == 't'), what, index);
-  return dtype;
+  return dtype == Dtype::panels || is_quantized(dtype) ? dtype : dtype_of(code, "tensor", index);
+}
+
+// Bytes of a matrix whose numbers are small, which packed_linear and packed_rows may be given after this.
+uint64_t quantized_bytes(const TensorRecord& record, Dtype dtype, const Shape& shape, uint64_t index) {
+  const uint8_t bits = dtype == Dtype::int4 ? 4 : 8;
+  need(record.bits == bits && record.has_zeros <= 1, "tensor", index);
+  need(record.group == 32 || record.group == 64 || record.group == 128, "tensor", index);
+  const int64_t N = shape[0].size, K = shape[1].size;
+  need(K % record.group == 0 && N <= kMaxSize && K <= kMaxSize && N * (K / 32) <= int64_t{1} << 36, "tensor", index);
+  return static_cast<uint64_t>(kernels().packed_size(N, K, record.group, bits, record.has_zeros));
 }
 
 Tensor read_tensor(Reader& reader, uint64_t index) {
   const auto record = reader.at<TensorRecord>(kTensorTable, index);
-  const Dtype dtype = dtype_of(record.dtype, "tensor", index);
-  need(record.bits == 0 && record.has_zeros == 0 && record.group == 0 && record.zero == 0, "tensor", index);
+  const Dtype dtype = tensor_dtype_of(record.dtype, index);
   Shape shape = reader.shape(record.dims, record.rank);
-  need(dtype != Dtype::panels || shape.size() == 2, "tensor", index);
+  need(record.zero == 0 && (dtype <= Dtype::int64 || shape.size() == 2), "tensor", index);
+  for (const Dim& dim : shape) need(dim.symbols == 0, "tensor", index);
   uint64_t bytes = dtype == Dtype::int64 ? 8 : 4;
-  for (size_t axis = 0; axis < shape.size(); ++axis) {
-    need(shape[axis].symbols == 0, "tensor", index);
-    const auto size = static_cast<uint64_t>(shape[axis].size);
-    bytes *= dtype == Dtype::panels && axis == 0 ? aligned(size) : size;  // at most 2^44 * 2^31; panels have 64 rows
-    need(bytes <= kMaxBytes, "tensor", index);
+  if (is_quantized(dtype)) {
+    bytes = quantized_bytes(record, dtype, shape, index);
+  } else {
+    need(record.bits == 0 && record.has_zeros == 0 && record.group == 0, "tensor", index);
+    for (size_t axis = 0; axis < shape.size(); ++axis) {
+      const auto size = static_cast<uint64_t>(shape[axis].size);
+      bytes *= dtype == Dtype::panels && axis == 0 ? aligned(size) : size;  // at most 2^44 * 2^31; panels have 64 rows
+      need(bytes <= kMaxBytes, "tensor", index);
+    }
   }
   need(record.bytes == bytes, "tensor", index);
-  return {reader.name(record.name), dtype, std::move(shape), reader.data(record.offset, bytes, index)};
+  const void* data = reader.data(record.offset, bytes, index);
+  return {reader.name(record.name), dtype, std::move(shape), data, record.group, record.has_zeros != 0};
 }
 
 // The place in each table from which the next role or step takes its part.
@@ -380,7 +403,12 @@ Status PackedFile::read() {
     Reader reader(base_, size_);
     const Header header = reader.header();
     vocabulary = header.vocabulary, context = header.context;
-    for (uint64_t i = 0; i < reader.count(kTensorTable); ++i) tensors.push_back(read_tensor(reader, i));
+    bool tiles = false;
+    for (uint64_t i = 0; i < reader.count(kTensorTable); ++i) {
+      tensors.push_back(read_tensor(reader, i));
+      tiles = tiles || is_quantized(tensors.back().dtype);
+    }
+    need(header.layout == (tiles ? kTiles : 0), "header", 0);
     reader.finish();
     Places places;
     for (uint64_t i = 0; i < reader.count(kRoles); ++i) roles.push_back(read_role(reader, tensors, i, places));

@@ -17,9 +17,9 @@ constexpr uint32_t kVersion = 1;
 
 enum Symbol : uint32_t { kBatch = 1, kSequence = 2, kPast = 4, kKept = 8 };
 
-// As in the file; float16 and quantized matrices are reserved in it and not among these. panels is float32, too, a matrix
-// (N, K) as panel_linear reads it.
-enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2, panels = 6 };
+// As in the file; float16 is reserved in it and not among these. int4 and int8 are matrices (N, K) as packed_linear reads
+// them, panels is one of float32 as panel_linear does.
+enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2, int4 = 4, int8 = 5, panels = 6 };
 
 enum class Kind : uint8_t { input = 1, state = 2, weight = 3, computed = 4 };
 
@@ -55,6 +55,8 @@ struct Tensor {
   Dtype dtype;
   Shape shape;
   const void* data;
+  int64_t group;  // columns that share a scale, of int4 and int8
+  bool has_zeros;
 };
 
 // An input, output or state of a role.

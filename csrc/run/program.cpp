@@ -199,15 +199,7 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
   const auto width = [this](uint32_t value) { return last(value); };
   const auto rows = [this](uint32_t value) { return count(value) / last(value); };
   switch (step.opcode) {
-    case Opcode::embedding: {
-      const Value& table = role_.values[in[1]];
-      const int64_t V = table.shape[0].size, C = table.shape[1].size;
-      const int64_t wrong = table.dtype == Dtype::panels
-                                ? k.panel_rows(integers(in[0]), floats(in[1]), floats(out[0]), count(in[0]), V, C)
-                                : k.embedding_fwd(integers(in[0]), floats(in[1]), floats(out[0]), count(in[0]), V, C);
-      if (wrong >= 0) return bad_index(role_.values[in[0]].name, integers(in[0])[wrong], V);
-      break;
-    }
+    case Opcode::embedding: return embed(step);
     case Opcode::add: {
       const float *a = floats(in[0]), *b = floats(in[1]);
       float* const y = floats(out[0]);
@@ -233,10 +225,7 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
         copy_columns(floats(in[0]) + at * C, extents.sequence * C, floats(out[0]) + j * C, extents.kept * C, C, extents.batch);
       }
       break;
-    case Opcode::linear:
-      k.panel_linear(floats(in[0]), floats(in[1]), maybe(in[2]), floats(out[0]), rows(in[0]), width(out[0]), width(in[0]),
-                     static_cast<int>(step.ints[0]));
-      break;
+    case Opcode::linear: map(step); break;
     case Opcode::layer_norm:
       k.layer_norm_fwd(floats(in[0]), nullptr, floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), nullptr, nullptr,
                        nullptr, rows(in[0]), width(in[0]));
@@ -258,6 +247,42 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
     case Opcode::attention: return attend(step, arena_ + scratch_[index], extents, cache);
   }
   return {};
+}
+
+// Rows of a table that is float32, in panels, or of small numbers.
+Status Program::embed(const Step& step) {
+  const Kernels& k = kernels();
+  const Value& table = role_.values[step.inputs[1]];
+  const int64_t* const ids = integers(step.inputs[0]);
+  const void* const data = pointers_[root_[step.inputs[1]]];
+  const int64_t n = count(step.inputs[0]), V = table.shape[0].size, C = table.shape[1].size;
+  float* const y = floats(step.outputs[0]);
+  int64_t wrong = -1;
+  if (table.dtype == Dtype::float32) {
+    wrong = k.embedding_fwd(ids, static_cast<const float*>(data), y, n, V, C);
+  } else if (table.dtype == Dtype::panels) {
+    wrong = k.panel_rows(ids, static_cast<const float*>(data), y, n, V, C);
+  } else {
+    const Tensor& tensor = file_.tensors[table.tensor];
+    wrong = k.packed_rows(ids, static_cast<const uint8_t*>(data), y, n, V, C, tensor.group,
+                          table.dtype == Dtype::int4 ? 4 : 8, tensor.has_zeros);
+  }
+  return wrong >= 0 ? bad_index(role_.values[step.inputs[0]].name, ids[wrong], V) : Status();
+}
+
+void Program::map(const Step& step) {
+  const Kernels& k = kernels();
+  const Value& matrix = role_.values[step.inputs[1]];
+  const void* const data = pointers_[step.inputs[1]];
+  const float *const x = floats(step.inputs[0]), *const bias = maybe(step.inputs[2]);
+  float* const y = floats(step.outputs[0]);
+  const int64_t N = last(step.outputs[0]), K = last(step.inputs[0]), rows = count(step.inputs[0]) / K;
+  const auto activation = static_cast<int>(step.ints[0]);
+  if (matrix.dtype == Dtype::panels)
+    return k.panel_linear(x, static_cast<const float*>(data), bias, y, rows, N, K, activation);
+  const Tensor& tensor = file_.tensors[matrix.tensor];
+  k.packed_linear(x, static_cast<const uint8_t*>(data), bias, y, rows, N, K, tensor.group, matrix.dtype == Dtype::int4 ? 4 : 8,
+                  tensor.has_zeros, activation);
 }
 
 Status Program::rotate(const Step& step, const Extents& extents) {

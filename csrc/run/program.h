@@ -51,6 +51,8 @@ class Program {
   float* floats(uint32_t value) const { return static_cast<float*>(pointers_[root_[value]]); }
   const float* maybe(uint32_t value) const { return value == kNone ? nullptr : floats(value); }
   const int64_t* integers(uint32_t value) const { return static_cast<const int64_t*>(pointers_[root_[value]]); }
+  Status embed(const Step& step);
+  void map(const Step& step);
   Status attend(const Step& step, float* gathered, const Extents& extents, Cache& cache);
   Status rotate(const Step& step, const Extents& extents);
 

@@ -96,7 +96,7 @@ def fakes(tmp_path_factory):
 
 
 def entry(name: str, cls: str = "portlm.flows.race.portlm_engines:PortlmEngine", **changes: object) -> Entry:
-    return replace(Entry(name, "f32", cls, {"engine": "torch", "profile": "native"}), **changes)
+    return replace(Entry(name, "f32", cls, {"engine": "ort", "profile": "portable"}), **changes)
 
 
 RULES = Rules((Pass(1, 1, 2), Pass(8, 16, 2)), rounds=2, loads=1, allowed=1.0, busy=1, busy_rounds=1)

@@ -127,7 +127,8 @@ def test_a_node_without_a_form_is_named(tmp_path):
         (8, b"\x01\x02\x03\x04", "of the other byte order"),
         (8, b"\x01\x02\x03\x05", "its mark of the byte order is none"),
         (12, b"\x02\x00\x00\x00", "of version 2, this portlm reads 1"),
-        (24, b"\x01\x00\x00\x00", "packed in layout 1, which this portlm cannot read"),
+        (24, b"\x02\x00\x00\x00", "packed in layout 2, which this portlm cannot read"),
+        (24, b"\x01\x00\x00\x00", "header 0 says what cannot be"),
         (36, b"\x01", "header 0 says what cannot be"),
         (64, b"\x40", "names do not begin where they should"),
         (72, b"\xff" * 8, "has 18446744073709551615 names"),
@@ -155,8 +156,8 @@ def test_a_file_that_is_cut_anywhere_is_refused(written, tmp_path):
 def test_a_tensor_of_a_reserved_type_says_so(written, tmp_path):
     (offset, _) = places(written)[2]
     raw = bytearray(written)
-    raw[offset + 8] = 4
-    with pytest.raises(RuntimeError, match="tensor 0 is of type 4, which this portlm cannot read"):
+    raw[offset + 8] = 3
+    with pytest.raises(RuntimeError, match="tensor 0 is of type 3, which this portlm cannot read"):
         open_bytes(bytes(raw), tmp_path)
 
 
@@ -214,11 +215,65 @@ assert ran > 100, "nothing ran"
 """
 
 
+@pytest.fixture(scope="module")
+def small(quantized, tmp_path_factory):
+    """Function (family, numbers, asymmetric) -> the artifact with quantized weights, and its packed file."""
+    made = {}
+
+    def packed(family, numbers, asymmetric=False):
+        key = (family, numbers, asymmetric)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("small") / "model"
+            made[key] = shutil.copytree(quantized(*key), folder)
+            compile_packed(folder, "cpu", "fused")
+        return made[key]
+
+    return packed
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_damaged_headers_and_tables_are_refused_or_harmless(family, compiled, tmp_path):
+@pytest.mark.parametrize("numbers", ["int4", "int8", "int8 asymmetric"])
+def test_a_quantized_file_holds_each_matrix_once_as_the_kernel_reads_it(family, numbers, small):
+    """Group 32: half a byte or one for a weight, 2 for each scale, 1 for each zero point, in whole tiles of 16 rows."""
+    raw = (small(family, numbers[:4], "asymmetric" in numbers) / FILE).read_bytes()
+    assert raw[24] == 1
+    _, dims, (table, count) = places(raw)[:3]
+    found = 0
+    for i in range(count):
+        _, _, dtype, rank, bits, zeros, group, first, _, _, size = struct.unpack_from(
+            "<2I4B3I2Q", raw, table + 40 * i
+        )
+        if dtype in (4, 5):
+            N, K = (struct.unpack_from("<q", raw, dims[0] + 16 * d)[0] for d in (first, first + 1))
+            assert (rank, bits, zeros, group) == (2, int(numbers[3]), int("asymmetric" in numbers), 32)
+            tile = K // 32 * (16 * 32 * bits // 8 + 16 * 2 + 16 * zeros)
+            assert size == -(-N // 16) * (-(-tile // 64) * 64)
+            found += 1
+        else:
+            assert (dtype, bits, zeros, group) == (1, 0, 0, 0)
+    assert found == {"gpt2": 9, "llama": 16, "gpt_neox": 10}[family]
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(10, 8), (10, 0), (11, 2), (12, 16), (12, 0), (8, 5), (9, 1), (32, 0), (8, 6), (8, 1)],
+    ids=str,
+)
+def test_numbers_of_a_quantized_matrix_that_do_not_fit_are_refused(at, value, small, tmp_path):
+    raw = bytearray((small("llama", "int4", False) / FILE).read_bytes())
+    (table, count) = places(raw)[2]
+    place = next(table + 40 * i for i in range(count) if raw[table + 40 * i + 8] == 4)
+    raw[place + at] = value
+    with pytest.raises(RuntimeError, match="tensor"):
+        open_bytes(bytes(raw), tmp_path)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama int4", "gpt2 int8"])
+def test_damaged_headers_and_tables_are_refused_or_harmless(family, compiled, small, tmp_path):
     """In a process of its own, which a read outside of memory would end."""
     path = tmp_path / FILE
-    path.write_bytes((compiled[family] / FILE).read_bytes())
+    folder = small(*family.split(), asymmetric=True) if " " in family else compiled[family]
+    path.write_bytes((folder / FILE).read_bytes())
     done = subprocess.run(
         [sys.executable, "-c", DAMAGE, str(path), "1"], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,

@@ -51,3 +51,13 @@ def test_quantized_weights_count_as_the_bytes_that_they_are(
     each = width / 8 + 4 / 32 + (width / 8 / 32 if asymmetric else 0)  # numbers, scales, zero points
     expected = before - 4 * products + products * each - table * (4 - each)
     assert abs(after - expected) <= 0.01 * before  # zero points of a row are whole bytes
+
+
+def test_scales_that_kernels_keep_in_two_bytes_count_as_two(divisible, tmp_path):
+    folder = export(divisible["llama"], tmp_path / "small", quantize="int4", group=32)
+    manifest = read_manifest(folder)
+    (whole, products), (half, same) = (
+        token_work(folder, manifest, half_scales) for half_scales in (False, True)
+    )
+    assert same == products
+    assert whole - half == 2 * (products + 64) // 32  # a row of the token table is 64 numbers

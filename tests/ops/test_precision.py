@@ -182,7 +182,7 @@ def test_results_and_gradients_do_not_depend_on_the_number_of_threads(same_on_al
         return [
             *gradients(linear, [x, weight, bias], upstream[0], torch.float32),
             *gradients(gelu_mlp, [x, w1, b1, w2, b2], upstream[1], torch.float32),
-            *gradients(lambda x: attention_qkv(x, 6, 3), [qkv], torch.ones(1, 300, 6, 10), torch.float32),
+            *gradients(lambda x: attention_qkv(x, 6, 1), [qkv], torch.ones(1, 300, 6, 15), torch.float32),
             *gradients(lambda x, h: linear_cross_entropy(x, h, targets), [x, head], None, torch.float32),
         ]
 

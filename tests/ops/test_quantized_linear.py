@@ -129,8 +129,9 @@ def test_quantized_linear_on_a_packed_weight_gives_the_bits_that_it_gives_withou
         ({"bias": torch.zeros(6)}, r"bias must be \(7,\)"),
         ({"bits": 5}, "bits must be 4 or 8"),
         ({"activation": "silu"}, "activation must be one of none, gelu"),
+        ({"packed": torch.zeros(64, dtype=torch.uint8)}, "packed must be uint8"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_quantized_linear_names_what_does_not_fit(change, said):
     _, (weight, scale, zero) = case(Scheme(4, 32, symmetric=False))

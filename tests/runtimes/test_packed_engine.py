@@ -221,6 +221,24 @@ def test_logits_are_as_near_to_float64_as_eager_pytorchs(family, compiled, check
     assert ours <= 2 * theirs
 
 
+@pytest.mark.runs_kernel("packed_linear", "packed_rows")
+@pytest.mark.parametrize("numbers", ["int4", "int8", "int4 asymmetric"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_weights_give_the_answer_of_eager_pytorch_on_what_they_mean(
+    family, numbers, quantized, tmp_path, one_at_a_time
+):
+    folder = shutil.copytree(quantized(family, numbers[:4], "asymmetric" in numbers), tmp_path / family)
+    build(folder, [("packed", "cpu", "fused")])
+    (result,) = verify_artifact(folder, [Target.parse("packed:cpu:fused")])
+    assert result.problem is None
+    assert (result.row.precision, result.row.top1) == ("a15", 1.0)
+    with load(folder, "packed") as session:
+        options = {"max_new_tokens": 12, "temperature": 1.0}
+        many = [r.token_ids for r in session.generate(PROMPTS, **options)]
+        one_at_a_time()
+        assert many == [r.token_ids for r in session.generate(PROMPTS, **options)]
+
+
 class Squared(torch.nn.Module):
     """No layer of a family: squared ReLU, tokens in two halves that change places, and no state."""
 

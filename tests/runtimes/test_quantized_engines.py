@@ -267,6 +267,61 @@ def test_a_signature_whose_matrices_contradict_each_other_is_refused(quantized, 
         Signature.parse(raw, path, folder)
 
 
+def shaped(part, *shape):
+    """Give a weight of a plan another shape."""
+    return lambda plan: plan["weights"][f"transformer.wte.weight.{part}"].update(shape=list(shape))
+
+
+def all_nodes(**attributes):
+    """Give every node on quantized weights other attributes."""
+
+    def change(plan):
+        for node in plan["nodes"]:
+            if "Quantized" in node["operator"]:
+                node["attributes"].update(attributes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        shaped("q", 257, 3, 0),
+        shaped("q", 257, 3, 15),
+        shaped("q", 257, 1, 16),
+        shaped("q", 257, 48),
+        shaped("q", 0, 3, 16),
+        shaped("scale", 257, 2),
+        shaped("scale", 257),
+        shaped("zero", 257, 1),
+        shaped("zero", 1, 2),
+        all_nodes(bits=0),
+        all_nodes(bits=5),
+        all_nodes(bits=8),
+        all_nodes(bits=-4),
+        all_nodes(bits=2**40),
+        all_nodes(activation="silu"),
+        lambda plan: plan["weights"]["transformer.wte.weight.q"].update(dtype="float32"),
+        lambda plan: plan["weights"]["transformer.wte.weight.scale"].update(dtype="uint8"),
+        lambda plan: plan["weights"]["transformer.wte.weight.q"].update(offset=2**40),
+    ],
+    ids=range(18),
+)
+def test_a_plan_whose_matrices_contradict_each_other_is_refused(quantized, tmp_path, change):
+    """Before a kernel reads them: it divides by the group, and reads as much as the sizes ask for."""
+    folder = shutil.copytree(quantized("gpt2", "int4", True), tmp_path / "artifact")
+    build(folder, [("torch", "cpu", "fused")])
+    path = folder / "compiled/torch-cpu-fused/decoder.json"
+    plan = json.loads(path.read_text())
+    change(plan)
+    path.write_text(json.dumps(plan))
+    write_manifest(
+        folder, refresh_files(folder, read_manifest(folder), [path.relative_to(folder).as_posix()])
+    )
+    with pytest.raises(FormatError, match=r"decoder\.json"):
+        load(folder, "torch", "cpu", "fused")
+
+
 def test_native_names_what_does_not_fit_the_configuration(quantized, tmp_path):
     folder = shutil.copytree(quantized("gpt2", "int4"), tmp_path / "artifact")
     config = json.loads((folder / "config.json").read_text())

@@ -7,6 +7,8 @@ from pathlib import Path
 from portlm.errors import UsageError
 from portlm.flows.race.contender import Array, Contender, Source
 
+GROUP = 32  # weights that share a scale, as in the formats of others
+
 
 class PortlmEngine(Contender):
     """An engine of portlm, driven as a session drives it."""
@@ -21,11 +23,12 @@ class PortlmEngine(Contender):
     def prepare(self, source: Source) -> None:
         """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then."""
         import portlm
-        from portlm.compile.export import export
 
         folder = self._folder(source)
         if self._quantize and not folder.exists():
-            export(source.hf, folder, quantize=self._quantize)
+            from portlm.compile.export import export
+
+            export(source.hf, folder, quantize=self._quantize, group=GROUP)
         portlm.load(folder, engine=self._engine, device=self._device, profile=self._profile).close()
 
     def bring(self) -> None:
@@ -68,7 +71,7 @@ class PortlmEngine(Contender):
         from portlm.compile.work import token_work
 
         folder = self._folder(source)
-        return token_work(folder, read_manifest(folder))[0]
+        return token_work(folder, read_manifest(folder), half_scales=self._engine != "ort")[0]
 
 
 class PortlmGenerate(PortlmEngine):
