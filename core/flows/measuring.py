@@ -148,7 +148,7 @@ class OthersMeter:
 @contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[list[int]]:
     """Keep cores busy inside the block, each loop in a session of its own; yield the processes."""
-    command = [sys.executable, "-c", "while True: pass"]
+    command = [sys.executable, "-P", "-c", "while True: pass"]
     loops = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
         yield [loop.pid for loop in loops]

@@ -64,7 +64,9 @@ def test_linear_rounds_the_operands_of_every_product(shape, N, biased):
 
 @pytest.mark.runs_kernel(*MLP)
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-@pytest.mark.parametrize("sizes", [(5, 8, 32, 8), (70, 33, 130, 20), (1400, 24, 1601, 9)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(5, 8, 32, 8), (70, 33, 130, 20), (1400, 24, 1601, 9), (40, 1100, 64, 1030)], ids=str
+)
 def test_gelu_mlp_is_its_definition_with_rounded_products(sizes, approximate):
     """GELU's argument u is kept rounded for backward: its slope moves by |u| 2^-9, |u| up to 4; 5 rows average few."""
     rows, C, F_, N = sizes
