@@ -59,7 +59,8 @@ class Genai(Contender):
         done = subprocess.run(
             [
                 sys.executable, Path(package.origin).parent / "models" / "builder.py", "--model_name", source.hf,
-                "-i", source.hf, "-o", temporary, "-p", self._precision, "-e", "cpu", "-c", cache, "--extra_options", *options,
+                "-i", source.hf, "-o", temporary, "-p", self._precision, "-e", "cpu", "-c", cache,
+                "--extra_options", *options,
             ],
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
             capture_output=True, text=True, check=False,
