@@ -38,8 +38,9 @@ struct TileSums {
   alignas(64) float v[kPanelRows * kTileHeight];
 };
 
-// Bytes ahead of what is read now that are asked for: the way of a request from memory, at the rate of one core.
-constexpr int64_t kAhead = 4096;
+// Bytes ahead of what is read that the second cache is asked for. Farther, or into the first cache, was measured to be slower:
+// four streams of 4 KB ahead meet in the same places of it.
+constexpr int64_t kAhead = 1024;
 
 // The rows of a panel times T tiles at once.
 template <int bits, int R, int T>
@@ -83,7 +84,7 @@ void multiply_tiles(const PackedMatrix& m, const uint32_t* words, const uint8_t*
           for (int t = 0; t < T; ++t) {
             const uint8_t* const from = block[t] + at + line * kLineBytes;
             D::unpack(from + 4 * Vec::N * p, w[t]);
-            if (p == 0) __builtin_prefetch(from + kAhead);
+            if (p == 0) __builtin_prefetch(from + kAhead, 0, 2);
           }
 #pragma GCC unroll 2
           for (int u = 0; u < kUnits; ++u)
@@ -103,7 +104,7 @@ void multiply_tiles(const PackedMatrix& m, const uint32_t* words, const uint8_t*
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         const Vec scale = half(block[t] + weight_bytes + 2 * Vec::N * p);
-        if (p == 0) __builtin_prefetch(block[t] + weight_bytes + kAhead);
+        if (p == 0) __builtin_prefetch(block[t] + weight_bytes + kAhead, 0, 2);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
           y[t][p][r] = fma(to_float(sum[t][r].total()) * scale, Vec(scales[r]), y[t][p][r]);

@@ -24,29 +24,34 @@ std::unique_ptr<float[]> touched(int64_t n) {
   return memory;
 }
 
-// The sum of n floats, read as four streams that are asked for 4 KB ahead: with fewer requests under way a core gets less
-// from memory than it could.
+// The sum of n floats, read as so many streams, each of which is asked for `ahead` floats before it is read, if not 0.
+template <int kStreams, int kAhead>
 float sum_streams(const float* p, int64_t n) {
-  constexpr int kStreams = 4, kTurn = 4;
-  constexpr int64_t kLine = 16, kAhead = 1024;  // floats
+  constexpr int kTurn = 8 / kStreams;
+  constexpr int64_t kLine = 16;  // floats
   constexpr int64_t kStep = kTurn * Vec::N > kLine ? kTurn * Vec::N : kLine;
   const int64_t each = n / kStreams / kStep * kStep;
   Vec total[kStreams][kTurn];
-  for (auto& stream : total)
-    for (Vec& t : stream) t = Vec(0.0f);
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s)
+#pragma GCC unroll 8
+    for (int k = 0; k < kTurn; ++k) total[s][k] = Vec(0.0f);
   for (int64_t i = 0; i < each; i += kStep) {
 #pragma GCC unroll 4
     for (int s = 0; s < kStreams; ++s) {
       const float* const from = p + s * each + i;
-      for (int64_t j = 0; j < kStep; j += kLine) __builtin_prefetch(from + j + kAhead);
+      if constexpr (kAhead > 0)
+        for (int64_t j = 0; j < kStep; j += kLine) __builtin_prefetch(from + j + kAhead, 0, 2);
       for (int64_t j = 0; j < kStep; j += kTurn * Vec::N)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int k = 0; k < kTurn; ++k) total[s][k] += Vec::load(from + j + k * Vec::N);
     }
   }
   Vec all(0.0f);
-  for (const auto& stream : total)
-    for (const Vec t : stream) all += t;
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s)
+#pragma GCC unroll 8
+    for (int k = 0; k < kTurn; ++k) all += total[s][k];
   for_lanes(n - kStreams * each, [&](int64_t i, auto lanes) { all += load(p + kStreams * each + i, lanes); });
   return sum(all);
 }
@@ -54,12 +59,19 @@ float sum_streams(const float* p, int64_t n) {
 }  // namespace
 
 double probe_bandwidth(int64_t bytes) {
+  // One stream is what the processor foresees best; with four, and asking, cores differ less. The fastest is the limit.
+  float (*const ways[])(const float* p, int64_t n) = {sum_streams<1, 0>, sum_streams<4, 0>, sum_streams<4, 256>};
   const int64_t n = bytes / 4;
   const auto memory = touched(n);
-  const double seconds = best_seconds([n, p = memory.get()] {
-    parallel_for(n, 1, [p](int64_t begin, int64_t end) { keep_result(sum_streams(p + begin, end - begin)); });
-  });
-  return static_cast<double>(4 * n) / seconds;
+  double best = 0.0;
+  for (const auto way : ways) {
+    const double seconds = best_seconds([n, way, p = memory.get()] {
+      parallel_for(n, 1, [p, way](int64_t begin, int64_t end) { keep_result(way(p + begin, end - begin)); });
+    });
+    const double rate = static_cast<double>(4 * n) / seconds;
+    best = rate > best ? rate : best;
+  }
+  return best;
 }
 
 double probe_triad(int64_t bytes) {
