@@ -12,6 +12,7 @@ from portlm.commands.engines import engine_options
 
 if TYPE_CHECKING:
     from portlm.flows.verify import Result
+    from portlm.quantization import Quantization
 
 
 @click.command("verify")
@@ -35,6 +36,7 @@ def command(
     The first call writes the parity certificate into the manifest; later calls measure again and compare. If an
     engine differs, the first node that does is named and the exit code is 1.
     """
+    from portlm.artifact import read_manifest
     from portlm.flows.targets import read_choices
     from portlm.flows.verify import verify_artifact
 
@@ -50,15 +52,14 @@ def command(
     if as_json:
         click.echo(json.dumps([result.as_dict() for result in results], indent=2))
     else:
-        print_table(model, results)
+        print_table(model, results, read_manifest(model).quantization)
     return int(any(result.problem for result in results))
 
 
-def print_table(model: Path, results: list[Result]) -> None:
-    """Print one row per target, and beneath the table what is wrong."""
+def print_table(model: Path, results: list[Result], quantization: Quantization | None = None) -> None:
+    """Print one row per target, and beneath the table what the weights are and what is wrong."""
     from rich.console import Console
 
-    from portlm.artifact import read_manifest
     from portlm.commands.tables import figures
     from portlm.compile.parity import allowed_error
     from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described
@@ -84,7 +85,6 @@ def print_table(model: Path, results: list[Result]) -> None:
     console = Console()
     if table.row_count:
         console.print(table)
-    quantization = read_manifest(model).quantization
     for line in [] if quantization is None else described(quantization):
         console.print(line, highlight=False, soft_wrap=True)
     for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):

@@ -40,7 +40,7 @@ MATRIX = {
 @pytest.mark.parametrize("ids", [(), (1,), (3, 4), (0, 2), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zeros"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_embedding_gives_rows_of_what_the_exporter_means(bits, symmetric, ids):
+def test_quantized_embedding_adds_up_to_rows_of_what_the_exporter_means(bits, symmetric, ids):
     """To the bit: a product of a whole number and a scale is not rounded."""
     scheme, rng = Scheme(bits, 32, symmetric), np.random.default_rng(1)
     q = rng.integers(0, scheme.top + 1, (9, 96)).astype(np.uint8)

@@ -97,6 +97,23 @@ def test_quantized_linear_is_a_linear_map_of_what_the_exporter_means(scheme, act
     assert torch.allclose(exact, oracle, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_linear_is_as_accurate_as_activations_of_15_bits_allow(bits, symmetric):
+    """The kernel is off by at most half a step of each activation, a 2^15th of the largest in its group."""
+    scheme = Scheme(bits, 32, symmetric)
+    matrix, (weight, scale, zero) = case(scheme, N=37)
+    x, bias = torch.randn(3, 96), torch.randn(37)
+    wide = torch.from_numpy(dequantize(matrix, scheme)).double()
+    oracle = x.double() @ wide.T + bias.double()
+    largest = x.double().abs().unflatten(-1, (3, 32)).amax(-1, keepdim=True).expand(3, 3, 32).flatten(1)
+    allowed = (
+        2.0**-14 * (largest @ wide.abs().T) + 1e-6 * oracle.abs()
+    )  # twice that, and float32's own rounding
+    ours = quantized_linear(x, weight, scale, zero, bias, bits)
+    assert ((ours.double() - oracle).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_linear_on_a_packed_weight_gives_the_bits_that_it_gives_without(
     bits, same_on_all_thread_counts
