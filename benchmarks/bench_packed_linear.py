@@ -48,9 +48,11 @@ class Quantized:
 
     def packed(self, copies: int) -> torch.Tensor:
         """Return copies side by side, in large pages as the weights of a whole model can have."""
-        pages = mmap.mmap(-1, copies * self.size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # shared memory, the default of mmap, gets none
+            pages = mmap.mmap(-1, copies * self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             pages.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            pages = mmap.mmap(-1, copies * self.size)
         memory = torch.frombuffer(pages, dtype=torch.uint8)
         for copy in range(copies):
             _C.pack_matrix(
@@ -96,7 +98,9 @@ def onnxruntime(m: Quantized, x: torch.Tensor, copies: int) -> Callable[[], torc
     nodes, initializers, outputs = [], [], []
     for copy in range(copies):
         initializers += [
-            numpy_helper.from_array(m.q, f"q{copy}"),
+            numpy_helper.from_array(
+                m.q ^ np.uint8(copies - 1 - copy), f"q{copy}"
+            ),  # else they might become one
             numpy_helper.from_array(m.scales.ravel(), f"scales{copy}"),
         ]
         nodes.append(

@@ -4,6 +4,8 @@
 // against float32 is about 1e-5 of the largest output. Every element of y is computed by one thread with the same
 // operations whatever else is computed beside it: results are the same, bit for bit, for any number of threads, and a
 // row's for any number of rows.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -42,68 +44,81 @@ struct Whole16 {
   float scale;
 };
 
-// A group with NaN in it becomes NaN, and of one with infinities only these remain, so that either reaches y.
+// Any group. One with NaN in it becomes NaN, and of one with infinities only these remain, so that either reaches y.
 __attribute__((noinline)) void take_odd(const float* x, int64_t group, Whole16& to) {
   constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
-  to.total = 0, to.scale = kInf;
+  constexpr double kLargest = kLargestActivation;
+  double largest = 0.0;
+  bool nan = false;
   for (int64_t i = 0; i < group; ++i) {
-    if (x[i] != x[i]) to.scale = kNan;
-    to.x[i] = x[i] == kInf ? 1 : x[i] == -kInf ? -1 : 0;
+    nan |= x[i] != x[i];
+    largest = std::max(largest, std::abs(static_cast<double>(x[i])));
+  }
+  const double inverse = largest > 0.0 ? kLargest / largest : 0.0;
+  to.total = 0;
+  for (int64_t i = 0; i < group; ++i) {
+    const double whole = nan ? 0.0 : largest == kInf ? (x[i] == kInf) - (x[i] == -kInf) : std::nearbyint(x[i] * inverse);
+    to.x[i] = static_cast<int16_t>(whole);
     to.total += to.x[i];
   }
+  to.scale = nan ? kNan : largest == kInf ? kInf : static_cast<float>(largest / kLargest);
 }
 
-inline void take_group(const float* x, int64_t group, Whole16& to) {
+// The largest of a group, NaN aside.
+inline float largest_of(const float* x, int64_t group) {
   Vec most(0.0f);
   for (int64_t i = 0; i < group; i += Vec::N) most = max(abs(Vec::load(x + i)), most);
-  const float largest = hmax(most);
-  // Below 2^-100 the inverse might be infinite, so that both are made larger.
-  const float lift = largest < 7.888609052e-31f ? 1.267650600e30f : 1.0f;
-  const float inverse = largest > 0.0f ? kLargestActivation / (largest * lift) : 0.0f;
+  return hmax(most);
+}
+
+inline void take_group(const float* x, int64_t group, float largest, Whole16& to) {
+  if (!(largest > 1e-30f && largest < 1e38f)) return take_odd(x, group, to);  // its inverse, or it, may be infinite
+  const Vec inverse(kLargestActivation / largest);
   Vec total(0.0f);
   for (int64_t i = 0; i < group; i += Vec::N) {
-    const Vec whole = round(Vec::load(x + i) * Vec(lift) * Vec(inverse));  // NaN where x is, or is infinite
+    const Vec whole = round(Vec::load(x + i) * inverse);
     total += whole;
     store_int16(whole, to.x + i);
   }
   const float sum_of_whole = sum(total);  // exact, for it is less than 2^24
-  if (sum_of_whole != sum_of_whole) return take_odd(x, group, to);
+  if (sum_of_whole != sum_of_whole) return take_odd(x, group, to);  // NaN
   to.total = static_cast<int32_t>(sum_of_whole);
   to.scale = largest * (1.0f / kLargestActivation);
 }
 
-// Writes row r of a panel of R rows.
-template <int bits>
-void fill_panel(const PackedMatrix& m, const float* x, uint32_t* panel, int64_t R, int64_t r) {
+// Writes row r of a panel of `rows` rows. A single one is a case of its own: its words lie side by side.
+template <int bits, bool kSingle>
+void fill_row(const PackedMatrix& m, const float* x, uint32_t* panel, int64_t rows, int64_t r) {
   using D = Dots<bits>;
-  const int32_t zero = m.has_zeros ? 1 : (1 << (bits - 1)) - D::kOffset;  // 1: the kernel multiplies by the zeros
+  const int64_t group = m.group, R = kSingle ? 1 : rows;
+  const int32_t zero = m.has_zeros ? -1 : D::kOffset - (1 << (bits - 1));  // -1: the kernel multiplies by the zeros
+  if (kSingle) r = 0;
+  constexpr int64_t kAtOnce = 8;  // groups whose largest are sought together: each takes many steps, one after the other
+  float largest[kAtOnce];
   Whole16 whole;
-  for (int64_t g = 0; g < m.groups; ++g, x += m.group) {
-    take_group(x, m.group, whole);
-    for (int64_t i = 0; i < m.group; i += 16) {
-      uint32_t* const to = panel + i / 2 * R;
-      if (R == 1) {
-        D::arrange(whole.x + i, to);
+  for (int64_t g = 0; g < m.groups; ++g, x += group) {
+    if (g % kAtOnce == 0)
+      for (int64_t i = 0; i < min(kAtOnce, m.groups - g); ++i) largest[i] = largest_of(x + i * group, group);
+    take_group(x, group, largest[g % kAtOnce], whole);
+    for (int64_t i = 0; i < group; i += 16, panel += 8 * R) {
+      if (kSingle) {
+        D::arrange(whole.x + i, panel);
         continue;
       }
       uint32_t words[8];
       D::arrange(whole.x + i, words);
-      for (int64_t unit = 0; unit < 4; ++unit) std::memcpy(to + 2 * (unit * R + r), words + 2 * unit, 8);
+      for (int64_t unit = 0; unit < 4; ++unit) std::memcpy(panel + 2 * (unit * R + r), words + 2 * unit, 8);
     }
-    uint32_t* const behind = panel + R * (m.group / 2);
-    behind[r] = static_cast<uint32_t>(-whole.total * zero);
-    std::memcpy(behind + R + r, &whole.scale, 4);
-    panel = behind + 2 * R;
+    panel[r] = static_cast<uint32_t>(whole.total * zero);
+    std::memcpy(panel + R + r, &whole.scale, 4);
+    panel += 2 * R;
   }
 }
 
-void fill_panels(const Linear& p, int64_t row, int64_t rows, uint32_t* words) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (p.m.bits == 4)
-      fill_panel<4>(p.m, p.x + (row + r) * p.m.K, words, rows, r);
-    else
-      fill_panel<8>(p.m, p.x + (row + r) * p.m.K, words, rows, r);
-  }
+void fill_panel(const Linear& p, int64_t row, int64_t rows, uint32_t* words) {
+  const auto fill = p.m.bits == 4 ? (rows == 1 ? fill_row<4, true> : fill_row<4, false>)
+                                  : (rows == 1 ? fill_row<8, true> : fill_row<8, false>);
+  for (int64_t r = 0; r < rows; ++r) fill(p.m, p.x + (row + r) * p.m.K, words, rows, r);
 }
 
 template <typename Function>
@@ -195,7 +210,7 @@ void packed_linear(const float* x, const uint8_t* packed, const float* bias, flo
     parallel_for(tiles, kGrain / tile_cycles + 1, [&](int64_t begin, int64_t end) {
       thread_local Scratch own;  // each thread makes the whole numbers for itself: that is cheaper than to wait for them
       uint32_t* const words = reinterpret_cast<uint32_t*>(own.floats(rows * per_row));
-      fill_panels(p, 0, rows, words);
+      fill_panel(p, 0, rows, words);
       multiply_panels(p, words, 0, 0, 1, 1, rows, begin, end);
     });
     return;
@@ -205,7 +220,7 @@ void packed_linear(const float* x, const uint8_t* packed, const float* bias, flo
     uint32_t* const words = reinterpret_cast<uint32_t*>(scratch.floats(count * per_row));
     const auto start = [=](int64_t panel) { return count * panel / panels; };
     parallel_for(panels, kGrain / (K * kPanelRows / 2 + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) fill_panels(p, row + start(i), start(i + 1) - start(i), words + start(i) * per_row);
+      for (int64_t i = begin; i < end; ++i) fill_panel(p, row + start(i), start(i + 1) - start(i), words + start(i) * per_row);
     });
     const int64_t in_cache = kPanelBytes / (4 * kPanelRows * per_row + 1) + 1;
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
