@@ -18,16 +18,13 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from portlm.errors import PortlmError
 from portlm.flows.bench import Process, Target
-from portlm.flows.measuring import environment, paired_ratio
+from portlm.flows.measuring import busy_loops, environment, paired_ratio
 from portlm.threads import cores
 
 TARGETS = (
@@ -41,7 +38,6 @@ CHOSEN = (
     "tvm:cpu:fused",
 )  # by portlm, step by step
 PROMPT = 16
-BUSY = "while True: pass"
 
 
 def make_model(folder: Path) -> Path:
@@ -63,18 +59,6 @@ def make_model(folder: Path) -> Path:
             with contextlib.suppress(PortlmError):  # the engine says what is missing
                 build(artifact, [key])
     return artifact
-
-
-@contextlib.contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Keep cores busy inside the block."""
-    loops = [subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def rates(processes: dict[str, Process], rounds: int, tokens: int) -> dict[str, list[float]]:

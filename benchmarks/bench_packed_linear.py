@@ -90,9 +90,11 @@ def float32(m: Quantized, x: torch.Tensor, copies: int) -> Callable[[], torch.Te
 
 def onnxruntime(m: Quantized, x: torch.Tensor, copies: int) -> Callable[[], torch.Tensor]:
     """Return one run of a graph with a MatMulNBits for each copy, at its fastest accuracy level, with bound memory."""
-    import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
+    from portlm.ort_support import import_onnxruntime
+
+    ort = import_onnxruntime()
     nodes, initializers, outputs = [], [], []
     for copy in range(copies):
         initializers += [

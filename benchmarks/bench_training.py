@@ -2,17 +2,20 @@
 
 The setting is nanoGPT's for a laptop (4 layers, 4 heads, width 128, context 64, batch 12) over bytes. Every
 contestant trains the same weights on the same batches: forward, backward, clipping to norm 1, AdamW. They first
-have to agree on the loss of each of their first 50 steps. Then they take turns in one process, so that they share one
-thread pool and the machine's mood: A B C C B A, the next round the other way round. The result is the median of the
-per-round ratios with a bootstrapped 95 % interval; a ratio above 1 means portlm is faster, and the interval's lower
-end has to be above 1 to claim it. The multiply-add peak is probed between the rounds.
+have to agree on the loss of each of their first steps, those in bf16 with eager fp32 up to their rounding. Then
+they take turns in one process, so that they share one thread pool and the machine's mood: A B C C B A, the next round
+the other way round. The result is the median of the per-round ratios with a bootstrapped 95 % interval; a ratio above 1
+means that portlm in fp32, or in bf16, is faster, and the interval's lower end has to be above 1 to claim it. The peaks
+of multiply-adds in fp32 and bf16 are probed between the rounds.
 
     python benchmarks/bench_training.py                    # the race: do nothing else meanwhile
     python benchmarks/bench_training.py --smoke            # a minute, to see that it runs
+    python benchmarks/bench_training.py --preset 10m       # 10 million parameters, see PRESETS
+    python benchmarks/bench_training.py --preset 10m-50304 --only compile-bf16
+    python benchmarks/bench_training.py --preset 10m-memory --memory        # peak memory instead of speed
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -20,170 +23,39 @@ import os
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from harness import environment
-from torch import Tensor, nn
+from torch import Tensor
+from training_rivals import CONTESTANTS, Step
 
 from portlm import _C, settings
 from portlm.agreement import within
 from portlm.data.python_topics import python_topics
 from portlm.flows.measuring import STEAL_LIMIT, StealMeter, paired_ratio
 from portlm.models.gpt2 import GPT2, GPT2Config
+from portlm.train.allocator import keep_freed_memory
 from portlm.train.config import PretrainConfig
-from portlm.train.loop import accumulate_gradients
-from portlm.train.setup import make_optimizer
 
-GATE_STEPS = 50
-# Rounding of float32 grows along a training run; a wrong gradient shows in the first steps, far above this.
-GATE_TOLERANCE = 1e-3
-BATCHES = 64
-
-Step = Callable[[Tensor, Tensor], Tensor]
-
-
-# ---- the rival: GPT-2 as one would write it in PyTorch today ---------------------------------------------------
-
-
-class EagerGPT2(nn.Module):
-    """GPT-2 in plain PyTorch. Parameter names are portlm's, so the weights can be copied by name."""
-
-    def __init__(self, config: GPT2Config):
-        super().__init__()
-        C = config.width
-        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.context_length, C)
-        self.h = nn.ModuleList(EagerBlock(C, config.n_head) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(C)
-
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy of targets (B, T) after ids (B, T)."""
-        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]  # (B, T, C)
-        for block in self.h:
-            x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-class EagerBlock(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside the residual stream."""
-
-    def __init__(self, C: int, n_head: int):
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.attn, self.mlp = EagerAttention(C, n_head), EagerMLP(C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class EagerAttention(nn.Module):
-    """Masked self-attention through PyTorch's fused kernel."""
-
-    def __init__(self, C: int, n_head: int):
-        super().__init__()
-        self.n_head = n_head
-        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-class EagerMLP(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, C: int):
-        super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-
-
-# ---- contestants -----------------------------------------------------------------------------------------------
-
-
-def portlm_step(config: GPT2Config, weights: dict[str, Tensor], options: PretrainConfig) -> Step:
-    model = GPT2(config)
-    model.load_state_dict(weights)
-    optimizer = make_optimizer(model.train(), options.optimizer)
-
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = accumulate_gradients(lambda batch: model(*batch), [(inputs, targets)])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    return step
-
-
-def pytorch_step(
-    config: GPT2Config,
-    weights: dict[str, Tensor],
-    options: PretrainConfig,
-    mode: str | None = None,
-    compiled_update: bool = False,
-) -> Step:
-    """Return a step of plain PyTorch.
-
-    Args:
-        config: The shape.
-        weights: To begin with.
-        options: Of the optimiser.
-        mode: Of torch.compile for forward and backward, None for eager.
-        compiled_update: Compile clipping and AdamW together instead of calling the fused kernels.
-    """
-    model = EagerGPT2(config)
-    model.load_state_dict(weights)
-    parameters = list(model.parameters())
-    opt = options.optimizer
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": opt.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    which = {"foreach": True} if compiled_update else {"fused": True}
-    optimizer = torch.optim.AdamW(groups, lr=opt.lr, betas=(opt.beta1, opt.beta2), eps=opt.eps, **which)
-    forward: Any = model if mode is None else torch.compile(model, mode=mode)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, opt.clip, foreach=True)
-        optimizer.step()
-
-    apply = torch.compile(update) if compiled_update else update
-
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = forward(inputs, targets)
-        loss.backward()
-        apply()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
-CONTESTANTS: dict[str, Callable[[GPT2Config, dict[str, Tensor], PretrainConfig], Step]] = {
-    "portlm": portlm_step,
-    "eager": pytorch_step,
-    "compile": functools.partial(pytorch_step, mode="default"),
-    "compile+update": functools.partial(pytorch_step, mode="default", compiled_update=True),
-    "compile-tuned": functools.partial(pytorch_step, mode="max-autotune-no-cudagraphs"),
+# Rounding of float32 grows along a training run; a wrong gradient shows in the first steps, far above this. Products of
+# numbers rounded to bfloat16 are off by 2^-9 each, and the loss of a step by less.
+GATE_TOLERANCE = {False: 1e-3, True: 1e-2}  # by: in bf16
+BATCHES = 16
+OURS = ("portlm", "portlm-bf16")
+_10M = {"layers": 6, "heads": 6, "width": 384, "context": 256, "batch": 16, "gate": 5}
+PRESETS = {
+    "10m": _10M,
+    "10m-50304": _10M | {"vocabulary": 50304, "batch": 8},
+    "10m-memory": _10M | {"vocabulary": 50304, "batch": 8, "context": 1024},
 }
-
 
 # ---- measuring -------------------------------------------------------------------------------------------------
 
@@ -224,8 +96,10 @@ def step_flops(config: GPT2Config, batch: int) -> float:
 
 
 def batches(config: GPT2Config, count: int, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """Return batches of real text as bytes, the same for everybody."""
+    """Return batches of real text as bytes, the same for everybody; pairs of them where the vocabulary has room."""
     text = torch.frombuffer(bytearray(python_topics().encode()), dtype=torch.uint8).long()
+    if config.vocab_size > 1 << 15:
+        text = (text[:-1] % 128) * 256 + text[1:]
     T = config.context_length
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(len(text) - T - 1, (count, batch), generator=generator)
@@ -235,9 +109,9 @@ def batches(config: GPT2Config, count: int, batch: int) -> list[tuple[Tensor, Te
     ]
 
 
-def loss_curve(step: Step, data: list[tuple[Tensor, Tensor]]) -> list[float]:
+def loss_curve(step: Step, data: list[tuple[Tensor, Tensor]], count: int) -> list[float]:
     """Return the losses of a contestant's first steps. Whatever it compiles, it compiles here."""
-    return [step(*pair).item() for pair in itertools.islice(itertools.cycle(data), GATE_STEPS)]
+    return [step(*pair).item() for pair in itertools.islice(itertools.cycle(data), count)]
 
 
 def sample(step: Step, data: Iterator[tuple[Tensor, Tensor]], count: int) -> float:
@@ -255,7 +129,12 @@ class Round:
 
     seconds: dict[str, float]
     noise: Noise
-    peak: float
+    peaks: dict[str, float]
+
+
+def probe() -> dict[str, float]:
+    """Return the floating-point operations per second that multiply-adds in registers reach, by precision."""
+    return {"fp32": _C.probe_flops(20_000_000), "bf16": _C.probe_bf16(20_000_000)}
 
 
 def race(
@@ -263,7 +142,7 @@ def race(
 ) -> tuple[list[Round], int]:
     """Return the rounds, and how many were thrown away because the machine was busy."""
     source = itertools.cycle(data)
-    counts = {name: max(2, math.ceil(seconds / 2 / sample(step, source, 5))) for name, step in steps.items()}
+    counts = {name: max(1, math.ceil(seconds / 2 / sample(step, source, 2))) for name, step in steps.items()}
     order = list(steps)
     random.Random(time.time_ns()).shuffle(order)
     kept: list[Round] = []
@@ -274,13 +153,13 @@ def race(
         times: dict[str, list[float]] = {name: [] for name in steps}
         for name in order + order[::-1]:
             times[name].append(sample(steps[name], source, counts[name]))
-        noise, peak = meter.stop(), _C.probe_flops(20_000_000)
+        noise, peaks = meter.stop(), probe()
         order = order[1:] + order[:1]
         if noise.too_much(torch.get_num_threads()) and thrown < patience:
             thrown += 1
             say(f"round thrown away: steal {noise.steal:.1%}, load {noise.load:.1f}")
             continue
-        kept.append(Round({name: sum(pair) / 2 for name, pair in times.items()}, noise, peak))
+        kept.append(Round({name: sum(pair) / 2 for name, pair in times.items()}, noise, peaks))
         say(
             f"round {len(kept)}/{rounds}: "
             + ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in kept[-1].seconds.items())
@@ -302,7 +181,11 @@ def say(message: str) -> None:
 
 
 def prepare(
-    names: list[str], config: GPT2Config, options: PretrainConfig, data: list[tuple[Tensor, Tensor]]
+    names: list[str],
+    config: GPT2Config,
+    options: PretrainConfig,
+    data: list[tuple[Tensor, Tensor]],
+    gate: int,
 ) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
     """Build the contestants and let each train its first steps.
 
@@ -319,12 +202,12 @@ def prepare(
         begin = time.perf_counter()
         try:
             step = CONTESTANTS[name](config, weights, options)
-            curves[name] = loss_curve(step, data)
+            curves[name] = loss_curve(step, data, gate)
             steps[name] = step
         except (
             Exception
         ) as error:  # a rival that cannot run here is a line in the table, not the end of the race
-            if name in ("portlm", "eager"):
+            if name in OURS or name == "eager":
                 raise
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         say(
@@ -337,38 +220,47 @@ def prepare(
     return steps, strays, absent
 
 
+def shape(arguments: argparse.Namespace) -> GPT2Config:
+    """Return the model that the command line asks for."""
+    return GPT2Config(
+        vocab_size=arguments.vocabulary, context_length=arguments.context, n_layer=arguments.layers,
+        n_head=arguments.heads, width=arguments.width,
+    )  # fmt: skip
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the race that the command line asks for."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    config = GPT2Config(
-        vocab_size=256, context_length=arguments.context, n_layer=arguments.layers, n_head=arguments.heads,
-        width=arguments.width,
-    )  # fmt: skip
+    config = shape(arguments)
     options = settings.load(PretrainConfig, overrides=[("data.batch_size", arguments.batch)])
-    rivals = [name for name in arguments.only or CONTESTANTS if name not in ("portlm", "eager")]
+    rivals = [name for name in arguments.only or CONTESTANTS if name not in (*OURS, "eager")]
     data = batches(config, BATCHES, arguments.batch)
-    steps, strays, absent = prepare(["portlm", "eager", *rivals], config, options, data)
+    steps, strays, absent = prepare([*OURS, "eager", *rivals], config, options, data, arguments.gate)
     for name, stray in strays.items():
-        if not within(stray, GATE_TOLERANCE):
+        if not within(stray, GATE_TOLERANCE["bf16" in name]):
             raise SystemExit(f"{name} does not train the same model: its loss strays by {stray:.2e}")
     rounds, thrown = race(steps, data, arguments.rounds, arguments.seconds, arguments.patience)
-    flops, peak = step_flops(config, arguments.batch), max(r.peak for r in rounds)
+    flops, peaks = (
+        step_flops(config, arguments.batch),
+        {k: max(r.peaks[k] for r in rounds) for k in ("fp32", "bf16")},
+    )
     tokens = arguments.batch * config.context_length
     rows = []
     for name in steps:
         seconds = [r.seconds[name] for r in rounds]
-        ratio, (low, high) = paired_ratio(seconds, [r.seconds["portlm"] for r in rounds])
         typical = statistics.median(seconds)
-        rows.append({
-            "name": name, "ms": 1e3 * typical, "tokens_per_second": tokens / typical, "of_peak": flops / typical / peak,
-            "portlm_is_faster_by": ratio, "low": low, "high": high, "loss_stray": strays[name],
-        })  # fmt: skip
+        row = {
+            "name": name, "ms": 1e3 * typical, "tokens_per_second": tokens / typical,
+            "of_peak": flops / typical / peaks["bf16" if "bf16" in name else "fp32"], "loss_stray": strays[name],
+        }  # fmt: skip
+        for ours in OURS:
+            ratio, (low, high) = paired_ratio(seconds, [r.seconds[ours] for r in rounds])
+            row[f"{ours} is faster by"] = {"ratio": ratio, "low": low, "high": high}
+        rows.append(row)
     return {
         "setting": asdict(config) | {"batch": arguments.batch, "gflop_per_step": flops / 1e9},
         "rows": rows,
         "absent": absent,
-        "peak_gflop_s": peak / 1e9,
+        "peaks_gflop_s": {k: peak / 1e9 for k, peak in peaks.items()},
         "rounds": [asdict(r) for r in rounds],
         "thrown_away": thrown,
         "environment": environment() | {"threads": torch.get_num_threads(), "cpu_flags": cpu_flags()},
@@ -379,26 +271,62 @@ def show(result: dict[str, Any]) -> None:
     """Print the table."""
     machine = result["environment"]
     print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions'].get('torch')}")
-    print(
-        f"{'':>15} {'ms/step':>9} {'tokens/s':>10} {'of peak':>8}   {'portlm is faster by':<22} {'loss strays':>11}"
-    )
+    columns = "".join(f"   {f'{name} is faster by':<26}" for name in OURS)
+    print(f"{'':>18} {'ms/step':>9} {'tokens/s':>10} {'of peak':>8}{columns} {'loss strays':>11}")
     for row in result["rows"]:
-        ratio = (
-            ""
-            if row["name"] == "portlm"
-            else f"{row['portlm_is_faster_by']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
-        )
+        ratios = ""
+        for ours in OURS:
+            r = row[f"{ours} is faster by"]
+            text = "" if row["name"] == ours else f"{r['ratio']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]"
+            ratios += f"   {text:<26}"
         print(
-            f"{row['name']:>15} {row['ms']:9.2f} {row['tokens_per_second']:10,.0f} {row['of_peak']:8.1%}   "
-            f"{ratio:<22} {row['loss_stray']:11.1e}"
+            f"{row['name']:>18} {row['ms']:9.2f} {row['tokens_per_second']:10,.0f} {row['of_peak']:8.1%}{ratios} "
+            f"{row['loss_stray']:11.1e}"
         )
     for name, reason in result["absent"].items():
-        print(f"{name:>15} not available: {reason}")
+        print(f"{name:>18} not available: {reason}")
     print(
-        f"peak {result['peak_gflop_s']:.0f} GFLOP/s, "
+        f"peak {result['peaks_gflop_s']['fp32']:.0f} GFLOP/s in fp32, {result['peaks_gflop_s']['bf16']:.0f} in bf16, "
         f"{result['setting']['gflop_per_step']:.2f} GFLOP per step, {len(result['rounds'])} rounds kept, "
         f"{result['thrown_away']} thrown away"
     )
+
+
+def peak_memory(name: str, arguments: argparse.Namespace) -> int:
+    """Return the most bytes that were resident during one step of one contestant, after one to warm up.
+
+    Weights, optimiser, activations and libraries together, as Linux counts them; not what compiling took before.
+    """
+    config = shape(arguments)
+    options = settings.load(PretrainConfig, overrides=[("data.batch_size", arguments.batch)])
+    if name in OURS:
+        keep_freed_memory()  # as `portlm pretrain` does
+    torch.manual_seed(1337)
+    data = batches(config, 2, arguments.batch)
+    step = CONTESTANTS[name](config, GPT2(config).state_dict(), options)
+    step(*data[0])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    step(*data[1])
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+
+
+def show_memory(arguments: argparse.Namespace) -> None:
+    """Print the peak memory of every contestant, each in a process of its own."""
+    rows = {}
+    for name in arguments.only or ["portlm", "portlm-bf16", "eager", "eager-bf16", "compile", "compile-bf16"]:
+        done = subprocess.run(
+            [sys.executable, *sys.argv, "--peak-of", name], capture_output=True, text=True, check=False
+        )
+        rows[name] = int(done.stdout) if done.returncode == 0 else None
+        say(f"{name}: {done.stdout.strip() or done.stderr.strip().splitlines()[-1]}")
+    for name, size in rows.items():
+        shares = "".join(
+            f", {size / rows[rival]:.2f} of {rival}'s"
+            for rival in ("eager", "eager-bf16")
+            if size and rows.get(rival)
+        )
+        print(f"{name:>18} {'failed' if size is None else f'{size / 1e9:.2f} GB'}{shares}")
 
 
 def main() -> None:
@@ -418,15 +346,30 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults for the model")
+    parser.add_argument("--vocabulary", type=int, default=256, help="tokens there are (default: %(default)s)")
+    parser.add_argument("--gate", type=int, default=50, help="steps to agree on (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step instead of speed")
+    parser.add_argument("--peak-of", choices=CONTESTANTS, help="of one contestant, in bytes")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="rivals to run (default: all)")
     parser.add_argument(
         "--smoke", action="store_true", help="two short rounds against eager, whatever the noise"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.rounds, arguments.seconds, arguments.patience = 2, 0.3, 0
         arguments.only = arguments.only or ["eager"]
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        print(peak_memory(arguments.peak_of, arguments))
+        return
+    if arguments.memory:
+        show_memory(arguments)
+        return
+    keep_freed_memory()
     result = measure(arguments)
     if arguments.json:
         print(json.dumps(result, indent=1))

@@ -145,6 +145,18 @@ def look_inside(folder: str | Path, run: Runner, graph: str, role: str = "decode
     return None
 
 
+def _steps(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes that compute: a weight that is turned, or put together from small numbers, is no step."""
+    constant = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if set(node.input) - {""} <= constant:
+            constant |= set(node.output)
+        else:
+            found.append(node)
+    return found
+
+
 class _Reference:
     """The portable graph in float64: its weights are widened once, and every value that a node computes is kept."""
 
@@ -158,11 +170,11 @@ class _Reference:
                 tensor.CopyFrom(
                     numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name)
                 )
-        constant = {tensor.name for tensor in model.graph.initializer}
-        self._names = []
         for node in model.graph.node:
-            if not set(node.input) <= constant:  # a turned weight is no step of the computation
-                self._names.extend(node.output)
+            for attribute in node.attribute:
+                if node.op_type == "Cast":
+                    attribute.i = TensorProto.DOUBLE
+        self._names = [value for node in _steps(model) for value in node.output]
         self._evaluator = ReferenceEvaluator(model)
 
     def values(self, inputs: Values) -> Values:
@@ -180,7 +192,7 @@ class _Subject:
         self.results = frozenset(value.name for value in model.graph.output)
         self._nodes = {
             value: node
-            for node in model.graph.node
+            for node in _steps(model)
             if node.op_type not in MOVEMENT
             for value in node.output
             if value

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from portlm.compile.check_quantized import wrong_sizes
 from portlm.compile.forms import (
     ALIGNMENT,
     CONTRIB_OPS,
@@ -48,9 +49,9 @@ CONTRIB = "com.microsoft"
 OPERATORS: dict[str, dict[str, Form]] = {"": PORTABLE_OPS, DOMAIN: FUSED_OPS, CONTRIB: CONTRIB_OPS}
 OPSETS = {"": OPSET, DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
 # Numbers of ONNX: types of elements, places of weights, types of attributes and the fields with their values.
-FLOAT, INT64 = 1, 7
-ITEM_BYTES = {FLOAT: 4, INT64: 8}
-KINDS = {FLOAT: "float32", INT64: "int64"}
+FLOAT, UINT8, INT64 = 1, 2, 7
+ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT64: 8}
+KINDS = {FLOAT: "float32", INT64: "int64", UINT8: "uint8"}
 IN_FILE, IN_GRAPH = 1, 0
 ATTRIBUTE_TYPES: dict[type, tuple[int, str]] = {
     float: (1, "f"),
@@ -152,7 +153,7 @@ def _check_structure(model: Message) -> None:
 def _check_value(value: Message) -> None:
     """An input or output of the graph: its type, and sizes that are numbers or named."""
     kind, name = value.type.tensor_type, _text(value.name)
-    if not name or kind.elem_type not in KINDS or "shape" not in kind.present:
+    if not name or kind.elem_type not in (FLOAT, INT64) or "shape" not in kind.present:
         raise _RefusedError(f"value {name!r} has a type that no graph of ours has")
     if len(kind.shape.dim) > MAX_RANK:
         raise _RefusedError(f"value {name!r} has {len(kind.shape.dim)} dimensions")
@@ -168,6 +169,7 @@ class _Values:
     def __init__(self, graph: Message):
         self.kinds: dict[str, str] = {}
         self.constants: dict[str, Message] = {}
+        self.shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         for value in graph.input:
             self.define(value.name, KINDS[value.type.tensor_type.elem_type])
         for tensor in graph.initializer:
@@ -197,11 +199,17 @@ def _check_nodes(model: Message) -> None:
             raise _RefusedError(f"node {name!r} has too many inputs, outputs or attributes")
         _check_attributes(node, form)
         same = _check_inputs(node, form, values)
+        if problem := wrong_sizes(node, values.shapes):
+            raise _RefusedError(f"node {name!r} {problem}")
         for place, (value, wanted) in enumerate(_operands(node, node.output, form.outputs, "outputs")):
             if value:
                 values.define(value, wanted.kind or same)
             elif not wanted.absent:
                 raise _RefusedError(f"node {name!r} lacks output {place}")
+        if form is PORTABLE_OPS["Reshape"] and node.input[0] in values.shapes:
+            target = np.frombuffer(values.constants[node.input[1]].raw_data, "<i8").tolist()
+            if math.prod(target) == math.prod(values.shapes[node.input[0]]) and min(target, default=1) > 0:
+                values.shapes[node.output[0]] = tuple(target)
     results: set[str] = set()
     for value in graph.output:
         if value.name in given or value.name not in values.kinds or value.name in results:
@@ -246,7 +254,7 @@ def _check_inputs(node: Message, form: Form, values: _Values) -> str:
             )
         if not wanted.kind:
             same = same or kind
-        if kind != (wanted.kind or same):
+        if kind != (wanted.kind or same) or (kind == "uint8" and not (wanted.kind or wanted.small)):
             raise _RefusedError(f"node {node.name!r} has an input {place} of type {kind}")
         if wanted.constant:
             _check_constant(node, value, wanted.constant, values)
@@ -306,6 +314,8 @@ def _check_weights(graph: Message, path: Path) -> None:
         if len(tensor.dims) > MAX_RANK or not all(0 <= d <= MAX_DIMENSION for d in tensor.dims):
             raise _RefusedError(f"weight {name!r} has an impossible shape")
         size = math.prod(tensor.dims) * item
+        if tensor.data_type == UINT8 and tensor.data_location != IN_FILE:
+            raise _RefusedError(f"weight {name!r} is uint8 and not in the weight file")
         if tensor.data_location == IN_FILE:
             _check_external(tensor, size, path, locations)
         elif tensor.data_location != IN_GRAPH or len(tensor.raw_data) != size or tensor.external_data:
@@ -320,11 +330,13 @@ def _check_external(tensor: Message, size: int, path: Path, locations: dict[str,
         entries[_text(entry.key)] = _text(entry.value)
     if (
         tensor.raw_data
-        or tensor.data_type != FLOAT
+        or tensor.data_type not in (FLOAT, UINT8)
         or len(entries) != len(tensor.external_data)
         or entries.keys() != {"location", "offset", "length"}
     ):
-        raise _RefusedError(f"weight {name!r} does not say float32, location, offset and length, each once")
+        raise _RefusedError(
+            f"weight {name!r} does not say float32 or uint8, location, offset and length, each once"
+        )
     location = entries["location"]
     if location not in locations:
         if locations or "/" in location:

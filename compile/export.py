@@ -5,7 +5,6 @@ description of a model to fall behind. Equal bytes come from equal checkpoints.
 """
 
 import gc
-import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,14 +27,16 @@ from portlm.artifact import (
     hash_files,
     instead,
     list_files,
-    read_manifest,
     write_manifest,
 )
+from portlm.compile.calibrate import calibrated, read
 from portlm.compile.check import check_model
-from portlm.compile.forms import OPSET, PROFILES
+from portlm.compile.export_checks import check_profiles, check_target, check_unquantized, stored_bytes
+from portlm.compile.forms import OPSET
 from portlm.compile.graph import WeightFile
 from portlm.compile.isolated import graph_of, weights_of
 from portlm.compile.mapped import MappedFile
+from portlm.compile.quantize import Prepare, Quantizer, RoundToNearest, Scheme, scheme_of
 from portlm.compile.tables import table_limits, with_limits
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
@@ -50,8 +51,10 @@ from portlm.hub_files import (
 )
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
+from portlm.quantization import Quantization
 from portlm.roles import file_stem
 from portlm.seen_graphs import record_written
+from portlm.tokenizer import Tokenizer
 from portlm.weights import read_header
 
 if TYPE_CHECKING:
@@ -70,35 +73,57 @@ COPIED = (
 )
 
 
-def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("portable", "fused")) -> Path:
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    profiles: Sequence[str] = ("portable", "fused"),
+    *,
+    quantize: str | None = None,
+    group: int | None = None,
+    asymmetric: bool = False,
+    calibrate: str | Path | None = None,
+) -> Path:
     """Export a checkpoint to an artifact folder, which appears complete or not at all.
 
     Args:
         checkpoint: folder with config.json and model.safetensors.
         out: the artifact folder. An artifact that is already there is replaced, anything else is refused.
         profiles: which graphs to write.
+        quantize: "int8" or "int4" for matrices and the token table in so many bits, see compile/quantize.py. The
+            artifact then holds no model.safetensors.
+        group: how many weights share a scale: 32, 64 or 128, which must divide the inputs of every matrix.
+        asymmetric: each group has a zero point, too.
+        calibrate: a text file that is like what the model will read: weights are then rounded so that what they give on
+            its first nine tenths changes least, see compile/calibrate.py.
 
     Returns:
         The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
 
     Raises:
         FormatError: the checkpoint is damaged or not of a known family.
-        UsageError: `out` holds something that is not an artifact, or a profile is unknown.
+        UsageError: `out` holds something that is not an artifact, a profile is unknown, the group does not divide, the
+            weights are quantized already, or the text is too short.
         StorageError: the disk is full or refuses. What was there before is untouched.
     """
     source, target = Path(checkpoint), Path(out)
-    _check_profiles(profiles)
-    _check_target(source, target)
+    check_profiles(profiles)
+    scheme = scheme_of(quantize, group, asymmetric)
+    check_target(source, target)
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
     check_folder(source)
+    check_unquantized(source)
     copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
     check_source(source, copied)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     generation_config.read(source)  # and what no session would load
     weights = read_header(source / WEIGHTS)
+    tokenizer = Tokenizer.load(source) if calibrate is not None and (source / TOKENIZER).is_file() else None
+    prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size)
+    if scheme is not None:
+        copied.remove(WEIGHTS)
     size = sum((source / name).stat().st_size for name in copied)
-    size += sum(math.prod(info.shape) * 4 for info in weights.values())
+    size += sum(stored_bytes(info.shape, scheme) for info in weights.values())
 
     notes: list[str] = []
 
@@ -110,7 +135,7 @@ def export(checkpoint: str | Path, out: str | Path, profiles: Sequence[str] = ("
             if name not in without:
                 shutil.copyfile(source / name, workshop / name)
 
-    made = _make(lambda: open_mapped(source), target, profiles, size, bring, beside=True)
+    made = _make(lambda: open_mapped(source), target, profiles, size, bring, prepare, beside=True)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return made
@@ -123,6 +148,10 @@ def export_module(
     tokenizer: Any = None,
     example: Any = None,
     profiles: Sequence[str] = ("portable", "fused"),
+    quantize: str | None = None,
+    group: int | None = None,
+    asymmetric: bool = False,
+    calibrate: str | Path | None = None,
 ) -> Path:
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
@@ -133,6 +162,10 @@ def export_module(
         tokenizer: has `save(folder)`; None leaves the artifact without one.
         example: input_ids (B, T) int64, for a module without roles.
         profiles: which graphs to write.
+        quantize: as for `export`.
+        group: as for `export`.
+        asymmetric: as for `export`.
+        calibrate: as for `export`; the tokenizer reads it.
 
     Returns:
         The artifact folder.
@@ -147,8 +180,9 @@ def export_module(
     from portlm.models.roles import roles_of
 
     target = Path(folder)
-    _check_profiles(profiles)
-    _check_target(None, target)
+    check_profiles(profiles)
+    scheme = scheme_of(quantize, group, asymmetric)
+    check_target(None, target)
     if not roles_of(module):
         from portlm.compile.canonical_decoder import decoder_of
 
@@ -160,18 +194,41 @@ def export_module(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
             f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
         )
-    size = sum(p.numel() * (p.element_size() + 4) for p in module.parameters())
+    prepare = _preparation(scheme, calibrate, tokenizer, _vocab_size(module, roles_to_export(module)))
+    size = sum(stored_bytes(p.shape, scheme) for p in module.parameters())
+    if scheme is None:
+        size += sum(p.numel() * p.element_size() for p in module.parameters())
     config = getattr(module, "config", None)
 
     def bring(workshop: Path) -> None:
         if config is not None and hasattr(config, "to_hf"):
-            from portlm.models import save_model
+            from portlm.models import save_config, save_model
 
-            save_model(workshop, module, tokenizer)  # type: ignore[arg-type]
+            if scheme is None:
+                save_model(workshop, module, tokenizer)  # type: ignore[arg-type]
+            else:  # the weights are those of the graphs
+                save_config(workshop, config, tokenizer)
         elif tokenizer is not None:
             tokenizer.save(workshop)
 
-    return _make(lambda: (module, None), target, profiles, size, bring)
+    return _make(lambda: (module, None), target, profiles, size, bring, prepare)
+
+
+def _preparation(
+    scheme: Scheme | None, calibrate: str | Path | None, tokenizer: Any, vocab_size: int
+) -> Prepare | None:
+    """Return what makes the quantizer of a module: None without a scheme.
+
+    Raises:
+        UsageError: there is a text and no scheme, or nothing that could read it, or it is too short.
+        FormatError: the text is missing or damaged.
+    """
+    if calibrate is None:
+        return None if scheme is None else RoundToNearest.prepare(scheme)
+    if scheme is None:
+        raise UsageError("calibrate says by which text to quantize: say int8 or int4 as well")
+    text = read(calibrate, tokenizer, vocab_size)
+    return lambda module: calibrated(module, roles_to_export(module), text, _context_length(module), scheme)
 
 
 def open_mapped(folder: str | Path) -> "tuple[nn.Module, MappedFile]":
@@ -208,6 +265,7 @@ def _make(
     profiles: Sequence[str],
     size: int,
     bring: Callable[[Path], None],
+    prepare: Prepare | None,
     *,
     beside: bool = False,
 ) -> Path:
@@ -219,6 +277,7 @@ def _make(
         profiles: which graphs to write.
         size: bytes of what is written, graphs aside.
         bring: writes the files beside the graphs into a folder.
+        prepare: makes the quantizer of the weights; None leaves them float32.
         beside: `bring` copies files and does not look at the module: the disk and the hash then work while PyTorch is
             loaded and the module captured, for neither needs Python's lock.
     """
@@ -231,11 +290,13 @@ def _make(
                 brought.result()
             with _no_collections():
                 module, weights = load()
+            quantizer = None if prepare is None else prepare(module)
+            with _no_collections():
                 roles, context = roles_to_export(module), _context_length(module)
-                graphs = capture(module, roles, profiles, context)
+                graphs = capture(module, roles, profiles, context, quantizer)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
-            manifest = _describe(module, roles, graphs, dict(sorted(files.items())), context)
+            manifest = _describe(module, roles, graphs, dict(sorted(files.items())), context, quantizer)
             write_manifest(workshop, manifest)
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
@@ -286,7 +347,11 @@ Graphs = dict[str, tuple[WeightFile, dict[str, onnx.ModelProto]]]
 
 
 def capture(
-    module: "nn.Module", roles: "Mapping[str, Role]", profiles: Sequence[str], context_length: int
+    module: "nn.Module",
+    roles: "Mapping[str, Role]",
+    profiles: Sequence[str],
+    context_length: int,
+    quantizer: Quantizer | None = None,
 ) -> Graphs:
     """Return the graphs of a module.
 
@@ -295,16 +360,20 @@ def capture(
         roles: its functions by name.
         profiles: names from forms.PROFILES.
         context_length: positions are below it.
+        quantizer: chooses the numbers of matrices and token tables; None leaves them float32.
 
     Raises:
-        FormatError: the model computes what a graph cannot say.
+        FormatError: the model computes what a graph cannot say, or a weight is not finite.
+        UsageError: the quantizer's group does not divide the inputs of a matrix.
     """
     from portlm.compile.capture import build_graph
     from portlm.compile.module_weights import Weights
+    from portlm.compile.quantized_graph import quantize_weights
     from portlm.compile.trace import record
 
     recordings = {name: record(module, name, role) for name, role in roles.items()}
     weights = Weights(module, recordings.values())
+    quantized = None if quantizer is None else quantize_weights(roles, recordings, weights, quantizer)
     graphs: Graphs = {}
     for name, role in roles.items():
         file = WeightFile(weight_file(name))
@@ -319,6 +388,7 @@ def capture(
                     file,
                     profile=profile,
                     context_length=context_length,
+                    quantized=quantized,
                     **options,
                 )
                 for profile in profiles
@@ -391,6 +461,7 @@ def _describe(
     graphs: Graphs,
     files: dict[str, FileEntry],
     context: int,
+    quantizer: Quantizer | None,
 ) -> Manifest:
     import torch
 
@@ -405,7 +476,7 @@ def _describe(
     settings: dict[str, str | bool | int | float] = {"opset": OPSET, "domain_version": DOMAIN_VERSION}
     described = {}
     for name, role in roles.items():
-        models = graphs[name][1]
+        file, models = graphs[name]
         limits = [table_limits(model.graph) for model in models.values()]
         described[name] = RoleSpec(
             profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in models},
@@ -413,11 +484,16 @@ def _describe(
             inputs=with_limits(role.inputs, limits),
             outputs=role.outputs,
             state=with_limits(role.state, limits),
+            dtypes={name: "uint8" for name, span in file.spans.items() if span.array.dtype == np.uint8},
             provenance=Provenance(versions, settings, traced_shapes(role)),
         )
     parameters = sum(p.numel() for p in module.parameters())
     model = ModelSpec(_family(module), parameters, _vocab_size(module, roles), context)
-    return Manifest(model=model, roles=described, files=files)
+    quantization = None
+    if quantizer is not None:
+        scheme = quantizer.scheme
+        quantization = Quantization(scheme.bits, scheme.group, scheme.symmetric, quantizer.method)
+    return Manifest(model=model, roles=described, files=files, quantization=quantization)
 
 
 def _vocab_size(module: "nn.Module", roles: "Mapping[str, Role]") -> int:
@@ -430,22 +506,3 @@ def _vocab_size(module: "nn.Module", roles: "Mapping[str, Role]") -> int:
             f"{type(module).__name__} does not say how many ids it takes: give it a config.vocab_size"
         )
     return value
-
-
-def _check_profiles(profiles: Sequence[str]) -> None:
-    if not profiles or set(profiles) - PROFILES.keys():
-        raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
-
-
-def _check_target(source: Path | None, target: Path) -> None:
-    if source and (target.resolve() == source.resolve() or target.resolve() in source.resolve().parents):
-        raise UsageError(f"{target} holds the checkpoint itself: choose another output folder")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target} exists and is not a folder: choose another output folder")
-    if target.is_dir() and any(target.iterdir()):
-        try:
-            read_manifest(target)
-        except FormatError as error:
-            raise UsageError(
-                f"{target} is not empty and not an artifact: choose another output folder, or empty this one"
-            ) from error

@@ -17,6 +17,8 @@ What the portable profile avoids, each for a measured reason:
   Gather from a small table, which it has;
 - booleans and infinities: TVM's WGSL cannot pass the first between kernels nor spell the second, so the causal
   mask is arithmetic, -1e30 * relu(key position - query position);
+- whole numbers of quantized weights: they are cast to float32 as they come out of the file, and 4 bits are taken
+  apart by Floor;
 - CumSum over the last axis: wrong on TVM's WebGPU target, right over the first, so the mask is transposed around it;
 - Shape and Slice: TVM needs to know shapes, so head splits are Reshape to (0, 0, H, D), which copies B and T.
 """
@@ -43,11 +45,12 @@ class Operand:
     """One input or output of an operator.
 
     Attributes:
-        kind: "float32", "int64", or "" for the one type that all operands of the node without a kind have.
+        kind: "float32", "int64", "uint8", or "" for the one type that all operands of the node without a kind have.
         constant: the least and the greatest element, if it must be an int64 constant in the graph.
         optional: may be left out.
         absent: is never there; "" keeps the places of those behind it.
         many: stands for one or more, the last of its list.
+        small: may be uint8 as well, where it has no kind.
     """
 
     kind: str = ""
@@ -55,6 +58,7 @@ class Operand:
     optional: bool = False
     absent: bool = False
     many: bool = False
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Form:
 
 
 ANY, FLOAT, INDEX = Operand(), Operand("float32"), Operand("int64")
+SMALL, BYTES = Operand(small=True), Operand("uint8")
+OPTIONAL, OPTIONAL_BYTES = Operand("float32", optional=True), Operand("uint8", optional=True)
 ABSENT, MANY = Operand(absent=True), Operand(many=True)
 AXES = Operand("int64", constant=(-MAX_RANK, MAX_RANK - 1))
 SHAPE = Operand("int64", constant=(-1, MAX_DIMENSION))
@@ -89,6 +95,8 @@ SHAPE = Operand("int64", constant=(-1, MAX_DIMENSION))
 AXIS = Setting(int, (-MAX_RANK, MAX_RANK - 1))
 COUNT = Setting(int, (1, MAX_DIMENSION))
 FLAG = Setting(int, (0, 1))
+BITS = Setting(int, (4, 8))
+ROWS = Setting(int, (0, 0))
 NUMBER = Setting(float)
 GELU = Setting(str, ("none", "tanh"))
 
@@ -96,18 +104,20 @@ _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 
 PORTABLE_OPS: dict[str, Form] = {
     "Add": _BINARY,
+    "Cast": Form((BYTES,), (FLOAT,), {"to": Setting(int, (1, 1))}),  # uint8 to float32, of quantized weights
     "Concat": Form((MANY,), attributes={"axis": AXIS}),
     "CumSum": Form((FLOAT, AXES), (FLOAT,)),
     "Div": _BINARY,
     "Exp": _UNARY,
-    "Gather": Form((ANY, INDEX), attributes={"axis": AXIS}),
+    "Floor": _UNARY,
+    "Gather": Form((SMALL, INDEX), (SMALL,), attributes={"axis": AXIS}),
     "Gelu": Form((FLOAT,), (FLOAT,), {"approximate": GELU}),
     "LayerNormalization": Form((FLOAT,) * 3, (FLOAT,), {"axis": AXIS, "epsilon": NUMBER}),
     "MatMul": _BINARY,
     "Mul": _BINARY,
     "ReduceMean": Form((FLOAT, AXES), (FLOAT,), {"keepdims": FLAG}),
     "Relu": _UNARY,
-    "Reshape": Form((ANY, SHAPE)),
+    "Reshape": Form((SMALL, SHAPE), (SMALL,)),
     "Sigmoid": _UNARY,
     "Softmax": Form((FLOAT,), (FLOAT,), {"axis": AXIS}),
     # Either says the sizes of its parts or, where they are equal, their number: check.py sees to it.
@@ -127,6 +137,18 @@ CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered f
     "BiasGelu": _BINARY,
     "FastGelu": _BINARY,
     "FusedMatMul": Form((FLOAT, FLOAT), (FLOAT,), {"transB": FLAG}),
+    # data, indices, scales, zero points
+    "GatherBlockQuantized": Form(
+        (BYTES, INDEX, FLOAT, OPTIONAL_BYTES),
+        (FLOAT,),
+        {"bits": BITS, "block_size": COUNT, "gather_axis": ROWS, "quantize_axis": Setting(int, (1, 1))},
+    ),
+    # input, weight, scales, zero points, no order of the groups, bias
+    "MatMulNBits": Form(
+        (FLOAT, BYTES, FLOAT, OPTIONAL_BYTES, Operand(absent=True, optional=True), OPTIONAL),
+        (FLOAT,),
+        {"K": COUNT, "N": COUNT, "accuracy_level": Setting(int, (0, 4)), "bits": BITS, "block_size": COUNT},
+    ),
     # query, key, value, no bias and no padding mask, attention bias, past key and value
     "MultiHeadAttention": Form(
         (FLOAT, FLOAT, FLOAT, ABSENT, ABSENT, FLOAT, FLOAT, FLOAT),

@@ -45,11 +45,11 @@ class WeightFile:
         self._end = 0
 
     def add(self, name: str, array: np.ndarray) -> Span:
-        """Reserve room for a float32 array; the second call with the same name returns the same span."""
+        """Reserve room for a float32 or uint8 array; the second call with the same name returns the same span."""
         if name in self.spans:
             return self.spans[name]
-        if array.dtype != np.float32:
-            raise TypeError(f"{name} is {array.dtype}, the weight file holds float32")
+        if array.dtype not in (np.float32, np.uint8):
+            raise TypeError(f"{name} is {array.dtype}, the weight file holds float32 and uint8")
         offset = -(-self._end // ALIGNMENT) * ALIGNMENT
         span = self.spans[name] = Span(offset, array.nbytes, array)
         self._end = offset + array.nbytes
@@ -110,7 +110,7 @@ def _check_and_hash(name: str, array: np.ndarray, padding: bytes, digest: Any) -
     block = 2**16
     for begin in range(0, array.size, block):
         part = array[begin : begin + block]
-        if not np.isfinite(part).all():
+        if array.dtype == np.float32 and not np.isfinite(part).all():
             raise FormatError(f"{name} holds NaN or infinity: export a checkpoint that has not diverged")
         digest.update(part.view(np.uint8).data)
 
@@ -130,7 +130,7 @@ class GraphBuilder:
 
         Args:
             name: of the graph, "decoder".
-            weights: parameter name -> float32 array in the orientation the graph uses.
+            weights: parameter name -> float32 or uint8 array in the orientation the graph uses.
             file: where the weights that the graph mentions are collected.
             domains: operator set versions besides the standard one.
             context_length: positions are below it.
@@ -179,7 +179,8 @@ class GraphBuilder:
         """Mention a parameter: an initializer whose bytes are in the weight file."""
         if name not in self._initializers:
             span = self._file.add(name, self._weights[name])
-            tensor = TensorProto(name=name, dims=span.array.shape, data_type=TensorProto.FLOAT)
+            kind = helper.np_dtype_to_tensor_dtype(span.array.dtype)
+            tensor = TensorProto(name=name, dims=span.array.shape, data_type=kind)
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in (
                 ("location", self._file.location),
@@ -194,6 +195,14 @@ class GraphBuilder:
     def ints(self, *values: int) -> str:
         """A one-dimensional int64 constant, stored in the graph: a shape, axes, split sizes."""
         return self._constant("ints." + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def counting(self, count: int) -> str:
+        """The int64 constant 0 .. count - 1, stored in the graph."""
+        return self._constant(f"counting.{count}", np.arange(count, dtype=np.int64))
+
+    def weight_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight or constant that the graph has."""
+        return tuple(self._initializers[name].dims)
 
     def input_shape(self, name: str) -> list[int | str]:
         """The declared shape of a graph input; a str dimension is symbolic."""

@@ -1,8 +1,8 @@
 """The weights of a module as its graphs have them: their names, their orientation, and each tensor once."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, recordings: Iterable[Recording]):
-        self.rename = _renaming(module)
+        self.rename = renaming(module)
         tensors: dict[str, Tensor] = {}
         tensors |= dict(module.named_parameters(remove_duplicate=False))
         tensors |= dict(module.named_buffers(remove_duplicate=False))
@@ -34,15 +34,19 @@ class Weights:
         self._first = _aliases(self._tensors)
         turned: dict[str, bool] = {}
         for recording in recordings:
-            for path, product in _uses(recording):
-                path = self._first[path]
-                turned[path] = turned.get(path, True) and product
+            for use in uses(recording):
+                path = self._first[use.path]
+                turned[path] = turned.get(path, True) and use.kind == "matrix"
         self.turned = {path for path, products_only in turned.items() if products_only}
         self.arrays: dict[str, np.ndarray] = {self.name(path): self._array(path) for path in turned}
 
     def name(self, path: str) -> str:
         """The name in the graph; parameters that are the same tensor share the first one's."""
         return self.rename(self._first[path])
+
+    def first(self, path: str) -> str:
+        """The first path of the tensor that a path leads to."""
+        return self._first[path]
 
     def is_turned(self, path: str) -> bool:
         """Whether the graph keeps this matrix (in, out)."""
@@ -61,8 +65,22 @@ class Weights:
         return array.T if path in self.turned else array
 
 
-def _uses(recording: Recording) -> Iterable[tuple[str, bool]]:
-    """Every use of a weight, and whether it is as the matrix of a product."""
+class Use(NamedTuple):
+    """One use of a weight.
+
+    Attributes:
+        path: of the weight in the module.
+        kind: "matrix" of a linear map, "table" of which rows are looked up, or "" for any other.
+        node: that reads it.
+    """
+
+    path: str
+    kind: str
+    node: fx.Node
+
+
+def uses(recording: Recording) -> Iterator[Use]:
+    """Yield every use of a weight."""
     living = alive(output_nodes(recording.graph))
     paths: dict[fx.Node, str] = {}
     for node in recording.graph.nodes:
@@ -82,7 +100,10 @@ def _uses(recording: Recording) -> Iterable[tuple[str, bool]]:
             for key, operand in arguments_of(node).items():
                 for one in operand if isinstance(operand, list | tuple) else (operand,):
                     if isinstance(one, fx.Node) and one in paths:
-                        yield paths[one], key in matrices
+                        kind = "matrix" if key in matrices else ""
+                        if operator == "portlm::embedding" and key == "weight":
+                            kind = "table"
+                        yield Use(paths[one], kind, node)
 
 
 def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -113,7 +134,7 @@ def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return first
 
 
-def _renaming(module: nn.Module) -> Callable[[str], str]:
-    """Path in the module -> name in the graph: that of Hugging Face's files where the model has them."""
+def renaming(module: nn.Module) -> Callable[[str], str]:
+    """Return path in the module -> name in the graph: that of Hugging Face's files where the model has them."""
     hf_name = getattr(module, "hf_name", None)
     return (lambda path: hf_name(path)[0]) if hf_name else (lambda path: path)

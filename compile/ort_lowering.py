@@ -27,11 +27,13 @@ from onnx import helper
 from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
+from portlm.ort_support import ROUNDED, ROUNDED_TARGET, accuracy_level
 from portlm.roles import file_stem
 
 
@@ -62,7 +64,9 @@ def compile_graph(
     written = store_file(root, name, model.SerializeToString(deterministic=True))
     check_model(root / name)
     versions = {"portlm": version("portlm")}
-    entry = CompiledEntry("ort", device, "fused", "onnxruntime", (name,), versions, role=role)
+    rounded = manifest.quantization is not None and accuracy_level() == ROUNDED
+    target = ROUNDED_TARGET if rounded else "onnxruntime"
+    entry = CompiledEntry("ort", device, "fused", target, (name,), versions, role=role)
     return Compiled(entry, {name: written})
 
 
@@ -215,6 +219,8 @@ PASSES: tuple[Rewrite, ...] = (
     skip_norm,
     rotary_embedding,
     fused_matmul,
+    matmul_nbits,
+    gather_block_quantized,
     multi_head_attention,
     portable_form,
 )

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from portlm.errors import EngineUnavailableError
+from portlm.ops.quantized import pack_array
 from portlm.trust import private_scratch
 
 Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
@@ -53,7 +54,7 @@ def tvm_runner(device: str, profile: str) -> Runner:
     Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
     registered in this process, which opening the engine does.
     """
-    from portlm.compile.tvm_build import Graph, compile_graph, need_linker
+    from portlm.compile.tvm_build import compile_graph, make_graph, need_linker
     from portlm.compile.tvm_library import LOWERINGS
     from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
 
@@ -62,13 +63,19 @@ def tvm_runner(device: str, profile: str) -> Runner:
     opened: dict[tuple[str, ...], Callable[..., Any]] = {}
 
     def open_machine(model: onnx.ModelProto, folder: Path) -> Callable[..., Any]:
-        weights, tensors = [], []
+        weights, arrays = [], {}
         for tensor in model.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
-                weights.append(Weight(tensor.name, tuple(tensor.dims), offset))
-                tensors.append(tvm.runtime.tensor(numpy_helper.to_array(tensor, str(folder))))
-        executable = compile_graph(Graph(model, "", tuple(weights)), LOWERINGS[profile])
+                arrays[tensor.name] = array = numpy_helper.to_array(tensor, str(folder))
+                weights.append(Weight(tensor.name, array.shape, offset, str(array.dtype)))
+        graph = make_graph(model, "", weights)
+        tensors = [tvm.runtime.tensor(arrays[weight.name]) for weight in graph.weights]
+        for matrix in graph.packed:
+            weight, scale, *zero = (arrays[part.name] for part in matrix.parts())
+            packed = pack_array(weight, scale, zero[0] if zero else None, matrix.bits)
+            tensors.append(tvm.runtime.tensor(packed))
+        executable = compile_graph(graph, LOWERINGS[profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
             machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)))

@@ -29,7 +29,8 @@ def read_source(artifact: Path, role: str, profile: str) -> tuple[onnx.ModelProt
     model = check_model(artifact / name)
     said = next((entry.value for entry in model.metadata_props if entry.key == "portlm.profile"), profile)
     problem = "" if said == profile else f"it is the {said[:80]!r} graph, and the manifest says {profile}"
-    if problem := problem or _wrong_weights(name, model, spec) or _difference(model, spec):
+    problem = problem or _wrong_weights(name, model, spec) or _wrong_types(model, spec)
+    if problem := problem or _difference(model, spec):
         raise FormatError(f"{artifact / name}: {problem}; export again")
     return model, manifest
 
@@ -41,6 +42,17 @@ def _wrong_weights(name: str, model: onnx.ModelProto, role: RoleSpec) -> str:
         for entry in tensor.external_data:
             if entry.key == "location" and f"{folder}/{entry.value}" != role.weights:
                 return f"weight {tensor.name!r} is in {entry.value}, and the manifest says {role.weights}"
+    return ""
+
+
+def _wrong_types(model: onnx.ModelProto, role: RoleSpec) -> str:
+    """Say which weight is of another type than the role's description says, or ""."""
+    for tensor in model.graph.initializer:
+        if tensor.external_data:
+            found = str(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            said = role.dtypes.get(tensor.name, "float32")
+            if found != said:
+                return f"weight {tensor.name!r} is {found}, and the manifest says {said}"
     return ""
 
 

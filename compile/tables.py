@@ -20,7 +20,9 @@ Spec = TypeVar("Spec", TensorSpec, StateSpec)
 LOOKUPS = {
     ("", "Gather"): (1, (0,)),
     (DOMAIN, "Embedding"): (0, (1,)),
+    (DOMAIN, "QuantizedEmbedding"): (0, (1, 2)),
     (DOMAIN, "Rotary"): (1, (2, 3)),
+    ("com.microsoft", "GatherBlockQuantized"): (1, (2,)),
     ("com.microsoft", "RotaryEmbedding"): (1, (2, 3)),
 }
 # Operators that give all values of their first input in another shape. What is looked up after it was taken apart, or

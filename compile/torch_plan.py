@@ -17,7 +17,7 @@ from portlm.compile.source import read_source
 from portlm.plan import Constant, Node, Plan, Weight, to_bytes
 from portlm.roles import TensorSpec, file_stem
 
-DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
+DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8"}
 
 
 def compile_plan(

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from portlm import _C
 from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.passes import Note, Pass, ignore, run_passes
 from portlm.compile.source import read_source, specs
-from portlm.errors import EngineUnavailableError, FormatError
+from portlm.errors import EngineUnavailableError
+from portlm.ops.registry import nodes
+from portlm.ops.spec import DOMAIN
 from portlm.trust import private_scratch
 from portlm.tvm_support import (
     LIBRARY,
     SIGNATURE,
     VERSIONS,
+    Packed,
     Signature,
     Weight,
     folder_name,
@@ -40,6 +43,7 @@ class Graph:
     proto: onnx.ModelProto
     weights_file: str  # relative to the artifact
     weights: tuple[Weight, ...]
+    packed: tuple[Packed, ...] = ()  # quantized matrices, whose parts are not among the weights
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -57,18 +61,48 @@ def read_graph(artifact: Path, role: str, profile: str) -> Graph:
 
     Raises:
         UsageError: there is no such graph.
-        FormatError: as read_source, or a weight is not float32 in a file.
+        FormatError: as read_source.
     """
     proto, manifest = read_source(artifact, role, profile)
     weights = []
     for tensor in proto.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        if tensor.data_type != TensorProto.FLOAT:
-            raise FormatError(f"{artifact}: weight {tensor.name} of {role} is not float32: export again")
         where = {entry.key: entry.value for entry in tensor.external_data}
-        weights.append(Weight(tensor.name, tuple(tensor.dims), int(where["offset"])))
-    return Graph(proto, manifest.roles[role].weights, tuple(weights))
+        dtype = str(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        weights.append(Weight(tensor.name, tuple(tensor.dims), int(where["offset"]), dtype))
+    return make_graph(proto, manifest.roles[role].weights, weights)
+
+
+def make_graph(proto: onnx.ModelProto, file: str, weights: Sequence[Weight]) -> Graph:
+    """Return a graph with its weights, those that kernels read in another form apart.
+
+    Args:
+        proto: checked.
+        file: its weight file.
+        weights: all that are in it.
+    """
+    places = {weight.name: weight for weight in weights}
+    packed: dict[str, Packed] = {}
+    for node in proto.graph.node:
+        spec = nodes().get(node.op_type) if node.domain == DOMAIN else None
+        if spec is None or not spec.packed:
+            continue
+        names = [i.name for i in spec.inputs]
+        parts = [node.input[i] if (i := names.index(n)) < len(node.input) else "" for n in spec.packed]
+        weight, scale, zero = (places.get(part) for part in parts)
+        assert weight is not None, "compile/check_quantized.py lets no other through"
+        assert scale is not None
+        bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        packed[weight.name] = Packed(packed_name(weight.name), weight, scale, zero, bits)
+    inside = {part.name for matrix in packed.values() for part in matrix.parts()}
+    others = tuple(weight for weight in weights if weight.name not in inside)
+    return Graph(proto, file, others, tuple(packed.values()))
+
+
+def packed_name(weight: str) -> str:
+    """The name of a library's parameter for a quantized matrix."""
+    return f"{weight}.packed"
 
 
 class Lowering(NamedTuple):
@@ -76,7 +110,8 @@ class Lowering(NamedTuple):
 
     Attributes:
         profile: "portable" or "fused".
-        graph: passes from a Graph to a Relax module, whose function main takes the graph's inputs and then its weights.
+        graph: passes from a Graph to a Relax module, whose function main takes the graph's inputs, then its weights,
+            then its packed matrices.
         relax: function from a target to TVM's passes over that module.
         exec_mode: "bytecode" for the sequence of calls, or "compiled" for native code, which is worth it where nothing
             but kernels is called.
@@ -153,6 +188,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         outputs=specs(graph.proto.graph.output),
         weights_file=graph.weights_file,
         weights=graph.weights,
+        packed=graph.packed,
         nodes=len(graph.proto.graph.node),
         versions=VERSIONS,
     )

@@ -18,9 +18,10 @@ from onnx import helper, numpy_helper
 from portlm.compile.tvm_build import Graph, Lowering, dimensions, kernel_passes
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
+from portlm.ops.quantized import Layout
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, Attribute
-from portlm.tvm_support import import_tvm
+from portlm.tvm_support import Packed, import_tvm
 
 if TYPE_CHECKING:
     import tvm
@@ -44,14 +45,17 @@ class _Lowering:
         self.bb = relax.BlockBuilder()
         self.extents: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
+        self.matrices: dict[str, tuple[Any, Packed]] = {}
         self.shapes = {weight.name: weight.shape for weight in graph.weights}
-        names = set(self.shapes)
+        names = {*self.shapes, *(part.name for matrix in graph.packed for part in matrix.parts())}
         tensors = (t for t in graph.proto.graph.initializer if t.name not in names)
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]] = {
             **{(DOMAIN, op_type): self._plain for op_type, spec in nodes().items() if spec.tvm},
             (DOMAIN, "CachedAttention"): self._cached_attention,
             **{("", op_type): self._standard for op_type in emitters()},
+            (DOMAIN, "QuantizedLinear"): self._packed_linear,
+            (DOMAIN, "QuantizedEmbedding"): self._packed_rows,
             ("", "Gather"): self._gather,
             ("", "Reshape"): self._reshape,
             ("", "Split"): self._split,
@@ -65,7 +69,10 @@ class _Lowering:
             self.values[value.name] = relax.Var(value.name, relax.TensorType(shape, dtype))
         for weight in self.graph.weights:
             self.values[weight.name] = relax.Var(weight.name, relax.ObjectType())
+        for matrix in self.graph.packed:
+            self.matrices[matrix.weight.name] = relax.Var(matrix.name, relax.ObjectType()), matrix
         parameters = [self.values[name] for name in (*self.graph.inputs, *self.shapes)]
+        parameters += [parameter for parameter, _ in self.matrices.values()]
         with self.bb.function("main", parameters):
             with self.bb.dataflow():
                 for node in proto.node:
@@ -143,6 +150,28 @@ class _Lowering:
         ]
         function = "_no_".join([spec.tvm, *absent])
         return self._call(function, [*self._inputs(node), *numbers], *spec.shapes(shapes, values))
+
+    def _packed(self, name: str) -> tuple[Any, Layout]:
+        """The parameter for a quantized matrix, and its sizes."""
+        parameter, matrix = self.matrices[name]
+        return parameter, Layout.of(matrix.weight.shape, matrix.bits, matrix.zero is not None)
+
+    def _packed_linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        spec = nodes()[node.op_type]
+        x, weight, _, _, bias = (*node.input, "", "")[: len(spec.inputs)]
+        matrix, layout = self._packed(weight)
+        choice = next(a for a in spec.attributes if a.name == "activation")
+        activation = choice.choices.index(_value(node, choice, attributes))
+        value = self._whole(self.values[x])
+        biases = [self.values[bias]] if bias else []
+        function = "packed_linear" if bias else "packed_linear_no_bias"
+        shape = [*list(value.ty.shape)[:-1], layout.N]
+        return self._call(function, [value, matrix, *biases, *layout, activation], shape)
+
+    def _packed_rows(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        ids, weight = self.values[node.input[0]], node.input[1]
+        matrix, layout = self._packed(weight)
+        return self._call("packed_rows", [ids, matrix, *layout], [*ids.ty.shape, layout.K])
 
     def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         q, k, v = (self._columns(name) for name in node.input[:3])

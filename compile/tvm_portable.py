@@ -7,6 +7,7 @@ thread of any processor TVM knows. Matrix products get the schedule of tvm_sched
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 
 from portlm.compile.tvm_build import Graph, Lowering
@@ -44,7 +45,8 @@ def _with_weights_as_inputs(graph: Graph) -> onnx.ModelProto:
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(constants)
     for weight in graph.weights:
-        value = onnx.helper.make_tensor_value_info(weight.name, onnx.TensorProto.FLOAT, weight.shape)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(weight.dtype))
+        value = onnx.helper.make_tensor_value_info(weight.name, kind, weight.shape)
         proto.graph.input.append(value)
     return proto
 

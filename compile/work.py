@@ -1,16 +1,22 @@
 """How much work a decoded token is, read from the graph: what a measured rate is compared with."""
 
+import math
 from pathlib import Path
 
 from portlm.artifact import Manifest, check_files
-from portlm.compile.check import FLOAT, ITEM_BYTES, examine, read_graph
+from portlm.compile.check import INT64, ITEM_BYTES, UINT8, examine, read_graph
 from portlm.errors import FormatError
 
-ROWS = {("", "Gather"): (0,), ("ai.portlm", "Embedding"): (1,), ("ai.portlm", "Rotary"): (2, 3)}
+ROWS = {
+    ("", "Gather"): (0,),
+    ("ai.portlm", "Embedding"): (1,),
+    ("ai.portlm", "QuantizedEmbedding"): (1, 2, 3),
+    ("ai.portlm", "Rotary"): (2, 3),
+}
 """Operators that read one row of a table for a token -> which inputs are tables."""
 
 
-def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
+def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False) -> tuple[int, int]:
     """Return (bytes of weights read, multiply-adds made) per decoded token of the role "decoder".
 
     Every weight is read once, and every matrix multiplied once, except a pure lookup table, of which a row is read.
@@ -18,6 +24,8 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
     Args:
         folder: the artifact.
         manifest: of it.
+        half_scales: count scales of quantized weights as portlm's kernels keep them, in 2 bytes; else as the graph
+            does, in 4.
 
     Raises:
         FormatError: there is no graph, it is not the one that the manifest lists, or none that portlm writes.
@@ -33,14 +41,21 @@ def token_work(folder: str | Path, manifest: Manifest) -> tuple[int, int]:
     for node in graph.node:
         tables = ROWS.get((node.domain, node.op_type), ())
         read |= {name for place, name in enumerate(node.input) if place not in tables}
+    scales = {  # beside weights in small numbers, which they are no matrices of their own
+        f"{tensor.name.removesuffix('.q')}.scale" for tensor in graph.initializer if tensor.data_type == UINT8
+    }
     total = multiplies = 0
     for tensor in graph.initializer:
-        if tensor.data_type != FLOAT:
+        if tensor.data_type == INT64:  # extents and places, no weights
             continue
         size = ITEM_BYTES[tensor.data_type]
         for extent in tensor.dims if tensor.name in read else tensor.dims[1:]:
             size *= extent
-        total += size
-        if len(tensor.dims) == 2 and tensor.name in read:
+        total += size // 2 if half_scales and tensor.name in scales else size
+        if tensor.name not in read or tensor.name in scales:
+            continue
+        if tensor.data_type == UINT8 and len(tensor.dims) == 3 and manifest.quantization is not None:
+            multiplies += math.prod(tensor.dims) * 8 // manifest.quantization.bits
+        elif len(tensor.dims) == 2 and tensor.data_type != UINT8:
             multiplies += tensor.dims[0] * tensor.dims[1]
     return total, multiplies

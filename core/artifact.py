@@ -6,7 +6,8 @@ runs. It says who made nothing: a manifest that verifies is complete and unalter
 
 Its fields are the structs below, and the constraints in their annotations are what is checked. The format grows by
 optional fields: one that this version does not know is ignored (the digest covers it all the same) and is gone once
-this version writes the manifest again. An older format is converted on reading (`_FORMAT_1_TENSORS`).
+this version writes the manifest again. An older format is converted on reading (`_FORMAT_1_TENSORS`). Format 3 is 2
+with quantized weights, so that a reader that does not know them refuses the folder.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError
 from portlm.files import check_name, read_json, safe_join, sha256_file, shown, write_atomic
+from portlm.quantization import Quantization
 from portlm.roles import (
     DTYPES,
     MAX_DIMENSION,
@@ -67,7 +69,7 @@ __all__ = [
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-FORMAT, FORMAT_VERSION = "portlm-artifact", 2
+FORMAT, FORMAT_VERSION, QUANTIZED_VERSION = "portlm-artifact", 2, 3
 
 MAX_FILES = 65_536
 MAX_FILE_BYTES = 2**44  # 16 TiB; a larger number is damage, not a file
@@ -188,7 +190,7 @@ class Manifest(Struct, frozen=True):
     roles: Annotated[dict[RoleName, RoleSpec], Meta(max_length=MAX_ENTRIES)]
     files: Annotated[dict[Text, FileEntry], Meta(max_length=MAX_FILES)]
     compiled: Sequence[CompiledEntry] = ()
-    quantization: Table[Text | Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]] | None = None
+    quantization: Quantization | None = None
     parity: Sequence[ParityRow] = ()
 
 
@@ -207,9 +209,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f"{path}: not a {FORMAT} manifest; export the checkpoint again")
     version = data.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= QUANTIZED_VERSION:
         raise FormatError(
-            f"{path}: format version {shown(version)}, this portlm reads 1 to {FORMAT_VERSION}: "
+            f"{path}: format version {shown(version)}, this portlm reads 1 to {QUANTIZED_VERSION}: "
             "export again, or use the portlm that wrote it"
         )
     if data.get("sha256") != _digest(data):
@@ -244,7 +246,8 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     except (TypeError, ValueError) as error:
         raise FormatError(f"{path}: the manifest holds what JSON has no word for: {error}") from error
     _checked(path, fields)
-    data = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
+    version = FORMAT_VERSION if manifest.quantization is None else QUANTIZED_VERSION
+    data = {"format": FORMAT, "format_version": version, **fields}
     data["sha256"] = _digest(data)
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -12,7 +12,7 @@ B rows, T new tokens, P slots already in the state, V vocabulary.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -126,10 +126,10 @@ class Engine(Protocol):
     """A loaded model on one device. One engine serves any number of states.
 
     Attributes:
-        name: "torch", "ort", "tvm" or "null".
+        name: "torch", "ort", "tvm", "packed" or "null".
         device: "cpu", "cuda" or "vulkan".
         profile: "portable", "fused" or "native" (no exported graph).
-        precision: of the arithmetic, "fp32".
+        precision: of the arithmetic, "fp32", or one of portlm.quantization.
         vocab_size: V, the number of token ids.
         context_length: the largest number of tokens that one row may have.
         roles: what it can run.
@@ -247,6 +247,56 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the device. A closed engine is not used again; closing twice is harmless."""
+        ...
+
+
+class RowChoice(NamedTuple):
+    """How the tokens of one row are chosen, see portlm.ops.token_selection; step counts its tokens."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    stream: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Advance:
+    """What an engine is asked that can write several tokens by itself.
+
+    Attributes:
+        lengths: (B,) tokens that each row has read.
+        tokens: (B,) the one that each reads next.
+        choices: of each row.
+        vocabulary: ids from here on stand for no token and are never drawn.
+        ends: after a token that is one of these, no further one is drawn for any row.
+        count: tokens of each row, at most.
+        seconds: after which no further token is begun.
+    """
+
+    lengths: Ids
+    tokens: Ids
+    choices: Sequence[RowChoice]
+    vocabulary: int
+    ends: frozenset[int]
+    count: int
+    seconds: float
+
+
+class Advances(Protocol):
+    """What an Engine may have beside the rest: between two tokens there is nothing to do but to choose."""
+
+    def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
+        """Draw tokens for all rows of a state, which is consumed; the last of them are not read yet.
+
+        Returns:
+            (n, B) ids, n at least 1, and the next state; None if this cannot be done here, and the state is as it was.
+
+        Raises:
+            PortlmError: the logits are not numbers.
+        """
         ...
 
 

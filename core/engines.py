@@ -84,6 +84,14 @@ ENGINES = {
         ),
         runner="portlm.compile.runners:tvm_runner",
     ),
+    "packed": EngineEntry(
+        target="portlm.runtimes.packed:PackedEngine",
+        devices=("cpu",),
+        package=None,
+        extra="",
+        probe="portlm.runtimes.probe:packed",
+        compilers={("cpu", "fused"): "portlm.compile.packed:compile_packed"},
+    ),
     "null": EngineEntry(
         target="portlm.runtimes.null:NullEngine",
         devices=("cpu",),

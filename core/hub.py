@@ -80,7 +80,7 @@ def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Trans
         StorageError: The disk is full or refuses the write.
     """
     src, out, notes = Path(src), Path(out), list[str]()
-    check_folder(src)
+    _check_files(src)
     config = load_config(src, notes)
     shapes = expected_shapes(config)
     tensors = _parameters(src, config, shapes, notes)
@@ -107,9 +107,7 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         StorageError: The disk is full or refuses the write.
     """
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
-    check_folder(checkpoint)
-    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
-    check_source(checkpoint, (CONFIG, WEIGHTS, *texts))
+    _check_files(checkpoint)
     config = load_config(checkpoint, notes)
     shapes = expected_shapes(config)
     header = read_header(checkpoint / WEIGHTS)
@@ -123,6 +121,13 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         _copy_tokenizer(checkpoint, folder, config.vocab_size, notes)
         _copy_cards(checkpoint, folder, notes)
     return Transfer(out, config.family, _count(shapes), tuple(notes))
+
+
+def _check_files(folder: Path) -> None:
+    """Look at where the files of a folder lie, and at what is in them if it is an artifact, whose manifest says it."""
+    check_folder(folder)
+    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+    check_source(folder, (CONFIG, WEIGHTS, *texts, *cards(folder)))
 
 
 class _Tensors(Mapping[str, np.ndarray]):
@@ -242,17 +247,19 @@ def _copy_generation_config(src: Path, folder: Path, notes: list[str]) -> None:
 
 def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) -> None:
     """Copy the tokenizer's files if portlm can use them, without what would ask transformers to run code."""
-    from portlm.tokenizer import MAX_FILE_BYTES
+    from portlm.tokenizer import MAX_FILE_BYTES, class_of_model
 
     if not usable_tokenizer(src, vocab_size, notes):
         return
-    settings: Any = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings: Any = {}
     if (src / TOKENIZER_CONFIG).exists():
         settings = read_json(src / TOKENIZER_CONFIG, max_bytes=MAX_TEXT_BYTES)
         if not isinstance(settings, dict):
             raise FormatError(f"{src / TOKENIZER_CONFIG} must hold a JSON object")
     if settings.pop("auto_map", None) is not None:
         notes.append(f"{TOKENIZER_CONFIG}: auto_map left out, portlm never runs code from a model folder")
+    if settings.get("tokenizer_class") is None:
+        settings["tokenizer_class"] = class_of_model(src / CONFIG)
     write_atomic(folder / TOKENIZER, read_bytes(src / TOKENIZER, MAX_FILE_BYTES))
     write_json(folder / TOKENIZER_CONFIG, settings)
     for name in TOKENIZER_EXTRAS:

@@ -12,9 +12,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from portlm.errors import UsageError
+
 CUDA = "CUDAExecutionProvider"
 WEBGPU = "WebGpuExecutionProvider"
+# Of quantized weights: MatMulNBits computes in float32, or with activations rounded to 8 bits, which is faster.
+LEVEL_VARIABLE, EXACT, ROUNDED = "PORTLM_ORT_ACCURACY_LEVEL", 0, 4
+ROUNDED_TARGET = f"onnxruntime, accuracy level {ROUNDED}"
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def accuracy_level() -> int:
+    """Return the accuracy level of graphs that are lowered now, from the environment.
+
+    Raises:
+        UsageError: the variable is neither of the two.
+    """
+    said = os.environ.get(LEVEL_VARIABLE, str(EXACT))
+    if said not in (str(EXACT), str(ROUNDED)):
+        raise UsageError(f"{LEVEL_VARIABLE} must be {EXACT} or {ROUNDED}, got {said[:40]!r}")
+    return int(said)
 
 
 def import_onnxruntime() -> ModuleType:

@@ -31,6 +31,7 @@ __all__ = [
     "Node",
     "Plan",
     "Weight",
+    "has_code",
     "needs_plan",
     "read_plan",
     "to_bytes",
@@ -43,7 +44,7 @@ MAX_NODES = 2**17
 MAX_TENSORS = 65_536  # weights, or constants, or inputs
 MAX_VALUES = 64  # inputs, outputs or attributes of a node
 MAX_RANK = 8
-ITEM_BYTES = {"float32": 4, "int64": 8}
+ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1}
 INT64 = 2**63
 FLOAT32_MAX = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 
@@ -66,7 +67,7 @@ class Weight(Struct, frozen=True, forbid_unknown_fields=True):
 class Constant(Struct, frozen=True, forbid_unknown_fields=True):
     """A small tensor, its elements in C order."""
 
-    dtype: Dtype
+    dtype: Annotated[str, one_of(("float32", "int64"))]
     shape: Shape
     values: tuple[int | float, ...]
 
@@ -120,6 +121,15 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
 def needs_plan(manifest: Manifest) -> bool:
     """Say whether an artifact's model is known by its graphs alone: there is no checkpoint of a known family."""
     return manifest.model.family == "module" or not manifest.files.keys() >= set(CHECKPOINT)
+
+
+def has_code(manifest: Manifest) -> bool:
+    """Say whether portlm has the code of an artifact's model and the artifact all that it needs to run.
+
+    That is a checkpoint or, where weights are quantized, config.json and the graphs' weights.
+    """
+    quantized = manifest.quantization is not None and manifest.model.family != "module"
+    return not needs_plan(manifest) or (quantized and CHECKPOINT[0] in manifest.files)
 
 
 def to_bytes(plan: Plan) -> bytes:

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from portlm.arguments import shown, wholes
-from portlm.engine import Array, Engine, Ids, Logits
+from portlm.engine import Advance, Array, Engine, Ids, Logits, RowChoice, State
 from portlm.errors import UsageError
 
 KNOWN = ("input_ids", "attention_mask", "position_ids", "positions", "logits_to_keep")
@@ -160,6 +160,39 @@ class Rows:
         if len(ids) != B:
             raise UsageError(f"one token is needed for each of {B} rows, got {shown(ids)}")
         return self.read(np.array(ids, np.int64).reshape(B, 1))[:, -1]
+
+    def advance(
+        self,
+        tokens: Sequence[int],
+        choices: Sequence[RowChoice],
+        vocabulary: int,
+        ends: frozenset[int],
+        count: int,
+        seconds: float,
+    ) -> Ids | None:
+        """Let the engine draw tokens by itself, which is `next` and a choice, several times.
+
+        Args:
+            tokens: the next one that each row reads.
+            choices: how each row goes on.
+            vocabulary: ids from here on are never drawn.
+            ends: tokens after which no row goes on.
+            count: tokens of each row, at most.
+            seconds: after which no further token is begun.
+
+        Returns:
+            (n, B) ids, of which the last have not been read; None if this engine, or this role, cannot.
+        """
+        advance = getattr(self._engine, "advance", None)
+        if advance is None or self._texts is not None:
+            return None
+        asked = Advance(self.lengths, np.array(tokens, np.int64), choices, vocabulary, ends, count, seconds)
+        found: tuple[Ids, State] | None = advance(self._state, asked)
+        if found is None:
+            return None
+        ids, self._state = found
+        self.lengths = self.lengths + len(ids)
+        return ids
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; a row may be named several times or not at all."""

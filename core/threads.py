@@ -87,8 +87,8 @@ class StepThreads:
         self._governor = Governor(cores())
 
     @contextmanager
-    def step(self, role: str, first: Any) -> Iterator[None]:
-        """Run a call inside the block.
+    def step(self, role: str, first: Any) -> Iterator[list[int]]:
+        """Run a call inside the block, which is given a list of one number: how many steps it was, 1 unless changed.
 
         Args:
             role: that is called.
@@ -98,11 +98,12 @@ class StepThreads:
         alone = governed and self._governor.alone
         count = 1 if alone or _forked else self._threads
         before = self._use(count) if count else None
-        begin = time.perf_counter()
+        begin, steps = time.perf_counter(), [1]
         try:
-            yield
+            yield steps
             if governed:
-                self._governor.took((role, first.size.bit_length()), time.perf_counter() - begin, alone)
+                each = (time.perf_counter() - begin) / steps[0]
+                self._governor.took((role, first.size.bit_length()), each, alone, steps[0])
         finally:
             if before is not None:
                 self._use(before)

@@ -47,6 +47,12 @@ MAX_CONFIG_BYTES = 2**20
 # transformers makes the byte level of these classes anew, with a space before the text if tokenizer_config.json asks.
 _SPACE_FROM_CONFIG = {"GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"}
 _NO_TEMPLATE = {"GPTNeoXTokenizer"}  # and the template of this one, without any control token
+# The class that it takes for a model_type of config.json where no file names one.
+_CLASS_OF_MODEL = {
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "llama": "PreTrainedTokenizerFast",
+}
 
 
 class Tokenizer:
@@ -85,8 +91,9 @@ class Tokenizer:
         """Open a tokenizer.json, or a folder that holds one, after checking all of it.
 
         A tokenizer_config.json beside it names the tokens that begin and end a text, and may say whether a space is put
-        before a text, for the classes where transformers asks it; nothing else in it is read. Without one,
-        <|endoftext|> ends a text if it is a control token.
+        before a text, for the classes where transformers asks it; nothing else in it is read. Where it names no class,
+        a config.json beside it does, itself or by its model_type. Without a tokenizer_config.json, <|endoftext|> ends a
+        text if it is a control token.
 
         Raises:
             FormatError: a file is missing, malformed, contradictory, or no byte-level BPE.
@@ -98,6 +105,8 @@ class Tokenizer:
         beside = file.with_name("tokenizer_config.json")
         config = _config(beside) if beside.exists() else {}
         eos, bos = _special_roles(config, checked.special, beside)
+        if config.get("tokenizer_class") is None:
+            config |= {"tokenizer_class": class_of_model(file.with_name("config.json"))}
         return cls(_as_transformers(checked, config, beside), eos, bos)
 
     def without_template(self) -> "Tokenizer":
@@ -396,11 +405,20 @@ def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Return tokenizer_config.json."""
+    """Return tokenizer_config.json, or config.json."""
     config = read_json(path, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise FormatError(f"{path} is not a JSON object")
     return config
+
+
+def class_of_model(path: Path) -> str | None:
+    """Return the class of tokenizer that transformers takes for a model, by its config.json; None if that is silent."""
+    config = _config(path) if path.exists() else {}
+    kind, model = config.get("tokenizer_class"), config.get("model_type")
+    if isinstance(kind, str):
+        return kind
+    return _CLASS_OF_MODEL.get(model) if isinstance(model, str) else None
 
 
 def _as_transformers(file: TokenizerFile, config: dict[str, Any], path: Path) -> TokenizerFile:

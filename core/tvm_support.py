@@ -18,11 +18,12 @@ from msgspec import Meta, Struct
 from portlm.artifact import MAX_FILE_BYTES
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import MAX_JSON_BYTES, parse_json, read_bytes, safe_join, shown
-from portlm.roles import MAX_DIMENSION, TensorSpec, Text, file_stem
+from portlm.roles import MAX_DIMENSION, TensorSpec, Text, file_stem, one_of
 
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
 FORMAT, FORMAT_VERSION = "portlm-tvm", 2
 MAX_TENSORS = 65_536
+ITEM_BYTES = {"float32": 4, "uint8": 1}  # of a weight
 LIBRARY, SIGNATURE = "model.so", "signature.json"
 
 # Processor levels of LLVM by the instruction set that portlm._C names; "generic" for anything but x86-64.
@@ -80,20 +81,55 @@ def virtual_machine(module: Any) -> Any:
 
 
 class Weight(Struct, frozen=True, forbid_unknown_fields=True):
-    """One float32 tensor in the weight file."""
+    """One tensor in the weight file."""
 
     name: Text
     shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=2**40)], ...], Meta(max_length=8)]
     offset: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES, multiple_of=4)]
+    dtype: Annotated[str, one_of(tuple(ITEM_BYTES))] = "float32"
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return 4 * math.prod(self.shape)
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+
+class Packed(Struct, frozen=True, forbid_unknown_fields=True):
+    """A quantized matrix: where its parts lie, and what the library takes in their place.
+
+    Attributes:
+        name: of the library's parameter.
+        weight: (N, G, g * bits / 8) uint8.
+        scale: (N, G).
+        zero: (N, ceil(G * bits / 8)) uint8, or None.
+        bits: of a number.
+    """
+
+    name: Text
+    weight: Weight
+    scale: Weight
+    zero: Weight | None
+    bits: Annotated[int, Meta(ge=1, le=8)]
+
+    def parts(self) -> tuple[Weight, ...]:
+        """Return what of it is in the weight file."""
+        return (self.weight, self.scale) if self.zero is None else (self.weight, self.scale, self.zero)
+
+    def contradiction(self) -> str:
+        """Say what does not fit, or "": who packs them reads as much as the first shape asks for."""
+        shape, wanted = self.weight.shape, ("uint8", "float32", "uint8")
+        if tuple(part.dtype for part in self.parts()) != wanted[: len(self.parts())]:
+            return "is of the wrong types"
+        if self.bits not in (4, 8) or len(shape) != 3 or shape[2] * 8 // self.bits not in (32, 64, 128):
+            return f"has the shape {shape} and {self.bits} bits"
+        zeros = (shape[0], -(-shape[1] * self.bits // 8))
+        if self.scale.shape != shape[:2] or (self.zero is not None and self.zero.shape != zeros):
+            return "has parts that do not fit each other"
+        return ""
 
 
 class Signature(Struct, frozen=True, forbid_unknown_fields=True):
-    """How to call a compiled library: its function main takes `inputs`, then `weights`, and returns `outputs`.
+    """How to call a compiled library: main takes `inputs`, then `weights`, then `packed`, and returns `outputs`.
 
     Attributes:
         profile: of the graph it was made from.
@@ -102,6 +138,7 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
         outputs: of the graph, new states included.
         weights_file: relative to the artifact.
         weights: where each lies in that file.
+        packed: quantized matrices, which are packed when the library is opened.
         nodes: how many the graph has.
         versions: of TVM's packages.
     """
@@ -114,6 +151,7 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
     weights: Annotated[tuple[Weight, ...], Meta(max_length=MAX_TENSORS)]
     nodes: Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
     versions: Annotated[dict[Text, Text], Meta(max_length=64)]
+    packed: Annotated[tuple[Packed, ...], Meta(max_length=MAX_TENSORS)] = ()
 
     def to_bytes(self) -> bytes:
         """Return the content of its file, JSON."""
@@ -157,7 +195,10 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
                 f"{artifact} lacks {signature.weights_file}, which {path.name} needs: export it again"
             )
         size = file.stat().st_size
-        for weight in signature.weights:
+        for matrix in signature.packed:
+            if problem := matrix.contradiction():
+                raise FormatError(f"{path}: {shown(matrix.name)} {problem}: compile again")
+        for weight in (*signature.weights, *(part for matrix in signature.packed for part in matrix.parts())):
             if weight.offset + weight.nbytes > size:
                 raise FormatError(
                     f"{path}: {shown(weight.name)} lies outside {signature.weights_file}: export again"

@@ -81,6 +81,58 @@ class EngineBase:
         """
         raise NotImplementedError
 
+    # What the operations on states do to tensors, for an engine whose tensors are cut and put together in other ways.
+
+    def _begin(self, role: str, batch: int, arrays: Mapping[str, Array]) -> dict[str, Any]:
+        """The tensors of B rows before their first call, from numpy arrays by the name of the state."""
+        return {item.name: self._settle(arrays[item.name], item) for item in self.roles[role].state}
+
+    def _reordered(
+        self, role: str, tensors: dict[str, Any], past: int, rows: Sequence[int] | None, skip: int
+    ) -> dict[str, Any]:
+        """Rows of tensors of P slots, None for all as they are, without the first `skip` of these."""
+        for item in self.roles[role].state:
+            skips = skip > 0 and "past" in item.shape
+            if rows is None and not skips:
+                continue
+            tensor = self._work(tensors[item.name])
+            if skips:
+                tensor = self._slots(tensor, item.shape.index("past"), skip, past)
+            tensors[item.name] = self._settle(tensor if rows is None else self._rows(tensor, rows), item)
+        return tensors
+
+    def _cropped(
+        self, role: str, tensors: dict[str, Any], past: int, lengths: Sequence[int]
+    ) -> dict[str, Any]:
+        """The first lengths[b] of P slots of each row, at the end of the longest."""
+        longest = max(lengths)
+        for item in self.roles[role].state:
+            if "past" not in item.shape or min(lengths) == past:
+                continue
+            axis, tensor = item.shape.index("past"), self._work(tensors[item.name])
+            if min(lengths) == longest:
+                cut = self._slots(tensor, axis, 0, longest)
+            else:
+                parts = [self._slots(self._rows(tensor, [b]), axis, 0, n) for b, n in enumerate(lengths)]
+                shape = list(self._shape(tensor))
+                shape[axis] = longest
+                cut = self._stack(parts, shape, item.dtype)
+            tensors[item.name] = self._settle(cut, item)
+        return tensors
+
+    def _joined(self, role: str, parts: Sequence[dict[str, Any]], rows: int) -> dict[str, Any]:
+        """The tensors of two or more states one behind the other; B rows in all."""
+        joined = parts[0]
+        for item in self.roles[role].state:
+            tensors = [self._work(part[item.name]) for part in parts]
+            shape = np.max([self._shape(tensor) for tensor in tensors], axis=0).tolist()
+            joined[item.name] = self._settle(self._stack(tensors, [rows, *shape[1:]], item.dtype), item)
+        return joined
+
+    def _copied(self, role: str, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Tensors of a second state with the same content."""
+        return dict(tensors)
+
     def enter_child(self) -> None:
         """Prepare to go on in a forked child, which has its parent's memory and none of its other threads.
 
@@ -103,7 +155,7 @@ class EngineBase:
             raise UsageError(f"given states are a dictionary of arrays by name, got {shown(given)}")
         self._ready(role)
         sizes, values = {"batch": batch}, dict(given or {})
-        tensors = {}
+        arrays = {}
         for state in spec.state:
             if state.initial == "given":
                 if state.name not in values:
@@ -112,10 +164,10 @@ class EngineBase:
                 self._checks[role].check_given(state, array)
             else:
                 array = _nothing(role, state, {**sizes, "past": 0})
-            tensors[state.name] = self._settle(array, state)
+            arrays[state.name] = array
         if values:
             raise UsageError(f"{role} takes no given state {shown(min(values, key=str))}")
-        return self._state(role, batch, 0, tensors)
+        return self._state(role, batch, 0, self._begin(role, batch, arrays))
 
     def run(self, role: str, inputs: Mapping[str, Array], state: State) -> tuple[dict[str, Array], State]:
         """Call a role once; see Engine."""
@@ -136,21 +188,13 @@ class EngineBase:
 
     def reorder(self, state: State, rows: Sequence[int], skip: int = 0) -> State:
         """Return a state whose row i is row rows[i] of the old one; see Engine."""
-        spec = self._spec(self._check(state))
+        self._spec(self._check(state))
         rows = wholes("rows", rows, state.rows - 1)
         if not rows:
             raise UsageError(f"a state has at least one of the rows 0 to {state.rows - 1}, got none")
         skip = whole("skip", skip, 0, state.past)
-        tensors = state.take()
-        same = rows == list(range(state.rows))
-        for item in spec.state:
-            skips = skip > 0 and "past" in item.shape
-            if same and not skips:
-                continue
-            tensor = self._work(tensors[item.name])
-            if skips:
-                tensor = self._slots(tensor, item.shape.index("past"), skip, state.past)
-            tensors[item.name] = self._settle(tensor if same else self._rows(tensor, rows), item)
+        chosen = None if rows == list(range(state.rows)) else rows
+        tensors = self._reordered(state.role, state.take(), state.past, chosen, skip)
         return self._state(state.role, len(rows), state.past - skip, tensors)
 
     def crop(self, state: State, lengths: Sequence[int]) -> State:
@@ -162,20 +206,8 @@ class EngineBase:
         lengths = wholes("lengths", lengths, state.past)
         if len(lengths) != state.rows:
             raise UsageError(f"lengths must be {state.rows} numbers, one for each row, got {shown(lengths)}")
-        tensors, longest = state.take(), max(lengths)
-        for item in spec.state:
-            if "past" not in item.shape or min(lengths) == state.past:
-                continue
-            axis, tensor = item.shape.index("past"), self._work(tensors[item.name])
-            if min(lengths) == longest:
-                cut = self._slots(tensor, axis, 0, longest)
-            else:
-                parts = [self._slots(self._rows(tensor, [b]), axis, 0, n) for b, n in enumerate(lengths)]
-                shape = list(self._shape(tensor))
-                shape[axis] = longest
-                cut = self._stack(parts, shape, item.dtype)
-            tensors[item.name] = self._settle(cut, item)
-        return self._state(state.role, state.rows, longest, tensors)
+        tensors = self._cropped(state.role, state.take(), state.past, lengths)
+        return self._state(state.role, state.rows, max(lengths), tensors)
 
     def join(self, states: Sequence[State]) -> State:
         """Return the rows of several states of one role as one state; see Engine."""
@@ -189,17 +221,13 @@ class EngineBase:
             state.peek()
         parts = [state.take() for state in states]
         rows, past = sum(state.rows for state in states), max(state.past for state in states)
-        joined = parts[0]
-        if len(parts) > 1:
-            for item in self._spec(role).state:
-                tensors = [self._work(part[item.name]) for part in parts]
-                shape = np.max([self._shape(tensor) for tensor in tensors], axis=0).tolist()
-                joined[item.name] = self._settle(self._stack(tensors, [rows, *shape[1:]], item.dtype), item)
+        joined = parts[0] if len(parts) == 1 else self._joined(role, parts, rows)
         return self._state(role, rows, past, joined)
 
     def copy(self, state: State) -> State:
         """Return a second state with the same content; see Engine."""
-        return self._state(self._check(state), state.rows, state.past, dict(state.peek()))
+        role = self._check(state)
+        return self._state(role, state.rows, state.past, self._copied(role, state.peek()))
 
     def _state(self, role: str, rows: int, past: int, tensors: dict[str, Any]) -> State:
         return State(role, rows, past, tensors, self._owner)

@@ -1,13 +1,15 @@
 """The torch engine: PyTorch on the CPU with portlm's kernels, or on CUDA.
 
 Of a checkpoint of a known family it runs the model's own code, profile "native": the reference that every other engine
-is compared with. Of any artifact it runs the graphs as plans (torch_plan.py), profiles "fused" and "portable": so a
-model whose code is not here runs, too. PyTorch is imported by this file, and by those of plans that it imports.
+is compared with; where weights are quantized, on what they mean. Of any artifact it runs the graphs as plans
+(torch_plan.py), profiles "fused" and "portable": so a model whose code is not here runs, too. PyTorch is imported by
+this file, and by those that it imports.
 """
 
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,9 +21,12 @@ from portlm.engine import Array, CallSpec, OpenRequest, Placement, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import safe_join
 from portlm.models import load_model
-from portlm.plan import CHECKPOINT, needs_plan, read_plan
+from portlm.ops.kernel_op import available
+from portlm.plan import CHECKPOINT, has_code, needs_plan, read_plan
+from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
+from portlm.runtimes.dequantized import load_dequantized
 from portlm.runtimes.torch_plan import make_role
 from portlm.threads import StepThreads
 
@@ -99,10 +104,11 @@ class TorchEngine(ArrayEngine):
         """Load a checkpoint folder, of an artifact or by itself, or the plans of an artifact.
 
         Args:
-            request: device is "cpu" or "cuda". Profile "native" takes config.json and model.safetensors of the folder;
-                "fused" and "portable" what portlm compile made of the graphs; "auto" the checkpoint, or plans where
-                there is none of a known family. threads are those of each call, PyTorch's own setting stays as it is.
-                allow_fallback is without effect, PyTorch moves nothing by itself.
+            request: device is "cpu" or "cuda". Profile "native" takes config.json and model.safetensors of the folder,
+                or what the graphs' weights mean where those are quantized; "fused" and "portable" what portlm compile
+                made of the graphs; "auto" the checkpoint, or plans where there is none of a known family. threads are
+                those of each call, PyTorch's own setting stays as it is. allow_fallback is without effect, PyTorch
+                moves nothing by itself.
 
         Raises:
             EngineUnavailableError: this PyTorch finds no CUDA device.
@@ -114,7 +120,6 @@ class TorchEngine(ArrayEngine):
                 f"torch:cuda: PyTorch {torch.__version__} finds no CUDA device, run portlm doctor to see why"
             )
         manifest = request.manifest
-        plans = manifest is not None and needs_plan(manifest)
         if request.profile not in ("auto", "native", *PLANS):
             raise UsageError(f"torch has no profile {request.profile}: choose native, fused or portable")
         if _is_native(request):
@@ -123,7 +128,7 @@ class TorchEngine(ArrayEngine):
                     f"{request.folder} is a checkpoint, whose profile is native: "
                     f"run portlm export on it first to have {request.profile}"
                 )
-            if plans:
+            if manifest is not None and not has_code(manifest):
                 raise UsageError(
                     f"{request.folder} holds the graphs of a module and no code of it: choose profile fused or portable"
                 )
@@ -134,9 +139,13 @@ class TorchEngine(ArrayEngine):
     @classmethod
     def _native(cls, request: OpenRequest) -> Self:
         manifest = request.manifest
-        if manifest is not None:
-            check_files(request.folder, CHECKPOINT, manifest)
-        model = load_model(request.folder)
+        if manifest is not None and manifest.quantization is not None:
+            _, plans = _choose(replace(request, profile="auto"), manifest)
+            model = load_dequantized(request.folder, manifest, plans)
+        else:
+            if manifest is not None:
+                check_files(request.folder, CHECKPOINT, manifest)
+            model = load_model(request.folder)
         if manifest is not None:
             said = manifest.model.vocab_size, manifest.model.context_length
             found = model.config.vocab_size, model.config.context_length
@@ -151,9 +160,10 @@ class TorchEngine(ArrayEngine):
     def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
         """Return the graphs that the plans were made of; see Engine."""
         manifest = request.manifest
-        if manifest is None or _is_native(request):
+        if manifest is None or (_is_native(request) and manifest.quantization is None):
             return ()
-        profile, _ = _choose(request, manifest)
+        plans = replace(request, profile="auto") if _is_native(request) else request
+        profile, _ = _choose(plans, manifest)
         return graph_names(manifest, profile)
 
     @classmethod
@@ -196,7 +206,14 @@ class TorchEngine(ArrayEngine):
         if missing := manifest.roles.keys() - functions.keys():
             raise FormatError(f"{request.folder}: nothing was compiled for its {min(missing)}; compile again")
         sizes = manifest.model.vocab_size, manifest.model.context_length
-        return cls(functions, *sizes, request.device, profile, {request.device: count}, request.threads)
+        engine = cls(functions, *sizes, request.device, profile, {request.device: count}, request.threads)
+        if (
+            manifest.quantization is not None
+            and (profile, request.device) == ("fused", "cpu")
+            and available()
+        ):
+            engine.precision = FIFTEEN_BITS
+        return engine
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]

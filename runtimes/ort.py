@@ -25,12 +25,14 @@ from portlm.files import read_bytes, safe_join, shown
 from portlm.ort_support import (
     CUDA,
     EXTERNAL_FOLDER,
+    ROUNDED_TARGET,
     WEBGPU,
     import_onnxruntime,
     open_session,
     session_options,
     webgpu_devices,
 )
+from portlm.quantization import EIGHT_BITS
 from portlm.roles import StateSpec, TensorSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_files
@@ -61,6 +63,9 @@ class OrtEngine(ArrayEngine):
         self.device, self.profile = request.device, profile
         self._request, self._manifest = request, manifest
         self._graphs = graphs
+        names = {graph.name for graph in graphs.values()}
+        if any(e.target == ROUNDED_TARGET and names & set(e.files) for e in manifest.compiled):
+            self.precision = EIGHT_BITS
         self._ep_device, self._note = _find_device(request.device)
         self._sessions: dict[str, Any] = {}
         self._placements: dict[str, Placement] = {}

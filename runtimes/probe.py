@@ -153,6 +153,14 @@ def tvm(engine: str, device: str) -> str:
     return f"apache-tvm {version}" + (f", {note}" if note else "")
 
 
+def packed(engine: str, device: str) -> str:
+    """Probe portlm's own kernels, which the runner of packed files calls."""
+    isa, _ = _instruction_sets()
+    if not isa:
+        raise _MissingError("portlm's kernels are not built", "pip install --force-reinstall portlm")
+    return f"portlm kernels for {isa}"
+
+
 def null(engine: str, device: str) -> str:
     """Say what the null engine is for."""
     return "computes nothing: for tests and for the cost of everything around a model"

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from portlm.engine import Engine, Ids, Logits
+from portlm.engine import Engine, Ids, Logits, RowChoice
 from portlm.errors import PortlmError, UsageError
 from portlm.ops.token_selection import select_tokens
 from portlm.rows import Rows
@@ -24,6 +24,9 @@ from portlm.runtimes.results import Stats
 WASTE_TOKENS = 32
 WASTE_SHARE = 4  # a quarter of a group may be padding
 
+MOST_TOKENS = 1024  # of a row, without coming back
+PATIENCE = 0.1  # seconds that an engine may write by itself: signals and stop strings wait for so long
+
 
 class Row(Protocol):
     """What the scheduler needs of a row. `push` takes its next token and may set finish_reason, which ends it."""
@@ -31,6 +34,7 @@ class Row(Protocol):
     prompt: tuple[int, ...]
     tokens: list[int]
     decoding: Decoding
+    eos_ids: frozenset[int]
     seed: int
     stream: int
     finish_reason: str | None
@@ -46,10 +50,14 @@ class Scheduler:
         batch_size: rows that run together at most.
         vocabulary: ids from here on stand for no token and are never drawn.
         stats: counts tokens and time.
+        seconds: that a step may go on writing tokens, if the engine can by itself.
     """
 
-    def __init__(self, engine: Engine, batch_size: int, vocabulary: int, stats: Stats):
+    def __init__(
+        self, engine: Engine, batch_size: int, vocabulary: int, stats: Stats, seconds: float = PATIENCE
+    ):
         self._engine, self._batch_size, self._vocabulary = engine, batch_size, vocabulary
+        self._seconds = seconds
         self._stats = stats
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
@@ -68,7 +76,7 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     def step(self) -> None:
-        """Give every running row one more token, or read the prompts of those that can join.
+        """Give every running row one more token or several, or read the prompts of those that can join.
 
         Raises:
             PortlmError: the logits are not numbers, or the engine failed.
@@ -82,8 +90,9 @@ class Scheduler:
             return
         assert self._rows is not None
         running = self._running
-        logits = self._rows.next([row.tokens[-1] for row in running])
-        staying = self._choose(running, logits)
+        staying = self._advance(running)
+        if staying is None:
+            staying = self._choose(running, self._rows.next([row.tokens[-1] for row in running]))
         if len(staying) < len(running):
             self._running = [running[i] for i in staying]
             if staying:
@@ -91,6 +100,36 @@ class Scheduler:
             else:
                 self._rows = None
         self._stats.decode_seconds += time.perf_counter() - began
+
+    def _advance(self, rows: Sequence[Row]) -> list[int] | None:
+        """Give the rows tokens until one of them ends or the time is up; return those that go on.
+
+        None if the engine cannot choose by itself, or has too little to go by. A stop string shows in the text alone,
+        so a row may have been given tokens behind it; they are dropped, and the row is not asked again.
+        """
+        assert self._rows is not None
+        if any(row.decoding.penalises for row in rows):
+            return None
+        choices, count = [], MOST_TOKENS
+        for row in rows:
+            d = row.decoding
+            assert isinstance(d.max_new_tokens, int)
+            count = min(count, d.max_new_tokens - len(row.tokens))
+            choices.append(
+                RowChoice(d.temperature, d.top_k, d.top_p, d.min_p, row.seed, row.stream, len(row.tokens))
+            )
+        ends = frozenset().union(*(row.eos_ids for row in rows))
+        last = [row.tokens[-1] for row in rows]
+        drawn = self._rows.advance(last, choices, self._vocabulary, ends, count, self._seconds)
+        if drawn is None:
+            return None
+        for row, tokens in zip(rows, drawn.T.tolist(), strict=True):
+            for token in tokens:
+                row.push(token)
+                self._stats.new_tokens += 1
+                if row.finish_reason is not None:
+                    break
+        return [i for i, row in enumerate(rows) if row.finish_reason is None]
 
     def _admit(self, rows: Sequence[Row]) -> None:
         """Read the prompts of rows, give each its first token, and let those that go on join."""

@@ -22,9 +22,11 @@ from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
 from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.prompts import Ids, Prompt, one_or_several, token_ids
 from portlm.runtimes.results import Generation, Score, Stats
-from portlm.runtimes.scheduler import Scheduler
+from portlm.runtimes.scheduler import PATIENCE, Scheduler
 from portlm.runtimes.stopping import StopScanner
 from portlm.runtimes.stream import Row, StreamDecoder, TextStream
+
+PIECE_SECONDS = 0.02  # after which what a stream has is shown: faster than anybody reads
 
 
 class TextCoder(Protocol):
@@ -174,7 +176,7 @@ class Session:
             raise UsageError(f"a stream continues one prompt, got {len(several)} in a list: use generate")
         rows = self._rows(several or [()], True, wanted, decoding is None, add_special_tokens)
         stats = Stats()
-        return TextStream(self._run(rows, 1, stats), rows[0], stats, self.textless)
+        return TextStream(self._run(rows, 1, stats, PIECE_SECONDS), rows[0], stats, self.textless)
 
     @property
     def textless(self) -> str:
@@ -345,9 +347,11 @@ class Session:
             return tuple(self.tokenizer.encode(text))
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _run(self, rows: list[Row], batch_size: int, stats: Stats) -> Iterator[None]:
-        """Generate for all rows; yield after each step, with the rows brought up to date."""
-        scheduler = Scheduler(self.engine, batch_size, self.tokenizer.vocab_size, stats)
+    def _run(
+        self, rows: list[Row], batch_size: int, stats: Stats, seconds: float = PATIENCE
+    ) -> Iterator[None]:
+        """Generate for all rows; yield after each step, of so many seconds, with the rows brought up to date."""
+        scheduler = Scheduler(self.engine, batch_size, self.tokenizer.vocab_size, stats, seconds)
         scheduler.add(rows)
         while scheduler.busy:
             scheduler.step()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portlm.ops import spec
+from portlm.ops import quantized, spec
 from portlm.ops.registry import specs
 from portlm.plan import MAX_RANK
 
@@ -72,7 +72,8 @@ class Operator:
         static: inputs, by position, that must be int64 constants.
         outputs: how many; 0 for any number.
         derive: what an input is replaced by: a function of the inputs at these positions, and its shape rule. It is
-            computed once for all nodes that need the same, and if it depends on weights alone, once for all calls.
+            computed once for all nodes that need the same, and if it depends on weights alone, once for all calls. At
+            the position `most` it is an input more, which the node does not have.
     """
 
     least: int
@@ -300,10 +301,14 @@ def _with(shape: Shape, place: int, size: int) -> Shape:
 
 _STANDARD = {
     "Add": Operator(2, 2, _plain(torch.add), _broadcast),
+    "Cast": Operator(
+        1, 1, _plain(Tensor.float), _same, ("uint8",), {"to": Attribute(int, choices=(1,))}  # float32
+    ),
     "Concat": Operator(1, 64, _concat, _shape_of_concat, ("",), {"axis": _AXIS}),
     "CumSum": Operator(2, 2, _cumulative_sum, _same, static=(1,)),
     "Div": Operator(2, 2, _plain(torch.div), _broadcast),
     "Exp": Operator(1, 1, _plain(torch.exp), _same),
+    "Floor": Operator(1, 1, _plain(torch.floor), _same),
     "Gather": Operator(2, 2, _gather, _shape_of_gather, ("", "int64"), {"axis": _axis_of(0)}),
     "Gelu": Operator(1, 1, _gelu, _same, attributes={"approximate": Attribute(str, "none", ("none", "tanh"))}),
     "LayerNormalization": Operator(
@@ -339,6 +344,15 @@ def _turned(matrix: Tensor) -> Tensor:
     return matrix.t().contiguous()
 
 
+@functools.cache
+def _packer(bits: int) -> tuple[Function, Shapes]:
+    """What makes the kernels' form of a quantized weight, the same object each time, and its shape rule."""
+    return (
+        functools.partial(quantized.pack, bits=bits),
+        lambda call, shapes: [quantized.packed_shape(shapes[0], bits, shapes[2] is not None)],
+    )
+
+
 def _function(name: str) -> Function:
     function: Function = getattr(importlib.import_module(f"portlm.ops.{name}"), name)
     return function
@@ -359,12 +373,17 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
                 found[place] = _turned, _shape_of_turned, (place,)
             if i.rows_at:
                 found[place] = rows, _shape_of_rows, (names.index(i.rows_at), place)
+        if node.packed:
+            packed, shape = _packer(call.attributes["bits"])
+            found[len(names)] = packed, shape, tuple(names.index(name) for name in node.packed)
         return found
 
     def bind(call: Call) -> Function:
         taken = [
             (i.name, call.attributes[i.heads] if i.heads else 0, i.name in looked_up) for i in node.inputs
         ]
+        if node.packed:
+            taken.append(("packed", 0, False))
         given = {_ARGUMENTS.get(name, name): call.attributes[name] for name in options}
         apart, single = bool(node.inputs[0].heads), len(node.outputs) == 1
 

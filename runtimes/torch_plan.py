@@ -26,7 +26,7 @@ from portlm.plan import ITEM_BYTES, MAX_RANK, Plan
 from portlm.roles import StateSpec, TensorSpec, symbols
 from portlm.runtimes.torch_operators import Function, RefusedError, Shape, operators
 
-DTYPES = {"float32": torch.float32, "int64": torch.int64}
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)  # stand for the role's symbols; different, so that mistakes show
 MAX_TRIAL = 2**24  # elements of a value at these sizes, or four times those of the largest weight
 
@@ -75,7 +75,7 @@ def make_role(plan: Plan, path: Path, weights: Path, device: str) -> Role:
 def open_program(plan: Plan, path: Path, weights: Path, device: str) -> "Program":
     """Make a plan callable, and its inner values visible; arguments and errors as for make_role."""
     try:
-        return Program(plan, _map(plan, weights), device)
+        return Program(plan, map_weights(plan, weights), device)
     except RefusedError as error:
         raise FormatError(f"{path}: {error}; compile again") from error
     except FormatError as error:  # of the first call
@@ -145,9 +145,13 @@ class Program:
         kinds = [operator.dtypes[min(i, len(operator.dtypes) - 1)] for i in range(len(inputs))]
         replaced = {}
         for i, (function, shapes, positions) in operator.derive(call).items():
-            sources, types = [inputs[p] for p in positions], [kinds[p] for p in positions]
+            sources = [inputs[p] if p < len(inputs) else 0 for p in positions]
+            types = [kinds[p] if p < len(kinds) else "" for p in positions]
             rule = functools.partial(shapes, call)
             replaced[i] = self._derived(function, rule, sources, types, f"node {place} ({node.operator})")
+        if operator.most in replaced:  # an input more, behind those that the node may have
+            missing = operator.most - len(inputs)
+            inputs, kinds = [*inputs, *[0] * missing, 0], [*kinds, *[""] * missing, ""]
         inputs = [replaced.get(i, slot) for i, slot in enumerate(inputs)]
         moving = [i for i in range(len(inputs)) if i not in operator.static]
         self._steps.append(
@@ -289,7 +293,7 @@ def _trial_sizes(plan: Plan) -> dict[str, int]:
     """A size for every symbol of the role."""
     sizes: dict[str, int] = {}
     for spec in plan.taken():
-        if spec.dtype not in DTYPES:
+        if spec.dtype not in ("float32", "int64"):
             raise RefusedError(f"the role has a tensor of {spec.dtype}, a plan computes in float32")
         for symbol in sorted(symbols(spec.shape) - sizes.keys()):
             if len(sizes) == len(SIZES):
@@ -328,8 +332,12 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _map(plan: Plan, path: Path) -> dict[str, Tensor]:
-    """The weights of a plan, in the memory of a private mapping of their file."""
+def map_weights(plan: Plan, path: Path) -> dict[str, Tensor]:
+    """Return the weights of a plan, in the memory of a private mapping of their file.
+
+    Raises:
+        RefusedError: one lies outside of it.
+    """
     if not plan.weights:
         return {}
     with open_regular(path) as file:

@@ -19,7 +19,9 @@ from portlm.artifact import Manifest, RoleSpec, check_files
 from portlm.engine import Array, OpenRequest, Placement, call_specs, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import MAX_JSON_BYTES, open_regular, read_bytes, safe_join, shown
+from portlm.ops.quantized import pack_array
 from portlm.ops.registry import tvm_functions
+from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.threads import StepThreads
@@ -27,6 +29,7 @@ from portlm.trust import Build, is_trusted, private_scratch, was_recorded_alone
 from portlm.tvm_support import (
     LIBRARY,
     SIGNATURE,
+    Packed,
     Signature,
     Weight,
     import_tvm,
@@ -114,6 +117,8 @@ class TvmEngine(ArrayEngine):
         """
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
+        if manifest.quantization is not None and profile == "fused":
+            self.precision = FIFTEEN_BITS
         self._request, self._manifest, self._libraries = request, manifest, dict(libraries)
         self._opened: dict[str, _Library] = {}
         self._generated = profile == "portable"  # TVM's own code reads the inputs: it trusts them
@@ -247,7 +252,7 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
     module = _load_trusted(tvm, code, build, path, command)
     if profile == "fused":
         connect_kernels()
-    weights = map_weights(safe_join(folder, signature.weights_file), signature.weights)
+    weights = map_weights(safe_join(folder, signature.weights_file), signature.weights, signature.packed)
 
     try:
         # The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
@@ -267,19 +272,27 @@ def _use_threads(count: int) -> int:
     return _C.set_threads(count)
 
 
-def map_weights(path: Path, weights: tuple[Weight, ...]) -> list[Any]:
+def map_weights(path: Path, weights: tuple[Weight, ...], packed: tuple[Packed, ...] = ()) -> list[Any]:
     """The weights as TVM tensors over the mapped file; one that is not aligned is copied.
 
     Args:
         path: the weight file.
         weights: where each lies; Signature.read has checked that they lie inside.
+        packed: quantized matrices, which are brought into the order that kernels read, now.
     """
     # Copy on write, because DLPack cannot say "read only"; nobody writes, so every page stays the file's.
     data = np.memmap(path, dtype=np.uint8, mode="c")
-    tensors = []
-    for weight in weights:
-        array = data[weight.offset : weight.offset + weight.nbytes].view(np.float32).reshape(weight.shape)
-        tensors.append((_tensor if array.ctypes.data % ALIGNMENT == 0 else _aligned)(array))
+
+    def mapped(weight: Weight) -> np.ndarray:
+        part = data[weight.offset : weight.offset + weight.nbytes]
+        array: np.ndarray = part.view(weight.dtype).reshape(weight.shape)
+        return array
+
+    arrays = [mapped(weight) for weight in weights]
+    tensors = [(_tensor if array.ctypes.data % ALIGNMENT == 0 else _aligned)(array) for array in arrays]
+    for matrix in packed:
+        zero = None if matrix.zero is None else mapped(matrix.zero)
+        tensors.append(_tensor(pack_array(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
     return tensors
 
 

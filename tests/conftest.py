@@ -149,3 +149,49 @@ def compiled(artifacts, tmp_path_factory):
             except EngineUnavailableError:
                 continue  # the tests of that engine say what is missing
     return {family: root / family for family in artifacts}
+
+
+@pytest.fixture(scope="session")
+def divisible(tmp_path_factory):
+    """Folder of a random checkpoint by family, whose matrices have inputs that groups of 32 divide.
+
+    GPT-2 is tied and has an odd number of groups; weights are as large as those of `checkpoints`.
+    """
+    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    from portlm.models import FAMILIES, build, save_model
+    from portlm.tokenizer import byte_tokenizer
+
+    sizes = {"vocab_size": 257, "context_length": 48, "eos_token_ids": (256,)}
+    others = {
+        "gpt2": {"width": 96},
+        "llama": {"width": 64, "hidden": 96},
+        "gpt_neox": {"width": 64, "hidden": 96},
+    }
+    folders = {}
+    for family, entry in FAMILIES.items():
+        generator = torch.Generator().manual_seed(1)
+        model = build(replace(entry.config_class().tiny(), **sizes, **others[family]))
+        with torch.no_grad():
+            for p in model.parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(0.2 * noise if p.dim() > 1 else p + 0.1 * noise)
+        folders[family] = tmp_path_factory.mktemp("divisible") / family
+        save_model(folders[family], model, byte_tokenizer(EOS))
+    return folders
+
+
+@pytest.fixture(scope="session")
+def quantized(divisible, tmp_path_factory):
+    """Function (family, "int4" or "int8", asymmetric) -> an artifact in groups of 32. Copy it to change it."""
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.export import export
+
+    root = tmp_path_factory.mktemp("quantized")
+
+    def artifact(family, quantize, asymmetric=False):
+        folder = root / f"{family}-{quantize}-{asymmetric}"
+        if not folder.exists():
+            export(divisible[family], folder, quantize=quantize, group=32, asymmetric=asymmetric)
+        return folder
+
+    return artifact

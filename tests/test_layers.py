@@ -101,7 +101,7 @@ def wanted(module: str) -> str:
     top = module.partition(".")[0]
     if top == "portlm":
         return room_of(module)
-    return "" if top in ANYWHERE | sys.stdlib_module_names else "google.protobuf" if top == "google" else top
+    return "" if top in ANYWHERE | sys.stdlib_module_names else top
 
 
 def violations(module: str, tree: ast.AST) -> list[str]:

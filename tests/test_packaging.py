@@ -46,7 +46,7 @@ def test_nothing_reads_or_writes_pickles():
     assert not offenders
 
 
-TORCH_ENGINE = {"eager.py", "torch_plan.py", "torch_operators.py"}
+TORCH_ENGINE = {"eager.py", "torch_plan.py", "torch_operators.py", "dequantized.py"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ def test_packages_import_only_downwards(package, may_import):
 # What is imported under another name than it is installed by.
 IMPORT_NAMES = {
     "apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi", "onnxruntime-ep-webgpu": "onnxruntime_ep_webgpu",
+    "llama-cpp-python": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai",
 }  # fmt: skip
 FOR_TESTS = {"hf", "dev"}  # extras that no product file needs
 

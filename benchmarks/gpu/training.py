@@ -22,6 +22,7 @@ from portlm.train.config import PretrainConfig
 
 sys.path.append(str(ROOT / "benchmarks"))
 import bench_training
+import training_rivals
 
 BATCH = 8
 GATE_STEPS = 5
@@ -57,7 +58,7 @@ def forward_race(context: Context) -> str:
     config, weights, ids, targets = _setting(context)
     limits = Limits(context.dry)
     with torch.device(context.device):
-        ours, plain = models.build(config, context.device), bench_training.EagerGPT2(config)
+        ours, plain = models.build(config, context.device), training_rivals.EagerGPT2(config)
     for model in (ours, plain):
         model.load_state_dict(weights)
         model.eval()
@@ -120,7 +121,7 @@ def step_race(context: Context) -> str:
             for name in ("portlm", *rivals):
                 # Only the parameters are made there by default: counts of steps stay on the host.
                 with torch.device(context.device):
-                    step = bench_training.CONTESTANTS[name](config, weights, options)
+                    step = training_rivals.CONTESTANTS[name](config, weights, options)
                 contenders[name] = _steps(step, ids, targets)
             case = Case(
                 f"training step, float32 ({precision}), {tuple(ids.shape)} tokens", contenders,

@@ -29,24 +29,64 @@ from portlm.errors import UsageError
     type=click.Choice(["portable", "fused"]),
     help="Which graphs to write (default: both).",
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Keep matrices and the token table in so many bits; the artifact then holds no float32 checkpoint.",
+)
+@click.option(
+    "--group",
+    type=click.Choice(["32", "64", "128"]),
+    help="Weights that share a scale, with --quantize (default: 64).",
+)
+@click.option("--asymmetric", is_flag=True, help="With --quantize: each group has a zero point, too.")
+@click.option(
+    "--calibrate",
+    metavar="TEXT",
+    type=click.Path(path_type=Path),
+    help="With --quantize: a text file like what the model will read. Weights are rounded for it, and what that costs "
+    "on its last tenth is measured.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
-def command(checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], as_json: bool) -> None:
+def command(
+    checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], quantize: str | None, group: str | None,
+    asymmetric: bool, calibrate: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Export CHECKPOINT (from pretrain or import) to the folder OUT, and print OUT.
 
     The same checkpoint always gives the same bytes.
     """
+    if quantize is None and (group is not None or asymmetric or calibrate is not None):
+        raise UsageError(
+            "--group, --asymmetric and --calibrate say how to quantize: give --quantize int8 or int4 as well"
+        )
     if form == "hf":
         from portlm.hub import export_hf
 
         if profiles:
             raise UsageError("--profile chooses ONNX graphs, and --to hf writes none: leave it out")
+        if quantize is not None:
+            raise UsageError("--quantize is for ONNX graphs, and --to hf writes float32: leave it out")
         for note in export_hf(checkpoint, out).notes:
             click.echo(f"export: {note}", err=True)
     else:
-        from portlm.compile.export import export
+        from portlm.artifact import read_manifest
+        from portlm.flows.export import export_checkpoint
+        from portlm.quantization import described
 
         with warnings.catch_warnings(record=True, action="always", category=UserWarning) as caught:
-            export(checkpoint, out, profiles=profiles or ("portable", "fused"))
+            export_checkpoint(
+                checkpoint,
+                out,
+                profiles=profiles or ("portable", "fused"),
+                quantize=quantize,
+                group=None if group is None else int(group),
+                asymmetric=asymmetric,
+                calibrate=calibrate,
+            )
         for warning in caught:
             click.echo(f"export: {warning.message}", err=True)
+        if (quantization := read_manifest(out).quantization) is not None:
+            for line in described(quantization):
+                click.echo(f"export: {line}", err=True)
     click.echo(json.dumps({"path": str(out), "form": form}) if as_json else out)

@@ -36,6 +36,11 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
     "checkpoint-interval": ("checkpoint.interval", int, "Steps between checkpoints"),
     "threads": ("threads", int, "CPU threads; 0 lets PyTorch choose"),
     "device": ("device", str, "cpu or cuda"),
+    "precision": (
+        "precision",
+        click.Choice(["fp32", "bf16"]),
+        "Of matrix products; bf16 rounds what they take, on the CPU",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from portlm.commands.engines import engine_options
 
 if TYPE_CHECKING:
     from portlm.flows.verify import Result
+    from portlm.quantization import Quantization
 
 
 @click.command("verify")
@@ -35,6 +36,7 @@ def command(
     The first call writes the parity certificate into the manifest; later calls measure again and compare. If an
     engine differs, the first node that does is named and the exit code is 1.
     """
+    from portlm.artifact import read_manifest
     from portlm.flows.targets import read_choices
     from portlm.flows.verify import verify_artifact
 
@@ -50,16 +52,17 @@ def command(
     if as_json:
         click.echo(json.dumps([result.as_dict() for result in results], indent=2))
     else:
-        print_table(model, results)
+        print_table(model, results, read_manifest(model).quantization)
     return int(any(result.problem for result in results))
 
 
-def print_table(model: Path, results: list[Result]) -> None:
-    """Print one row per target, and beneath the table what is wrong."""
+def print_table(model: Path, results: list[Result], quantization: Quantization | None = None) -> None:
+    """Print one row per target, and beneath the table what the weights are and what is wrong."""
     from rich.console import Console
 
     from portlm.commands.tables import figures
     from portlm.compile.parity import allowed_error
+    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described
 
     table = figures(
         f"{model}: distance from eager PyTorch",
@@ -75,13 +78,25 @@ def print_table(model: Path, results: list[Result]) -> None:
         role = "" if row.role == "decoder" else f" {row.role}"
         table.add_row(
             f"{row.engine}:{row.device}{role}", row.profile, f"{row.max_logit_error:.1e}",
-            f"{allowed_error(scale):.1e}" if row.precision == "fp32" else "", f"{scale:.3g}",
+            f"{allowed_error(scale, row.precision):.1e}" if row.precision != EIGHT_BITS else "", f"{scale:.3g}",
             f"{result.recorded.max_logit_error:.1e}" if result.recorded else "written",
             f"{row.kl:.1e}", f"{row.top1:.1%}", f"{row.greedy_match}/{row.greedy_total}", str(len(row.fallback)),
         )  # fmt: skip
     console = Console()
     if table.row_count:
         console.print(table)
+    for line in [] if quantization is None else described(quantization):
+        console.print(line, highlight=False, soft_wrap=True)
+    for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):
+        rounding = [
+            f"{r.row.engine}:{r.row.device} {r.row.profile}"
+            for r in results
+            if r.row and r.row.precision == precision
+        ]
+        if rounding:
+            names = ", ".join(dict.fromkeys(rounding))
+            line = f"{names}: activations have {bits} bits where they meet quantized weights"
+            console.print(line, highlight=False, soft_wrap=True)
     for result in results:
         if result.problem:
             # An engine's own messages begin with its name.

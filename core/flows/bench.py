@@ -6,10 +6,7 @@ rotated order, so that a slow minute of a shared machine hits all of them.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 from portlm.errors import PortlmError, UsageError
 from portlm.flows.measuring import bootstrap, environment, spread
 from portlm.flows.targets import Target, default_targets
+from portlm.flows.worker_process import WorkerProcess
 
 __all__ = ["Row", "Target", "default_targets", "measure"]
 
@@ -49,50 +47,12 @@ class Row:
     decode_of_limit: float | None
 
 
-class Process:
-    """A worker process and its line protocol."""
+class Process(WorkerProcess):
+    """The worker process of a target."""
 
     def __init__(self, target: Target):
+        super().__init__(str(target), "portlm.flows.bench_worker")
         self.target = target
-        self.pipe = subprocess.Popen(
-            [sys.executable, "-P", "-m", "portlm.flows.bench_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send one command and wait for its answer.
-
-        Raises:
-            PortlmError: the worker reported an error or died.
-        """
-        assert self.pipe.stdin is not None
-        assert self.pipe.stdout is not None
-        try:
-            self.pipe.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self.pipe.stdin.flush()
-            line = self.pipe.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise PortlmError(f"{self.target}: the engine's process died (exit code {self.pipe.wait()})")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise PortlmError(f"{self.target}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """End the worker."""
-        if self.pipe.stdin is not None:
-            self.pipe.stdin.close()
-        try:
-            self.pipe.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.pipe.kill()
-            self.pipe.wait()
-        if self.pipe.stdout is not None:
-            self.pipe.stdout.close()
 
 
 def measure(
@@ -124,9 +84,7 @@ def measure(
         FormatError: the folder is no artifact.
         PortlmError: not one target could be measured.
     """
-    if prompt < 1 or tokens < 1 or rounds < 1:
-        raise UsageError(f"prompt, tokens and rounds must be at least 1, got {prompt}, {tokens} and {rounds}")
-    _check_room(model, prompt, tokens)
+    check_counts(model, prompt, tokens, rounds)
     processes: list[Process] = []
     loaded: dict[Target, dict[str, Any]] = {}
     failed = []
@@ -204,9 +162,12 @@ def measure(
     }
 
 
-def _check_room(model: Path, prompt: int, tokens: int) -> None:
+def check_counts(model: Path, prompt: int, tokens: int, rounds: int) -> None:
+    """Raise UsageError for a count below 1, or a prompt and new tokens that are longer than the model's context."""
     from portlm.artifact import read_manifest
 
+    if prompt < 1 or tokens < 1 or rounds < 1:
+        raise UsageError(f"prompt, tokens and rounds must be at least 1, got {prompt}, {tokens} and {rounds}")
     context = read_manifest(model).model.context_length
     if prompt + tokens > context:
         raise UsageError(

@@ -22,6 +22,7 @@ import msgspec
 from portlm.artifact import Manifest, check_files, read_manifest, replace, write_manifest
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
+from portlm.ort_support import EXACT, accuracy_level
 from portlm.plan import needs_plan
 from portlm.trust import is_ours, private_folder
 
@@ -50,6 +51,8 @@ def needed(engine: str, device: str, profile: str, manifest: Manifest) -> str | 
 
     if engine == "torch" and profile == "auto" and not needs_plan(manifest):
         return None  # it runs the checkpoint
+    if engine == "torch" and profile == "native" and manifest.quantization is not None:
+        profile = "auto"  # any plan says where the weights are
     for name in ("fused", "portable") if profile == "auto" else (profile,):
         key = (engine, device, name)
         if key in COMPILERS and _has(manifest, key):
@@ -119,7 +122,16 @@ def _digest(manifest: Manifest, key: Key) -> str:
         name: [role.weights, manifest.files[role.profiles[key[2]]].sha256]
         for name, role in manifest.roles.items()
     }
-    facts = [key, graphs, msgspec.to_builtins(manifest.model), versions_of(*key[:2]), _C.isa(), _compiler()]
+    level = accuracy_level() if manifest.quantization is not None else EXACT
+    facts = [
+        key,
+        level,
+        graphs,
+        msgspec.to_builtins(manifest.model),
+        versions_of(*key[:2]),
+        _C.isa(),
+        _compiler(),
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

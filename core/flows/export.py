@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.artifact import Manifest, read_manifest
 from portlm.errors import UsageError
-from portlm.plan import needs_plan
+from portlm.plan import has_code
 from portlm.roles import TensorSpec
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ def export(
     example: Any = None,
     profiles: Sequence[str] = ("portable", "fused"),
     answer: bool = True,
+    quantize: str | None = None,
+    group: int | None = None,
+    asymmetric: bool = False,
+    calibrate: str | Path | None = None,
 ) -> Path:
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
@@ -42,7 +46,16 @@ def export(
         example: input_ids (B, T) int64 to record a module without roles with; None makes some.
         profiles: which graphs to write.
         answer: also keep the module's own answer to the probe that `portlm verify` puts to every engine, which takes
-            up to 128 steps of greedy decoding.
+            up to 128 steps of greedy decoding. Where weights are quantized, the answer is that of the module with what
+            they mean in their place; a module that declares no roles gives none then, and engines are compared with its
+            graph in PyTorch's own operators.
+        quantize: "int8" or "int4" for matrices and token tables in so many bits; None leaves them float32.
+        group: how many weights share a scale: 32, 64 (if nothing is said) or 128, which must divide the inputs of every
+            matrix.
+        asymmetric: each group has a zero point, too.
+        calibrate: a text file like what the model will read, for the tokenizer. Weights are rounded so that what they
+            give on its first nine tenths changes least; what quantizing costs on the last tenth is measured, and said
+            in the manifest, if the module declares roles.
 
     Returns:
         The artifact folder.
@@ -50,16 +63,67 @@ def export(
     Raises:
         FormatError: the module computes what a graph cannot say. The message names the operator, the module and the
             line.
-        UsageError: `folder` holds something that is not an artifact, or a profile is unknown.
+        UsageError: `folder` holds something that is not an artifact, a profile is unknown, or the group does not divide
+            the inputs of a matrix, which the message names.
         StorageError: the disk is full or refuses. What was there before is untouched.
     """
+    from portlm.compile.calibrate import read
     from portlm.compile.export import export_module
+    from portlm.flows.quality import record_cost
+    from portlm.models.roles import roles_of
 
     _check_arguments(module, folder, tokenizer, example)
-    target = export_module(module, folder, tokenizer=tokenizer, example=example, profiles=profiles)
+    target = export_module(
+        module,
+        folder,
+        tokenizer=tokenizer,
+        example=example,
+        profiles=profiles,
+        quantize=quantize,
+        group=group,
+        asymmetric=asymmetric,
+        calibrate=calibrate,
+    )
+    if calibrate is not None and roles_of(module):
+        record_cost(target, module, read(calibrate, tokenizer, read_manifest(target).model.vocab_size))
     manifest = read_manifest(target)
-    if answer and needs_plan(manifest):
+    if answer and not has_code(manifest):
         _keep_answer(module, target, manifest)
+    return target
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    out: str | Path,
+    profiles: Sequence[str] = ("portable", "fused"),
+    *,
+    quantize: str | None = None,
+    group: int | None = None,
+    asymmetric: bool = False,
+    calibrate: str | Path | None = None,
+) -> Path:
+    """Export a checkpoint to an artifact folder, as portlm.compile.export.export does.
+
+    After a calibration, what quantizing costs on the last tenth of the text is measured and said in the manifest.
+    """
+    from portlm.compile import export as compiler
+    from portlm.compile.calibrate import read
+    from portlm.flows.quality import record_cost
+    from portlm.tokenizer import Tokenizer
+
+    target = compiler.export(
+        checkpoint,
+        out,
+        profiles,
+        quantize=quantize,
+        group=group,
+        asymmetric=asymmetric,
+        calibrate=calibrate,
+    )
+    if calibrate is not None:
+        module, _ = compiler.open_mapped(checkpoint)
+        vocab_size = read_manifest(target).model.vocab_size
+        record_cost(target, module, read(calibrate, Tokenizer.load(checkpoint), vocab_size))
     return target
 
 
@@ -95,16 +159,19 @@ def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
     import torch
 
     from portlm.compile import parity
+    from portlm.compile.quantized_module import dequantized
     from portlm.models.modes import answering
     from portlm.models.roles import roles_of
     from portlm.ops.kernel_op import without_kernels
     from portlm.runtimes.eager import TorchEngine
 
     declared = roles_of(module)
+    if manifest.quantization is not None and not declared:
+        return
     functions = declared or {"decoder": _whole_forward(module, manifest.model.vocab_size)}
     sizes = manifest.model.vocab_size, manifest.model.context_length
     engine = TorchEngine(functions, *sizes, "cpu", "native", {"cpu": 0})
-    with answering(module), torch.no_grad(), without_kernels():
+    with answering(module), dequantized(module, folder, manifest), torch.no_grad(), without_kernels():
         parity.certify(folder, [], reference=engine)
 
 

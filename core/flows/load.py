@@ -50,8 +50,8 @@ def load(
 
     Args:
         path: the folder.
-        engine: "torch", "ort", "tvm", "null", or "auto": the first of ort, tvm and torch that is installed and for
-            which the folder holds what it needs; torch if there is a CUDA device that it can use.
+        engine: "torch", "ort", "tvm", "packed", "null", or "auto": the first of ort, tvm and torch that is installed
+            and for which the folder holds what it needs; torch if there is a CUDA device that it can use.
         device: "cpu", "cuda", "vulkan", or "auto": cuda for torch where there is one, otherwise cpu. Vulkan is
             never chosen by itself.
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
@@ -125,7 +125,8 @@ def _compiled(engine: str, request: OpenRequest) -> OpenRequest:
         if request.profile == "auto" and engine == "ort":
             return replace(request, profile="portable")  # which needs nothing compiled
         raise
-    return replace(request, profile=profile, manifest=found.manifest, compiled=found.folder)
+    kept = "native" if request.profile == "native" else profile
+    return replace(request, profile=kept, manifest=found.manifest, compiled=found.folder)
 
 
 def _manifest(folder: Path) -> Manifest | None:
@@ -152,10 +153,8 @@ def _texts(folder: Path, manifest: Manifest | None) -> tuple[Tokenizer | str | N
     from portlm.tokenizer import Tokenizer
 
     if manifest is not None:
-        old = (
-            () if (folder / GENERATION_CONFIG).exists() else (CONFIG,)
-        )  # which speaks of generation in its place
-        present_files(folder, (*TEXT_FILES, *old), manifest)
+        # config.json speaks in the place of each of the others, where that is silent.
+        present_files(folder, (*TEXT_FILES, CONFIG), manifest)
     tokenizer: Tokenizer | str | None = None
     if (folder / TOKENIZER).exists():
         try:

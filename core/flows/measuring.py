@@ -4,10 +4,13 @@ Contenders take turns, so that a slow minute of a shared machine hits all of the
 same round; and beside every rate stands what the machine gave in the same run.
 """
 
+import contextlib
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,10 @@ import numpy as np
 
 STEAL_LIMIT = 0.01  # share of the machine's time that the hypervisor may take in a round that counts
 
-PACKAGES = ("portlm", "torch", "onnx", "onnxruntime", "onnxruntime-ep-webgpu", "apache-tvm", "numpy")
+PACKAGES = (
+    "portlm", "torch", "onnx", "onnxruntime", "onnxruntime-ep-webgpu", "apache-tvm", "numpy", "transformers",
+    "llama-cpp-python", "onnxruntime-genai", "openvino",
+)  # fmt: skip
 
 
 @dataclass
@@ -71,21 +77,85 @@ def spread(values: Sequence[float]) -> float:
     return high - low
 
 
+def _machine_ticks() -> list[int]:
+    """Time of all cores since the machine started: user, nice, system, idle, iowait, irq, softirq, steal."""
+    stat = Path("/proc/stat")
+    return [int(v) for v in stat.read_text().splitlines()[0].split()[1:9]] if stat.exists() else [0] * 8
+
+
 class StealMeter:
     """Share of the machine's time that the hypervisor gave to others since the meter was made, 0 where unknown."""
 
     def __init__(self) -> None:
-        self._begin = self._read()
+        self._begin = _machine_ticks()
 
     def share(self) -> float:
         """The share so far."""
-        spent = [b - a for a, b in zip(self._begin, self._read(), strict=True)]
+        spent = [b - a for a, b in zip(self._begin, _machine_ticks(), strict=True)]
         return spent[7] / sum(spent) if sum(spent) else 0.0
 
-    @staticmethod
-    def _read() -> list[int]:
-        stat = Path("/proc/stat")
-        return [int(v) for v in stat.read_text().splitlines()[0].split()[1:9]] if stat.exists() else [0] * 8
+
+@dataclass(frozen=True)
+class Ticks:
+    """Time on a machine with /proc, in its ticks over all cores; nothing elsewhere.
+
+    Attributes:
+        total: that passed.
+        others: that programs took which are not the measured one.
+        steal: that the hypervisor gave to others.
+    """
+
+    total: int = 0
+    others: int = 0
+    steal: int = 0
+
+    def __add__(self, more: "Ticks") -> "Ticks":
+        return Ticks(self.total + more.total, self.others + more.others, self.steal + more.steal)
+
+    @property
+    def disturbed(self) -> float:
+        """Share of the machine that others had, by whomever it was given."""
+        return (self.others + self.steal) / self.total if self.total else 0.0
+
+
+class OthersMeter:
+    """Time that other programs take from now on.
+
+    Own programs count as others, unless they are named: one that spins while it should be parked is a disturbance.
+    """
+
+    def __init__(self, pids: Iterable[int]):
+        """Begin, with the processes that may work."""
+        self._pids = list(pids)
+        self._begin = self._read()
+
+    def _read(self) -> Ticks:
+        user, nice, system, idle, iowait, irq, softirq, steal = _machine_ticks()
+        busy, own = user + nice + system + irq + softirq, 0
+        for pid in self._pids:
+            with contextlib.suppress(OSError):  # it has ended
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                own += int(fields[11]) + int(fields[12])
+        return Ticks(busy + idle + iowait + steal, busy - own, steal)
+
+    def ticks(self) -> Ticks:
+        """What passed so far."""
+        now = self._read()
+        others = max(0, now.others - self._begin.others)  # two files of the kernel, read one after the other
+        return Ticks(now.total - self._begin.total, others, now.steal - self._begin.steal)
+
+
+@contextlib.contextmanager
+def busy_loops(count: int) -> Iterator[list[int]]:
+    """Keep cores busy inside the block, each loop in a session of its own; yield the processes."""
+    command = [sys.executable, "-P", "-c", "while True: pass"]
+    loops = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+    try:
+        yield [loop.pid for loop in loops]
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def environment() -> dict[str, Any]:

@@ -143,12 +143,14 @@ def default_targets(model: Path) -> list[Target]:
     from portlm.plan import needs_plan
     from portlm.runtimes.probe import probe
 
-    order = {"torch": 0, "ort": 1, "tvm": 2}
+    order = {"torch": 0, "ort": 1, "tvm": 2, "packed": 3}
     graphs = ("portable", "fused")
     planned = (model / MANIFEST).exists() and needs_plan(read_manifest(model))
     targets = []
     for row in probe():
         if row["available"] and row["engine"] in order:
             profiles = ("native",) if row["engine"] == "torch" and not planned else graphs
+            if row["engine"] == "packed":
+                profiles = ("fused",)
             targets += [Target(row["engine"], row["device"], profile) for profile in profiles]
     return sorted(targets, key=lambda t: (order[t.engine], t.device))

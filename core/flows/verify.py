@@ -20,7 +20,7 @@ from portlm.artifact import Manifest, ParityRow, check_files, read_manifest
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
-from portlm.plan import needs_plan
+from portlm.plan import has_code, needs_plan
 from portlm.trust import is_ours
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def verify_artifact(
             f"{root}: no engine of this machine can run it that way; run `portlm compile` first, or see doctor"
         )
     known = parity.REFERENCE in manifest.files
-    if not known or (
-        certify and not needs_plan(manifest)
-    ):  # a module's own answer was taken when it was exported
+    if not known or (certify and has_code(manifest)):  # a module's own answer was taken when it was exported
         progress("the answer of eager PyTorch")
         with closing(_open(root, Target("torch", "cpu", _reference_profile(manifest)))) as engine:
             parity.certify(root, [], reference=cast("Engine", PlainPyTorch(engine)))
@@ -118,7 +116,7 @@ def verify_artifact(
 
 def _reference_profile(manifest: Manifest) -> str:
     """The model's own code; where there is none, the graph of standard operators, which says the same in PyTorch's."""
-    return "portable" if needs_plan(manifest) else "native"
+    return "native" if has_code(manifest) else "portable"
 
 
 def ready_targets(manifest: Manifest, progress: Progress = lambda message: None) -> list[Target]:
@@ -143,7 +141,7 @@ def ready_targets(manifest: Manifest, progress: Progress = lambda message: None)
             continue
         if engine == "torch":
             plans = [name for name in ("fused", "portable") if all(name in each for each in profiles)]
-            wanted = plans if needs_plan(manifest) else ["native"]
+            wanted = [*(plans if needs_plan(manifest) else ()), *(["native"] if has_code(manifest) else ())]
             targets += [Target(engine, device, name) for name in wanted]
             continue
         if engine == "ort" and profiles and all("portable" in profile for profile in profiles):
@@ -191,12 +189,12 @@ def _open(root: Path, target: Target) -> Engine:
 def _check(root: Path, target: Target, certify: bool, search: bool, progress: Progress) -> list[Result]:
     from portlm.compile import parity
 
-    exact = target
+    exact, precision = target, "fp32"
     try:
         with closing(
             _open(root, target)
         ) as engine:  # also registers the device and the kernels that runners need
-            exact = replace(target, profile=engine.profile)
+            exact, precision = replace(target, profile=engine.profile), engine.precision
             found = parity.recheck(root, engine)
     except ParityError as error:
         problem = str(error)
@@ -207,7 +205,7 @@ def _check(root: Path, target: Target, certify: bool, search: bool, progress: Pr
     node = None
     if search:
         progress(f"{target} differs: looking for the first node that does")
-        node = next((str(node) for _, node in _nodes(root, exact, bisect=True)), None)
+        node = next((str(node) for _, node in _nodes(root, exact, precision)), None)
     return [Result(target, problem=problem, node=node)]
 
 
@@ -225,7 +223,7 @@ def _inside(
 
     nodes: dict[str, str] = {}
     if search:
-        for role, node in _nodes(root, exact, bisect=False):
+        for role, node in _nodes(root, exact, None):
             if isinstance(node, PortlmError):
                 progress(f"{target}: its inner values were not looked at: {node}")
             else:
@@ -245,15 +243,18 @@ def _inside(
     ]
 
 
-def _nodes(root: Path, target: Target, bisect: bool) -> Iterator[tuple[str, Divergence | PortlmError]]:
+def _nodes(
+    root: Path, target: Target, precision: str | None
+) -> Iterator[tuple[str, Divergence | PortlmError]]:
     """For each role, the first node that is wrong, if there is one, or why it cannot be looked for.
 
     Args:
         root: the artifact.
         target: with the profile that the engine really has.
-        bisect: compare with the reference; False looks for values that are not finite.
+        precision: of the engine: compare with the reference; None looks for values that are not finite.
     """
     from portlm.compile import bisect as search
+    from portlm.compile.parity import ROUNDED_TOLERANCE
 
     manifest, runner = read_manifest(root), ENGINES[target.engine].runner
     for name, role in manifest.roles.items():
@@ -262,8 +263,11 @@ def _nodes(root: Path, target: Target, bisect: bool) -> Iterator[tuple[str, Dive
         try:
             graph = _graph(manifest, target, name)
             run = resolve(runner)(target.device, target.profile)
-            look = search.bisect if bisect else search.look_inside
-            node = look(root, run, graph, role=name)
+            if precision is None:
+                node = search.look_inside(root, run, graph, role=name)
+            else:
+                tolerance = search.TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE
+                node = search.bisect(root, run, graph, tolerance, role=name)
         except (EngineUnavailableError, UsageError) as error:
             yield name, error
             continue

@@ -278,17 +278,32 @@ def save_model(folder: str | os.PathLike[str], model: Model, tokenizer: SavesTok
         ConfigError: The tokenizer has more tokens than the model.
         StorageError: The disk is full or refuses the write.
     """
-    folder, config = Path(folder), model.config
-    if tokenizer is not None:
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary holds "
-                f"{config.vocab_size}: they do not belong together"
-            )
-        if not config.eos_token_ids and tokenizer.eos_id is not None:
-            config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    folder, config = Path(folder), _with_end(model.config, tokenizer)
     make_folder(folder)
     save_tensors(folder / WEIGHTS, hf_tensors(model), metadata={"format": "pt"})
+    _save_texts(folder, config, tokenizer)
+
+
+def save_config(folder: Path, config: Config, tokenizer: SavesTokenizer | None = None) -> None:
+    """Write a checkpoint folder without its weights; arguments and errors as for `save_model`."""
+    _save_texts(folder, _with_end(config, tokenizer), tokenizer)
+
+
+def _with_end(config: Config, tokenizer: SavesTokenizer | None) -> Config:
+    """The configuration, with the tokenizer's end of text where it names none."""
+    if tokenizer is None:
+        return config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary holds "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    if not config.eos_token_ids and tokenizer.eos_id is not None:
+        return replace(config, eos_token_ids=(tokenizer.eos_id,))
+    return config
+
+
+def _save_texts(folder: Path, config: Config, tokenizer: SavesTokenizer | None) -> None:
     write_config(folder, config)
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -14,9 +14,13 @@ _TOOLS = {
     "adamw_cuda",
     "compiled",
     "cuda",
+    "gelu_mlp_bf16",
     "kernel_op",
     "lazy",
+    "linear_bf16",
     "linear_cross_entropy_cuda",
+    "precision",
+    "quantized",
     "registry",
     "spec",
 }

@@ -4,7 +4,8 @@ Shapes: B sequences, T positions, H query heads, K key/value heads (K divides H:
 the width of a head.
 
 The kernels follow FlashAttention (Dao et al. 2022): the T x T scores exist in blocks that fit the cache. Where one
-linear map yields q, k and v together, `attention_qkv` takes its output as it is, and writes one gradient for it.
+linear map yields q, k and v together, `attention_qkv` takes its output as it is, and writes one gradient for it. Inside
+``precision.products_in("bf16")`` the operands of all products are rounded to bfloat16; the softmax is float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.precision import rounded_matmul_reference, rounds_products
 from portlm.ops.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -32,11 +34,13 @@ def attention_reference(
     T, H, K = q.shape[1], q.shape[2], k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, T, T)
+    product = rounded_matmul_reference if rounds_products() else torch.matmul
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = product(q, k.transpose(-1, -2)) * scale  # (B, H, T, T)
     if causal:
         visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~visible, float("-inf"))
-    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
+    return product(torch.softmax(scores, dim=-1), v).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
@@ -61,7 +65,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float
     D = q.shape[3]
     if D == 0 or not has_kernel(q, k, v):
         return attention_reference(q, k, v, causal, scale)
-    return _fused(_rows(q), _rows(k), _rows(v), causal, D**-0.5 if scale is None else scale)[0]
+    return _fused(
+        _rows(q), _rows(k), _rows(v), causal, D**-0.5 if scale is None else scale, rounds_products()
+    )[0]
 
 
 def attention_qkv_reference(
@@ -101,7 +107,9 @@ def attention_qkv(
     D = qkv.shape[2] // (H + 2 * K)
     if D == 0 or not has_kernel(qkv):
         return attention_qkv_reference(qkv, H, K, causal, scale)
-    return _fused_qkv(qkv.contiguous(), H, K, causal, D**-0.5 if scale is None else scale)[0]
+    return _fused_qkv(qkv.contiguous(), H, K, causal, D**-0.5 if scale is None else scale, rounds_products())[
+        0
+    ]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -142,43 +150,69 @@ def _empty_results(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor
 
 
 def _attend(
-    where: _Where, out: Tensor, stats: Tensor, K: int, causal: bool, scale: float
+    where: _Where, out: Tensor, stats: Tensor, K: int, causal: bool, scale: float, rounds: bool
 ) -> tuple[Tensor, Tensor]:
     addresses, strides = where
     B, T, H, D = out.shape
-    kernels.attention_fwd(
+    (kernels.attention_bf16_fwd if rounds else kernels.attention_fwd)(
         *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(), B, T, H, K, D, causal, scale
     )
     return out, stats
 
 
 def _differentiate(
-    dout: Tensor, where: _Where, out: Tensor, stats: Tensor, grads: _Where, K: int, causal: bool, scale: float
+    dout: Tensor,
+    where: _Where,
+    out: Tensor,
+    stats: Tensor,
+    grads: _Where,
+    K: int,
+    causal: bool,
+    scale: float,
+    rounds: bool = False,
 ) -> None:
     addresses, strides = where
     grad_addresses, grad_strides = grads
     B, T, H, D = out.shape
-    kernels.attention_bwd(
+    (kernels.attention_bf16_bwd if rounds else kernels.attention_bwd)(
         dout.data_ptr(), *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(),
         *grad_addresses, grad_strides.buffer_info()[0], B, T, H, K, D, causal, scale,
     )  # fmt: skip
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return _attend(_where(q, k, v), *_empty_results(q, q.shape), k.shape[2], causal, scale)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, rounds: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _attend(_where(q, k, v), *_empty_results(q, q.shape), k.shape[2], causal, scale, rounds)
 
 
 def _empty_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    causal: bool,
+    scale: float,
+    rounds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, causal: bool, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    causal: bool,
+    scale: float,
+    rounds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _empty_gradients(dout, q, k, v, out, stats, causal, scale)
-    _differentiate(dout, _where(q, k, v), out, stats, _where(*grads), k.shape[2], causal, scale)
+    grads = _empty_gradients(dout, q, k, v, out, stats, causal, scale, rounds)
+    _differentiate(dout, _where(q, k, v), out, stats, _where(*grads), k.shape[2], causal, scale, rounds)
     return grads
 
 
@@ -194,48 +228,60 @@ _fused_gradients = KernelOp("attention_backward", _gradients, fake=_empty_gradie
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None, None, None
-    return *_fused_gradients(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
+        return (None,) * 6
+    return *_fused_gradients(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 _fused = KernelOp(
     "attention",
     _forward,
-    fake=lambda q, k, v, causal, scale: _empty_results(q, q.shape),
+    fake=lambda q, k, v, causal, scale, rounds=False: _empty_results(q, q.shape),
     backward=_backward,
     setup_context=_save,
 )
 
 
-def _empty_results_qkv(qkv: Tensor, H: int, K: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _empty_results_qkv(
+    qkv: Tensor, H: int, K: int, causal: bool, scale: float, rounds: bool = False
+) -> tuple[Tensor, Tensor]:
     B, T, width = qkv.shape
     return _empty_results(qkv, (B, T, H, width // (H + 2 * K)))
 
 
-def _forward_qkv(qkv: Tensor, H: int, K: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    results = _empty_results_qkv(qkv, H, K, causal, scale)
-    return _attend(_where_in(qkv, H, K), *results, K, causal, scale)
+def _forward_qkv(
+    qkv: Tensor, H: int, K: int, causal: bool, scale: float, rounds: bool = False
+) -> tuple[Tensor, Tensor]:
+    results = _empty_results_qkv(qkv, H, K, causal, scale, rounds)
+    return _attend(_where_in(qkv, H, K), *results, K, causal, scale, rounds)
 
 
 def _gradient_qkv(
-    dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, H: int, K: int, causal: bool, scale: float
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    H: int,
+    K: int,
+    causal: bool,
+    scale: float,
+    rounds: bool = False,
 ) -> Tensor:
     dqkv = torch.empty_like(qkv)
-    _differentiate(dout, _where_in(qkv, H, K), out, stats, _where_in(dqkv, H, K), K, causal, scale)
+    _differentiate(dout, _where_in(qkv, H, K), out, stats, _where_in(dqkv, H, K), K, causal, scale, rounds)
     return dqkv
 
 
 _fused_gradient_qkv = KernelOp(
     "attention_qkv_backward",
     _gradient_qkv,
-    fake=lambda dout, qkv, out, stats, H, K, causal, scale: torch.empty_like(qkv),
+    fake=lambda dout, qkv, out, stats, H, K, causal, scale, rounds=False: torch.empty_like(qkv),
 )
 
 
 def _backward_qkv(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return None, None, None, None, None
-    return _fused_gradient_qkv(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None, None
+        return (None,) * 6
+    return _fused_gradient_qkv(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * 5
 
 
 _fused_qkv = KernelOp(

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
+from portlm.ops.gelu_mlp_bf16 import gelu_mlp_bf16
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.precision import rounded_linear_reference, rounds_products
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, module_of
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ def gelu_mlp_reference(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "tanh"
 ) -> Tensor:
     """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+    product = rounded_linear_reference if rounds_products() else F.linear
+    return product(F.gelu(product(x, w1, b1), approximate=approximate), w2, b2)
 
 
 def gelu_mlp(
@@ -35,7 +38,8 @@ def gelu_mlp(
 ) -> Tensor:
     """Return gelu(x W1^T + b1) W2^T + b2.
 
-    Results and gradients are the same bits on any number of threads.
+    Results and gradients are the same bits on any number of threads. Inside ``precision.products_in("bf16")`` operands
+    are rounded to bfloat16.
 
     Args:
         x: (..., C).
@@ -67,6 +71,8 @@ def gelu_mlp(
         return gelu_mlp_reference(x, w1, b1, w2, b2, approximate)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = b1 if b1 is None else b1.contiguous(), b2 if b2 is None else b2.contiguous()
+    if rounds_products():
+        return gelu_mlp_bf16(x, w1, b1, w2, b2, approximate == "tanh")
     if torch.is_grad_enabled():
         for t in (x, w1, w2, b1, b2):
             if t is not None and t.requires_grad:

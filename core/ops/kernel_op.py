@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["KernelOp", "exporting", "has_kernel", "is_traced", "kernels", "without_kernels"]
+__all__ = ["KernelOp", "available", "exporting", "has_kernel", "is_traced", "kernels", "without_kernels"]
 
 _PLAIN: tuple[type, ...] = ()
 _exporting = False

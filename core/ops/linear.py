@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.linear_bf16 import linear_bf16
+from portlm.ops.precision import rounded_linear_reference, rounds_products
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b.
 
-    Results and gradients are the same bits on any number of threads.
+    Results and gradients are the same bits on any number of threads. Inside ``precision.products_in("bf16")`` operands
+    are rounded to bfloat16.
 
     Args:
         x: (..., K).
@@ -55,7 +58,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"[linear] bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
     if not has_kernel(x, weight, bias):
-        return linear_reference(x, weight, bias)
+        return (rounded_linear_reference if rounds_products() else linear_reference)(x, weight, bias)
+    if rounds_products():
+        return linear_bf16(x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
     return _fused(x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous())
 
 

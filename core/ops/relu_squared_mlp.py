@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.linear import linear
+from portlm.ops.precision import rounds_products
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, module_of
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def relu_squared_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: T
             "[relu_squared_mlp] need x (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), "
             f"got x {tuple(x.shape)}, w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)}, biases {biases}"
         )
+    if rounds_products():
+        return linear(linear(x, w1, b1).relu().square(), w2, b2)
     if not has_kernel(x, w1, b1, w2, b2):
         return relu_squared_mlp_reference(x, w1, b1, w2, b2)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()

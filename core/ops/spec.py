@@ -45,6 +45,12 @@ class Builder(Protocol):
     def floats(self, name: str, values: Any) -> str:
         """Return a small float32 table under a name."""
 
+    def counting(self, count: int) -> str:
+        """Return the int64 constant 0, 1, ... of so many elements."""
+
+    def weight_shape(self, name: str) -> Shape:
+        """Return the shape of a weight or constant."""
+
     def shared(self, key: str, make: Callable[[], str]) -> str:
         """Return what `make` writes, written once however many nodes ask for it."""
 
@@ -61,7 +67,7 @@ class Input:
 
     Attributes:
         name: of both.
-        dtype: "float32" or "int64".
+        dtype: "float32", "int64", or "uint8" for a weight of small whole numbers.
         optional: may be absent.
         heads: the attribute that counts the heads which lie side by side in the node's last axis, (B, T, H*D). The
             PyTorch op and the portable form see them apart, (B, T, H, D).
@@ -114,6 +120,8 @@ class Node:
             in or, if this is given, the input of this name,
         suffix: with this appended, if it is not "".
         rowwise: only the last axis means anything: inputs and outputs may have any axes before it.
+        packed: inputs, bits among the attributes, of which kernels read another form, see portlm.ops.quantized: it is
+            made of weights when a model is opened.
         tvm: the native function "portlm.<tvm>" that takes the inputs, the attributes as numbers and the outputs.
             Without an optional input it is "<tvm>_no_<input>". "" for a node that TVM's lowering writes by hand.
     """
@@ -130,6 +138,7 @@ class Node:
     named_after: str = ""
     suffix: str = ""
     rowwise: bool = False
+    packed: tuple[str, ...] = ()
     tvm: str = ""
 
     def functions(self) -> tuple[str, ...]:

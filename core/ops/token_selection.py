@@ -93,7 +93,7 @@ def select_tokens(
     )  # fmt: skip
     for index in range(B):
         if tokens[index] < 0:
-            raise _bad_row(logits, index)
+            raise bad_row(logits, index)
     return tokens
 
 
@@ -167,7 +167,7 @@ def _reference(
     tokens = np.empty(len(logits), np.int64)
     for index, row in enumerate(logits):
         if not (row < np.inf).all() or not (row > -np.inf).any():
-            raise _bad_row(logits, index)
+            raise bad_row(logits, index)
         if temperature == 0:
             tokens[index] = row.argmax()
             continue
@@ -229,7 +229,8 @@ def _word(name: str, value: Any) -> int:
     return whole(f"[token_selection] {name}", value, 0, _WORD)
 
 
-def _bad_row(logits: npt.NDArray[np.float32], index: int) -> PortlmError:
+def bad_row(logits: npt.NDArray[np.float32], index: int) -> PortlmError:
+    """Return the error of a row of (B, V) logits that no token can be chosen from."""
     bad = np.flatnonzero(~(logits[index] < np.inf))
     if bad.size:
         what = (

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from portlm.errors import ConfigError
+from portlm.ops.precision import Precision
 from portlm.settings import require_range
 from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
@@ -129,6 +130,12 @@ class RunConfig:
     seed: int = 1337
     threads: int = 0  # CPU threads; 0 means what PyTorch chooses
     device: str = "cpu"  # "cpu", "cuda" or "cuda:1"
+    precision: Precision = (
+        "fp32"  # of matrix products while training; "bf16" rounds their operands, on the CPU
+    )
+    recompute: bool = (
+        False  # compute activations again in backward instead of keeping them: less memory, more time
+    )
     log_interval: int = 10  # steps between lines of metrics
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -140,6 +147,10 @@ class RunConfig:
         require_range("seed", self.seed, 0, (1 << 63) - 1)
         require_range("threads", self.threads, 0, 4096)
         require_range("log_interval", self.log_interval, 1)
+        if self.precision == "bf16" and self.device != "cpu":
+            raise ConfigError(
+                f"precision bf16 is for device cpu, not {self.device!r}: leave precision out, or train on the CPU"
+            )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ConfigError(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above "

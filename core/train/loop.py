@@ -20,6 +20,7 @@ from torch import Tensor
 import portlm
 from portlm import settings
 from portlm.errors import ConfigError, DivergenceError, PortlmError
+from portlm.ops.precision import products_in
 from portlm.train import checkpoint, state
 from portlm.train.config import RunConfig
 from portlm.train.interrupt import Interrupt, InterruptedTraining
@@ -27,6 +28,7 @@ from portlm.train.metrics import MetricsLog
 from portlm.train.objectives import Objective
 from portlm.train.plot import plot_loss
 from portlm.train.progress import ProgressReport, duration
+from portlm.train.recompute import recompute_blocks
 from portlm.train.run_folder import RunFolder, SavedRun, check_same_run
 from portlm.train.schedule import WarmupCosine
 from portlm.train.setup import make_optimizer, training_device
@@ -165,6 +167,8 @@ class Trainer:
         self.config, self.folder, self.objective, self.device = config, folder, objective, device
         self.progress = progress
         objective.model.train()
+        if config.recompute:
+            recompute_blocks(objective.model)
         self.optimizer = make_optimizer(objective.model, config.optimizer)
         self.schedule = WarmupCosine(
             config.optimizer.lr, config.schedule.min_lr, config.warmup_steps, config.steps
@@ -211,7 +215,9 @@ class Trainer:
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = accumulate_gradients(self.objective.loss, self.objective.batches())
+        parts = self.objective.batches()
+        with products_in(self.config.precision):
+            loss = accumulate_gradients(self.objective.loss, parts)
         norm = self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

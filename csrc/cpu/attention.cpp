@@ -5,42 +5,15 @@
 // keys with an online softmax (Milakov and Gimelshein 2018). Backward recomputes the weights of a block of queries and
 // keys from each query's largest score and the sum of its exponentials: the same bits as forward, which one saved
 // logarithm of the two would not give. A causal block computes only the tiles that some query of it sees.
-#include <cmath>
-#include <limits>
-
 #include "cpu/attention.h"
+#include "cpu/attention_parts.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/vecmath.h"
 
 namespace portlm::PORTLM_ISA {
 namespace {
-
-// Scores in flight, chosen to stay in L1: kTileRows x kKeys forward, two of kBlock x kBlock backward.
-constexpr int64_t kKeys = 128;
-constexpr int64_t kBlock = 64;
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Where an array (B, T, heads, D) lies: floats from batch to batch, from row to row and from head to head.
-struct Layout {
-  int64_t batch, row, head;
-};
-Layout layout(const int64_t* strides, int which) { return {strides[3 * which], strides[3 * which + 1], strides[3 * which + 2]}; }
-
-void fill(float value, float* p, int64_t count) {
-  for_lanes(count, [=](int64_t i, auto lanes) { store(Vec(value), p + i, lanes); });
-}
-
-void scale_by(float factor, float* p, int64_t count) {
-  for_lanes(count, [=](int64_t i, auto lanes) { store(load(p + i, lanes) * Vec(factor), p + i, lanes); });
-}
 
 // Rows 0 .. T of x (T, D) as columns of panels, for products with x^T: panel p holds rows p * kTileCols and following.
 void pack_as_columns(const float* x, int64_t ld, int64_t T, int64_t D, float* panels) {
@@ -63,44 +36,6 @@ void times_panels(int64_t R, int64_t depth, const float* A, int64_t lda, const f
   for (int64_t j = 0; j < columns; j += kTileCols, panels += panel_size)
     tile(depth, A, lda, panels, {C + j, ldc, padded ? kTileCols : min(kTileCols, columns - j), nullptr, accumulate});
 }
-
-float dot(const float* a, const float* b, int64_t n) {
-  float out[1];
-  row_sums(n, out, [=](int64_t i, auto lanes) { return Sums<1>{{keep(load(a + i, lanes) * load(b + i, lanes), lanes)}}; });
-  return out[0];
-}
-
-// Turns G rows of scores, kKeys apart, into exp(score - top), where top rises to the largest score of the row, and adds
-// the row's sum to total, which is first scaled by exp(old top - new top); so is `shrink`. G rows at once, because the
-// reductions of one row are a chain of dependent operations. If masked, a row may have nothing but -inf.
-template <int G>
-void exponentials(float* rows, int64_t width, bool masked, float* top, float* total, float* shrink) {
-  Vec m[G], s[G];
-  for (int g = 0; g < G; ++g) m[g] = Vec(top[g]), s[g] = Vec(0.0f);
-  for (int64_t j = 0; j < width; j += Vec::N)
-    for (int g = 0; g < G; ++g) m[g] = max(Vec::load(rows + g * kKeys + j), m[g]);
-  for (int g = 0; g < G; ++g) {
-    const float before = top[g];
-    top[g] = hmax(m[g]);
-    m[g] = Vec(top[g] == kHidden && masked ? 0.0f : top[g]);
-    shrink[g] = before == kHidden ? 0.0f : std::exp(before - top[g]);
-  }
-  for (int64_t j = 0; j < width; j += Vec::N)
-    for (int g = 0; g < G; ++g) {
-      const Vec e = exp(Vec::load(rows + g * kKeys + j) - m[g]);
-      e.store(rows + g * kKeys + j);
-      s[g] += e;
-    }
-  for (int g = 0; g < G; ++g) total[g] = total[g] * shrink[g] + sum(s[g]);
-}
-
-// T queries of width D and S keys, of which the last query is the last; mask (S) hides keys where it is 0, or is nullptr.
-struct Shape {
-  int64_t T, S, D;
-  bool causal;
-  const int64_t* mask;
-  int64_t end(int64_t queries) const { return causal ? S - T + queries : S; }  // keys that so many queries see
-};
 
 // Queries [first, last) of one head. keys: columns times scale, values: rows.
 void attend(const Shape& s, const float* q, int64_t q_row, const float* keys, const float* values, int64_t packed_rows,
@@ -151,35 +86,17 @@ struct Workspace {
   float* dscores;  // kBlock x kBlock gradients with respect to q k^T
 };
 
-// Turns G rows of scores, kBlock apart, into weights, and the gradients of the weights into those of the scores before
-// scaling. stats holds two numbers per row, see kernels.def, and delta the row's sum of weight times gradient.
-template <int G>
-void weigh(float* weights, float* dscores, int64_t n, const float* stats, const float* delta, float scale) {
-  for (int64_t j = 0; j < n; j += Vec::N)
-    for (int g = 0; g < G; ++g) {
-      float *const weight = weights + g * kBlock + j, *const dscore = dscores + g * kBlock + j;
-      const Vec e = exp(Vec::load(weight) - Vec(stats[2 * g])) * Vec(stats[2 * g + 1]);
-      e.store(weight);
-      (e * (Vec::load(dscore) - Vec(delta[g])) * Vec(scale)).store(dscore);
-    }
-}
-
-// One query head's part of the gradients: dq is overwritten, dk and dv are added to. All pointers are of that head.
-struct Head {
-  const float *q, *out, *dout, *stats;
-  float *dq, *dk, *dv;
-  int64_t q_row, out_row, dq_row, dk_row, dv_row;
-};
-
-void differentiate(const Shape& s, const Head& h, const Workspace& w, float scale) {
-  for (int64_t i0 = 0; i0 < s.T; i0 += kBlock) {
+void differentiate(const Shape& s, const Head& h, const Workspace& w, float scale, const BackwardPart& part) {
+  for (int64_t i0 = part.first_query(s.causal); i0 < part.queries.end; i0 += kBlock) {
     const int64_t queries = min(kBlock, s.T - i0);
-    pack_as_rows(h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
-    pack_as_rows(h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
+    if (part.for_keys) {
+      pack_as_rows(h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
+      pack_as_rows(h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
+    }
     float delta[kBlock];  // sum over the keys of weight * its gradient
     for (int64_t i = 0; i < queries; ++i) delta[i] = dot(h.dout + (i0 + i) * h.out_row, h.out + (i0 + i) * h.out_row, s.D);
-    const int64_t end = s.end(i0 + queries);
-    for (int64_t j0 = 0; j0 < end; j0 += kBlock) {
+    const int64_t end = min(s.end(i0 + queries), part.keys.end);
+    for (int64_t j0 = part.keys.begin; j0 < end; j0 += kBlock) {
       const int64_t keys = min(kBlock, end - j0), panels = ceil_div(queries, kTileRows);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t i = queries * p / panels, R = queries * (p + 1) / panels - i;
@@ -200,10 +117,11 @@ void differentiate(const Shape& s, const Head& h, const Workspace& w, float scal
           fill(0.0f, weights + r * kBlock + visible, n - visible);
           fill(0.0f, dscores + r * kBlock + visible, n - visible);
         }
-        times_panels<false>(R, n, dscores, kBlock, w.keys_as_rows + j0 * kTileCols, kTileCols * s.T,
+        if (part.for_queries)
+          times_panels<false>(R, n, dscores, kBlock, w.keys_as_rows + j0 * kTileCols, kTileCols * s.T,
                             h.dq + (i0 + i) * h.dq_row, h.dq_row, s.D, false, j0 > 0);
       }
-      const int64_t key_panels = ceil_div(keys, kTileRows);
+      const int64_t key_panels = part.for_keys ? ceil_div(keys, kTileRows) : 0;
       for (int64_t p = 0; p < key_panels; ++p) {
         const int64_t j = keys * p / key_panels, R = keys * (p + 1) / key_panels - j;
         const int64_t from = s.causal ? max(0, j0 + j - i0) : 0;  // the first query that sees key j
@@ -279,7 +197,8 @@ void attention_bwd(const float* dout, const float* q, const float* k, const floa
   const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
   const Layout dql = layout(grad_strides, 0), dkl = layout(grad_strides, 1), dvl = layout(grad_strides, 2);
   const Shape shape{T, T, D, causal != 0, nullptr};
-  parallel_for(B * K, 1, [=](int64_t begin, int64_t end) {
+  const int64_t chunks = backward_chunks(B * K, T, threads_for(INT64_MAX, 1)), parts = chunks == 1 ? 1 : 2 * chunks;
+  parallel_for(B * K * parts, 1, [=](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     const int64_t rows = round_up(T, kTileCols), columns = round_up(D, kTileCols);
     Workspace w;
@@ -291,14 +210,16 @@ void attention_bwd(const float* dout, const float* q, const float* k, const floa
     w.weights = w.grads + kBlock * columns;
     w.dscores = w.weights + kBlock * kBlock;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / K, kv = task % K;
+      const int64_t head = task / parts, b = head / K, kv = head % K;
+      const BackwardPart part = backward_part(task % parts, chunks, T);
+      const int64_t j0 = part.keys.begin, seen = min(shape.end(part.queries.end), part.keys.end) - j0;
       const float *key = k + b * kl.batch + kv * kl.head, *value = v + b * vl.batch + kv * vl.head;
-      pack_as_columns(key, kl.row, T, D, w.keys_as_columns);
-      scale_by(scale, w.keys_as_columns, rows * D);
-      pack_as_columns(value, vl.row, T, D, w.values_as_columns);
-      pack_as_rows(key, kl.row, T, D, w.keys_as_rows);
+      pack_as_columns(key + j0 * kl.row, kl.row, seen, D, w.keys_as_columns + j0 * D);
+      scale_by(scale, w.keys_as_columns + j0 * D, round_up(seen, kTileCols) * D);
+      pack_as_columns(value + j0 * vl.row, vl.row, seen, D, w.values_as_columns + j0 * D);
+      if (part.for_queries) pack_as_rows(key, kl.row, T, D, w.keys_as_rows);
       float *dkey = dk + b * dkl.batch + kv * dkl.head, *dvalue = dv + b * dvl.batch + kv * dvl.head;
-      for (int64_t t = 0; t < T; ++t) {
+      for (int64_t t = part.keys.begin; part.for_keys && t < part.keys.end; ++t) {
         fill(0.0f, dkey + t * dkl.row, D);
         fill(0.0f, dvalue + t * dvl.row, D);
       }
@@ -307,7 +228,7 @@ void attention_bwd(const float* dout, const float* q, const float* k, const floa
         differentiate(shape,
                       {q + b * ql.batch + h * ql.head, out + at, dout + at, stats + 2 * (b * H + h) * T,
                        dq + b * dql.batch + h * dql.head, dkey, dvalue, ql.row, H * D, dql.row, dkl.row, dvl.row},
-                      w, scale);
+                      w, scale, part);
       }
     }
   });

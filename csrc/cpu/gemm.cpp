@@ -6,6 +6,7 @@
 #include "cpu/gemm.h"
 
 #include "cpu/gemm_few_rows.h"
+#include "cpu/gemm_grid.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -22,17 +23,8 @@ constexpr int64_t kFewColumns = 4;  // up to this many (a value head has 1) a ti
 constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
-
-// Rough number of cycles: 32 products per cycle, and bringing in and writing the matrices.
-int64_t cost(int64_t M, int64_t N, int64_t K) { return M * N * K / 32 + (M * K + N * K + M * N) / 4; }
+constexpr int64_t kRate = 32;  // products per cycle
 
 // Asks for `rows` x `columns` floats that are needed soon, lying ld floats apart.
 void prefetch(const float* p, int64_t ld, int64_t rows, int64_t columns) {
@@ -83,28 +75,11 @@ void multiply_part(const Product& p, Range rows, Range columns, PartDone done, v
   }
 }
 
-// Cuts C into as many parts as there are threads: rows[i] x columns[j].
-struct Grid {
-  int64_t rows, columns;
-};
-
-Grid best_grid(const Product& p, int64_t threads) {
-  const int64_t column_tiles = ceil_div(p.N, kTileCols);
-  Grid best{1, 1};
-  int64_t best_cost = INT64_MAX;
-  for (int64_t rows = 1; rows <= threads && rows <= p.M; ++rows) {
-    const int64_t columns = min(threads / rows, column_tiles);
-    const int64_t part = cost(ceil_div(p.M, rows), ceil_div(column_tiles, columns) * kTileCols, p.K);
-    if (part <= best_cost) best_cost = part, best = {rows, columns};  // more rows if equal: other kernels split rows too
-  }
-  return best;
-}
-
 }  // namespace
 
 void multiply(const Product& p, PartDone done, void* context) {
   if (p.M <= 0 || p.N <= 0) return;
-  const int threads = threads_for(cost(p.M, p.N, p.K), kGrain);
+  const int threads = threads_for(product_cycles(p.M, p.N, p.K, kRate), kGrain);
   const int64_t column_tiles = ceil_div(p.N, kTileCols);
   // parts of columns for the ways without packing
   const auto for_columns = [&](int64_t n, auto body) {
@@ -136,7 +111,7 @@ void multiply(const Product& p, PartDone done, void* context) {
     });
     return;
   }
-  const Grid grid = best_grid(p, threads);
+  const Grid grid = best_grid(p.M, p.N, p.K, kTileCols, kRate, threads);
   parallel_for(grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const Range c = share(column_tiles, part / grid.rows, grid.columns);

@@ -9,11 +9,14 @@
 // logit of the slab and corrected by a factor per slab once the largest of all is known (Milakov and Gimelshein 2018),
 // so each logit costs one exponential. Chunks, slabs and the order of all sums depend on the sizes alone: results are
 // the same, bit for bit, for every number of threads.
+//
+// With operands rounded to bfloat16 the exponentials of a chunk are kept that way, too, which is half the memory; their sums,
+// the loss and the probability of the target, from which 1 is taken, are of float32.
 #include <algorithm>
 #include <limits>
 #include <memory>
 
-#include "cpu/gemm.h"
+#include "cpu/gemm_bf16.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/vecmath.h"
@@ -40,13 +43,14 @@ struct Plan {
   int64_t slabs;
 };
 
-Plan plan(int64_t N, int64_t V) {
-  const int64_t least = std::clamp(N / 4, kLeastRows, kManyRows);
-  const int64_t most = std::clamp(kLogits / V, least, kMostRows);
+// twice as many rows, in the same memory, if `half`: products that take half the time pack as much
+Plan plan(int64_t N, int64_t V, bool half) {
+  const int64_t least = std::clamp(N / 4, kLeastRows, half ? 2 * kManyRows : kManyRows);
+  const int64_t most = std::clamp((half ? 2 : 1) * kLogits / V, least, kMostRows);
   Plan p;
   p.rows = std::min(N, ceil_div(ceil_div(N, ceil_div(N, most)), 2 * kLane) * 2 * kLane);
   p.ld = kLane * (ceil_div(p.rows, kLane) | 1);  // an odd number of cache lines: columns do not fall into few sets
-  const int64_t slabs = ceil_div(V, std::max<int64_t>(kSlab / p.ld, 1));
+  const int64_t slabs = ceil_div(V, std::max<int64_t>((half ? 2 : 1) * kSlab / p.ld, 1));
   p.slab = ceil_div(V, slabs == 1 ? 1 : ceil_div(slabs, kSlabs) * kSlabs);
   p.slabs = ceil_div(V, p.slab);
   return p;
@@ -128,13 +132,15 @@ void combine(const Plan& p, int64_t rows, float scale, float* largest, const flo
 
 // `rows` rows of x (rows, C) with their targets, whose gradients go to dx (rows, C) and are added to dweight (V, C), or
 // make it if `first`. Either may be nullptr. Scratch: logits (V, ld), not used if there are no gradients; largest and
-// total (slabs, ld); correct (ld).
+// total (slabs, ld); correct (ld). With operands rounded to bfloat16, rounded_x (rows, C) and halves (V, ld) for the logits,
+// and else nullptr.
 struct Chunk {
   const float* x;
   const int64_t* targets;
   float* dx;
   float* dweight;
   float *logits, *largest, *total, *correct;
+  uint16_t *rounded_x, *halves;
   int64_t rows;
   bool first;
 };
@@ -176,10 +182,55 @@ double run(const Chunk& c, const Plan& p, const float* weight, int64_t C, int64_
   return loss;
 }
 
-}  // namespace
+// The same with operands rounded to bfloat16.
+double run_bf16(const Chunk& c, const Plan& p, const float* weight, int64_t C, int64_t V, float scale) {
+  const Bf16Tiles& tiles = bf16_tiles();
+  const bool gradients = c.dx || c.dweight;
+  parallel_for(c.rows, kElementwiseGrain / (C + 1) + 1, [&](int64_t begin, int64_t end) {
+    tiles.round(c.x + begin * C, c.rounded_x + begin * C, (end - begin) * C);
+  });
+  for_slabs(p, V, [&](int64_t s, int64_t v0, int64_t count) {
+    thread_local Scratch scratch;
+    float* const logits = scratch.floats(p.slab * p.ld);
+    multiply_bf16({rows_of(weight + v0 * C, C), turned(c.rounded_x, C), nullptr, logits, count, c.rows, C, p.ld, false});
+    for (int64_t r = 0; r < c.rows; ++r)
+      if (c.targets[r] >= v0 && c.targets[r] < v0 + count) c.correct[r] = logits[(c.targets[r] - v0) * p.ld + r];
+    float *const largest = c.largest + s * p.ld, *const total = c.total + s * p.ld;
+    if (!gradients) return exponentials_of_slab<false>(logits, count, p.ld, c.rows, largest, total);
+    exponentials_of_slab<true>(logits, count, p.ld, c.rows, largest, total);
+    for (int64_t v = 0; v < count; ++v) tiles.round(logits + v * p.ld, c.halves + (v0 + v) * p.ld, c.rows);
+  });
+  combine(p, c.rows, scale, c.largest, c.total, c.correct);
+  double loss = 0.0;
+  for (int64_t r = 0; r < c.rows; ++r) loss += static_cast<double>(c.correct[r]);
+  if (!gradients) return loss;
+  // from here on what the gradient is at the target: (probability - 1) scale
+  for_lanes(c.rows, [&](int64_t j, auto lanes) {
+    store((exp(Vec(0.0f) - load(c.correct + j, lanes)) - Vec(1.0f)) * Vec(scale), c.correct + j, lanes);
+  });
+  for_slabs(p, V, [&](int64_t s, int64_t v0, int64_t count) {
+    uint16_t* const halves = c.halves + v0 * p.ld;
+    const float* const factor = c.largest + s * p.ld;
+    parallel_for(count, kElementwiseGrain / c.rows + 1, [&](int64_t begin, int64_t end) {
+      float row[kMostRows];
+      for (int64_t v = begin; v < end; ++v) {
+        widen(halves + v * p.ld, row, c.rows);
+        for_lanes(c.rows, [&](int64_t j, auto lanes) { store(load(row + j, lanes) * load(factor + j, lanes), row + j, lanes); });
+        tiles.round(row, halves + v * p.ld, c.rows);
+      }
+    });
+    for (int64_t r = 0; r < c.rows; ++r)
+      if (c.targets[r] >= v0 && c.targets[r] < v0 + count)
+        tiles.round(c.correct + r, halves + (c.targets[r] - v0) * p.ld + r, 1);
+    if (c.dweight)
+      multiply_bf16({rows_of(halves, p.ld), rows_of(c.rounded_x, C), nullptr, c.dweight + v0 * C, count, C, c.rows, C, !c.first});
+  });
+  if (c.dx) multiply_bf16({turned(c.halves, p.ld), rows_of(weight, C), nullptr, c.dx, c.rows, C, V, C, false});
+  return loss;
+}
 
-int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t* targets, float* loss, float* dx,
-                             float* dweight, int64_t N, int64_t C, int64_t V, int64_t ignore_index, int mean) {
+int64_t cross_entropy(bool half, const float* x, const float* weight, const int64_t* targets, float* loss, float* dx,
+                      float* dweight, int64_t N, int64_t C, int64_t V, int64_t ignore_index, int mean) {
   // Not a vector: its growth is a template of the standard library, of which the linker would keep one copy for all
   // instruction sets.
   const std::unique_ptr<int64_t[]> kept(new int64_t[N]);  // the first `count` are the rows that count
@@ -194,20 +245,24 @@ int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t*
   const float scale = mean ? 1.0f / static_cast<float>(count) : 1.0f;
   double total = 0.0;
   if (count > 0) {
-    const Plan p = plan(count, V);
+    const Plan p = plan(count, V, half);
     const bool gather = count < N;  // leave out the rows that do not count: they would cost as much as the others
-    const int64_t logits = dx || dweight ? V * p.ld : 0, statistics = p.slabs * p.ld;
+    const int64_t kept_logits = dx || dweight ? V * p.ld : 0, statistics = p.slabs * p.ld;
+    const int64_t logits = half ? kLane * ceil_div(kept_logits, 2 * kLane) : kept_logits;
+    const int64_t rounded = half ? kLane * ceil_div(p.rows * C, 2 * kLane) : 0;
     const int64_t gathered = gather ? p.rows * C : 0;
     thread_local Scratch scratch;
-    float* const memory = scratch.floats(logits + 2 * statistics + p.ld + 2 * gathered);
+    float* const memory = scratch.floats(logits + 2 * statistics + p.ld + rounded + 2 * gathered);
     float* const largest = memory + logits;
     float* const correct = largest + 2 * statistics;
-    float *const some_x = correct + p.ld, *const some_dx = some_x + gathered;
+    float* const rounded_x = correct + p.ld;
+    float *const some_x = rounded_x + rounded, *const some_dx = some_x + gathered;
     const std::unique_ptr<int64_t[]> some_targets(new int64_t[gather ? p.rows : 0]);
     for (int64_t begin = 0; begin < count; begin += p.rows) {
       const int64_t rows = std::min(p.rows, count - begin);
       Chunk c{x + begin * C, targets + begin, dx ? dx + begin * C : nullptr, dweight, memory, largest,
-              largest + statistics, correct, rows, begin == 0};
+              largest + statistics, correct, reinterpret_cast<uint16_t*>(rounded_x), reinterpret_cast<uint16_t*>(memory), rows,
+              begin == 0};
       if (gather) {
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = kept[begin + r];
@@ -216,13 +271,25 @@ int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t*
         }
         c.x = some_x, c.targets = some_targets.get(), c.dx = dx ? some_dx : nullptr;
       }
-      total += run(c, p, weight, C, V, scale);
+      total += half ? run_bf16(c, p, weight, C, V, scale) : run(c, p, weight, C, V, scale);
       if (gather && dx)
         for (int64_t r = 0; r < rows; ++r) std::copy(some_dx + r * C, some_dx + (r + 1) * C, dx + kept[begin + r] * C);
     }
   }
   *loss = static_cast<float>(mean ? total / static_cast<double>(count) : total);  // the mean of nothing is NaN
   return -1;
+}
+
+}  // namespace
+
+int64_t linear_cross_entropy(const float* x, const float* weight, const int64_t* targets, float* loss, float* dx,
+                             float* dweight, int64_t N, int64_t C, int64_t V, int64_t ignore_index, int mean) {
+  return cross_entropy(false, x, weight, targets, loss, dx, dweight, N, C, V, ignore_index, mean);
+}
+
+int64_t linear_cross_entropy_bf16(const float* x, const float* weight, const int64_t* targets, float* loss, float* dx,
+                                  float* dweight, int64_t N, int64_t C, int64_t V, int64_t ignore_index, int mean) {
+  return cross_entropy(true, x, weight, targets, loss, dx, dweight, N, C, V, ignore_index, mean);
 }
 
 }  // namespace portlm::PORTLM_ISA

@@ -2,6 +2,7 @@
 // arithmetic. Benchmarks print it beside what they reach; nothing else uses it.
 #include "cpu/probe.h"
 
+#include "cpu/gemm_bf16.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -106,6 +107,14 @@ double probe_flops(int64_t turns) {
     });
   });
   return 2.0 * kChains * Vec::N * static_cast<double>(each) * threads / seconds;
+}
+
+double probe_bf16(int64_t turns) {
+  const Bf16Tiles& tiles = bf16_tiles();
+  const int64_t each = turns / kPasses;
+  const int threads = probe_threads();
+  const double seconds = best_seconds([&] { parallel_for(threads, 1, [&](int64_t, int64_t) { keep_result(tiles.chains(each)); }); });
+  return tiles.turn_flops * static_cast<double>(each) * threads / seconds;
 }
 
 }  // namespace portlm::PORTLM_ISA

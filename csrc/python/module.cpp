@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
+#include "python/run.h"
 
 namespace py = pybind11;
 
@@ -86,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(cuda);
   cuda.def("architectures", &portlm::cuda::architectures, "Compute capabilities compiled for, '' for none.");
   m.def("isa", &portlm::isa_name, "Instruction set in use: scalar, avx2, avx512, avx512_vnni, neon or neon_dotprod.");
+  py::module_ run = m.def_submodule("run", "The runner of packed files.");
+  bind_run(run);
   m.def("kernel_calls", &kernel_calls,
         "Calls since the process began, {kernel: {instruction set, or 'cuda': count}}, from Python and from TVM alike.");
   m.def(

@@ -59,7 +59,7 @@ Tensor Call::tensor(int32_t i, const char* name, int32_t ndim, DataTypeCode code
     fail(std::string(name) + " must have " + (ndim == kAny ? "at least 1 axis" : std::to_string(ndim) + " axes") +
          ", got shape " + shape_text(raw->shape, raw->ndim));
   if (raw->dtype.code != code || raw->dtype.bits != bits || raw->dtype.lanes != 1)
-    fail(std::string(name) + " must be " + (code == kFloat ? "float" : "int") + std::to_string(bits) +
+    fail(std::string(name) + " must be " + (code == kFloat ? "float" : code == kInt ? "int" : "uint") + std::to_string(bits) +
          ", got type code " + std::to_string(raw->dtype.code) + " with " + std::to_string(raw->dtype.bits) + " bits");
   if (raw->device.type != kCpu) fail(std::string(name) + " must be on the CPU");
   const Tensor tensor(raw, name);
@@ -70,6 +70,8 @@ Tensor Call::tensor(int32_t i, const char* name, int32_t ndim, DataTypeCode code
 Tensor Call::f32(int32_t i, const char* name, int32_t ndim) const { return tensor(i, name, ndim, kFloat, 32, true); }
 
 Tensor Call::i64(int32_t i, const char* name, int32_t ndim) const { return tensor(i, name, ndim, kInt, 64, true); }
+
+Tensor Call::u8(int32_t i, const char* name, int32_t ndim) const { return tensor(i, name, ndim, kUnsigned, 8, true); }
 
 Tensor Call::strided_f32(int32_t i, const char* name, int32_t ndim) const {
   return tensor(i, name, ndim, kFloat, 32, false);

@@ -51,6 +51,7 @@ class Call {
   // Contiguous CPU tensors of one rank (or any rank of at least one, if ndim is kAny).
   Tensor f32(int32_t i, const char* name, int32_t ndim = kAny) const;
   Tensor i64(int32_t i, const char* name, int32_t ndim = kAny) const;
+  Tensor u8(int32_t i, const char* name, int32_t ndim = kAny) const;
   // The same without the demand to be contiguous.
   Tensor strided_f32(int32_t i, const char* name, int32_t ndim) const;
   int64_t integer(int32_t i, const char* name) const;

@@ -19,7 +19,7 @@ constexpr uint32_t kAbiMajor = 0;
 constexpr uint32_t kAbiMinor = 1;
 
 enum DeviceType : int32_t { kCpu = 1 };
-enum DataTypeCode : uint8_t { kInt = 0, kFloat = 2 };
+enum DataTypeCode : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2 };
 
 struct DLDevice {
   int32_t type;

@@ -99,6 +99,31 @@ def test_damage_is_noticed_before_anything_runs(name, damage, portlm, artifacts,
         assert path.name in outcome.error, outcome.error
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None], ids=["NaN", "infinity", "nothing"])
+def test_verify_fails_where_the_stored_answer_is_no_number(bad, portlm, artifacts, tmp_path):
+    """Also where the manifest lists that very file: no engine agrees with NaN, nor with an answer that is not there."""
+    from portlm.artifact import read_manifest, refresh_files, write_manifest
+    from portlm.compile.parity import REFERENCE
+    from portlm.weights import load_numpy, save_tensors
+
+    folder = shutil.copytree(artifacts["gpt2"], tmp_path / "model")
+    engine = ("-e", "torch:cpu:native")
+    assert portlm("verify", folder, *engine).code == 0
+    tensors = {name: tensor.copy() for name, tensor in load_numpy(folder / REFERENCE).items()}
+    if bad is None:
+        tensors.clear()
+    else:
+        tensors["logits"][0, 0] = bad
+    save_tensors(folder / REFERENCE, tensors, None)
+    write_manifest(folder, refresh_files(folder, read_manifest(folder), [REFERENCE]))
+    outcome = portlm("verify", folder, *engine)
+    assert outcome.code == 1
+    assert REFERENCE in outcome.out
+    outcome = portlm("verify", folder, *engine, "--json", "--no-bisect")
+    assert outcome.code == 1
+    assert [REFERENCE in row["problem"] for row in json.loads(outcome.out)] == [True]
+
+
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "onnx/../../outside.txt", "link.txt"])
 def test_a_manifest_path_that_leaves_its_folder_is_refused(name, portlm, artifacts, tmp_path):
     from portlm.artifact import _digest

@@ -66,6 +66,7 @@ def test_compile_leaves_out_an_engine_that_is_not_installed_unless_it_was_named(
     assert [line.rpartition("/")[2] for line in outcome.out.splitlines()] == [
         "decoder.ort-cpu-fused.onnx",
         "decoder.ort-vulkan-fused.onnx",
+        "packed.portlm",
     ]
     assert portlm("compile", model, "--engine", "tvm").error == "tvm: not installed"
 

@@ -281,6 +281,27 @@ def test_answer_that_contradicts_itself_is_refused(copy, change):
         load_reference(copy, read_manifest(copy))
 
 
+def of_padding_alone(t):
+    t.update(attention_mask=t["attention_mask"] * 0, logits=t["logits"][:0])
+    t.update(greedy=t["greedy"][:, :0], margins=t["margins"][:, :0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict.clear, "holds no answer of the model as decoder"),
+        (of_padding_alone, "has no logits to compare with"),
+    ],
+)
+def test_an_answer_that_says_nothing_is_not_agreed_with(copy, change, words):
+    tensors = {name: tensor.copy() for name, tensor in load_numpy(copy / REFERENCE).items()}
+    change(tensors)
+    save_tensors(copy / REFERENCE, tensors, None)
+    write_manifest(copy, refresh_files(copy, read_manifest(copy), [REFERENCE]))
+    with pytest.raises(FormatError, match=words):
+        recheck(copy, open_ort(copy))
+
+
 @pytest.mark.parametrize("graph", [GRAPH, "onnx/decoder.ort-cpu-fused.onnx"])
 def test_bisect_finds_nothing_where_nothing_is_wrong(certified, graph):
     assert bisect(certified, ort_runner(), graph) is None

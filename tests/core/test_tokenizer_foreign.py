@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from portlm.data.python_topics import python_topics
 from portlm.data.shards import prepare
 from portlm.errors import FormatError, UsageError
+from portlm.models import FAMILIES
 from portlm.tokenizer import Tokenizer, train_bpe
 from portlm.tokenizer_steps import SPLIT_PATTERNS, byte_level
 
@@ -174,13 +175,32 @@ def test_tokenizer_config_changes_what_it_changes_in_transformers(transformers, 
             assert (ours.encode(text), again(text)["input_ids"]) == (ids, ids), config
 
 
-def test_without_a_class_the_config_may_ask_for_a_space(tmp_path):
-    """So GPT-2's own tokenizer_config.json is written; transformers then takes the class of the model."""
-    for space, ids in ((True, [32, 97]), (False, [97]), (None, [97])):
+def test_without_a_class_or_a_model_the_config_may_ask_for_a_space(tmp_path):
+    for space, text in ((True, " a"), (False, "a"), (None, "a")):
         folder = write(tmp_path, {"add_prefix_space": space}, pre_tokenizer=byte_level())
-        assert Tokenizer.load(folder).decode(Tokenizer.load(folder).encode("a")).encode()[
-            -len(ids) :
-        ] == bytes(ids)
+        tokenizer = Tokenizer.load(folder)
+        assert tokenizer.decode(tokenizer.encode("a")) == text
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"add_prefix_space": True}, {"add_prefix_space": False}], ids=str
+)
+@pytest.mark.parametrize("before", ["bare", "bare with space"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *({"model_type": name} for name in FAMILIES),
+        {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"},
+    ],
+    ids=str,
+)
+def test_where_no_class_is_named_it_is_that_of_the_model(transformers, tmp_path, model, before, config):
+    """GPT-2's own tokenizer_config.json names none."""
+    folder = write(tmp_path, config, pre_tokenizer=BEFORE[before], post_processor=template(BEGIN, "$A"))
+    (folder / "config.json").write_text(json.dumps(model))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
+    for text in ("a b", " a", "12 a", "\na", ""):
+        assert ours.encode(text) == theirs(text)["input_ids"]
 
 
 def test_the_class_of_gpt_neox_has_no_template(transformers, tmp_path):

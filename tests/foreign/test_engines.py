@@ -15,7 +15,7 @@ from portlm.errors import EngineUnavailableError, UsageError  # noqa: E402
 PROMPTS = [[5, 9, 2, 44, 17], [30, 31]]  # of different lengths: one row is padded
 NEW = 12
 ERROR = 1e-4  # of a logit, as everywhere between engines
-ENGINES = (("torch", "cpu"), ("ort", "cpu"), ("ort", "vulkan"), ("tvm", "cpu"))
+ENGINES = (("torch", "cpu"), ("ort", "cpu"), ("ort", "vulkan"), ("tvm", "cpu"), ("packed", "cpu"))
 NAMES = [":".join(pair) for pair in ENGINES]
 
 

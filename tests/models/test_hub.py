@@ -107,6 +107,25 @@ def test_a_prompt_begins_with_what_transformers_begins_it_with(transformers, gpt
             assert list(session.score("the").token_ids) == theirs("the")["input_ids"]
 
 
+@pytest.mark.parametrize("config", [None, "{}"])
+def test_the_class_that_no_tokenizer_config_names_comes_along(transformers, llama, tmp_path, config):
+    """config.json may name it, which portlm writes anew. GPT2Tokenizer puts no space before a text here."""
+    hf = folder_of(llama, tmp_path / "hf")
+    document = json.loads((hf / "tokenizer.json").read_text())
+    document["pre_tokenizer"]["add_prefix_space"] = True
+    (hf / "tokenizer.json").write_text(json.dumps(document))
+    (hf / "tokenizer_config.json").unlink() if config is None else (hf / "tokenizer_config.json").write_text(
+        config
+    )
+    for kind, ids in (("GPT2Tokenizer", list(b"the")), (None, list(b" the"))):
+        data = json.loads((hf / "config.json").read_text())
+        (hf / "config.json").write_text(json.dumps(data | {"tokenizer_class": kind}))
+        import_hf(hf, tmp_path / f"from {kind}")
+        for folder in (hf, tmp_path / f"from {kind}"):
+            assert transformers.AutoTokenizer.from_pretrained(folder)("the")["input_ids"] == ids
+            assert Tokenizer.load(folder).encode("the") == ids
+
+
 def test_an_export_without_tokenizer_config_still_opens_as_a_tokenizer(transformers, gpt2, tmp_path):
     folder_of(gpt2, tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "tokenizer_config.json").unlink()

@@ -99,12 +99,15 @@ def test_attention_survives_large_scores(as_accurate):
     as_accurate(attention(q, k, v), attention_reference(q, k, v), oracle)
 
 
-def test_attention_gradients_do_not_depend_on_the_number_of_threads(same_on_all_thread_counts):
-    inputs = _inputs((2, 150, 4, 2, 16))
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sizes", [(2, 150, 4, 2, 16), (1, 333, 2, 1, 20), (1, 50, 1, 1, 8)], ids=str)
+def test_attention_gradients_do_not_depend_on_the_number_of_threads(sizes, causal, same_on_all_thread_counts):
+    """With fewer heads than threads the tasks are chunks of queries and of keys: the sums are still the same."""
+    inputs = _inputs(sizes)
 
     def gradients() -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in inputs]
-        return list(torch.autograd.grad(attention(*leaves).square().sum(), leaves))
+        return list(torch.autograd.grad(attention(*leaves, causal=causal).square().sum(), leaves))
 
     assert same_on_all_thread_counts(gradients)
 

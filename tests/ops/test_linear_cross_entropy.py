@@ -108,7 +108,7 @@ def test_only_the_wanted_gradient_is_computed(wanted):
     leaf = (x, weight)[wanted].requires_grad_()
     loss = linear_cross_entropy(x, weight, targets)
     assert torch.equal(torch.autograd.grad(loss, leaf)[0], both[wanted])
-    parts = _fused_with_gradients(x, weight, targets, -100, True, wanted == 0, wanted == 1)
+    parts = _fused_with_gradients(x, weight, targets, -100, True, wanted == 0, wanted == 1, False)
     assert parts[2 - wanted].numel() == 0
 
 

@@ -21,6 +21,7 @@ TARGETS = [
     ("ort", "vulkan", "fused"),
     ("tvm", "cpu", "portable"),
     ("tvm", "cpu", "fused"),
+    ("packed", "cpu", "fused"),
 ]
 BYTES = byte_tokenizer(eos="<|endoftext|>")
 V = 257

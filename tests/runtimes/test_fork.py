@@ -15,12 +15,13 @@ from portlm.errors import UsageError
 if not hasattr(os, "fork"):
     pytest.skip("this system forks no processes", allow_module_level=True)
 
-PACKAGES = {"ort": "onnxruntime"}
+PACKAGES = {"ort": "onnxruntime", "packed": "portlm._C"}
 TARGETS = (
     "torch:native",
     "torch:portable",
     "tvm:fused",
     "ort:fused",
+    "packed:fused",
 )  # each runs its loops in another way
 
 START = """

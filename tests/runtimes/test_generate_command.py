@@ -186,7 +186,7 @@ def test_a_terminal_is_not_given_control_characters(artifacts, stream):
     [
         (["abc", "--prompt-file", "x"], 2, "not both"),
         (["--prompt-file", "no-such-file"], 1, "no-such-file: cannot be read"),
-        (["abc", "-e", "nothing"], 2, "choose one of auto, torch, ort, tvm, null"),
+        (["abc", "-e", "nothing"], 2, "choose one of auto, torch, ort, tvm, packed, null"),
         (["abc", "-e", "torch:cpu", "-d", "cuda"], 2, "'cpu' and device 'cuda' are both asked for"),
         (["abc", "-e", "torch:cpu:"], 2, "is no engine"),
         (["abc", "-n", "0"], 2, "max_new_tokens"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import portlm
-from portlm.artifact import read_manifest, replace, write_manifest
+from portlm.artifact import read_manifest, refresh_files, replace, write_manifest
 from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import (
     ContextLengthError,
@@ -110,7 +110,7 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"engine": "tensorrt"}, "no engine 'tensorrt': choose one of auto, torch, ort, tvm, null"),
+        ({"engine": "tensorrt"}, "no engine 'tensorrt': choose one of auto, torch, ort, tvm, packed, null"),
         ({"device": "tpu"}, "no device 'tpu': choose one of auto, cpu, cuda, vulkan"),
         ({"profile": "best"}, "no profile 'best': choose one of auto, portable, fused, native"),
         ({"engine": "null", "device": "cuda"}, "null does not run on cuda: choose cpu"),
@@ -180,7 +180,12 @@ def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damag
 
 
 def test_what_is_read_of_config_json_is_compared_with_the_manifest(artifact):
-    """Without generation_config.json, config.json says how text is made."""
+    """It may name the class of the tokenizer and, without generation_config.json, say how text is made."""
+    content = (artifact / "config.json").read_text()
+    (artifact / "config.json").write_text(content + " ")
+    with pytest.raises(FormatError, match=r"config\.json: altered"):
+        load(artifact, "null")
+    (artifact / "config.json").write_text(content)
     manifest = read_manifest(artifact)
     (artifact / "generation_config.json").unlink()
     files = {name: entry for name, entry in manifest.files.items() if name != "generation_config.json"}
@@ -223,16 +228,18 @@ def test_a_file_that_would_be_used_and_is_not_listed_is_refused(artifact, tmp_pa
         assert session.generate([[1, 2]], max_new_tokens=2)[0].new_tokens == 2
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
-def test_an_artifact_that_is_exported_again_is_compared_with_its_manifest(artifact, tmp_path, name):
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json", "README.md"])
+def test_an_artifact_that_a_model_is_taken_from_again_is_compared_with_its_manifest(artifact, tmp_path, name):
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
     from portlm.compile.export import export
-    from portlm.hub import export_hf
+    from portlm.hub import export_hf, import_hf
 
+    (artifact / "README.md").write_text("its licence")
+    write_manifest(artifact, refresh_files(artifact, read_manifest(artifact), ["README.md"]))
     path = artifact / name
     content = path.read_bytes()
     path.write_bytes(content + b" ")
-    for again in (export, export_hf):
+    for again in (export, export_hf, import_hf):
         with pytest.raises(FormatError, match=f"{name}: altered"):
             again(artifact, tmp_path / "out")
     path.write_bytes(content)

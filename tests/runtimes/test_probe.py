@@ -61,7 +61,7 @@ def test_what_is_called_available_can_be_loaded(rows, pair, compiled):
 def test_nothing_installed_gives_the_command_for_each(installed):
     installed()
     for row in probe.probe():
-        if row["engine"] == "null":
+        if row["engine"] in ("null", "packed"):  # which run on nothing but portlm
             continue
         assert not row["available"]
         assert row["reason"].endswith("is not installed")

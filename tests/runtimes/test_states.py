@@ -20,6 +20,7 @@ TARGETS = [
     ("ort", "vulkan", "portable"),
     ("tvm", "cpu", "portable"),
     ("tvm", "cpu", "fused"),
+    ("packed", "cpu", "fused"),
 ]
 V = 257
 TOLERANCE = 1e-4  # of fp32 logits of size 10, over batches whose sums are taken in different orders

@@ -1,6 +1,7 @@
 """The threads of a step: how many, whose setting stays, and that nothing else changes with them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ from portlm import threads as threads_module
 from portlm.rows import Rows
 from portlm.threads import FEW_TOKENS, StepThreads, cores
 
-OWN = ("torch:native", "torch:fused", "torch:portable", "tvm:fused")  # whose threads are OpenMP's
+OWN = (
+    "torch:native",
+    "torch:fused",
+    "torch:portable",
+    "tvm:fused",
+    "packed:fused",
+)  # whose threads are OpenMP's
 TARGETS = (*OWN, "tvm:portable", "ort:fused", "ort:portable")
 
 
@@ -29,6 +36,19 @@ def inside(engine, look):
             return run(*tensors)
 
         engine._functions["decoder"] = replace(role, function=function)
+    elif engine.name == "packed":
+        program = engine._programs["decoder"]
+
+        def ran(of):
+            def function(*arguments):
+                look()
+                return of(*arguments)
+
+            return function
+
+        engine._programs["decoder"] = SimpleNamespace(
+            start=program.start, run=ran(program.run), advance=ran(program.advance), can_advance=True
+        )
     else:
         library = engine._library("decoder")
 
@@ -154,7 +174,7 @@ def test_cores_are_those_that_this_process_may_use():
 @pytest.mark.parametrize("target", TARGETS)
 def test_results_are_the_same_bits_on_any_number_of_threads(target, wide):
     engine = target.partition(":")[0]
-    pytest.importorskip({"ort": "onnxruntime"}.get(engine, engine))
+    pytest.importorskip({"ort": "onnxruntime", "packed": "portlm._C"}.get(engine, engine))
     found = []
     for threads in (1, 2, 3):
         with opened(wide, target, threads) as session:

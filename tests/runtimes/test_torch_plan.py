@@ -470,7 +470,11 @@ def test_a_failure_in_a_call_names_the_node(tmp_path):
         role.function(torch.ones(1, 4), torch.tensor([9]))
 
 
-_ONNX = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+_ONNX = {
+    "float32": onnx.TensorProto.FLOAT,
+    "int64": onnx.TensorProto.INT64,
+    "uint8": onnx.TensorProto.UINT8,
+}
 
 
 def ints(*values):
@@ -483,6 +487,8 @@ CASES = [
     ("Mul", [(2, 3), ()], {}),
     ("Div", [(2, 3), (2, 3)], {}),
     ("Sqrt", [(2, 3)], {}),
+    ("Floor", [np.array([-1.5, -0.0, 0.9375, 15.9375, 3.0], np.float32)], {}),
+    ("Cast", [np.arange(256, dtype=np.uint8)], {"to": 1}),
     ("Exp", [(2, 3)], {}),
     ("Relu", [(2, 3)], {}),
     ("Sigmoid", [(2, 3)], {}),
@@ -504,6 +510,7 @@ CASES = [
     ("Gather", [(5, 3), ints(4, 0, 4).reshape(1, 3, 1)], {}),
     ("Gather", [(2, 5, 3), ints(1)], {"axis": -2}),
     ("Gather", [(2, 5), np.array(3)], {"axis": 1}),
+    ("Gather", [np.arange(6, dtype=np.uint8).reshape(3, 2), ints(2, 0)], {}),
     ("Reshape", [(2, 3, 4), ints(0, -1)], {}),
     ("Reshape", [(2, 6), ints(0, 2, 3)], {}),
     ("Split", [(2, 6), ints(1, 2, 3)], {"axis": -1}),
@@ -527,7 +534,8 @@ def test_a_standard_operator_means_what_onnx_says(operator, given, attributes):
         onnx.helper.make_tensor_value_info(n, _ONNX[a.dtype.name], a.shape)
         for n, a in zip(names, arrays, strict=True)
     ]
-    made = [onnx.helper.make_tensor_value_info(name, _ONNX["float32"], None) for name in node.output]
+    kind = "uint8" if operator == "Gather" and arrays[0].dtype == np.uint8 else "float32"
+    made = [onnx.helper.make_tensor_value_info(name, _ONNX[kind], None) for name in node.output]
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "one", taken, made), opset_imports=[onnx.helper.make_opsetid("", 20)]
     )

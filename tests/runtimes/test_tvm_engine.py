@@ -82,17 +82,18 @@ def test_an_altered_library_is_refused_though_the_manifest_agrees(artifact):
 
 def test_a_library_that_is_swapped_while_it_is_compiled_is_not_trusted(artifact, monkeypatch):
     """Whoever may write to the artifact can put another file in the library's place as soon as it is there."""
-    from portlm.compile import tvm_library
+    from portlm.compile import tvm_build
     from portlm.compile.build import build
 
-    real = tvm_library.compile_library
+    real = tvm_build.store_file
 
-    def swapped(folder, *arguments, **options):
-        made = real(folder, *arguments, **options)
-        (folder / FUSED / LIBRARY).write_bytes(b"somebody else's code")
-        return made
+    def swapped(folder, name, data):
+        entry = real(folder, name, data)
+        if name.endswith(LIBRARY):
+            (folder / name).write_bytes(b"somebody else's code")
+        return entry
 
-    monkeypatch.setattr(tvm_library, "compile_library", swapped)
+    monkeypatch.setattr(tvm_build, "store_file", swapped)
     build(artifact, [("tvm", "cpu", "fused")])
     with pytest.raises(FormatError, match=f"{LIBRARY}: (altered|truncated)"):
         open_engine(artifact)

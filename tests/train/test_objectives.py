@@ -27,23 +27,7 @@ from portlm.train.pretrain import pretrain  # noqa: E402
 from portlm.weights import load_torch, save_tensors  # noqa: E402
 
 DATA = Path(__file__).parents[1] / "data"
-TEXT = "".join(f"{i} green bottles hanging on the wall\n" for i in range(60, 0, -1))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The models here are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def masked(text, **values):

@@ -9,6 +9,7 @@ from portlm import settings
 from portlm.train.checkpoint import list_checkpoints
 from portlm.train.config import PretrainConfig
 from portlm.train.loop import Trainer
+from portlm.train.metrics import comparable, read_metrics
 from portlm.train.pretrain import pretrain as pretrain_and_plot
 
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer. Äpfel!\n" for i in range(99, 0, -1))
@@ -31,6 +32,11 @@ def digest(folder):
     """Return the sha256 of everything that a bit-exact resume must reproduce."""
     names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def told(run):
+    """Return the lines of metrics of a run without what the clock says in them."""
+    return comparable(read_metrics(run / "metrics.jsonl"))
 
 
 def newest(run):

@@ -1,0 +1,67 @@
+"""Who races: portlm's engines, and the best CPU rivals, each with the settings that are best for it.
+
+One line each. `portlm bench --against` knows some of them; what is only worth it here is added: other formats of
+llama.cpp, half precision, OpenVINO, portlm's whole loop.
+"""
+
+from __future__ import annotations
+
+from portlm.flows.race.contender import Entry
+from portlm.flows.race.rivals import RIVALS, llama_cpp, transformers
+
+CLASSES = "portlm.flows.race.portlm_engines"
+ENGINES = ("packed:cpu:fused", "tvm:cpu:fused", "ort:cpu:fused")
+OPENVINO = {"openvino": "openvino", "nncf": "nncf", "torch": "torch", "transformers": "transformers"}
+
+
+def portlm(target: str, quantize: str = "", generate: bool = False) -> Entry:
+    """A row of portlm: an engine, perhaps on quantized weights, perhaps behind session.generate."""
+    engine, device, profile = target.split(":")
+    precision = {"": "f32", "int8": "q8", "int4": "q4"}[quantize]
+    name = " ".join(filter(None, ("portlm", engine, quantize or "f32", "generate" if generate else "")))
+    note = ", ".join(filter(None, (target, "through session.generate" if generate else "")))
+    cls = "PortlmGenerate" if generate else "PortlmEngine"
+    arguments = {"engine": engine, "device": device, "profile": profile, "quantize": quantize}
+    return Entry(name, precision, f"{CLASSES}:{cls}", arguments, ours=True, note=note)
+
+
+def openvino(precision: str) -> Entry:
+    """A row of OpenVINO, stateful."""
+    note = {
+        "f32": "arithmetic and cache in float32",
+        "q4": "NNCF INT4_SYM, groups of 32, 8-bit activations and cache as OpenVINO chooses",
+    }
+    return Entry(
+        f"openvino {precision}", precision, "openvino_model:OpenVino", {"precision": precision}, OPENVINO,
+        note=note[precision],
+    )  # fmt: skip
+
+
+CONTENDERS = {
+    entry.name: entry
+    for entry in (
+        *(portlm(target, bits) for bits in ("", "int8", "int4") for target in ENGINES),
+        *RIVALS["transformers"],
+        *RIVALS["llama.cpp"],
+        llama_cpp("q4_0_mix", "q4", "Q4_0 as llama.cpp mixes it: the head in Q6_K"),
+        *RIVALS["ort-genai"],
+        openvino("f32"),
+        openvino("q4"),
+    )
+}
+"""What runs unless the command line names others."""
+
+EXTRAS = {
+    entry.name: entry
+    for entry in (
+        portlm("torch:cpu:native"),
+        *(portlm(target, bits, generate=True) for bits in ("", "int4") for target in ENGINES),
+        llama_cpp("q4_k_m", "q4", "Q4_K_M"),
+        transformers("bfloat16", "f16", "eager mode, sdpa attention"),
+    )
+}
+"""What runs when it is named."""
+
+SMOKE = ("portlm packed f32", "portlm ort f32", "portlm packed f32 generate", "portlm packed int4")
+WHOLE_LOOP = tuple(name for name in EXTRAS if name.endswith("generate"))
+"""Rows that a model too small for its kernels to matter is about."""

@@ -1,0 +1,69 @@
+"""Nodes on quantized weights as ONNX Runtime's own: their weights are taken as they lie in the file."""
+
+import onnx
+from onnx import helper
+
+from portlm.compile.check import CONTRIB
+from portlm.compile.graph import GraphBuilder
+from portlm.ops.quantized import width
+from portlm.ops.quantized_linear import write_activation
+from portlm.ort_support import accuracy_level
+
+
+def matmul_nbits(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """QuantizedLinear: MatMulNBits and the activation, which takes the bias where ORT has one that does."""
+    if node.op_type != "QuantizedLinear":
+        return False
+    x, weight, scale, zero, bias = (*node.input, "", "")[:5]
+    said = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    activation, y = said.get("activation", b"none").decode(), node.output[0]
+    later = {"gelu": "BiasGelu", "gelu_tanh": "FastGelu"}.get(activation, "") if bias else ""
+    N, G, size = g.weight_shape(weight)
+    inputs = [x, weight, scale, zero, "", "" if later else bias]
+    while not inputs[-1]:
+        inputs.pop()
+    total = g.op(
+        "MatMulNBits",
+        inputs,
+        y if activation == "none" else f"{y}.matmul" if later else f"{y}.sum",
+        domain=CONTRIB,
+        K=width((N, G, size), said["bits"]),
+        N=N,
+        accuracy_level=accuracy_level(),
+        bits=said["bits"],
+        block_size=size * 8 // said["bits"],
+    )
+    if later:
+        g.op(later, (total, bias), y, domain=CONTRIB)
+    else:
+        write_activation(g, total, activation, y)
+    return True
+
+
+def gather_block_quantized(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """QuantizedEmbedding: GatherBlockQuantized, which wants the bytes of a row without the cut into groups.
+
+    Not on Vulkan where a row's zero points end in half a byte: WebGPU's takes the other half for one too many.
+    """
+    if node.op_type != "QuantizedEmbedding":
+        return False
+    ids, weight, scale, *zero = node.input
+    bits = helper.get_attribute_value(next(a for a in node.attribute if a.name == "bits"))
+    V, G, size = g.weight_shape(weight)
+    if device == "vulkan" and zero and G * bits % 8:
+        return False
+    rows = g.shared(
+        f"{weight} in rows",
+        lambda: g.op("Reshape", (weight, g.ints(V, G * size)), g.unique(f"{weight}.rows")),
+    )
+    g.op(
+        "GatherBlockQuantized",
+        (rows, ids, scale, *zero),
+        node.output[0],
+        domain=CONTRIB,
+        bits=bits,
+        block_size=size * 8 // bits,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    return True

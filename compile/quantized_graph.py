@@ -1,0 +1,189 @@
+"""Which weights of a model are quantized, and the nodes that read them in place of the model's own.
+
+All matrices of linear maps are, and all tables of which rows are looked up at token ids: those whose every use is one
+of the two, in all roles. A table that is also the head is one weight with one set of numbers. Everything else stays
+float32: biases, norms, tables of positions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from portlm.compile import aten
+from portlm.compile.graph import GraphBuilder
+from portlm.compile.module_weights import Use, Weights, uses
+from portlm.compile.quantize import Quantizer, Scheme, pack, pack_zeros, quantize
+from portlm.compile.trace import Recording
+from portlm.models.roles import Role
+from portlm.ops.registry import captured, nodes
+from portlm.ops.spec import DOMAIN, Node, module_of
+
+Attributes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """The quantized weights of a module.
+
+    Attributes:
+        scheme: of all of them.
+        names: in graphs, of the parameters.
+        arrays: what graphs have in their place, by name: <name>.q, <name>.scale and, if there are any, <name>.zero.
+    """
+
+    scheme: Scheme
+    names: frozenset[str]
+    arrays: Mapping[str, np.ndarray]
+
+    def write(
+        self,
+        g: GraphBuilder,
+        fused: bool,
+        spec: Node,
+        inputs: Sequence[str],
+        output: str,
+        attributes: Attributes,
+    ) -> None:
+        """Write the nodes that stand for one of the model's own.
+
+        Args:
+            g: the graph.
+            fused: as nodes of ai.portlm, otherwise in standard operators.
+            spec: of the model's node, one of REWRITES.
+            inputs: of it; its matrices are names of parameters, of which the graph has none.
+            output: the name of its result.
+            attributes: of it.
+        """
+        REWRITES[spec.op_type](_Writer(self, g, fused), inputs, output, attributes)
+
+
+class _Writer:
+    """Writes nodes on quantized weights."""
+
+    def __init__(self, weights: QuantizedWeights, g: GraphBuilder, fused: bool):
+        self.g = g
+        self._weights, self._fused = weights, fused
+
+    def node(self, op_type: str, x: str, parameter: str, output: str, *more: str, **attributes: Any) -> str:
+        """Write one node that reads x and a quantized parameter; return its output."""
+        g, spec = self.g, nodes()[op_type]
+        parts = (f"{parameter}.{part}" for part in ("q", "scale", "zero"))
+        names = [x, *(g.weight(part) if part in self._weights.arrays else "" for part in parts), *more]
+        given = {"bits": self._weights.scheme.bits, **attributes}
+        if not self._fused:
+            spec.portable(
+                g, names, (output,), {a.name: given.get(a.name, a.default) for a in spec.attributes}
+            )
+            return output
+        while not names[-1]:
+            names.pop()
+        written = {
+            a.name: given[a.name] for a in spec.attributes if given.get(a.name, a.default) != a.default
+        }
+        return g.op(op_type, names, output, domain=DOMAIN, **written)
+
+    def linear(self, x: str, parameter: str, bias: str, output: str, activation: str = "none") -> str:
+        return self.node("QuantizedLinear", x, parameter, output, bias, activation=activation)
+
+
+def _linear(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
+    x, weight, bias = inputs
+    write.linear(x, weight, bias, output)
+
+
+def _perceptron(write: _Writer, inputs: Sequence[str], output: str, activation: str) -> None:
+    x, w1, b1, w2, b2 = inputs
+    hidden = write.g.unique(module_of(w1))  # taken where a model calls the same layer twice
+    write.linear(write.linear(x, w1, b1, hidden, activation), w2, b2, output)
+
+
+def _gelu_mlp(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
+    _perceptron(write, inputs, output, "gelu_tanh" if attributes["approximate"] == "tanh" else "gelu")
+
+
+def _relu_squared_mlp(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
+    _perceptron(write, inputs, output, "relu_squared")
+
+
+def _embedding(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
+    ids, table = inputs
+    write.node("QuantizedEmbedding", ids, table, output)
+
+
+REWRITES: dict[str, Callable[[_Writer, Sequence[str], str, Attributes], None]] = {
+    "Embedding": _embedding,
+    "GeluMlp": _gelu_mlp,
+    "Linear": _linear,
+    "ReluSquaredMlp": _relu_squared_mlp,
+}
+"""How a node of the model is written on quantized weights."""
+
+
+def quantize_weights(
+    roles: Mapping[str, Role],
+    recordings: Mapping[str, Recording],
+    weights: Weights,
+    quantizer: Quantizer,
+) -> QuantizedWeights:
+    """Quantize the weights of a module.
+
+    Args:
+        roles: by name.
+        recordings: of them.
+        weights: of the module.
+        quantizer: chooses the numbers of each matrix.
+
+    Raises:
+        UsageError: the group does not divide the inputs of a matrix.
+        FormatError: a weight is not finite, or too large.
+    """
+    scheme = quantizer.scheme
+    names: set[str] = set()
+    arrays: dict[str, np.ndarray] = {}
+    for path in _paths(roles, recordings, weights):
+        name = weights.name(path)
+        array = weights.arrays[name]
+        matrix = quantize(path, array.T if weights.is_turned(path) else array, quantizer)
+        names.add(name)
+        arrays[f"{name}.q"], arrays[f"{name}.scale"] = pack(matrix.q, scheme), matrix.scale
+        if matrix.zero is not None:
+            arrays[f"{name}.zero"] = pack_zeros(matrix.zero, scheme)
+    return QuantizedWeights(scheme, frozenset(names), arrays)
+
+
+def _paths(roles: Mapping[str, Role], recordings: Mapping[str, Recording], weights: Weights) -> list[str]:
+    """The parameters to quantize, in order of first use."""
+    found = [
+        (weights.first(use.path), use, _is_meant(use, roles[name], recording))
+        for name, recording in recordings.items()
+        for use in uses(recording)
+    ]
+    refused = {path for path, _, meant in found if not meant}
+    while True:  # a node reads quantized matrices alone, or none
+        mixed = {use.node for path, use, _ in found if path in refused and use.kind == "matrix"}
+        more = {path for path, use, _ in found if use.kind == "matrix" and use.node in mixed} - refused
+        if not more:
+            return [path for path in dict.fromkeys(path for path, _, _ in found) if path not in refused]
+        refused |= more
+
+
+def _is_meant(use: Use, role: Role, recording: Recording) -> bool:
+    """Whether a use is one that a quantized weight can have."""
+    if use.kind == "matrix":
+        return captured()[use.node.target._schema.name].op_type in REWRITES  # type: ignore[union-attr]
+    return use.kind == "table" and _looks_tokens_up(use.node, role, recording)
+
+
+def _looks_tokens_up(node: fx.Node, role: Role, recording: Recording) -> bool:
+    ids: Any = node.args[0]
+    while getattr(getattr(ids.target, "_schema", None), "name", "") in aten.IDENTITIES:
+        ids = ids.args[0]
+    tokens = [
+        key
+        for key, item in zip(recording.inputs, role.inputs, strict=False)
+        if item.name.endswith("input_ids") and len(item.shape) == 2
+    ]
+    return ids.name in tokens

@@ -1,0 +1,60 @@
+"""`portlm bench --against`: a user's own model on portlm's engines and on those of others, in one race."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from portlm.errors import UsageError
+from portlm.flows.bench import check_counts
+from portlm.flows.race.contender import Entry
+from portlm.flows.race.race import Rules, run
+from portlm.flows.race.rivals import ours
+from portlm.flows.race.rounds import Pass
+from portlm.flows.targets import Target
+
+
+def compare(
+    model: Path,
+    targets: Sequence[Target],
+    rivals: Sequence[Entry],
+    *,
+    prompt: int = 128,
+    tokens: int = 64,
+    rounds: int = 7,
+    threads: int | None = None,
+    keep: Path | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Race portlm's engines and rivals on the weights of an artifact, which are converted for each of them.
+
+    Args:
+        model: artifact folder.
+        targets: of portlm.
+        rivals: see portlm.flows.race.rivals.
+        prompt: tokens of the prefill, and of the cache that decoding starts behind.
+        tokens: greedy single-token steps per sample.
+        rounds: samples per contender, after one that is not counted.
+        threads: of each contender; None leaves portlm its own choice and gives the others one per core.
+        keep: a folder for the converted files; None for one that is removed at the end.
+        progress: called with a line before each step.
+
+    Returns:
+        What portlm.flows.race.race.run returns.
+
+    Raises:
+        UsageError: a count below 1, prompt + tokens beyond the context, or a target that is not on the CPU.
+        PortlmError: see portlm.flows.race.race.run.
+    """
+    check_counts(model, prompt, tokens, rounds)
+    for target in targets:
+        if target.device != "cpu":
+            raise UsageError(f"rivals run on the CPU, so {target} has nobody to race: name targets on cpu")
+    entries = [*ours(targets), *rivals]
+    rules = Rules((Pass(prompt, prompt, tokens),), rounds=rounds, loads=1, threads=threads)
+    if keep is not None:
+        return run(model, entries, keep, rules, progress)
+    with tempfile.TemporaryDirectory(prefix="portlm-race-") as work:
+        return run(model, entries, Path(work), rules, progress)

@@ -1,0 +1,95 @@
+"""portlm itself: an engine's steps, and the whole loop that users call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from portlm.errors import UsageError
+from portlm.flows.race.contender import Array, Contender, Source
+
+GROUP = 32  # weights that share a scale, as in the formats of others
+
+
+class PortlmEngine(Contender):
+    """An engine of portlm, driven as a session drives it."""
+
+    def __init__(self, engine: str, device: str = "cpu", profile: str = "auto", quantize: str = ""):
+        """Name the target, and how its weights are quantized ("int8", "int4"; "" for as they are)."""
+        self._engine, self._device, self._profile, self._quantize = engine, device, profile, quantize
+
+    def _folder(self, source: Source) -> Path:
+        return source.work / f"portlm-{self._quantize}" if self._quantize else source.artifact
+
+    def prepare(self, source: Source) -> None:
+        """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then."""
+        import portlm
+
+        folder = self._folder(source)
+        if self._quantize and not folder.exists():
+            from portlm.compile.export import export
+
+            export(source.hf, folder, quantize=self._quantize, group=GROUP)
+        portlm.load(folder, engine=self._engine, device=self._device, profile=self._profile).close()
+
+    def bring(self) -> None:
+        """Import the engine's packages."""
+        from portlm.runtimes import engine_class
+        from portlm.threads import bound_spinning
+
+        bound_spinning()
+        engine_class(self._engine)
+        if self._engine == "tvm":
+            from portlm.runtimes.tvm import connect_kernels
+
+            connect_kernels()
+        elif self._engine == "torch":
+            import torch  # noqa: F401
+
+    def load(self, source: Source, threads: int | None) -> None:
+        """Open a session."""
+        import portlm
+
+        self.session = portlm.load(
+            self._folder(source), engine=self._engine, device=self._device, profile=self._profile,
+            threads=threads,
+        )  # fmt: skip
+
+    def reset(self) -> None:
+        """Start one empty row."""
+        from portlm.rows import Rows
+
+        self._rows = Rows(self.session.engine, 1)
+
+    def read(self, ids: Array) -> Array:
+        """Read through the row."""
+        logits: Array = self._rows.read(ids[None])[0, -1]
+        return logits
+
+    def weight_bytes(self, source: Source) -> int:
+        """As `portlm bench` counts them."""
+        from portlm.artifact import read_manifest
+        from portlm.compile.work import token_work
+
+        folder = self._folder(source)
+        return token_work(folder, read_manifest(folder), half_scales=self._engine != "ort")[0]
+
+
+class PortlmGenerate(PortlmEngine):
+    """The same engine behind `session.generate`: choosing tokens, bookkeeping and text included."""
+
+    def reset(self) -> None:
+        """Forget the prompt, too."""
+        super().reset()
+        self._ids: list[int] = []
+
+    def read(self, ids: Array) -> Array:
+        """Keep what is read: generate reads it again, from the start."""
+        self._ids += ids.tolist()
+        return super().read(ids)
+
+    def decode(self, logits: Array, count: int) -> float:
+        """What generate says of its decoding, which is all tokens but the first."""
+        done = self.session.generate(self._ids, max_new_tokens=count + 1, ignore_eos=True)
+        if done.new_tokens != count + 1:
+            raise UsageError(f"generate gave {done.new_tokens} tokens, not {count + 1}")
+        return done.stats.decode_seconds

@@ -1,0 +1,96 @@
+"""gelu_mlp with operands rounded to bfloat16 (:mod:`portlm.ops.precision`).
+
+For backward x and GELU's argument are kept rounded: half the memory, and half of what a pass over them moves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from portlm.ops import lazy
+from portlm.ops.kernel_op import KernelOp, kernels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
+
+__all__ = ["gelu_mlp_bf16"]
+
+
+def gelu_mlp_bf16(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
+) -> Tensor:
+    """Return gelu_mlp of contiguous float32 tensors on the CPU with rounded products; shapes as there."""
+    y: Tensor = _fused(x, w1, b1, w2, b2, tanh)[0]
+    return y
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _empty(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty((*x.shape[:-1], w2.shape[0])),
+        torch.empty_like(x, dtype=torch.bfloat16),
+        x.new_empty((*x.shape[:-1], w1.shape[0]), dtype=torch.bfloat16),
+    )
+
+
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y and, for backward, x and the argument of GELU, both rounded."""
+    y, kept, pre = _empty(x, w1, b1, w2, b2, tanh)
+    kernels.gelu_mlp_bf16_fwd(
+        x.data_ptr(), w1.data_ptr(), _address(b1), w2.data_ptr(), _address(b2), kept.data_ptr(), pre.data_ptr(),
+        y.data_ptr(), x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0], tanh,
+    )  # fmt: skip
+    return y, kept, pre
+
+
+def _empty_gradients(
+    dy: Tensor, kept: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
+) -> list[Tensor]:
+    shapes = (kept.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    return [dy.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _gradients(
+    dy: Tensor, kept: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
+) -> list[Tensor]:
+    """Return dx, dw1, db1, dw2 and db2, empty where not needed: no op can return None."""
+    grads = _empty_gradients(dy, kept, pre, w1, w2, needs, tanh)
+    kernels.gelu_mlp_bf16_bwd(
+        dy.data_ptr(), kept.data_ptr(), pre.data_ptr(), w1.data_ptr(), w2.data_ptr(),
+        *(g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)),
+        kept.shape[:-1].numel(), kept.shape[-1], w1.shape[0], w2.shape[0], tanh,
+    )  # fmt: skip
+    return grads
+
+
+_fused_gradients = KernelOp("gelu_mlp_bf16_backward", _gradients, fake=_empty_gradients)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, w1, b1, w2, b2, ctx.tanh = inputs
+    ctx.has_bias = b1 is not None, b2 is not None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], w1, w2)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
+    needs = list(ctx.needs_input_grad[:5])
+    needs[2] &= ctx.has_bias[0]
+    needs[4] &= ctx.has_bias[1]
+    grads = _fused_gradients(dy.contiguous(), *ctx.saved_tensors, needs, ctx.tanh)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+_fused = KernelOp("gelu_mlp_bf16", _forward, fake=_empty, backward=_backward, setup_context=_save)

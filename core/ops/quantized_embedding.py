@@ -1,0 +1,116 @@
+"""Embedding from a quantized table: rows by token id, as float32. The table is as core/ops/quantized.py says.
+
+Shapes: ids (...) int64, in graphs (B, T); weight (V, G, g * bits / 8) uint8, scale (V, G), zero (V, ceil(G * bits / 8))
+uint8; the result (..., K). For inference: it has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from portlm.ops import lazy
+from portlm.ops.kernel_op import has_kernel, kernels
+from portlm.ops.quantized import Layout, check_packed, check_weight, dequantized, pack, width, write_rows
+from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
+
+__all__ = ["quantized_embedding", "quantized_embedding_reference"]
+
+
+def quantized_embedding_reference(
+    ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None, bits: int = 4
+) -> Tensor:
+    """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
+    return dequantized(weight[ids], scale[ids], None if zero is None else zero[ids], bits)
+
+
+def quantized_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bits: int = 4,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Return rows of the table (V, K) that quantized numbers mean.
+
+    Args:
+        ids: (...) int64, each in [0, V).
+        weight: (V, G, g * bits / 8) uint8.
+        scale: (V, G).
+        zero: (V, ceil(G * bits / 8)) uint8; None for 2^(bits - 1).
+        bits: 4 or 8.
+        packed: what portlm.ops.quantized.pack gives of the table, which is made now if it is None.
+
+    Returns:
+        (..., K).
+
+    Raises:
+        ValueError: the parts of the table do not fit each other, or ids are not int64.
+        IndexError: an id is outside [0, V); the message names it and V.
+    """
+    check_weight("quantized_embedding", weight, scale, zero, bits)
+    if ids.dtype != torch.int64:
+        raise ValueError(f"[quantized_embedding] ids must be int64, got {ids.dtype}")
+    if has_kernel(scale) and weight.is_cpu and ids.is_cpu:
+        packed = pack(weight, scale, zero, bits) if packed is None else packed
+        if packed.numel():
+            layout = Layout.of(weight.shape, bits, zero is not None)
+            check_packed("quantized_embedding", packed, layout)
+            return _run(ids.contiguous(), packed, layout)
+    wrong = ids[(ids < 0) | (ids >= len(weight))]
+    if len(wrong):
+        raise _outside(int(wrong[0]), len(weight))
+    return quantized_embedding_reference(ids, weight, scale, zero, bits)
+
+
+def _run(ids: Tensor, packed: Tensor, layout: Layout) -> Tensor:
+    y = torch.empty((*ids.shape, layout.K))
+    bad = kernels.packed_rows(ids.data_ptr(), packed.data_ptr(), y.data_ptr(), ids.numel(), *layout)
+    if bad >= 0:
+        raise _outside(int(ids.view(-1)[bad]), layout.N)
+    return y
+
+
+def _outside(value: int, rows: int) -> IndexError:
+    return IndexError(f"[quantized_embedding] id {value} is outside [0, {rows}), the rows of the table")
+
+
+def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
+    ids, weight, scale, zero = inputs
+    write_rows(g, weight, scale, zero, ids, attributes["bits"], outputs[0])
+
+
+def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:
+    return [(*shapes[0], width(shapes[1], attributes["bits"]))]
+
+
+SPEC = OpSpec(
+    name="quantized_embedding",
+    summary="rows of a table of 4 or 8 bits by token id",
+    forward=("packed_rows", "pack_matrix"),
+    functions=("packed_rows",),
+    nodes=(
+        Node(
+            op_type="QuantizedEmbedding",
+            torch=(),  # export writes it where a model looks tokens up, see compile/quantized_graph.py
+            inputs=(
+                Input("ids", dtype="int64"),
+                Input("weight", dtype="uint8"),
+                Input("scale"),
+                Input("zero", dtype="uint8", optional=True),
+            ),
+            outputs=("y",),
+            attributes=(Attribute("bits", int),),
+            shapes=_shapes,
+            portable=_portable,
+            packed=("weight", "scale", "zero"),
+        ),
+    ),
+)

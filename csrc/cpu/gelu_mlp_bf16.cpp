@@ -1,0 +1,109 @@
+// The perceptron of gelu_mlp.cpp with operands rounded to bfloat16. GELU is computed in float32 on each part of the hidden
+// layer while it is in the cache: what goes to memory is rounded, what backward needs and what the second product takes.
+#include "cpu/gelu.h"
+#include "cpu/gemm_bf16.h"
+#include "cpu/kernels.h"
+
+namespace portlm::PORTLM_ISA {
+namespace {
+
+// Rows of a chunk: 4 MB of the hidden layer, but enough rows that packing the weights again does not matter.
+int64_t chunk_rows(int64_t F) {
+  constexpr int64_t kElements = 1 << 21, kLeast = 512;
+  return kElements / (F + 1) > kLeast ? kElements / (F + 1) : kLeast;
+}
+
+// Arrays (rows, F) of one chunk.
+struct Hidden {
+  uint16_t* pre;    // x W1^T + b1: written by forward (or nullptr), read by backward
+  uint16_t* value;  // receives gelu(pre)
+  uint16_t* grad;   // backward: receives the gradient of pre
+  int64_t F;
+};
+
+// Calls body(part, at, count) on runs of a part's columns that fit a buffer of kRun floats; `at` is where in Hidden's arrays.
+constexpr int64_t kRun = 256;
+template <typename Body>
+void for_runs(const Hidden& h, float* part, int64_t ld, int64_t i0, int64_t i1, int64_t j0, int64_t j1, Body body) {
+  for (int64_t i = i0; i < i1; ++i)
+    for (int64_t j = j0; j < j1; j += kRun) body(part + (i - i0) * ld + j - j0, i * h.F + j, j1 - j < kRun ? j1 - j : kRun);
+}
+
+template <typename Form>
+void activate(void* context, float* part, int64_t ld, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const Hidden& h = *static_cast<const Hidden*>(context);
+  const Bf16Tiles& tiles = bf16_tiles();
+  for_runs(h, part, ld, i0, i1, j0, j1, [&](float* pre, int64_t at, int64_t count) {
+    if (h.pre) tiles.round(pre, h.pre + at, count);
+    for_lanes(count, [=](int64_t j, auto lanes) { store(Form::value(load(pre + j, lanes)), pre + j, lanes); });
+    tiles.round(pre, h.value + at, count);
+  });
+}
+
+template <typename Form>
+void differentiate(void* context, float* part, int64_t ld, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const Hidden& h = *static_cast<const Hidden*>(context);
+  const Bf16Tiles& tiles = bf16_tiles();
+  for_runs(h, part, ld, i0, i1, j0, j1, [&](float* grad, int64_t at, int64_t count) {
+    alignas(64) float pre[kRun];
+    float* const value = pre;  // takes the place of pre
+    widen(h.pre + at, pre, count);
+    for_lanes(count, [=](int64_t j, auto lanes) {
+      Vec v;
+      const Vec slope = Form::slope(load(value + j, lanes), v);
+      store(load(grad + j, lanes) * slope, grad + j, lanes);
+      store(v, value + j, lanes);
+    });
+    tiles.round(grad, h.grad + at, count);
+    tiles.round(value, h.value + at, count);
+  });
+}
+
+uint16_t* halves(Scratch& scratch, int64_t count) { return reinterpret_cast<uint16_t*>(scratch.floats(count / 2 + 1)); }
+
+// Memory for C (rows, F) of a product over K, or nullptr where its parts are enough.
+float* whole(Scratch& scratch, int64_t rows, int64_t F, int64_t K) {
+  return K <= kBf16Depth ? nullptr : scratch.floats(rows * F);
+}
+
+}  // namespace
+
+void gelu_mlp_bf16_fwd(const float* x, const float* w1, const float* b1, const float* w2, const float* b2, uint16_t* rounded_x,
+                       uint16_t* pre, float* y, int64_t rows, int64_t C, int64_t F, int64_t N, int approximate_tanh) {
+  thread_local Scratch scratch, hidden;
+  const int64_t chunk = chunk_rows(F), most = rows < chunk ? rows : chunk;
+  uint16_t* const value = halves(scratch, most * F);
+  float* const sums = whole(hidden, most, F, C);
+  for (int64_t i = 0; i < rows; i += chunk) {
+    const int64_t n = rows - i < chunk ? rows - i : chunk;
+    Hidden h{pre ? pre + i * F : nullptr, value, nullptr, F};
+    multiply_bf16({rows_of(x + i * C, C), turned(w1, C), b1, sums, n, F, C, F, false, rounded_x ? rounded_x + i * C : nullptr},
+                  approximate_tanh ? activate<GeluTanh> : activate<GeluExact>, &h);
+    multiply_bf16({rows_of(value, F), turned(w2, F), b2, y + i * N, n, N, F, N, false});
+  }
+}
+
+void gelu_mlp_bf16_bwd(const float* dy, const uint16_t* x, const uint16_t* pre, const float* w1, const float* w2, float* dx,
+                       float* dw1, float* db1, float* dw2, float* db2, int64_t rows, int64_t C, int64_t F, int64_t N,
+                       int approximate_tanh) {
+  thread_local Scratch scratch, hidden;
+  const int64_t chunk = chunk_rows(F), most = rows < chunk ? rows : chunk;
+  uint16_t* const value = halves(scratch, 2 * most * F);
+  uint16_t* const grad = value + most * F;
+  float* const sums = whole(hidden, most, F, N);
+  int64_t i = 0;
+  do {  // once even for no rows, which makes the weights' gradients zero
+    const int64_t n = rows - i < chunk ? rows - i : chunk;
+    Hidden h{const_cast<uint16_t*>(pre) + i * F, value, grad, F};
+    multiply_bf16({rows_of(dy + i * N, N), rows_of(w2, F), nullptr, sums, n, F, N, F, false},
+                  approximate_tanh ? differentiate<GeluTanh> : differentiate<GeluExact>, &h);
+    if (dw2) multiply_bf16({turned(dy + i * N, N), rows_of(value, F), nullptr, dw2, N, F, n, F, i > 0});
+    if (db2) sum_rows(dy + i * N, N, db2, n, N, i > 0);
+    if (dw1) multiply_bf16({turned(grad, F), rows_of(x + i * C, C), nullptr, dw1, F, C, n, C, i > 0});
+    if (db1) sum_rows_bf16(grad, F, db1, n, F, i > 0);
+    if (dx) multiply_bf16({rows_of(grad, F), rows_of(w1, C), nullptr, dx + i * C, n, C, F, C, false});
+    i += n;
+  } while (i < rows);
+}
+
+}  // namespace portlm::PORTLM_ISA

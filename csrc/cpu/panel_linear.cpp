@@ -1,0 +1,151 @@
+// Linear maps whose matrix W (N, K) lies in panels, as a packed file keeps it: 64 rows of W are one panel, in which the 64
+// elements of column k = 0, 1, ... lie side by side; rows beyond N are zero. So a pass over W reads memory in order,
+// sums need no turning around, and many rows of x need no packing before: one copy serves one token and a prompt.
+//
+// Each element of y is added up in one order, over blocks of kDepth products, whatever rows are beside it.
+#include <cstring>
+
+#include "cpu/gelu.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+
+namespace portlm::PORTLM_ISA {
+namespace {
+
+constexpr int64_t kPanel = 64;       // rows of W in a panel
+constexpr int64_t kDepth = 256;      // columns that are added up before they join the total: 64 KB of a panel stay in L2
+constexpr int64_t kRowBlock = 126;   // rows of x that meet such a part of a panel before the next one
+constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
+constexpr int64_t kAhead = 8;        // columns by which memory is asked for before it is needed
+
+// A tile is R rows of x by V vectors of rows of W: as many accumulators as leave registers for V vectors and one element.
+#if defined(PORTLM_ISA_AVX512)
+constexpr int kTall = 6, kTallVectors = 4, kWideVectors = 4;
+#elif defined(PORTLM_ISA_AVX2)
+constexpr int kTall = 6, kTallVectors = 2, kWideVectors = 8;
+#elif defined(PORTLM_ISA_NEON)
+constexpr int kTall = 6, kTallVectors = 4, kWideVectors = 16;
+#else
+constexpr int kTall = 4, kTallVectors = 4, kWideVectors = 8;
+#endif
+
+enum Activation { kNone, kGelu, kGeluTanh, kReluSquared };
+
+Vec activated(Vec x, int activation) {
+  switch (activation) {
+    case kGelu: return GeluExact::value(x);
+    case kGeluTanh: return GeluTanh::value(x);
+    case kReluSquared: {
+      const Vec r = max(Vec(0.0f), x);  // NaN stays NaN
+      return r * r;
+    }
+    default: return x;
+  }
+}
+
+struct Part {
+  const float* x;  // row 0 at the first column of this part
+  const float* panel;
+  const float* bias;  // of the first row of W here, or nullptr
+  float* y;
+  int64_t depth, K, N;  // columns here, floats from row to row of x and of y
+  int64_t columns;      // of y that exist here
+  bool first, last;
+  int activation;
+};
+
+template <int R, int V>
+void tile(const Part& p) {
+  Vec sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec(0.0f);
+  for (int64_t k = 0; k < p.depth; ++k) {
+    const float* const w = p.panel + k * kPanel;
+    if (R == 1)
+#pragma GCC unroll 16
+      for (int v = 0; v < V * Vec::N; v += 16) __builtin_prefetch(w + kAhead * kPanel + v);
+    Vec row[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) row[v] = Vec::load(w + v * Vec::N);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec x(p.x[r * p.K + k]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sum[r][v] = fma(x, row[v], sum[r][v]);
+    }
+  }
+  const auto finish = [&](int v, auto lanes) {
+    const int64_t j = v * Vec::N;
+    const Vec bias = p.first && p.bias ? load(p.bias + j, lanes) : Vec(0.0f);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      float* const y = p.y + r * p.N + j;
+      const Vec total = p.first ? sum[r][v] + bias : load(y, lanes) + sum[r][v];
+      store(p.last ? activated(total, p.activation) : total, y, lanes);
+    }
+  };
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    const int64_t left = p.columns - v * Vec::N;
+    if (left >= Vec::N)
+      finish(v, Whole{});
+    else if (left > 0)
+      finish(v, First{left});
+  }
+}
+
+// All columns of a panel for so many rows, 1 .. kTall.
+template <int R = kTall>
+void rows_of(int64_t rows, const Part& part) {
+  if constexpr (R > 1)
+    if (rows < R) return rows_of<R - 1>(rows, part);
+  constexpr int V = R == 1 ? kWideVectors : kTallVectors;
+  Part p = part;
+  for (int64_t j = 0; j < part.columns; j += V * Vec::N) {
+    p.panel = part.panel + j, p.bias = part.bias ? part.bias + j : nullptr, p.y = part.y + j, p.columns = part.columns - j;
+    tile<R, V>(p);
+  }
+}
+
+}  // namespace
+
+void panel_linear(const float* x, const float* panels, const float* bias, float* y, int64_t rows, int64_t N, int64_t K,
+                  int activation) {
+  if (rows <= 0 || N <= 0) return;
+  const int64_t count = (N + kPanel - 1) / kPanel, blocks = (rows + kRowBlock - 1) / kRowBlock, items = count * blocks;
+  const int64_t threads = threads_for(rows * N * K / 32 + (N * K + rows * (N + K)) / 4, kGrain);
+  const int64_t parts = threads < items ? threads : items;
+  parallel_for(parts, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t item = items * begin / parts; item < items * end / parts; ++item) {
+      const int64_t j = item / blocks * kPanel, i0 = item % blocks * kRowBlock;
+      const int64_t i1 = i0 + kRowBlock < rows ? i0 + kRowBlock : rows;
+      int64_t k = 0;
+      do {
+        const int64_t depth = K - k < kDepth ? K - k : kDepth;
+        for (int64_t i = i0; i < i1; i += kTall)
+          rows_of(i1 - i < kTall ? i1 - i : kTall,
+                  {x + i * K + k, panels + j * K + k * kPanel, bias ? bias + j : nullptr, y + i * N + j, depth, K, N,
+                   N - j < kPanel ? N - j : kPanel, k == 0, k + depth == K, activation});
+        k += depth;
+      } while (k < K);
+    }
+  });
+}
+
+int64_t panel_rows(const int64_t* ids, const float* panels, float* y, int64_t n, int64_t V, int64_t K) {
+  for (int64_t i = 0; i < n; ++i)
+    if (ids[i] < 0 || ids[i] >= V) return i;
+  if (K == 0) return -1;
+  parallel_for(n, kElementwiseGrain / (16 * K) + 1, [=](int64_t begin, int64_t end) {  // each element is in another line
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const from = panels + ids[i] / kPanel * kPanel * K + ids[i] % kPanel;
+      for (int64_t k = 0; k < K; ++k) y[i * K + k] = from[k * kPanel];
+    }
+  });
+  return -1;
+}
+
+}  // namespace portlm::PORTLM_ISA

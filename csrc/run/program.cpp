@@ -1,0 +1,328 @@
+#include "run/program.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "cpu/kernels.h"
+
+namespace portlm::run {
+namespace {
+
+constexpr int64_t kAlignment = 16;            // floats
+constexpr int64_t kWorthKeeping = 1 << 22;    // floats of an arena that is kept although most of it is not needed
+
+int64_t aligned(int64_t floats) { return (floats + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Gives parts of the arena away and takes them back: always the lowest place that is free and large enough.
+class Places {
+ public:
+  int64_t take(int64_t floats) {
+    floats = aligned(floats);
+    int64_t begin = 0;
+    size_t i = 0;
+    for (; i < taken_.size() && taken_[i].begin - begin < floats; ++i) begin = taken_[i].end;
+    taken_.insert(taken_.begin() + static_cast<std::ptrdiff_t>(i), {begin, begin + floats});
+    most_ = std::max(most_, begin + floats);
+    return begin;
+  }
+  void give_back(int64_t begin) {
+    for (size_t i = 0; i < taken_.size(); ++i)
+      if (taken_[i].begin == begin) {
+        taken_.erase(taken_.begin() + static_cast<std::ptrdiff_t>(i));
+        return;
+      }
+  }
+  int64_t most() const { return most_; }
+
+ private:
+  struct Part {
+    int64_t begin, end;
+  };
+  std::vector<Part> taken_;  // in order
+  int64_t most_ = 0;
+};
+
+Status too_large(const Extents& extents) {
+  return Status::failed("no memory for a call of " + std::to_string(extents.batch) + " rows with " +
+                        std::to_string(extents.sequence) + " tokens");
+}
+
+Status bad_index(const std::string& what, int64_t index, int64_t limit) {
+  return Status::failed(what + " must be from 0 to " + std::to_string(limit - 1) + ", got " + std::to_string(index));
+}
+
+// Copies columns [first, first + width) of `rows` rows, from one distance between rows to another.
+void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t width, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row)
+    std::memcpy(to + row * to_stride, from + row * from_stride, static_cast<size_t>(width) * sizeof(float));
+}
+
+}  // namespace
+
+std::unique_ptr<Program> Program::make(const PackedFile& file, size_t role, Status& status) {
+  try {
+    if (role >= file.roles.size()) {
+      status = Status::failed("there is no such role");
+      return nullptr;
+    }
+    std::unique_ptr<Program> program(new Program(file, file.roles[role]));
+    return program->prepare(status) ? std::move(program) : nullptr;
+  } catch (const std::bad_alloc&) {
+    status = Status::failed("out of memory");
+    return nullptr;
+  }
+}
+
+Program::~Program() { std::free(arena_); }
+
+bool Program::prepare(Status& status) {
+  if (const std::string problem = misfit(role_); !problem.empty()) {
+    status = Status::failed(problem);
+    return false;
+  }
+  const size_t values = role_.values.size();
+  for (const Spec& state : role_.states) heads_.push_back({state.shape[1].size, state.shape[3].size});
+  root_.resize(values);
+  for (size_t v = 0; v < values; ++v) root_[v] = static_cast<uint32_t>(v);
+  last_use_.assign(values, 0);
+  for (size_t s = 0; s < role_.steps.size(); ++s) {
+    const Step& step = role_.steps[s];
+    if (step.opcode == Opcode::view) root_[step.outputs[0]] = root_[step.inputs[0]];
+    for (const std::vector<uint32_t>* list : {&step.inputs, &step.outputs})
+      for (const uint32_t value : *list)
+        if (value != kNone) last_use_[root_[value]] = s;
+  }
+  output_of_.assign(values, kNone);
+  for (size_t i = 0; i < role_.outputs.size(); ++i) {
+    const uint32_t root = root_[role_.outputs[i].value];
+    if (output_of_[root] == kNone) output_of_[root] = static_cast<uint32_t>(i);
+  }
+  pointers_.assign(values, nullptr);
+  for (size_t v = 0; v < values; ++v)
+    if (role_.values[v].kind == Kind::weight) pointers_[v] = const_cast<void*>(file_.tensors[role_.values[v].tensor].data);
+  counts_.assign(values, 0);
+  scratch_.assign(role_.steps.size(), 0);
+  return true;
+}
+
+int64_t Program::size(const Dim& dim, const Extents& extents) const {
+  return dim.size + (dim.symbols & kBatch ? extents.batch : 0) + (dim.symbols & kSequence ? extents.sequence : 0) +
+         (dim.symbols & kPast ? extents.past : 0) + (dim.symbols & kKept ? extents.kept : 0);
+}
+
+bool Program::elements(const Spec& spec, const Extents& extents, int64_t& count) const {
+  int64_t sizes[kMaxRank];
+  for (size_t i = 0; i < spec.shape.size(); ++i) sizes[i] = size(spec.shape[i], extents);
+  return multiply(sizes, spec.shape.size(), count);
+}
+
+// Finds a place in the arena for every computed value, which is free again after the value's last use.
+Status Program::plan(const Extents& extents) {
+  planned_ = {0, 0, 0, 0};
+  for (size_t v = 0; v < role_.values.size(); ++v) {
+    const Value& value = role_.values[v];
+    int64_t sizes[kMaxRank];
+    if (value.kind == Kind::state) continue;
+    for (size_t i = 0; i < value.shape.size(); ++i) sizes[i] = size(value.shape[i], extents);
+    if (!multiply(sizes, value.shape.size(), counts_[v])) return too_large(extents);
+  }
+  Places places;
+  std::vector<int64_t> begins(role_.values.size(), -1);
+  for (size_t s = 0; s < role_.steps.size(); ++s) {
+    const Step& step = role_.steps[s];
+    if (step.opcode != Opcode::view)
+      for (const uint32_t value : step.outputs)
+        if (output_of_[value] == kNone) begins[value] = places.take(count(value));
+    if (step.opcode == Opcode::attention && extents.batch * extents.sequence > 1) {
+      scratch_[s] = places.take(count(step.outputs[0]));
+      places.give_back(scratch_[s]);
+    }
+    for (const std::vector<uint32_t>* list : {&step.inputs, &step.outputs})
+      for (const uint32_t value : *list) {
+        const uint32_t root = value == kNone ? kNone : root_[value];
+        if (root == kNone || begins[root] < 0 || last_use_[root] != s || pointers_[root] == this) continue;
+        places.give_back(begins[root]);
+        pointers_[root] = this;  // a mark: given back, and not twice
+      }
+  }
+  if (places.most() > arena_floats_ || (arena_floats_ > kWorthKeeping && places.most() < arena_floats_ / 4)) {
+    std::free(arena_);
+    arena_floats_ = 0;
+    arena_ = allocate_floats(places.most());
+    if (!arena_) return too_large(extents);
+    arena_floats_ = places.most();
+  }
+  for (size_t v = 0; v < begins.size(); ++v)
+    if (begins[v] >= 0) pointers_[v] = arena_ + begins[v];
+  planned_ = extents;
+  return {};
+}
+
+Status Program::run(const Extents& extents, const void* const* inputs, void* const* outputs, Cache& cache) {
+  const Extents& e = extents;
+  if (e.batch < 1 || e.sequence < 1 || e.kept < 1 || e.batch != cache.rows() || e.past != cache.past() ||
+      e.past > file_.context - e.sequence)
+    return Status::failed("a call of " + std::to_string(e.batch) + " rows with " + std::to_string(e.sequence) +
+                          " tokens does not fit a state of " + std::to_string(cache.rows()) + " rows with " +
+                          std::to_string(cache.past()) + " slots");
+  try {
+    if (e.batch != planned_.batch || e.sequence != planned_.sequence || e.kept != planned_.kept)
+      if (Status status = plan(e); !status.ok()) return status;
+    if (!heads_.empty())
+      if (Status status = cache.reserve(e.past + e.sequence, file_.context); !status.ok()) return status;
+    for (size_t i = 0; i < role_.inputs.size(); ++i) pointers_[i] = const_cast<void*>(inputs[i]);
+    for (size_t i = 0; i < role_.outputs.size(); ++i) {
+      const uint32_t root = root_[role_.outputs[i].value];
+      if (output_of_[root] == i && role_.values[root].kind == Kind::computed) pointers_[root] = outputs[i];
+    }
+    for (size_t s = 0; s < role_.steps.size(); ++s)
+      if (Status status = execute(role_.steps[s], s, e, cache); !status.ok()) return status;
+    for (size_t i = 0; i < role_.outputs.size(); ++i) {
+      const uint32_t value = role_.outputs[i].value;
+      const size_t item = role_.values[value].dtype == Dtype::float32 ? sizeof(float) : sizeof(int64_t);
+      if (pointers_[root_[value]] != outputs[i])
+        std::memcpy(outputs[i], pointers_[root_[value]], static_cast<size_t>(count(value)) * item);
+    }
+    if (!heads_.empty()) cache.grow(e.sequence);
+    return {};
+  } catch (const std::bad_alloc&) {  // of a kernel's own memory
+    return too_large(e);
+  }
+}
+
+Status Program::execute(const Step& step, size_t index, const Extents& extents, Cache& cache) {
+  const Kernels& k = kernels();
+  const std::vector<uint32_t>&in = step.inputs, &out = step.outputs;
+  const auto epsilon = [&step] { return static_cast<float>(step.reals[0]); };
+  const auto width = [this](uint32_t value) { return last(value); };
+  const auto rows = [this](uint32_t value) { return count(value) / last(value); };
+  switch (step.opcode) {
+    case Opcode::embedding: return embed(step);
+    case Opcode::add: {
+      const float *a = floats(in[0]), *b = floats(in[1]);
+      float* const y = floats(out[0]);
+      for (int64_t i = 0, n = count(out[0]); i < n; ++i) y[i] = a[i] + b[i];
+      break;
+    }
+    case Opcode::view: break;
+    case Opcode::slice:
+      copy_columns(floats(in[0]) + step.ints[0], width(in[0]), floats(out[0]), width(out[0]), width(out[0]), rows(out[0]));
+      break;
+    case Opcode::concat: {
+      int64_t first = 0;
+      for (const uint32_t part : in) {
+        copy_columns(floats(part), width(part), floats(out[0]) + first, width(out[0]), width(part), rows(out[0]));
+        first += width(part);
+      }
+      break;
+    }
+    case Opcode::rows:
+      for (int64_t j = 0; j < extents.kept; ++j) {
+        const int64_t at = integers(in[1])[j], C = width(in[0]);
+        if (at < 0 || at >= extents.sequence) return bad_index(role_.values[in[1]].name, at, extents.sequence);
+        copy_columns(floats(in[0]) + at * C, extents.sequence * C, floats(out[0]) + j * C, extents.kept * C, C, extents.batch);
+      }
+      break;
+    case Opcode::linear: map(step); break;
+    case Opcode::layer_norm:
+      k.layer_norm_fwd(floats(in[0]), nullptr, floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), nullptr, nullptr,
+                       nullptr, rows(in[0]), width(in[0]));
+      break;
+    case Opcode::add_layer_norm:
+      k.layer_norm_fwd(floats(in[0]), floats(in[1]), floats(in[2]), floats(in[3]), epsilon(), floats(out[0]), floats(out[1]),
+                       nullptr, nullptr, rows(in[0]), width(in[0]));
+      break;
+    case Opcode::rms_norm:
+      k.rms_norm_fwd(floats(in[0]), nullptr, floats(in[1]), epsilon(), floats(out[0]), nullptr, nullptr, rows(in[0]),
+                     width(in[0]));
+      break;
+    case Opcode::add_rms_norm:
+      k.rms_norm_fwd(floats(in[0]), floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), floats(out[1]), nullptr,
+                     rows(in[0]), width(in[0]));
+      break;
+    case Opcode::swiglu: k.swiglu_fwd(floats(in[0]), floats(in[1]), floats(out[0]), count(out[0])); break;
+    case Opcode::rotary: return rotate(step, extents);
+    case Opcode::attention: return attend(step, arena_ + scratch_[index], extents, cache);
+  }
+  return {};
+}
+
+// Rows of a table that is float32, in panels, or of small numbers.
+Status Program::embed(const Step& step) {
+  const Kernels& k = kernels();
+  const Value& table = role_.values[step.inputs[1]];
+  const int64_t* const ids = integers(step.inputs[0]);
+  const void* const data = pointers_[root_[step.inputs[1]]];
+  const int64_t n = count(step.inputs[0]), V = table.shape[0].size, C = table.shape[1].size;
+  float* const y = floats(step.outputs[0]);
+  int64_t wrong = -1;
+  if (table.dtype == Dtype::float32) {
+    wrong = k.embedding_fwd(ids, static_cast<const float*>(data), y, n, V, C);
+  } else if (table.dtype == Dtype::panels) {
+    wrong = k.panel_rows(ids, static_cast<const float*>(data), y, n, V, C);
+  } else {
+    const Tensor& tensor = file_.tensors[table.tensor];
+    wrong = k.packed_rows(ids, static_cast<const uint8_t*>(data), y, n, V, C, tensor.group,
+                          table.dtype == Dtype::int4 ? 4 : 8, tensor.has_zeros);
+  }
+  return wrong >= 0 ? bad_index(role_.values[step.inputs[0]].name, ids[wrong], V) : Status();
+}
+
+void Program::map(const Step& step) {
+  const Kernels& k = kernels();
+  const Value& matrix = role_.values[step.inputs[1]];
+  const void* const data = pointers_[step.inputs[1]];
+  const float *const x = floats(step.inputs[0]), *const bias = maybe(step.inputs[2]);
+  float* const y = floats(step.outputs[0]);
+  const int64_t N = last(step.outputs[0]), K = last(step.inputs[0]), rows = count(step.inputs[0]) / K;
+  const auto activation = static_cast<int>(step.ints[0]);
+  if (matrix.dtype == Dtype::panels)
+    return k.panel_linear(x, static_cast<const float*>(data), bias, y, rows, N, K, activation);
+  const Tensor& tensor = file_.tensors[matrix.tensor];
+  k.packed_linear(x, static_cast<const uint8_t*>(data), bias, y, rows, N, K, tensor.group, matrix.dtype == Dtype::int4 ? 4 : 8,
+                  tensor.has_zeros, activation);
+}
+
+Status Program::rotate(const Step& step, const Extents& extents) {
+  const Shape& table = role_.values[step.inputs[2]].shape;
+  const int64_t* const positions = integers(step.inputs[1]);
+  const int64_t tokens = extents.batch * extents.sequence;
+  for (int64_t i = 0; i < tokens; ++i)
+    if (positions[i] < 0 || positions[i] >= table[0].size)
+      return bad_index(role_.values[step.inputs[1]].name, positions[i], table[0].size);
+  kernels().rotary_fwd(floats(step.inputs[0]) + step.ints[1], last(step.inputs[0]), floats(step.inputs[2]),
+                       floats(step.inputs[3]), positions, floats(step.outputs[0]), tokens, tokens, step.ints[0],
+                       2 * table[1].size, 0);
+  return {};
+}
+
+// Writes the new keys and values behind those that are there, and lets the queries look at all of them.
+Status Program::attend(const Step& step, float* gathered, const Extents& extents, Cache& cache) {
+  const auto [B, T, P, kept] = extents;
+  const size_t first_state = role_.inputs.size();
+  const size_t tensors[] = {step.inputs[3] - first_state, step.inputs[4] - first_state};
+  const auto [K, D] = heads_[tensors[0]];
+  const int64_t H = step.ints[0], batch_stride = cache.row_stride(tensors[0]), head_stride = cache.head_stride(tensors[0]);
+  for (size_t i = 0; i < 2; ++i) {
+    const int64_t W = last(step.inputs[1 + i]);
+    const float* const source = floats(step.inputs[1 + i]) + step.ints[3 + i];
+    float* const to = cache.data(tensors[i]);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t k = 0; k < K; ++k)
+        copy_columns(source + b * T * W + k * D, W, to + b * batch_stride + k * head_stride + P * D, D, D, T);
+  }
+  const int64_t W = last(step.inputs[0]);
+  const float* q = floats(step.inputs[0]) + step.ints[2];
+  if (W != H * D && B * T > 1) {  // the kernel wants the queries of all tokens side by side
+    copy_columns(q, W, gathered, H * D, H * D, B * T);
+    q = gathered;
+  }
+  const int64_t* const mask = step.inputs[5] == kNone ? nullptr : integers(step.inputs[5]);
+  kernels().cached_attention(q, cache.data(tensors[0]), cache.data(tensors[1]), batch_stride, head_stride, mask,
+                             static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D);
+  return {};
+}
+
+}  // namespace portlm::run

@@ -1,0 +1,73 @@
+// One role of a packed file, ready to run: its steps as calls of kernels, over memory that is planned once per size.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "run/packed_file.h"
+#include "run/state.h"
+#include "run/status.h"
+
+namespace portlm::run {
+
+// How large the symbols are in one call.
+struct Extents {
+  int64_t batch, sequence, past, kept;
+};
+
+// Says in one line which step does not fit what it is given, or "". Whatever passes this cannot make a kernel leave its
+// memory, as long as inputs and outputs are as large as their specs say.
+std::string misfit(const Role& role);
+
+// Runs one call at a time: who has several threads takes turns.
+class Program {
+ public:
+  // The file must outlive it; nullptr if a step does not fit what it is given, and why.
+  static std::unique_ptr<Program> make(const PackedFile& file, size_t role, Status& status);
+  ~Program();
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  const Role& role() const { return role_; }
+  const std::vector<Heads>& heads() const { return heads_; }
+
+  // Elements of an input or output; false if they are more than memory holds.
+  bool elements(const Spec& spec, const Extents& extents, int64_t& count) const;
+
+  // Runs every step. The cache grows by extents.sequence slots, or is as before if this fails.
+  // inputs and outputs are in the order of the specs; an input that attention alone reads as its mask may be nullptr,
+  // for a mask of ones.
+  Status run(const Extents& extents, const void* const* inputs, void* const* outputs, Cache& cache);
+
+ private:
+  Program(const PackedFile& file, const Role& role) : file_(file), role_(role) {}
+  bool prepare(Status& status);
+  Status plan(const Extents& extents);
+  Status execute(const Step& step, size_t index, const Extents& extents, Cache& cache);
+  int64_t size(const Dim& dim, const Extents& extents) const;
+  int64_t count(uint32_t value) const { return counts_[value]; }
+  int64_t last(uint32_t value) const { return role_.values[value].shape.back().size; }
+  float* floats(uint32_t value) const { return static_cast<float*>(pointers_[root_[value]]); }
+  const float* maybe(uint32_t value) const { return value == kNone ? nullptr : floats(value); }
+  const int64_t* integers(uint32_t value) const { return static_cast<const int64_t*>(pointers_[root_[value]]); }
+  Status embed(const Step& step);
+  void map(const Step& step);
+  Status attend(const Step& step, float* gathered, const Extents& extents, Cache& cache);
+  Status rotate(const Step& step, const Extents& extents);
+
+  const PackedFile& file_;
+  const Role& role_;
+  std::vector<Heads> heads_;             // of the states
+  std::vector<uint32_t> root_;           // the value whose memory a value has: its own, or that of what it is a view of
+  std::vector<size_t> last_use_;         // by root: the step after which its memory is free
+  std::vector<uint32_t> output_of_;      // by root: the output that has its memory, or kNone
+  std::vector<void*> pointers_;          // by root
+  std::vector<int64_t> counts_;          // elements, by value
+  std::vector<int64_t> scratch_;         // by step: where its own memory is in the arena
+  Extents planned_{0, 0, 0, 0};
+  float* arena_ = nullptr;
+  int64_t arena_floats_ = 0;
+};
+
+}  // namespace portlm::run

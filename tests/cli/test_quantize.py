@@ -1,0 +1,78 @@
+"""`portlm export --quantize`: one clear line for what cannot be, and what it says of what it did."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+
+from portlm.artifact import read_manifest, replace, write_manifest
+from portlm.quantization import QuantizationCost
+
+
+def test_export_says_what_the_weights_are_and_prints_the_path(portlm, divisible, tmp_path):
+    outcome = portlm(
+        "export", divisible["llama"], tmp_path / "out", "--quantize", "int4", "--group", 32, "--asymmetric"
+    )
+    assert outcome.code == 0
+    assert outcome.out.strip() == str(tmp_path / "out")
+    assert "export: weights of 4 bits in groups of 32, with zero points, round to nearest" in outcome.err
+    assert read_manifest(tmp_path / "out").quantization.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--group", 32), ("--group", "--quantize int8 or int4")),
+        (("--asymmetric",), ("--asymmetric", "--quantize int8 or int4")),
+        (("--quantize", "int3"), ("int3", "int8", "int4")),
+        (("--quantize", "int4", "--group", 48), ("48", "32", "64", "128")),
+        (("--quantize", "int4"), ("wte.weight", "96 inputs", "groups of 64", "choose 32")),
+        (("--quantize", "int4", "--to", "hf"), ("--quantize", "--to hf")),
+    ],
+    ids=range(6),
+)
+def test_what_cannot_be_quantized_is_one_line(portlm, divisible, tmp_path, options, words):
+    outcome = portlm("export", divisible["gpt2"], tmp_path / "out", *options)
+    assert outcome.code == 2
+    for word in words:
+        assert word in outcome.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_artifact_is_no_checkpoint(portlm, quantized, tmp_path):
+    outcome = portlm(
+        "export", quantized("gpt2", "int4"), tmp_path / "out", "--quantize", "int8", "--group", 32
+    )
+    assert outcome.code == 2
+    assert "artifact with quantized weights" in outcome.error
+    assert "give its checkpoint" in outcome.error
+    outcome = portlm("export", quantized("gpt2", "int4"), tmp_path / "out", "--to", "hf")
+    assert outcome.code in (1, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_says_what_quantizing_costs_where_that_was_measured(portlm, quantized, tmp_path):
+    folder = shutil.copytree(quantized("gpt2", "int8"), tmp_path / "model")
+    manifest = read_manifest(folder)
+    cost = QuantizationCost(1000, 12.5, 12.6, 0.001, 0.975, "the end of a text")
+    write_manifest(folder, replace(manifest, quantization=replace(manifest.quantization, cost=cost)))
+    outcome = portlm("verify", folder, "-e", "torch:cpu:fused", "-e", "torch:cpu:portable", "--no-bisect")
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.out.split())
+    assert "weights of 8 bits in groups of 32, symmetric" in said
+    assert (
+        "perplexity from 12.5 to 12.6, diverges by 0.001 nats a token and keeps 97.5% of the best guesses"
+        in said
+    )
+    assert "torch:cpu fused: activations have 15 bits where they meet quantized weights" in said
+
+
+def test_generate_says_the_precision_of_what_it_ran_on(portlm, quantized):
+    outcome = portlm(
+        "generate", quantized("gpt2", "int8"), "the", "--max-new-tokens", 2, "--engine", "torch", "--json"
+    )
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["precision"] == "a15"
