@@ -13,7 +13,7 @@ namespace portlm::PORTLM_ISA {
 #if defined(PORTLM_ISA_AVX512) || defined(PORTLM_ISA_NEON)
 constexpr int kPanelRows = 8;
 template <int R>
-constexpr int kTilesAtOnce = R == 1 ? 4 : R <= 4 ? 2 : 1;
+constexpr int kTilesAtOnce = R <= 4 ? 2 : 1;
 #elif defined(PORTLM_ISA_AVX2)
 constexpr int kPanelRows = 3;
 template <int R>
