@@ -13,7 +13,7 @@ namespace portlm::PORTLM_ISA {
 #if defined(PORTLM_ISA_AVX512) || defined(PORTLM_ISA_NEON)
 constexpr int kPanelRows = 8;
 template <int R>
-constexpr int kTilesAtOnce = R <= 4 ? 2 : 1;
+constexpr int kTilesAtOnce = R == 1 ? 4 : R <= 4 ? 2 : 1;
 #elif defined(PORTLM_ISA_AVX2)
 constexpr int kPanelRows = 3;
 template <int R>
@@ -39,7 +39,7 @@ struct TileSums {
 };
 
 // Bytes ahead of what is read that the second cache is asked for. Farther, or into the first cache, was measured to be slower.
-constexpr int64_t kAhead = 512;
+constexpr int64_t kAhead = 1024;
 
 // The rows of a panel times T tiles at once.
 template <int bits, int R, int T>
