@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,5 +21,35 @@ inline void prefer_huge_pages(void* memory, int64_t bytes) {
   (void)memory, (void)bytes;
 #endif
 }
+
+// Memory that nobody wrote to before, which malloc's may be not, and so in large pages if the system has any.
+class FreshPages {
+ public:
+  explicit FreshPages(int64_t bytes) : bytes_(static_cast<size_t>(bytes > 0 ? bytes : 1)) {
+#if defined(__linux__)
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    prefer_huge_pages(memory_, bytes);
+#else
+    memory_ = std::malloc(bytes_);
+    if (!memory_) throw std::bad_alloc();
+#endif
+  }
+  FreshPages(const FreshPages&) = delete;
+  FreshPages& operator=(const FreshPages&) = delete;
+  ~FreshPages() {
+#if defined(__linux__)
+    munmap(memory_, bytes_);
+#else
+    std::free(memory_);
+#endif
+  }
+
+  float* floats() const { return static_cast<float*>(memory_); }
+
+ private:
+  void* memory_;
+  size_t bytes_;
+};
 
 }  // namespace portlm::PORTLM_ISA

@@ -18,7 +18,7 @@
 namespace portlm::PORTLM_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
+constexpr int64_t kGrain = 1 << 14;  // cycles below which a second thread costs more than it brings
 constexpr int64_t kRowsAtOnce = 512;  // enough that reading the matrix again does not matter
 constexpr int64_t kPanelBytes = 1 << 18;  // of activations that stay in L2 while tiles pass
 
@@ -151,23 +151,19 @@ inline void finish(const Linear& p, TileSums& sums, int64_t tile, int64_t row, i
     });
 }
 
-template <int bits, int R>
+// Tiles [begin, end), T at once: each of T parts is a stream of its own, read from end to end. What is left takes fewer.
+template <int bits, int R, int T = kTilesAtOnce<R>>
 void multiply_slab(const Linear& p, const Panel& panel, int64_t row, int64_t begin, int64_t end) {
-  // Each of T parts of the slab is a stream of its own, read from end to end.
-  constexpr int T = kTilesAtOnce<R>;
-  const int64_t bytes = p.m.tile_bytes, part = (end - begin) / T;
+  const int64_t part = (end - begin) / T;
   TileSums sums[T];
   for (int64_t i = 0; i < part; ++i) {
     const uint8_t* tiles[T];
-    for (int t = 0; t < T; ++t) tiles[t] = p.packed + (begin + t * part + i) * bytes;
+    for (int t = 0; t < T; ++t) tiles[t] = p.packed + (begin + t * part + i) * p.m.tile_bytes;
     multiply_tiles<bits, R, T>(p.m, panel.words, tiles, sums);
     for (int t = 0; t < T; ++t) finish(p, sums[t], begin + t * part + i, row, R);
   }
-  for (int64_t tile = begin + T * part; tile < end; ++tile) {
-    const uint8_t* const from = p.packed + tile * bytes;
-    multiply_tiles<bits, R, 1>(p.m, panel.words, &from, sums);
-    finish(p, sums[0], tile, row, R);
-  }
+  if constexpr (T > 1)
+    if (begin + T * part < end) multiply_slab<bits, R, T / 2>(p, panel, row, begin + T * part, end);
 }
 
 using Slab = void (*)(const Linear& p, const Panel& panel, int64_t row, int64_t begin, int64_t end);
@@ -180,21 +176,61 @@ Slab slab_of(int64_t rows) {
     return rows == R ? multiply_slab<bits, R> : slab_of<bits, R - 1>(rows);
 }
 
-// Tiles [begin, end) for rows [row, row + rows), of which `panels` panels lie at `words`.
-void multiply_panels(const Linear& p, const uint32_t* words, int64_t row, int64_t first, int64_t last, int64_t panels,
-                     int64_t rows, int64_t begin, int64_t end) {
-  const int64_t per_row = Panel::words_per_row(p.m);
-  const auto start = [=](int64_t panel) { return rows * panel / panels; };
-  if (last - first == 1) {
-    const int64_t r = start(first), n = start(last) - r;
-    (p.m.bits == 4 ? slab_of<4>(n) : slab_of<8>(n))(p, {n, words + r * per_row}, row + r, begin, end);
-    return;
-  }
-  for (int64_t tile = begin; tile < end; ++tile)
+// Rows of x as panels of whole numbers, which are as equal in height as can be: `row` is the first of them in x and y.
+struct Panels {
+  const uint32_t* words;
+  int64_t row, rows, count;
+
+  int64_t start(int64_t panel) const { return rows * panel / count; }
+};
+
+// Panels [first, last) times tiles [begin, end). Of several panels, each tile meets all before the next one is read.
+void multiply_panels(const Linear& p, const Panels& x, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  const int64_t per_row = Panel::words_per_row(p.m), step = last - first == 1 ? end - begin : 1;
+  for (int64_t tile = begin; tile < end; tile += step)
     for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t r = start(panel), n = start(panel + 1) - r;
-      (p.m.bits == 4 ? slab_of<4>(n) : slab_of<8>(n))(p, {n, words + r * per_row}, row + r, tile, tile + 1);
+      const int64_t r = x.start(panel), rows = x.start(panel + 1) - r;
+      const Slab slab = p.m.bits == 4 ? slab_of<4>(rows) : slab_of<8>(rows);
+      slab(p, {rows, x.words + r * per_row}, x.row + r, tile, tile + step);
     }
+}
+
+// Up to kPanelRows rows: a pass over the matrix, of which each thread takes a part.
+void multiply_few(const Linear& p) {
+  const int64_t tile_cycles = p.m.K * (p.rows + 1) / 2 + 1;
+  parallel_for(p.m.tiles, kGrain / tile_cycles + 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;  // each thread makes the whole numbers for itself: that is cheaper than to wait for them
+    uint32_t* const words = reinterpret_cast<uint32_t*>(scratch.floats(p.rows * Panel::words_per_row(p.m)));
+    fill_panel(p, 0, p.rows, words);
+    multiply_panels(p, {words, 0, p.rows, 1}, 0, 1, begin, end);
+  });
+}
+
+// Many rows, kRowsAtOnce of them at a time: first all of them as whole numbers, then parts of y.
+void multiply_many(const Linear& p) {
+  thread_local Scratch scratch;
+  const int64_t per_row = Panel::words_per_row(p.m), tiles = p.m.tiles;
+  const int64_t in_cache = kPanelBytes / (4 * kPanelRows * per_row + 1) + 1;
+  for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
+    const int64_t rows = min(kRowsAtOnce, p.rows - row), count = ceil_div(rows, kPanelRows);
+    uint32_t* const words = reinterpret_cast<uint32_t*>(scratch.floats(rows * per_row));
+    const Panels x{words, row, rows, count};
+    parallel_for(count, kGrain / (2 * kPanelRows * p.m.K + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        fill_panel(p, row + x.start(i), x.start(i + 1) - x.start(i), words + x.start(i) * per_row);
+    });
+    // Threads share the tiles, so that each reads its own part of the matrix, and rows only where there are too few.
+    const int64_t threads = threads_for(tiles * rows * p.m.K, kGrain);
+    const int64_t columns = min(threads, tiles), parts = columns * min(threads / columns, count);
+    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t i = part % columns, j = part / columns, heights = parts / columns;
+        const int64_t last = count * (j + 1) / heights;
+        for (int64_t first = count * j / heights; first < last; first += in_cache)
+          multiply_panels(p, x, first, min(last, first + in_cache), tiles * i / columns, tiles * (i + 1) / columns);
+      }
+    });
+  }
 }
 
 }  // namespace
@@ -203,31 +239,7 @@ void packed_linear(const float* x, const uint8_t* packed, const float* bias, flo
                    int64_t group, int64_t bits, int has_zeros, int activation) {
   if (rows <= 0 || N <= 0) return;
   const Linear p{PackedMatrix(N, K, group, bits, has_zeros != 0), x, packed, bias, y, rows, activation};
-  const int64_t per_row = Panel::words_per_row(p.m), tiles = p.m.tiles;
-  thread_local Scratch scratch;
-  if (rows <= kPanelRows) {
-    const int64_t tile_cycles = (K * (rows + 1) + 1) / 2 + 1;
-    parallel_for(tiles, kGrain / tile_cycles + 1, [&](int64_t begin, int64_t end) {
-      thread_local Scratch own;  // each thread makes the whole numbers for itself: that is cheaper than to wait for them
-      uint32_t* const words = reinterpret_cast<uint32_t*>(own.floats(rows * per_row));
-      fill_panel(p, 0, rows, words);
-      multiply_panels(p, words, 0, 0, 1, 1, rows, begin, end);
-    });
-    return;
-  }
-  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
-    const int64_t count = min(kRowsAtOnce, rows - row), panels = ceil_div(count, kPanelRows);
-    uint32_t* const words = reinterpret_cast<uint32_t*>(scratch.floats(count * per_row));
-    const auto start = [=](int64_t panel) { return count * panel / panels; };
-    parallel_for(panels, kGrain / (K * kPanelRows / 2 + 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) fill_panel(p, row + start(i), start(i + 1) - start(i), words + start(i) * per_row);
-    });
-    const int64_t in_cache = kPanelBytes / (4 * kPanelRows * per_row + 1) + 1;
-    parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t first = 0; first < panels; first += in_cache)
-        multiply_panels(p, words, row, first, min(panels, first + in_cache), panels, count, begin, end);
-    });
-  }
+  rows <= kPanelRows ? multiply_few(p) : multiply_many(p);
 }
 
 }  // namespace portlm::PORTLM_ISA

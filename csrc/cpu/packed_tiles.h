@@ -39,7 +39,7 @@ struct TileSums {
 };
 
 // Bytes ahead of what is read that the second cache is asked for. Farther, or into the first cache, was measured to be slower.
-constexpr int64_t kAhead = 512;
+constexpr int64_t kAhead = 1024;
 
 // The rows of a panel times T tiles at once.
 template <int bits, int R, int T>

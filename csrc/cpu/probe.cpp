@@ -2,9 +2,6 @@
 // arithmetic. Benchmarks print it beside what they reach; nothing else uses it.
 #include "cpu/probe.h"
 
-#include <cstddef>
-#include <memory>
-
 #include "cpu/gemm_bf16.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
@@ -14,14 +11,11 @@
 namespace portlm::PORTLM_ISA {
 namespace {
 
-// An array in large pages, each of which the thread touched first that will use it.
-std::unique_ptr<float[]> touched(int64_t n) {
-  std::unique_ptr<float[]> memory(new float[static_cast<size_t>(n)]);
-  prefer_huge_pages(memory.get(), 4 * n);
-  parallel_for(n, 1, [p = memory.get()](int64_t begin, int64_t end) {
+// Each page of an array is touched first by the thread that will use it.
+void touch(float* p, int64_t n) {
+  parallel_for(n, 1, [p](int64_t begin, int64_t end) {
     for_lanes(end - begin, [=](int64_t i, auto lanes) { store(Vec(1.0f), p + begin + i, lanes); });
   });
-  return memory;
 }
 
 // The sum of n floats, read as so many streams, each of which is asked for `ahead` floats before it is read, if not 0.
@@ -62,10 +56,11 @@ double probe_bandwidth(int64_t bytes) {
   // One stream is what the processor foresees best; with four, and asking, cores differ less. The fastest is the limit.
   float (*const ways[])(const float* p, int64_t n) = {sum_streams<1, 0>, sum_streams<4, 0>, sum_streams<4, 256>};
   const int64_t n = bytes / 4;
-  const auto memory = touched(n);
+  const FreshPages memory(bytes);
+  touch(memory.floats(), n);
   double best = 0.0;
   for (const auto way : ways) {
-    const double seconds = best_seconds([n, way, p = memory.get()] {
+    const double seconds = best_seconds([n, way, p = memory.floats()] {
       parallel_for(n, 1, [p, way](int64_t begin, int64_t end) { keep_result(way(p + begin, end - begin)); });
     });
     const double rate = static_cast<double>(4 * n) / seconds;
@@ -76,16 +71,19 @@ double probe_bandwidth(int64_t bytes) {
 
 double probe_triad(int64_t bytes) {
   const int64_t n = bytes / 12;
-  const auto x = touched(n), y = touched(n), z = touched(n);
+  const FreshPages x(4 * n), y(4 * n), z(4 * n);
+  touch(x.floats(), n);
+  touch(y.floats(), n);
+  touch(z.floats(), n);
   const double seconds = best_seconds([&] {
-    parallel_for(n, 1, [x = x.get(), y = y.get(), z = z.get()](int64_t begin, int64_t end) {
+    parallel_for(n, 1, [x = x.floats(), y = y.floats(), z = z.floats()](int64_t begin, int64_t end) {
       for_lanes(end - begin, [=](int64_t j, auto lanes) {
         const int64_t i = begin + j;
         store(fma(load(y + i, lanes), Vec(0.5f), load(x + i, lanes)), z + i, lanes);
       });
     });
   });
-  keep_result(n > 0 ? z[0] : 0.0f);
+  keep_result(n > 0 ? z.floats()[0] : 0.0f);
   return static_cast<double>(12 * n) / seconds;
 }
 

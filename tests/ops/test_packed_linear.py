@@ -127,7 +127,7 @@ def test_products_are_exact_but_for_the_rounding_of_activations(bits, group, zer
 
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
 def test_results_do_not_depend_on_the_number_of_threads(bits, group, zeros, same_on_all_thread_counts):
-    for N, K, rows in [(2000, 512, 1), (700, 512, 5), (300, 256, 90)]:
+    for N, K, rows in [(2000, 512, 1), (700, 512, 5), (300, 256, 90), (16, 512, 600)]:
         m = matrix(N, K, bits, group, zeros)
         x, bias = inputs(rows, m)
         assert same_on_all_thread_counts(
