@@ -22,7 +22,8 @@ from portlm.compile.forms import PROFILES
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.module_weights import Weights
 from portlm.compile.quantized_graph import QuantizedWeights
-from portlm.compile.trace import Recording, alive, arguments_of, output_nodes, source_line
+from portlm.compile.recorder import source_line
+from portlm.compile.trace import Recording, alive, arguments_of, output_nodes
 from portlm.errors import FormatError
 from portlm.models.roles import Role
 from portlm.ops.registry import captured

@@ -33,9 +33,9 @@ def open_bytes(raw, folder):
 
 
 @pytest.fixture(scope="module")
-def written(compiled):
+def written(packed):
     """The file of a small GPT-2."""
-    return (compiled["gpt2"] / FILE).read_bytes()
+    return (packed["gpt2"] / FILE).read_bytes()
 
 
 def places(raw):
@@ -44,9 +44,9 @@ def places(raw):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_describes_its_roles_as_the_manifest_does(family, compiled):
-    manifest = read_manifest(compiled[family])
-    file = open_bytes((compiled[family] / FILE).read_bytes(), compiled[family].parent)
+def test_a_file_describes_its_roles_as_the_manifest_does(family, packed):
+    manifest = read_manifest(packed[family])
+    file = open_bytes((packed[family] / FILE).read_bytes(), packed[family].parent)
     ((name, inputs, outputs, states),) = file.roles()
     role = manifest.roles[name]
     assert [(i[0], i[2], i[3], i[4] or None) for i in inputs] == [
@@ -58,9 +58,9 @@ def test_a_file_describes_its_roles_as_the_manifest_does(family, compiled):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_is_there_once_and_can_be_read_by_the_document_alone(family, compiled, checkpoints):
+def test_every_weight_is_there_once_and_can_be_read_by_the_document_alone(family, packed, checkpoints):
     """A tied table, too. The rotation's tables come on top, which no checkpoint holds."""
-    raw = (compiled[family] / FILE).read_bytes()
+    raw = (packed[family] / FILE).read_bytes()
     names, dims, (table, count) = (place for place in places(raw)[:3])
     found = []
     for i in range(count):
@@ -269,10 +269,10 @@ def test_numbers_of_a_quantized_matrix_that_do_not_fit_are_refused(at, value, sm
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llama int4", "gpt2 int8"])
-def test_damaged_headers_and_tables_are_refused_or_harmless(family, compiled, small, tmp_path):
+def test_damaged_headers_and_tables_are_refused_or_harmless(family, packed, small, tmp_path):
     """In a process of its own, which a read outside of memory would end."""
     path = tmp_path / FILE
-    folder = small(*family.split(), asymmetric=True) if " " in family else compiled[family]
+    folder = small(*family.split(), asymmetric=True) if " " in family else packed[family]
     path.write_bytes((folder / FILE).read_bytes())
     done = subprocess.run(
         [sys.executable, "-c", DAMAGE, str(path), "1"], capture_output=True, text=True, timeout=300,
@@ -285,9 +285,9 @@ def test_damaged_headers_and_tables_are_refused_or_harmless(family, compiled, sm
 
 
 @pytest.fixture(scope="module")
-def program(compiled):
+def program(packed):
     """The steps of a small LLaMA, and its weights."""
-    folder = compiled["llama"]
+    folder = packed["llama"]
     model, manifest = read_source(folder, "decoder", "fused")
     weights = Weights(folder)
     return lower(model, "decoder", manifest.roles["decoder"], weights), weights.tensors

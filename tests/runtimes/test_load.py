@@ -285,7 +285,9 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path):
         load(tmp_path / "file", "null")
 
 
-@pytest.mark.parametrize("path", [None, 5, b"model", ["model"], object()], ids=repr)
+@pytest.mark.parametrize(
+    "path", [None, 5, b"model", ["model"], object()], ids=lambda path: type(path).__name__
+)
 def test_a_folder_of_another_type_is_an_error(path):
     with pytest.raises(UsageError, match="the folder of a model must be a str or a Path"):
         load(path, "null")
