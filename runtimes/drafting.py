@@ -156,8 +156,9 @@ class SmallModel:
 
     def _draw(self, logits: Logits, ahead: int) -> int:
         """Draw a token of the guess, `ahead` of the text's next one, from logits (1, V)."""
-        *filters, seed, stream, step = self._choice(ahead)
-        return int(select_tokens(logits[:, : self._vocabulary], *filters, seed, step, [stream])[0])
+        c, logits = self._choice(ahead), logits[:, : self._vocabulary]
+        filters = c.temperature, c.top_k, c.top_p, c.min_p
+        return int(select_tokens(logits, *filters, c.seed, c.step, [c.stream])[0])
 
     def _choice(self, ahead: int) -> RowChoice:
         d, row = self._row.decoding, self._row

@@ -35,8 +35,9 @@ class Pace:
 
     def judge(self, kind: int, guess: Sequence[int], came: Sequence[int]) -> None:
         """Compare a guess with the tokens that came."""
+        right = FAIR
         for place, (guessed, token) in enumerate(zip(guess, came, strict=False)):
-            right = self._right.get((kind, place), FAIR)
+            right = self._right.get((kind, place), right)  # what is unknown is as right as the place before
             self._right[kind, place] = right + ((guessed == token) - right) / MEMORY
             if guessed != token:
                 return
@@ -69,10 +70,11 @@ class Pace:
         # Twice as long as what was tried, at most: beyond, the time is a guess itself.
         longest = min(longest, 2 * max(known))
         best, speed = 0, MARGIN * rows / known[1]
-        gained, sure = 0.0, [1.0] * len(guesses)
+        gained, right, sure = 0.0, [FAIR] * len(guesses), [1.0] * len(guesses)
         for place in range(longest):
             for i, (kind, tokens) in enumerate(guesses):
-                sure[i] *= self._right.get((kind, place), FAIR) if place < tokens else 0.0
+                right[i] = self._right.get((kind, place), right[i])
+                sure[i] *= right[i] if place < tokens else 0.0
             gained += sum(sure)
             this = (rows + gained) / self._time(known, place + 2)
             if this > speed:
@@ -80,9 +82,9 @@ class Pace:
         return best
 
     def reach(self, rows: int, most: int) -> int:
-        """Return how long a guess is worth making, of whatever kind; at least 1, so that it can be judged."""
+        """Return how long a guess is worth making, of whatever kind: one more than is read, so that it is judged."""
         kinds = {kind for kind, _ in self._right} or {0}
-        return max(1, *(self.length(rows, [(kind, most)] * rows) for kind in kinds))
+        return min(most, 1 + max(self.length(rows, [(kind, most)] * rows) for kind in kinds))
 
     def plain(self, rows: int, loop: bool) -> int:
         """Return how many tokens to decode plainly before the next guess.
@@ -101,14 +103,13 @@ class Pace:
         return min(max(1, math.ceil(cost / (SHARE * each))), LONGEST_PLAIN)
 
     def _time(self, known: dict[int, float], tokens: int) -> float:
-        """Seconds of a pass, on the line between those that are known, or behind the last of them."""
+        """Seconds of a pass; of one that was never made, the least it can take: those of a shorter one.
+
+        Behind all that were made, each further token costs what one cost so far.
+        """
         below = max(t for t in known if t <= tokens)
-        above = min((t for t in known if t > tokens), default=0)
-        if above:
-            slope = (known[above] - known[below]) / (above - below)
-        elif below > 1:
-            slope = (known[below] - known[1]) / (below - 1)
-        else:
-            slope = FIRST_SLOPE * known[1]
+        slope = 0.0
+        if below == max(known):
+            slope = (known[below] - known[1]) / (below - 1) if below > 1 else FIRST_SLOPE * known[1]
         seconds = known[below] + max(slope, 0.0) * (tokens - below)
         return known[1] + (seconds - known[1]) * self._belief
