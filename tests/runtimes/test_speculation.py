@@ -15,7 +15,7 @@ from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.models import FAMILIES
 from portlm.rows import Rows
-from portlm.runtimes import engine_class
+from portlm.runtimes import engine_class, pace
 from portlm.runtimes import session as sessions
 from portlm.runtimes.drafting import MATCHES, Draft, Lookup, SmallModel
 from portlm.runtimes.null import NullEngine
@@ -38,11 +38,11 @@ OPTIONS = {
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "penalties sampled": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "temperature": 1.0},
 }
-# Every family on two engines, of which one has a loop of its own, and one family on the rest.
+# Every family on one engine, which has a loop of its own, and one family on the rest.
 TARGETS = [
-    *((family, *target) for family in FAMILIES for target in (("torch", "native"), ("packed", "fused"))),
-    *(("gpt2", *target) for target in (("torch", "fused"), ("ort", "portable"), ("ort", "fused"))),
-    *(("gpt2", "tvm", profile) for profile in ("portable", "fused")),
+    *((family, "packed", "fused") for family in FAMILIES),
+    *(("gpt2", "torch", profile) for profile in ("native", "fused")),
+    *(("gpt2", engine, profile) for engine in ("ort", "tvm") for profile in ("portable", "fused")),
 ]
 
 
@@ -73,7 +73,9 @@ def packed(compiled):
 
 @pytest.fixture(autouse=True)
 def _passes_are_free(monkeypatch):
-    """The clock stands still, so whatever may be right is read."""
+    """The clock stands still, nothing costs or is learned, so all guesses are read."""
+    monkeypatch.setattr(pace, "MEMORY", 1e9)
+    monkeypatch.setattr(pace, "OVERHEAD", 0.0)
     monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))
 
 
@@ -108,9 +110,9 @@ def foreknowing(session, prompts, results, mistake=3):
     return partial(Foreknowing, whole, mistake)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_tokens_are_those_of_plain_decoding(options, batch_size, session):
+def test_tokens_are_those_of_plain_decoding(options, session):
+    batch_size = 1 if options == "sampled" else 4
     options = {"max_new_tokens": 12, **OPTIONS[options]}
     plain = session.generate(PROMPTS, **options)
     drafter = foreknowing(session, PROMPTS, plain)
@@ -143,14 +145,14 @@ def test_a_text_that_fills_the_context_is_the_same_to_its_end(session):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 2}], ids=str)
-def test_a_small_model_guesses_and_the_large_one_decides(options, session, compiled):
-    """Both engines of the small model: one with a loop of its own, one without."""
-    plain = session.generate(PROMPTS, max_new_tokens=12, **options)
-    for engine, profile in (("packed", "fused"), ("torch", "native")):
-        with open_session(compiled["llama"], engine, profile) as small:
-            found = session.generate(PROMPTS, max_new_tokens=12, draft=small, **options)
-            same(found, plain)
-            assert found[0].stats.drafted > 0
+@pytest.mark.parametrize("small", [("packed", "fused"), ("torch", "native")], ids=":".join)
+def test_a_small_model_guesses_and_the_large_one_decides(small, options, packed, compiled):
+    """The small model on an engine with a loop of its own, and on one without."""
+    plain = packed.generate(PROMPTS, max_new_tokens=12, **options)
+    with open_session(compiled["llama"], *small) as drafting:
+        found = packed.generate(PROMPTS, max_new_tokens=12, draft=drafting, **options)
+    same(found, plain)
+    assert found[0].stats.drafted > 0
 
 
 @pytest.mark.parametrize("options", ["greedy", "sampled", "filtered", "seeds"])
@@ -245,10 +247,10 @@ def test_a_small_model_with_a_short_context_falls_silent(packed):
     small = SmallModel(short.engine, V, row)
     assert small.propose([1, 2, 3], 3).tokens == [4, 5, 6]
     assert small.propose([4, 5, 9], 9).tokens == [10, 11, 12]  # 8 tokens fit, and one is said of the last
-    assert small.propose([1, 2, 3], 9).tokens == []
+    assert small.propose([1, 2, 3], 9).tokens == ()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.lists(st.integers(1, 9), max_size=9))
 def test_a_lookup_finds_the_latest_place_behind_the_longest_match(text, cuts):
     """However the text came to be known."""
