@@ -156,7 +156,7 @@ def random_models(arguments: argparse.Namespace) -> None:
     prompt, count = (64, 24) if arguments.smoke else (400, arguments.tokens)
     dictations = texts(prompt, count)
     with tempfile.TemporaryDirectory() as scratch:
-        for quantize in [None, *arguments.quantize]:
+        for quantize in arguments.quantize or [None]:
             artifact = make_model(Path(scratch) / f"{quantize}", size, quantize, arguments.engine)
             for engine in arguments.engine:
                 with portlm.load(artifact, engine, threads=arguments.threads) as session:
@@ -195,7 +195,7 @@ def main() -> None:
     """Measure, and print a line for each text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", action="append", help="packed and ort by default")
-    parser.add_argument("--quantize", action="append", default=[], help="int4 or int8, beside fp32")
+    parser.add_argument("--quantize", action="append", default=[], help="int4 or int8; fp32 without")
     parser.add_argument(
         "--model", type=Path, help="a trained checkpoint or artifact, in place of random ones"
     )

@@ -16,6 +16,7 @@ STEPS = 4  # of how many passes
 FIRST_SLOPE = 0.25  # of a pass that each further token costs it, while that is not known
 DOUBT = 0.995  # what is left, at each guess that is not read, of the belief that longer passes are slow
 MARGIN = 1.03  # by which a longer pass has to be faster: what is measured is a little wrong
+FIRST_PLAIN = 4  # tokens whose time is taken before the first guess
 LONGEST_PLAIN = 512  # tokens until guesses are judged again
 
 
@@ -52,6 +53,10 @@ class Pace:
         if tokens > 1:
             self._belief = 1.0
 
+    def knows(self, rows: int) -> bool:
+        """Say whether it is known how long plain decoding takes with so many rows."""
+        return 1 in self._seconds.get(rows, {})
+
     def guessed(self, seconds: float) -> None:
         """Take in that making guesses took so long."""
         self._guessing += (seconds - self._guessing) / (STEPS if self._guessing else 1)
@@ -63,9 +68,9 @@ class Pace:
             rows: B.
             guesses: (kind, tokens) of the rows that have one.
         """
-        known = self._seconds.get(rows, {})
-        if 1 not in known:
+        if not self.knows(rows):
             return 0
+        known = self._seconds[rows]
         longest = max((tokens for _, tokens in guesses), default=0)
         # Twice as long as what was tried, at most: beyond, the time is a guess itself.
         longest = min(longest, 2 * max(known))
@@ -98,7 +103,7 @@ class Pace:
         self._belief *= DOUBT  # so that they are tried again some day
         each = self._seconds.get(rows, {}).get(1)
         if not each:
-            return 1
+            return FIRST_PLAIN
         cost = self._guessing + OVERHEAD * loop
         return min(max(1, math.ceil(cost / (SHARE * each))), LONGEST_PLAIN)
 

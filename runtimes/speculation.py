@@ -81,13 +81,16 @@ class Speculation:
         Raises:
             UsageError: a drafter guessed what is no token.
         """
+        B = len(rows)
+        if self.plain <= 0 and not self._pace.knows(B):
+            self.plain = self._pace.plain(B, self._loop)
         if self.plain > 0:
             return []
         began = self.clock()
         texts = [self._texts.get(id(row)) or _Text(row, self._drafter(row)) for row in rows]
         self._texts = {id(text.row): text for text in texts}
         first = any(text.told == 0 for text in texts)  # who sees a text for the first time reads all of it
-        B, most = len(rows), min(self._most, room - 1)
+        most = min(self._most, room - 1)
         if most > 0:
             most = self._pace.reach(B, most)
         for text in texts:

@@ -7,7 +7,7 @@ from portlm.runtimes import session as sessions
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.drafting import Draft
 from portlm.runtimes.null import DECODER
-from portlm.runtimes.pace import FAIR, LONGEST_PLAIN, MARGIN, Pace
+from portlm.runtimes.pace import FAIR, FIRST_PLAIN, LONGEST_PLAIN, MARGIN, Pace
 from portlm.runtimes.session import Session
 from portlm.runtimes.speculation import Speculation
 from portlm.tokenizer import byte_tokenizer
@@ -127,7 +127,7 @@ def test_a_drafter_that_becomes_right_is_noticed(recite):
 
 def test_what_a_guess_costs_decides_how_often_one_is_made():
     pace = Pace()
-    assert pace.plain(1, loop=False) == 1  # nothing is known yet
+    assert pace.plain(1, loop=False) == FIRST_PLAIN  # nothing is known yet
     pace.took(1, 1, 1e-3)
     pace.guessed(1e-6)
     assert pace.plain(1, loop=False) == 1
