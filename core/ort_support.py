@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,9 @@ WEBGPU = "WebGpuExecutionProvider"
 # Of quantized weights: MatMulNBits computes in float32, or with activations rounded to 8 bits, which is faster.
 LEVEL_VARIABLE, EXACT, ROUNDED = "PORTLM_ORT_ACCURACY_LEVEL", 0, 4
 ROUNDED_TARGET = f"onnxruntime, accuracy level {ROUNDED}"
+# In the metadata of a graph whose states that grow may be the same memory before and after a call, with room behind.
+# Such a graph reads several new tokens on a filled cache of one row at a time (compile/ort_lowering.py).
+IN_PLACE = {"portlm.cache": "in place"}
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -81,6 +84,11 @@ def open_session(model: Path | bytes, options: Any, device: str) -> Any:
         session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
     session.disable_fallback()
     return session
+
+
+def row_by_row(sizes: Mapping[str, int]) -> bool:
+    """Whether a graph that says IN_PLACE must be called for each row alone, by the sizes of a call's symbols."""
+    return sizes.get("batch", 1) > 1 and sizes.get("sequence", 1) > 1 and sizes.get("past", 0) > 0
 
 
 def webgpu_devices() -> list[Any]:
