@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,12 +26,28 @@ IN_PLACE = {"portlm.cache": "in place"}
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
+_asked: ContextVar[int | None] = ContextVar("accuracy level", default=None)
+
+
+@contextlib.contextmanager
+def at_accuracy(level: int | None) -> Iterator[None]:
+    """Lower graphs for an accuracy level inside the block, whatever the environment says; None changes nothing."""
+    token = _asked.set(_asked.get() if level is None else level)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
 def accuracy_level() -> int:
-    """Return the accuracy level of graphs that are lowered now, from the environment.
+    """Return the accuracy level of graphs that are lowered now: what at_accuracy() says, or the environment.
 
     Raises:
         UsageError: the variable is neither of the two.
     """
+    asked = _asked.get()
+    if asked is not None:
+        return asked
     said = os.environ.get(LEVEL_VARIABLE, str(EXACT))
     if said not in (str(EXACT), str(ROUNDED)):
         raise UsageError(f"{LEVEL_VARIABLE} must be {EXACT} or {ROUNDED}, got {said[:40]!r}")
