@@ -12,7 +12,7 @@ import numpy as np
 
 from portlm.engine import Array, CallSpec
 from portlm.ort_support import IN_PLACE, row_by_row
-from portlm.roles import StateSpec
+from portlm.roles import StateSpec, TensorSpec
 
 LEAST_ROOM = 64  # slots
 AXIS = 2  # of the slots, in (B, K, P, D)
@@ -124,7 +124,8 @@ class InPlace:
         self._kept = [state for state in spec.state if state not in grown]
         self._replaced = [state for state in self._kept if state.output]
         self._outputs = [*(item.name for item in spec.outputs), *(state.output for state in self._replaced)]
-        self._batched = {item.name for item in (*spec.inputs, *spec.state) if item.shape[:1] == ("batch",)}
+        taken: list[TensorSpec | StateSpec] = [*spec.inputs, *spec.state]
+        self._batched = {item.name for item in taken if item.shape[:1] == ("batch",)}
         self._new = next(
             (item.name, axis)
             for item in spec.inputs
