@@ -24,6 +24,7 @@ from portlm.compile.forms import (
     IR_VERSION,
     OPSET,
     PORTABLE_OPS,
+    WHOLE_OPS,
     Form,
     Operand,
     Setting,
@@ -193,6 +194,8 @@ def _check_nodes(model: Message) -> None:
             raise _RefusedError(f"two nodes are called {name!r}")
         names.add(name)
         form = OPERATORS[domain].get(operator) if domain in domains else None
+        if CONTRIB in domains and not domain and values.kinds.get(next(iter(node.input), "")) == "int64":
+            form = WHOLE_OPS.get(operator, form)
         if form is None:
             raise _RefusedError(f"operator {operator!r} of {domain!r} is not one of ours (node {name!r})")
         if max(len(node.input), len(node.output), len(node.attribute)) > MAX_VALUES_PER_NODE:

@@ -45,7 +45,8 @@ class Operand:
     """One input or output of an operator.
 
     Attributes:
-        kind: "float32", "int64", "uint8", or "" for the one type that all operands of the node without a kind have.
+        kind: "float32", "int64", "int32", "uint8", or "" for the one type that all operands of the node without a kind
+            have.
         constant: the least and the greatest element, if it must be an int64 constant in the graph.
         optional: may be left out.
         absent: is never there; "" keeps the places of those behind it.
@@ -85,7 +86,7 @@ class Form:
     attributes: Mapping[str, Setting] = field(default_factory=dict)
 
 
-ANY, FLOAT, INDEX = Operand(), Operand("float32"), Operand("int64")
+ANY, FLOAT, INDEX, INT32 = Operand(), Operand("float32"), Operand("int64"), Operand("int32")
 SMALL, BYTES = Operand(small=True), Operand("uint8")
 OPTIONAL, OPTIONAL_BYTES = Operand("float32", optional=True), Operand("uint8", optional=True)
 ABSENT, MANY = Operand(absent=True), Operand(many=True)
@@ -132,6 +133,14 @@ PORTABLE_OPS: dict[str, Form] = {
     "Unsqueeze": Form((ANY, AXES)),
 }
 
+WHOLE_OPS: dict[
+    str, Form
+] = {  # on int64, in graphs lowered for ONNX Runtime: how many slots GroupQueryAttention sees
+    "Cast": Form((INDEX,), (INT32,), {"to": Setting(int, (6, 6))}),
+    "Shape": Form((INDEX,), (INDEX,), {"start": Setting(int, (1, 1)), "end": Setting(int, (2, 2))}),
+    "Sub": Form((INDEX, INDEX), (INDEX,)),
+}
+
 _SUM_AND_NORM = (FLOAT, ABSENT, ABSENT, FLOAT)  # without the mean and the deviation
 CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered for ONNX Runtime
     "BiasGelu": _BINARY,
@@ -142,6 +151,12 @@ CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered f
         (BYTES, INDEX, FLOAT, OPTIONAL_BYTES),
         (FLOAT,),
         {"bits": BITS, "block_size": COUNT, "gather_axis": ROWS, "quantize_axis": Setting(int, (1, 1))},
+    ),
+    # query, key, value, past key and value, slots of each row less one, slots, no rotation, attention bias
+    "GroupQueryAttention": Form(
+        (FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, INT32, ABSENT, ABSENT, ABSENT, FLOAT),
+        (FLOAT,) * 3,
+        {"kv_num_heads": COUNT, "num_heads": COUNT, "scale": NUMBER},
     ),
     # input, weight, scales, zero points, no order of the groups, bias
     "MatMulNBits": Form(

@@ -25,7 +25,14 @@ def ort_runner(device: str = "cpu", profile: str = "") -> Runner:
 
     For Vulkan the WebGPU plugin must be registered in this process, which opening the engine does.
     """
-    from portlm.ort_support import EXTERNAL_FOLDER, open_session, session_options, webgpu_devices
+    from portlm.ort_support import (
+        EXTERNAL_FOLDER,
+        IN_PLACE,
+        open_session,
+        row_by_row,
+        session_options,
+        webgpu_devices,
+    )
 
     opened: dict[tuple[str, ...], Any] = {}
 
@@ -42,10 +49,29 @@ def ort_runner(device: str = "cpu", profile: str = "") -> Runner:
             options = session_options(device, devices[0], None, allow_fallback=False)
             options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
             opened[key] = open_session(model.SerializeToString(), options, device)
-        results: list[np.ndarray] = opened[key].run(list(names), dict(inputs))
-        return results
+        session, rows = opened[key], 1
+        shapes = {value.name: _symbols(value) for value in model.graph.input}
+        sizes = {
+            dim: n for name, dims in shapes.items() for dim, n in zip(dims, inputs[name].shape, strict=True)
+        }
+        if IN_PLACE.items() <= {
+            entry.key: entry.value for entry in model.metadata_props
+        }.items() and row_by_row(sizes):
+            rows = sizes["batch"]
+        parts = []
+        for row in range(rows):
+            given = {
+                name: value[row : row + 1] if rows > 1 and shapes[name][:1] == ["batch"] else value
+                for name, value in inputs.items()
+            }
+            parts.append(session.run(list(names), given))
+        return [np.concatenate(values) if rows > 1 else values[0] for values in zip(*parts, strict=True)]
 
     return run
+
+
+def _symbols(value: onnx.ValueInfoProto) -> list[str]:
+    return [dim.dim_param for dim in value.type.tensor_type.shape.dim]
 
 
 def tvm_runner(device: str, profile: str) -> Runner:
