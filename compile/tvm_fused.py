@@ -1,13 +1,15 @@
 """The fused graph as calls from TVM's virtual machine into portlm's own kernels.
 
-Each node of domain ai.portlm becomes one call of a native function "portlm.<op>" (csrc/tvm), found by name when the
-library is loaded; what is left to TVM is the schedule of calls, the memory of the intermediates and the few standard
+Each node of domain ai.portlm becomes a call of a native function "portlm.<op>" (csrc/tvm), found by name when the
+library is loaded. Those that follow each other, a layer of a decoder for example, are one call of the virtual machine
+(compile/tvm_chain.py); what is left to TVM is the order of these calls, the memory between them and the few standard
 operators. Weights are passed as opaque objects: the functions check their shapes themselves, so the virtual machine
 need not check every one of them again at every step.
 """
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from portlm.compile.tvm_build import Graph, Lowering, dimensions, kernel_passes
+from portlm.compile.tvm_chain import Chain, Pending
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
 from portlm.ops.quantized import Layout
@@ -45,6 +48,11 @@ class _Lowering:
         self.bb = relax.BlockBuilder()
         self.extents: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
+        self.chain = Chain(self.bb)
+        self.attends = False  # whether the chain has an attention
+        self.fresh: list[Pending] = []  # of the node that is looked at, and not among the values yet
+        self.uses = Counter(name for node in graph.proto.graph.node for name in node.input)
+        self.uses.update(graph.outputs)
         self.matrices: dict[str, tuple[Any, Packed]] = {}
         self.shapes = {weight.name: weight.shape for weight in graph.weights}
         names = {*self.shapes, *(part.name for matrix in graph.packed for part in matrix.parts())}
@@ -77,7 +85,7 @@ class _Lowering:
             with self.bb.dataflow():
                 for node in proto.node:
                     self._emit(node)
-                outputs = relax.Tuple([self._whole(self.values[name]) for name in self.graph.outputs])
+                outputs = relax.Tuple([self._real(self._whole(self.values[n])) for n in self.graph.outputs])
                 result = self.bb.emit_output(outputs)
             self.bb.emit_func_output(result)
         return self.bb.get()
@@ -96,18 +104,44 @@ class _Lowering:
                 f"{node.name}: {node.domain or 'ai.onnx'}.{node.op_type} is not of the fused profile"
             )
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        self.fresh = []
         try:
             results = emitter(node, attributes)
         except KeyError as error:
             raise FormatError(f"{node.name}: {node.op_type} lacks {error}") from error
         for name, value in zip(node.output, results, strict=True):
             self.values[name] = value
+        self.uses.subtract(node.input)
+
+    def _real(self, value: Any) -> Any:
+        """A value for Relax itself; one that is pending is computed now, and with it all that is."""
+        if isinstance(value, Pending) and value.expr is None:
+            self._flush()
+        return value.expr if isinstance(value, Pending) else value
+
+    def _flush(self) -> None:
+        """Call the kernels that were gathered."""
+        if self.chain.steps:
+            later = (value for name, value in self.values.items() if self.uses[name] > 0)
+            wanted = {id(value.source if isinstance(value, _Columns) else value) for value in later}
+            wanted.update(map(id, self.fresh))
+            self.chain.call(lambda value: id(value) in wanted)
+            self.attends = False
 
     def _call(self, op: str, inputs: Sequence[Any], *shapes: Sequence[Any]) -> Sequence["relax.Expr"]:
         """One native call that writes float32 outputs of these shapes; plain numbers pass as numbers."""
         relax = self.relax
-        arguments = [self._number(value) if isinstance(value, int | float) else value for value in inputs]
         types = [relax.TensorType(list(shape), "float32") for shape in shapes]
+        if not self.chain.takes(inputs, shapes):
+            self._flush()
+        if self.chain.takes(inputs, shapes):
+            outputs = [Pending(ty) for ty in types]
+            self.chain.add(op, inputs, outputs)
+            self.fresh += outputs
+            return outputs
+        arguments = [
+            self._number(value) if isinstance(value, int | float) else self._real(value) for value in inputs
+        ]
         call = relax.op.call_dps_packed(
             f"portlm.{op}", relax.Tuple(arguments), types[0] if len(types) == 1 else types
         )
@@ -126,9 +160,9 @@ class _Lowering:
         """A value as a tensor of its own; the part of a Split is copied out of what it is part of."""
         if not isinstance(value, _Columns):
             return value
-        end = value.first + value.width
-        last = len(value.source.ty.shape) - 1
-        return self.bb.emit(self.relax.op.strided_slice(value.source, [last], [value.first], [end]))
+        end, source = value.first + value.width, self._real(value.source)
+        last = len(source.ty.shape) - 1
+        return self.bb.emit(self.relax.op.strided_slice(source, [last], [value.first], [end]))
 
     def _shape(self, name: str) -> list[Any]:
         value = self.values[name]
@@ -174,24 +208,37 @@ class _Lowering:
         return self._call("packed_rows", [ids, matrix, *layout], [*ids.ty.shape, layout.K])
 
     def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        if self.attends:  # a chain is a layer: its inner values all have memory of their own
+            self._flush()
+        self.attends = True
         q, k, v = (self._columns(name) for name in node.input[:3])
         past_key, past_value, mask = (self.values[name] for name in node.input[3:])
-        batch, kv_heads, past, width = past_key.ty.shape
+        batch, _, _, width = past_key.ty.shape
         sequence = q.source.ty.shape[1]
         heads = int(attributes["num_heads"])
         sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]
-        grown = self.relax.TensorType([batch, kv_heads, past + sequence, width], "float32")
         present_key, present_value = (
-            self.bb.emit(
-                self.relax.op.call_pure_packed(
-                    "portlm.append_cache", cache, new.source, self._number(new.first), ty_args=[grown]
-                )
-            )
-            for cache, new in ((past_key, k), (past_value, v))
+            self._append("append_cache", cache, new) for cache, new in ((past_key, k), (past_value, v))
         )
         inputs = [q.source, q.first, present_key, present_value, mask, *sizes]
         (out,) = self._call("cached_attention", inputs, [batch, sequence, heads * width])
         return out, present_key, present_value
+
+    def _append(self, function: str, cache: Any, new: "_Columns", *more: Any) -> Any:
+        """A cache (B, K, P, D) grown by the tokens of a value, in place where there is room."""
+        batch, heads, past, width = cache.ty.shape
+        tokens = new.source.ty.shape[1]
+        grown = self.relax.TensorType([batch, heads, past + tokens, width], cache.ty.dtype)
+        inputs = [self._real(cache), new.source, new.first, *more]
+        if self.chain.takes(inputs, [[batch, tokens, 1]]):
+            present = Pending(grown, returned=True)
+            self.chain.add(function, inputs, [present])
+            return present
+        source, *numbers = self._real(new.source), *map(self._number, inputs[2:])
+        call = self.relax.op.call_pure_packed(
+            f"portlm.{function}", inputs[0], source, *numbers, ty_args=[grown]
+        )
+        return self.bb.emit(call)
 
     def _standard(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         structural = STRUCTURAL.get(node.op_type, ())
@@ -207,7 +254,7 @@ class _Lowering:
             return self.relax.const(self.constants[name])
         if name in self.shapes:
             return self.bb.match_cast(self.values[name], self.relax.TensorType(self.shapes[name], "float32"))
-        return self._whole(self.values[name])
+        return self._real(self._whole(self.values[name]))
 
     def _gather(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         """Indices are clamped: the kernel would read wherever a wrong one points to."""

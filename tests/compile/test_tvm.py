@@ -1,6 +1,7 @@
 """From ONNX graphs to TVM libraries. That the libraries answer like PyTorch is tests/runtimes/test_contract.py."""
 
 import functools
+import re
 import shutil
 
 import numpy as np
@@ -59,15 +60,25 @@ def test_weights_stay_out_of_the_library(compiled, profile):
         assert data[weight.offset : weight.offset + min(64, weight.nbytes)] not in code, weight.name
 
 
-def test_every_fused_node_becomes_a_kernel_call(artifacts):
-    graph = read_graph(artifacts["llama"], "decoder", "fused")
+@pytest.mark.parametrize(("family", "beside"), [("gpt2", 2), ("llama", 1)])
+def test_every_fused_node_becomes_a_kernel_call_and_every_layer_one_call(artifacts, family, beside):
+    """Beside the layers there is the head, and in GPT-2 the two tables, whose sum is TVM's own."""
+    graph = read_graph(artifacts[family], "decoder", "fused")
     script = tvm_fused.lower(graph)["main"].script()
     fused = [node for node in graph.proto.graph.node if node.domain == "ai.portlm"]
-    standard = [node.op_type for node in graph.proto.graph.node if node.domain != "ai.portlm"]
-    assert standard == ["Gather"], "of the rows that logits are wanted for; GPT-2 has more standard nodes"
-    attention = sum(node.op_type == "CachedAttention" for node in fused)
-    # attention is three calls: the cache of keys, that of values, and the product over both
-    assert script.count('"portlm.') == len(fused) + 2 * attention
+    layers = sum(node.op_type == "CachedAttention" for node in fused)
+    recipes = re.findall(r'"portlm.chain", R.str\("([^"]*)"\)', script)
+    # attention is three kernels: the cache of keys, that of values, and the product over both
+    assert sum(recipe.count("|") for recipe in recipes) == len(fused) + 2 * layers
+    assert len(recipes) == script.count('"portlm.') == layers + beside
+
+
+def test_a_layer_of_gpt_neox_is_a_few_calls(artifacts):
+    """Its queries lie between keys and values, head by head, and standard operators part them."""
+    graph = read_graph(artifacts["gpt_neox"], "decoder", "fused")
+    script = tvm_fused.lower(graph)["main"].script()
+    layers = sum(node.op_type == "CachedAttention" for node in graph.proto.graph.node)
+    assert script.count('"portlm.') <= 5 * layers + 2
 
 
 def product(b_shape, transposed, rows):
