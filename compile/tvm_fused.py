@@ -22,9 +22,10 @@ from portlm.compile.tvm_chain import Chain, Pending
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
 from portlm.ops.quantized import Layout
+from portlm.ops.quantized_linear import ACTIVATIONS
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, Attribute
-from portlm.tvm_support import Packed, import_tvm
+from portlm.tvm_support import Packed, Panels, import_tvm
 
 if TYPE_CHECKING:
     import tvm
@@ -54,14 +55,20 @@ class _Lowering:
         self.uses = Counter(name for node in graph.proto.graph.node for name in node.input)
         self.uses.update(graph.outputs)
         self.matrices: dict[str, tuple[Any, Packed]] = {}
+        self.panels: dict[str, tuple[Any, Panels]] = {}
         self.shapes = {weight.name: weight.shape for weight in graph.weights}
         names = {*self.shapes, *(part.name for matrix in graph.packed for part in matrix.parts())}
+        names.update(matrix.weight.name for matrix in graph.panels)
         tensors = (t for t in graph.proto.graph.initializer if t.name not in names)
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]] = {
             **{(DOMAIN, op_type): self._plain for op_type, spec in nodes().items() if spec.tvm},
             (DOMAIN, "CachedAttention"): self._cached_attention,
             **{("", op_type): self._standard for op_type in emitters()},
+            (DOMAIN, "Linear"): self._linear,
+            (DOMAIN, "Embedding"): self._embedding,
+            (DOMAIN, "GeluMlp"): self._mlp,
+            (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "QuantizedLinear"): self._packed_linear,
             (DOMAIN, "QuantizedEmbedding"): self._packed_rows,
             ("", "Gather"): self._gather,
@@ -81,6 +88,9 @@ class _Lowering:
             self.matrices[matrix.weight.name] = relax.Var(matrix.name, relax.ObjectType()), matrix
         parameters = [self.values[name] for name in (*self.graph.inputs, *self.shapes)]
         parameters += [parameter for parameter, _ in self.matrices.values()]
+        for matrix in self.graph.panels:
+            self.panels[matrix.weight.name] = relax.Var(matrix.name, relax.ObjectType()), matrix
+        parameters += [parameter for parameter, _ in self.panels.values()]
         with self.bb.function("main", parameters):
             with self.bb.dataflow():
                 for node in proto.node:
@@ -184,6 +194,36 @@ class _Lowering:
         ]
         function = "_no_".join([spec.tvm, *absent])
         return self._call(function, [*self._inputs(node), *numbers], *spec.shapes(shapes, values))
+
+    def _linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        x, weight, bias = (*node.input, "")[:3]
+        if weight not in self.panels:
+            return self._plain(node, attributes)
+        return self._panel_linear(self._whole(self.values[x]), weight, bias, "none")
+
+    def _mlp(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        x, w1, b1, w2, b2 = node.input
+        if w1 not in self.panels or w2 not in self.panels:
+            return self._plain(node, attributes)
+        tanh = node.op_type == "GeluMlp" and attributes.get("approximate", b"none") == b"tanh"
+        activation = "gelu_tanh" if tanh else "gelu" if node.op_type == "GeluMlp" else "relu_squared"
+        (hidden,) = self._panel_linear(self._whole(self.values[x]), w1, b1, activation)
+        return self._panel_linear(hidden, w2, b2, "none")
+
+    def _panel_linear(self, x: Any, weight: str, bias: str, activation: str) -> Sequence[Any]:
+        parameter, matrix = self.panels[weight]
+        biases = [self.values[bias]] if bias else []
+        function = "panel_linear" if bias else "panel_linear_no_bias"
+        inputs = [x, parameter, *biases, matrix.rows, matrix.columns, ACTIVATIONS.index(activation)]
+        return self._call(function, inputs, [*list(x.ty.shape)[:-1], matrix.rows])
+
+    def _embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        if node.input[1] not in self.panels:
+            return self._plain(node, attributes)
+        ids, (parameter, matrix) = self.values[node.input[0]], self.panels[node.input[1]]
+        return self._call(
+            "panel_rows", [ids, parameter, matrix.rows, matrix.columns], [*ids.ty.shape, matrix.columns]
+        )
 
     def _packed(self, name: str) -> tuple[Any, Layout]:
         """The parameter for a quantized matrix, and its sizes."""

@@ -33,6 +33,7 @@ from portlm.files import MAX_JSON_BYTES, open_regular, read_bytes, safe_join, sh
 from portlm.ops.quantized import pack_array
 from portlm.ops.registry import tvm_functions
 from portlm.ops.token_selection import bad_row, check_filters
+from portlm.panels import in_panels
 from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference
 from portlm.runtimes.base import ArrayEngine
@@ -43,6 +44,7 @@ from portlm.tvm_support import (
     LIBRARY,
     SIGNATURE,
     Packed,
+    Panels,
     Signature,
     Weight,
     import_tvm,
@@ -312,7 +314,8 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
     except EngineUnavailableError:
         if profile == "fused":
             raise  # a portable library calls no kernel, and writes its tokens one by one
-    weights = map_weights(safe_join(folder, signature.weights_file), signature.weights, signature.packed)
+    file = safe_join(folder, signature.weights_file)
+    weights = map_weights(file, signature.weights, signature.packed, signature.panels)
 
     try:
         # The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
@@ -333,13 +336,19 @@ def _use_threads(count: int) -> int:
     return _C.set_threads(count)
 
 
-def map_weights(path: Path, weights: tuple[Weight, ...], packed: tuple[Packed, ...] = ()) -> list[Any]:
+def map_weights(
+    path: Path,
+    weights: tuple[Weight, ...],
+    packed: tuple[Packed, ...] = (),
+    panels: tuple[Panels, ...] = (),
+) -> list[Any]:
     """The weights as TVM tensors over the mapped file; one that is not aligned is copied.
 
     Args:
         path: the weight file.
         weights: where each lies; Signature.read has checked that they lie inside.
         packed: quantized matrices, which are brought into the order that kernels read, now.
+        panels: float32 matrices, likewise. They are read and not mapped: what is read is let go of again.
     """
     # Copy on write, because DLPack cannot say "read only"; nobody writes, so every page stays the file's.
     data = np.memmap(path, dtype=np.uint8, mode="c")
@@ -354,6 +363,10 @@ def map_weights(path: Path, weights: tuple[Weight, ...], packed: tuple[Packed, .
     for matrix in packed:
         zero = None if matrix.zero is None else mapped(matrix.zero)
         tensors.append(_tensor(pack_array(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
+    for matrix in panels:
+        found = matrix.weight
+        read = np.fromfile(path, "<f4", found.nbytes // 4, offset=found.offset).reshape(found.shape)
+        tensors.append(_tensor(in_panels(read, matrix.turned)))
     return tensors
 
 

@@ -68,8 +68,9 @@ def test_every_fused_node_becomes_a_kernel_call_and_every_layer_one_call(artifac
     fused = [node for node in graph.proto.graph.node if node.domain == "ai.portlm"]
     layers = sum(node.op_type == "CachedAttention" for node in fused)
     recipes = re.findall(r'"portlm.chain", R.str\("([^"]*)"\)', script)
-    # attention is three kernels: the cache of keys, that of values, and the product over both
-    assert sum(recipe.count("|") for recipe in recipes) == len(fused) + 2 * layers
+    # attention is three kernels: the cache of keys, that of values, and the product over both; an MLP is two products
+    kernels = len(fused) + 2 * layers + sum(node.op_type == "GeluMlp" for node in fused)
+    assert sum(recipe.count("|") for recipe in recipes) == kernels
     assert len(recipes) == script.count('"portlm.') == layers + beside
 
 
