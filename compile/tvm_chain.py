@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tvm import relax
 
-MOST_STEPS = 64  # of a chain: its inner values all have memory of their own
+MOST_STEPS = 64  # of a chain
 
 
 @dataclass(eq=False)
@@ -31,6 +31,41 @@ class Pending:
 
 Part = Any
 """An input of a kernel: a number, a Relax value or one that is pending."""
+
+
+class _Places:
+    """Memory for the inner values of a chain: those that are not needed at the same time share it.
+
+    Attributes:
+        inner: width and place of each value, "768:0".
+    """
+
+    def __init__(self, steps: Sequence[tuple[str, list[Part], list[Pending]]]):
+        self.inner: list[str] = []
+        self._last: dict[int, int] = {}  # the step that reads a value last, or writes it if none does
+        for step, (_, inputs, outputs) in enumerate(steps):
+            self._last.update(
+                (id(value), step) for value in (*outputs, *inputs) if isinstance(value, Pending)
+            )
+        self._widths: list[int] = []  # of each place, so far
+        self._taken: dict[int, int] = {}  # value -> place
+
+    def take(self, value: Pending) -> int:
+        """Return the number of a new inner value, in the free place that has to grow least."""
+        width = int(value.ty.shape[2])
+        free = set(range(len(self._widths))) - set(self._taken.values())
+        place = min(free, key=lambda i: (max(width - self._widths[i], 0), self._widths[i]), default=-1)
+        if place < 0:
+            place = len(self._widths)
+            self._widths.append(0)
+        self._widths[place] = max(width, self._widths[place])
+        self._taken[id(value)] = place
+        self.inner.append(f"{width}:{place}")
+        return len(self.inner) - 1
+
+    def give_back(self, step: int) -> None:
+        """Free what no step after this one reads."""
+        self._taken = {value: place for value, place in self._taken.items() if self._last[value] > step}
 
 
 @dataclass
@@ -77,7 +112,7 @@ class Chain:
 
         arguments: list[Any] = []
         parts: dict[int, str] = {}
-        widths: list[int] = []
+        places = _Places(self.steps)
 
         def argument(value: Any) -> str:
             place = next((i for i, known in enumerate(arguments) if known.same_as(value)), len(arguments))
@@ -96,7 +131,7 @@ class Chain:
 
         lead = argument(self.lead).removeprefix("$")
         lines, written, returned = [], [], []
-        for function, inputs, outputs in self.steps:
+        for step, (function, inputs, outputs) in enumerate(self.steps):
             words = [function, *map(part, inputs)]
             for value in outputs:
                 if value.returned:
@@ -111,11 +146,11 @@ class Chain:
                     parts[id(value)] = argument(place)
                     written.append((value, place))
                 else:
-                    parts[id(value)] = f"%{len(widths)}"
-                    widths.append(int(value.ty.shape[2]))
+                    parts[id(value)] = f"%{places.take(value)}"
                 words.append(parts[id(value)])
+            places.give_back(step)
             lines.append(" ".join(words))
-        recipe = "|".join([" ".join(map(str, [lead, *widths])), *lines])
+        recipe = "|".join([" ".join([lead, *places.inner]), *lines])
         types = [value.ty for value in returned]
         kind = relax.TupleType(types) if len(types) > 1 else (*types, relax.ObjectType())[0]
         call = relax.op.call_pure_packed("portlm.chain", ir.StringImm(recipe), *arguments, ty_args=[kind])

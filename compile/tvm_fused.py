@@ -11,7 +11,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -71,6 +71,7 @@ class _Lowering:
             (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "QuantizedLinear"): self._packed_linear,
             (DOMAIN, "QuantizedEmbedding"): self._packed_rows,
+            ("", "Concat"): self._concat,
             ("", "Gather"): self._gather,
             ("", "Reshape"): self._reshape,
             ("", "Split"): self._split,
@@ -133,7 +134,7 @@ class _Lowering:
         """Call the kernels that were gathered."""
         if self.chain.steps:
             later = (value for name, value in self.values.items() if self.uses[name] > 0)
-            wanted = {id(value.source if isinstance(value, _Columns) else value) for value in later}
+            wanted = {id(getattr(value, "source", value)) for value in later}
             wanted.update(map(id, self.fresh))
             self.chain.call(lambda value: id(value) in wanted)
             self.attends = False
@@ -168,6 +169,14 @@ class _Lowering:
 
     def _whole(self, value: Any) -> Any:
         """A value as a tensor of its own; the part of a Split is copied out of what it is part of."""
+        if isinstance(value, _Heads):
+            whole = self.bb.emit(
+                self.relax.op.reshape(self._real(value.source), [*value.shape[:3], value.period])
+            )
+            if value.width == value.period:
+                return whole
+            end = value.first + value.width
+            return self.bb.emit(self.relax.op.strided_slice(whole, [3], [value.first], [end]))
         if not isinstance(value, _Columns):
             return value
         end, source = value.first + value.width, self._real(value.source)
@@ -180,6 +189,8 @@ class _Lowering:
             return list(self.shapes[name])
         if isinstance(value, _Columns):
             return [*value.source.ty.shape[:-1], value.width]
+        if isinstance(value, _Heads):
+            return value.shape
         return list(value.ty.shape)
 
     def _plain(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
@@ -248,7 +259,7 @@ class _Lowering:
         return self._call("packed_rows", [ids, matrix, *layout], [*ids.ty.shape, layout.K])
 
     def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        if self.attends:  # a chain is a layer: its inner values all have memory of their own
+        if self.attends:  # a chain is a layer, so that a look at the compiled module shows where it is
             self._flush()
         self.attends = True
         q, k, v = (self._columns(name) for name in node.input[:3])
@@ -303,16 +314,43 @@ class _Lowering:
         return [self.bb.emit(self.relax.op.take(values, indices, axis=axis, mode="clip"))]
 
     def _reshape(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        value, shape = self._tensor(node.input[0]), self.constants[node.input[1]].tolist()
+        value, shape = self.values.get(node.input[0]), self.constants[node.input[1]].tolist()
+        if isinstance(value, _Heads) and shape == [0, 0, value.heads * value.width]:
+            if value.width == value.period:
+                return [value.source]
+            inputs = [value.source, value.period, value.first, value.width]
+            return self._call("columns", inputs, [*value.shape[:2], shape[2]])
+        heads = len(shape) == 4 and shape[:2] == [0, 0] and min(shape[2:]) > 0
+        if isinstance(value, Pending) and heads and int(value.ty.shape[2]) == shape[2] * shape[3]:
+            return [_Heads(value, shape[2], shape[3], 0, shape[3])]
+        value = self._tensor(node.input[0])
         wanted = [value.ty.shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
         return [self.bb.emit(self.relax.op.reshape(value, wanted))]
 
     def _split(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        source = self._whole(self.values[node.input[0]])
-        if int(attributes["axis"]) not in (-1, len(source.ty.shape) - 1):
-            raise FormatError(f"{node.name}: only the last axis can be split")
+        source, axis = self.values[node.input[0]], int(attributes["axis"])
         ends = self.constants[node.input[1]].cumsum().tolist()
+        if isinstance(source, _Heads) and axis in (-1, 3):
+            return [
+                replace(source, first=source.first + first, width=end - first)
+                for first, end in zip([0, *ends], ends, strict=False)
+            ]
+        source = self._whole(source)
+        if axis not in (-1, len(source.ty.shape) - 1):
+            raise FormatError(f"{node.name}: only the last axis can be split")
         return [_Columns(source, first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
+
+    def _concat(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        parts = [self.values.get(name) for name in node.input]
+        if len(parts) != 2 or int(attributes["axis"]) not in (-1, 3):
+            return self._standard(node, attributes)
+        a, b = parts
+        if not isinstance(a, _Heads) or not isinstance(b, _Heads) or a.heads != b.heads:
+            return self._standard(node, attributes)
+        inputs = [number for part in (a, b) for number in (part.source, part.period, part.first, part.width)]
+        width = a.width + b.width
+        (joined,) = self._call("join_columns", inputs, [*a.shape[:2], a.heads * width])
+        return [_Heads(joined, a.heads, width, 0, width)]
 
     def _columns(self, name: str) -> "_Columns":
         """A value as columns of itself or of what it was split from."""
@@ -327,6 +365,22 @@ class _Columns:
     source: Any
     first: int
     width: Any
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Columns [first, first + width) of each of the heads, `period` columns each, of a value (B, T, heads * period)."""
+
+    source: Any
+    heads: int
+    period: int
+    first: int
+    width: int
+
+    @property
+    def shape(self) -> list[Any]:
+        """Its sizes, (B, T, heads, width)."""
+        return [*(self.source.ty.shape[i] for i in range(2)), self.heads, self.width]
 
 
 def _value(node: onnx.NodeProto, attribute: Attribute, given: Mapping[str, Any]) -> Any:

@@ -4,8 +4,8 @@
 // small kernel itself. A chain's inner values lie in memory of this thread that the next call takes again.
 //
 // chain(recipe, arguments...) runs the recipe's steps; what they return, not what they write, is the result. A recipe is
-// text: "lead width width|function part part ...|...". The first two axes of argument number `lead` are those of
-// the inner values, which are (B, T, width) each. A part is $n, an argument; %n, an inner value; @n, what a step before
+// text: "lead width:place width:place|function part part ...|...". The first two axes of argument number `lead` are those
+// of the inner values, which are (B, T, width) each; those of one place share its memory. A part is $n, an argument; %n, an inner value; @n, what a step before
 // returned; >n, the place of what this one returns; i7 or r0.5, a number.
 #include <algorithm>
 #include <cstdlib>
@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t kAlignment = 16;            // floats
 constexpr int64_t kWorthKeeping = 1 << 20;    // floats of inner values; beyond, a chain gives its memory back
+constexpr int64_t kMostColumns = int64_t{1} << 31;
 constexpr size_t kMostParts = 32;
 
 struct Part {
@@ -41,7 +42,8 @@ struct Step {
 
 struct Recipe {
   int64_t lead = 0, arguments = 0;  // arguments: how many there must be
-  std::vector<int64_t> widths;
+  std::vector<int64_t> widths, places;  // of inner values
+  std::vector<int64_t> rooms;           // the largest width of each place
   std::vector<Step> steps;
   int64_t results = 0;
 };
@@ -85,7 +87,17 @@ Recipe parse(const Call& call, std::string_view text) {
   const std::vector<std::string> head = split(lines[0], ' ');
   if (head.empty()) call.fail("the recipe has no lead");
   made.lead = number(call, head[0]);
-  for (size_t i = 1; i < head.size(); ++i) made.widths.push_back(number(call, head[i]));
+  for (size_t i = 1; i < head.size(); ++i) {
+    const std::vector<std::string> inner = split(head[i], ':');
+    if (inner.size() != 2) call.fail("the recipe has the inner value " + head[i]);
+    const int64_t width = number(call, inner[0]), place = number(call, inner[1]);
+    if (width < 1 || width > kMostColumns || place < 0 || place > static_cast<int64_t>(made.rooms.size()))
+      call.fail("the recipe has the inner value " + head[i]);
+    if (place == static_cast<int64_t>(made.rooms.size())) made.rooms.push_back(0);
+    int64_t& room = made.rooms[static_cast<size_t>(place)];
+    room = std::max(room, width);
+    made.widths.push_back(width), made.places.push_back(place);
+  }
   made.arguments = made.lead + 1;
   for (size_t i = 1; i < lines.size(); ++i) {
     const std::vector<std::string> words = split(lines[i], ' ');
@@ -168,17 +180,20 @@ bool run(const Call& call, const Recipe& recipe, const Any* arguments, const Ten
   thread_local Memory memory;
   thread_local std::vector<Inner> inner;
   const int64_t B = lead.size(0), T = lead.size(1), rows = B * T;
+  thread_local std::vector<int64_t> begins;
+  begins.clear();
   int64_t floats = 0;
-  const auto room = [rows](int64_t width) { return (rows * width + kAlignment - 1) / kAlignment * kAlignment; };
-  for (const int64_t width : recipe.widths) floats += room(width);
+  for (const int64_t room : recipe.rooms) {
+    begins.push_back(floats);
+    floats += (rows * room + kAlignment - 1) / kAlignment * kAlignment;
+  }
   memory.hold(floats);
   inner.resize(std::max(inner.size(), recipe.widths.size()));
-  floats = 0;
   for (size_t i = 0; i < recipe.widths.size(); ++i) {
     Inner& value = inner[i];
     value.shape[0] = B, value.shape[1] = T, value.shape[2] = recipe.widths[i];
-    value.tensor = {memory.data + floats, {kCpu, 0}, 3, {kFloat, 32, 1}, value.shape, nullptr, 0};
-    floats += room(recipe.widths[i]);
+    float* const data = memory.data + begins[static_cast<size_t>(recipe.places[i])];
+    value.tensor = {data, {kCpu, 0}, 3, {kFloat, 32, 1}, value.shape, nullptr, 0};
   }
   Results results;
   results.values.resize(static_cast<size_t>(recipe.results));
