@@ -76,8 +76,8 @@ def tvm_runner(device: str, profile: str) -> Runner:
             weight, scale, *zero = (arrays[part.name] for part in matrix.parts())
             packed = pack_array(weight, scale, zero[0] if zero else None, matrix.bits)
             tensors.append(tvm.runtime.tensor(packed))
-        for matrix in graph.panels:
-            tensors.append(tvm.runtime.tensor(in_panels(arrays[matrix.weight.name], matrix.turned)))
+        for wide in graph.panels:
+            tensors.append(tvm.runtime.tensor(in_panels(arrays[wide.weight.name], wide.turned)))
         executable = compile_graph(graph, LOWERINGS[profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

@@ -89,8 +89,8 @@ class _Lowering:
             self.matrices[matrix.weight.name] = relax.Var(matrix.name, relax.ObjectType()), matrix
         parameters = [self.values[name] for name in (*self.graph.inputs, *self.shapes)]
         parameters += [parameter for parameter, _ in self.matrices.values()]
-        for matrix in self.graph.panels:
-            self.panels[matrix.weight.name] = relax.Var(matrix.name, relax.ObjectType()), matrix
+        for wide in self.graph.panels:
+            self.panels[wide.weight.name] = relax.Var(wide.name, relax.ObjectType()), wide
         parameters += [parameter for parameter, _ in self.panels.values()]
         with self.bb.function("main", parameters):
             with self.bb.dataflow():

@@ -224,11 +224,11 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
         for matrix in signature.packed:
             if problem := matrix.contradiction():
                 raise FormatError(f"{path}: {shown(matrix.name)} {problem}: compile again")
-        for matrix in signature.panels:
-            if len(matrix.weight.shape) != 2 or matrix.weight.dtype != "float32":
-                raise FormatError(f"{path}: {shown(matrix.name)} is no float32 matrix: compile again")
+        for panels in signature.panels:
+            if len(panels.weight.shape) != 2 or panels.weight.dtype != "float32":
+                raise FormatError(f"{path}: {shown(panels.name)} is no float32 matrix: compile again")
         parts = [part for matrix in signature.packed for part in matrix.parts()]
-        for weight in (*signature.weights, *parts, *(matrix.weight for matrix in signature.panels)):
+        for weight in (*signature.weights, *parts, *(panels.weight for panels in signature.panels)):
             if weight.offset + weight.nbytes > size:
                 raise FormatError(
                     f"{path}: {shown(weight.name)} lies outside {signature.weights_file}: export again"

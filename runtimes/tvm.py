@@ -363,10 +363,10 @@ def map_weights(
     for matrix in packed:
         zero = None if matrix.zero is None else mapped(matrix.zero)
         tensors.append(_tensor(pack_array(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
-    for matrix in panels:
-        found = matrix.weight
+    for wide in panels:
+        found = wide.weight
         read = np.fromfile(path, "<f4", found.nbytes // 4, offset=found.offset).reshape(found.shape)
-        tensors.append(_tensor(in_panels(read, matrix.turned)))
+        tensors.append(_tensor(in_panels(read, wide.turned)))
     return tensors
 
 
