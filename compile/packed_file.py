@@ -12,10 +12,11 @@ import numpy as np
 from portlm.artifact import FileEntry
 from portlm.files import atomic_file, check_space
 from portlm.ops.quantized import Layout
+from portlm.panels import in_panels
 from portlm.roles import StateSpec, TensorSpec
 
 MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 1
-ALIGNMENT, HEADER, PANEL = 64, 256, 64
+ALIGNMENT, HEADER = 64, 256
 NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
 SUM = "past + sequence"
@@ -70,14 +71,6 @@ class Tensor:
             array = np.ascontiguousarray(in_panels(array) if self.panels else array, "<f4")
         assert array.nbytes == self.nbytes
         return array.reshape(-1).view(np.uint8)
-
-
-def in_panels(matrix: np.ndarray) -> np.ndarray:
-    """A matrix (N, K) as panels (ceil(N / 64), K, 64), rows beyond N zero."""
-    N, K = matrix.shape
-    padded = np.zeros((_aligned(N), K), np.float32)
-    padded[:N] = matrix
-    return padded.reshape(len(padded) // PANEL, PANEL, K).transpose(0, 2, 1)
 
 
 @dataclass(frozen=True)

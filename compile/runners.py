@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 
 from portlm.errors import EngineUnavailableError
 from portlm.ops.quantized import pack_array
+from portlm.panels import in_panels
 from portlm.trust import private_scratch
 
 Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
@@ -101,6 +102,8 @@ def tvm_runner(device: str, profile: str) -> Runner:
             weight, scale, *zero = (arrays[part.name] for part in matrix.parts())
             packed = pack_array(weight, scale, zero[0] if zero else None, matrix.bits)
             tensors.append(tvm.runtime.tensor(packed))
+        for wide in graph.panels:
+            tensors.append(tvm.runtime.tensor(in_panels(arrays[wide.weight.name], wide.turned)))
         executable = compile_graph(graph, LOWERINGS[profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

@@ -244,5 +244,10 @@ SPEC = OpSpec(
             portable=_portable,
         ),
     ),
-    functions=("append_cache", "cached_attention"),  # TVM's lowering is compile/tvm_fused.py
+    functions=(
+        "append_cache",
+        "cached_attention",
+        "columns",
+        "join_columns",
+    ),  # TVM's lowering is compile/tvm_fused.py
 )

@@ -52,7 +52,9 @@ class Call {
   Tensor f32(int32_t i, const char* name, int32_t ndim = kAny) const;
   Tensor i64(int32_t i, const char* name, int32_t ndim = kAny) const;
   Tensor u8(int32_t i, const char* name, int32_t ndim = kAny) const;
-  // The same without the demand to be contiguous.
+  // A tensor of any type on any device.
+  Tensor any(int32_t i, const char* name) const;
+  // Of float32, without the demand to be contiguous.
   Tensor strided_f32(int32_t i, const char* name, int32_t ndim) const;
   int64_t integer(int32_t i, const char* name) const;
   float real(int32_t i, const char* name) const;
