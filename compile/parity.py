@@ -29,7 +29,7 @@ from portlm.artifact import (
 from portlm.compile.parity_calls import Calls, answer_calls, continues_text, make_calls, meaningful
 from portlm.engine import CallSpec, Engine, call_specs
 from portlm.errors import FormatError, ParityError, UsageError
-from portlm.quantization import FIFTEEN_BITS
+from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS
 from portlm.rows import Rows
 from portlm.weights import load_numpy, save_tensors
 
@@ -63,7 +63,7 @@ def allowed_error(scale: float, precision: str = "fp32") -> float:
 
     Args:
         scale: the largest absolute value that the model itself gives.
-        precision: "fp32" or "a15".
+        precision: "fp32", "a15" or "kv8".
     """
     relative = (RELATIVE_TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE) * scale
     return TOLERANCE if relative < TOLERANCE else relative  # also NaN, which no error is within
@@ -114,11 +114,11 @@ class Measurement:
         decide, from the numbers. A greedy difference is no fault where the reference itself was undecided within twice
         the allowed error.
         """
-        if self.row.precision not in ("fp32", FIFTEEN_BITS):
+        if self.row.precision not in ("fp32", FIFTEEN_BITS, BYTE_CACHE):
             return None
         scale = self.row.logit_scale or 0.0
         limit = allowed_error(scale, self.row.precision)
-        if self.row.precision == FIFTEEN_BITS and not within(self.row.kl, ALLOWED_DIVERGENCE):
+        if self.row.precision != "fp32" and not within(self.row.kl, ALLOWED_DIVERGENCE):
             return (
                 f"its answers diverge by {self.row.kl:.2g} nats a token, allowed are {ALLOWED_DIVERGENCE:.2g}"
             )

@@ -53,6 +53,7 @@ class _Lowering:
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]] = {
             **{(DOMAIN, op_type): self._plain for op_type, spec in nodes().items() if spec.tvm},
             (DOMAIN, "CachedAttention"): self._cached_attention,
+            (DOMAIN, "QuantizedAttention"): self._quantized_attention,
             **{("", op_type): self._standard for op_type in emitters()},
             (DOMAIN, "QuantizedLinear"): self._packed_linear,
             (DOMAIN, "QuantizedEmbedding"): self._packed_rows,
@@ -64,7 +65,7 @@ class _Lowering:
     def run(self) -> "tvm.IRModule":
         relax, proto = self.relax, self.graph.proto.graph
         for value in proto.input:
-            dtype = "int64" if value.type.tensor_type.elem_type == onnx.TensorProto.INT64 else "float32"
+            dtype = str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
             shape = [self._extent(d) if isinstance(d, str) else d for d in dimensions(value)]
             self.values[value.name] = relax.Var(value.name, relax.TensorType(shape, dtype))
         for weight in self.graph.weights:
@@ -180,18 +181,35 @@ class _Lowering:
         sequence = q.source.ty.shape[1]
         heads = int(attributes["num_heads"])
         sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]
-        grown = self.relax.TensorType([batch, kv_heads, past + sequence, width], "float32")
         present_key, present_value = (
-            self.bb.emit(
-                self.relax.op.call_pure_packed(
-                    "portlm.append_cache", cache, new.source, self._number(new.first), ty_args=[grown]
-                )
-            )
-            for cache, new in ((past_key, k), (past_value, v))
+            self._append("append_cache", cache, new) for cache, new in ((past_key, k), (past_value, v))
         )
         inputs = [q.source, q.first, present_key, present_value, mask, *sizes]
         (out,) = self._call("cached_attention", inputs, [batch, sequence, heads * width])
         return out, present_key, present_value
+
+    def _quantized_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        q, k, v = (self._columns(name) for name in node.input[:3])
+        *cache, mask = (self.values[name] for name in node.input[3:])
+        batch, _, _, width = cache[0].ty.shape
+        heads = int(attributes["num_heads"])
+        sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]
+        present = []
+        for new, numbers, scales in ((k, *cache[:2]), (v, *cache[2:])):
+            present.append(self._append("append_bytes", numbers, new))
+            present.append(self._append("append_byte_scales", scales, new, width))
+        inputs = [q.source, q.first, *present, mask, *sizes]
+        (out,) = self._call("quantized_attention", inputs, [batch, q.source.ty.shape[1], heads * width])
+        return out, *present
+
+    def _append(self, function: str, cache: Any, new: "_Columns", *more: Any) -> Any:
+        """A cache (B, K, P, D) grown by the tokens of a value, in place where there is room."""
+        batch, heads, past, width = cache.ty.shape
+        grown = self.relax.TensorType([batch, heads, past + new.source.ty.shape[1], width], cache.ty.dtype)
+        numbers = [self._number(int(value)) for value in (new.first, *more)]
+        return self.bb.emit(
+            self.relax.op.call_pure_packed(f"portlm.{function}", cache, new.source, *numbers, ty_args=[grown])
+        )
 
     def _standard(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         structural = STRUCTURAL.get(node.op_type, ())

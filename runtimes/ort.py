@@ -64,6 +64,7 @@ class OrtEngine(ArrayEngine):
         self._request, self._manifest = request, manifest
         self._graphs = graphs
         names = {graph.name for graph in graphs.values()}
+        self.precision = manifest.precision(rounds=False)
         if any(e.target == ROUNDED_TARGET and names & set(e.files) for e in manifest.compiled):
             self.precision = EIGHT_BITS
         self._ep_device, self._note = _find_device(request.device)

@@ -21,7 +21,6 @@ from portlm.errors import EngineUnavailableError, FormatError, PortlmError, Usag
 from portlm.files import MAX_JSON_BYTES, open_regular, read_bytes, safe_join, shown
 from portlm.ops.quantized import pack_array
 from portlm.ops.registry import tvm_functions
-from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.threads import StepThreads
@@ -117,8 +116,7 @@ class TvmEngine(ArrayEngine):
         """
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
-        if manifest.quantization is not None and profile == "fused":
-            self.precision = FIFTEEN_BITS
+        self.precision = manifest.precision(rounds=profile == "fused")
         self._request, self._manifest, self._libraries = request, manifest, dict(libraries)
         self._opened: dict[str, _Library] = {}
         self._generated = profile == "portable"  # TVM's own code reads the inputs: it trusts them

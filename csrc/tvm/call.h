@@ -54,6 +54,7 @@ class Call {
   Tensor u8(int32_t i, const char* name, int32_t ndim = kAny) const;
   // The same without the demand to be contiguous.
   Tensor strided_f32(int32_t i, const char* name, int32_t ndim) const;
+  Tensor strided_i8(int32_t i, const char* name, int32_t ndim) const;
   int64_t integer(int32_t i, const char* name) const;
   float real(int32_t i, const char* name) const;
 
