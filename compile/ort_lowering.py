@@ -30,6 +30,7 @@ from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
+from portlm.errors import EngineUnavailableError
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
@@ -54,11 +55,17 @@ def compile_graph(
 
     Raises:
         UsageError: the artifact was exported without its fused profile.
+        EngineUnavailableError: the device has no tensors of the type in which the model keeps keys and values.
         FormatError: the fused graph is not the one the manifest lists, or not one of ours.
         StorageError: the disk is full or refuses.
     """
     root = Path(folder)
     source, manifest = read_source(root, role, "fused")
+    if manifest.cache is not None and device == "vulkan":
+        raise EngineUnavailableError(
+            f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and values: "
+            "export it without --cache"
+        )
     model = lower_model(source, manifest.model.context_length, device, note)
     name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     written = store_file(root, name, model.SerializeToString(deterministic=True))

@@ -156,7 +156,9 @@ class TorchEngine(ArrayEngine):
                     f"{found[0]} and {found[1]}; export again"
                 )
         engine = cls.of(model, request.device, request.threads)
-        engine.rounds_cache = manifest is not None and manifest.cache is not None
+        if manifest is not None:
+            engine.rounds_cache = manifest.cache is not None
+            engine.precision = manifest.precision(rounds=False)
         return engine
 
     @classmethod

@@ -90,6 +90,11 @@ class OrtEngine(ArrayEngine):
         manifest = request.manifest
         if manifest is None:
             raise UsageError(f"ort runs exported models: run portlm export {request.folder} first")
+        if manifest.cache is not None and request.device == "vulkan":
+            raise EngineUnavailableError(
+                f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
+                "values: export it without --cache"
+            )
         if not manifest.roles:
             raise FormatError(f"{request.folder}: the manifest has no role; export the checkpoint again")
         profile, graphs = _choose(request, manifest)
