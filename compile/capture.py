@@ -118,7 +118,9 @@ def build_graph(
         shape = [d if isinstance(d, int) else str(d) for d in node.meta["val"].shape]
         for spec in specs:
             width = shape[-1:] if spec is specs[0] else [1]  # of numbers, or of their scales
-            g.output(spec.output if isinstance(spec, StateSpec) else spec.name, spec.dtype, [*shape[:-1], *width])
+            g.output(
+                spec.output if isinstance(spec, StateSpec) else spec.name, spec.dtype, [*shape[:-1], *width]
+            )
     return g.model({"portlm.profile": profile, "portlm.family": family})
 
 

@@ -312,7 +312,9 @@ def _make(
                 graphs = capture(module, roles, profiles, context, quantizer, cache)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
-            manifest = _describe(module, roles, graphs, dict(sorted(files.items())), context, quantizer, cache)
+            manifest = _describe(
+                module, roles, graphs, dict(sorted(files.items())), context, quantizer, cache
+            )
             write_manifest(workshop, manifest)
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"

@@ -45,7 +45,8 @@ class Operand:
     """One input or output of an operator.
 
     Attributes:
-        kind: "float32", "int64", "uint8", "int8", "byte" for either of these, or "" for the one type that all operands of the node without a kind have.
+        kind: "float32", "int64", "uint8", "int8", "byte" for either of these, or "" for the one type that all operands
+            of the node without a kind have.
         constant: the least and the greatest element, if it must be an int64 constant in the graph.
         optional: may be left out.
         absent: is never there; "" keeps the places of those behind it.
@@ -88,7 +89,8 @@ class Form:
 ANY, FLOAT, INDEX = Operand(), Operand("float32"), Operand("int64")
 SMALL, BYTES, SIGNED = Operand(small=True), Operand("uint8"), Operand("int8")
 OPTIONAL, OPTIONAL_BYTES = Operand("float32", optional=True), Operand("uint8", optional=True)
-ABSENT, MANY, MANY_SMALL = Operand(absent=True), Operand(many=True), Operand(many=True, small=True)
+ABSENT, MANY = Operand(absent=True), Operand(many=True)
+MANY_SMALL = Operand(many=True, small=True)
 AXES = Operand("int64", constant=(-MAX_RANK, MAX_RANK - 1))
 SHAPE = Operand("int64", constant=(-1, MAX_DIMENSION))
 
@@ -102,8 +104,8 @@ GELU = Setting(str, ("none", "tanh"))
 
 _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 
-# What a Cast takes and gives, by its attribute: bytes of quantized weights or of a cache to float32, and what such a cache
-# keeps to int8.
+# What a Cast takes and gives, by its attribute: bytes of quantized weights or of a cache to float32, and what such a
+# cache keeps to int8.
 CASTS: dict[int, Form] = {1: Form((Operand("byte"),), (FLOAT,)), 3: Form((FLOAT,), (SIGNED,))}
 
 PORTABLE_OPS: dict[str, Form] = {

@@ -63,8 +63,8 @@ def compile_graph(
     source, manifest = read_source(root, role, "fused")
     if manifest.cache is not None and device == "vulkan":
         raise EngineUnavailableError(
-            f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and values: "
-            "export it without --cache"
+            f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
+            "values: export it without --cache"
         )
     model = lower_model(source, manifest.model.context_length, device, note)
     name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
@@ -200,6 +200,22 @@ def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> 
     return True
 
 
+def byte_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """QuantizedAttention: its portable form, which casts the numbers and leaves their scales to scores and weights.
+
+    Heads are taken apart to the width that is known: with a size of -1, a step of no tokens would have no shape.
+    """
+    if node.op_type != "QuantizedAttention":
+        return False
+    attributes, inputs = _attributes(node), list(node.input)
+    D = int(g.input_shape(inputs[3])[3])
+    for place, heads in enumerate(("num_heads", "num_kv_heads", "num_kv_heads")):
+        apart = g.ints(0, 0, attributes[heads], D)
+        inputs[place] = g.op("Reshape", (inputs[place], apart), f"{node.name}.{inputs[place]}.heads")
+    nodes()[node.op_type].portable(g, inputs, node.output, attributes)
+    return True
+
+
 def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     """Every node that no other pass took, in standard operators."""
     spec, attributes = nodes()[node.op_type], _attributes(node)
@@ -229,6 +245,7 @@ PASSES: tuple[Rewrite, ...] = (
     matmul_nbits,
     gather_block_quantized,
     multi_head_attention,
+    byte_attention,
     portable_form,
 )
 """In order; each walks the whole graph. A new op needs none: the last one takes its portable form."""

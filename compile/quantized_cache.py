@@ -46,14 +46,18 @@ def check_recordings(roles: Mapping[str, Role], recordings: Mapping[str, Recordi
         given = {node.name: node for node in recording.graph.nodes if node.op == "placeholder"}
         read = dict(zip(recording.inputs[len(role.inputs) :], role.state, strict=True))
         grown = zip(
-            output_nodes(recording.graph)[len(role.outputs) :], [s for s in role.state if s.output], strict=True
+            output_nodes(recording.graph)[len(role.outputs) :],
+            [s for s in role.state if s.output],
+            strict=True,
         )
         found = {state.name: _use(node) for node, state in grown}
         for key, state in read.items():
-            if _grows(state) and (state.dtype != "float32" or found.get(state.name) != _only_read(given[key])):
+            if _grows(state) and (
+                state.dtype != "float32" or found.get(state.name) != _only_read(given[key])
+            ):
                 raise UsageError(
-                    f"{state.name} of {name} cannot be kept in 8 bits: it must be float32 (B, K, P, D), and be read and "
-                    "grown by one portlm.ops.cached_attention alone; leave cache out"
+                    f"{state.name} of {name} cannot be kept in 8 bits: it must be float32 (B, K, P, D), and be read "
+                    "and grown by one portlm.ops.cached_attention alone; leave cache out"
                 )
 
 
@@ -71,7 +75,10 @@ def write_attention(
     """
     *fresh, past_key, past_value, mask = inputs
     out, *present = outputs
-    cache, grown = ([part for name in names for part in (name, name + SCALE)] for names in ((past_key, past_value), present))
+    cache, grown = (
+        [part for name in names for part in (name, name + SCALE)]
+        for names in ((past_key, past_value), present)
+    )
     spec = nodes()["QuantizedAttention"]
     if fused:
         g.split_op(spec.op_type, [*fresh, *cache, mask], out, [out, *grown], domain=DOMAIN, **attributes)

@@ -177,7 +177,7 @@ class _Lowering:
     def _cached_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         q, k, v = (self._columns(name) for name in node.input[:3])
         past_key, past_value, mask = (self.values[name] for name in node.input[3:])
-        batch, kv_heads, past, width = past_key.ty.shape
+        batch, _, _, width = past_key.ty.shape
         sequence = q.source.ty.shape[1]
         heads = int(attributes["num_heads"])
         sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]

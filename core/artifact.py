@@ -400,7 +400,9 @@ def _checked(path: Path, data: Any) -> Manifest:
     kept = any(state.dtype == "int8" for role in manifest.roles.values() for state in role.state)
     if kept != (manifest.cache is not None):
         said = "a cache of int8" if manifest.cache else "no cache of int8"
-        raise FormatError(f"{path}: cache says that there is {said}, and the states of its roles say otherwise")
+        raise FormatError(
+            f"{path}: cache says that there is {said}, and the states of its roles say otherwise"
+        )
     for i, row in enumerate(manifest.parity):
         if row.greedy_match > row.greedy_total:
             raise FormatError(

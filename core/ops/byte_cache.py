@@ -24,9 +24,9 @@ _rounding: ContextVar[bool] = ContextVar("rounding", default=False)
 def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is kept of vectors (..., D): whole numbers (..., D) int8 and scales (..., 1) float32.
 
-    The scale is max|x| / 127, and the numbers are x / scale, rounded to the nearest, of two the even one: -127 to 127. A
-    vector of zeros has scale 0 and zeros. A scale below the smallest normal float32 divides as that. Where a vector holds
-    NaN or infinity, so does its scale.
+    The scale is max|x| / 127, and the numbers are x / scale, rounded to the nearest, of two the even one: -127 to 127.
+    A vector of zeros has scale 0 and zeros. A scale below the smallest normal float32 divides as that. Where a vector
+    holds NaN or infinity, so does its scale.
     """
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True) / LEVELS

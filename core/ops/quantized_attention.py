@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.byte_cache import LEVELS, SMALLEST, to_bytes
-from portlm.ops.cached_attention import attention_bias, cached_attention_reference, stacked_heads, unstacked_heads
+from portlm.ops.cached_attention import (
+    attention_bias,
+    cached_attention_reference,
+    stacked_heads,
+    unstacked_heads,
+)
 from portlm.ops.kernel_op import has_kernel, kernels
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
@@ -80,15 +85,17 @@ def quantized_attention(
         scale: of the scores; None means 1 / sqrt(D).
 
     Returns:
-        The attended values (B, T, H, D), and the grown cache in the order of the arguments, with P+T slots. A query that
-        sees nothing gives 0.
+        The attended values (B, T, H, D), and the grown cache in the order of the arguments, with P+T slots. A query
+        that sees nothing gives 0.
 
     Raises:
         ValueError: the shapes or types do not fit; the message names them.
     """
     cache = past_key, past_key_scale, past_value, past_value_scale
     _check(q, k, v, cache, mask)
-    if not has_kernel(q, k, v, past_key_scale, past_value_scale) or not (past_key.is_cpu and past_value.is_cpu):
+    if not has_kernel(q, k, v, past_key_scale, past_value_scale) or not (
+        past_key.is_cpu and past_value.is_cpu
+    ):
         return quantized_attention_reference(q, k, v, *cache, mask, scale)
     q, k, v = (t.contiguous() for t in (q, k, v))
     mask = None if mask is None else mask.contiguous()
@@ -101,7 +108,19 @@ def quantized_attention(
     keys, key_scales, values, value_scales = present
     for x, numbers, scales in ((k, keys, key_scales), (v, values, value_scales)):
         kernels.append_bytes(
-            x.data_ptr(), K * D, numbers.data_ptr(), K * S * D, S * D, scales.data_ptr(), K * S, S, B, K, P, T, D
+            x.data_ptr(),
+            K * D,
+            numbers.data_ptr(),
+            K * S * D,
+            S * D,
+            scales.data_ptr(),
+            K * S,
+            S,
+            B,
+            K,
+            P,
+            T,
+            D,
         )
     out = torch.empty_like(q)
     kernels.quantized_attention(
@@ -125,14 +144,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cache: Sequence[Tensor], mask: Tenso
     P = cache[0].shape[2] if cache[0].dim() == 4 else 0
     for t, width, dtype in zip(cache, (D, 1, D, 1), (torch.int8, q.dtype) * 2, strict=True):
         if t.shape != (B, K, P, width) or t.dtype is not dtype:
-            raise wrong(f"the cache must have {dtype} ({B}, {K}, {P}, {width}), got {t.dtype} {tuple(t.shape)}")
+            raise wrong(
+                f"the cache must have {dtype} ({B}, {K}, {P}, {width}), got {t.dtype} {tuple(t.shape)}"
+            )
     if mask is not None and (mask.shape != (B, P + T) or mask.dtype is not torch.int64):
         raise wrong(f"mask must be int64 ({B}, {P + T}), got {mask.dtype} {tuple(mask.shape)}")
 
 
 def _write_bytes(g: Builder, x: str, name: str) -> tuple[str, str]:
     """Write what is kept of vectors (..., D); return its numbers and scales."""
-    largest = g.op("ReduceMax", (g.op("Abs", (x,), f"{name}.sizes"), g.ints(-1)), f"{name}.largest", keepdims=1)
+    largest = g.op(
+        "ReduceMax", (g.op("Abs", (x,), f"{name}.sizes"), g.ints(-1)), f"{name}.largest", keepdims=1
+    )
     scale = g.op("Div", (largest, g.scalar(float(LEVELS))), f"{name}.scale_of")
     divisor = g.op("Max", (scale, g.scalar(SMALLEST)), f"{name}.divisor")
     whole = g.op("Round", (g.op("Div", (x, divisor), f"{name}.shares"),), f"{name}.whole")
@@ -148,7 +171,9 @@ def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attribu
     for place, (x, kind) in enumerate(((k, "keys"), (v, "values"))):
         heads = g.op("Transpose", (x,), f"{out}.{kind}", perm=[0, 2, 1, 3])  # (B, K, T, D)
         fresh = _write_bytes(g, heads, f"{out}.{kind}")
-        for past, new, grown in zip(cache[2 * place :], fresh, present[2 * place : 2 * place + 2], strict=False):
+        for past, new, grown in zip(
+            cache[2 * place :], fresh, present[2 * place : 2 * place + 2], strict=False
+        ):
             g.op("Concat", (past, new), grown, axis=2)
         numbers.append(g.op("Cast", (present[2 * place],), f"{out}.{kind}.numbers", to=FLOAT))
         scales.append(g.op("Transpose", (present[2 * place + 1],), f"{out}.{kind}.scales", perm=[0, 1, 3, 2]))

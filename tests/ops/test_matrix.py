@@ -464,7 +464,11 @@ def flipping(target: int, values: list[str]) -> type[GraphBuilder]:
         def _is_small(self, name):
             tensor = self._initializers.get(name)
             given = [i.type.tensor_type.elem_type for i in self._inputs if i.name == name]
-            return name in small or given == [onnx.TensorProto.INT8] or (tensor is not None and tensor.data_type == onnx.TensorProto.UINT8)
+            return (
+                name in small
+                or given == [onnx.TensorProto.INT8]
+                or (tensor is not None and tensor.data_type == onnx.TensorProto.UINT8)
+            )
 
     return Flipping
 

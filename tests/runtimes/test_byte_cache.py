@@ -174,7 +174,9 @@ def test_what_a_text_says_of_the_cost_stands_in_the_manifest(checkpoints, tmp_pa
     cache = read_manifest(folder).cache
     assert cache.cost.tokens > 100
     assert cache.cost.kl > 0
-    assert described_cache(cache)[0] == "keys and values are kept in int8, each vector with a scale of its own"
+    assert (
+        described_cache(cache)[0] == "keys and values are kept in int8, each vector with a scale of its own"
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

@@ -24,7 +24,9 @@ TARGETS = [
 ]
 V = 257
 TOLERANCE = 1e-4  # of fp32 logits of size 10, over batches whose sums are taken in different orders
-ROUNDED = 0.1  # of the same with a cache of 8 bits: another order of sums may round a number to its other neighbour
+ROUNDED = (
+    0.1  # of the same with a cache of 8 bits: another order of sums may round a number to its other neighbour
+)
 BYTES = "cache of int8"
 TEXTS = [[5, 17, 200, 3, 77, 42, 9], [9, 8], [250, 1, 2, 3]]
 MORE = [11, 12, 13]
@@ -34,7 +36,9 @@ MORE = [11, 12, 13]
 def engine(request):
     family, name, device, profile = request.param
     bytes_kept = family == BYTES
-    folder = request.getfixturevalue("byte_cache") if bytes_kept else request.getfixturevalue("compiled")[family]
+    folder = (
+        request.getfixturevalue("byte_cache") if bytes_kept else request.getfixturevalue("compiled")[family]
+    )
     try:
         engine = engine_class(name).open(OpenRequest(folder, read_manifest(folder), device, profile))
     except EngineUnavailableError as error:
