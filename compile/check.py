@@ -19,6 +19,7 @@ import numpy as np
 from portlm.compile.check_quantized import wrong_sizes
 from portlm.compile.forms import (
     ALIGNMENT,
+    CASTS,
     CONTRIB_OPS,
     FUSED_OPS,
     IR_VERSION,
@@ -50,9 +51,10 @@ CONTRIB = "com.microsoft"
 OPERATORS: dict[str, dict[str, Form]] = {"": PORTABLE_OPS, DOMAIN: FUSED_OPS, CONTRIB: CONTRIB_OPS}
 OPSETS = {"": OPSET, DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
 # Numbers of ONNX: types of elements, places of weights, types of attributes and the fields with their values.
-FLOAT, UINT8, INT64 = 1, 2, 7
+FLOAT, UINT8, INT8, INT64 = 1, 2, 3, 7
 ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT64: 8}
-KINDS = {FLOAT: "float32", INT64: "int64", UINT8: "uint8"}
+KINDS = {FLOAT: "float32", INT64: "int64", UINT8: "uint8", INT8: "int8"}
+BYTE_KINDS = ("uint8", "int8")
 IN_FILE, IN_GRAPH = 1, 0
 ATTRIBUTE_TYPES: dict[type, tuple[int, str]] = {
     float: (1, "f"),
@@ -154,7 +156,7 @@ def _check_structure(model: Message) -> None:
 def _check_value(value: Message) -> None:
     """An input or output of the graph: its type, and sizes that are numbers or named."""
     kind, name = value.type.tensor_type, _text(value.name)
-    if not name or kind.elem_type not in (FLOAT, INT64) or "shape" not in kind.present:
+    if not name or kind.elem_type not in (FLOAT, INT64, INT8) or "shape" not in kind.present:
         raise _RefusedError(f"value {name!r} has a type that no graph of ours has")
     if len(kind.shape.dim) > MAX_RANK:
         raise _RefusedError(f"value {name!r} has {len(kind.shape.dim)} dimensions")
@@ -201,6 +203,10 @@ def _check_nodes(model: Message) -> None:
         if max(len(node.input), len(node.output), len(node.attribute)) > MAX_VALUES_PER_NODE:
             raise _RefusedError(f"node {name!r} has too many inputs, outputs or attributes")
         _check_attributes(node, form)
+        if form is PORTABLE_OPS["Cast"]:
+            form = CASTS.get(node.attribute[0].i)
+            if form is None:
+                raise _RefusedError(f"node {name!r} makes what no Cast of ours makes")
         same = _check_inputs(node, form, values)
         if problem := wrong_sizes(node, values.shapes):
             raise _RefusedError(f"node {name!r} {problem}")
@@ -257,7 +263,8 @@ def _check_inputs(node: Message, form: Form, values: _Values) -> str:
             )
         if not wanted.kind:
             same = same or kind
-        if kind != (wanted.kind or same) or (kind == "uint8" and not (wanted.kind or wanted.small)):
+        fits = kind in BYTE_KINDS if wanted.kind == "byte" else kind == (wanted.kind or same)
+        if not fits or (kind in BYTE_KINDS and not (wanted.kind or wanted.small)):
             raise _RefusedError(f"node {node.name!r} has an input {place} of type {kind}")
         if wanted.constant:
             _check_constant(node, value, wanted.constant, values)

@@ -31,7 +31,13 @@ from portlm.artifact import (
 )
 from portlm.compile.calibrate import calibrated, read
 from portlm.compile.check import check_model
-from portlm.compile.export_checks import check_profiles, check_target, check_unquantized, stored_bytes
+from portlm.compile.export_checks import (
+    check_cache,
+    check_profiles,
+    check_target,
+    check_unquantized,
+    stored_bytes,
+)
 from portlm.compile.forms import OPSET
 from portlm.compile.graph import WeightFile
 from portlm.compile.isolated import graph_of, weights_of
@@ -51,7 +57,7 @@ from portlm.hub_files import (
 )
 from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION, FAR
-from portlm.quantization import Quantization
+from portlm.quantization import KeyValueCache, Quantization
 from portlm.roles import file_stem
 from portlm.seen_graphs import record_written
 from portlm.tokenizer import Tokenizer
@@ -82,6 +88,7 @@ def export(
     group: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    cache: str | None = None,
 ) -> Path:
     """Export a checkpoint to an artifact folder, which appears complete or not at all.
 
@@ -95,6 +102,7 @@ def export(
         asymmetric: each group has a zero point, too.
         calibrate: a text file that is like what the model will read: weights are then rounded so that what they give on
             its first nine tenths changes least, see compile/calibrate.py.
+        cache: "int8" to keep keys and values in 8 bits, see compile/quantized_cache.py; None keeps float32.
 
     Returns:
         The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
@@ -107,6 +115,7 @@ def export(
     """
     source, target = Path(checkpoint), Path(out)
     check_profiles(profiles)
+    check_cache(cache)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(source, target)
     if not (source / CONFIG).exists() and (hint := instead(source)):
@@ -119,7 +128,7 @@ def export(
     generation_config.read(source)  # and what no session would load
     weights = read_header(source / WEIGHTS)
     tokenizer = Tokenizer.load(source) if calibrate is not None and (source / TOKENIZER).is_file() else None
-    prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size)
+    prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size, cache)
     if scheme is not None:
         copied.remove(WEIGHTS)
     size = sum((source / name).stat().st_size for name in copied)
@@ -135,7 +144,7 @@ def export(
             if name not in without:
                 shutil.copyfile(source / name, workshop / name)
 
-    made = _make(lambda: open_mapped(source), target, profiles, size, bring, prepare, beside=True)
+    made = _make(lambda: open_mapped(source), target, profiles, size, bring, prepare, cache, beside=True)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return made
@@ -152,6 +161,7 @@ def export_module(
     group: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    cache: str | None = None,
 ) -> Path:
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
@@ -166,6 +176,7 @@ def export_module(
         group: as for `export`.
         asymmetric: as for `export`.
         calibrate: as for `export`; the tokenizer reads it.
+        cache: as for `export`.
 
     Returns:
         The artifact folder.
@@ -181,6 +192,7 @@ def export_module(
 
     target = Path(folder)
     check_profiles(profiles)
+    check_cache(cache)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(None, target)
     if not roles_of(module):
@@ -194,7 +206,7 @@ def export_module(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
             f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
         )
-    prepare = _preparation(scheme, calibrate, tokenizer, _vocab_size(module, roles_to_export(module)))
+    prepare = _preparation(scheme, calibrate, tokenizer, _vocab_size(module, roles_to_export(module)), cache)
     size = sum(stored_bytes(p.shape, scheme) for p in module.parameters())
     if scheme is None:
         size += sum(p.numel() * p.element_size() for p in module.parameters())
@@ -211,11 +223,11 @@ def export_module(
         elif tokenizer is not None:
             tokenizer.save(workshop)
 
-    return _make(lambda: (module, None), target, profiles, size, bring, prepare)
+    return _make(lambda: (module, None), target, profiles, size, bring, prepare, cache)
 
 
 def _preparation(
-    scheme: Scheme | None, calibrate: str | Path | None, tokenizer: Any, vocab_size: int
+    scheme: Scheme | None, calibrate: str | Path | None, tokenizer: Any, vocab_size: int, cache: str | None
 ) -> Prepare | None:
     """Return what makes the quantizer of a module: None without a scheme.
 
@@ -225,9 +237,11 @@ def _preparation(
     """
     if calibrate is None:
         return None if scheme is None else RoundToNearest.prepare(scheme)
-    if scheme is None:
+    if scheme is None and cache is None:
         raise UsageError("calibrate says by which text to quantize: say int8 or int4 as well")
     text = read(calibrate, tokenizer, vocab_size)
+    if scheme is None:
+        return None  # nothing is chosen, and what the cache costs is measured later
     return lambda module: calibrated(module, roles_to_export(module), text, _context_length(module), scheme)
 
 
@@ -266,6 +280,7 @@ def _make(
     size: int,
     bring: Callable[[Path], None],
     prepare: Prepare | None,
+    cache: str | None,
     *,
     beside: bool = False,
 ) -> Path:
@@ -278,6 +293,7 @@ def _make(
         size: bytes of what is written, graphs aside.
         bring: writes the files beside the graphs into a folder.
         prepare: makes the quantizer of the weights; None leaves them float32.
+        cache: what keys and values are kept in; None keeps float32.
         beside: `bring` copies files and does not look at the module: the disk and the hash then work while PyTorch is
             loaded and the module captured, for neither needs Python's lock.
     """
@@ -293,10 +309,12 @@ def _make(
             quantizer = None if prepare is None else prepare(module)
             with _no_collections():
                 roles, context = roles_to_export(module), _context_length(module)
-                graphs = capture(module, roles, profiles, context, quantizer)
+                graphs = capture(module, roles, profiles, context, quantizer, cache)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
-            manifest = _describe(module, roles, graphs, dict(sorted(files.items())), context, quantizer)
+            manifest = _describe(
+                module, roles, graphs, dict(sorted(files.items())), context, quantizer, cache
+            )
             write_manifest(workshop, manifest)
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
@@ -352,6 +370,7 @@ def capture(
     profiles: Sequence[str],
     context_length: int,
     quantizer: Quantizer | None = None,
+    cache: str | None = None,
 ) -> Graphs:
     """Return the graphs of a module.
 
@@ -361,17 +380,21 @@ def capture(
         profiles: names from forms.PROFILES.
         context_length: positions are below it.
         quantizer: chooses the numbers of matrices and token tables; None leaves them float32.
+        cache: what keys and values are kept in; None keeps float32.
 
     Raises:
         FormatError: the model computes what a graph cannot say, or a weight is not finite.
-        UsageError: the quantizer's group does not divide the inputs of a matrix.
+        UsageError: the quantizer's group does not divide the inputs of a matrix, or there is nothing to keep in 8 bits.
     """
     from portlm.compile.capture import build_graph
     from portlm.compile.module_weights import Weights
+    from portlm.compile.quantized_cache import check_recordings
     from portlm.compile.quantized_graph import quantize_weights
     from portlm.compile.trace import record
 
     recordings = {name: record(module, name, role) for name, role in roles.items()}
+    if cache is not None:
+        check_recordings(roles, recordings)
     weights = Weights(module, recordings.values())
     quantized = None if quantizer is None else quantize_weights(roles, recordings, weights, quantizer)
     graphs: Graphs = {}
@@ -389,6 +412,7 @@ def capture(
                     profile=profile,
                     context_length=context_length,
                     quantized=quantized,
+                    byte_cache=cache is not None,
                     **options,
                 )
                 for profile in profiles
@@ -462,9 +486,11 @@ def _describe(
     files: dict[str, FileEntry],
     context: int,
     quantizer: Quantizer | None,
+    cache: str | None,
 ) -> Manifest:
     import torch
 
+    from portlm.compile.quantized_cache import kept_states
     from portlm.compile.trace import traced_shapes
 
     versions = {
@@ -478,12 +504,13 @@ def _describe(
     for name, role in roles.items():
         file, models = graphs[name]
         limits = [table_limits(model.graph) for model in models.values()]
+        state = tuple(kept for item in role.state for kept in (kept_states(item) if cache else (item,)))
         described[name] = RoleSpec(
             profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in models},
             weights=f"onnx/{weight_file(name)}",
             inputs=with_limits(role.inputs, limits),
             outputs=role.outputs,
-            state=with_limits(role.state, limits),
+            state=with_limits(state, limits),
             dtypes={name: "uint8" for name, span in file.spans.items() if span.array.dtype == np.uint8},
             provenance=Provenance(versions, settings, traced_shapes(role)),
         )
@@ -493,7 +520,8 @@ def _describe(
     if quantizer is not None:
         scheme = quantizer.scheme
         quantization = Quantization(scheme.bits, scheme.group, scheme.symmetric, quantizer.method)
-    return Manifest(model=model, roles=described, files=files, quantization=quantization)
+    kept = None if cache is None else KeyValueCache(cache)
+    return Manifest(model=model, roles=described, files=files, quantization=quantization, cache=kept)
 
 
 def _vocab_size(module: "nn.Module", roles: "Mapping[str, Role]") -> int:

@@ -6,8 +6,8 @@ what the nodes of ai.portlm take and give. compile/check.py refuses a graph with
 below: they say what export and lowering write, which is less than what an engine would take.
 
 Inputs    input_ids (B, T), attention_mask (B, P+T), position_ids (B, T), logits_to_keep (kept) int64,
-          past_key_values.N.key and .value (B, K, P, D) float32
-Outputs   logits (B, kept, V), present.N.key and .value (B, K, P+T, D) float32
+          past_key_values.N.key and .value (B, K, P, D) float32, or int8 beside .key.scale and .value.scale (B, K, P, 1)
+Outputs   logits (B, kept, V), present.N.key and .value (B, K, P+T, D) float32, or as they came in
 Weights   of linear layers are stored (in, out); a table that is also the head is stored (V, C).
 Padding   is on the left: mask 0, and position_ids = max(cumsum(mask) - 1, 0). Logits of padded positions are
           finite and mean nothing.
@@ -45,13 +45,13 @@ class Operand:
     """One input or output of an operator.
 
     Attributes:
-        kind: "float32", "int64", "int32", "uint8", or "" for the one type that all operands of the node without a kind
-            have.
+        kind: "float32", "int64", "int32", "uint8", "int8", "byte" for either of these two, or "" for the one type that
+            all operands of the node without a kind have.
         constant: the least and the greatest element, if it must be an int64 constant in the graph.
         optional: may be left out.
         absent: is never there; "" keeps the places of those behind it.
         many: stands for one or more, the last of its list.
-        small: may be uint8 as well, where it has no kind.
+        small: may be uint8 or int8 as well, where it has no kind.
     """
 
     kind: str = ""
@@ -87,9 +87,10 @@ class Form:
 
 
 ANY, FLOAT, INDEX, INT32 = Operand(), Operand("float32"), Operand("int64"), Operand("int32")
-SMALL, BYTES = Operand(small=True), Operand("uint8")
+SMALL, BYTES, SIGNED = Operand(small=True), Operand("uint8"), Operand("int8")
 OPTIONAL, OPTIONAL_BYTES = Operand("float32", optional=True), Operand("uint8", optional=True)
 ABSENT, MANY = Operand(absent=True), Operand(many=True)
+MANY_SMALL = Operand(many=True, small=True)
 AXES = Operand("int64", constant=(-MAX_RANK, MAX_RANK - 1))
 SHAPE = Operand("int64", constant=(-1, MAX_DIMENSION))
 
@@ -103,10 +104,15 @@ GELU = Setting(str, ("none", "tanh"))
 
 _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 
+# What a Cast takes and gives, by its attribute: bytes of quantized weights or of a cache to float32, and what such a
+# cache keeps to int8.
+CASTS: dict[int, Form] = {1: Form((Operand("byte"),), (FLOAT,)), 3: Form((FLOAT,), (SIGNED,))}
+
 PORTABLE_OPS: dict[str, Form] = {
+    "Abs": _UNARY,
     "Add": _BINARY,
-    "Cast": Form((BYTES,), (FLOAT,), {"to": Setting(int, (1, 1))}),  # uint8 to float32, of quantized weights
-    "Concat": Form((MANY,), attributes={"axis": AXIS}),
+    "Cast": Form((SMALL,), (SMALL,), {"to": Setting(int, (1, 3))}),  # see CASTS
+    "Concat": Form((MANY_SMALL,), (SMALL,), {"axis": AXIS}),
     "CumSum": Form((FLOAT, AXES), (FLOAT,)),
     "Div": _BINARY,
     "Exp": _UNARY,
@@ -115,10 +121,13 @@ PORTABLE_OPS: dict[str, Form] = {
     "Gelu": Form((FLOAT,), (FLOAT,), {"approximate": GELU}),
     "LayerNormalization": Form((FLOAT,) * 3, (FLOAT,), {"axis": AXIS, "epsilon": NUMBER}),
     "MatMul": _BINARY,
+    "Max": _BINARY,
     "Mul": _BINARY,
+    "ReduceMax": Form((FLOAT, AXES), (FLOAT,), {"keepdims": FLAG}),
     "ReduceMean": Form((FLOAT, AXES), (FLOAT,), {"keepdims": FLAG}),
     "Relu": _UNARY,
     "Reshape": Form((SMALL, SHAPE), (SMALL,)),
+    "Round": _UNARY,
     "Sigmoid": _UNARY,
     "Softmax": Form((FLOAT,), (FLOAT,), {"axis": AXIS}),
     # Either says the sizes of its parts or, where they are equal, their number: check.py sees to it.
@@ -189,7 +198,7 @@ def _fused(node: spec.Node) -> Form:
 
     return Form(
         tuple(Operand(i.dtype, optional=i.optional) for i in node.inputs),
-        (FLOAT,) * len(node.outputs),
+        tuple(map(Operand, node.kinds)) or (FLOAT,) * len(node.outputs),
         {attribute.name: setting(attribute) for attribute in node.attributes},
     )
 

@@ -34,6 +34,7 @@ from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
+from portlm.errors import EngineUnavailableError
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
@@ -61,11 +62,17 @@ def compile_graph(
 
     Raises:
         UsageError: the artifact was exported without its fused profile.
+        EngineUnavailableError: the device has no tensors of the type in which the model keeps keys and values.
         FormatError: the fused graph is not the one the manifest lists, or not one of ours.
         StorageError: the disk is full or refuses.
     """
     root = Path(folder)
     source, manifest = read_source(root, role, "fused")
+    if manifest.cache is not None and device == "vulkan":
+        raise EngineUnavailableError(
+            f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
+            "values: export it without --cache"
+        )
     model = lower_model(source, manifest.model.context_length, device, note)
     name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     written = store_file(root, name, model.SerializeToString(deterministic=True))
@@ -237,6 +244,22 @@ def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> 
     return True
 
 
+def byte_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """QuantizedAttention: its portable form, which casts the numbers and leaves their scales to scores and weights.
+
+    Heads are taken apart to the width that is known: with a size of -1, a step of no tokens would have no shape.
+    """
+    if node.op_type != "QuantizedAttention":
+        return False
+    attributes, inputs = _attributes(node), list(node.input)
+    D = int(g.input_shape(inputs[3])[3])
+    for place, heads in enumerate(("num_heads", "num_kv_heads", "num_kv_heads")):
+        apart = g.ints(0, 0, attributes[heads], D)
+        inputs[place] = g.op("Reshape", (inputs[place], apart), f"{node.name}.{inputs[place]}.heads")
+    nodes()[node.op_type].portable(g, inputs, node.output, attributes)
+    return True
+
+
 def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     """Every node that no other pass took, in standard operators."""
     spec, attributes = nodes()[node.op_type], _attributes(node)
@@ -267,6 +290,7 @@ PASSES: tuple[Rewrite, ...] = (
     gather_block_quantized,
     group_query_attention,
     multi_head_attention,
+    byte_attention,
     portable_form,
 )
 """In order; each walks the whole graph. A new op needs none: the last one takes its portable form."""

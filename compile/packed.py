@@ -205,6 +205,7 @@ class _Lowering:
             (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "Rotary"): self._rotary,
             (DOMAIN, "CachedAttention"): self._attention,
+            (DOMAIN, "QuantizedAttention"): self._attention,
             ("", "Add"): self._add,
             ("", "Concat"): self._concat,
             ("", "Gather"): self._gather,
@@ -356,21 +357,23 @@ class _Lowering:
         self._step(node.name, "rotary", inputs, [(node.output[0], shape)], ints=(heads, first))
 
     def _attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        """Attention over a cache of floats, or of bytes and their scales: states, and then a mask."""
         names = [name for name in node.output[1:] if name]
         given = [self.present.get(name) for name in names]
-        if given != list(node.input[3:5]):
+        if given != list(node.input[3:-1]):
             raise _NoFormError("its cache is not a state of the role")
         q, k, v = (self._columns(name) for name in node.input[:3])
-        states = [self.known[name] for name in node.input[3:5]]
-        mask = self._value(node.input[5])
+        states = [self.known[name] for name in node.input[3:-1]]
+        mask = self._value(node.input[-1])
         H, K = int(attributes["num_heads"]), int(attributes["num_kv_heads"])
         B, T, _ = self._value(node.input[0]).shape
         width = states[0].shape[3]
         assert isinstance(width, int)
-        inputs = [q[0], k[0], v[0], states[0].place, states[1].place, mask.place]
+        inputs = [q[0], k[0], v[0], *(state.place for state in states), mask.place]
         ints = (H, K, q[1], k[1], v[1])
         output = (node.output[0], (B, T, H * width))
-        self._step(node.name, "attention", inputs, [output], ints, [float(attributes["scale"])])
+        step = "attention" if node.op_type == "CachedAttention" else "quantized_attention"
+        self._step(node.name, step, inputs, [output], ints, [float(attributes["scale"])])
 
     def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         a, b = (self._whole(name) for name in node.input)

@@ -21,11 +21,13 @@ NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
 SUM = "past + sequence"
 DTYPES, QUANTIZED, PANELS = {"float32": 1, "int64": 2}, {4: 4, 8: 5}, 6
+STATE_DTYPES = {"float32": 1, "int8": 7}
 TILES = 1  # the layout of quantized matrices
 INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
     "add_layer_norm": 9, "rms_norm": 10, "add_rms_norm": 11, "swiglu": 12, "rotary": 13, "attention": 14,
+    "quantized_attention": 15,
 }  # fmt: skip
 
 Shape = Sequence[int | str]
@@ -111,7 +113,7 @@ class Program:
 
 def unwritable(spec: TensorSpec | StateSpec) -> str:
     """Say what of an input, output or state has no form in a packed file, or ""."""
-    if spec.dtype not in DTYPES:
+    if spec.dtype not in (STATE_DTYPES if isinstance(spec, StateSpec) else DTYPES):
         return f"is of type {spec.dtype}"
     if isinstance(spec, StateSpec) and (spec.initial, spec.update) != ("empty", "append"):
         return f"begins {spec.initial} and has the update {spec.update}, not empty and append"
@@ -228,9 +230,14 @@ class _Tables:
         return found
 
     def _spec(self, spec: TensorSpec | StateSpec, output: str, value: int, state: int, below: int) -> None:
-        self._specs += self._name(spec.name) + self._name(output) + struct.pack(
-            "<I4B2IQ", value, DTYPES[spec.dtype], len(spec.shape), state, state, self._shape(spec.shape), 0, below
-        )  # fmt: skip
+        dtype = (STATE_DTYPES if state else DTYPES)[spec.dtype]
+        self._specs += (
+            self._name(spec.name)
+            + self._name(output)
+            + struct.pack(
+                "<I4B2IQ", value, dtype, len(spec.shape), state, state, self._shape(spec.shape), 0, below
+            )
+        )
 
     def _name(self, name: str) -> bytes:
         if name not in self._name_of:

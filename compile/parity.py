@@ -27,7 +27,7 @@ from portlm.compile.parity_calls import Calls, answer_calls, continues_text, mak
 from portlm.compile.parity_file import DECODER, REFERENCE, Probe, Reference, load_reference, save_reference
 from portlm.engine import Engine
 from portlm.errors import FormatError, ParityError
-from portlm.quantization import FIFTEEN_BITS
+from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS
 from portlm.rows import Rows
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -57,7 +57,7 @@ def allowed_error(scale: float, precision: str = "fp32") -> float:
 
     Args:
         scale: the largest absolute value that the model itself gives.
-        precision: "fp32" or "a15".
+        precision: "fp32", "a15" or "kv8".
     """
     relative = (RELATIVE_TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE) * scale
     return TOLERANCE if relative < TOLERANCE else relative  # also NaN, which no error is within
@@ -77,11 +77,11 @@ class Measurement:
         decide, from the numbers. A greedy difference is no fault where the reference itself was undecided within twice
         the allowed error.
         """
-        if self.row.precision not in ("fp32", FIFTEEN_BITS):
+        if self.row.precision not in ("fp32", FIFTEEN_BITS, BYTE_CACHE):
             return None
         scale = self.row.logit_scale or 0.0
         limit = allowed_error(scale, self.row.precision)
-        if self.row.precision == FIFTEEN_BITS and not within(self.row.kl, ALLOWED_DIVERGENCE):
+        if self.row.precision != "fp32" and not within(self.row.kl, ALLOWED_DIVERGENCE):
             return (
                 f"its answers diverge by {self.row.kl:.2g} nats a token, allowed are {ALLOWED_DIVERGENCE:.2g}"
             )

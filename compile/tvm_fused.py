@@ -64,6 +64,7 @@ class _Lowering:
         self.emitters: Mapping[tuple[str, str], Callable[[onnx.NodeProto, dict[str, Any]], Sequence[Any]]] = {
             **{(DOMAIN, op_type): self._plain for op_type, spec in nodes().items() if spec.tvm},
             (DOMAIN, "CachedAttention"): self._cached_attention,
+            (DOMAIN, "QuantizedAttention"): self._quantized_attention,
             **{("", op_type): self._standard for op_type in emitters()},
             (DOMAIN, "Linear"): self._linear,
             (DOMAIN, "Embedding"): self._embedding,
@@ -80,7 +81,7 @@ class _Lowering:
     def run(self) -> "tvm.IRModule":
         relax, proto = self.relax, self.graph.proto.graph
         for value in proto.input:
-            dtype = "int64" if value.type.tensor_type.elem_type == onnx.TensorProto.INT64 else "float32"
+            dtype = str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
             shape = [self._extent(d) if isinstance(d, str) else d for d in dimensions(value)]
             self.values[value.name] = relax.Var(value.name, relax.TensorType(shape, dtype))
         for weight in self.graph.weights:
@@ -290,6 +291,20 @@ class _Lowering:
             f"portlm.{function}", inputs[0], source, *numbers, ty_args=[grown]
         )
         return self.bb.emit(call)
+
+    def _quantized_attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        q, k, v = (self._columns(name) for name in node.input[:3])
+        *cache, mask = (self.values[name] for name in node.input[3:])
+        batch, _, _, width = cache[0].ty.shape
+        heads = int(attributes["num_heads"])
+        sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]
+        present = []
+        for new, numbers, scales in ((k, *cache[:2]), (v, *cache[2:])):
+            present.append(self._append("append_bytes", numbers, new))
+            present.append(self._append("append_byte_scales", scales, new, width))
+        inputs = [q.source, q.first, *present, mask, *sizes]
+        (out,) = self._call("quantized_attention", inputs, [batch, q.source.ty.shape[1], heads * width])
+        return out, *present
 
     def _standard(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         structural = STRUCTURAL.get(node.op_type, ())

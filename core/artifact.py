@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError
 from portlm.files import check_name, read_json, safe_join, sha256_file, shown, write_atomic
-from portlm.quantization import Quantization
+from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS, KeyValueCache, Quantization
 from portlm.roles import (
     DTYPES,
     MAX_DIMENSION,
@@ -192,6 +192,17 @@ class Manifest(Struct, frozen=True):
     compiled: Sequence[CompiledEntry] = ()
     quantization: Quantization | None = None
     parity: Sequence[ParityRow] = ()
+    cache: KeyValueCache | None = None
+
+    def precision(self, *, rounds: bool) -> str:
+        """Return the precision of an engine that runs the graphs, see portlm.quantization.
+
+        Args:
+            rounds: it multiplies quantized weights with activations of 15 bits.
+        """
+        if rounds and self.quantization is not None:
+            return FIFTEEN_BITS
+        return "fp32" if self.cache is None else BYTE_CACHE
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -246,7 +257,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     except (TypeError, ValueError) as error:
         raise FormatError(f"{path}: the manifest holds what JSON has no word for: {error}") from error
     _checked(path, fields)
-    version = FORMAT_VERSION if manifest.quantization is None else QUANTIZED_VERSION
+    version = QUANTIZED_VERSION if manifest.quantization or manifest.cache else FORMAT_VERSION
     data = {"format": FORMAT, "format_version": version, **fields}
     data["sha256"] = _digest(data)
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -386,6 +397,12 @@ def _checked(path: Path, data: Any) -> Manifest:
     for key, role in manifest.roles.items():
         if problem := contradiction(role.inputs, role.outputs, role.state) or _wrong_width(manifest, key):
             raise FormatError(f"{path}: roles[{key[:80]!r}]: {problem}")
+    kept = any(state.dtype == "int8" for role in manifest.roles.values() for state in role.state)
+    if kept != (manifest.cache is not None):
+        said = "a cache of int8" if manifest.cache else "no cache of int8"
+        raise FormatError(
+            f"{path}: cache says that there is {said}, and the states of its roles say otherwise"
+        )
     for i, row in enumerate(manifest.parity):
         if row.greedy_match > row.greedy_total:
             raise FormatError(

@@ -66,6 +66,7 @@ class OrtEngine(ArrayEngine):
         self._request, self._manifest = request, manifest
         self._graphs = graphs
         names = {graph.name for graph in graphs.values()}
+        self.precision = manifest.precision(rounds=False)
         if any(e.target == ROUNDED_TARGET and names & set(e.files) for e in manifest.compiled):
             self.precision = EIGHT_BITS
         self._ep_device, self._note = _find_device(request.device)
@@ -92,6 +93,11 @@ class OrtEngine(ArrayEngine):
         manifest = request.manifest
         if manifest is None:
             raise UsageError(f"ort runs exported models: run portlm export {request.folder} first")
+        if manifest.cache is not None and request.device == "vulkan":
+            raise EngineUnavailableError(
+                f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
+                "values: export it without --cache"
+            )
         if not manifest.roles:
             raise FormatError(f"{request.folder}: the manifest has no role; export the checkpoint again")
         profile, graphs = _choose(request, manifest)

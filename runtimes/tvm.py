@@ -34,7 +34,6 @@ from portlm.ops.quantized import pack_array
 from portlm.ops.registry import tvm_functions
 from portlm.ops.token_selection import bad_row, check_filters
 from portlm.panels import in_panels
-from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.tvm_advance import POSITIONS, Plan, advance
@@ -139,8 +138,7 @@ class TvmEngine(ArrayEngine):
         """
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
-        if manifest.quantization is not None and profile == "fused":
-            self.precision = FIFTEEN_BITS
+        self.precision = manifest.precision(rounds=profile == "fused")
         self._request, self._manifest, self._libraries = request, manifest, dict(libraries)
         self._opened: dict[str, _Library] = {}
         self._generated = profile == "portable"  # TVM's own code reads the inputs: it trusts them

@@ -238,6 +238,24 @@ def packed(artifacts, once):
 
 
 @pytest.fixture(scope="session")
+def byte_cache(checkpoints, tmp_path_factory):
+    """Artifact of a LLaMA that keeps keys and values in 8 bits, compiled for every engine here on the CPU."""
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.build import COMPILERS, build
+    from portlm.compile.export import export
+    from portlm.errors import EngineUnavailableError
+
+    artifact = export(checkpoints["llama"], tmp_path_factory.mktemp("byte_cache") / "llama", cache="int8")
+    for key in COMPILERS:
+        if key[1] == "cpu":
+            try:
+                build(artifact, [key])
+            except EngineUnavailableError:
+                continue  # the tests of that engine say what is missing
+    return artifact
+
+
+@pytest.fixture(scope="session")
 def divisible(tmp_path_factory):
     """Folder of a random checkpoint by family, whose matrices have inputs that groups of 32 divide.
 

@@ -11,8 +11,8 @@ import click
 from portlm.commands.engines import engine_options
 
 if TYPE_CHECKING:
+    from portlm.artifact import Manifest
     from portlm.flows.verify import Result
-    from portlm.quantization import Quantization
 
 
 @click.command("verify")
@@ -52,17 +52,17 @@ def command(
     if as_json:
         click.echo(json.dumps([result.as_dict() for result in results], indent=2))
     else:
-        print_table(model, results, read_manifest(model).quantization)
+        print_table(model, results, read_manifest(model))
     return int(any(result.problem for result in results))
 
 
-def print_table(model: Path, results: list[Result], quantization: Quantization | None = None) -> None:
+def print_table(model: Path, results: list[Result], manifest: Manifest | None = None) -> None:
     """Print one row per target, and beneath the table what the weights are and what is wrong."""
     from rich.console import Console
 
     from portlm.commands.tables import figures
     from portlm.compile.parity import allowed_error
-    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described
+    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described, described_cache
 
     table = figures(
         f"{model}: distance from eager PyTorch",
@@ -85,7 +85,10 @@ def print_table(model: Path, results: list[Result], quantization: Quantization |
     console = Console()
     if table.row_count:
         console.print(table)
-    for line in [] if quantization is None else described(quantization):
+    for line in (
+        *(described(manifest.quantization) if manifest and manifest.quantization else ()),
+        *(described_cache(manifest.cache) if manifest and manifest.cache else ()),
+    ):
         console.print(line, highlight=False, soft_wrap=True)
     for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):
         rounding = [

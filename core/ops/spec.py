@@ -67,7 +67,7 @@ class Input:
 
     Attributes:
         name: of both.
-        dtype: "float32", "int64", or "uint8" for a weight of small whole numbers.
+        dtype: "float32", "int64", "int8" of a cache, or "uint8" for a weight of small whole numbers.
         optional: may be absent.
         heads: the attribute that counts the heads which lie side by side in the node's last axis, (B, T, H*D). The
             PyTorch op and the portable form see them apart, (B, T, H, D).
@@ -114,6 +114,7 @@ class Node:
         shapes: (shapes of the inputs, None for an absent one; attributes) -> shapes of the outputs.
         portable: (builder, inputs, outputs, attributes): writes the node in standard operators. An absent input is "".
         attributes: in the order that TVM's function takes them.
+        kinds: types of the outputs; () if all are float32.
         read: arguments of the PyTorch op by name -> attributes of the node. A ValueError says why there is none.
         output_heads: the first output's counterpart of Input.heads.
         named_after: a node is called after the module of its weight. Without one, after the module that it was computed
@@ -133,6 +134,7 @@ class Node:
     shapes: Callable[[Sequence[Any], Attributes], Sequence[Shape]]
     portable: Callable[[Any, Sequence[str], Sequence[str], Attributes], object]
     attributes: tuple[Attribute, ...] = ()
+    kinds: tuple[str, ...] = ()
     read: Callable[[Mapping[str, Any]], Attributes] = lambda arguments: {}
     output_heads: str = ""
     named_after: str = ""

@@ -44,12 +44,15 @@ py::tuple shape_of(const Spec& spec) {
   return py::tuple(sizes);
 }
 
+const char* name_of(Dtype dtype) {
+  return dtype == Dtype::float32 ? "float32" : dtype == Dtype::bytes ? "int8" : "int64";
+}
+
 // (name, output, dtype, shape, below) of each
 py::list specs(const std::vector<Spec>& specs) {
   py::list all;
   for (const Spec& spec : specs)
-    all.append(py::make_tuple(spec.name, spec.output, spec.dtype == Dtype::float32 ? "float32" : "int64", shape_of(spec),
-                              spec.below));
+    all.append(py::make_tuple(spec.name, spec.output, name_of(spec.dtype), shape_of(spec), spec.below));
   return all;
 }
 

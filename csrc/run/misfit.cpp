@@ -195,20 +195,33 @@ void rotary(const Call& call) {
   call.output_columns(0, call.shape(0), H * 2 * half);
 }
 
-void attention(const Call& call) {
-  call.counts(6, 1, 5, 1);
-  const Value &keys = call.value(3), &values = call.value(4);
-  need(keys.kind == Kind::state && values.kind == Kind::state && &keys != &values && keys.shape == values.shape,
-       "needs two states");
+// A state (batch, K, past, D).
+void expect_state(const Call& call, size_t i, Dtype dtype, int64_t K, int64_t D) {
+  const Value& found = call.value(i);
+  const bool fits = found.kind == Kind::state && found.dtype == dtype && found.shape[1].size == K && found.shape[3].size == D;
+  need(fits, "cannot keep its slots in " + found.name);
+}
+
+// Queries, keys and values, then the states that take them, each of bytes with its scales, then a mask.
+void attention(const Call& call, bool quantized) {
+  call.counts(quantized ? 8 : 6, 1, 5, 1);
+  const Value& keys = call.value(3);
+  need(keys.kind == Kind::state, "needs states");
   const int64_t K = keys.shape[1].size, D = keys.shape[3].size;
+  for (size_t i = 3; i + 1 < call.step().inputs.size(); ++i) {
+    const bool scales = quantized && i % 2 == 0;
+    expect_state(call, i, quantized && !scales ? Dtype::bytes : Dtype::float32, K, scales ? 1 : D);
+    for (size_t j = 3; j < i; ++j) need(call.step().inputs[i] != call.step().inputs[j], "needs states that differ");
+  }
   const int64_t H = call.number(0, K, int64_t{1} << 31);
   call.number(1, K, K);
   need(H % K == 0, "shares heads unevenly");
   call.columns(0, call.step().ints[2], H, D);
   call.columns(1, call.step().ints[3], K, D);
   call.columns(2, call.step().ints[4], K, D);
-  if (call.has(5))
-    need(call.shape(5, Dtype::int64) == Shape{{0, kBatch}, {0, kPast | kSequence}}, "needs a mask of all slots");
+  const size_t mask = quantized ? 7 : 5;
+  if (call.has(mask))
+    need(call.shape(mask, Dtype::int64) == Shape{{0, kBatch}, {0, kPast | kSequence}}, "needs a mask of all slots");
   call.output_columns(0, call.shape(0), H * D);
 }
 
@@ -231,7 +244,8 @@ void check(const Role& role, const Step& step) {
       need(call.shape(0) == call.shape(1), "multiplies two shapes");
       return call.output(0, call.shape(0));
     case Opcode::rotary: return rotary(call);
-    case Opcode::attention: return attention(call);
+    case Opcode::attention: return attention(call, false);
+    case Opcode::quantized_attention: return attention(call, true);
   }
   need(false, "is unknown");
 }
@@ -242,7 +256,7 @@ std::string misfit(const Role& role) {
   try {
     for (const Spec& state : role.states) {
       const Shape& shape = state.shape;
-      const bool fits = state.dtype == Dtype::float32 && shape.size() == 4 && shape[0].symbols == kBatch &&
+      const bool fits = (state.dtype == Dtype::float32 || state.dtype == Dtype::bytes) && shape.size() == 4 && shape[0].symbols == kBatch &&
                         shape[1].symbols == 0 && shape[2].symbols == kPast && shape[3].symbols == 0;
       need(fits, "state " + state.name + " is no cache of keys or values");
     }
@@ -261,7 +275,8 @@ std::string misfit(const Role& role) {
         if (value == kNone) continue;
         need(defined[value], "reads " + role.values[value].name + ", which nothing before it computes");
         const bool state = role.values[value].kind == Kind::state;
-        need(!state || (step.opcode == Opcode::attention && !used[value]), "cannot take " + role.values[value].name);
+        const bool attends = step.opcode == Opcode::attention || step.opcode == Opcode::quantized_attention;
+        need(!state || (attends && !used[value]), "cannot take " + role.values[value].name);
         if (state) used[value] = true;
       }
       check(role, step);

@@ -18,8 +18,8 @@ constexpr uint32_t kVersion = 1;
 enum Symbol : uint32_t { kBatch = 1, kSequence = 2, kPast = 4, kKept = 8 };
 
 // As in the file; float16 is reserved in it and not among these. int4 and int8 are matrices (N, K) as packed_linear reads
-// them, panels is one of float32 as panel_linear does.
-enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2, int4 = 4, int8 = 5, panels = 6 };
+// them, panels is one of float32 as panel_linear does; bytes are those of a state, signed.
+enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2, int4 = 4, int8 = 5, panels = 6, bytes = 7 };
 
 enum class Kind : uint8_t { input = 1, state = 2, weight = 3, computed = 4 };
 
@@ -38,6 +38,7 @@ enum class Opcode : uint32_t {
   swiglu,
   rotary,
   attention,
+  quantized_attention,
 };
 
 // A size, or the sum of symbols.

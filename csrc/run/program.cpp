@@ -83,7 +83,8 @@ bool Program::prepare(Status& status) {
     return false;
   }
   const size_t values = role_.values.size();
-  for (const Spec& state : role_.states) heads_.push_back({state.shape[1].size, state.shape[3].size});
+  for (const Spec& state : role_.states)
+    heads_.push_back({state.shape[1].size, state.shape[3].size, state.dtype == Dtype::bytes ? 1 : 4});
   root_.resize(values);
   for (size_t v = 0; v < values; ++v) root_[v] = static_cast<uint32_t>(v);
   last_use_.assign(values, 0);
@@ -135,7 +136,8 @@ Status Program::plan(const Extents& extents) {
     if (step.opcode != Opcode::view)
       for (const uint32_t value : step.outputs)
         if (output_of_[value] == kNone) begins[value] = places.take(count(value));
-    if (step.opcode == Opcode::attention && extents.batch * extents.sequence > 1) {
+    const bool gathers = step.opcode == Opcode::attention || step.opcode == Opcode::quantized_attention;
+    if (gathers && extents.batch * extents.sequence > 1) {
       scratch_[s] = places.take(count(step.outputs[0]));
       places.give_back(scratch_[s]);
     }
@@ -245,6 +247,7 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
     case Opcode::swiglu: k.swiglu_fwd(floats(in[0]), floats(in[1]), floats(out[0]), count(out[0])); break;
     case Opcode::rotary: return rotate(step, extents);
     case Opcode::attention: return attend(step, arena_ + scratch_[index], extents, cache);
+    case Opcode::quantized_attention: return attend_to_bytes(step, arena_ + scratch_[index], extents, cache);
   }
   return {};
 }
@@ -303,26 +306,49 @@ Status Program::attend(const Step& step, float* gathered, const Extents& extents
   const auto [B, T, P, kept] = extents;
   const size_t first_state = role_.inputs.size();
   const size_t tensors[] = {step.inputs[3] - first_state, step.inputs[4] - first_state};
-  const auto [K, D] = heads_[tensors[0]];
+  const auto [K, D, item] = heads_[tensors[0]];
   const int64_t H = step.ints[0], batch_stride = cache.row_stride(tensors[0]), head_stride = cache.head_stride(tensors[0]);
   for (size_t i = 0; i < 2; ++i) {
     const int64_t W = last(step.inputs[1 + i]);
     const float* const source = floats(step.inputs[1 + i]) + step.ints[3 + i];
-    float* const to = cache.data(tensors[i]);
+    float* const to = cache.floats(tensors[i]);
     for (int64_t b = 0; b < B; ++b)
       for (int64_t k = 0; k < K; ++k)
         copy_columns(source + b * T * W + k * D, W, to + b * batch_stride + k * head_stride + P * D, D, D, T);
   }
-  const int64_t W = last(step.inputs[0]);
-  const float* q = floats(step.inputs[0]) + step.ints[2];
-  if (W != H * D && B * T > 1) {  // the kernel wants the queries of all tokens side by side
-    copy_columns(q, W, gathered, H * D, H * D, B * T);
-    q = gathered;
-  }
+  const float* const q = queries(step, gathered, extents, H * D);
   const int64_t* const mask = step.inputs[5] == kNone ? nullptr : integers(step.inputs[5]);
-  kernels().cached_attention(q, cache.data(tensors[0]), cache.data(tensors[1]), batch_stride, head_stride, mask,
+  kernels().cached_attention(q, cache.floats(tensors[0]), cache.floats(tensors[1]), batch_stride, head_stride, mask,
                              static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D);
   return {};
+}
+
+// The same for states of bytes, each followed by its scales.
+Status Program::attend_to_bytes(const Step& step, float* gathered, const Extents& extents, Cache& cache) {
+  const auto [B, T, P, kept] = extents;
+  size_t tensors[4];
+  for (size_t i = 0; i < 4; ++i) tensors[i] = step.inputs[3 + i] - role_.inputs.size();
+  const auto [K, D, item] = heads_[tensors[0]];
+  const int64_t H = step.ints[0];
+  const int64_t row = cache.row_stride(tensors[0]), head = cache.head_stride(tensors[0]);
+  const int64_t scales_row = cache.row_stride(tensors[1]), scales_head = cache.head_stride(tensors[1]);
+  for (size_t i = 0; i < 2; ++i)
+    kernels().append_bytes(floats(step.inputs[1 + i]) + step.ints[3 + i], last(step.inputs[1 + i]), cache.bytes(tensors[2 * i]),
+                           row, head, cache.floats(tensors[2 * i + 1]), scales_row, scales_head, B, K, P, T, D);
+  const int64_t* const mask = step.inputs[7] == kNone ? nullptr : integers(step.inputs[7]);
+  kernels().quantized_attention(queries(step, gathered, extents, H * D), cache.bytes(tensors[0]), cache.floats(tensors[1]),
+                                cache.bytes(tensors[2]), cache.floats(tensors[3]), row, head, scales_row, scales_head, mask,
+                                static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D);
+  return {};
+}
+
+// The queries of all tokens side by side, as kernels want them.
+const float* Program::queries(const Step& step, float* gathered, const Extents& extents, int64_t width) const {
+  const int64_t W = last(step.inputs[0]), rows = extents.batch * extents.sequence;
+  const float* const q = floats(step.inputs[0]) + step.ints[2];
+  if (W == width || rows == 1) return q;
+  copy_columns(q, W, gathered, width, width, rows);
+  return gathered;
 }
 
 }  // namespace portlm::run

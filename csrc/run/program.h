@@ -54,6 +54,8 @@ class Program {
   Status embed(const Step& step);
   void map(const Step& step);
   Status attend(const Step& step, float* gathered, const Extents& extents, Cache& cache);
+  Status attend_to_bytes(const Step& step, float* gathered, const Extents& extents, Cache& cache);
+  const float* queries(const Step& step, float* gathered, const Extents& extents, int64_t width) const;
   Status rotate(const Step& step, const Extents& extents);
 
   const PackedFile& file_;

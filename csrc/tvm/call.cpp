@@ -82,6 +82,8 @@ Tensor Call::strided_f32(int32_t i, const char* name, int32_t ndim) const {
   return tensor(i, name, ndim, kFloat, 32, false);
 }
 
+Tensor Call::strided_i8(int32_t i, const char* name, int32_t ndim) const { return tensor(i, name, ndim, kInt, 8, false); }
+
 int64_t Call::integer(int32_t i, const char* name) const {
   if (i >= count_ || args_[i].type_index != kInteger) fail(std::string(name) + " must be an integer");
   return args_[i].integer;

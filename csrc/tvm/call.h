@@ -56,6 +56,7 @@ class Call {
   Tensor any(int32_t i, const char* name) const;
   // Of float32, without the demand to be contiguous.
   Tensor strided_f32(int32_t i, const char* name, int32_t ndim) const;
+  Tensor strided_i8(int32_t i, const char* name, int32_t ndim) const;
   int64_t integer(int32_t i, const char* name) const;
   float real(int32_t i, const char* name) const;
 
