@@ -2,12 +2,16 @@
 
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
 #include <new>
 
 #include "cpu/kernels.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace portlm::run {
 namespace {
@@ -98,6 +102,19 @@ bool all_zero(const uint32_t* words, size_t count) {
 }
 
 uint64_t aligned(uint64_t place) { return (place + kAlignment - 1) / kAlignment * kAlignment; }
+
+// The system fills the last page of a mapping with zeros, so who reads behind the file's end is not stopped there.
+void guard_last_page(const unsigned char* base, size_t size, bool guarded) {
+#ifdef __SANITIZE_ADDRESS__
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), behind = (page - size % page) % page;
+  if (guarded)
+    ASAN_POISON_MEMORY_REGION(base + size, behind);
+  else
+    ASAN_UNPOISON_MEMORY_REGION(base + size, behind);
+#else
+  (void)base, (void)size, (void)guarded;
+#endif
+}
 
 // Whether bytes are UTF-8 (RFC 3629) without control characters.
 bool is_text(const unsigned char* text, size_t length) {
@@ -389,13 +406,16 @@ std::unique_ptr<PackedFile> PackedFile::open(int descriptor, Status& status) {
       return nullptr;
     }
     file->base_ = static_cast<const unsigned char*>(base);
+    guard_last_page(file->base_, file->size_, true);
   }
   status = file->read();
   return status.ok() ? std::move(file) : nullptr;
 }
 
 PackedFile::~PackedFile() {
-  if (base_) munmap(const_cast<unsigned char*>(base_), size_);
+  if (!base_) return;
+  guard_last_page(base_, size_, false);
+  munmap(const_cast<unsigned char*>(base_), size_);
 }
 
 Status PackedFile::read() {
