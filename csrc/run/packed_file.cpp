@@ -389,6 +389,9 @@ std::unique_ptr<PackedFile> PackedFile::open(int descriptor, Status& status) {
       return nullptr;
     }
     file->base_ = static_cast<const unsigned char*>(base);
+#ifdef MADV_HUGEPAGE
+    madvise(base, file->size_, MADV_HUGEPAGE);  // what is not in memory yet is read in large pages, if the file system has any
+#endif
   }
   status = file->read();
   return status.ok() ? std::move(file) : nullptr;
