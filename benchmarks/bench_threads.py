@@ -1,11 +1,11 @@
 """Short parallel loops: what the packed engine's own threads bring on an idle machine, and beside busy programs.
 
 Random GPT-2 models write from a prompt of 16 tokens. Every variant has a process of its own, parked while another one
-is measured; they take turns, in the opposite order in the next round, first on the machine as it is, then beside one busy
-loop, then beside one for each core. Printed are the median and the best tokens per second of each, the seconds of all
-cores that a second of writing took, and the ratio to the first variant of the paired rounds, with a bootstrapped 95 %
-interval. Variants are the default, one thread, and whatever `--variant` adds: a name and the environment that makes it,
-another build of portlm, say.
+is measured; they take turns, in the opposite order in the next round, first on the machine as it is, then beside one
+busy loop, then beside one for each core. Printed are the median and the best tokens per second of each, the seconds
+of all cores that a second of writing took, and the ratio to the first variant of the paired rounds, with a
+bootstrapped 95 % interval. Variants are the default, one thread, and whatever `--variant` adds: a name and the
+environment that makes it, another build of portlm, say.
 
     python benchmarks/bench_threads.py              # three minutes or so: do nothing else meanwhile
     python benchmarks/bench_threads.py --variant before:PYTHONPATH=/other/tree/build/types
