@@ -23,6 +23,9 @@ SUM = "past + sequence"
 DTYPES, QUANTIZED, PANELS = {"float32": 1, "int64": 2}, {4: 4, 8: 5}, 6
 STATE_DTYPES = {"float32": 1, "int8": 7}
 TILES = 1  # the layout of quantized matrices
+WRITTEN_AT_ONCE = (
+    8 << 20
+)  # bytes: file systems that have large pages keep what they get in large parts in those
 INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
@@ -138,7 +141,7 @@ def write_packed(
     head = tables.to_bytes(end, begins, vocabulary, context)
     check_space(path.parent, end)
     digest, position = hashlib.sha256(head), len(head)
-    with atomic_file(path, end) as file:
+    with atomic_file(path, end, WRITTEN_AT_ONCE) as file:
         file.write(head)
         for tensor, begin in zip(tensors, begins, strict=True):
             content = tensor.content()

@@ -28,7 +28,7 @@ from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.dequantized import load_dequantized
 from portlm.runtimes.torch_plan import make_role
-from portlm.threads import StepThreads
+from portlm.threads import GovernedThreads
 
 if TYPE_CHECKING:
     from portlm.models.roles import Role
@@ -93,7 +93,7 @@ class TorchEngine(ArrayEngine):
         """
         self.device, self.profile = device, profile
         self._functions, self._nodes = dict(functions), dict(nodes)
-        self._threads = StepThreads(use_threads, threads) if device == "cpu" else None
+        self._threads = GovernedThreads(use_threads, threads) if device == "cpu" else None
         specs = {
             name: CallSpec(tuple(role.inputs), tuple(role.outputs), tuple(role.state))
             for name, role in self._functions.items()
@@ -224,7 +224,7 @@ class TorchEngine(ArrayEngine):
         given = [torch.from_numpy(inputs[item.name].copy()).to(self.device) for item in spec.inputs]
         states = [tensors[item.name] for item in spec.state]
         first = next(iter(inputs.values()))
-        threads = self._threads.step(role, first) if self._threads else contextlib.nullcontext()
+        threads = self._threads.governed_step(role, first) if self._threads else contextlib.nullcontext()
         try:
             with torch.inference_mode(), threads, rounded_cache(self.rounds_cache):
                 results = self._functions[role].function(*given, *states)

@@ -110,7 +110,7 @@ class PackedEngine(EngineBase):
         except (MemoryError, ValueError) as error:
             raise PortlmError(f"packed: no memory for the outputs of {role}: {error}") from error
         addresses = [[_address(a) for a in group] for group in (arrays, outputs.values())]
-        with self._lock, self._threads.step(role, arrays[0]):
+        with self._lock, self._threads.step():
             _run(self._programs[role].run, cache, sizes["sequence"], sizes["kept"], *addresses)
         return outputs, tensors
 
@@ -129,9 +129,8 @@ class PackedEngine(EngineBase):
         cache = state.take()["cache"]
         addresses = [_address(array) for array in (lengths, tokens)]
         limits = asked.vocabulary, sorted(asked.ends), count, asked.seconds
-        with self._lock, self._threads.step(role, tokens[:, None]) as steps:
+        with self._lock, self._threads.step():
             made, bad = _run(program.advance, cache, *addresses, asked.choices, *limits, _address(drawn))
-            steps[0] = max(made, 1)
             if made == 0 and bad >= 0:
                 where = f"packed:cpu: new token {asked.choices[bad].step}"
                 raise PortlmError(f"{where}: {bad_row(self._logits(program, rows), bad)}")

@@ -189,7 +189,7 @@ class TvmEngine(ArrayEngine):
             _aligned(np.require(inputs[name], None, ("C", "W"))) if name in inputs else tensors[name]
             for name in library.inputs
         ]
-        with self._lock, self._threads.step(role, next(iter(inputs.values()))):
+        with self._lock, self._threads.step():
             try:
                 results = library.step(*arguments)
             except (

@@ -406,6 +406,9 @@ std::unique_ptr<PackedFile> PackedFile::open(int descriptor, Status& status) {
       return nullptr;
     }
     file->base_ = static_cast<const unsigned char*>(base);
+#ifdef MADV_HUGEPAGE
+    madvise(base, file->size_, MADV_HUGEPAGE);  // what is not in memory yet is read in large pages, if the file system has any
+#endif
     guard_last_page(file->base_, file->size_, true);
   }
   status = file->read();

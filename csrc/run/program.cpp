@@ -6,6 +6,7 @@
 #include <new>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace portlm::run {
 namespace {
@@ -169,6 +170,7 @@ Status Program::run(const Extents& extents, const void* const* inputs, void* con
     return Status::failed("a call of " + std::to_string(e.batch) + " rows with " + std::to_string(e.sequence) +
                           " tokens does not fit a state of " + std::to_string(cache.rows()) + " rows with " +
                           std::to_string(cache.past()) + " slots");
+  const OwnThreads own;
   try {
     if (e.batch != planned_.batch || e.sequence != planned_.sequence || e.kept != planned_.kept)
       if (Status status = plan(e); !status.ok()) return status;

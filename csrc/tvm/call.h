@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/threads.h"
 #include "tvm/ffi_abi.h"
 
 namespace portlm::tvm {
@@ -80,6 +81,7 @@ int report(const char* kind, const std::string& message);
 template <typename Body>
 int guarded(const char* op, const Any* args, int32_t count, Body body) {
   try {
+    const OwnThreads own;
     body(Call(op, args, count));
     return 0;
   } catch (const Error& error) {
