@@ -38,28 +38,49 @@ struct Query {
   int64_t limit;
 };
 
-// scores[r][j] = q_r . key_(first + j) * scale, or -inf where query r must not look.
+// scores[r][j] = q_r . key_(first + j) * scale for J slots from j on, or -inf where query r must not look.
+template <int R, int J>
+void score_slots(const Cache& cache, const Query (&query)[R], int64_t first, int64_t j, float (&scores)[R][kSlots]) {
+  const int64_t D = cache.D;
+  const float* const keys = cache.keys + (first + j) * D;
+  Vec dot[R][J];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < J; ++i) dot[r][i] = Vec(0.0f);
+  for_lanes(D, [&](int64_t d, auto lanes) {
+    Vec k[J];
+    for (int i = 0; i < J; ++i) k[i] = load(keys + i * D + d, lanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec q = load(query[r].q + d, lanes);
+      for (int i = 0; i < J; ++i) dot[r][i] = fma(q, k[i], dot[r][i]);
+    }
+  });
+  for (int i = 0; i < J; ++i) {
+    const int64_t slot = first + j + i;
+    const bool present = !cache.mask || cache.mask[slot] != 0;
+    for (int r = 0; r < R; ++r)
+      scores[r][j + i] = present && slot < query[r].limit ? sum(dot[r][i]) * cache.scale : kHidden;
+  }
+}
+
+// Several slots at once: their sums are chains that hide each other, and a query is loaded once for all of them.
 template <int R>
 void score(const Cache& cache, const Query (&query)[R], int64_t first, int64_t count, float (&scores)[R][kSlots]) {
-  const int64_t D = cache.D;
-  for (int64_t j = 0; j < count; ++j) {
-    const float* key = cache.keys + (first + j) * D;
-    Vec dot[R];
-    for (int r = 0; r < R; ++r) dot[r] = Vec(0.0f);
-    for_each_vec(
-        D,
-        [&](int64_t d) {
-          const Vec k = Vec::load(key + d);
-          for (int r = 0; r < R; ++r) dot[r] = fma(Vec::load(query[r].q + d), k, dot[r]);
-        },
-        [&](int64_t d, int64_t n) {
-          const Vec k = Vec::load(key + d, n);
-          for (int r = 0; r < R; ++r) dot[r] = fma(Vec::load(query[r].q + d, n), k, dot[r]);
-        });
-    const bool present = !cache.mask || cache.mask[first + j] != 0;
-    for (int r = 0; r < R; ++r)
-      scores[r][j] = present && first + j < query[r].limit ? sum(dot[r]) * cache.scale : kHidden;
-  }
+  constexpr int J = R == 1 ? 4 : 2;
+  int64_t j = 0;
+  for (; j + J <= count; j += J) score_slots<R, J>(cache, query, first, j, scores);
+  for (; j < count; ++j) score_slots<R, 1>(cache, query, first, j, scores);
+}
+
+// The largest of a row, NaN aside.
+float largest(const float* row, int64_t count) {
+  Vec most(kHidden);
+  float rest = kHidden;
+  for_each_vec(
+      count, [&](int64_t j) { most = max(Vec::load(row + j), most); },
+      [&](int64_t j, int64_t n) {
+        for (int64_t i = j; i < j + n; ++i) rest = std::max(rest, row[i]);
+      });
+  return std::max(rest, hmax(most));
 }
 
 // Turns a row of scores into exp(score - max), in place, and returns their sum.
@@ -81,29 +102,34 @@ float exponentials(float* row, int64_t count, float max) {
   return sum(total) + rest;
 }
 
+// V vectors of columns of add_values. Each is a chain of additions, slot after slot, and V of them hide each other.
+template <int R, int V, typename Lanes>
+void add_columns(const float* values, int64_t D, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
+                 float* sums, Lanes lanes) {
+  Vec a[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) a[r][v] = load(sums + r * D + v * Vec::N, lanes) * Vec(shrink[r]);
+  for (int64_t j = 0; j < count; ++j)
+    for (int v = 0; v < V; ++v) {
+      const Vec value = load(values + j * D + v * Vec::N, lanes);
+      for (int r = 0; r < R; ++r) a[r][v] = fma(Vec(weights[r][j]), value, a[r][v]);
+    }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(a[r][v], sums + r * D + v * Vec::N, lanes);
+}
+
 // sums[r] = sums[r] * shrink[r] + sum over j of weights[r][j] * value_(first + j)
 template <int R>
 void add_values(const Cache& cache, int64_t first, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
                 float* sums) {
+  constexpr int V = std::max<int>(1, std::min<int>(8, 64 / Vec::N) / R);
   const int64_t D = cache.D;
   const float* values = cache.values + first * D;
-  const auto columns = [&](int64_t d, auto load, auto store) {
-    Vec a[R];
-    for (int r = 0; r < R; ++r) a[r] = load(sums + r * D + d) * Vec(shrink[r]);
-    for (int64_t j = 0; j < count; ++j) {
-      const Vec v = load(values + j * D + d);
-      for (int r = 0; r < R; ++r) a[r] = fma(Vec(weights[r][j]), v, a[r]);
-    }
-    for (int r = 0; r < R; ++r) store(a[r], sums + r * D + d);
-  };
-  for_each_vec(
-      D,
-      [&](int64_t d) {
-        columns(d, [](const float* p) { return Vec::load(p); }, [](Vec v, float* p) { v.store(p); });
-      },
-      [&](int64_t d, int64_t n) {
-        columns(d, [n](const float* p) { return Vec::load(p, n); }, [n](Vec v, float* p) { v.store(p, n); });
-      });
+  int64_t d = 0;
+  for (; d + V * Vec::N <= D; d += V * Vec::N) add_columns<R, V>(values + d, D, count, weights, shrink, sums + d, Whole{});
+  for_lanes(D - d, [&](int64_t i, auto lanes) {
+    add_columns<R, 1>(values + d + i, D, count, weights, shrink, sums + d + i, lanes);
+  });
 }
 
 template <int R>
@@ -122,7 +148,7 @@ void attend(const Cache& cache, const Query* queries, float* sums) {
     score<R>(cache, query, first, count, scores);
     float shrink[R];
     for (int r = 0; r < R; ++r) {
-      const float top = std::max(max[r], *std::max_element(scores[r], scores[r] + count));
+      const float top = std::max(max[r], largest(scores[r], count));
       if (top == kHidden) {  // nothing seen so far
         std::fill(scores[r], scores[r] + count, 0.0f);
         shrink[r] = 1.0f;
