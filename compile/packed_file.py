@@ -14,7 +14,7 @@ from portlm.files import atomic_file, check_space
 from portlm.ops.quantized import Layout
 from portlm.roles import StateSpec, TensorSpec
 
-MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 1
+MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 2
 ALIGNMENT, HEADER, PANEL = 64, 256, 64
 NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
@@ -25,6 +25,7 @@ INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
     "add_layer_norm": 9, "rms_norm": 10, "add_rms_norm": 11, "swiglu": 12, "rotary": 13, "attention": 14,
+    "heads": 15,
 }  # fmt: skip
 
 Shape = Sequence[int | str]

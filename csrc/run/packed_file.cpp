@@ -314,7 +314,7 @@ Value read_value(const Reader& reader, const Role& role, uint64_t tensors, uint6
 Step read_step(const Reader& reader, uint64_t values, uint64_t index, Places& places) {
   const auto record = reader.at<StepRecord>(kSteps, index);
   need(all_zero(record.zeros, 3), "step", index);
-  const auto last = static_cast<uint32_t>(Opcode::attention);
+  const auto last = static_cast<uint32_t>(Opcode::heads);
   if (record.opcode < 1 || record.opcode > last)
     refuse("step " + std::to_string(index) + " has opcode " + std::to_string(record.opcode) +
            ", which this portlm cannot run");

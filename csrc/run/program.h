@@ -59,7 +59,9 @@ class Program {
   Status embed(const Step& step);
   void map(const Step& step);
   Status attend(const Step& step, float* gathered, const Extents& extents, Cache& cache);
+  Status check_positions(const Step& step, int64_t tokens) const;
   Status rotate(const Step& step, const Extents& extents);
+  Status gather_heads(const Step& step, const Extents& extents);
 
   const PackedFile& file_;
   const Role& role_;

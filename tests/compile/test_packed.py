@@ -126,7 +126,7 @@ def test_a_node_without_a_form_is_named(tmp_path):
         (0, b"\x00", "does not begin as a packed file does"),
         (8, b"\x01\x02\x03\x04", "of the other byte order"),
         (8, b"\x01\x02\x03\x05", "its mark of the byte order is none"),
-        (12, b"\x02\x00\x00\x00", "of version 2, this portlm reads 1"),
+        (12, b"\x01\x00\x00\x00", "of version 1, this portlm reads 2"),
         (24, b"\x02\x00\x00\x00", "packed in layout 2, which this portlm cannot read"),
         (24, b"\x01\x00\x00\x00", "header 0 says what cannot be"),
         (36, b"\x01", "header 0 says what cannot be"),
@@ -286,11 +286,19 @@ def test_damaged_headers_and_tables_are_refused_or_harmless(family, compiled, sm
 
 @pytest.fixture(scope="module")
 def program(compiled):
-    """The steps of a small LLaMA, and its weights."""
+    """The steps of a small LLaMA as they are lowered, and its weights."""
     folder = compiled["llama"]
     model, manifest = read_source(folder, "decoder", "fused")
     weights = Weights(folder)
     return lower(model, "decoder", manifest.roles["decoder"], weights), weights.tensors
+
+
+@pytest.fixture(scope="module")
+def fused_program(program):
+    """The same in fewer steps."""
+    joins = Joins(list(program[1]))
+    (steps,), tensors = without_unread([fuse(program[0], joins)], joins.tensors)
+    return steps, tensors
 
 
 def step_of(program, operation):
@@ -374,6 +382,55 @@ def test_a_step_that_does_not_fit_its_values_is_refused(case, program, tmp_path)
         open_bytes(path.read_bytes(), tmp_path).open(0)
 
 
+def part(place, number):
+    """Function of a step: its ints, one of them changed."""
+    return lambda s: (*s.ints[:place], number, *s.ints[place + 1 :])
+
+
+FUSED_WRONG = {
+    "heads that are wider than what is turned": lambda p: changed(p, "heads", ints=part(0, 1)),
+    "heads of no width": lambda p: changed(p, "heads", ints=part(0, 0)),
+    "heads as wide as memory": lambda p: changed(p, "heads", ints=part(0, LARGE)),
+    "no heads": lambda p: changed(p, "heads", ints=part(1, 0)),
+    "more heads than there are": lambda p: changed(p, "heads", ints=part(1, 2**31)),
+    "more heads than memory": lambda p: changed(p, "heads", ints=part(5, LARGE)),
+    "columns before the first": lambda p: changed(p, "heads", ints=part(2, -1)),
+    "columns behind the last": lambda p: changed(p, "heads", ints=part(6, 2**31)),
+    "heads over each other": lambda p: changed(p, "heads", ints=part(3, 1)),
+    "heads far apart": lambda p: changed(p, "heads", ints=part(3, 2**31)),
+    "heads farther apart": lambda p: changed(p, "heads", ints=part(7, 2**63 - 1)),
+    "neither turned nor not": lambda p: changed(p, "heads", ints=part(4, 2)),
+    "half a part": lambda p: changed(p, "heads", ints=lambda s: s.ints[:-2]),
+    "no parts": lambda p: changed(p, "heads", ints=lambda s: s.ints[:1]),
+    "a part more": lambda p: changed(p, "heads", ints=lambda s: (*s.ints, 1, 0, s.ints[0], 0)),
+    "ids of another shape as positions": lambda p: changed(
+        p, "heads", inputs=lambda s: (s.inputs[0], 3, *s.inputs[2:])
+    ),
+    "no table": lambda p: changed(p, "heads", inputs=lambda s: (*s.inputs[:3], NONE)),
+    "a table of another size": lambda p: changed(
+        p, "heads", inputs=lambda s: (*s.inputs[:3], p.steps[0].inputs[1])
+    ),
+    "a state in place of a product": lambda p: changed(
+        p, "heads", inputs=lambda s: (value(p, 2), *s.inputs[1:])
+    ),
+    "one half": lambda p: changed(p, "swiglu", inputs=lambda s: p.steps[1].outputs),
+    "halves of ids": lambda p: changed(p, "swiglu", inputs=lambda s: (0,)),
+    "three inputs": lambda p: changed(p, "swiglu", inputs=lambda s: s.inputs * 3),
+    "no inputs": lambda p: changed(p, "swiglu", inputs=lambda s: ()),
+}
+
+
+@pytest.mark.parametrize("case", FUSED_WRONG)
+def test_a_fused_step_that_does_not_fit_its_values_is_refused(case, fused_program, tmp_path):
+    good, tensors = fused_program
+    path = tmp_path / FILE
+    write_packed(path, [good], tensors, 257, 48)
+    open_bytes(path.read_bytes(), tmp_path).open(0)
+    write_packed(path, [FUSED_WRONG[case](good)], tensors, 257, 48)
+    with pytest.raises(RuntimeError, match=r"step"):
+        open_bytes(path.read_bytes(), tmp_path).open(0)
+
+
 def test_every_step_is_of_a_kind_that_the_document_lists():
     text = (Path(__file__).parents[2] / "docs" / "packed.md").read_text()
     for name, number in OPCODES.items():
@@ -381,8 +438,9 @@ def test_every_step_is_of_a_kind_that_the_document_lists():
         assert f"| {number} | {title} |" in text
 
 
-def test_ids_and_places_outside_of_their_tables_are_errors_and_the_state_stays(program, tmp_path):
-    good, tensors = program
+@pytest.mark.parametrize("kind", ["program", "fused_program"])
+def test_ids_and_places_outside_of_their_tables_are_errors_and_the_state_stays(kind, request, tmp_path):
+    good, tensors = request.getfixturevalue(kind)
     path = tmp_path / FILE
     write_packed(path, [good], tensors, 257, 48)
     role = open_bytes(path.read_bytes(), tmp_path).open(0)
