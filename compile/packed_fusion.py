@@ -9,6 +9,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -69,7 +70,9 @@ def fuse(program: Program, joins: Joins) -> Program:
     return _Fusion(program, joins).fused()
 
 
-def without_unread(programs: Sequence[Program], tensors: Sequence[Tensor]) -> tuple[list[Program], list[Tensor]]:
+def without_unread(
+    programs: Sequence[Program], tensors: Sequence[Tensor]
+) -> tuple[list[Program], list[Tensor]]:
     """Return programs and weights without the weights that no program reads."""
     read = sorted({v.tensor for program in programs for v in program.values if v.kind == WEIGHT})
     place = {old: new for new, old in enumerate(read)}
@@ -121,7 +124,9 @@ class _Fusion:
                 self._attention(i, step)
             elif step.operation == "swiglu" and len(step.inputs) == 2:
                 self._swiglu(i, step)
-        return _without_unused(replace(self.program, values=tuple(self.values), steps=tuple(sum(self.steps, []))))
+        return _without_unused(
+            replace(self.program, values=tuple(self.values), steps=tuple(chain.from_iterable(self.steps)))
+        )
 
     # --- what is recognised ---------------------------------------------------------------------------
 
@@ -230,7 +235,10 @@ class _Fusion:
         if None in makers:
             return False
         steps = [self.program.steps[i] for i in makers if i is not None]
-        if any(s.operation != "linear" or s.ints != NO_ACTIVATION or s.inputs[0] != steps[0].inputs[0] for s in steps):
+        if any(
+            s.operation != "linear" or s.ints != NO_ACTIVATION or s.inputs[0] != steps[0].inputs[0]
+            for s in steps
+        ):
             return False
         if not self._read_only_by([i for i in makers if i is not None], readers):
             return False
