@@ -31,6 +31,7 @@ from portlm.compile.packed_file import (
     unwritable,
     write_packed,
 )
+from portlm.compile.packed_fusion import Joins, fuse, without_unread
 from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
@@ -85,8 +86,9 @@ def compile_packed(
         if profile in spec.profiles:
             graph = model if name == role else read_source(root, name, profile)[0]
             programs.append(lower(graph, name, spec, weights))
-    size = manifest.model
-    entry = write_packed(root / FILE, programs, weights.tensors, size.vocab_size, size.context_length)
+    joins, size = Joins(weights.tensors), manifest.model
+    programs, tensors = without_unread([fuse(program, joins) for program in programs], joins.tensors)
+    entry = write_packed(root / FILE, programs, tensors, size.vocab_size, size.context_length)
     versions = {"portlm": version("portlm")}
     return Compiled(CompiledEntry("packed", device, profile, "any", (FILE,), versions, role), {FILE: entry})
 

@@ -15,7 +15,7 @@ from portlm.ops.quantized import Layout
 from portlm.panels import in_panels
 from portlm.roles import StateSpec, TensorSpec
 
-MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 1
+MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 2
 ALIGNMENT, HEADER = 64, 256
 NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
@@ -30,7 +30,7 @@ INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
     "add_layer_norm": 9, "rms_norm": 10, "add_rms_norm": 11, "swiglu": 12, "rotary": 13, "attention": 14,
-    "quantized_attention": 15,
+    "heads": 15, "quantized_attention": 16,
 }  # fmt: skip
 
 Shape = Sequence[int | str]

@@ -5,6 +5,7 @@ text needs nothing between two tokens but the choice of the next one, the whole 
 """
 
 import ctypes
+import struct
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from portlm.artifact import Manifest, check_files
+from portlm.artifact import CompiledEntry, Manifest, check_files
 from portlm.engine import Advance, Array, Ids, OpenRequest, Placement, State, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
@@ -21,7 +22,7 @@ from portlm.roles import TensorSpec, difference
 from portlm.runtimes.base import EngineBase
 from portlm.threads import StepThreads
 
-FILE, PROFILE = "packed.portlm", "fused"
+FILE, PROFILE, VERSION = "packed.portlm", "fused", 2
 
 
 class PackedEngine(EngineBase):
@@ -73,9 +74,7 @@ class PackedEngine(EngineBase):
             raise EngineUnavailableError(f"packed: no device {request.device} here, choose cpu")
         if request.profile not in ("auto", PROFILE):
             raise UsageError(f"packed has no profile {request.profile}: choose {PROFILE}")
-        entries = [
-            e for e in manifest.compiled if (e.engine, e.device, e.profile) == ("packed", "cpu", PROFILE)
-        ]
+        entries = _entries(manifest)
         if not entries or {entry.role for entry in entries} != manifest.roles.keys():
             raise UsageError(
                 f"{folder} holds nothing compiled for packed: run portlm compile {folder} --engine packed"
@@ -178,6 +177,23 @@ class PackedEngine(EngineBase):
         """Let go of the file; closing twice is harmless."""
         super().close()
         self._programs = {}
+
+
+def holds_packed(folder: Path, manifest: Manifest) -> bool:
+    """Say whether an artifact has a packed file for all its roles that is of the version read here."""
+    if not manifest.roles or {entry.role for entry in _entries(manifest)} != manifest.roles.keys():
+        return False
+    try:
+        with open_regular(safe_join(folder, FILE)) as file:
+            head = file.read(16)
+    except (OSError, PortlmError):
+        return False
+    return len(head) == 16 and struct.unpack("<I", head[12:])[0] == VERSION
+
+
+def _entries(manifest: Manifest) -> list[CompiledEntry]:
+    wanted = ("packed", "cpu", PROFILE)
+    return [entry for entry in manifest.compiled if (entry.engine, entry.device, entry.profile) == wanted]
 
 
 def _use_threads(count: int) -> int:

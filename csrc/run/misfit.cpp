@@ -184,15 +184,49 @@ void norm(const Call& call, bool has_bias, bool has_residual) {
   call.output(1, x);
 }
 
-void rotary(const Call& call) {
-  call.counts(4, 1, 2);
+void swiglu(const Call& call) {
+  if (call.step().inputs.size() == 2) {
+    call.counts(2, 1);
+    need(call.shape(0) == call.shape(1), "multiplies two shapes");
+    return call.output(0, call.shape(0));
+  }
+  call.counts(1, 1);
+  const int64_t width = call.rowwise(0).back().size;
+  need(width % 2 == 0, "needs two halves");
+  call.output_columns(0, call.shape(0), width / 2);
+}
+
+// The tables of a rotation (L, R / 2), and a position for each token; returns R.
+int64_t rotation(const Call& call) {
   int64_t L = 0, half = 0;
   call.fixed(2, {&L, &half});
   call.fixed(3, {&L, &half});
-  const int64_t H = call.step().ints[0];
-  call.columns(0, call.step().ints[1], H, 2 * half);
   need(call.shape(1, Dtype::int64) == Shape{{0, kBatch}, {0, kSequence}}, "needs a position for each token");
-  call.output_columns(0, call.shape(0), H * 2 * half);
+  return 2 * half;
+}
+
+void rotary(const Call& call) {
+  call.counts(4, 1, 2);
+  const int64_t H = call.step().ints[0], D = rotation(call);
+  call.columns(0, call.step().ints[1], H, D);
+  call.output_columns(0, call.shape(0), H * D);
+}
+
+// ints: the width of a head, and for each part its heads, first column, columns from head to head and whether it is turned.
+void heads(const Call& call) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const size_t count = call.step().ints.size();
+  need(count % 4 == 1 && count > 1, "has no parts");
+  call.counts(4, 1, count);
+  const int64_t D = call.number(0, rotation(call), kMost), W = call.columns(0, 0, 1, 1);
+  int64_t width = 0;
+  for (size_t i = 1; i < count; i += 4) {
+    const int64_t H = call.number(i, 1, kMost), first = call.number(i + 1, 0, kMost), stride = call.number(i + 2, D, kMost);
+    call.number(i + 3, 0, 1);
+    need((H - 1) * stride + first + D <= W, "reads columns that " + call.value(0).name + " does not have");
+    width += H * D;  // at most W for each of few parts
+  }
+  call.output_columns(0, call.shape(0), width);
 }
 
 // A state (batch, K, past, D).
@@ -239,13 +273,11 @@ void check(const Role& role, const Step& step) {
     case Opcode::add_layer_norm: return norm(call, true, true);
     case Opcode::rms_norm: return norm(call, false, false);
     case Opcode::add_rms_norm: return norm(call, false, true);
-    case Opcode::swiglu:
-      call.counts(2, 1);
-      need(call.shape(0) == call.shape(1), "multiplies two shapes");
-      return call.output(0, call.shape(0));
+    case Opcode::swiglu: return swiglu(call);
     case Opcode::rotary: return rotary(call);
     case Opcode::attention: return attention(call, false);
     case Opcode::quantized_attention: return attention(call, true);
+    case Opcode::heads: return heads(call);
   }
   need(false, "is unknown");
 }

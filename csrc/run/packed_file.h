@@ -13,7 +13,7 @@ namespace portlm::run {
 
 constexpr size_t kMaxRank = 8;
 constexpr uint32_t kNone = 0xFFFFFFFF;
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 enum Symbol : uint32_t { kBatch = 1, kSequence = 2, kPast = 4, kKept = 8 };
 
@@ -38,6 +38,7 @@ enum class Opcode : uint32_t {
   swiglu,
   rotary,
   attention,
+  heads,
   quantized_attention,
 };
 

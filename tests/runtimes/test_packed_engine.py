@@ -312,7 +312,7 @@ def test_a_damaged_file_that_the_manifest_vouches_for_is_refused_by_its_reader(p
     (folder / FILE).write_bytes(raw)
     write_manifest(folder, refresh_files(folder, read_manifest(folder), [FILE]))
     with pytest.raises(
-        FormatError, match=r"packed\.portlm: it is of version 9, this portlm reads 1; compile again"
+        FormatError, match=r"packed\.portlm: it is of version 9, this portlm reads 2; compile again"
     ):
         load(folder, "packed")
 
