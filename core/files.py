@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from portlm.errors import FormatError, StorageError
 
@@ -94,7 +94,7 @@ def atomic_file(
             with os.fdopen(fd, "wb", buffer) as file:
                 if keep is not None:
                     os.fchmod(fd, keep)
-                yield file
+                yield cast(BufferedWriter, file)  # which it is, with a buffer of any size but 0
                 file.flush()
                 os.fsync(fd)
             temporary.replace(target)
