@@ -17,9 +17,21 @@ constexpr uint32_t kVersion = 1;
 
 enum Symbol : uint32_t { kBatch = 1, kSequence = 2, kPast = 4, kKept = 8 };
 
-// As in the file; float16 is reserved in it and not among these. int4 and int8 are matrices (N, K) as packed_linear reads
-// them, panels is one of float32 as panel_linear does.
-enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2, int4 = 4, int8 = 5, panels = 6 };
+// As in the file, where 3 is reserved. int4 and int8 are matrices (N, K) as packed_linear reads them, panels is one of
+// float32 as panel_linear does, and the last two are of 16 bits as half_linear does.
+enum class Dtype : uint8_t {
+  none = 0,
+  float32 = 1,
+  int64 = 2,
+  int4 = 4,
+  int8 = 5,
+  panels = 6,
+  float16_panels = 7,
+  bfloat16_panels = 8,
+};
+
+// Whether a type is one of matrices in panels of 64 rows.
+inline bool in_panels(Dtype dtype) { return dtype >= Dtype::panels && dtype <= Dtype::bfloat16_panels; }
 
 enum class Kind : uint8_t { input = 1, state = 2, weight = 3, computed = 4 };
 
