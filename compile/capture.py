@@ -21,7 +21,7 @@ from portlm.compile import aten
 from portlm.compile.forms import PROFILES
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.module_weights import Weights
-from portlm.compile.quantized_graph import QuantizedWeights
+from portlm.compile.quantized_graph import SmallWeights
 from portlm.compile.trace import Recording, alive, arguments_of, output_nodes, source_line
 from portlm.errors import FormatError
 from portlm.models.roles import Role
@@ -76,7 +76,7 @@ def build_graph(
     name: str,
     family: str,
     context_length: int,
-    quantized: QuantizedWeights | None = None,
+    small: SmallWeights | None = None,
 ) -> onnx.ModelProto:
     """Write the graph of one role in one profile; its initializers point into the weight file.
 
@@ -89,14 +89,14 @@ def build_graph(
         name: of the role.
         family: for the metadata.
         context_length: positions are below it.
-        quantized: what stands for weights; None leaves all of them as they are.
+        small: what stands for weights; None leaves all of them as they are.
 
     Raises:
         FormatError: an operator has no form in a graph, or a weight is not float32.
     """
-    arrays = {**weights.arrays, **(quantized.arrays if quantized else {})}
+    arrays = {**weights.arrays, **(small.arrays if small else {})}
     g = GraphBuilder(name, arrays, file, PROFILES[profile], context_length)
-    emitter = Emitter(g, recording, weights, profile, quantized)
+    emitter = Emitter(g, recording, weights, profile, small)
     declared: list[TensorSpec | StateSpec] = [*role.inputs, *role.state]
     for key, spec in zip(recording.inputs, declared, strict=True):
         emitter.declare(key, g.input(spec.name, spec.dtype, spec.shape), spec.dtype)
@@ -119,9 +119,9 @@ class Emitter:
         recording: Recording,
         weights: Weights,
         profile: str,
-        quantized: QuantizedWeights | None = None,
+        small: SmallWeights | None = None,
     ):
-        self.quantized = quantized
+        self.small = small
         self.g, self.recording, self.weights, self.profile = g, recording, weights, profile
         self.values: dict[fx.Node, Any] = {}
         self._wanted: dict[tuple[fx.Node, int], str] = {}
@@ -269,9 +269,9 @@ class Emitter:
         given = node.meta["val"]
         logical = [one.shape for one in (given if isinstance(given, tuple) else (given,))]
         outputs = self._outputs(node, spec, names)
-        if self.quantized and not self.quantized.names.isdisjoint(names):
+        if self.small and not self.small.names.isdisjoint(names):
             complete = self._with_defaults(spec, attributes)
-            self.quantized.write(self.g, fused, spec, names, outputs[0], complete)
+            self.small.write(self.g, fused, spec, names, outputs[0], complete)
         elif fused:
             written = {
                 key: value
@@ -335,7 +335,7 @@ class Emitter:
             return name, self.weights.arrays[name].shape
         if weight := self._weight(operand):
             name = self.weights.name(weight.path)
-            if self.quantized and name in self.quantized.names:
+            if self.small and name in self.small.names:
                 shape = self.weights.arrays[name].shape
                 return name, shape if not wanted.matrix or self.weights.is_turned(weight.path) else shape[
                     ::-1

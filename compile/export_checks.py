@@ -18,9 +18,10 @@ def check_profiles(profiles: Sequence[str]) -> None:
         raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
 
 
-def stored_bytes(shape: Sequence[int], scheme: Scheme | None) -> int:
-    """How many bytes of the weight file a parameter takes, about."""
-    bits = 32.0 if scheme is None or len(shape) != 2 else scheme.bits + 40 / scheme.group
+def stored_bytes(shape: Sequence[int], scheme: Scheme | None, bits: float = 32.0) -> int:
+    """How many bytes of the weight file a parameter takes, about; `bits` of a number that is not quantized."""
+    if scheme is not None and len(shape) == 2:
+        bits = scheme.bits + 40 / scheme.group
     return math.ceil(math.prod(shape) * bits / 8)
 
 

@@ -21,6 +21,7 @@ from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
 from portlm.trust import private_scratch
 from portlm.tvm_support import (
+    BITS,
     LIBRARY,
     SIGNATURE,
     VERSIONS,
@@ -43,7 +44,7 @@ class Graph:
     proto: onnx.ModelProto
     weights_file: str  # relative to the artifact
     weights: tuple[Weight, ...]
-    packed: tuple[Packed, ...] = ()  # quantized matrices, whose parts are not among the weights
+    packed: tuple[Packed, ...] = ()  # small matrices, whose parts are not among the weights
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -90,10 +91,9 @@ def make_graph(proto: onnx.ModelProto, file: str, weights: Sequence[Weight]) -> 
             continue
         names = [i.name for i in spec.inputs]
         parts = [node.input[i] if (i := names.index(n)) < len(node.input) else "" for n in spec.packed]
-        weight, scale, zero = (places.get(part) for part in parts)
+        weight, scale, zero = (*(places.get(part) for part in parts), None, None)[:3]
         assert weight is not None, "compile/check_quantized.py lets no other through"
-        assert scale is not None
-        bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), BITS)
         packed[weight.name] = Packed(packed_name(weight.name), weight, scale, zero, bits)
     inside = {part.name for matrix in packed.values() for part in matrix.parts()}
     others = tuple(weight for weight in weights if weight.name not in inside)
@@ -101,7 +101,7 @@ def make_graph(proto: onnx.ModelProto, file: str, weights: Sequence[Weight]) -> 
 
 
 def packed_name(weight: str) -> str:
-    """The name of a library's parameter for a quantized matrix."""
+    """The name of a library's parameter for a small matrix."""
     return f"{weight}.packed"
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portlm.ops import quantized, spec
+from portlm.ops import half, quantized, spec
 from portlm.ops.registry import specs
 from portlm.plan import MAX_RANK
 
@@ -67,7 +67,7 @@ class Operator:
         most: number of inputs.
         bind: makes the function, which takes the inputs that are not static.
         shapes: of the outputs, from those of the same inputs; it may trust that they fit, the function checks it.
-        dtypes: of the inputs in order, the last one for all that follow; "" for any.
+        dtypes: of the inputs in order, the last one for all that follow; several with "|" between them, "" for any.
         attributes: what it may have.
         static: inputs, by position, that must be int64 constants.
         outputs: how many; 0 for any number.
@@ -302,7 +302,8 @@ def _with(shape: Shape, place: int, size: int) -> Shape:
 _STANDARD = {
     "Add": Operator(2, 2, _plain(torch.add), _broadcast),
     "Cast": Operator(
-        1, 1, _plain(Tensor.float), _same, ("uint8",), {"to": Attribute(int, choices=(1,))}  # float32
+        1, 1, _plain(Tensor.float), _same, ("uint8|float16|bfloat16",),
+        {"to": Attribute(int, choices=(1,))},  # float32
     ),
     "Concat": Operator(1, 64, _concat, _shape_of_concat, ("",), {"axis": _AXIS}),
     "CumSum": Operator(2, 2, _cumulative_sum, _same, static=(1,)),
@@ -346,7 +347,9 @@ def _turned(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def _packer(bits: int) -> tuple[Function, Shapes]:
-    """What makes the kernels' form of a quantized weight, the same object each time, and its shape rule."""
+    """What makes the kernels' form of a small weight, the same object each time, and its shape rule."""
+    if bits == half.BITS:
+        return half.pack, lambda call, shapes: [half.packed_shape(shapes[0])]
     return (
         functools.partial(quantized.pack, bits=bits),
         lambda call, shapes: [quantized.packed_shape(shapes[0], bits, shapes[2] is not None)],
@@ -374,7 +377,7 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
             if i.rows_at:
                 found[place] = rows, _shape_of_rows, (names.index(i.rows_at), place)
         if node.packed:
-            packed, shape = _packer(call.attributes["bits"])
+            packed, shape = _packer(call.attributes.get("bits", half.BITS))
             found[len(names)] = packed, shape, tuple(names.index(name) for name in node.packed)
         return found
 

@@ -19,7 +19,8 @@ from portlm.artifact import Manifest, RoleSpec, check_files
 from portlm.engine import Array, OpenRequest, Placement, call_specs, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import MAX_JSON_BYTES, open_regular, read_bytes, safe_join, shown
-from portlm.ops.quantized import pack_array
+from portlm.ops.half import pack_array
+from portlm.ops.quantized import pack_array as pack_matrix
 from portlm.ops.registry import tvm_functions
 from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference
@@ -27,6 +28,7 @@ from portlm.runtimes.base import ArrayEngine
 from portlm.threads import StepThreads
 from portlm.trust import Build, is_trusted, private_scratch, was_recorded_alone
 from portlm.tvm_support import (
+    DTYPES,
     LIBRARY,
     SIGNATURE,
     Packed,
@@ -273,27 +275,37 @@ def _use_threads(count: int) -> int:
 
 
 def map_weights(path: Path, weights: tuple[Weight, ...], packed: tuple[Packed, ...] = ()) -> list[Any]:
-    """The weights as TVM tensors over the mapped file; one that is not aligned is copied.
+    """The weights as TVM tensors over the mapped file; one that is not aligned is copied, and one of 16 bits widened.
 
     Args:
         path: the weight file.
         weights: where each lies; Signature.read has checked that they lie inside.
-        packed: quantized matrices, which are brought into the order that kernels read, now.
+        packed: small matrices, which are brought into the order that kernels read, now.
     """
     # Copy on write, because DLPack cannot say "read only"; nobody writes, so every page stays the file's.
     data = np.memmap(path, dtype=np.uint8, mode="c")
 
     def mapped(weight: Weight) -> np.ndarray:
         part = data[weight.offset : weight.offset + weight.nbytes]
-        array: np.ndarray = part.view(weight.dtype).reshape(weight.shape)
+        array: np.ndarray = part.view("u2" if weight.dtype in DTYPES else weight.dtype).reshape(weight.shape)
         return array
 
-    arrays = [mapped(weight) for weight in weights]
+    arrays = [widened(mapped(weight), weight.dtype) for weight in weights]
     tensors = [(_tensor if array.ctypes.data % ALIGNMENT == 0 else _aligned)(array) for array in arrays]
     for matrix in packed:
+        if matrix.scale is None:
+            tensors.append(_tensor(pack_array(mapped(matrix.weight)).reshape(-1).view(np.uint8)))
+            continue
         zero = None if matrix.zero is None else mapped(matrix.zero)
-        tensors.append(_tensor(pack_array(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
+        tensors.append(_tensor(pack_matrix(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
     return tensors
+
+
+def widened(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of a weight of 16 bits as the float32 numbers that they mean; any other weight as it is."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.view(np.float16).astype(np.float32) if dtype == "float16" else array
 
 
 def _tensor(array: np.ndarray) -> Any:

@@ -36,7 +36,7 @@ def command(
     The first call writes the parity certificate into the manifest; later calls measure again and compare. If an
     engine differs, the first node that does is named and the exit code is 1.
     """
-    from portlm.artifact import read_manifest
+    from portlm.artifact import half_weights, read_manifest
     from portlm.flows.targets import read_choices
     from portlm.flows.verify import verify_artifact
 
@@ -52,11 +52,14 @@ def command(
     if as_json:
         click.echo(json.dumps([result.as_dict() for result in results], indent=2))
     else:
-        print_table(model, results, read_manifest(model).quantization)
+        manifest = read_manifest(model)
+        print_table(model, results, manifest.quantization, half_weights(manifest))
     return int(any(result.problem for result in results))
 
 
-def print_table(model: Path, results: list[Result], quantization: Quantization | None = None) -> None:
+def print_table(
+    model: Path, results: list[Result], quantization: Quantization | None = None, halves: tuple[str, ...] = ()
+) -> None:
     """Print one row per target, and beneath the table what the weights are and what is wrong."""
     from rich.console import Console
 
@@ -86,6 +89,9 @@ def print_table(model: Path, results: list[Result], quantization: Quantization |
     if table.row_count:
         console.print(table)
     for line in [] if quantization is None else described(quantization):
+        console.print(line, highlight=False, soft_wrap=True)
+    if halves:
+        line = f"weights of 16 bits ({' and '.join(halves)}), computed with in float32"
         console.print(line, highlight=False, soft_wrap=True)
     for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):
         rounding = [

@@ -31,6 +31,7 @@ def export(
     example: Any = None,
     profiles: Sequence[str] = ("portable", "fused"),
     answer: bool = True,
+    weights: str = "auto",
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
@@ -49,7 +50,9 @@ def export(
             up to 128 steps of greedy decoding. Where weights are quantized, the answer is that of the module with what
             they mean in their place; a module that declares no roles gives none then, and engines are compared with its
             graph in PyTorch's own operators.
-        quantize: "int8" or "int4" for matrices and token tables in so many bits; None leaves them float32.
+        weights: "bfloat16" or "float16" to round matrices to 16 bits, which halves them on disk and where an engine
+            reads them so; the module is rounded, too, until its answer is kept. "auto" is "float32".
+        quantize: "int8" or "int4" for matrices and token tables in so many bits; None leaves them as they are.
         group: how many weights share a scale: 32, 64 (if nothing is said) or 128, which must divide the inputs of every
             matrix.
         asymmetric: each group has a zero point, too.
@@ -69,6 +72,7 @@ def export(
     """
     from portlm.compile.calibrate import read
     from portlm.compile.export import export_module
+    from portlm.compile.halves import rounding
     from portlm.flows.quality import record_cost
     from portlm.models.roles import roles_of
 
@@ -79,6 +83,7 @@ def export(
         tokenizer=tokenizer,
         example=example,
         profiles=profiles,
+        weights=weights,
         quantize=quantize,
         group=group,
         asymmetric=asymmetric,
@@ -88,7 +93,8 @@ def export(
         record_cost(target, module, read(calibrate, tokenizer, read_manifest(target).model.vocab_size))
     manifest = read_manifest(target)
     if answer and not has_code(manifest):
-        _keep_answer(module, target, manifest)
+        with rounding(module, weights):
+            _keep_answer(module, target, manifest)
     return target
 
 
@@ -97,6 +103,7 @@ def export_checkpoint(
     out: str | Path,
     profiles: Sequence[str] = ("portable", "fused"),
     *,
+    weights: str = "auto",
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
@@ -115,6 +122,7 @@ def export_checkpoint(
         checkpoint,
         out,
         profiles,
+        weights=weights,
         quantize=quantize,
         group=group,
         asymmetric=asymmetric,
