@@ -2,16 +2,19 @@
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: help setup demo test lint types docs bench clean
+JOBS ?= 2
+
+.PHONY: help setup demo test sanitize lint types docs bench clean
 
 help:
-	@echo "make demo    train a GPT on Python's own documentation and run it on every engine here"
-	@echo "make test    run the test suite"
-	@echo "make lint    check style (ruff)"
-	@echo "make types   check types (mypy)"
-	@echo "make docs    regenerate the tables of ops and of config.json in docs/"
-	@echo "make bench   run the op benchmarks (minutes; do nothing else meanwhile)"
-	@echo "make clean   remove what was built; keeps $(VENV)"
+	@echo "make demo      train a GPT on Python's own documentation and run it on every engine here"
+	@echo "make test      run the test suite, in two processes (JOBS=2)"
+	@echo "make sanitize  compile the kernels with gcc's sanitizers and run their tests (minutes)"
+	@echo "make lint      check style (ruff)"
+	@echo "make types     check types (mypy)"
+	@echo "make docs      regenerate the tables of ops and of config.json in docs/"
+	@echo "make bench     run the op benchmarks (minutes; do nothing else meanwhile)"
+	@echo "make clean     remove what was built; keeps $(VENV)"
 
 setup:
 	@scripts/setup.sh
@@ -20,7 +23,10 @@ demo: setup
 	@$(RUN)/portlm demo --out demo
 
 test: setup
-	@$(RUN)/python -m pytest
+	@$(RUN)/python -m pytest -n $(JOBS) --dist loadfile
+
+sanitize: setup
+	@scripts/sanitize.sh
 
 lint: setup
 	@$(RUN)/ruff check .

@@ -118,8 +118,10 @@ def build(
         ours = all(was_written(graph_of(manifest, source)) for source in sources)
         passes = ignore if dump is None else Dump(dump / "-".join(key))
         compiler: Compiler = resolve(COMPILERS[key])
-        made = [compiler(folder, *key[1:], role=role, note=passes) for role in roles]
+        asked = roles[:1] if ENGINES[key[0]].one_file else roles
+        made = [compiler(folder, *key[1:], role=role, note=passes) for role in asked]
         new = [compiled.entry for compiled in made]
+        new += [replace(new[0], role=role) for role in roles[len(asked) :]]
         manifest = read_manifest(folder)
         files = manifest.files | {name: file for compiled in made for name, file in compiled.files.items()}
         others = [e for e in manifest.compiled if (e.engine, e.device, e.profile) != key]

@@ -21,8 +21,10 @@ from portlm.compile import aten
 from portlm.compile.forms import PROFILES
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.module_weights import Weights
+from portlm.compile.quantized_cache import kept_states, write_attention
 from portlm.compile.quantized_graph import SmallWeights
-from portlm.compile.trace import Recording, alive, arguments_of, output_nodes, source_line
+from portlm.compile.recorder import source_line
+from portlm.compile.trace import Recording, alive, arguments_of, output_nodes
 from portlm.errors import FormatError
 from portlm.models.roles import Role
 from portlm.ops.registry import captured
@@ -77,6 +79,7 @@ def build_graph(
     family: str,
     context_length: int,
     small: SmallWeights | None = None,
+    byte_cache: bool = False,
 ) -> onnx.ModelProto:
     """Write the graph of one role in one profile; its initializers point into the weight file.
 
@@ -90,23 +93,35 @@ def build_graph(
         family: for the metadata.
         context_length: positions are below it.
         small: what stands for weights; None leaves all of them as they are.
+        byte_cache: keep keys and values in 8 bits, see compile/quantized_cache.py.
 
     Raises:
         FormatError: an operator has no form in a graph, or a weight is not float32.
     """
     arrays = {**weights.arrays, **(small.arrays if small else {})}
     g = GraphBuilder(name, arrays, file, PROFILES[profile], context_length)
-    emitter = Emitter(g, recording, weights, profile, small)
+    emitter = Emitter(g, recording, weights, profile, small, byte_cache)
     declared: list[TensorSpec | StateSpec] = [*role.inputs, *role.state]
     for key, spec in zip(recording.inputs, declared, strict=True):
-        emitter.declare(key, g.input(spec.name, spec.dtype, spec.shape), spec.dtype)
-    outputs = [(spec.name, spec.dtype) for spec in role.outputs]
-    outputs += [(spec.output, spec.dtype) for spec in role.state if spec.output]
-    g.reserve(*(output for output, _ in outputs))
-    emitter.run([output for output, _ in outputs])
-    for node, (output, dtype) in zip(output_nodes(recording.graph), outputs, strict=True):
-        shape = node.meta["val"].shape
-        g.output(output, dtype, [d if isinstance(d, int) else str(d) for d in shape])
+        parts: Sequence[TensorSpec | StateSpec] = (spec,)
+        if byte_cache and isinstance(spec, StateSpec):
+            parts = kept_states(spec)
+        for part in parts:
+            g.input(part.name, part.dtype, part.shape)
+        emitter.declare(key, spec.name, parts[0].dtype)
+    grown = [spec for spec in role.state if spec.output]
+    names = [spec.name for spec in role.outputs] + [spec.output for spec in grown]
+    g.reserve(*names)
+    emitter.run(names)
+    made: list[tuple[TensorSpec | StateSpec, ...]] = [(spec,) for spec in role.outputs]
+    made += [kept_states(spec) if byte_cache else (spec,) for spec in grown]
+    for node, specs in zip(output_nodes(recording.graph), made, strict=True):
+        shape = [d if isinstance(d, int) else str(d) for d in node.meta["val"].shape]
+        for spec in specs:
+            width = shape[-1:] if spec is specs[0] else [1]  # of numbers, or of their scales
+            g.output(
+                spec.output if isinstance(spec, StateSpec) else spec.name, spec.dtype, [*shape[:-1], *width]
+            )
     return g.model({"portlm.profile": profile, "portlm.family": family})
 
 
@@ -120,8 +135,9 @@ class Emitter:
         weights: Weights,
         profile: str,
         small: SmallWeights | None = None,
+        byte_cache: bool = False,
     ):
-        self.small = small
+        self.small, self.byte_cache = small, byte_cache
         self.g, self.recording, self.weights, self.profile = g, recording, weights, profile
         self.values: dict[fx.Node, Any] = {}
         self._wanted: dict[tuple[fx.Node, int], str] = {}
@@ -269,7 +285,9 @@ class Emitter:
         given = node.meta["val"]
         logical = [one.shape for one in (given if isinstance(given, tuple) else (given,))]
         outputs = self._outputs(node, spec, names)
-        if self.small and not self.small.names.isdisjoint(names):
+        if self.byte_cache and spec.op_type == "CachedAttention":
+            write_attention(self.g, fused, names, outputs, attributes)
+        elif self.small and not self.small.names.isdisjoint(names):
             complete = self._with_defaults(spec, attributes)
             self.small.write(self.g, fused, spec, names, outputs[0], complete)
         elif fused:

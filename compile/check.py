@@ -19,11 +19,13 @@ import numpy as np
 from portlm.compile.check_quantized import wrong_sizes
 from portlm.compile.forms import (
     ALIGNMENT,
+    CASTS,
     CONTRIB_OPS,
     FUSED_OPS,
     IR_VERSION,
     OPSET,
     PORTABLE_OPS,
+    WHOLE_OPS,
     Form,
     Operand,
     Setting,
@@ -49,10 +51,13 @@ CONTRIB = "com.microsoft"
 OPERATORS: dict[str, dict[str, Form]] = {"": PORTABLE_OPS, DOMAIN: FUSED_OPS, CONTRIB: CONTRIB_OPS}
 OPSETS = {"": OPSET, DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
 # Numbers of ONNX: types of elements, places of weights, types of attributes and the fields with their values.
-FLOAT, UINT8, INT64, FLOAT16, BFLOAT16 = 1, 2, 7, 10, 16
-ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT64: 8, FLOAT16: 2, BFLOAT16: 2}
-KINDS = {FLOAT: "float32", INT64: "int64", UINT8: "uint8", FLOAT16: "float16", BFLOAT16: "bfloat16"}
-SMALL = ("uint8", "float16", "bfloat16")  # of weights alone, which lie in the file
+FLOAT, UINT8, INT8, INT64, FLOAT16, BFLOAT16 = 1, 2, 3, 7, 10, 16
+ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT64: 8, FLOAT16: 2, BFLOAT16: 2}  # of a weight
+KINDS = {
+    FLOAT: "float32", INT64: "int64", UINT8: "uint8", INT8: "int8", FLOAT16: "float16", BFLOAT16: "bfloat16",
+}  # fmt: skip
+IN_FILE_ALONE = ("uint8", "float16", "bfloat16")  # weights of these lie in the weight file
+SMALL = ("int8", *IN_FILE_ALONE)  # of few operands: weights, and a cache
 IN_FILE, IN_GRAPH = 1, 0
 ATTRIBUTE_TYPES: dict[type, tuple[int, str]] = {
     float: (1, "f"),
@@ -154,7 +159,7 @@ def _check_structure(model: Message) -> None:
 def _check_value(value: Message) -> None:
     """An input or output of the graph: its type, and sizes that are numbers or named."""
     kind, name = value.type.tensor_type, _text(value.name)
-    if not name or kind.elem_type not in (FLOAT, INT64) or "shape" not in kind.present:
+    if not name or kind.elem_type not in (FLOAT, INT64, INT8) or "shape" not in kind.present:
         raise _RefusedError(f"value {name!r} has a type that no graph of ours has")
     if len(kind.shape.dim) > MAX_RANK:
         raise _RefusedError(f"value {name!r} has {len(kind.shape.dim)} dimensions")
@@ -194,11 +199,17 @@ def _check_nodes(model: Message) -> None:
             raise _RefusedError(f"two nodes are called {name!r}")
         names.add(name)
         form = OPERATORS[domain].get(operator) if domain in domains else None
+        if CONTRIB in domains and not domain and values.kinds.get(next(iter(node.input), "")) == "int64":
+            form = WHOLE_OPS.get(operator, form)
         if form is None:
             raise _RefusedError(f"operator {operator!r} of {domain!r} is not one of ours (node {name!r})")
         if max(len(node.input), len(node.output), len(node.attribute)) > MAX_VALUES_PER_NODE:
             raise _RefusedError(f"node {name!r} has too many inputs, outputs or attributes")
         _check_attributes(node, form)
+        if form is PORTABLE_OPS["Cast"]:
+            form = CASTS.get(node.attribute[0].i)
+            if form is None:
+                raise _RefusedError(f"node {name!r} makes what no Cast of ours makes")
         same = _check_inputs(node, form, values)
         if problem := wrong_sizes(node, values.shapes):
             raise _RefusedError(f"node {name!r} {problem}")
@@ -317,7 +328,7 @@ def _check_weights(graph: Message, path: Path) -> None:
         if len(tensor.dims) > MAX_RANK or not all(0 <= d <= MAX_DIMENSION for d in tensor.dims):
             raise _RefusedError(f"weight {name!r} has an impossible shape")
         size = math.prod(tensor.dims) * item
-        if (kind := KINDS[tensor.data_type]) in SMALL and tensor.data_location != IN_FILE:
+        if (kind := KINDS[tensor.data_type]) in IN_FILE_ALONE and tensor.data_location != IN_FILE:
             raise _RefusedError(f"weight {name!r} is {kind} and not in the weight file")
         if tensor.data_location == IN_FILE:
             _check_external(tensor, size, path, locations)

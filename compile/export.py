@@ -31,7 +31,13 @@ from portlm.artifact import (
     write_manifest,
 )
 from portlm.compile.calibrate import calibrated, read
-from portlm.compile.export_checks import check_profiles, check_target, check_unquantized, stored_bytes
+from portlm.compile.export_checks import (
+    check_cache,
+    check_profiles,
+    check_target,
+    check_unquantized,
+    stored_bytes,
+)
 from portlm.compile.forms import OPSET
 from portlm.compile.halves import (
     AUTO,
@@ -72,7 +78,7 @@ from portlm.hub_files import (
 )
 from portlm.models import CONFIG, FAMILIES, HALVES, WEIGHTS, check_tensors, expected_shapes, load_config
 from portlm.ops.spec import DOMAIN_VERSION
-from portlm.quantization import Quantization
+from portlm.quantization import KeyValueCache, Quantization
 from portlm.seen_graphs import record_written
 from portlm.tokenizer import Tokenizer
 from portlm.weights import read_header
@@ -103,6 +109,7 @@ def export(
     group: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    cache: str | None = None,
 ) -> Path:
     """Export a checkpoint to an artifact folder, which appears complete or not at all.
 
@@ -118,6 +125,7 @@ def export(
         asymmetric: each group has a zero point, too.
         calibrate: a text file that is like what the model will read: weights are then rounded so that what they give on
             its first nine tenths changes least, see compile/calibrate.py.
+        cache: "int8" to keep keys and values in 8 bits, see compile/quantized_cache.py; None keeps float32.
 
     Returns:
         The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
@@ -131,6 +139,7 @@ def export(
     source, target = Path(checkpoint), Path(out)
     check_profiles(profiles)
     check_weights(weights, quantize)
+    check_cache(cache)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(source, target)
     if not (source / CONFIG).exists() and (hint := instead(source)):
@@ -144,7 +153,7 @@ def export(
     header = read_header(source / WEIGHTS)
     rounds = weights in KINDS and not is_rounded(source / WEIGHTS, weights)
     tokenizer = Tokenizer.load(source) if calibrate is not None and (source / TOKENIZER).is_file() else None
-    prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size)
+    prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size, cache)
     if scheme is not None:
         copied.remove(WEIGHTS)
     size = sum((source / name).stat().st_size for name in copied)
@@ -172,7 +181,7 @@ def export(
         return open_mapped(workshop if rounds else source, widened=keep is None)
 
     keep = of_checkpoint if scheme is None and weights != FLOAT32 else None
-    made = _make(load, target, profiles, size, bring, prepare, keep, beside=not rounds)
+    made = _make(load, target, profiles, size, bring, prepare, keep, cache, beside=not rounds)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return made
@@ -190,6 +199,7 @@ def export_module(
     group: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    cache: str | None = None,
 ) -> Path:
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
@@ -205,6 +215,7 @@ def export_module(
         group: as for `export`.
         asymmetric: as for `export`.
         calibrate: as for `export`; the tokenizer reads it.
+        cache: as for `export`.
 
     Returns:
         The artifact folder.
@@ -221,6 +232,7 @@ def export_module(
     target = Path(folder)
     check_profiles(profiles)
     check_weights(weights, quantize)
+    check_cache(cache)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(None, target)
     with rounding(module, weights):
@@ -237,7 +249,8 @@ def export_module(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
                 f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
             )
-        prepare = _preparation(scheme, calibrate, tokenizer, _vocab_size(module, roles_to_export(module)))
+        vocab_size = _vocab_size(module, roles_to_export(module))
+        prepare = _preparation(scheme, calibrate, tokenizer, vocab_size, cache)
         size = sum(stored_bytes(p.shape, scheme) for p in module.parameters())
         if scheme is None:
             size += sum(p.numel() * p.element_size() for p in module.parameters())
@@ -257,11 +270,11 @@ def export_module(
                 tokenizer.save(workshop)
 
         keep = partial(of_rounded, weights) if weights in KINDS else None
-        return _make(lambda workshop: (module, None), target, profiles, size, bring, prepare, keep)
+        return _make(lambda workshop: (module, None), target, profiles, size, bring, prepare, keep, cache)
 
 
 def _preparation(
-    scheme: Scheme | None, calibrate: str | Path | None, tokenizer: Any, vocab_size: int
+    scheme: Scheme | None, calibrate: str | Path | None, tokenizer: Any, vocab_size: int, cache: str | None
 ) -> Prepare | None:
     """Return what makes the quantizer of a module: None without a scheme.
 
@@ -271,9 +284,11 @@ def _preparation(
     """
     if calibrate is None:
         return None if scheme is None else RoundToNearest.prepare(scheme)
-    if scheme is None:
+    if scheme is None and cache is None:
         raise UsageError("calibrate says by which text to quantize: say int8 or int4 as well")
     text = read(calibrate, tokenizer, vocab_size)
+    if scheme is None:
+        return None  # nothing is chosen, and what the cache costs is measured later
     return lambda module: calibrated(module, roles_to_export(module), text, context_length_of(module), scheme)
 
 
@@ -320,6 +335,7 @@ def _make(
     bring: Callable[[Path], None],
     prepare: Prepare | None,
     keep: Keep | None,
+    cache: str | None,
     *,
     beside: bool = False,
 ) -> Path:
@@ -334,6 +350,7 @@ def _make(
         bring: writes the files beside the graphs into a folder.
         prepare: makes the quantizer of the weights; None leaves them as they are.
         keep: finds weights of 16 bits; None leaves all float32 that are not quantized.
+        cache: what keys and values are kept in; None keeps float32.
         beside: `bring` copies files and does not look at the module: the disk and the hash then work while PyTorch is
             loaded and the module captured, for neither needs Python's lock.
     """
@@ -350,10 +367,12 @@ def _make(
             with _no_collections():
                 roles, context = roles_to_export(module), context_length_of(module)
                 halves = None if keep is None else partial(keep, module, weights)
-                graphs = capture(module, roles, profiles, context, quantizer, halves)
+                graphs = capture(module, roles, profiles, context, quantizer, halves, cache)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
-            manifest = _describe(module, roles, graphs, dict(sorted(files.items())), context, quantizer)
+            manifest = _describe(
+                module, roles, graphs, dict(sorted(files.items())), context, quantizer, cache
+            )
             write_manifest(workshop, manifest)
     except OSError as error:
         room = f"{size} bytes are needed and {free_bytes(target.parent)} are free"
@@ -390,9 +409,11 @@ def _describe(
     files: dict[str, FileEntry],
     context: int,
     quantizer: Quantizer | None,
+    cache: str | None,
 ) -> Manifest:
     import torch
 
+    from portlm.compile.quantized_cache import kept_states
     from portlm.compile.trace import traced_shapes
 
     versions = {
@@ -406,12 +427,13 @@ def _describe(
     for name, role in roles.items():
         file, models = graphs[name]
         limits = [table_limits(model.graph) for model in models.values()]
+        state = tuple(kept for item in role.state for kept in (kept_states(item) if cache else (item,)))
         described[name] = RoleSpec(
             profiles={profile: f"onnx/{graph_file(name, profile)}" for profile in models},
             weights=f"onnx/{weight_file(name)}",
             inputs=with_limits(role.inputs, limits),
             outputs=role.outputs,
-            state=with_limits(role.state, limits),
+            state=with_limits(state, limits),
             dtypes={
                 name: str(span.array.dtype)
                 for name, span in file.spans.items()
@@ -425,7 +447,8 @@ def _describe(
     if quantizer is not None:
         scheme = quantizer.scheme
         quantization = Quantization(scheme.bits, scheme.group, scheme.symmetric, quantizer.method)
-    return Manifest(model=model, roles=described, files=files, quantization=quantization)
+    kept = None if cache is None else KeyValueCache(cache)
+    return Manifest(model=model, roles=described, files=files, quantization=quantization, cache=kept)
 
 
 def _vocab_size(module: "nn.Module", roles: "Mapping[str, Role]") -> int:

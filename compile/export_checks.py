@@ -10,12 +10,19 @@ from portlm.compile.quantize import Scheme
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json
 from portlm.models import CONFIG
+from portlm.quantization import CACHES
 
 
 def check_profiles(profiles: Sequence[str]) -> None:
     """Raise UsageError unless these are names of profiles, at least one."""
     if not profiles or set(profiles) - PROFILES.keys():
         raise UsageError(f"profiles must be among {', '.join(PROFILES)}, got {', '.join(profiles) or 'none'}")
+
+
+def check_cache(cache: str | None) -> None:
+    """Raise UsageError unless this is the name of a cache, or None."""
+    if cache is not None and cache not in CACHES:
+        raise UsageError(f"cache must be {' or '.join(CACHES)}, or left out for float32, got {cache!r}")
 
 
 def stored_bytes(shape: Sequence[int], scheme: Scheme | None, bits: float = 32.0) -> int:

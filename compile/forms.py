@@ -6,8 +6,8 @@ what the nodes of ai.portlm take and give. compile/check.py refuses a graph with
 below: they say what export and lowering write, which is less than what an engine would take.
 
 Inputs    input_ids (B, T), attention_mask (B, P+T), position_ids (B, T), logits_to_keep (kept) int64,
-          past_key_values.N.key and .value (B, K, P, D) float32
-Outputs   logits (B, kept, V), present.N.key and .value (B, K, P+T, D) float32
+          past_key_values.N.key and .value (B, K, P, D) float32, or int8 beside .key.scale and .value.scale (B, K, P, 1)
+Outputs   logits (B, kept, V), present.N.key and .value (B, K, P+T, D) float32, or as they came in
 Weights   of linear layers are stored (in, out); a table that is also the head is stored (V, C).
 Padding   is on the left: mask 0, and position_ids = max(cumsum(mask) - 1, 0). Logits of padded positions are
           finite and mean nothing.
@@ -45,13 +45,13 @@ class Operand:
     """One input or output of an operator.
 
     Attributes:
-        kind: "float32", "int64", "uint8", several with "|" between them, or "" for the one type that all operands of
-            the node without a kind have.
+        kind: "float32", "int64", "int32", "uint8", "int8", several with "|" between them, or "" for the one type that
+            all operands of the node without a kind have.
         constant: the least and the greatest element, if it must be an int64 constant in the graph.
         optional: may be left out.
         absent: is never there; "" keeps the places of those behind it.
         many: stands for one or more, the last of its list.
-        small: may be uint8, float16 or bfloat16 as well, where it has no kind.
+        small: may be uint8, int8, float16 or bfloat16 as well, where it has no kind.
     """
 
     kind: str = ""
@@ -86,10 +86,11 @@ class Form:
     attributes: Mapping[str, Setting] = field(default_factory=dict)
 
 
-ANY, FLOAT, INDEX = Operand(), Operand("float32"), Operand("int64")
-SMALL, BYTES = Operand(small=True), Operand("uint8")
+ANY, FLOAT, INDEX, INT32 = Operand(), Operand("float32"), Operand("int64"), Operand("int32")
+SMALL, BYTES, SIGNED = Operand(small=True), Operand("uint8"), Operand("int8")
 OPTIONAL, OPTIONAL_BYTES = Operand("float32", optional=True), Operand("uint8", optional=True)
 ABSENT, MANY = Operand(absent=True), Operand(many=True)
+MANY_SMALL = Operand(many=True, small=True)
 AXES = Operand("int64", constant=(-MAX_RANK, MAX_RANK - 1))
 SHAPE = Operand("int64", constant=(-1, MAX_DIMENSION))
 
@@ -103,11 +104,18 @@ GELU = Setting(str, ("none", "tanh"))
 
 _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 
+# What a Cast takes and gives, by its attribute: small weights or a cache of bytes to float32, and what such a cache
+# keeps to int8.
+CASTS: dict[int, Form] = {
+    1: Form((Operand("uint8|int8|float16|bfloat16"),), (FLOAT,)),
+    3: Form((FLOAT,), (SIGNED,)),
+}
+
 PORTABLE_OPS: dict[str, Form] = {
+    "Abs": _UNARY,
     "Add": _BINARY,
-    # to float32, of quantized weights and those of 16 bits
-    "Cast": Form((Operand("uint8|float16|bfloat16"),), (FLOAT,), {"to": Setting(int, (1, 1))}),
-    "Concat": Form((MANY,), attributes={"axis": AXIS}),
+    "Cast": Form((SMALL,), (SMALL,), {"to": Setting(int, (1, 3))}),  # see CASTS
+    "Concat": Form((MANY_SMALL,), (SMALL,), {"axis": AXIS}),
     "CumSum": Form((FLOAT, AXES), (FLOAT,)),
     "Div": _BINARY,
     "Exp": _UNARY,
@@ -116,10 +124,13 @@ PORTABLE_OPS: dict[str, Form] = {
     "Gelu": Form((FLOAT,), (FLOAT,), {"approximate": GELU}),
     "LayerNormalization": Form((FLOAT,) * 3, (FLOAT,), {"axis": AXIS, "epsilon": NUMBER}),
     "MatMul": _BINARY,
+    "Max": _BINARY,
     "Mul": _BINARY,
+    "ReduceMax": Form((FLOAT, AXES), (FLOAT,), {"keepdims": FLAG}),
     "ReduceMean": Form((FLOAT, AXES), (FLOAT,), {"keepdims": FLAG}),
     "Relu": _UNARY,
     "Reshape": Form((SMALL, SHAPE), (SMALL,)),
+    "Round": _UNARY,
     "Sigmoid": _UNARY,
     "Softmax": Form((FLOAT,), (FLOAT,), {"axis": AXIS}),
     # Either says the sizes of its parts or, where they are equal, their number: check.py sees to it.
@@ -134,6 +145,14 @@ PORTABLE_OPS: dict[str, Form] = {
     "Unsqueeze": Form((ANY, AXES)),
 }
 
+WHOLE_OPS: dict[
+    str, Form
+] = {  # on int64, in graphs lowered for ONNX Runtime: how many slots GroupQueryAttention sees
+    "Cast": Form((INDEX,), (INT32,), {"to": Setting(int, (6, 6))}),
+    "Shape": Form((INDEX,), (INDEX,), {"start": Setting(int, (1, 1)), "end": Setting(int, (2, 2))}),
+    "Sub": Form((INDEX, INDEX), (INDEX,)),
+}
+
 _SUM_AND_NORM = (FLOAT, ABSENT, ABSENT, FLOAT)  # without the mean and the deviation
 CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered for ONNX Runtime
     "BiasGelu": _BINARY,
@@ -144,6 +163,12 @@ CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered f
         (BYTES, INDEX, FLOAT, OPTIONAL_BYTES),
         (FLOAT,),
         {"bits": BITS, "block_size": COUNT, "gather_axis": ROWS, "quantize_axis": Setting(int, (1, 1))},
+    ),
+    # query, key, value, past key and value, slots of each row less one, slots, no rotation, attention bias
+    "GroupQueryAttention": Form(
+        (FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, INT32, ABSENT, ABSENT, ABSENT, FLOAT),
+        (FLOAT,) * 3,
+        {"kv_num_heads": COUNT, "num_heads": COUNT, "scale": NUMBER},
     ),
     # input, weight, scales, zero points, no order of the groups, bias
     "MatMulNBits": Form(
@@ -176,7 +201,7 @@ def _fused(node: spec.Node) -> Form:
 
     return Form(
         tuple(Operand(i.dtype, optional=i.optional) for i in node.inputs),
-        (FLOAT,) * len(node.outputs),
+        tuple(map(Operand, node.kinds)) or (FLOAT,) * len(node.outputs),
         {attribute.name: setting(attribute) for attribute in node.attributes},
     )
 

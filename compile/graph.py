@@ -306,5 +306,6 @@ def _free(name: str, taken: Container[str]) -> str:
 
 
 def _value_info(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-    elem_type = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}[dtype]
+    kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
+    elem_type = kinds[dtype]
     return helper.make_tensor_value_info(name, elem_type, list(shape))

@@ -214,7 +214,7 @@ def _call(raw: bytes, weights: Path) -> None:
     session = open_session(raw, options, "cpu")
     inputs = {}
     for value in session.get_inputs():
-        kind = np.int64 if value.type == "tensor(int64)" else np.float32
+        kind = {"tensor(int64)": np.int64, "tensor(int8)": np.int8}.get(value.type, np.float32)
         inputs[value.name] = np.zeros([_extent(size) for size in value.shape], kind)
     session.run(None, inputs)
 

@@ -10,10 +10,14 @@ Where the file goes: ONNX Runtime refuses weights outside the model's folder, by
 the lowered graph lies in onnx/ beside the weight file and no weight is stored twice. The manifest lists it under
 compiled. It opens in plain onnxruntime without any option.
 
-Why MultiHeadAttention and not GroupQueryAttention: the latter refuses several new tokens on a cache when the batch
-is above one ("batch_size must be 1 when sequence_length > 1 and past context is given", 1.31), which is a ragged
-batch continuing a chat. Grouped heads are served all the same: the G query heads that share a key/value head are
-stacked along time, (B, G*T, K*D), so the cache is read once and not repeated.
+Attention is GroupQueryAttention on the CPU: alone among ONNX Runtime's it takes a cache whose past and present are the
+same memory, with room for more slots, and writes the new ones into it. The graph's metadata says so to who runs it
+(portlm.ort_support.IN_PLACE). It refuses one thing, several new tokens of several rows on a filled cache ("batch_size
+must be 1 when sequence_length > 1 and past context is given", 1.31), so there rows are read one by one. Rotary
+embeddings stay nodes of their own: of a first prompt's positions it looks at the very first alone, which is wrong with
+padding on the left. On CUDA it has no float32, and heads must be a multiple of 8 wide; where it cannot be, attention is
+MultiHeadAttention: the G query heads that share a key/value head are stacked along time, (B, G*T, K*D), so the cache is
+read once and not repeated.
 """
 
 from collections.abc import Callable
@@ -30,11 +34,15 @@ from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
+from portlm.errors import EngineUnavailableError
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
-from portlm.ort_support import ROUNDED, ROUNDED_TARGET, accuracy_level
+from portlm.ort_support import IN_PLACE, ROUNDED, ROUNDED_TARGET, accuracy_level
 from portlm.roles import file_stem
+
+GROWN = "past + sequence"  # an extent that grows from call to call
+HEAD_WIDTH = 8  # GroupQueryAttention takes multiples of it
 
 
 def compile_graph(
@@ -54,11 +62,17 @@ def compile_graph(
 
     Raises:
         UsageError: the artifact was exported without its fused profile.
+        EngineUnavailableError: the device has no tensors of the type in which the model keeps keys and values.
         FormatError: the fused graph is not the one the manifest lists, or not one of ours.
         StorageError: the disk is full or refuses.
     """
     root = Path(folder)
     source, manifest = read_source(root, role, "fused")
+    if manifest.cache is not None and device == "vulkan":
+        raise EngineUnavailableError(
+            f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
+            "values: export it without --cache"
+        )
     model = lower_model(source, manifest.model.context_length, device, note)
     name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     written = store_file(root, name, model.SerializeToString(deterministic=True))
@@ -83,6 +97,11 @@ def lower_model(
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     metadata["portlm.lowered"] = f"ort-{device}"
+    passes = PASSES
+    if device == "cpu" and _grows_in_place(model.graph):
+        metadata |= IN_PLACE
+    else:
+        passes = tuple(rewrite for rewrite in PASSES if rewrite is not group_query_attention)
 
     def rewriting(rewrite: Rewrite) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
         def apply(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -97,7 +116,7 @@ def lower_model(
         return apply
 
     lowered: onnx.ModelProto = run_passes(
-        model, [(rewrite.__name__, rewriting(rewrite)) for rewrite in PASSES], note
+        model, [(rewrite.__name__, rewriting(rewrite)) for rewrite in passes], note
     )
     return lowered
 
@@ -164,6 +183,38 @@ def fused_matmul(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     return True
 
 
+def group_query_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """CachedAttention: GroupQueryAttention, with the portable profile's mask as its bias.
+
+    To it all slots are real ones, also those of padding on the left: the bias hides them.
+    """
+    if node.op_type != "CachedAttention":
+        return False
+    attributes = _attributes(node)
+    q, k, v, past_key, past_value, mask = node.input
+    bias = attention_bias(g, mask, 1)
+
+    def count() -> str:
+        slots = g.op("Shape", (mask,), "slots", start=1, end=2)
+        return g.op("Cast", (slots,), "slots.int32", to=onnx.TensorProto.INT32)
+
+    def last() -> str:
+        before = g.op("Sub", ("slots", g.ints(1)), "slots.before")
+        column = g.op("Gather", (mask, g.axis(0)), "slots.column", axis=1)  # (B,)
+        nothing = g.op("Sub", (column, column), "slots.nothing")
+        rows = g.op("Sub", (before, nothing), "slots.rows")
+        return g.op("Cast", (rows,), "slots.last", to=onnx.TensorProto.INT32)
+
+    total = g.shared("slots", count)
+    inputs = (q, k, v, past_key, past_value, g.shared("slots.last", last), total, "", "", "", bias)
+    heads = {"num_heads": attributes["num_heads"], "kv_num_heads": attributes["num_kv_heads"]}
+    name = node.output[0]
+    g.split_op(
+        "GroupQueryAttention", inputs, name, node.output, domain=CONTRIB, scale=attributes["scale"], **heads
+    )
+    return True
+
+
 def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     """CachedAttention: MultiHeadAttention over the key/value heads, with the portable profile's mask as its bias.
 
@@ -190,6 +241,22 @@ def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> 
         out = g.op("Reshape", (out, g.ints(0, G, -1, K, D)), f"{name}.stacked_out")  # (B, G, T, K, D)
         out = g.op("Transpose", (out,), f"{name}.unstacked", perm=[0, 2, 3, 1, 4])  # (B, T, K, G, D)
         g.op("Reshape", (out, g.ints(0, 0, H * D)), name)
+    return True
+
+
+def byte_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """QuantizedAttention: its portable form, which casts the numbers and leaves their scales to scores and weights.
+
+    Heads are taken apart to the width that is known: with a size of -1, a step of no tokens would have no shape.
+    """
+    if node.op_type != "QuantizedAttention":
+        return False
+    attributes, inputs = _attributes(node), list(node.input)
+    D = int(g.input_shape(inputs[3])[3])
+    for place, heads in enumerate(("num_heads", "num_kv_heads", "num_kv_heads")):
+        apart = g.ints(0, 0, attributes[heads], D)
+        inputs[place] = g.op("Reshape", (inputs[place], apart), f"{node.name}.{inputs[place]}.heads")
+    nodes()[node.op_type].portable(g, inputs, node.output, attributes)
     return True
 
 
@@ -221,10 +288,22 @@ PASSES: tuple[Rewrite, ...] = (
     fused_matmul,
     matmul_nbits,
     gather_block_quantized,
+    group_query_attention,
     multi_head_attention,
+    byte_attention,
     portable_form,
 )
 """In order; each walks the whole graph. A new op needs none: the last one takes its portable form."""
+
+
+def _grows_in_place(graph: onnx.GraphProto) -> bool:
+    """Whether GroupQueryAttention can write all that grows from call to call."""
+    attention = [node for node in graph.node if node.op_type == "CachedAttention" and node.domain == DOMAIN]
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)}
+    grown = {value.name for value in graph.output if any(d.dim_param == GROWN for d in shapes[value.name])}
+    widths = [shapes[node.input[3]][3].dim_value for node in attention]  # of past_key
+    written = {name for node in attention for name in node.output[1:]}
+    return bool(grown) and written == grown and not any(width % HEAD_WIDTH for width in widths)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from portlm.compile.packed_file import (
     unwritable,
     write_packed,
 )
+from portlm.compile.packed_fusion import Joins, fuse, without_unread
 from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
@@ -86,8 +87,9 @@ def compile_packed(
         if profile in spec.profiles:
             graph = model if name == role else read_source(root, name, profile)[0]
             programs.append(lower(graph, name, spec, weights))
-    size = manifest.model
-    entry = write_packed(root / FILE, programs, weights.tensors, size.vocab_size, size.context_length)
+    joins, size = Joins(weights.tensors), manifest.model
+    programs, tensors = without_unread([fuse(program, joins) for program in programs], joins.tensors)
+    entry = write_packed(root / FILE, programs, tensors, size.vocab_size, size.context_length)
     versions = {"portlm": version("portlm")}
     return Compiled(CompiledEntry("packed", device, profile, "any", (FILE,), versions, role), {FILE: entry})
 
@@ -215,6 +217,7 @@ class _Lowering:
             (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "Rotary"): self._rotary,
             (DOMAIN, "CachedAttention"): self._attention,
+            (DOMAIN, "QuantizedAttention"): self._attention,
             ("", "Add"): self._add,
             ("", "Concat"): self._concat,
             ("", "Gather"): self._gather,
@@ -387,21 +390,23 @@ class _Lowering:
         self._step(node.name, "rotary", inputs, [(node.output[0], shape)], ints=(heads, first))
 
     def _attention(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        """Attention over a cache of floats, or of bytes and their scales: states, and then a mask."""
         names = [name for name in node.output[1:] if name]
         given = [self.present.get(name) for name in names]
-        if given != list(node.input[3:5]):
+        if given != list(node.input[3:-1]):
             raise _NoFormError("its cache is not a state of the role")
         q, k, v = (self._columns(name) for name in node.input[:3])
-        states = [self.known[name] for name in node.input[3:5]]
-        mask = self._value(node.input[5])
+        states = [self.known[name] for name in node.input[3:-1]]
+        mask = self._value(node.input[-1])
         H, K = int(attributes["num_heads"]), int(attributes["num_kv_heads"])
         B, T, _ = self._value(node.input[0]).shape
         width = states[0].shape[3]
         assert isinstance(width, int)
-        inputs = [q[0], k[0], v[0], states[0].place, states[1].place, mask.place]
+        inputs = [q[0], k[0], v[0], *(state.place for state in states), mask.place]
         ints = (H, K, q[1], k[1], v[1])
         output = (node.output[0], (B, T, H * width))
-        self._step(node.name, "attention", inputs, [output], ints, [float(attributes["scale"])])
+        step = "attention" if node.op_type == "CachedAttention" else "quantized_attention"
+        self._step(node.name, step, inputs, [output], ints, [float(attributes["scale"])])
 
     def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         a, b = (self._whole(name) for name in node.input)

@@ -13,20 +13,26 @@ from portlm.artifact import FileEntry
 from portlm.files import atomic_file, check_space
 from portlm.ops.half import pack_array
 from portlm.ops.quantized import Layout
+from portlm.panels import in_panels
 from portlm.roles import StateSpec, TensorSpec
 
-MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 1
-ALIGNMENT, HEADER, PANEL = 64, 256, 64
+MAGIC, ORDER, VERSION = b"\x89PORTLM\n", 0x01020304, 2
+ALIGNMENT, HEADER = 64, 256
 NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
 SUM = "past + sequence"
 DTYPES, QUANTIZED = {"float32": 1, "int64": 2}, {4: 4, 8: 5}
-PANELS = {"float32": 6, "float16": 7, "bfloat16": 8}
+PANELS = {"float32": 6, "float16": 8, "bfloat16": 9}
+STATE_DTYPES = {"float32": 1, "int8": 7}
 TILES = 1  # the layout of quantized matrices
+WRITTEN_AT_ONCE = (
+    8 << 20
+)  # bytes: file systems that have large pages keep what they get in large parts in those
 INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
     "add_layer_norm": 9, "rms_norm": 10, "add_rms_norm": 11, "swiglu": 12, "rotary": 13, "attention": 14,
+    "heads": 15, "quantized_attention": 16,
 }  # fmt: skip
 
 Shape = Sequence[int | str]
@@ -80,14 +86,6 @@ class Tensor:
         return array.reshape(-1).view(np.uint8)
 
 
-def in_panels(matrix: np.ndarray) -> np.ndarray:
-    """A matrix (N, K) as panels (ceil(N / 64), K, 64), rows beyond N zero."""
-    N, K = matrix.shape
-    padded = np.zeros((_aligned(N), K), np.float32)
-    padded[:N] = matrix
-    return padded.reshape(len(padded) // PANEL, PANEL, K).transpose(0, 2, 1)
-
-
 @dataclass(frozen=True)
 class Value:
     """A value of a role; dtype and shape of a computed one, the place of a weight's tensor."""
@@ -126,7 +124,7 @@ class Program:
 
 def unwritable(spec: TensorSpec | StateSpec) -> str:
     """Say what of an input, output or state has no form in a packed file, or ""."""
-    if spec.dtype not in DTYPES:
+    if spec.dtype not in (STATE_DTYPES if isinstance(spec, StateSpec) else DTYPES):
         return f"is of type {spec.dtype}"
     if isinstance(spec, StateSpec) and (spec.initial, spec.update) != ("empty", "append"):
         return f"begins {spec.initial} and has the update {spec.update}, not empty and append"
@@ -151,7 +149,7 @@ def write_packed(
     head = tables.to_bytes(end, begins, vocabulary, context)
     check_space(path.parent, end)
     digest, position = hashlib.sha256(head), len(head)
-    with atomic_file(path, end) as file:
+    with atomic_file(path, end, WRITTEN_AT_ONCE) as file:
         file.write(head)
         for tensor, begin in zip(tensors, begins, strict=True):
             content = tensor.content()
@@ -243,9 +241,14 @@ class _Tables:
         return found
 
     def _spec(self, spec: TensorSpec | StateSpec, output: str, value: int, state: int, below: int) -> None:
-        self._specs += self._name(spec.name) + self._name(output) + struct.pack(
-            "<I4B2IQ", value, DTYPES[spec.dtype], len(spec.shape), state, state, self._shape(spec.shape), 0, below
-        )  # fmt: skip
+        dtype = (STATE_DTYPES if state else DTYPES)[spec.dtype]
+        self._specs += (
+            self._name(spec.name)
+            + self._name(output)
+            + struct.pack(
+                "<I4B2IQ", value, dtype, len(spec.shape), state, state, self._shape(spec.shape), 0, below
+            )
+        )
 
     def _name(self, name: str) -> bytes:
         if name not in self._name_of:

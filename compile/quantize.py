@@ -35,7 +35,9 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 LARGEST = float(
     np.finfo(np.float16).max
 )  # of a weight: far beyond any model's, and every scale is then finite
-CHUNK = 2**20  # numbers that are looked at together: what stands beside them is a few times as large
+CHUNK = (
+    2**16
+)  # numbers that are looked at together, which with what stands beside them stay in the second-level cache
 
 
 @dataclass(frozen=True)
@@ -193,20 +195,35 @@ def choose_scales(weight: Floats, scheme: Scheme) -> tuple[Floats, Bytes | None]
     G = K // scheme.group
     scales = np.zeros((N, G), np.float32)
     zeros = None if scheme.symmetric else np.zeros((N, G), np.uint8)
-    step = max(1, CHUNK // max(1, K))
-    for begin in range(0, N, step):
-        groups = weight[begin : begin + step].astype(np.float32).reshape(-1, G, scheme.group)
+    for rows, groups in _chunks(weight, scheme):
         least = np.full(groups.shape[:2], np.inf)
         for scale, zero in _candidates(groups, scheme):
-            q = _round(groups, scale, zero, scheme)
-            difference = groups - scale[..., None] * (q - zero[..., None])
+            difference = _round(groups, scale, zero, scheme)
+            difference -= zero[..., None]
+            difference *= scale[..., None]
+            np.subtract(groups, difference, out=difference)
             error = np.einsum("ngk,ngk->ng", difference, difference, dtype=np.float64)
             better = error < least
             least[better] = error[better]
-            scales[begin : begin + step][better] = scale[better]
+            scales[rows][better] = scale[better]
             if zeros is not None:
-                zeros[begin : begin + step][better] = zero[better]
+                zeros[rows][better] = zero[better]
     return scales, zeros
+
+
+def _chunks(weight: Floats, scheme: Scheme) -> Iterator[tuple[slice, Floats]]:
+    """Yield a few rows after another, and these as groups (n, G, g) that lie in memory in this order.
+
+    A matrix often comes as the transpose of what a checkpoint holds, and all that is made of it would lie so, too.
+    """
+    N, K = weight.shape
+    step = max(1, CHUNK // max(1, K))
+    for begin in range(0, N, step):
+        rows = slice(begin, begin + step)
+        yield (
+            rows,
+            np.ascontiguousarray(weight[rows], np.float32).reshape(-1, K // scheme.group, scheme.group),
+        )
 
 
 def _candidates(groups: Floats, scheme: Scheme) -> Iterator[tuple[Floats, Floats]]:
@@ -229,12 +246,8 @@ def _candidates(groups: Floats, scheme: Scheme) -> Iterator[tuple[Floats, Floats
 def nearest(weight: Floats, scale: Floats, zero: Bytes | None, scheme: Scheme) -> Bytes:
     """Return q (N, K) for given scales and zero points (N, G): of each weight the nearest, halves to even."""
     N, K = weight.shape
-    G = K // scheme.group
     found = np.empty((N, K), np.uint8)
-    step = max(1, CHUNK // max(1, K))
-    for begin in range(0, N, step):
-        rows = slice(begin, begin + step)
-        groups = weight[rows].astype(np.float32).reshape(-1, G, scheme.group)
+    for rows, groups in _chunks(weight, scheme):
         middle = np.full(groups.shape[:2], scheme.middle) if zero is None else zero[rows]
         found[rows] = _round(groups, scale[rows], middle.astype(np.float32), scheme).reshape(-1, K)
     return found
@@ -249,8 +262,8 @@ def _round(groups: Floats, scale: Floats, zero: Floats, scheme: Scheme) -> Float
 
 
 def _over(values: Floats, scale: Floats) -> Floats:
-    """Quotients, 0 where the scale is."""
-    return np.divide(values, scale, out=np.zeros_like(values), where=scale != 0)
+    """Quotients of finite values, 0 where the scale is."""
+    return np.divide(values, np.where(scale == 0, np.float32(np.inf), scale))
 
 
 def _half(values: Floats) -> Floats:

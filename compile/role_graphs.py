@@ -50,6 +50,7 @@ def capture(
     context_length: int,
     quantizer: Quantizer | None = None,
     halves: "Callable[[Weights], Mapping[str, np.ndarray]] | None" = None,
+    cache: str | None = None,
 ) -> Graphs:
     """Return the graphs of a module.
 
@@ -60,17 +61,21 @@ def capture(
         context_length: positions are below it.
         quantizer: chooses the numbers of matrices and token tables; None leaves them as they are.
         halves: finds weights of 16 bits, see keep_halves; None leaves all that are not quantized float32.
+        cache: what keys and values are kept in; None keeps float32.
 
     Raises:
         FormatError: the model computes what a graph cannot say, or a weight is not finite.
-        UsageError: the quantizer's group does not divide the inputs of a matrix.
+        UsageError: the quantizer's group does not divide the inputs of a matrix, or there is nothing to keep in 8 bits.
     """
     from portlm.compile.capture import build_graph
     from portlm.compile.module_weights import Weights
+    from portlm.compile.quantized_cache import check_recordings
     from portlm.compile.quantized_graph import keep_halves, quantize_weights
     from portlm.compile.trace import record
 
     recordings = {name: record(module, name, role) for name, role in roles.items()}
+    if cache is not None:
+        check_recordings(roles, recordings)
     weights = Weights(module, recordings.values())
     small = None if quantizer is None else quantize_weights(roles, recordings, weights, quantizer)
     if halves is not None:
@@ -90,6 +95,7 @@ def capture(
                     profile=profile,
                     context_length=context_length,
                     small=small,
+                    byte_cache=cache is not None,
                     **options,
                 )
                 for profile in profiles

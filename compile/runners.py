@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 from portlm.errors import EngineUnavailableError
 from portlm.ops.half import pack_array
 from portlm.ops.quantized import pack_array as pack_matrix
+from portlm.panels import in_panels
 from portlm.trust import private_scratch
 from portlm.tvm_support import DTYPES, Packed
 
@@ -27,7 +28,14 @@ def ort_runner(device: str = "cpu", profile: str = "") -> Runner:
 
     For Vulkan the WebGPU plugin must be registered in this process, which opening the engine does.
     """
-    from portlm.ort_support import EXTERNAL_FOLDER, open_session, session_options, webgpu_devices
+    from portlm.ort_support import (
+        EXTERNAL_FOLDER,
+        IN_PLACE,
+        open_session,
+        row_by_row,
+        session_options,
+        webgpu_devices,
+    )
 
     opened: dict[tuple[str, ...], Any] = {}
 
@@ -44,10 +52,29 @@ def ort_runner(device: str = "cpu", profile: str = "") -> Runner:
             options = session_options(device, devices[0], None, allow_fallback=False)
             options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
             opened[key] = open_session(model.SerializeToString(), options, device)
-        results: list[np.ndarray] = opened[key].run(list(names), dict(inputs))
-        return results
+        session, rows = opened[key], 1
+        shapes = {value.name: _symbols(value) for value in model.graph.input}
+        sizes = {
+            dim: n for name, dims in shapes.items() for dim, n in zip(dims, inputs[name].shape, strict=True)
+        }
+        if IN_PLACE.items() <= {
+            entry.key: entry.value for entry in model.metadata_props
+        }.items() and row_by_row(sizes):
+            rows = sizes["batch"]
+        parts = []
+        for row in range(rows):
+            given = {
+                name: value[row : row + 1] if rows > 1 and shapes[name][:1] == ["batch"] else value
+                for name, value in inputs.items()
+            }
+            parts.append(session.run(list(names), given))
+        return [np.concatenate(values) if rows > 1 else values[0] for values in zip(*parts, strict=True)]
 
     return run
+
+
+def _symbols(value: onnx.ValueInfoProto) -> list[str]:
+    return [dim.dim_param for dim in value.type.tensor_type.shape.dim]
 
 
 def tvm_runner(device: str, profile: str) -> Runner:
@@ -74,6 +101,8 @@ def tvm_runner(device: str, profile: str) -> Runner:
         graph = make_graph(model, "", weights)
         tensors = [tvm.runtime.tensor(widened(arrays[weight.name])) for weight in graph.weights]
         tensors += [tvm.runtime.tensor(packed_tensor(matrix, arrays)) for matrix in graph.packed]
+        for wide in graph.panels:
+            tensors.append(tvm.runtime.tensor(in_panels(arrays[wide.weight.name], wide.turned)))
         executable = compile_graph(graph, LOWERINGS[profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

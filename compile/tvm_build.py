@@ -26,6 +26,7 @@ from portlm.tvm_support import (
     SIGNATURE,
     VERSIONS,
     Packed,
+    Panels,
     Signature,
     Weight,
     folder_name,
@@ -45,6 +46,7 @@ class Graph:
     weights_file: str  # relative to the artifact
     weights: tuple[Weight, ...]
     packed: tuple[Packed, ...] = ()  # small matrices, whose parts are not among the weights
+    panels: tuple[Panels, ...] = ()  # float32 matrices that kernels read in panels, which are not either
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -96,8 +98,38 @@ def make_graph(proto: onnx.ModelProto, file: str, weights: Sequence[Weight]) -> 
         bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), BITS)
         packed[weight.name] = Packed(packed_name(weight.name), weight, scale, zero, bits)
     inside = {part.name for matrix in packed.values() for part in matrix.parts()}
+    panels = _panels(proto, places)
+    inside.update(matrix.weight.name for matrix in panels)
     others = tuple(weight for weight in weights if weight.name not in inside)
-    return Graph(proto, file, others, tuple(packed.values()))
+    return Graph(proto, file, others, tuple(packed.values()), panels)
+
+
+def _panels(proto: onnx.ModelProto, places: dict[str, Weight]) -> tuple[Panels, ...]:
+    """Matrices of linear maps, which may be tables of embeddings, too, and nothing else."""
+    uses: dict[str, set[bool | None]] = {}  # None for what reads the matrix as it is
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            use = None
+            if (node.domain, node.op_type) == (DOMAIN, "Linear") and i == 1:
+                use = not any(a.name == "transposed" and a.i for a in node.attribute)
+            elif node.domain == DOMAIN and node.op_type in MLPS and i in (1, 3):
+                use = True
+            elif (node.domain, node.op_type) == (DOMAIN, "Embedding") and i == 1:
+                continue
+            uses.setdefault(name, set()).add(use)
+    uses |= {value.name: {None} for value in proto.graph.output}
+    return tuple(
+        Panels(f"{name}.panels", weight, turned)
+        for name, weight in places.items()
+        for turned in uses.get(name, ())
+        if turned is not None
+        and len(uses[name]) == 1
+        and len(weight.shape) == 2
+        and weight.dtype == "float32"
+    )
+
+
+MLPS = ("GeluMlp", "ReluSquaredMlp")  # whose two matrices are (in, out)
 
 
 def packed_name(weight: str) -> str:
@@ -111,7 +143,7 @@ class Lowering(NamedTuple):
     Attributes:
         profile: "portable" or "fused".
         graph: passes from a Graph to a Relax module, whose function main takes the graph's inputs, then its weights,
-            then its packed matrices.
+            then its packed matrices, then those in panels.
         relax: function from a target to TVM's passes over that module.
         exec_mode: "bytecode" for the sequence of calls, or "compiled" for native code, which is worth it where nothing
             but kernels is called.
@@ -189,6 +221,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         weights_file=graph.weights_file,
         weights=graph.weights,
         packed=graph.packed,
+        panels=graph.panels,
         nodes=len(graph.proto.graph.node),
         versions=VERSIONS,
     )

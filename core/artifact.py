@@ -7,7 +7,8 @@ runs. It says who made nothing: a manifest that verifies is complete and unalter
 Its fields are the structs below, and the constraints in their annotations are what is checked. The format grows by
 optional fields: one that this version does not know is ignored (the digest covers it all the same) and is gone once
 this version writes the manifest again. An older format is converted on reading (`_FORMAT_1_TENSORS`). Format 3 is 2
-with quantized weights and 4 with weights of 16 bits, so that a reader that does not know them refuses the folder.
+with quantized weights or a cache of int8, and 4 is 2 or 3 with weights of 16 bits, so that a reader that does not know
+them refuses the folder.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError
 from portlm.files import check_name, read_json, safe_join, sha256_file, shown, write_atomic
-from portlm.quantization import Quantization
+from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS, KeyValueCache, Quantization
 from portlm.roles import (
     DTYPES,
     MAX_DIMENSION,
@@ -194,6 +195,17 @@ class Manifest(Struct, frozen=True):
     compiled: Sequence[CompiledEntry] = ()
     quantization: Quantization | None = None
     parity: Sequence[ParityRow] = ()
+    cache: KeyValueCache | None = None
+
+    def precision(self, *, rounds: bool) -> str:
+        """Return the precision of an engine that runs the graphs, see portlm.quantization.
+
+        Args:
+            rounds: it multiplies quantized weights with activations of 15 bits.
+        """
+        if rounds and self.quantization is not None:
+            return FIFTEEN_BITS
+        return "fp32" if self.cache is None else BYTE_CACHE
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -248,7 +260,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     except (TypeError, ValueError) as error:
         raise FormatError(f"{path}: the manifest holds what JSON has no word for: {error}") from error
     _checked(path, fields)
-    version = FORMAT_VERSION if manifest.quantization is None else QUANTIZED_VERSION
+    version = QUANTIZED_VERSION if manifest.quantization or manifest.cache else FORMAT_VERSION
     if half_weights(manifest):
         version = HALF_VERSION
     data = {"format": FORMAT, "format_version": version, **fields}
@@ -396,6 +408,12 @@ def _checked(path: Path, data: Any) -> Manifest:
     for key, role in manifest.roles.items():
         if problem := contradiction(role.inputs, role.outputs, role.state) or _wrong_width(manifest, key):
             raise FormatError(f"{path}: roles[{key[:80]!r}]: {problem}")
+    kept = any(state.dtype == "int8" for role in manifest.roles.values() for state in role.state)
+    if kept != (manifest.cache is not None):
+        said = "a cache of int8" if manifest.cache else "no cache of int8"
+        raise FormatError(
+            f"{path}: cache says that there is {said}, and the states of its roles say otherwise"
+        )
     for i, row in enumerate(manifest.parity):
         if row.greedy_match > row.greedy_total:
             raise FormatError(

@@ -315,6 +315,11 @@ def grows(spec: CallSpec) -> bool:
     return any("past" in state.shape for state in spec.state)
 
 
+def goes_back(spec: CallSpec) -> bool:
+    """Say whether a role's state can be cropped: a state that is replaced at every call has no past."""
+    return all(state.update != "replace" for state in spec.state)
+
+
 @dataclass(frozen=True)
 class InputCheck:
     """Raises UsageError unless the inputs of a call belong together and lie inside the model's tables.

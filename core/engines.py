@@ -26,6 +26,7 @@ class EngineEntry:
         device_distributions: the same, for one device.
         compilers: (device, profile) -> what makes files for it from an artifact's graphs; see portlm.compile.build. An
             engine that runs the exported graph as it is needs none.
+        one_file: whether what a compiler writes for one role serves all of them, so that it is called once.
         runner: (device, profile) -> how a graph is run as this engine does, with inner values exposed; see
             portlm.compile.runners. "" if it cannot be.
     """
@@ -39,6 +40,7 @@ class EngineEntry:
     distributions: tuple[str, ...] = ()
     device_distributions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     compilers: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    one_file: bool = False
     runner: str = ""
 
 
@@ -91,6 +93,7 @@ ENGINES = {
         extra="",
         probe="portlm.runtimes.probe:packed",
         compilers={("cpu", "fused"): "portlm.compile.packed:compile_packed"},
+        one_file=True,
     ),
     "null": EngineEntry(
         target="portlm.runtimes.null:NullEngine",

@@ -42,26 +42,25 @@ class Governor:
         self._spent, self._lost = 0.0, 0.0  # seconds since then
         self._steps, self._pace = 0, 0.0  # pace: how many times as long as they should steps take of late
 
-    def took(self, kind: Hashable, seconds: float, alone: bool, steps: int = 1) -> None:
-        """Take in a step, or several that were taken at once.
+    def took(self, kind: Hashable, seconds: float, alone: bool) -> None:
+        """Take in a step.
 
         Args:
             kind: steps of one kind should take about equally long.
-            seconds: of the wall clock, of one step.
+            seconds: of the wall clock.
             alone: what `alone` was when it began.
-            steps: how many there were.
         """
         should = min(seconds, self._should.get(kind, seconds) * DRIFT)
         self._should[kind] = should
         if alone != self.alone:
             return  # begun before the last turn, on another thread of the program
         self._steps += 1
-        self._spent += steps * seconds
+        self._spent += seconds
         self._pace += (seconds / should - self._pace) / min(self._steps, 8)
         if alone:
             self._weigh_one()
         else:
-            self._lost = max(0.0, self._lost + steps * (seconds - SLACK * should))
+            self._lost = max(0.0, self._lost + seconds - SLACK * should)
             if self._lost > self._doubts * self._threads * should:
                 self._leave_all()
 

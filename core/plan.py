@@ -119,8 +119,11 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def needs_plan(manifest: Manifest) -> bool:
-    """Say whether an artifact's model is known by its graphs alone: there is no checkpoint of a known family."""
-    return manifest.model.family == "module" or not manifest.files.keys() >= set(CHECKPOINT)
+    """Say whether the torch engine runs an artifact's graphs, unless it is told otherwise.
+
+    There is no checkpoint of a known family, or the graphs keep their cache in 8 bits and the model's code would not.
+    """
+    return manifest.cache is not None or not _has_checkpoint(manifest)
 
 
 def has_code(manifest: Manifest) -> bool:
@@ -129,7 +132,11 @@ def has_code(manifest: Manifest) -> bool:
     That is a checkpoint or, where weights are quantized, config.json and the graphs' weights.
     """
     quantized = manifest.quantization is not None and manifest.model.family != "module"
-    return not needs_plan(manifest) or (quantized and CHECKPOINT[0] in manifest.files)
+    return _has_checkpoint(manifest) or (quantized and CHECKPOINT[0] in manifest.files)
+
+
+def _has_checkpoint(manifest: Manifest) -> bool:
+    return manifest.model.family != "module" and manifest.files.keys() >= set(CHECKPOINT)
 
 
 def to_bytes(plan: Plan) -> bytes:

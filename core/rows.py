@@ -56,6 +56,13 @@ class Rows:
         self._texts: list[Ids] | None = None if spec.state else [np.zeros(0, np.int64)] * batch
         self._mask_grows = any("past" in str(i.shape) for i in spec.inputs if i.name == "attention_mask")
 
+    @property
+    def room(self) -> int:
+        """Tokens of each row that one more call can read and answer, by the context and the size of a call."""
+        used = max(self._state.past, int(self.lengths.max()))
+        answers = LOGITS_PER_CALL // (len(self.lengths) * self._engine.vocab_size)
+        return min(self._engine.context_length - used, max(1, answers))
+
     def read(self, ids: Ids, real: Ids | None = None, every: bool = False) -> Logits:
         """Read T tokens for each row.
 

@@ -1,6 +1,8 @@
 """The threads that kernels and PyTorch run on: how long they spin, how many a step gets, what a forked child has.
 
-The pool is OpenMP's, one for both. How many of it a loop takes is a setting of the thread that starts the loop.
+There are two pools. OpenMP's is PyTorch's, and the kernels' while PyTorch runs beside them. The other one is the
+kernels' own, for engines without PyTorch (csrc/cpu/threads.h). How many threads a loop takes is a setting of the thread
+that starts it, one for both.
 """
 
 import math
@@ -8,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -74,36 +76,56 @@ if hasattr(os, "register_at_fork"):
 
 
 class StepThreads:
-    """Runs the steps of an engine on as many threads as suit them, and leaves the caller's setting as it was."""
+    """Runs the steps of an engine on as many threads as the user wants, and leaves the caller's setting as it was."""
 
     def __init__(self, use: Callable[[int], int], threads: int | None):
-        """Decide step by step, unless the user has.
+        """Keep what was asked for.
 
         Args:
             use: sets how many threads the loops of the calling thread take; returns what it was before.
-            threads: of every step; None takes the caller's setting, or one where a Governor finds that better.
+            threads: of every step; None takes the caller's setting.
         """
         self._use, self._threads = use, threads
+
+    def step(self) -> AbstractContextManager[None]:
+        """Run a call inside the block."""
+        return self._on(1 if _forked else self._threads)
+
+    @contextmanager
+    def _on(self, count: int | None) -> Iterator[None]:
+        before = self._use(count) if count else None
+        try:
+            yield
+        finally:
+            if before is not None:
+                self._use(before)
+
+
+class GovernedThreads(StepThreads):
+    """The same for loops that PyTorch begins, which wait for OpenMP's threads: on one where a Governor prefers it.
+
+    Engines without PyTorch need none: portlm's own pool measures every single loop (csrc/cpu/pool.h).
+    """
+
+    def __init__(self, use: Callable[[int], int], threads: int | None):
+        """Decide step by step, unless the user has; see StepThreads."""
+        super().__init__(use, threads)
         self._governor = Governor(cores())
 
     @contextmanager
-    def step(self, role: str, first: Any) -> Iterator[list[int]]:
-        """Run a call inside the block, which is given a list of one number: how many steps it was, 1 unless changed.
+    def governed_step(self, role: str, first: Any) -> Iterator[None]:
+        """Run a call inside the block.
 
         Args:
             role: that is called.
             first: its first input, an array (B, T, ...), which tells small calls from large ones.
         """
-        governed = self._threads is None and not _forked and math.prod(first.shape[:2]) <= FEW_TOKENS
-        alone = governed and self._governor.alone
-        count = 1 if alone or _forked else self._threads
-        before = self._use(count) if count else None
-        begin, steps = time.perf_counter(), [1]
-        try:
-            yield steps
-            if governed:
-                each = (time.perf_counter() - begin) / steps[0]
-                self._governor.took((role, first.size.bit_length()), each, alone, steps[0])
-        finally:
-            if before is not None:
-                self._use(before)
+        if self._threads is not None or _forked or math.prod(first.shape[:2]) > FEW_TOKENS:
+            with self.step():
+                yield
+            return
+        alone = self._governor.alone
+        begin = time.perf_counter()
+        with self._on(1 if alone else None):
+            yield
+            self._governor.took((role, first.size.bit_length()), time.perf_counter() - begin, alone)

@@ -23,7 +23,7 @@ from portlm.roles import MAX_DIMENSION, TensorSpec, Text, file_stem, one_of
 BITS, DTYPES = 16, ("float16", "bfloat16")  # of weights that are widened as they are read
 
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
-FORMAT, FORMAT_VERSION = "portlm-tvm", 2
+FORMAT, FORMAT_VERSION = "portlm-tvm", 3
 MAX_TENSORS = 65_536
 ITEM_BYTES = {"float32": 4, "uint8": 1, "float16": 2, "bfloat16": 2}  # of a weight
 LIBRARY, SIGNATURE = "model.so", "signature.json"
@@ -135,8 +135,32 @@ class Packed(Struct, frozen=True, forbid_unknown_fields=True):
         return ""
 
 
+class Panels(Struct, frozen=True, forbid_unknown_fields=True):
+    """A float32 matrix that kernels read in panels.
+
+    Attributes:
+        name: of the library's parameter.
+        weight: (N, K), or (K, N) if it is turned.
+        turned: whether rows are columns there.
+    """
+
+    name: Text
+    weight: Weight
+    turned: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows."""
+        return self.weight.shape[1 if self.turned else 0]
+
+    @property
+    def columns(self) -> int:
+        """Columns."""
+        return self.weight.shape[0 if self.turned else 1]
+
+
 class Signature(Struct, frozen=True, forbid_unknown_fields=True):
-    """How to call a compiled library: main takes `inputs`, then `weights`, then `packed`, and returns `outputs`.
+    """How to call a compiled library: main takes `inputs`, `weights`, `packed` and `panels`, and returns `outputs`.
 
     Attributes:
         profile: of the graph it was made from.
@@ -146,6 +170,7 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
         weights_file: relative to the artifact.
         weights: where each lies in that file.
         packed: quantized matrices, which are packed when the library is opened.
+        panels: float32 matrices, which are put in panels when the library is opened.
         nodes: how many the graph has.
         versions: of TVM's packages.
     """
@@ -159,6 +184,7 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
     nodes: Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
     versions: Annotated[dict[Text, Text], Meta(max_length=64)]
     packed: Annotated[tuple[Packed, ...], Meta(max_length=MAX_TENSORS)] = ()
+    panels: Annotated[tuple[Panels, ...], Meta(max_length=MAX_TENSORS)] = ()
 
     def to_bytes(self) -> bytes:
         """Return the content of its file, JSON."""
@@ -205,7 +231,11 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
         for matrix in signature.packed:
             if problem := matrix.contradiction():
                 raise FormatError(f"{path}: {shown(matrix.name)} {problem}: compile again")
-        for weight in (*signature.weights, *(part for matrix in signature.packed for part in matrix.parts())):
+        for panels in signature.panels:
+            if len(panels.weight.shape) != 2 or panels.weight.dtype != "float32":
+                raise FormatError(f"{path}: {shown(panels.name)} is no float32 matrix: compile again")
+        parts = [part for matrix in signature.packed for part in matrix.parts()]
+        for weight in (*signature.weights, *parts, *(panels.weight for panels in signature.panels)):
             if weight.offset + weight.nbytes > size:
                 raise FormatError(
                     f"{path}: {shown(weight.name)} lies outside {signature.weights_file}: export again"

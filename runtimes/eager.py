@@ -21,14 +21,14 @@ from portlm.engine import Array, CallSpec, OpenRequest, Placement, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import safe_join
 from portlm.models import load_model
+from portlm.ops.byte_cache import rounded_cache
 from portlm.ops.kernel_op import available
 from portlm.plan import CHECKPOINT, has_code, needs_plan, read_plan
-from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.dequantized import load_dequantized
 from portlm.runtimes.torch_plan import make_role
-from portlm.threads import StepThreads
+from portlm.threads import GovernedThreads
 
 if TYPE_CHECKING:
     from portlm.models.roles import Role
@@ -68,6 +68,7 @@ class TorchEngine(ArrayEngine):
 
     name = "torch"
     precision = "fp32"
+    rounds_cache = False  # a native one keeps in floats what the artifact's graphs keep in 8 bits
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class TorchEngine(ArrayEngine):
         """
         self.device, self.profile = device, profile
         self._functions, self._nodes = dict(functions), dict(nodes)
-        self._threads = StepThreads(use_threads, threads) if device == "cpu" else None
+        self._threads = GovernedThreads(use_threads, threads) if device == "cpu" else None
         specs = {
             name: CallSpec(tuple(role.inputs), tuple(role.outputs), tuple(role.state))
             for name, role in self._functions.items()
@@ -154,7 +155,11 @@ class TorchEngine(ArrayEngine):
                     f"{request.folder}: the manifest says {said[0]} ids and {said[1]} positions, config.json says "
                     f"{found[0]} and {found[1]}; export again"
                 )
-        return cls.of(model, request.device, request.threads)
+        engine = cls.of(model, request.device, request.threads)
+        if manifest is not None:
+            engine.rounds_cache = manifest.cache is not None
+            engine.precision = manifest.precision(rounds=False)
+        return engine
 
     @classmethod
     def graphs(cls, request: OpenRequest) -> tuple[str, ...]:
@@ -207,12 +212,9 @@ class TorchEngine(ArrayEngine):
             raise FormatError(f"{request.folder}: nothing was compiled for its {min(missing)}; compile again")
         sizes = manifest.model.vocab_size, manifest.model.context_length
         engine = cls(functions, *sizes, request.device, profile, {request.device: count}, request.threads)
-        if (
-            manifest.quantization is not None
-            and (profile, request.device) == ("fused", "cpu")
-            and available()
-        ):
-            engine.precision = FIFTEEN_BITS
+        engine.precision = manifest.precision(
+            rounds=(profile, request.device) == ("fused", "cpu") and available()
+        )
         return engine
 
     def _call(
@@ -222,9 +224,9 @@ class TorchEngine(ArrayEngine):
         given = [torch.from_numpy(inputs[item.name].copy()).to(self.device) for item in spec.inputs]
         states = [tensors[item.name] for item in spec.state]
         first = next(iter(inputs.values()))
-        threads = self._threads.step(role, first) if self._threads else contextlib.nullcontext()
+        threads = self._threads.governed_step(role, first) if self._threads else contextlib.nullcontext()
         try:
-            with torch.inference_mode(), threads:
+            with torch.inference_mode(), threads, rounded_cache(self.rounds_cache):
                 results = self._functions[role].function(*given, *states)
                 outputs = {
                     item.name: result.cpu().numpy()

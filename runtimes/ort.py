@@ -2,7 +2,8 @@
 
 Nothing runs where it was not asked to. ONNX Runtime would place nodes that a device lacks on the CPU, and its Python
 layer would retry the whole model there if a provider failed, both silently: the first is switched off, the second
-refused, and after loading the place of every node is read back. States stay on the device from step to step.
+refused, and after loading the place of every node is read back. States stay on the device from step to step; on the
+CPU they grow in place where the graph says that it can do that (runtimes/ort_cache.py).
 
 Its threads park when idle instead of spinning, so that they take nothing from whatever else runs in the process;
 PORTLM_ORT_SPINNING=1 in the environment lets them spin, which is faster when nothing else does.
@@ -36,6 +37,7 @@ from portlm.quantization import EIGHT_BITS
 from portlm.roles import StateSpec, TensorSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_files
+from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place
 from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
 
 onnxruntime = import_onnxruntime()
@@ -64,12 +66,14 @@ class OrtEngine(ArrayEngine):
         self._request, self._manifest = request, manifest
         self._graphs = graphs
         names = {graph.name for graph in graphs.values()}
+        self.precision = manifest.precision(rounds=False)
         if any(e.target == ROUNDED_TARGET and names & set(e.files) for e in manifest.compiled):
             self.precision = EIGHT_BITS
         self._ep_device, self._note = _find_device(request.device)
         self._sessions: dict[str, Any] = {}
         self._placements: dict[str, Placement] = {}
         self._tools: dict[tuple[str, str, int, int], Any] = {}
+        self._in_place: dict[str, InPlace] = {}
 
     @classmethod
     def open(cls, request: OpenRequest) -> Self:
@@ -89,6 +93,11 @@ class OrtEngine(ArrayEngine):
         manifest = request.manifest
         if manifest is None:
             raise UsageError(f"ort runs exported models: run portlm export {request.folder} first")
+        if manifest.cache is not None and request.device == "vulkan":
+            raise EngineUnavailableError(
+                f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
+                "values: export it without --cache"
+            )
         if not manifest.roles:
             raise FormatError(f"{request.folder}: the manifest has no role; export the checkpoint again")
         profile, graphs = _choose(request, manifest)
@@ -111,25 +120,36 @@ class OrtEngine(ArrayEngine):
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         session = self._session(role)
+        if role in self._in_place:
+            return self._in_place[role](session, self._run, inputs, tensors)
         spec, memory = self.roles[role], MEMORY[self.device]
         binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for state in spec.state:
-            binding.bind_ortvalue_input(state.name, tensors[state.name])
+            tensor = as_array(
+                tensors[state.name]
+            )  # an array, if another role keeps one of this kind in place
+            binding.bind_ortvalue_input(
+                state.name, _on_cpu(np.array(tensor, order="C")) if isinstance(tensor, np.ndarray) else tensor
+            )
         for output in spec.outputs:
             binding.bind_output(output.name, "cpu")
         changed = [state for state in spec.state if state.output]
         for state in changed:
             binding.bind_output(state.output, memory)
+        values = self._run(session, binding)
+        outputs = {output.name: value.numpy() for output, value in zip(spec.outputs, values, strict=False)}
+        states = values[len(spec.outputs) :]
+        return outputs, {state.name: value for state, value in zip(changed, states, strict=True)}
+
+    def _run(self, session: Any, binding: Any) -> list[Any]:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base but this
             raise PortlmError(f"ort:{self.device}: a step failed: {_line(error)}") from error
-        values = binding.get_outputs()
-        outputs = {output.name: value.numpy() for output, value in zip(spec.outputs, values, strict=False)}
-        states = values[len(spec.outputs) :]
-        return outputs, {state.name: value for state, value in zip(changed, states, strict=True)}
+        values: list[Any] = binding.get_outputs()
+        return values
 
     def _session(self, role: str) -> Any:
         """The session of a role, opened if it was not."""
@@ -147,6 +167,8 @@ class OrtEngine(ArrayEngine):
             )
             if problem := difference(spec.inputs, spec.outputs, spec.state, taken, returned):
                 raise FormatError(f"{graph.path}: {problem}; export again")
+            if self.device == "cpu" and (found := in_place(spec, session, self.context_length)):
+                self._in_place[role] = found
             self._sessions[role], self._placements[role] = session, placement
         return self._sessions[role]
 
@@ -181,11 +203,13 @@ class OrtEngine(ArrayEngine):
     # --- states: OrtValues, which on the CPU are seen through numpy and elsewhere never leave the device -------
 
     def _work(self, tensor: Any) -> Any:
-        return tensor.numpy() if self.device == "cpu" else tensor
+        if self.device != "cpu":
+            return tensor
+        return as_array(tensor) if isinstance(tensor, View | np.ndarray) else tensor.numpy()
 
     def _settle(self, tensor: Any, spec: StateSpec) -> Any:
-        if not isinstance(tensor, np.ndarray):
-            return tensor
+        if not isinstance(tensor, np.ndarray) or any(spec in role.grown for role in self._in_place.values()):
+            return tensor  # the next call copies it to where it can grow
         value = _on_cpu(np.array(tensor, order="C"))
         if self.device == "cpu" or spec.update != "constant" or not tensor.size:
             return value

@@ -5,6 +5,7 @@ text needs nothing between two tokens but the choice of the next one, the whole 
 """
 
 import ctypes
+import struct
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,17 +13,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from portlm.artifact import Manifest, check_files
+from portlm.artifact import CompiledEntry, Manifest, check_files
 from portlm.engine import Advance, Array, Ids, OpenRequest, Placement, State, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
 from portlm.ops.token_selection import bad_row, check_filters
-from portlm.quantization import FIFTEEN_BITS
 from portlm.roles import TensorSpec, difference
 from portlm.runtimes.base import EngineBase
 from portlm.threads import StepThreads
 
-FILE, PROFILE = "packed.portlm", "fused"
+FILE, PROFILE, VERSION = "packed.portlm", "fused", 2
 
 
 class PackedEngine(EngineBase):
@@ -36,8 +36,7 @@ class PackedEngine(EngineBase):
     def __init__(self, request: OpenRequest, manifest: Manifest, path: Path, file: Any):
         """Take over an opened file; use open()."""
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
-        if manifest.quantization is not None:
-            self.precision = FIFTEEN_BITS
+        self.precision = manifest.precision(rounds=True)
         found = {role[0]: place for place, role in enumerate(_checked(path, file, manifest))}
         try:
             self._programs = {name: file.open(found[name]) for name in self.roles}
@@ -75,9 +74,7 @@ class PackedEngine(EngineBase):
             raise EngineUnavailableError(f"packed: no device {request.device} here, choose cpu")
         if request.profile not in ("auto", PROFILE):
             raise UsageError(f"packed has no profile {request.profile}: choose {PROFILE}")
-        entries = [
-            e for e in manifest.compiled if (e.engine, e.device, e.profile) == ("packed", "cpu", PROFILE)
-        ]
+        entries = _entries(manifest)
         if not entries or {entry.role for entry in entries} != manifest.roles.keys():
             raise UsageError(
                 f"{folder} holds nothing compiled for packed: run portlm compile {folder} --engine packed"
@@ -112,7 +109,7 @@ class PackedEngine(EngineBase):
         except (MemoryError, ValueError) as error:
             raise PortlmError(f"packed: no memory for the outputs of {role}: {error}") from error
         addresses = [[_address(a) for a in group] for group in (arrays, outputs.values())]
-        with self._lock, self._threads.step(role, arrays[0]):
+        with self._lock, self._threads.step():
             _run(self._programs[role].run, cache, sizes["sequence"], sizes["kept"], *addresses)
         return outputs, tensors
 
@@ -131,9 +128,8 @@ class PackedEngine(EngineBase):
         cache = state.take()["cache"]
         addresses = [_address(array) for array in (lengths, tokens)]
         limits = asked.vocabulary, sorted(asked.ends), count, asked.seconds
-        with self._lock, self._threads.step(role, tokens[:, None]) as steps:
+        with self._lock, self._threads.step():
             made, bad = _run(program.advance, cache, *addresses, asked.choices, *limits, _address(drawn))
-            steps[0] = max(made, 1)
             if made == 0 and bad >= 0:
                 where = f"packed:cpu: new token {asked.choices[bad].step}"
                 raise PortlmError(f"{where}: {bad_row(self._logits(program, rows), bad)}")
@@ -181,6 +177,23 @@ class PackedEngine(EngineBase):
         """Let go of the file; closing twice is harmless."""
         super().close()
         self._programs = {}
+
+
+def holds_packed(folder: Path, manifest: Manifest) -> bool:
+    """Say whether an artifact has a packed file for all its roles that is of the version read here."""
+    if not manifest.roles or {entry.role for entry in _entries(manifest)} != manifest.roles.keys():
+        return False
+    try:
+        with open_regular(safe_join(folder, FILE)) as file:
+            head = file.read(16)
+    except (OSError, PortlmError):
+        return False
+    return len(head) == 16 and struct.unpack("<I", head[12:])[0] == VERSION
+
+
+def _entries(manifest: Manifest) -> list[CompiledEntry]:
+    wanted = ("packed", "cpu", PROFILE)
+    return [entry for entry in manifest.compiled if (entry.engine, entry.device, entry.profile) == wanted]
 
 
 def _use_threads(count: int) -> int:

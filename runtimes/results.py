@@ -15,6 +15,9 @@ class Stats:
         prefill_seconds: from the call to the first token of each row: reading the prompts.
         decode_seconds: for all later tokens. Time that the reader of a stream takes between pieces is not in it.
         rows: prompts.
+        passes: over the weights, for all tokens after the first of each row; a pass serves every row of the batch.
+        drafted: tokens that were guessed and read, see portlm.runtimes.speculation.
+        accepted: those of them that the model said, too.
     """
 
     prompt_tokens: int = 0
@@ -22,6 +25,14 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     rows: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens after the first of each row, by the passes that they took. 0 if there were none."""
+        return (self.new_tokens - self.rows) / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -19,6 +19,7 @@ from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
 from portlm.runtimes.penalties import nothing_left, penalise
 from portlm.runtimes.results import Stats
+from portlm.runtimes.speculation import Speculation
 
 # Reading one more row to the same length costs as much as this many tokens: below it, weights are read for nothing.
 WASTE_TOKENS = 32
@@ -51,13 +52,21 @@ class Scheduler:
         vocabulary: ids from here on stand for no token and are never drawn.
         stats: counts tokens and time.
         seconds: that a step may go on writing tokens, if the engine can by itself.
+        speculation: guesses for the rows, None for plain decoding.
     """
 
     def __init__(
-        self, engine: Engine, batch_size: int, vocabulary: int, stats: Stats, seconds: float = PATIENCE
+        self,
+        engine: Engine,
+        batch_size: int,
+        vocabulary: int,
+        stats: Stats,
+        seconds: float = PATIENCE,
+        speculation: Speculation | None = None,
     ):
         self._engine, self._batch_size, self._vocabulary = engine, batch_size, vocabulary
         self._seconds = seconds
+        self._speculation = speculation
         self._stats = stats
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
@@ -90,9 +99,7 @@ class Scheduler:
             return
         assert self._rows is not None
         running = self._running
-        staying = self._advance(running)
-        if staying is None:
-            staying = self._choose(running, self._rows.next([row.tokens[-1] for row in running]))
+        staying = self._write(running) if self._speculation is None else self._speculate(running)
         if len(staying) < len(running):
             self._running = [running[i] for i in staying]
             if staying:
@@ -101,8 +108,53 @@ class Scheduler:
                 self._rows = None
         self._stats.decode_seconds += time.perf_counter() - began
 
-    def _advance(self, rows: Sequence[Row]) -> list[int] | None:
-        """Give the rows tokens until one of them ends or the time is up; return those that go on.
+    def _write(self, rows: Sequence[Row], most: int = MOST_TOKENS) -> list[int]:
+        """Give each row its next token, or up to `most` of them; return the rows that go on."""
+        assert self._rows is not None
+        staying = self._advance(rows, most)
+        if staying is None:
+            staying = self._choose(rows, self._rows.next([row.tokens[-1] for row in rows]))
+            self._stats.passes += 1
+        return staying
+
+    def _speculate(self, rows: Sequence[Row]) -> list[int]:
+        """Give the rows tokens from a pass over guesses, or where that does not pay, plainly."""
+        assert self._rows is not None
+        assert self._speculation is not None
+        speculation, before = self._speculation, self._stats.passes
+        guesses = speculation.guesses(rows, self._rows.room)
+        began = speculation.clock()
+        staying = self._verify(rows, guesses) if guesses else self._write(rows, speculation.plain)
+        tokens = 1 + max(map(len, guesses), default=0)
+        speculation.took(len(rows), tokens, speculation.clock() - began, self._stats.passes - before)
+        return staying
+
+    def _verify(self, rows: Sequence[Row], guesses: Sequence[Sequence[int]]) -> list[int]:
+        """Read a guess for each row in one pass, and give the row tokens for as long as they are those of the guess.
+
+        A row whose guess is shorter than another's reads its next token again in the places left, and forgets them.
+        """
+        assert self._rows is not None
+        T = 1 + max(map(len, guesses))
+        texts = [[row.tokens[-1], *guess] for row, guess in zip(rows, guesses, strict=True)]
+        ids = np.array([text + text[:1] * (T - len(text)) for text in texts], np.int64)
+        logits = self._rows.read(ids, every=True)
+        self._stats.passes += 1
+        self._stats.drafted += sum(map(len, guesses))
+        agreed = list(range(len(rows)))
+        for place in range(T):
+            said = logits[:, place] if len(agreed) == len(rows) else logits[agreed, place]
+            going = self._choose([rows[b] for b in agreed], said)
+            right = [b for b in agreed if rows[b].tokens[-1:] == texts[b][place + 1 : place + 2]]
+            self._stats.accepted += len(right)
+            agreed = sorted({agreed[i] for i in going} & set(right))
+            if not agreed:
+                break
+        self._rows.crop([len(row.prompt) + len(row.tokens) - 1 for row in rows])
+        return [b for b, row in enumerate(rows) if row.finish_reason is None]
+
+    def _advance(self, rows: Sequence[Row], most: int) -> list[int] | None:
+        """Give the rows tokens until one of them ends or the time is up, at most so many; return those that go on.
 
         None if the engine cannot choose by itself, or has too little to go by. A stop string shows in the text alone,
         so a row may have been given tokens behind it; they are dropped, and the row is not asked again.
@@ -110,7 +162,7 @@ class Scheduler:
         assert self._rows is not None
         if any(row.decoding.penalises for row in rows):
             return None
-        choices, count = [], MOST_TOKENS
+        choices, count = [], min(most, MOST_TOKENS)
         for row in rows:
             d = row.decoding
             assert isinstance(d.max_new_tokens, int)
@@ -123,6 +175,7 @@ class Scheduler:
         drawn = self._rows.advance(last, choices, self._vocabulary, ends, count, self._seconds)
         if drawn is None:
             return None
+        self._stats.passes += len(drawn)
         for row, tokens in zip(rows, drawn.T.tolist(), strict=True):
             for token in tokens:
                 row.push(token)

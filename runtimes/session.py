@@ -8,21 +8,24 @@ empty state.
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack, overload
 
 import numpy as np
 
 from portlm.arguments import flag, shown, whole
-from portlm.engine import Engine, Placement
+from portlm.engine import Engine, Placement, goes_back
 from portlm.errors import ContextLengthError, PortlmError, UsageError
 from portlm.rows import Rows, pad
 from portlm.runtimes.beam import Search, search
 from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
+from portlm.runtimes.drafting import Lookup, NewDrafter, SmallModel
 from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.prompts import Ids, Prompt, one_or_several, token_ids
 from portlm.runtimes.results import Generation, Score, Stats
 from portlm.runtimes.scheduler import PATIENCE, Scheduler
+from portlm.runtimes.speculation import MOST, MOST_GUESSED, Speculation
 from portlm.runtimes.stopping import StopScanner
 from portlm.runtimes.stream import Row, StreamDecoder, TextStream
 
@@ -97,6 +100,8 @@ class Session:
         decoding: Decoding | None = ...,
         batch_size: int = ...,
         add_special_tokens: bool = ...,
+        lookup: bool | int = ...,
+        draft: "Session | NewDrafter | None" = ...,
         **options: Unpack[Options],
     ) -> Generation: ...
 
@@ -108,6 +113,8 @@ class Session:
         decoding: Decoding | None = ...,
         batch_size: int = ...,
         add_special_tokens: bool = ...,
+        lookup: bool | int = ...,
+        draft: "Session | NewDrafter | None" = ...,
         **options: Unpack[Options],
     ) -> list[Generation]: ...
 
@@ -118,6 +125,8 @@ class Session:
         decoding: Decoding | None = None,
         batch_size: int = 16,
         add_special_tokens: bool = True,
+        lookup: bool | int = False,
+        draft: "Session | NewDrafter | None" = None,
         **options: Unpack[Options],
     ) -> Generation | list[Generation]:
         """Continue one prompt or several.
@@ -129,6 +138,11 @@ class Session:
             batch_size: prompts that are computed together. It changes the speed and the memory, not the answers.
             add_special_tokens: put the tokens around a text that the model's texts begin and end with, if the
                 tokenizer says that there are any. Token ids are taken as they are.
+            lookup: guess that a text goes on as it did where its last tokens stood before, and read several guessed
+                tokens in one pass (portlm.runtimes.speculation): the same tokens, sooner where a text repeats itself.
+                A number bounds the tokens of a guess, which True leaves at 16.
+            draft: guess with a smaller model of the same tokenizer, in a session of its own, or with what this
+                function returns for a row (portlm.runtimes.drafting). One of lookup and draft may be given.
             options: fields of Decoding, which documents them, in place of what `decoding` or the model says.
 
         Returns:
@@ -136,18 +150,25 @@ class Session:
 
         Raises:
             ContextLengthError: a prompt, or a prompt with max_new_tokens, has more tokens than the model's context.
-            UsageError: an argument is out of range.
+            UsageError: an argument is out of range; `draft` has another tokenizer; or guesses were asked for together
+                with a beam search, or of a model whose state cannot go back.
             PortlmError: the model gave logits that are not numbers.
         """
         wanted = self.decoding(decoding, **options)
         batch_size = whole("batch_size", batch_size, 1)
         several, single = one_or_several("prompt", prompts)
+        speculation = self._speculation(lookup, draft)
+        if speculation is not None and wanted.num_beams > 1:
+            source = self._source(("num_beams",), options) if decoding is None else ""
+            raise UsageError(
+                f"a beam search takes no guesses: leave out lookup and draft, or num_beams{source}"
+            )
         rows = self._rows(several, single, wanted, decoding is None, add_special_tokens)
         stats = Stats()
         if wanted.num_beams > 1:
             self._search(rows, batch_size, stats)
         else:
-            for _ in self._run(rows, batch_size, stats):
+            for _ in self._run(rows, batch_size, stats, speculation):
                 pass
         results = [row.generation(stats) for row in rows]
         return results[0] if single else results
@@ -158,6 +179,8 @@ class Session:
         *,
         decoding: Decoding | None = None,
         add_special_tokens: bool = True,
+        lookup: bool | int = False,
+        draft: "Session | NewDrafter | None" = None,
         **options: Unpack[Options],
     ) -> TextStream:
         """Continue one prompt and return its text piece by piece: the text that generate would return.
@@ -176,7 +199,9 @@ class Session:
             raise UsageError(f"a stream continues one prompt, got {len(several)} in a list: use generate")
         rows = self._rows(several or [()], True, wanted, decoding is None, add_special_tokens)
         stats = Stats()
-        return TextStream(self._run(rows, 1, stats, PIECE_SECONDS), rows[0], stats, self.textless)
+        speculation = self._speculation(lookup, draft)
+        steps = self._run(rows, 1, stats, speculation, PIECE_SECONDS)
+        return TextStream(steps, rows[0], stats, self.textless)
 
     @property
     def textless(self) -> str:
@@ -347,11 +372,53 @@ class Session:
             return tuple(self.tokenizer.encode(text))
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def _speculation(self, lookup: bool | int, draft: "Session | NewDrafter | None") -> Speculation | None:
+        """Who guesses for the rows of one call, None for nobody."""
+        most = MOST if isinstance(lookup, bool) else whole("lookup", lookup, 1, MOST_GUESSED)
+        if lookup is False and draft is None:
+            return None
+        if lookup is not False and draft is not None:
+            raise UsageError("lookup and draft are two ways to guess: choose one")
+        vocabulary = self.tokenizer.vocab_size
+        if draft is None:
+            drafter: NewDrafter = lambda row: Lookup()  # noqa: E731
+        elif isinstance(draft, Session):
+            drafter = draft._drafter(self.tokenizer)
+        elif callable(draft):
+            drafter = draft
+        else:
+            raise UsageError(f"draft must be a session (portlm.load gives one), got {shown(draft)}")
+        _check_goes_back("this model", self.engine)
+        return Speculation(drafter, vocabulary, hasattr(self.engine, "advance"), most)
+
+    def _drafter(self, tokenizer: TextCoder) -> NewDrafter:
+        """Return what guesses with this model for a larger one, which has this tokenizer.
+
+        Raises:
+            UsageError: the tokens of the two are not the same, or this model's state cannot go back.
+        """
+        ours, theirs = self.tokenizer, tokenizer
+        digests = [getattr(t, "sha256", None) for t in (ours, theirs)]
+        if ours.vocab_size != theirs.vocab_size:
+            what = f"a tokenizer of {ours.vocab_size} tokens, and the model one of {theirs.vocab_size}"
+        elif None not in digests and digests[0] != digests[1]:
+            what = "another tokenizer than the model"
+        else:
+            _check_goes_back("the draft model", self.engine)
+            return partial(SmallModel, self.engine, ours.vocab_size)
+        raise UsageError(f"the draft model has {what}: take one whose ids mean the same")
+
     def _run(
-        self, rows: list[Row], batch_size: int, stats: Stats, seconds: float = PATIENCE
+        self,
+        rows: list[Row],
+        batch_size: int,
+        stats: Stats,
+        speculation: Speculation | None,
+        seconds: float = PATIENCE,
     ) -> Iterator[None]:
         """Generate for all rows; yield after each step, of so many seconds, with the rows brought up to date."""
-        scheduler = Scheduler(self.engine, batch_size, self.tokenizer.vocab_size, stats, seconds)
+        vocabulary = self.tokenizer.vocab_size
+        scheduler = Scheduler(self.engine, batch_size, vocabulary, stats, seconds, speculation)
         scheduler.add(rows)
         while scheduler.busy:
             scheduler.step()
@@ -402,3 +469,11 @@ class Session:
             Score(tokens, tuple(p), tuple(g))
             for tokens, p, g in zip(texts, logprobs, greedy, strict=True)
         ]  # fmt: skip
+
+
+def _check_goes_back(what: str, engine: Engine) -> None:
+    spec = engine.roles.get("decoder")
+    if spec is not None and not goes_back(spec):
+        raise UsageError(
+            f"{what} has a state that cannot go back to before a wrong guess: decode without guesses"
+        )

@@ -67,7 +67,9 @@ class Operator:
         most: number of inputs.
         bind: makes the function, which takes the inputs that are not static.
         shapes: of the outputs, from those of the same inputs; it may trust that they fit, the function checks it.
-        dtypes: of the inputs in order, the last one for all that follow; several with "|" between them, "" for any.
+        dtypes: of the inputs in order, the last one for all that follow; "" for any, several as "uint8|int8".
+        kinds: of the outputs; () if all are float32, or of the first input's type where `dtypes` begins with "".
+        casts: for an operator whose types depend on its attributes: both of these.
         attributes: what it may have.
         static: inputs, by position, that must be int64 constants.
         outputs: how many; 0 for any number.
@@ -81,10 +83,22 @@ class Operator:
     bind: Callable[[Call], Function]
     shapes: Callable[[Call, Sequence[Shape]], Sequence[Shape]]
     dtypes: tuple[str, ...] = ("float32",)
+    kinds: tuple[str, ...] = ()
+    casts: Callable[[Call], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     static: tuple[int, ...] = ()
     outputs: int = 1
     derive: Callable[[Call], Derived] = lambda call: {}
+
+    def taken(self, call: Call) -> tuple[str, ...]:
+        """Return the types of the inputs."""
+        return self.casts(call)[0] if self.casts else self.dtypes
+
+    def given(self, call: Call) -> tuple[str, ...]:
+        """Return the types of the outputs, "" for that of the first input."""
+        if self.casts:
+            return self.casts(call)[1]
+        return self.kinds or ("float32" if self.dtypes[0] else "",) * call.outputs
 
     def call(
         self, attributes: Mapping[str, Any], static: Mapping[int, tuple[int, ...]], inputs: int, outputs: int
@@ -131,6 +145,16 @@ def _axis_of(default: int | object) -> Attribute:
     return _AXIS._replace(default=default)
 
 
+_CASTS = {  # by ONNX's number of the type
+    1: (("uint8|int8|float16|bfloat16",), ("float32",)),
+    3: (("float32",), ("int8",)),
+}
+
+
+def _cast(call: Call) -> Function:
+    return Tensor.float if call.attributes["to"] == 1 else lambda x: x.to(torch.int8)
+
+
 def _concat(call: Call) -> Function:
     axis = call.attributes["axis"]
     return lambda *values: torch.cat(values, axis)
@@ -163,6 +187,11 @@ def _layer_normalization(call: Call) -> Function:
         return F.layer_norm(x, x.shape[axis:], weight, bias, epsilon)
 
     return layer_normalization
+
+
+def _largest(call: Call) -> Function:
+    axes, keep = list(call.static.get(1, ())), bool(call.attributes["keepdims"])
+    return lambda x: torch.amax(x, axes or list(range(x.dim())), keepdim=keep)
 
 
 def _mean(call: Call) -> Function:
@@ -300,38 +329,44 @@ def _with(shape: Shape, place: int, size: int) -> Shape:
 
 
 _STANDARD = {
+    "Abs": Operator(1, 1, _plain(torch.abs), _same),
     "Add": Operator(2, 2, _plain(torch.add), _broadcast),
     "Cast": Operator(
-        1, 1, _plain(Tensor.float), _same, ("uint8|float16|bfloat16",),
-        {"to": Attribute(int, choices=(1,))},  # float32
+        1, 1, _cast, _same, attributes={"to": Attribute(int, choices=tuple(_CASTS))},
+        casts=lambda call: _CASTS[call.attributes["to"]],
     ),
-    "Concat": Operator(1, 64, _concat, _shape_of_concat, ("",), {"axis": _AXIS}),
+    "Concat": Operator(1, 64, _concat, _shape_of_concat, ("",), attributes={"axis": _AXIS}),
     "CumSum": Operator(2, 2, _cumulative_sum, _same, static=(1,)),
     "Div": Operator(2, 2, _plain(torch.div), _broadcast),
     "Exp": Operator(1, 1, _plain(torch.exp), _same),
     "Floor": Operator(1, 1, _plain(torch.floor), _same),
-    "Gather": Operator(2, 2, _gather, _shape_of_gather, ("", "int64"), {"axis": _axis_of(0)}),
+    "Gather": Operator(2, 2, _gather, _shape_of_gather, ("", "int64"), attributes={"axis": _axis_of(0)}),
     "Gelu": Operator(1, 1, _gelu, _same, attributes={"approximate": Attribute(str, "none", ("none", "tanh"))}),
     "LayerNormalization": Operator(
         2, 3, _layer_normalization, _same,
         attributes={"axis": _axis_of(-1), "epsilon": Attribute(float, 1e-5)},
     ),
     "MatMul": Operator(2, 2, _plain(torch.matmul), _shape_of_matmul),
+    "Max": Operator(2, 2, _plain(torch.maximum), _broadcast),
     "Mul": Operator(2, 2, _plain(torch.mul), _broadcast),
+    "ReduceMax": Operator(
+        1, 2, _largest, _shape_of_mean, attributes={"keepdims": Attribute(int, 1, (0, 1))}, static=(1,)
+    ),
     "ReduceMean": Operator(
         1, 2, _mean, _shape_of_mean, attributes={"keepdims": Attribute(int, 1, (0, 1))}, static=(1,)
     ),
     "Relu": Operator(1, 1, _plain(torch.relu), _same),
     "Reshape": Operator(2, 2, _reshape, _shape_of_reshape, ("",), static=(1,)),
+    "Round": Operator(1, 1, _plain(torch.round), _same),
     "Sigmoid": Operator(1, 1, _plain(torch.sigmoid), _same),
     "Softmax": Operator(1, 1, _softmax, _same, attributes={"axis": _axis_of(-1)}),
     "Split": Operator(
         1, 2, _split, _shape_of_split, ("",),
-        {"axis": _axis_of(0), "num_outputs": Attribute(int, 0, tuple(range(1, 65)))}, (1,), outputs=0,
+        attributes={"axis": _axis_of(0), "num_outputs": Attribute(int, 0, tuple(range(1, 65)))}, static=(1,), outputs=0,
     ),
     "Sqrt": Operator(1, 1, _plain(torch.sqrt), _same),
     "Sub": Operator(2, 2, _plain(torch.sub), _broadcast),
-    "Transpose": Operator(1, 1, _transpose, _shape_of_transpose, ("",), {"perm": Attribute(tuple)}),
+    "Transpose": Operator(1, 1, _transpose, _shape_of_transpose, ("",), attributes={"perm": Attribute(tuple)}),
     "Unsqueeze": Operator(2, 2, _unsqueeze, _shape_of_unsqueeze, ("",), static=(1,)),
 }  # fmt: skip
 
@@ -420,7 +455,8 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
         bind,
         shapes,
         tuple(i.dtype for i in node.inputs),
-        attributes,
+        node.kinds,
+        attributes=attributes,
         outputs=len(node.outputs),
         derive=derive,
     )

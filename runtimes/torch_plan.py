@@ -27,8 +27,8 @@ from portlm.roles import StateSpec, TensorSpec, symbols
 from portlm.runtimes.torch_operators import Function, RefusedError, Shape, operators
 
 DTYPES = {
-    "float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8, "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
+    "float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8, "int8": torch.int8,
+    "float16": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)  # stand for the role's symbols; different, so that mistakes show
 MAX_TRIAL = 2**24  # elements of a value at these sizes, or four times those of the largest weight
@@ -43,8 +43,8 @@ class Step:
         shapes: shapes of the inputs -> shapes of the outputs.
         inputs: where they are; 0 is always None.
         outputs: where they go.
-        dtypes: of the inputs, "" for any.
-        computes: it gives float32, and not elements of its first input.
+        dtypes: of the inputs, "" for any, several as "uint8|int8".
+        kinds: of the outputs, "" for that of its first input.
         name: for messages.
     """
 
@@ -53,7 +53,7 @@ class Step:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dtypes: tuple[str, ...]
-    computes: bool
+    kinds: tuple[str, ...]
     name: str
 
 
@@ -145,7 +145,8 @@ class Program:
             raise RefusedError("lacks an input")
         call = operator.call(node.attributes, static, len(node.inputs), len(node.outputs))
         inputs = [self._slots[name] for name in node.inputs]
-        kinds = [operator.dtypes[min(i, len(operator.dtypes) - 1)] for i in range(len(inputs))]
+        taken = operator.taken(call)
+        kinds = [taken[min(i, len(taken) - 1)] for i in range(len(inputs))]
         replaced = {}
         for i, (function, shapes, positions) in operator.derive(call).items():
             sources = [inputs[p] if p < len(inputs) else 0 for p in positions]
@@ -164,7 +165,7 @@ class Program:
                 tuple(inputs[i] for i in moving),
                 tuple(self._slot(name) for name in node.outputs),
                 tuple(kinds[i] for i in moving),
-                operator.dtypes[0] != "",
+                operator.given(call),
                 f"node {place} ({node.operator}, {shown(node.outputs[0])})",
             )
         )
@@ -178,7 +179,7 @@ class Program:
             self._shared[key] = self._count
             self._count += 1
             self._steps.append(
-                Step(function, shapes, tuple(sources), (self._shared[key],), tuple(types), True, name)
+                Step(function, shapes, tuple(sources), (self._shared[key],), tuple(types), ("float32",), name)
             )
         return self._shared[key]
 
@@ -199,11 +200,11 @@ class Program:
             except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
                 given = [shapes[slot] for slot in step.inputs]
                 raise RefusedError(f"{step.name} does not fit what it is given, {given}: {error}") from error
-            for slot, shape in zip(step.outputs, results, strict=True):
+            for slot, shape, kind in zip(step.outputs, results, step.kinds, strict=True):
                 if len(shape) > MAX_RANK or math.prod(shape) > limit or min(shape, default=0) < 0:
                     raise RefusedError(f"{step.name} gives a value of the shape {str(shape)[:80]}")
                 shapes[slot] = shape
-                kinds[slot] = "float32" if step.computes else kinds[step.inputs[0]]
+                kinds[slot] = kind or kinds[step.inputs[0]]
 
     def _try(self, sizes: Mapping[str, int], device: str) -> None:
         """Run once on zeros of small sizes; compare what comes out with what the role declares.
@@ -296,7 +297,7 @@ def _trial_sizes(plan: Plan) -> dict[str, int]:
     """A size for every symbol of the role."""
     sizes: dict[str, int] = {}
     for spec in plan.taken():
-        if spec.dtype not in ("float32", "int64"):
+        if spec.dtype not in ("float32", "int64", "int8"):
             raise RefusedError(f"the role has a tensor of {spec.dtype}, a plan computes in float32")
         for symbol in sorted(symbols(spec.shape) - sizes.keys()):
             if len(sizes) == len(SIZES):

@@ -1,12 +1,21 @@
-"""Tiny models that several test folders share, and the proof that a test which is about a kernel ran it."""
+"""Tiny models that several test folders share, and the proof that a test which is about a kernel ran it.
 
+`make test` runs the files of tests in two processes (pytest-xdist), which share what takes long to make.
+"""
+
+import fcntl
+import os
+import shutil
 import signal
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import hypothesis
 import pytest
+
+from portlm.threads import bound_spinning
 
 hypothesis.settings.register_profile("portlm", deadline=None)  # no test fails because the machine is busy
 hypothesis.settings.load_profile("portlm")
@@ -15,7 +24,11 @@ EOS = "<|endoftext|>"
 
 
 def pytest_configure():
-    """Let signals through that whoever started the tests ignores, as nohup and a shell's & do: children inherit it."""
+    """Let signals through that whoever started the tests ignores, as nohup and a shell's & do: children inherit it.
+
+    Threads that wait do not spin for long, or those of one process would keep another's from their work.
+    """
+    bound_spinning()
     for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, action)
@@ -58,27 +71,75 @@ def pytest_collection_modifyitems(items):
                 raise pytest.UsageError(f"{item.nodeid}: say why: @pytest.mark.no_kernel(reason)")
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Say how often kernels were called in this process and, with -v, which never were."""
+def _kernel_calls():
+    """Calls in this process by kernel and instruction set; empty if none was loaded."""
     compiled = sys.modules.get("portlm.ops.compiled")
-    if compiled is None or compiled.kernels is None:
+    return compiled.kernels.kernel_calls() if compiled is not None and compiled.kernels is not None else {}
+
+
+_calls_elsewhere = []  # what pytest-xdist's processes said of their kernels when they ended
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Take what the process behind a node leaves."""
+    _calls_elsewhere.append(getattr(node, "workeroutput", {}).get("kernel_calls", {}))
+
+
+def pytest_sessionfinish(session):
+    """Have the process that started this one add up kernel calls."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["kernel_calls"] = _kernel_calls()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how often kernels were called by the tests and, with -v, which never were."""
+    total, used, known = Counter(), set(), set()
+    for counts in (_kernel_calls(), *_calls_elsewhere):
+        for name, calls in counts.items():
+            known.add(name)
+            total.update(calls)
+            if any(calls.values()):
+                used.add(name)
+    if not known:
         return
-    counts = compiled.kernels.kernel_calls()
-    total = Counter()
-    for calls in counts.values():
-        total.update(calls)
     ran = ", ".join(f"{where} {calls}" for where, calls in total.items() if calls) or "none"
     terminalreporter.write_line(f"kernel calls: {ran}")
     if terminalreporter.config.option.verbose > 0:
-        unused = [name for name, calls in counts.items() if not any(calls.values())]
-        terminalreporter.write_line(f"kernels never called: {', '.join(unused) or 'none'}")
+        terminalreporter.write_line(f"kernels never called: {', '.join(sorted(known - used)) or 'none'}")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A folder that all processes of this run of the tests have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder):
+    """Function (name, make) -> the folder of that name, which make(folder) creates in the first process that asks."""
+
+    def folder(name, make):
+        path, done = shared_folder / name, shared_folder / f"{name}.done"
+        with (shared_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)  # of one that failed
+                make(path)
+                done.touch()
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_trust_store(tmp_path_factory):
+def _own_trust_store(shared_folder):
     """Compiled code is trusted through a folder in the user's home: tests use one of their own."""
+    home = shared_folder / "home"
+    home.mkdir(mode=0o700, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PORTLM_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("PORTLM_HOME", str(home))
         yield
 
 
@@ -123,32 +184,75 @@ def foreign():
 
 
 @pytest.fixture(scope="session")
-def artifacts(checkpoints, tmp_path_factory):
+def artifacts(checkpoints, once):
     """Folder of the exported checkpoint by family. Tests that change one copy it first."""
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
     from portlm.compile.export import export
 
-    root = tmp_path_factory.mktemp("artifacts")
-    return {family: export(folder, root / family) for family, folder in checkpoints.items()}
+    return {
+        family: once(f"artifact-{family}", partial(export, folder)) for family, folder in checkpoints.items()
+    }
 
 
 @pytest.fixture(scope="session")
-def compiled(artifacts, tmp_path_factory):
-    """Folder of the artifact by family, compiled for every engine and device that this machine can compile for."""
-    import shutil
-
+def compile_all():
+    """Function: compiles an artifact for every engine and device, or those given, that this machine can compile for."""
     from portlm.compile.build import COMPILERS, build
     from portlm.errors import EngineUnavailableError
 
-    root = tmp_path_factory.mktemp("compiled")
-    for family, artifact in artifacts.items():
-        shutil.copytree(artifact, root / family)
+    def compile_for(artifact, devices=None):
         for key in COMPILERS:
+            if devices is None or key[1] in devices:
+                try:
+                    build(artifact, [key])
+                except EngineUnavailableError:
+                    continue  # the tests of that engine say what is missing
+
+    return compile_for
+
+
+@pytest.fixture(scope="session")
+def compiled(artifacts, compile_all, once):
+    """Folder of the artifact by family, compiled for every engine and device that this machine can compile for."""
+
+    def make(artifact, folder):
+        shutil.copytree(artifact, folder)
+        compile_all(folder)
+
+    return {
+        family: once(f"compiled-{family}", partial(make, artifact)) for family, artifact in artifacts.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def packed(artifacts, once):
+    """Folder of the artifact by family, compiled for the packed engine alone, which takes next to no time."""
+    from portlm.compile.build import build
+
+    def make(artifact, folder):
+        build(shutil.copytree(artifact, folder), [("packed", "cpu", "fused")])
+
+    return {
+        family: once(f"packed-{family}", partial(make, artifact)) for family, artifact in artifacts.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def byte_cache(checkpoints, tmp_path_factory):
+    """Artifact of a LLaMA that keeps keys and values in 8 bits, compiled for every engine here on the CPU."""
+    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.build import COMPILERS, build
+    from portlm.compile.export import export
+    from portlm.errors import EngineUnavailableError
+
+    artifact = export(checkpoints["llama"], tmp_path_factory.mktemp("byte_cache") / "llama", cache="int8")
+    for key in COMPILERS:
+        if key[1] == "cpu":
             try:
-                build(root / family, [key])
+                build(artifact, [key])
             except EngineUnavailableError:
                 continue  # the tests of that engine say what is missing
-    return {family: root / family for family in artifacts}
+    return artifact
 
 
 @pytest.fixture(scope="session")
@@ -181,17 +285,13 @@ def divisible(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quantized(divisible, tmp_path_factory):
+def quantized(divisible, once):
     """Function (family, "int4" or "int8", asymmetric) -> an artifact in groups of 32. Copy it to change it."""
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
     from portlm.compile.export import export
 
-    root = tmp_path_factory.mktemp("quantized")
-
     def artifact(family, quantize, asymmetric=False):
-        folder = root / f"{family}-{quantize}-{asymmetric}"
-        if not folder.exists():
-            export(divisible[family], folder, quantize=quantize, group=32, asymmetric=asymmetric)
-        return folder
+        make = partial(export, divisible[family], quantize=quantize, group=32, asymmetric=asymmetric)
+        return once(f"quantized-{family}-{quantize}-{asymmetric}", make)
 
     return artifact

@@ -14,6 +14,12 @@ from portlm.commands.engines import engine_options
 @click.argument("model", type=click.Path(path_type=Path))
 @engine_options("Compile for", "every engine and device that can be compiled for here")
 @click.option(
+    "--activations",
+    type=click.Choice(["float32", "int8"]),
+    help="What ONNX Runtime's fused graph computes products with quantized weights in: int8 is faster and less exact "
+    "(default: float32, or what PORTLM_ORT_ACCURACY_LEVEL says).",
+)
+@click.option(
     "--dump",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
@@ -21,7 +27,8 @@ from portlm.commands.engines import engine_options
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the written paths.")
 def command(
-    model: Path, engines: tuple[str, ...], device: str | None, profile: str | None, dump: Path | None, as_json: bool
+    model: Path, engines: tuple[str, ...], device: str | None, profile: str | None, activations: str | None,
+    dump: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile the artifact MODEL (made by 'portlm export') and record the result in its manifest.
 
@@ -31,15 +38,24 @@ def command(
     """
     import msgspec
 
+    from portlm.artifact import read_manifest
     from portlm.compile.build import build_choice
+    from portlm.errors import UsageError
     from portlm.flows.targets import read_choices
+    from portlm.ort_support import EXACT, ROUNDED, at_accuracy
 
+    if activations is not None and read_manifest(model).quantization is None:
+        raise UsageError(
+            f"{model} has float32 weights, and --activations is for quantized ones: "
+            "leave it out, or export with --quantize"
+        )
     entries = []
-    for choice in read_choices(engines, device, profile):
-        entries += build_choice(
-            model, choice.engine, choice.device, None if choice.profile == "auto" else choice.profile,
-            note=lambda message: click.echo(f"compile: {message}", err=True), dump=dump,
-        )  # fmt: skip
+    with at_accuracy({"float32": EXACT, "int8": ROUNDED, None: None}[activations]):
+        for choice in read_choices(engines, device, profile):
+            entries += build_choice(
+                model, choice.engine, choice.device, None if choice.profile == "auto" else choice.profile,
+                note=lambda message: click.echo(f"compile: {message}", err=True), dump=dump,
+            )  # fmt: skip
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(entry) for entry in entries], indent=2))
         return

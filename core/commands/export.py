@@ -53,18 +53,27 @@ from portlm.errors import UsageError
     metavar="TEXT",
     type=click.Path(path_type=Path),
     help="With --quantize: a text file like what the model will read. Weights are rounded for it, and what that costs "
-    "on its last tenth is measured.",
+    "on its last tenth is measured. With --cache int8 alone, only the latter.",
+)
+@click.option(
+    "--cache",
+    multiple=True,
+    type=click.Choice(["float32", "int8"]),
+    help="What keys and values are kept in while a text is written (default: float32).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
 def command(
     checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], weights: str, quantize: str | None,
-    group: str | None, asymmetric: bool, calibrate: Path | None, as_json: bool,
+    group: str | None, asymmetric: bool, calibrate: Path | None, cache: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT (from pretrain or import) to the folder OUT, and print OUT.
 
     The same checkpoint always gives the same bytes.
     """
-    if quantize is None and (group is not None or asymmetric or calibrate is not None):
+    if len(cache) > 1:
+        raise UsageError("--cache says once what keys and values are kept in: give it once")
+    kept = None if cache in ((), ("float32",)) else cache[0]
+    if quantize is None and (group is not None or asymmetric or (calibrate is not None and kept is None)):
         raise UsageError(
             "--group, --asymmetric and --calibrate say how to quantize: give --quantize int8 or int4 as well"
         )
@@ -77,12 +86,14 @@ def command(
             raise UsageError("--quantize is for ONNX graphs, and --to hf writes plain numbers: leave it out")
         if weights != "auto":
             raise UsageError("--weights is for ONNX graphs, and --to hf copies the weights: leave it out")
+        if kept is not None:
+            raise UsageError("--cache is for ONNX graphs, and --to hf writes none: leave it out")
         for note in export_hf(checkpoint, out).notes:
             click.echo(f"export: {note}", err=True)
     else:
         from portlm.artifact import read_manifest
         from portlm.flows.export import export_checkpoint
-        from portlm.quantization import described
+        from portlm.quantization import described, described_cache
 
         with warnings.catch_warnings(record=True, action="always", category=UserWarning) as caught:
             export_checkpoint(
@@ -94,10 +105,14 @@ def command(
                 group=None if group is None else int(group),
                 asymmetric=asymmetric,
                 calibrate=calibrate,
+                cache=kept,
             )
         for warning in caught:
             click.echo(f"export: {warning.message}", err=True)
-        if (quantization := read_manifest(out).quantization) is not None:
-            for line in described(quantization):
-                click.echo(f"export: {line}", err=True)
+        manifest = read_manifest(out)
+        for line in (
+            *(described(manifest.quantization) if manifest.quantization else ()),
+            *(described_cache(manifest.cache) if manifest.cache else ()),
+        ):
+            click.echo(f"export: {line}", err=True)
     click.echo(json.dumps({"path": str(out), "form": form}) if as_json else out)

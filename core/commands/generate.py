@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -69,6 +70,14 @@ TOKEN_ID = re.compile(r"-?\d{1,18}")
     help=f"End a search when enough beams have ended (yes), by estimate (no), or only by proof (never)  {OWN}no]",
 )
 @click.option(
+    "--lookup", is_flag=True, help="Guess what comes next by what the text says already; same tokens."
+)
+@click.option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    help="Guess with this smaller model on the same engine; same tokens.",
+)
+@click.option(
     "--stream/--no-stream", default=True, help="Print text as it comes, or at the end (default: as it comes)."
 )
 @click.option("--threads", type=int, help="CPU threads (default: what suits each step).")
@@ -83,6 +92,8 @@ def command(
     profile: str,
     ids: bool,
     no_special_tokens: bool,
+    lookup: bool,
+    draft: Path | None,
     stream: bool,
     threads: int | None,
     allow_fallback: bool,
@@ -105,14 +116,18 @@ def command(
     if ":" in engine:  # as the other verbs take it
         choice = Choice.parse(engine).narrowed(_said(device), _said(profile))
         engine, device, profile = choice.engine or "auto", choice.device or "auto", choice.profile or "auto"
-    with portlm.load(model, engine, device, profile, allow_fallback, threads) as session:
+    how = engine, device, profile, allow_fallback, threads
+    with (
+        portlm.load(model, *how) as session,
+        nullcontext() if draft is None else portlm.load(draft, *how) as small,
+    ):
         decoding = session.decoding(**options)
         note = session.placement().note
         if note:
             click.echo(f"generate: {session.engine.name}:{session.engine.device}: {note}", err=True)
         if sys.stderr.isatty() and (own := defaults_in_use(session, options)):
             click.echo(f"generate: {own} (generation_config.json; options change it)", err=True)
-        options["add_special_tokens"] = not no_special_tokens
+        options |= {"add_special_tokens": not no_special_tokens, "lookup": lookup, "draft": small}
         if as_json:
             result = session.generate(given, **options)
             click.echo(json.dumps(describe(session, decoding, result), ensure_ascii=False))
@@ -121,9 +136,10 @@ def command(
         result = write(session, given, stream and decoding.num_beams == 1, options, sys.stdout.buffer)
     if sys.stderr.isatty():
         stats = result.stats
+        passes = f", {stats.tokens_per_pass:.2f} per pass" if stats.drafted else ""
         click.echo(
             f"generate: {stats.prompt_tokens} tokens read in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
-            f"written at {stats.tokens_per_second:.1f}/s ({result.finish_reason}), {session!r}",
+            f"written at {stats.tokens_per_second:.1f}/s{passes} ({result.finish_reason}), {session!r}",
             err=True,
         )
 
@@ -238,4 +254,8 @@ def describe(session: Session, decoding: Decoding, result: Generation) -> dict[s
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "tokens_per_second": stats.tokens_per_second,
+        "passes": stats.passes,
+        "tokens_per_pass": stats.tokens_per_pass,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
     }

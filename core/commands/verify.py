@@ -11,8 +11,8 @@ import click
 from portlm.commands.engines import engine_options
 
 if TYPE_CHECKING:
+    from portlm.artifact import Manifest
     from portlm.flows.verify import Result
-    from portlm.quantization import Quantization
 
 
 @click.command("verify")
@@ -36,7 +36,7 @@ def command(
     The first call writes the parity certificate into the manifest; later calls measure again and compare. If an
     engine differs, the first node that does is named and the exit code is 1.
     """
-    from portlm.artifact import half_weights, read_manifest
+    from portlm.artifact import read_manifest
     from portlm.flows.targets import read_choices
     from portlm.flows.verify import verify_artifact
 
@@ -52,20 +52,18 @@ def command(
     if as_json:
         click.echo(json.dumps([result.as_dict() for result in results], indent=2))
     else:
-        manifest = read_manifest(model)
-        print_table(model, results, manifest.quantization, half_weights(manifest))
+        print_table(model, results, read_manifest(model))
     return int(any(result.problem for result in results))
 
 
-def print_table(
-    model: Path, results: list[Result], quantization: Quantization | None = None, halves: tuple[str, ...] = ()
-) -> None:
+def print_table(model: Path, results: list[Result], manifest: Manifest | None = None) -> None:
     """Print one row per target, and beneath the table what the weights are and what is wrong."""
     from rich.console import Console
 
+    from portlm.artifact import half_weights
     from portlm.commands.tables import figures
     from portlm.compile.parity import allowed_error
-    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described
+    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described, described_cache
 
     table = figures(
         f"{model}: distance from eager PyTorch",
@@ -88,9 +86,12 @@ def print_table(
     console = Console()
     if table.row_count:
         console.print(table)
-    for line in [] if quantization is None else described(quantization):
+    for line in (
+        *(described(manifest.quantization) if manifest and manifest.quantization else ()),
+        *(described_cache(manifest.cache) if manifest and manifest.cache else ()),
+    ):
         console.print(line, highlight=False, soft_wrap=True)
-    if halves:
+    if manifest and (halves := half_weights(manifest)):
         line = f"weights of 16 bits ({' and '.join(halves)}), computed with in float32"
         console.print(line, highlight=False, soft_wrap=True)
     for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from portlm.artifact import read_manifest
 from portlm.errors import UsageError
 from portlm.flows.bench import check_counts
 from portlm.flows.race.contender import Entry
@@ -45,10 +46,16 @@ def compare(
         What portlm.flows.race.race.run returns.
 
     Raises:
-        UsageError: a count below 1, prompt + tokens beyond the context, or a target that is not on the CPU.
+        UsageError: the artifact has quantized weights, a count is below 1, prompt + tokens are beyond the context, or
+            a target is not on the CPU.
         PortlmError: see portlm.flows.race.race.run.
     """
     check_counts(model, prompt, tokens, rounds)
+    if read_manifest(model).quantization is not None:
+        raise UsageError(
+            f"{model} has quantized weights alone, and rivals are given float32 ones: race an artifact of the "
+            "checkpoint, made by portlm export without --quantize"
+        )
     for target in targets:
         if target.device != "cpu":
             raise UsageError(f"rivals run on the CPU, so {target} has nobody to race: name targets on cpu")

@@ -36,6 +36,7 @@ def export(
     group: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    cache: str | None = None,
 ) -> Path:
     """Export a model that is in memory to an artifact folder, which appears complete or not at all.
 
@@ -59,6 +60,9 @@ def export(
         calibrate: a text file like what the model will read, for the tokenizer. Weights are rounded so that what they
             give on its first nine tenths changes least; what quantizing costs on the last tenth is measured, and said
             in the manifest, if the module declares roles.
+        cache: "int8" to keep keys and values in 8 bits, see portlm.ops.byte_cache; None keeps float32. The answer is
+            then that of the module with such a cache, and with `calibrate` its cost is measured, whether weights are
+            quantized or not. A module that declares no roles gives no answer.
 
     Returns:
         The artifact folder.
@@ -88,9 +92,11 @@ def export(
         group=group,
         asymmetric=asymmetric,
         calibrate=calibrate,
+        cache=cache,
     )
     if calibrate is not None and roles_of(module):
-        record_cost(target, module, read(calibrate, tokenizer, read_manifest(target).model.vocab_size))
+        text = read(calibrate, tokenizer, read_manifest(target).model.vocab_size)
+        record_cost(target, module, text, weights)
     manifest = read_manifest(target)
     if answer and not has_code(manifest):
         with rounding(module, weights):
@@ -108,10 +114,11 @@ def export_checkpoint(
     group: int | None = None,
     asymmetric: bool = False,
     calibrate: str | Path | None = None,
+    cache: str | None = None,
 ) -> Path:
     """Export a checkpoint to an artifact folder, as portlm.compile.export.export does.
 
-    After a calibration, what quantizing costs on the last tenth of the text is measured and said in the manifest.
+    With a text, what quantizing costs on the last tenth of the text is measured and said in the manifest.
     """
     from portlm.compile import export as compiler
     from portlm.compile.calibrate import read
@@ -127,11 +134,12 @@ def export_checkpoint(
         group=group,
         asymmetric=asymmetric,
         calibrate=calibrate,
+        cache=cache,
     )
     if calibrate is not None:
         module, _ = compiler.open_mapped(checkpoint)
         vocab_size = read_manifest(target).model.vocab_size
-        record_cost(target, module, read(calibrate, Tokenizer.load(checkpoint), vocab_size))
+        record_cost(target, module, read(calibrate, Tokenizer.load(checkpoint), vocab_size), weights)
     return target
 
 
@@ -174,11 +182,12 @@ def _keep_answer(module: nn.Module, folder: Path, manifest: Manifest) -> None:
     from portlm.runtimes.eager import TorchEngine
 
     declared = roles_of(module)
-    if manifest.quantization is not None and not declared:
+    if (manifest.quantization is not None or manifest.cache is not None) and not declared:
         return
     functions = declared or {"decoder": _whole_forward(module, manifest.model.vocab_size)}
     sizes = manifest.model.vocab_size, manifest.model.context_length
     engine = TorchEngine(functions, *sizes, "cpu", "native", {"cpu": 0})
+    engine.rounds_cache = manifest.cache is not None
     with answering(module), dequantized(module, folder, manifest), torch.no_grad(), without_kernels():
         parity.certify(folder, [], reference=engine)
 

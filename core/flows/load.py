@@ -50,8 +50,9 @@ def load(
 
     Args:
         path: the folder.
-        engine: "torch", "ort", "tvm", "packed", "null", or "auto": the first of ort, tvm and torch that is installed
-            and for which the folder holds what it needs; torch if there is a CUDA device that it can use.
+        engine: "torch", "ort", "tvm", "packed", "null", or "auto": packed if the folder holds what was compiled for it,
+            else the first of ort, tvm and torch that is installed and for which the folder holds what it needs; torch
+            if there is a CUDA device that it can use.
         device: "cpu", "cuda", "vulkan", or "auto": cuda for torch where there is one, otherwise cpu. Vulkan is
             never chosen by itself.
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
@@ -85,7 +86,7 @@ def load(
     except OSError as error:
         raise FormatError(f"{folder}: cannot be read: {error.strerror or error}") from error
     if engine == "auto":
-        engine, device = _choose(manifest, device, profile)
+        engine, device = _choose(folder, manifest, device, profile)
     elif device == "auto":
         device = "cuda" if engine == "torch" and _cuda_works() else "cpu"
     if device not in ENGINES[engine].devices:
@@ -181,7 +182,7 @@ def _session(engine: Engine, tokenizer: Tokenizer | str | None, config: Generati
     return Session(engine, NoTokenizer(V, tokenizer or NONE), config.eos_ids, defaults)
 
 
-def _choose(manifest: Manifest | None, device: str, profile: str) -> tuple[str, str]:
+def _choose(folder: Path, manifest: Manifest | None, device: str, profile: str) -> tuple[str, str]:
     """Engine and device for engine="auto": what is installed, prepared in the folder, and fastest."""
     if device in ("auto", "cuda") and profile in ("auto", "native") and _cuda_works():
         return "torch", "cuda"
@@ -189,6 +190,8 @@ def _choose(manifest: Manifest | None, device: str, profile: str) -> tuple[str, 
         return "torch", "cuda"  # which says what is missing
     if device == "vulkan":
         return "ort", "vulkan"
+    if manifest is not None and profile in ("auto", "fused") and _packed_runs(folder, manifest):
+        return "packed", "cpu"
     candidates = []
     if manifest is not None and profile != "native":
         candidates.append("ort")
@@ -206,6 +209,13 @@ def _choose(manifest: Manifest | None, device: str, profile: str) -> tuple[str, 
         )
     wanted = " or ".join(f"{name} (pip install 'portlm[{ENGINES[name].extra}]')" for name in candidates)
     raise EngineUnavailableError(f"no engine that can run this folder is installed: install {wanted}")
+
+
+def _packed_runs(folder: Path, manifest: Manifest) -> bool:
+    """Whether the folder holds a packed file that can be read here: an older one must be compiled again first."""
+    from portlm.runtimes.packed import holds_packed
+
+    return importlib.util.find_spec("portlm._C") is not None and holds_packed(folder, manifest)
 
 
 def _cuda_works() -> bool:

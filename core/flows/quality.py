@@ -101,31 +101,34 @@ def quality(
     return Quality(count, _perplexity(nll), _perplexity(quantized_nll), max(kl, 0.0), same)
 
 
-def record_cost(folder: Path, module: nn.Module, text: Text) -> QuantizationCost:
+def record_cost(folder: Path, module: nn.Module, text: Text, weights: str = "auto") -> QuantizationCost:
     """Measure what quantizing cost a model, on the last tenth of a text, and say so in the artifact's manifest.
 
     Args:
-        folder: the artifact, with quantized weights.
+        folder: the artifact, with quantized weights, or a cache of 8 bits, or both, whose cost is then one.
         module: the model that it was made of, in float32, which declares its roles. It is not changed.
         text: only what is held out of it is read, up to MOST_TOKENS.
+        weights: what the artifact's matrices were rounded to, see compile/halves.py: that is a part of the cost.
 
     Raises:
         UsageError, PortlmError: as quality().
     """
+    from portlm.compile.halves import rounding
     from portlm.compile.quantized_module import dequantized
     from portlm.models.modes import answering
     from portlm.models.roles import roles_of
     from portlm.runtimes.eager import TorchEngine
 
     manifest = read_manifest(folder)
-    if manifest.quantization is None:
-        raise UsageError(f"{folder} holds float32 weights: there is no cost to measure")
+    if manifest.quantization is None and manifest.cache is None:
+        raise UsageError(f"{folder} holds float32 weights and keeps float32: there is no cost to measure")
     twin = copy.deepcopy(module)
     sizes = manifest.model.vocab_size, manifest.model.context_length
     own, other = (
         TorchEngine(roles_of(each) or {}, *sizes, "cpu", "native", {"cpu": 0}) for each in (module, twin)
     )
-    with answering(module), answering(twin), dequantized(twin, folder, manifest):
+    other.rounds_cache = manifest.cache is not None
+    with answering(module), answering(twin), rounding(twin, weights), dequantized(twin, folder, manifest):
         found = quality(own, other, text.held_out[:MOST_TOKENS], before=text.before)
     cost = QuantizationCost(
         tokens=found.tokens,
@@ -135,8 +138,11 @@ def record_cost(folder: Path, module: nn.Module, text: Text) -> QuantizationCost
         top1=found.top1,
         text=f"the end of {Path(text.name).name}, which was not calibrated with",
     )
-    said = replace(manifest.quantization, cost=cost)
-    write_manifest(folder, replace(manifest, quantization=said))
+    if manifest.quantization is not None:
+        manifest = replace(manifest, quantization=replace(manifest.quantization, cost=cost))
+    elif manifest.cache is not None:
+        manifest = replace(manifest, cache=replace(manifest.cache, cost=cost))
+    write_manifest(folder, manifest)
     return cost
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 _TOOLS = {
     "adamw_cuda",
+    "byte_cache",
     "compiled",
     "cuda",
     "gelu_mlp_bf16",

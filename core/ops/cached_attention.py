@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
+from portlm.ops.byte_cache import is_rounded, kept
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import FAR, Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
@@ -73,6 +74,8 @@ def cached_attention(
         ValueError: the shapes do not fit; the message names them.
     """
     _check(q, k, v, past_key, past_value, mask)
+    if is_rounded():
+        k, v = kept(k), kept(v)
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, past_key, past_value))
     if needs_gradient or not has_kernel(q, k, v, past_key, past_value):
         return cached_attention_reference(q, k, v, past_key, past_value, mask, scale)
@@ -168,6 +171,27 @@ def attention_bias(g: Builder, attention_mask: str, group: int) -> str:
     )
 
 
+def stacked_heads(g: Builder, q: str, name: str, H: int, K: int, D: int) -> str:
+    """Return queries (B, T, H, D) with those that share a key/value head stacked along time, (B, K, G*T, D)."""
+    group = H // K
+    if group == 1:
+        return g.op("Transpose", (q,), f"{name}.queries", perm=[0, 2, 1, 3])  # (B, H, T, D)
+    q = g.op("Reshape", (q, g.ints(0, 0, K, group, D)), f"{name}.groups")
+    q = g.op("Transpose", (q,), f"{name}.grouped", perm=[0, 2, 3, 1, 4])  # (B, K, G, T, D)
+    return g.op("Reshape", (q, g.ints(0, 0, -1, D)), f"{name}.queries")  # (B, K, G*T, D)
+
+
+def unstacked_heads(g: Builder, context: str, name: str, H: int, K: int, D: int) -> None:
+    """Write what such queries found (B, K, G*T, D) as the value (B, T, H*D) of this name."""
+    group = H // K
+    if group == 1:
+        context = g.op("Transpose", (context,), f"{name}.joined", perm=[0, 2, 1, 3])  # (B, T, H, D)
+    else:
+        context = g.op("Reshape", (context, g.ints(0, 0, group, -1, D)), f"{name}.ungrouped")
+        context = g.op("Transpose", (context,), f"{name}.joined", perm=[0, 3, 1, 2, 4])  # (B, T, K, G, D)
+    g.op("Reshape", (context, g.ints(0, 0, H * D)), name)
+
+
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
     """Attention over the cache in plain products.
 
@@ -185,23 +209,13 @@ def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attribu
     values = g.op("Concat", (past_value, values), present_value, axis=2)
 
     q = g.op("Mul", (q, g.scalar(attributes["scale"])), f"{out}.scaled")
-    if group == 1:
-        q = g.op("Transpose", (q,), f"{out}.queries", perm=[0, 2, 1, 3])  # (B, H, T, D)
-    else:
-        q = g.op("Reshape", (q, g.ints(0, 0, K, group, D)), f"{out}.groups")
-        q = g.op("Transpose", (q,), f"{out}.grouped", perm=[0, 2, 3, 1, 4])  # (B, K, G, T, D)
-        q = g.op("Reshape", (q, g.ints(0, 0, -1, D)), f"{out}.queries")  # (B, K, G*T, D)
+    q = stacked_heads(g, q, out, H, K, D)
     across = g.op("Transpose", (keys,), f"{out}.keys_across", perm=[0, 1, 3, 2])  # (B, K, D, P+T)
     scores = g.op("MatMul", (q, across), f"{out}.scores")  # (B, K, G*T, P+T)
     biased = g.op("Add", (scores, bias), f"{out}.biased")
     shares = g.op("Softmax", (biased,), f"{out}.shares", axis=-1)
     context = g.op("MatMul", (shares, values), f"{out}.context")  # (B, K, G*T, D)
-    if group == 1:
-        context = g.op("Transpose", (context,), f"{out}.joined", perm=[0, 2, 1, 3])  # (B, T, H, D)
-    else:
-        context = g.op("Reshape", (context, g.ints(0, 0, group, -1, D)), f"{out}.ungrouped")
-        context = g.op("Transpose", (context,), f"{out}.joined", perm=[0, 3, 1, 2, 4])  # (B, T, K, G, D)
-    g.op("Reshape", (context, g.ints(0, 0, H * D)), out)
+    unstacked_heads(g, context, out, H, K, D)
 
 
 def _read(arguments: Mapping[str, Any]) -> Attributes:
@@ -244,5 +258,10 @@ SPEC = OpSpec(
             portable=_portable,
         ),
     ),
-    functions=("append_cache", "cached_attention"),  # TVM's lowering is compile/tvm_fused.py
+    functions=(
+        "append_cache",
+        "cached_attention",
+        "columns",
+        "join_columns",
+    ),  # TVM's lowering is compile/tvm_fused.py
 )

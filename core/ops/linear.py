@@ -157,4 +157,5 @@ SPEC = OpSpec(
             tvm="linear",
         ),
     ),
+    functions=("panel_linear", "panel_linear_no_bias", "panel_rows"),  # of weights, which are put in panels
 )

@@ -67,8 +67,8 @@ class Input:
 
     Attributes:
         name: of both.
-        dtype: "float32", "int64", "uint8" for a weight of small whole numbers, or several that it may have, as
-            "float16|bfloat16" for a weight of 16 bits.
+        dtype: "float32", "int64", "int8" of a cache, "uint8" for a weight of small whole numbers, or several that it
+            may have, as "float16|bfloat16" for a weight of 16 bits.
         optional: may be absent.
         heads: the attribute that counts the heads which lie side by side in the node's last axis, (B, T, H*D). The
             PyTorch op and the portable form see them apart, (B, T, H, D).
@@ -115,6 +115,7 @@ class Node:
         shapes: (shapes of the inputs, None for an absent one; attributes) -> shapes of the outputs.
         portable: (builder, inputs, outputs, attributes): writes the node in standard operators. An absent input is "".
         attributes: in the order that TVM's function takes them.
+        kinds: types of the outputs; () if all are float32.
         read: arguments of the PyTorch op by name -> attributes of the node. A ValueError says why there is none.
         output_heads: the first output's counterpart of Input.heads.
         named_after: a node is called after the module of its weight. Without one, after the module that it was computed
@@ -134,6 +135,7 @@ class Node:
     shapes: Callable[[Sequence[Any], Attributes], Sequence[Shape]]
     portable: Callable[[Any, Sequence[str], Sequence[str], Attributes], object]
     attributes: tuple[Attribute, ...] = ()
+    kinds: tuple[str, ...] = ()
     read: Callable[[Mapping[str, Any]], Attributes] = lambda arguments: {}
     output_heads: str = ""
     named_after: str = ""

@@ -10,6 +10,7 @@
 
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_tile.h"
+#include "cpu/watched.h"
 
 namespace portlm::PORTLM_ISA {
 namespace {
@@ -27,35 +28,45 @@ int64_t strip_stride(int64_t K) { return round_up(pairs(K), 16) + 16; }
 __mmask16 first16(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1u); }
 __mmask32 first32(int64_t n) { return n >= 32 ? 0xFFFFFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
 
+// A row of which a mask chooses the first elements.
+template <typename T>
+const T* chosen(const T* row, __mmask16 columns) {
+  return watched(row, __builtin_popcount(columns));
+}
+
 // 32 elements from p[0], of which `n` exist, as bfloat16.
 __m512i load32(const float* p, int64_t n) {
+  watched(p, n < 32 ? n : 32);
   const __m512 lo = _mm512_maskz_loadu_ps(first16(n), p), hi = _mm512_maskz_loadu_ps(first16(n - 16), p + 16);
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
 }
-__m512i load32(const uint16_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), p); }
+__m512i load32(const uint16_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), watched(p, n < 32 ? n : 32)); }
 
 // 16 columns of two rows as 16 pairs.
 __m512i pair16(const float* row, const float* next, __mmask16 columns, __mmask16 next_columns) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512 lo = _mm512_maskz_loadu_ps(columns, row), hi = _mm512_maskz_loadu_ps(next_columns, next);
+  const __m512 lo = _mm512_maskz_loadu_ps(columns, chosen(row, columns));
+  const __m512 hi = _mm512_maskz_loadu_ps(next_columns, chosen(next, next_columns));
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
   return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
 }
 __m512i pair16(const uint16_t* row, const uint16_t* next, __mmask16 columns, __mmask16 next_columns) {
-  const __m512i lo = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, row));
-  const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next_columns, next));
+  const __m512i lo = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, chosen(row, columns)));
+  const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next_columns, chosen(next, next_columns)));
   return _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
 }
 // The same for 8 columns.
 __m256i pair8(const float* row, const float* next, __mmask8 columns, __mmask8 next_columns) {
   alignas(32) static constexpr uint16_t kOrder[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
-  const __m256 lo = _mm256_maskz_loadu_ps(columns, row), hi = _mm256_maskz_loadu_ps(next_columns, next);
+  const __m256 lo = _mm256_maskz_loadu_ps(columns, chosen(row, columns));
+  const __m256 hi = _mm256_maskz_loadu_ps(next_columns, chosen(next, next_columns));
   const __m256i both = reinterpret_cast<__m256i>(_mm256_cvtne2ps_pbh(hi, lo));
   return _mm256_permutexvar_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(kOrder)), both);
 }
 __m256i pair8(const uint16_t* row, const uint16_t* next, __mmask8 columns, __mmask8 next_columns) {
-  const __m128i lo = _mm_maskz_loadu_epi16(columns, row), hi = _mm_maskz_loadu_epi16(next_columns, next);
+  const __m128i lo = _mm_maskz_loadu_epi16(columns, chosen(row, columns));
+  const __m128i hi = _mm_maskz_loadu_epi16(next_columns, chosen(next, next_columns));
   return _mm256_set_m128i(_mm_unpackhi_epi16(lo, hi), _mm_unpacklo_epi16(lo, hi));
 }
 
@@ -126,10 +137,11 @@ void tile_of_rows(int64_t K, const uint32_t* a, const uint32_t* panel, const Bf1
   for (int v = 0; v < 4; ++v) {
     const __mmask16 lanes = first16(to.columns - 16 * v);
     if (!lanes) break;
-    const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(lanes, to.bias + 16 * v) : _mm512_setzero_ps();
+    const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(lanes, chosen(to.bias + 16 * v, lanes)) : _mm512_setzero_ps();
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       float* const at = to.C + r * to.ldc + 16 * v;
+      chosen(at, lanes);
       __m512 sum = to.bias ? _mm512_add_ps(c[r][v], bias) : c[r][v];
       if (to.accumulate) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, at), sum);
       _mm512_mask_storeu_ps(at, lanes, sum);
@@ -150,7 +162,10 @@ void run_tile(int64_t R, int64_t K, const void* strip, bool transposed, const vo
 }
 
 void round_all(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += 32) _mm512_mask_storeu_epi16(to + i, first32(count - i), load32(from + i, count - i));
+  for (int64_t i = 0; i < count; i += 32) {
+    watched(to + i, count - i < 32 ? count - i : 32);
+    _mm512_mask_storeu_epi16(to + i, first32(count - i), load32(from + i, count - i));
+  }
 }
 
 float chains(int64_t turns) {

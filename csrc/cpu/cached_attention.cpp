@@ -1,155 +1,12 @@
-// Attention over a key/value cache: new queries against all positions so far. Forward only. Here for a few queries,
-// as generation has; many, as a prompt has, take the tiles of attention.cpp.
-//
-// The cache is read once per block of queries that share it: the G query heads of a key/value head, and up to
-// kRows of their T queries, go through it together. The softmax is online (Milakov and Gimelshein 2018), over blocks
-// of kSlots positions, so nothing of length S is stored.
-#include <algorithm>
-#include <cmath>
+// Attention over a key/value cache: new queries against all positions so far. Forward only. A few queries, as
+// generation has, go through cached_queries.h; many, as a prompt has, take the tiles of attention.cpp.
 #include <cstring>
-#include <limits>
-#include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/cached_queries.h"
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/vecmath.h"
 
 namespace portlm::PORTLM_ISA {
-namespace {
-
-constexpr int kRows = 4;
-constexpr int64_t kSlots = 64;
-constexpr int64_t kWorkPerThread = 1 << 17;  // multiply-adds that are worth waking a thread
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-
-struct Cache {
-  const float* keys;    // (S, D) of one head
-  const float* values;  // (S, D)
-  const int64_t* mask;  // (S), or nullptr
-  int64_t D;
-  float scale;
-};
-
-// One query: where it is, where its result goes, and the number of positions before which it sees.
-struct Query {
-  const float* q;
-  float* out;
-  int64_t limit;
-};
-
-// scores[r][j] = q_r . key_(first + j) * scale, or -inf where query r must not look.
-template <int R>
-void score(const Cache& cache, const Query (&query)[R], int64_t first, int64_t count, float (&scores)[R][kSlots]) {
-  const int64_t D = cache.D;
-  for (int64_t j = 0; j < count; ++j) {
-    const float* key = cache.keys + (first + j) * D;
-    Vec dot[R];
-    for (int r = 0; r < R; ++r) dot[r] = Vec(0.0f);
-    for_each_vec(
-        D,
-        [&](int64_t d) {
-          const Vec k = Vec::load(key + d);
-          for (int r = 0; r < R; ++r) dot[r] = fma(Vec::load(query[r].q + d), k, dot[r]);
-        },
-        [&](int64_t d, int64_t n) {
-          const Vec k = Vec::load(key + d, n);
-          for (int r = 0; r < R; ++r) dot[r] = fma(Vec::load(query[r].q + d, n), k, dot[r]);
-        });
-    const bool present = !cache.mask || cache.mask[first + j] != 0;
-    for (int r = 0; r < R; ++r)
-      scores[r][j] = present && first + j < query[r].limit ? sum(dot[r]) * cache.scale : kHidden;
-  }
-}
-
-// Turns a row of scores into exp(score - max), in place, and returns their sum.
-float exponentials(float* row, int64_t count, float max) {
-  Vec total(0.0f);
-  float rest = 0.0f;
-  for_each_vec(
-      count,
-      [&](int64_t j) {
-        const Vec s = Vec::load(row + j), e = where_lt(s, Vec(-1e30f), Vec(0.0f), exp(s - Vec(max)));
-        e.store(row + j);
-        total += e;
-      },
-      [&](int64_t j, int64_t n) {
-        const Vec s = Vec::load(row + j, n), e = where_lt(s, Vec(-1e30f), Vec(0.0f), exp(s - Vec(max)));
-        e.store(row + j, n);
-        for (int64_t i = j; i < j + n; ++i) rest += row[i];
-      });
-  return sum(total) + rest;
-}
-
-// sums[r] = sums[r] * shrink[r] + sum over j of weights[r][j] * value_(first + j)
-template <int R>
-void add_values(const Cache& cache, int64_t first, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
-                float* sums) {
-  const int64_t D = cache.D;
-  const float* values = cache.values + first * D;
-  const auto columns = [&](int64_t d, auto load, auto store) {
-    Vec a[R];
-    for (int r = 0; r < R; ++r) a[r] = load(sums + r * D + d) * Vec(shrink[r]);
-    for (int64_t j = 0; j < count; ++j) {
-      const Vec v = load(values + j * D + d);
-      for (int r = 0; r < R; ++r) a[r] = fma(Vec(weights[r][j]), v, a[r]);
-    }
-    for (int r = 0; r < R; ++r) store(a[r], sums + r * D + d);
-  };
-  for_each_vec(
-      D,
-      [&](int64_t d) {
-        columns(d, [](const float* p) { return Vec::load(p); }, [](Vec v, float* p) { v.store(p); });
-      },
-      [&](int64_t d, int64_t n) {
-        columns(d, [n](const float* p) { return Vec::load(p, n); }, [n](Vec v, float* p) { v.store(p, n); });
-      });
-}
-
-template <int R>
-void attend(const Cache& cache, const Query* queries, float* sums) {
-  Query query[R];
-  int64_t end = 0;
-  for (int r = 0; r < R; ++r) {
-    query[r] = queries[r];
-    end = std::max(end, query[r].limit);
-  }
-  float max[R], total[R], scores[R][kSlots];
-  for (int r = 0; r < R; ++r) max[r] = kHidden, total[r] = 0.0f;
-  std::fill(sums, sums + R * cache.D, 0.0f);
-  for (int64_t first = 0; first < end; first += kSlots) {
-    const int64_t count = std::min(kSlots, end - first);
-    score<R>(cache, query, first, count, scores);
-    float shrink[R];
-    for (int r = 0; r < R; ++r) {
-      const float top = std::max(max[r], *std::max_element(scores[r], scores[r] + count));
-      if (top == kHidden) {  // nothing seen so far
-        std::fill(scores[r], scores[r] + count, 0.0f);
-        shrink[r] = 1.0f;
-        continue;
-      }
-      shrink[r] = max[r] == kHidden ? 0.0f : std::exp(max[r] - top);
-      total[r] = total[r] * shrink[r] + exponentials(scores[r], count, top);
-      max[r] = top;
-    }
-    add_values<R>(cache, first, count, scores, shrink, sums);
-  }
-  for (int r = 0; r < R; ++r) {
-    const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];  // 0 for a query that sees nothing; NaN stays NaN
-    for (int64_t d = 0; d < cache.D; ++d) query[r].out[d] = sums[r * cache.D + d] * inverse;
-  }
-}
-
-void attend(const Cache& cache, const Query* queries, int64_t count, float* sums) {
-  switch (count) {
-    case 1: return attend<1>(cache, queries, sums);
-    case 2: return attend<2>(cache, queries, sums);
-    case 3: return attend<3>(cache, queries, sums);
-    default: return attend<kRows>(cache, queries, sums);
-  }
-}
-
-}  // namespace
 
 void append_cache(const float* past, const float* fresh, float* present, int64_t B, int64_t K, int64_t P, int64_t T, int64_t D) {
   const int64_t S = P + T;
@@ -170,23 +27,9 @@ void cached_attention(const float* q, const float* keys, const float* values, in
   if (B == 0 || T == 0 || H == 0 || D == 0) return;
   if (T >= kTiledQueries)
     return attend_to_cache(q, keys, values, batch_stride, head_stride, mask, scale, out, B, T, S, H, K, D);
-  const int64_t G = H / K, rows = T * G, blocks = (rows + kRows - 1) / kRows;  // of one key/value head
-  const int64_t work = 2 * kRows * S * D;
-  parallel_for(B * K * blocks, kWorkPerThread / (work + 1) + 1, [=](int64_t begin, int64_t end) {
-    std::vector<float> sums(static_cast<size_t>(kRows * D));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i % blocks, k = i / blocks % K, b = i / blocks / K;
-      const int64_t head = b * batch_stride + k * head_stride;
-      const Cache cache{keys + head, values + head, mask ? mask + b * S : nullptr, D, scale};
-      Query queries[kRows];
-      const int64_t first = block * kRows, count = std::min<int64_t>(kRows, rows - first);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t t = (first + r) / G, h = k * G + (first + r) % G;
-        const int64_t at = ((b * T + t) * H + h) * D;
-        queries[r] = {q + at, out + at, S - T + t + 1};
-      }
-      attend(cache, queries, count, sums.data());
-    }
+  attend_in_blocks<float>(q, out, B, T, S, H, K, D, [=](int64_t b, int64_t k) {
+    const int64_t head = b * batch_stride + k * head_stride;
+    return Cache<float>{keys + head, values + head, nullptr, nullptr, mask ? mask + b * S : nullptr, D, scale};
   });
 }
 

@@ -7,9 +7,6 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -137,17 +134,6 @@ const char* const* usable_isas() {
 
 void visit_calls(Visit visit, void* context) {
   for (const Isa& isa : kIsas) isa.visit(visit, context, isa.name);
-}
-
-int set_threads(int count) {
-#ifdef _OPENMP
-  const int before = omp_get_max_threads();
-  omp_set_num_threads(count);
-  return before;
-#else
-  (void)count;
-  return 1;
-#endif
 }
 
 }  // namespace portlm

@@ -2,20 +2,13 @@
 // while the thread that computed the part still has it in its cache.
 //
 // Backward recomputes GELU from the input it had: that shares its exponential with the slope, and saves one of the two
-// hidden layers that PyTorch keeps. Rows go through in chunks, so that what lies between the products stays small.
-#include "cpu/gelu.h"
+// hidden layers that PyTorch keeps.
 #include "cpu/gemm.h"
+#include "cpu/hidden.h"
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
 
 namespace portlm::PORTLM_ISA {
 namespace {
-
-// Rows of a chunk: 8 MB of the hidden layer, but enough rows that packing the weights again does not matter.
-int64_t chunk_rows(int64_t F) {
-  constexpr int64_t kFloats = 1 << 21, kLeast = 512;
-  return kFloats / (F + 1) > kLeast ? kFloats / (F + 1) : kLeast;
-}
 
 // Arrays (rows, F) of one chunk.
 struct Hidden {
@@ -28,26 +21,14 @@ struct Hidden {
 template <typename Form>
 void activate(void* context, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const Hidden& h = *static_cast<const Hidden*>(context);
-  for (int64_t i = i0; i < i1; ++i) {
-    const float* const pre = h.pre + i * h.F + j0;
-    float* const value = h.value + i * h.F + j0;
-    for_lanes(j1 - j0, [=](int64_t j, auto lanes) { store(Form::value(load(pre + j, lanes)), value + j, lanes); });
-  }
+  for (int64_t at = i0 * h.F + j0; at < i1 * h.F; at += h.F) gelu_run<Form>(h.pre + at, h.value + at, j1 - j0);
 }
 
 template <typename Form>
 void differentiate(void* context, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const Hidden& h = *static_cast<const Hidden*>(context);
-  for (int64_t i = i0; i < i1; ++i) {
-    const float* const pre = h.pre + i * h.F + j0;
-    float *const value = h.value + i * h.F + j0, *const grad = h.grad + i * h.F + j0;
-    for_lanes(j1 - j0, [=](int64_t j, auto lanes) {
-      Vec v;
-      const Vec slope = Form::slope(load(pre + j, lanes), v);
-      store(load(grad + j, lanes) * slope, grad + j, lanes);
-      store(v, value + j, lanes);
-    });
-  }
+  for (int64_t at = i0 * h.F + j0; at < i1 * h.F; at += h.F)
+    gelu_run_bwd<Form>(h.pre + at, h.value + at, h.grad + at, j1 - j0);
 }
 
 }  // namespace

@@ -1,17 +1,11 @@
 // The perceptron of gelu_mlp.cpp with operands rounded to bfloat16. GELU is computed in float32 on each part of the hidden
 // layer while it is in the cache: what goes to memory is rounded, what backward needs and what the second product takes.
-#include "cpu/gelu.h"
 #include "cpu/gemm_bf16.h"
+#include "cpu/hidden.h"
 #include "cpu/kernels.h"
 
 namespace portlm::PORTLM_ISA {
 namespace {
-
-// Rows of a chunk: 4 MB of the hidden layer, but enough rows that packing the weights again does not matter.
-int64_t chunk_rows(int64_t F) {
-  constexpr int64_t kElements = 1 << 21, kLeast = 512;
-  return kElements / (F + 1) > kLeast ? kElements / (F + 1) : kLeast;
-}
 
 // Arrays (rows, F) of one chunk.
 struct Hidden {
@@ -35,7 +29,7 @@ void activate(void* context, float* part, int64_t ld, int64_t i0, int64_t i1, in
   const Bf16Tiles& tiles = bf16_tiles();
   for_runs(h, part, ld, i0, i1, j0, j1, [&](float* pre, int64_t at, int64_t count) {
     if (h.pre) tiles.round(pre, h.pre + at, count);
-    for_lanes(count, [=](int64_t j, auto lanes) { store(Form::value(load(pre + j, lanes)), pre + j, lanes); });
+    gelu_run<Form>(pre, pre, count);
     tiles.round(pre, h.value + at, count);
   });
 }
@@ -48,12 +42,7 @@ void differentiate(void* context, float* part, int64_t ld, int64_t i0, int64_t i
     alignas(64) float pre[kRun];
     float* const value = pre;  // takes the place of pre
     widen(h.pre + at, pre, count);
-    for_lanes(count, [=](int64_t j, auto lanes) {
-      Vec v;
-      const Vec slope = Form::slope(load(value + j, lanes), v);
-      store(load(grad + j, lanes) * slope, grad + j, lanes);
-      store(v, value + j, lanes);
-    });
+    gelu_run_bwd<Form>(pre, value, grad, count);
     tiles.round(grad, h.grad + at, count);
     tiles.round(value, h.value + at, count);
   });

@@ -1,17 +1,11 @@
 // The perceptron relu(x W1^T + b1)^2 W2^T + b2: its matrix products, with the square taken of each part of the hidden
 // layer while the thread that computed the part still has it in its cache.
 #include "cpu/gemm.h"
+#include "cpu/hidden.h"
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
 
 namespace portlm::PORTLM_ISA {
 namespace {
-
-// Rows that go through at a time: 8 MB of the hidden layer, but enough that packing the weights again does not matter.
-int64_t chunk_rows(int64_t F) {
-  constexpr int64_t kFloats = 1 << 21, kLeast = 512;
-  return kFloats / (F + 1) > kLeast ? kFloats / (F + 1) : kLeast;
-}
 
 // Arrays (rows, F) of one chunk.
 struct Hidden {

@@ -14,6 +14,17 @@ void swiglu_fwd(const float* gate, const float* up, float* y, int64_t n) {
   });
 }
 
+void swiglu_halves(const float* x, float* y, int64_t rows, int64_t F) {
+  parallel_for(rows, kElementwiseGrain / (F + 1) + 1, [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float *gate = x + 2 * r * F, *up = gate + F;
+      for_lanes(F, [=](int64_t i, auto lanes) {
+        store(silu(load(gate + i, lanes)) * load(up + i, lanes), y + r * F + i, lanes);
+      });
+    }
+  });
+}
+
 void swiglu_bwd(const float* dy, const float* gate, const float* up, float* dgate, float* dup, int64_t n) {
   parallel_for(n, kElementwiseGrain, [=](int64_t begin, int64_t end) {
     for_lanes(end - begin, [=](int64_t j, auto lanes) {

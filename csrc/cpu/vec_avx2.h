@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/lanes.h"
+#include "cpu/watched.h"
 
 namespace portlm::PORTLM_ISA {
 
@@ -15,9 +16,12 @@ struct Vec {
   Vec(__m256 x) : v(x) {}
   Vec(float x) : v(_mm256_set1_ps(x)) {}
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
-  static Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(p, mask(n)); }
+  static Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(watched(p, n), mask(n)); }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
+  void store(float* p, int64_t n) const {
+    watched(p, n);
+    _mm256_maskstore_ps(p, mask(n), v);
+  }
   static __m256i mask(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

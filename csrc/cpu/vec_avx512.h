@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/lanes.h"
+#include "cpu/watched.h"
 
 namespace portlm::PORTLM_ISA {
 
@@ -15,9 +16,12 @@ struct Vec {
   Vec(__m512 x) : v(x) {}
   Vec(float x) : v(_mm512_set1_ps(x)) {}
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
-  static Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }  // lanes >= n are 0
+  static Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask(n), watched(p, n)); }  // lanes >= n are 0
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+  void store(float* p, int64_t n) const {
+    watched(p, n);
+    _mm512_mask_storeu_ps(p, mask(n), v);
+  }
   static __mmask16 mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }  // 0 <= n <= 16
 };
 inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }

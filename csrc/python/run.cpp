@@ -44,12 +44,15 @@ py::tuple shape_of(const Spec& spec) {
   return py::tuple(sizes);
 }
 
+const char* name_of(Dtype dtype) {
+  return dtype == Dtype::float32 ? "float32" : dtype == Dtype::bytes ? "int8" : "int64";
+}
+
 // (name, output, dtype, shape, below) of each
 py::list specs(const std::vector<Spec>& specs) {
   py::list all;
   for (const Spec& spec : specs)
-    all.append(py::make_tuple(spec.name, spec.output, spec.dtype == Dtype::float32 ? "float32" : "int64", shape_of(spec),
-                              spec.below));
+    all.append(py::make_tuple(spec.name, spec.output, name_of(spec.dtype), shape_of(spec), spec.below));
   return all;
 }
 
@@ -130,6 +133,16 @@ void bind_run(py::module_& m) {
       .def("run", &call)
       .def("advance", &advance)
       .def_property_readonly("steps", [](const Runner& runner) { return runner.program->role().steps.size(); })
+      .def("watch", [](Runner& runner) { runner.program->watch(); })
+      // (name, opcode, nanoseconds) of each step
+      .def("times",
+           [](const Runner& runner) {
+             py::list all;
+             const auto& steps = runner.program->role().steps;
+             for (size_t s = 0; s < runner.program->least().size(); ++s)
+               all.append(py::make_tuple(steps[s].name, static_cast<uint32_t>(steps[s].opcode), runner.program->least()[s]));
+             return all;
+           })
       .def_property_readonly("can_advance", [](const Runner& runner) { return runner.generator != nullptr; })
       .def("logits", [](const Runner& runner) { return reinterpret_cast<uintptr_t>(runner.generator->logits()); });
   py::class_<PackedFile>(m, "PackedFile", "A packed.portlm, mapped and checked (docs/packed.md).")

@@ -6,6 +6,7 @@
 #include <new>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace portlm::run {
 namespace {
@@ -90,6 +91,7 @@ Status Generator::run(Cache& cache, int64_t* lengths, int64_t* tokens, std::vect
   using Clock = std::chrono::steady_clock;
   const int64_t B = cache.rows(), zero = 0;
   made = 0, bad = -1;
+  const OwnThreads own;
   try {
     logits_.resize(static_cast<size_t>(B * width_));
     if (mask_ != kNone) marks_.resize(static_cast<size_t>(B * (cache.past() + limits.tokens)));  // of all steps to come

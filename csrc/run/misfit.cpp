@@ -184,31 +184,78 @@ void norm(const Call& call, bool has_bias, bool has_residual) {
   call.output(1, x);
 }
 
-void rotary(const Call& call) {
-  call.counts(4, 1, 2);
+void swiglu(const Call& call) {
+  if (call.step().inputs.size() == 2) {
+    call.counts(2, 1);
+    need(call.shape(0) == call.shape(1), "multiplies two shapes");
+    return call.output(0, call.shape(0));
+  }
+  call.counts(1, 1);
+  const int64_t width = call.rowwise(0).back().size;
+  need(width % 2 == 0, "needs two halves");
+  call.output_columns(0, call.shape(0), width / 2);
+}
+
+// The tables of a rotation (L, R / 2), and a position for each token; returns R.
+int64_t rotation(const Call& call) {
   int64_t L = 0, half = 0;
   call.fixed(2, {&L, &half});
   call.fixed(3, {&L, &half});
-  const int64_t H = call.step().ints[0];
-  call.columns(0, call.step().ints[1], H, 2 * half);
   need(call.shape(1, Dtype::int64) == Shape{{0, kBatch}, {0, kSequence}}, "needs a position for each token");
-  call.output_columns(0, call.shape(0), H * 2 * half);
+  return 2 * half;
 }
 
-void attention(const Call& call) {
-  call.counts(6, 1, 5, 1);
-  const Value &keys = call.value(3), &values = call.value(4);
-  need(keys.kind == Kind::state && values.kind == Kind::state && &keys != &values && keys.shape == values.shape,
-       "needs two states");
+void rotary(const Call& call) {
+  call.counts(4, 1, 2);
+  const int64_t H = call.step().ints[0], D = rotation(call);
+  call.columns(0, call.step().ints[1], H, D);
+  call.output_columns(0, call.shape(0), H * D);
+}
+
+// ints: the width of a head, and for each part its heads, first column, columns from head to head and whether it is turned.
+void heads(const Call& call) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const size_t count = call.step().ints.size();
+  need(count % 4 == 1 && count > 1, "has no parts");
+  call.counts(4, 1, count);
+  const int64_t D = call.number(0, rotation(call), kMost), W = call.columns(0, 0, 1, 1);
+  int64_t width = 0;
+  for (size_t i = 1; i < count; i += 4) {
+    const int64_t H = call.number(i, 1, kMost), first = call.number(i + 1, 0, kMost), stride = call.number(i + 2, D, kMost);
+    call.number(i + 3, 0, 1);
+    need((H - 1) * stride + first + D <= W, "reads columns that " + call.value(0).name + " does not have");
+    width += H * D;  // at most W for each of few parts
+  }
+  call.output_columns(0, call.shape(0), width);
+}
+
+// A state (batch, K, past, D).
+void expect_state(const Call& call, size_t i, Dtype dtype, int64_t K, int64_t D) {
+  const Value& found = call.value(i);
+  const bool fits = found.kind == Kind::state && found.dtype == dtype && found.shape[1].size == K && found.shape[3].size == D;
+  need(fits, "cannot keep its slots in " + found.name);
+}
+
+// Queries, keys and values, then the states that take them, each of bytes with its scales, then a mask.
+void attention(const Call& call, bool quantized) {
+  call.counts(quantized ? 8 : 6, 1, 5, 1);
+  const Value& keys = call.value(3);
+  need(keys.kind == Kind::state, "needs states");
   const int64_t K = keys.shape[1].size, D = keys.shape[3].size;
+  for (size_t i = 3; i + 1 < call.step().inputs.size(); ++i) {
+    const bool scales = quantized && i % 2 == 0;
+    expect_state(call, i, quantized && !scales ? Dtype::bytes : Dtype::float32, K, scales ? 1 : D);
+    for (size_t j = 3; j < i; ++j) need(call.step().inputs[i] != call.step().inputs[j], "needs states that differ");
+  }
   const int64_t H = call.number(0, K, int64_t{1} << 31);
   call.number(1, K, K);
   need(H % K == 0, "shares heads unevenly");
   call.columns(0, call.step().ints[2], H, D);
   call.columns(1, call.step().ints[3], K, D);
   call.columns(2, call.step().ints[4], K, D);
-  if (call.has(5))
-    need(call.shape(5, Dtype::int64) == Shape{{0, kBatch}, {0, kPast | kSequence}}, "needs a mask of all slots");
+  const size_t mask = quantized ? 7 : 5;
+  if (call.has(mask))
+    need(call.shape(mask, Dtype::int64) == Shape{{0, kBatch}, {0, kPast | kSequence}}, "needs a mask of all slots");
   call.output_columns(0, call.shape(0), H * D);
 }
 
@@ -226,12 +273,11 @@ void check(const Role& role, const Step& step) {
     case Opcode::add_layer_norm: return norm(call, true, true);
     case Opcode::rms_norm: return norm(call, false, false);
     case Opcode::add_rms_norm: return norm(call, false, true);
-    case Opcode::swiglu:
-      call.counts(2, 1);
-      need(call.shape(0) == call.shape(1), "multiplies two shapes");
-      return call.output(0, call.shape(0));
+    case Opcode::swiglu: return swiglu(call);
     case Opcode::rotary: return rotary(call);
-    case Opcode::attention: return attention(call);
+    case Opcode::attention: return attention(call, false);
+    case Opcode::quantized_attention: return attention(call, true);
+    case Opcode::heads: return heads(call);
   }
   need(false, "is unknown");
 }
@@ -242,7 +288,7 @@ std::string misfit(const Role& role) {
   try {
     for (const Spec& state : role.states) {
       const Shape& shape = state.shape;
-      const bool fits = state.dtype == Dtype::float32 && shape.size() == 4 && shape[0].symbols == kBatch &&
+      const bool fits = (state.dtype == Dtype::float32 || state.dtype == Dtype::bytes) && shape.size() == 4 && shape[0].symbols == kBatch &&
                         shape[1].symbols == 0 && shape[2].symbols == kPast && shape[3].symbols == 0;
       need(fits, "state " + state.name + " is no cache of keys or values");
     }
@@ -261,7 +307,8 @@ std::string misfit(const Role& role) {
         if (value == kNone) continue;
         need(defined[value], "reads " + role.values[value].name + ", which nothing before it computes");
         const bool state = role.values[value].kind == Kind::state;
-        need(!state || (step.opcode == Opcode::attention && !used[value]), "cannot take " + role.values[value].name);
+        const bool attends = step.opcode == Opcode::attention || step.opcode == Opcode::quantized_attention;
+        need(!state || (attends && !used[value]), "cannot take " + role.values[value].name);
         if (state) used[value] = true;
       }
       check(role, step);

@@ -2,12 +2,16 @@
 
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
 #include <new>
 
 #include "cpu/kernels.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace portlm::run {
 namespace {
@@ -98,6 +102,19 @@ bool all_zero(const uint32_t* words, size_t count) {
 }
 
 uint64_t aligned(uint64_t place) { return (place + kAlignment - 1) / kAlignment * kAlignment; }
+
+// The system fills the last page of a mapping with zeros, so who reads behind the file's end is not stopped there.
+void guard_last_page(const unsigned char* base, size_t size, bool guarded) {
+#ifdef __SANITIZE_ADDRESS__
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), behind = (page - size % page) % page;
+  if (guarded)
+    ASAN_POISON_MEMORY_REGION(base + size, behind);
+  else
+    ASAN_UNPOISON_MEMORY_REGION(base + size, behind);
+#else
+  (void)base, (void)size, (void)guarded;
+#endif
+}
 
 // Whether bytes are UTF-8 (RFC 3629) without control characters.
 bool is_text(const unsigned char* text, size_t length) {
@@ -252,7 +269,7 @@ Tensor read_tensor(Reader& reader, uint64_t index) {
   Shape shape = reader.shape(record.dims, record.rank);
   need(record.zero == 0 && (dtype <= Dtype::int64 || shape.size() == 2), "tensor", index);
   for (const Dim& dim : shape) need(dim.symbols == 0, "tensor", index);
-  uint64_t bytes = dtype == Dtype::int64 ? 8 : in_panels(dtype) && dtype != Dtype::panels ? 2 : 4;
+  uint64_t bytes = dtype == Dtype::int64 ? 8 : is_half(dtype) ? 2 : 4;
   if (is_quantized(dtype)) {
     bytes = quantized_bytes(record, dtype, shape, index);
   } else {
@@ -281,7 +298,7 @@ Spec read_spec(const Reader& reader, uint64_t index, bool is_state) {
   Spec spec{reader.name(record.name),
             reader.name(record.output),
             record.value,
-            dtype_of(record.dtype, "spec", index),
+            is_state && record.dtype == 7 ? Dtype::bytes : dtype_of(record.dtype, "spec", index),
             reader.shape(record.dims, record.rank),
             static_cast<int64_t>(record.below)};
   need(!spec.name.empty() && spec.output.empty() != is_state, "spec", index);
@@ -314,7 +331,7 @@ Value read_value(const Reader& reader, const Role& role, uint64_t tensors, uint6
 Step read_step(const Reader& reader, uint64_t values, uint64_t index, Places& places) {
   const auto record = reader.at<StepRecord>(kSteps, index);
   need(all_zero(record.zeros, 3), "step", index);
-  const auto last = static_cast<uint32_t>(Opcode::attention);
+  const auto last = static_cast<uint32_t>(Opcode::quantized_attention);
   if (record.opcode < 1 || record.opcode > last)
     refuse("step " + std::to_string(index) + " has opcode " + std::to_string(record.opcode) +
            ", which this portlm cannot run");
@@ -389,13 +406,19 @@ std::unique_ptr<PackedFile> PackedFile::open(int descriptor, Status& status) {
       return nullptr;
     }
     file->base_ = static_cast<const unsigned char*>(base);
+#ifdef MADV_HUGEPAGE
+    madvise(base, file->size_, MADV_HUGEPAGE);  // what is not in memory yet is read in large pages, if the file system has any
+#endif
+    guard_last_page(file->base_, file->size_, true);
   }
   status = file->read();
   return status.ok() ? std::move(file) : nullptr;
 }
 
 PackedFile::~PackedFile() {
-  if (base_) munmap(const_cast<unsigned char*>(base_), size_);
+  if (!base_) return;
+  guard_last_page(base_, size_, false);
+  munmap(const_cast<unsigned char*>(base_), size_);
 }
 
 Status PackedFile::read() {

@@ -1,11 +1,13 @@
 #include "run/program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace portlm::run {
 namespace {
@@ -83,7 +85,8 @@ bool Program::prepare(Status& status) {
     return false;
   }
   const size_t values = role_.values.size();
-  for (const Spec& state : role_.states) heads_.push_back({state.shape[1].size, state.shape[3].size});
+  for (const Spec& state : role_.states)
+    heads_.push_back({state.shape[1].size, state.shape[3].size, state.dtype == Dtype::bytes ? 1 : 4});
   root_.resize(values);
   for (size_t v = 0; v < values; ++v) root_[v] = static_cast<uint32_t>(v);
   last_use_.assign(values, 0);
@@ -135,7 +138,8 @@ Status Program::plan(const Extents& extents) {
     if (step.opcode != Opcode::view)
       for (const uint32_t value : step.outputs)
         if (output_of_[value] == kNone) begins[value] = places.take(count(value));
-    if (step.opcode == Opcode::attention && extents.batch * extents.sequence > 1) {
+    const bool gathers = step.opcode == Opcode::attention || step.opcode == Opcode::quantized_attention;
+    if (gathers && extents.batch * extents.sequence > 1) {
       scratch_[s] = places.take(count(step.outputs[0]));
       places.give_back(scratch_[s]);
     }
@@ -167,6 +171,7 @@ Status Program::run(const Extents& extents, const void* const* inputs, void* con
     return Status::failed("a call of " + std::to_string(e.batch) + " rows with " + std::to_string(e.sequence) +
                           " tokens does not fit a state of " + std::to_string(cache.rows()) + " rows with " +
                           std::to_string(cache.past()) + " slots");
+  const OwnThreads own;
   try {
     if (e.batch != planned_.batch || e.sequence != planned_.sequence || e.kept != planned_.kept)
       if (Status status = plan(e); !status.ok()) return status;
@@ -178,7 +183,8 @@ Status Program::run(const Extents& extents, const void* const* inputs, void* con
       if (output_of_[root] == i && role_.values[root].kind == Kind::computed) pointers_[root] = outputs[i];
     }
     for (size_t s = 0; s < role_.steps.size(); ++s)
-      if (Status status = execute(role_.steps[s], s, e, cache); !status.ok()) return status;
+      if (Status status = least_.empty() ? execute(role_.steps[s], s, e, cache) : timed(s, e, cache); !status.ok())
+        return status;
     for (size_t i = 0; i < role_.outputs.size(); ++i) {
       const uint32_t value = role_.outputs[i].value;
       const size_t item = role_.values[value].dtype == Dtype::float32 ? sizeof(float) : sizeof(int64_t);
@@ -190,6 +196,14 @@ Status Program::run(const Extents& extents, const void* const* inputs, void* con
   } catch (const std::bad_alloc&) {  // of a kernel's own memory
     return too_large(e);
   }
+}
+
+Status Program::timed(size_t index, const Extents& extents, Cache& cache) {
+  const auto begin = std::chrono::steady_clock::now();
+  Status status = execute(role_.steps[index], index, extents, cache);
+  const int64_t taken = std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
+  least_[index] = least_[index] ? std::min(least_[index], taken) : taken;
+  return status;
 }
 
 Status Program::execute(const Step& step, size_t index, const Extents& extents, Cache& cache) {
@@ -242,9 +256,16 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
       k.rms_norm_fwd(floats(in[0]), floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), floats(out[1]), nullptr,
                      rows(in[0]), width(in[0]));
       break;
-    case Opcode::swiglu: k.swiglu_fwd(floats(in[0]), floats(in[1]), floats(out[0]), count(out[0])); break;
+    case Opcode::swiglu:
+      if (in.size() == 1)
+        k.swiglu_halves(floats(in[0]), floats(out[0]), rows(out[0]), width(out[0]));
+      else
+        k.swiglu_fwd(floats(in[0]), floats(in[1]), floats(out[0]), count(out[0]));
+      break;
     case Opcode::rotary: return rotate(step, extents);
+    case Opcode::heads: return gather_heads(step, extents);
     case Opcode::attention: return attend(step, arena_ + scratch_[index], extents, cache);
+    case Opcode::quantized_attention: return attend_to_bytes(step, arena_ + scratch_[index], extents, cache);
   }
   return {};
 }
@@ -262,7 +283,7 @@ Status Program::embed(const Step& step) {
     wrong = k.embedding_fwd(ids, static_cast<const float*>(data), y, n, V, C);
   } else if (table.dtype == Dtype::panels) {
     wrong = k.panel_rows(ids, static_cast<const float*>(data), y, n, V, C);
-  } else if (in_panels(table.dtype)) {
+  } else if (is_half(table.dtype)) {
     wrong = k.half_rows(ids, static_cast<const uint16_t*>(data), y, n, V, C, table.dtype == Dtype::bfloat16_panels);
   } else {
     const Tensor& tensor = file_.tensors[table.tensor];
@@ -282,7 +303,7 @@ void Program::map(const Step& step) {
   const auto activation = static_cast<int>(step.ints[0]);
   if (matrix.dtype == Dtype::panels)
     return k.panel_linear(x, static_cast<const float*>(data), bias, y, rows, N, K, activation);
-  if (in_panels(matrix.dtype))
+  if (is_half(matrix.dtype))
     return k.half_linear(x, static_cast<const uint16_t*>(data), bias, y, rows, N, K, matrix.dtype == Dtype::bfloat16_panels,
                          activation);
   const Tensor& tensor = file_.tensors[matrix.tensor];
@@ -290,16 +311,36 @@ void Program::map(const Step& step) {
                   tensor.has_zeros, activation);
 }
 
-Status Program::rotate(const Step& step, const Extents& extents) {
-  const Shape& table = role_.values[step.inputs[2]].shape;
+// Of a step whose tables of a rotation are its inputs 2 and 3.
+Status Program::check_positions(const Step& step, int64_t tokens) const {
   const int64_t* const positions = integers(step.inputs[1]);
-  const int64_t tokens = extents.batch * extents.sequence;
+  const int64_t limit = role_.values[step.inputs[2]].shape[0].size;
   for (int64_t i = 0; i < tokens; ++i)
-    if (positions[i] < 0 || positions[i] >= table[0].size)
-      return bad_index(role_.values[step.inputs[1]].name, positions[i], table[0].size);
+    if (positions[i] < 0 || positions[i] >= limit) return bad_index(role_.values[step.inputs[1]].name, positions[i], limit);
+  return {};
+}
+
+Status Program::rotate(const Step& step, const Extents& extents) {
+  const int64_t tokens = extents.batch * extents.sequence;
+  if (Status status = check_positions(step, tokens); !status.ok()) return status;
   kernels().rotary_fwd(floats(step.inputs[0]) + step.ints[1], last(step.inputs[0]), floats(step.inputs[2]),
-                       floats(step.inputs[3]), positions, floats(step.outputs[0]), tokens, tokens, step.ints[0],
-                       2 * table[1].size, 0);
+                       floats(step.inputs[3]), integers(step.inputs[1]), floats(step.outputs[0]), tokens, tokens, step.ints[0],
+                       2 * last(step.inputs[2]), 0);
+  return {};
+}
+
+// Queries and keys of all tokens side by side, turned on the way, and values where they do not lie so already.
+Status Program::gather_heads(const Step& step, const Extents& extents) {
+  const int64_t tokens = extents.batch * extents.sequence, D = step.ints[0], R = 2 * last(step.inputs[2]);
+  if (Status status = check_positions(step, tokens); !status.ok()) return status;
+  float* y = floats(step.outputs[0]);
+  for (size_t i = 1; i < step.ints.size(); i += 4) {
+    const int64_t* const part = step.ints.data() + i;  // heads, first, stride, turned
+    kernels().rotary_heads(floats(step.inputs[0]) + part[1], last(step.inputs[0]), part[2], floats(step.inputs[2]),
+                           floats(step.inputs[3]), integers(step.inputs[1]), y, last(step.outputs[0]), tokens, part[0], D,
+                           part[3] ? R : 0);
+    y += part[0] * D;
+  }
   return {};
 }
 
@@ -308,26 +349,49 @@ Status Program::attend(const Step& step, float* gathered, const Extents& extents
   const auto [B, T, P, kept] = extents;
   const size_t first_state = role_.inputs.size();
   const size_t tensors[] = {step.inputs[3] - first_state, step.inputs[4] - first_state};
-  const auto [K, D] = heads_[tensors[0]];
+  const auto [K, D, item] = heads_[tensors[0]];
   const int64_t H = step.ints[0], batch_stride = cache.row_stride(tensors[0]), head_stride = cache.head_stride(tensors[0]);
   for (size_t i = 0; i < 2; ++i) {
     const int64_t W = last(step.inputs[1 + i]);
     const float* const source = floats(step.inputs[1 + i]) + step.ints[3 + i];
-    float* const to = cache.data(tensors[i]);
+    float* const to = cache.floats(tensors[i]);
     for (int64_t b = 0; b < B; ++b)
       for (int64_t k = 0; k < K; ++k)
         copy_columns(source + b * T * W + k * D, W, to + b * batch_stride + k * head_stride + P * D, D, D, T);
   }
-  const int64_t W = last(step.inputs[0]);
-  const float* q = floats(step.inputs[0]) + step.ints[2];
-  if (W != H * D && B * T > 1) {  // the kernel wants the queries of all tokens side by side
-    copy_columns(q, W, gathered, H * D, H * D, B * T);
-    q = gathered;
-  }
+  const float* const q = queries(step, gathered, extents, H * D);
   const int64_t* const mask = step.inputs[5] == kNone ? nullptr : integers(step.inputs[5]);
-  kernels().cached_attention(q, cache.data(tensors[0]), cache.data(tensors[1]), batch_stride, head_stride, mask,
+  kernels().cached_attention(q, cache.floats(tensors[0]), cache.floats(tensors[1]), batch_stride, head_stride, mask,
                              static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D);
   return {};
+}
+
+// The same for states of bytes, each followed by its scales.
+Status Program::attend_to_bytes(const Step& step, float* gathered, const Extents& extents, Cache& cache) {
+  const auto [B, T, P, kept] = extents;
+  size_t tensors[4];
+  for (size_t i = 0; i < 4; ++i) tensors[i] = step.inputs[3 + i] - role_.inputs.size();
+  const auto [K, D, item] = heads_[tensors[0]];
+  const int64_t H = step.ints[0];
+  const int64_t row = cache.row_stride(tensors[0]), head = cache.head_stride(tensors[0]);
+  const int64_t scales_row = cache.row_stride(tensors[1]), scales_head = cache.head_stride(tensors[1]);
+  for (size_t i = 0; i < 2; ++i)
+    kernels().append_bytes(floats(step.inputs[1 + i]) + step.ints[3 + i], last(step.inputs[1 + i]), cache.bytes(tensors[2 * i]),
+                           row, head, cache.floats(tensors[2 * i + 1]), scales_row, scales_head, B, K, P, T, D);
+  const int64_t* const mask = step.inputs[7] == kNone ? nullptr : integers(step.inputs[7]);
+  kernels().quantized_attention(queries(step, gathered, extents, H * D), cache.bytes(tensors[0]), cache.floats(tensors[1]),
+                                cache.bytes(tensors[2]), cache.floats(tensors[3]), row, head, scales_row, scales_head, mask,
+                                static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D);
+  return {};
+}
+
+// The queries of all tokens side by side, as kernels want them.
+const float* Program::queries(const Step& step, float* gathered, const Extents& extents, int64_t width) const {
+  const int64_t W = last(step.inputs[0]), rows = extents.batch * extents.sequence;
+  const float* const q = floats(step.inputs[0]) + step.ints[2];
+  if (W == width || rows == 1) return q;
+  copy_columns(q, W, gathered, width, width, rows);
+  return gathered;
 }
 
 }  // namespace portlm::run

@@ -40,11 +40,16 @@ class Program {
   // for a mask of ones.
   Status run(const Extents& extents, const void* const* inputs, void* const* outputs, Cache& cache);
 
+  // From now on each step's time is taken, the least of all calls: nanoseconds by step, 0 before the first call.
+  void watch() { least_.assign(role_.steps.size(), 0); }
+  const std::vector<int64_t>& least() const { return least_; }
+
  private:
   Program(const PackedFile& file, const Role& role) : file_(file), role_(role) {}
   bool prepare(Status& status);
   Status plan(const Extents& extents);
   Status execute(const Step& step, size_t index, const Extents& extents, Cache& cache);
+  Status timed(size_t index, const Extents& extents, Cache& cache);
   int64_t size(const Dim& dim, const Extents& extents) const;
   int64_t count(uint32_t value) const { return counts_[value]; }
   int64_t last(uint32_t value) const { return role_.values[value].shape.back().size; }
@@ -54,7 +59,11 @@ class Program {
   Status embed(const Step& step);
   void map(const Step& step);
   Status attend(const Step& step, float* gathered, const Extents& extents, Cache& cache);
+  Status attend_to_bytes(const Step& step, float* gathered, const Extents& extents, Cache& cache);
+  const float* queries(const Step& step, float* gathered, const Extents& extents, int64_t width) const;
+  Status check_positions(const Step& step, int64_t tokens) const;
   Status rotate(const Step& step, const Extents& extents);
+  Status gather_heads(const Step& step, const Extents& extents);
 
   const PackedFile& file_;
   const Role& role_;
@@ -65,6 +74,7 @@ class Program {
   std::vector<void*> pointers_;          // by root
   std::vector<int64_t> counts_;          // elements, by value
   std::vector<int64_t> scratch_;         // by step: where its own memory is in the arena
+  std::vector<int64_t> least_;           // by step, if they are watched
   Extents planned_{0, 0, 0, 0};
   float* arena_ = nullptr;
   int64_t arena_floats_ = 0;

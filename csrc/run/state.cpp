@@ -10,6 +10,7 @@ namespace portlm::run {
 namespace {
 
 constexpr int64_t kLeastRoom = 64;                 // slots
+constexpr int64_t kAlignment = 64;                 // bytes
 constexpr int64_t kMostFloats = int64_t{1} << 40;  // 4 TiB
 constexpr size_t kLargePage = size_t{2} << 20;
 
@@ -40,20 +41,21 @@ float* allocate_floats(int64_t count) {
   return static_cast<float*>(memory);
 }
 
-Cache::Cache(const std::vector<Heads>& tensors, int64_t rows) : tensors_(tensors), rows_(rows) {
-  for (const Heads& heads : tensors_) {
-    before_.push_back(floats_);
-    floats_ += heads.K * heads.D;
-  }
-}
+Cache::Cache(const std::vector<Heads>& tensors, int64_t rows)
+    : tensors_(tensors), begins_(tensors.size(), 0), rows_(rows) {}
 
 Cache::~Cache() { std::free(memory_); }
 
 bool Cache::allocate(int64_t rows, int64_t capacity) {
-  const int64_t factors[] = {rows, capacity, floats_};
-  int64_t count = 0;
-  if (!multiply(factors, 3, count)) return false;
-  memory_ = allocate_floats(count);
+  int64_t end = 0;
+  for (size_t t = 0; t < tensors_.size(); ++t) {
+    const auto [K, D, item] = tensors_[t];
+    const int64_t factors[] = {rows, capacity, K, D, item};
+    int64_t size = 0;
+    begins_[t] = (end + kAlignment - 1) / kAlignment * kAlignment;
+    if (!multiply(factors, 5, size) || __builtin_add_overflow(begins_[t], size, &end)) return false;
+  }
+  memory_ = reinterpret_cast<char*>(allocate_floats(end / static_cast<int64_t>(sizeof(float)) + 1));
   if (memory_) rows_ = rows, capacity_ = capacity;
   return memory_ != nullptr;
 }
@@ -62,18 +64,17 @@ void Cache::swap(Cache& other) {
   std::swap(rows_, other.rows_);
   std::swap(past_, other.past_);
   std::swap(capacity_, other.capacity_);
+  std::swap(begins_, other.begins_);
   std::swap(memory_, other.memory_);
 }
 
 void Cache::place(const Cache& source, int64_t row, int64_t skip, int64_t to, int64_t past) {
   const int64_t slots = source.past_ - skip, free = past - slots;
   for (size_t t = 0; t < tensors_.size(); ++t) {
-    const auto [K, D] = tensors_[t];
-    for (int64_t k = 0; k < K; ++k) {
-      float* const head = data(t) + to * row_stride(t) + k * head_stride(t);
-      const float* const from = source.data(t) + row * source.row_stride(t) + k * source.head_stride(t) + skip * D;
-      if (free > 0) std::memset(head, 0, bytes(free * D));
-      if (slots > 0) std::memcpy(head + free * D, from, bytes(slots * D));
+    const int64_t slot = tensors_[t].D * tensors_[t].item;  // bytes
+    for (int64_t k = 0; k < tensors_[t].K; ++k) {
+      if (free > 0) std::memset(at(t, to, k, 0), 0, static_cast<size_t>(free * slot));
+      if (slots > 0) std::memcpy(at(t, to, k, free), source.at(t, row, k, skip), static_cast<size_t>(slots * slot));
     }
   }
 }
@@ -109,11 +110,10 @@ void Cache::crop(const std::vector<int64_t>& lengths) {
     const int64_t length = lengths[static_cast<size_t>(b)], free = longest - length;
     if (free == 0) continue;
     for (size_t t = 0; t < tensors_.size(); ++t) {
-      const auto [K, D] = tensors_[t];
-      for (int64_t k = 0; k < K; ++k) {
-        float* const head = data(t) + b * row_stride(t) + k * head_stride(t);
-        std::memmove(head + free * D, head, bytes(length * D));
-        std::memset(head, 0, bytes(free * D));
+      const int64_t slot = tensors_[t].D * tensors_[t].item;  // bytes
+      for (int64_t k = 0; k < tensors_[t].K; ++k) {
+        std::memmove(at(t, b, k, free), at(t, b, k, 0), static_cast<size_t>(length * slot));
+        std::memset(at(t, b, k, 0), 0, static_cast<size_t>(free * slot));
       }
     }
   }

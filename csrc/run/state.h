@@ -1,4 +1,5 @@
 // The states of one role: keys and values of every layer that grow in place, in one block of memory with room to spare.
+// They are floats, or bytes beside floats that are their scales.
 //
 // The slots of a head lie without gaps; all rows end at the same slot. What operations on states mean, and which slots
 // become zero, is what runtimes/base.py says of them.
@@ -13,9 +14,9 @@
 
 namespace portlm::run {
 
-// Heads K and width D of the tensor (rows, K, past, D) of one state.
+// Heads K and width D of the tensor (rows, K, past, D) of one state, and the bytes of one of its numbers.
 struct Heads {
-  int64_t K, D;
+  int64_t K, D, item;
 };
 
 class Cache {
@@ -28,10 +29,11 @@ class Cache {
 
   int64_t rows() const { return rows_; }
   int64_t past() const { return past_; }
-  // Floats from row to row and from head to head of a tensor, and its first one.
+  // Numbers from row to row and from head to head of a tensor, and its first one.
   int64_t row_stride(size_t tensor) const { return tensors_[tensor].K * head_stride(tensor); }
   int64_t head_stride(size_t tensor) const { return capacity_ * tensors_[tensor].D; }
-  float* data(size_t tensor) { return memory_ + rows_ * capacity_ * before_[tensor]; }
+  float* floats(size_t tensor) { return reinterpret_cast<float*>(data(tensor)); }
+  int8_t* bytes(size_t tensor) { return reinterpret_cast<int8_t*>(data(tensor)); }
 
   // Makes room for so many slots in all, not more than `most` of them.
   Status reserve(int64_t slots, int64_t most);
@@ -48,17 +50,21 @@ class Cache {
   Status copy_to(Cache& twin) const;
 
  private:
-  const float* data(size_t tensor) const { return memory_ + rows_ * capacity_ * before_[tensor]; }
+  char* data(size_t tensor) const { return memory_ + begins_[tensor]; }
+  // Where slot `slot` of a head begins.
+  char* at(size_t tensor, int64_t row, int64_t head, int64_t slot) const {
+    const Heads& t = tensors_[tensor];
+    return data(tensor) + ((row * t.K + head) * capacity_ + slot) * t.D * t.item;
+  }
   bool allocate(int64_t rows, int64_t capacity);
   // Puts row `row` of a source, without its first `skip` slots, at the end of the first `past` slots of row `to`.
   void place(const Cache& source, int64_t row, int64_t skip, int64_t to, int64_t past);
   void swap(Cache& other);
 
   std::vector<Heads> tensors_;
-  std::vector<int64_t> before_;  // floats of one slot of one row in the tensors before this one
-  int64_t floats_ = 0;           // of one slot of one row
+  std::vector<int64_t> begins_;  // of the tensors in memory, multiples of 64 bytes
   int64_t rows_, past_ = 0, capacity_ = 0;
-  float* memory_ = nullptr;
+  char* memory_ = nullptr;
 };
 
 // Memory for so many floats, aligned to 64 bytes, large pages where that helps; nullptr if there is none. free() ends it.

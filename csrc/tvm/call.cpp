@@ -47,7 +47,7 @@ void Call::expect_count(int32_t count) const {
   if (count_ != count) fail("takes " + std::to_string(count) + " arguments, got " + std::to_string(count_));
 }
 
-Tensor Call::tensor(int32_t i, const char* name, int32_t ndim, DataTypeCode code, uint8_t bits, bool contiguous) const {
+Tensor Call::any(int32_t i, const char* name) const {
   if (i >= count_) fail(std::string("argument ") + name + " is missing");
   const DLTensor* raw = nullptr;
   if (args_[i].type_index == kTensorObject)
@@ -55,6 +55,12 @@ Tensor Call::tensor(int32_t i, const char* name, int32_t ndim, DataTypeCode code
   else if (args_[i].type_index == kDLTensorPointer)
     raw = static_cast<const DLTensor*>(args_[i].pointer);
   if (!raw) fail(std::string(name) + " must be a tensor");
+  return Tensor(raw, name);
+}
+
+Tensor Call::tensor(int32_t i, const char* name, int32_t ndim, DataTypeCode code, uint8_t bits, bool contiguous) const {
+  const Tensor tensor = any(i, name);
+  const DLTensor* const raw = &tensor.raw();
   if (ndim == kAny ? raw->ndim < 1 : raw->ndim != ndim)
     fail(std::string(name) + " must have " + (ndim == kAny ? "at least 1 axis" : std::to_string(ndim) + " axes") +
          ", got shape " + shape_text(raw->shape, raw->ndim));
@@ -62,7 +68,6 @@ Tensor Call::tensor(int32_t i, const char* name, int32_t ndim, DataTypeCode code
     fail(std::string(name) + " must be " + (code == kFloat ? "float" : code == kInt ? "int" : "uint") + std::to_string(bits) +
          ", got type code " + std::to_string(raw->dtype.code) + " with " + std::to_string(raw->dtype.bits) + " bits");
   if (raw->device.type != kCpu) fail(std::string(name) + " must be on the CPU");
-  const Tensor tensor(raw, name);
   if (contiguous && !tensor.contiguous()) fail(std::string(name) + " must be contiguous");
   return tensor;
 }
@@ -76,6 +81,8 @@ Tensor Call::u8(int32_t i, const char* name, int32_t ndim) const { return tensor
 Tensor Call::strided_f32(int32_t i, const char* name, int32_t ndim) const {
   return tensor(i, name, ndim, kFloat, 32, false);
 }
+
+Tensor Call::strided_i8(int32_t i, const char* name, int32_t ndim) const { return tensor(i, name, ndim, kInt, 8, false); }
 
 int64_t Call::integer(int32_t i, const char* name) const {
   if (i >= count_ || args_[i].type_index != kInteger) fail(std::string(name) + " must be an integer");

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/threads.h"
 #include "tvm/ffi_abi.h"
 
 namespace portlm::tvm {
@@ -52,8 +53,11 @@ class Call {
   Tensor f32(int32_t i, const char* name, int32_t ndim = kAny) const;
   Tensor i64(int32_t i, const char* name, int32_t ndim = kAny) const;
   Tensor u8(int32_t i, const char* name, int32_t ndim = kAny) const;
-  // The same without the demand to be contiguous.
+  // A tensor of any type on any device.
+  Tensor any(int32_t i, const char* name) const;
+  // Of float32, without the demand to be contiguous.
   Tensor strided_f32(int32_t i, const char* name, int32_t ndim) const;
+  Tensor strided_i8(int32_t i, const char* name, int32_t ndim) const;
   int64_t integer(int32_t i, const char* name) const;
   float real(int32_t i, const char* name) const;
 
@@ -77,6 +81,7 @@ int report(const char* kind, const std::string& message);
 template <typename Body>
 int guarded(const char* op, const Any* args, int32_t count, Body body) {
   try {
+    const OwnThreads own;
     body(Call(op, args, count));
     return 0;
   } catch (const Error& error) {

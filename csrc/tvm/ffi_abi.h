@@ -55,7 +55,10 @@ enum TypeIndex : int32_t {
   kDouble = 3,
   kOpaquePointer = 4,
   kDLTensorPointer = 7,
+  kStringObject = 65,
+  kFunctionObject = 68,
   kTensorObject = 70,
+  kArrayObject = 71,
 };
 
 // Header of every reference-counted object. A tensor object is this header followed by its DLTensor.
@@ -77,12 +80,37 @@ struct Any {
   };
 };
 
+// What follows the header of a text, of a function and of an array.
+struct BytesCell {
+  const char* data;
+  size_t size;
+};
+
+struct FunctionCell {
+  int (*safe_call)(void* self, const Any* args, int32_t count, Any* result);
+};
+
+struct SequenceCell {
+  void* data;  // the first of `size` Any
+  int64_t size;
+};
+
 static_assert(sizeof(Any) == 16 && sizeof(Object) == 24 && sizeof(DLTensor) == 48, "TVM-FFI's 64-bit layout");
 
 // Functions of libtvm_ffi, filled in by portlm_connect.
 struct Runtime {
   void (*set_error)(const char* kind, const char* message) = nullptr;
   int (*tensor_from_dlpack)(DLManagedTensor* from, int32_t alignment, int32_t contiguous, void** out) = nullptr;
+  int (*release)(void* object) = nullptr;
+  Object* make_array = nullptr;  // a function that returns an array of its arguments
+};
+
+using Function = int (*)(void* self, const Any* args, int32_t count, Any* result);
+
+// The functions of this folder by name, nullptr for none.
+Function find_function(const char* name);
+struct Listed {
+  Listed(const char* name, Function function);
 };
 
 Runtime& runtime();
@@ -90,6 +118,9 @@ Runtime& runtime();
 }  // namespace portlm::tvm
 
 #define PORTLM_TVM_FUNCTION(name)                                                                          \
+  extern "C" __attribute__((visibility("default"))) int __tvm_ffi_portlm_##name(                           \
+      void* self, const ::portlm::tvm::Any* args, int32_t count, ::portlm::tvm::Any* result);              \
+  [[maybe_unused]] static const ::portlm::tvm::Listed listed_##name(#name, __tvm_ffi_portlm_##name);       \
   extern "C" __attribute__((visibility("default"))) int __tvm_ffi_portlm_##name(                           \
       [[maybe_unused]] void* self, const ::portlm::tvm::Any* args, int32_t count,                          \
       [[maybe_unused]] ::portlm::tvm::Any* result)

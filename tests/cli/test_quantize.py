@@ -54,6 +54,29 @@ def test_a_quantized_artifact_is_no_checkpoint(portlm, quantized, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_compile_takes_activations_of_8_bits_where_weights_are_quantized(
+    portlm, quantized, artifacts, tmp_path
+):
+    folder = shutil.copytree(quantized("gpt2", "int8"), tmp_path / "model")
+    for asked, target in (("int8", "onnxruntime, accuracy level 4"), ("float32", "onnxruntime")):
+        outcome = portlm("compile", folder, "--engine", "ort:cpu", "--activations", asked)
+        assert outcome.code == 0
+        assert [entry.target for entry in read_manifest(folder).compiled] == [target]
+    outcome = portlm("compile", artifacts["gpt2"], "--engine", "ort:cpu", "--activations", "int8")
+    assert outcome.code == 2
+    assert "has float32 weights" in outcome.error
+    assert "--quantize" in outcome.error
+
+
+def test_rivals_are_not_given_quantized_weights(portlm, quantized):
+    pytest.importorskip("transformers", reason="transformers is missing: pip install portlm[hf]")
+    model = quantized("gpt2", "int4")
+    outcome = portlm("bench", model, "--against", "transformers", "--prompt", 8, "-n", 4)
+    assert outcome.code == 2
+    assert "has quantized weights alone" in outcome.error
+    assert "portlm export without --quantize" in outcome.error
+
+
 def test_verify_says_what_quantizing_costs_where_that_was_measured(portlm, quantized, tmp_path):
     folder = shutil.copytree(quantized("gpt2", "int8"), tmp_path / "model")
     manifest = read_manifest(folder)

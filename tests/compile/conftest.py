@@ -119,6 +119,7 @@ def ort_step():
     onnxruntime = pytest.importorskip(
         "onnxruntime", reason="onnxruntime is missing: pip install portlm[onnx]"
     )
+    from portlm.ort_support import IN_PLACE, row_by_row
 
     def open_graph(path: Path, device: str = "cpu"):
         options = onnxruntime.SessionOptions()
@@ -131,7 +132,24 @@ def ort_step():
             providers = None
         session = onnxruntime.InferenceSession(path, options, providers, enable_fallback=0)
         names = [value.name for value in session.get_outputs()]
-        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+        def step(inputs: dict) -> dict:
+            """Call the graph, row by row where it asks for that."""
+            B, T = inputs["input_ids"].shape
+            kept = IN_PLACE.items() <= session.get_modelmeta().custom_metadata_map.items()
+            rows = B if kept and row_by_row({"batch": B, "sequence": T, "past": past(inputs)}) else 1
+            parts = [
+                session.run(
+                    names, {k: v[b : b + 1] if rows > 1 and v.ndim > 1 else v for k, v in inputs.items()}
+                )
+                for b in range(rows)
+            ]
+            return {name: np.concatenate(values) for name, *values in zip(names, *parts, strict=True)}
+
+        return step
+
+    def past(inputs: dict) -> int:
+        return next((value.shape[2] for name, value in inputs.items() if name.startswith("past")), 0)
 
     return open_graph
 

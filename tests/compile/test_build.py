@@ -33,6 +33,20 @@ def test_every_role_is_compiled_and_recorded(two_roles, key):
     assert manifest.compiled == tuple(entries)
 
 
+def test_one_file_for_all_roles_is_written_once(two_roles, monkeypatch):
+    pytest.importorskip("portlm._C", reason="portlm._C was not built")
+    from portlm.compile import packed
+
+    written, write = [], packed.write_packed
+    monkeypatch.setattr(packed, "write_packed", lambda *args: written.append(args[0].name) or write(*args))
+    entries = build(two_roles, [("packed", "cpu", "fused")])
+    assert written == ["packed.portlm"]
+    assert [(entry.role, entry.files) for entry in entries] == [
+        ("decoder", ("packed.portlm",)), ("head:twin", ("packed.portlm",))
+    ]  # fmt: skip
+    assert [e.role for e in read_manifest(two_roles).compiled] == ["decoder", "head:twin"]
+
+
 def test_a_profile_that_no_role_has_is_named(two_roles):
     manifest = read_manifest(two_roles)
     role = replace(manifest.roles["decoder"], profiles={"portable": "onnx/decoder.portable.onnx"})

@@ -11,6 +11,7 @@ from portlm.compile.export import export
 from portlm.compile.forms import CONTRIB_OPS
 from portlm.compile.ort_lowering import compile_graph, lower_model
 from portlm.errors import FormatError, UsageError
+from portlm.ort_support import IN_PLACE
 
 NAMES = ("gpt2", "llama", "gpt2-erf", "gpt2-one-head", "llama-tied", "llama-one-kv-head")
 TOLERANCE = 4e-5  # as in test_export.py
@@ -47,9 +48,19 @@ def test_no_fused_node_is_left(lowered, name, device):
     layers = sum(value.name.endswith(".key") for value in graph.input)
     assert {domain for domain, _ in kinds} == {"", CONTRIB}
     assert {kind for domain, kind in kinds if domain == CONTRIB} <= CONTRIB_OPS.keys()
-    assert kinds[CONTRIB, "MultiHeadAttention"] == (0 if device == "vulkan" else layers)
+    narrow = name in ("gpt2-erf", "llama-tied", "llama-one-kv-head")  # heads of 6
+    grouped = device == "cpu" and not narrow and name != "gpt2-one-head"
+    assert kinds[CONTRIB, "GroupQueryAttention"] == (layers if grouped else 0)
+    assert kinds[CONTRIB, "MultiHeadAttention"] == (0 if grouped or device == "vulkan" else layers)
     skip = "SkipLayerNormalization" if name.startswith("gpt2") else "SkipSimplifiedLayerNormalization"
     assert kinds[CONTRIB, skip] == 2 * layers
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_graph_says_whether_its_cache_may_grow_in_place(lowered, device):
+    model = onnx.load(lowered("llama", device)[1], load_external_data=False)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert (IN_PLACE.items() <= said.items()) == (device == "cpu")
 
 
 def test_weights_are_neither_copied_nor_renamed(lowered):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from portlm.compile import quantize as quantize_module
 from portlm.compile.quantize import (
     GROUPS,
     Quantized,
@@ -124,6 +125,18 @@ def test_given_scales_every_number_is_the_nearest():
             other = Quantized(np.clip(q, 0, scheme.top).astype(np.uint8), scale, zero)
             further = np.abs(meaning(other, scheme) - weight)
             assert (off <= further + 1e-6).all()  # a half, rounded in float32
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_matrix_gives_the_same_numbers_however_it_lies_in_memory_and_is_cut(scheme, monkeypatch):
+    weight = matrix(300, 384, seed=7)
+    weight[40] = 0
+    one = quantize("w", weight, RoundToNearest(scheme))
+    monkeypatch.setattr(quantize_module, "CHUNK", 1000)
+    other = quantize("w", np.asfortranarray(weight), RoundToNearest(scheme))
+    assert np.array_equal(one.q, other.q)
+    assert np.array_equal(one.scale, other.scale)
+    assert (one.zero is None and other.zero is None) or np.array_equal(one.zero, other.zero)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -1,6 +1,7 @@
 """From ONNX graphs to TVM libraries. That the libraries answer like PyTorch is tests/runtimes/test_contract.py."""
 
 import functools
+import re
 import shutil
 
 import numpy as np
@@ -59,15 +60,44 @@ def test_weights_stay_out_of_the_library(compiled, profile):
         assert data[weight.offset : weight.offset + min(64, weight.nbytes)] not in code, weight.name
 
 
-def test_every_fused_node_becomes_a_kernel_call(artifacts):
-    graph = read_graph(artifacts["llama"], "decoder", "fused")
+@pytest.mark.parametrize(("family", "beside"), [("gpt2", 2), ("llama", 1)])
+def test_every_fused_node_becomes_a_kernel_call_and_every_layer_one_call(artifacts, family, beside):
+    """Beside the layers there is the head, and in GPT-2 the two tables, whose sum is TVM's own."""
+    graph = read_graph(artifacts[family], "decoder", "fused")
     script = tvm_fused.lower(graph)["main"].script()
     fused = [node for node in graph.proto.graph.node if node.domain == "ai.portlm"]
-    standard = [node.op_type for node in graph.proto.graph.node if node.domain != "ai.portlm"]
-    assert standard == ["Gather"], "of the rows that logits are wanted for; GPT-2 has more standard nodes"
-    attention = sum(node.op_type == "CachedAttention" for node in fused)
-    # attention is three calls: the cache of keys, that of values, and the product over both
-    assert script.count('"portlm.') == len(fused) + 2 * attention
+    layers = sum(node.op_type == "CachedAttention" for node in fused)
+    recipes = re.findall(r'"portlm.chain", R.str\("([^"]*)"\)', script)
+    # attention is three kernels: the cache of keys, that of values, and the product over both; an MLP is two products
+    kernels = len(fused) + 2 * layers + sum(node.op_type == "GeluMlp" for node in fused)
+    assert sum(recipe.count("|") for recipe in recipes) == kernels
+    assert len(recipes) == script.count('"portlm.') == layers + beside
+
+
+def test_a_layer_of_gpt_neox_is_one_call_and_a_sum(artifacts):
+    """Its queries, keys and values lie side by side head by head; the sum of its two branches is TVM's own."""
+    graph = read_graph(artifacts["gpt_neox"], "decoder", "fused")
+    script = tvm_fused.lower(graph)["main"].script()
+    layers = sum(node.op_type == "CachedAttention" for node in graph.proto.graph.node)
+    assert script.count("R.call_") == script.count('"portlm.') == layers + 2
+    assert not re.search("R.(strided_slice|concat|reshape)", script)
+    assert script.count("R.add(") == layers
+
+
+def test_values_of_a_chain_share_memory_unless_they_are_needed_together(artifacts):
+    """Of every recipe: what a step writes lies in no place that it, or a later one, still reads."""
+    script = tvm_fused.lower(read_graph(artifacts["llama"], "decoder", "fused"))["main"].script()
+    shared = 0
+    for recipe in re.findall(r'"portlm.chain", R.str\("([^"]*)"\)', script):
+        head, *steps = recipe.split("|")
+        places = [int(inner.split(":")[1]) for inner in head.split()[1:]]
+        uses = {i: [s for s, step in enumerate(steps) if f"%{i}" in step.split()] for i in range(len(places))}
+        for a in uses:
+            for b in range(a):
+                if places[a] == places[b]:
+                    shared += 1
+                    assert uses[b][-1] < uses[a][0]
+    assert shared > 4
 
 
 def product(b_shape, transposed, rows):

@@ -58,6 +58,7 @@ BATCHES = {
     "no tokens": {"batch": 2, "sequence": 0, "past": 3},
 }
 
+NO_BYTES = "the WebGPU provider has no tensors of int8"
 NO_NODE = "trains only: it never enters a graph"
 ABSENT: dict[tuple[str, str], str] = {
     **{(op, cell): NO_NODE for op in ("adamw", "attention", "linear_cross_entropy") for cell in CELLS[1:]},
@@ -72,7 +73,8 @@ NEVER_EMPTY = "an engine never gives a device an empty step"
 # (row, cell, variant, batch) -> why an engine cannot take nothing.
 REFUSED: dict[tuple[str, str, int, str], str] = {
     **{
-        ("CachedAttention", f"ort:cpu {p}", v, "no rows"): UNKNOWN
+        (op, f"ort:cpu {p}", v, "no rows"): UNKNOWN
+        for op in ("CachedAttention", "QuantizedAttention")
         for p in ("portable", "fused")
         for v in GROUPED
     },
@@ -195,6 +197,11 @@ def compare(case: Case, results: Sequence[np.ndarray], *, padded: bool = True, r
     for place, (result, eager, oracle) in enumerate(zip(results, eagers, oracles, strict=True)):
         result = result.reshape(oracle.shape) if result.size == oracle.size else result
         assert result.shape == oracle.shape, (result.shape, oracle.shape)
+        if oracle.dtype == np.int8:  # whole numbers, the same wherever they are rounded
+            assert np.array_equal(result, eager)
+            assert np.array_equal(result, oracle)
+            assert result.dtype == np.int8
+            continue
         assert result.dtype == np.float32
         if place == 0:
             result, eager, oracle = (array[real] for array in (result, eager, oracle))
@@ -254,7 +261,7 @@ def build(case: Case, profile: str, builder: type[GraphBuilder] = GraphBuilder) 
         if is_weight(case, name):
             names[name] = g._constant(f"{name}.weight", stored(case, name, array, profile))
         else:
-            dtype = "int64" if array.dtype == np.int64 else "float32"
+            dtype = str(array.dtype)
             names[name] = g.input(name, dtype, symbolic(case, name, profile))
     inputs = [names.get(wanted.name, "") for wanted in node.inputs]
     outputs = ["node", *(f"node.{suffix}" for suffix in node.outputs[1:])]
@@ -265,13 +272,14 @@ def build(case: Case, profile: str, builder: type[GraphBuilder] = GraphBuilder) 
         while not inputs[-1]:
             inputs.pop()
         g.split_op(node.op_type, inputs, "node", outputs, domain=DOMAIN, **attributes)
-    for output, oracle in zip(
-        outputs, call(registry.reference(case.row.spec), case, torch.float32), strict=True
+    kinds = node.kinds or ("float32",) * len(outputs)
+    for output, kind, oracle in zip(
+        outputs, kinds, call(registry.reference(case.row.spec), case, torch.float32), strict=True
     ):
         rank = oracle.ndim
         if output == "node" and profile == "fused" and (node.output_heads or oracle.ndim == 4):
             rank = 3
-        g.output(output, "float32", [f"{output}.{axis}" for axis in range(rank)])
+        g.output(output, kind, [f"{output}.{axis}" for axis in range(rank)])
     return g.model({})
 
 
@@ -389,6 +397,8 @@ def test_every_form_gives_the_answer_of_the_reference(name, cell, variant, batch
     if (name, cell) in ABSENT:
         pytest.skip(f"{name} on {cell}: {ABSENT[name, cell]}")
     place = (name, cell, variant, batch)
+    if cell.startswith("ort:vulkan") and any(wanted.dtype == "int8" for wanted in ROWS[name].node.inputs):
+        pytest.skip(f"{name} on {cell}: {NO_BYTES}")
     if cell.startswith("ort:vulkan") and batch in EMPTY:
         pytest.skip(f"{name} on {cell} with {batch}: {NEVER_EMPTY}")
     calls = number_of_kernel_calls()
@@ -442,7 +452,8 @@ def flipping(target: int, values: list[str]) -> type[GraphBuilder]:
     class Flipping(GraphBuilder):
         def split_op(self, op_type, inputs, name, outputs, *, domain="", **attributes):
             written = list(outputs)
-            if op_type in ("Gather", "Reshape") and self._is_small(inputs[0]):
+            cast = op_type == "Cast" and attributes["to"] == onnx.TensorProto.INT8
+            if cast or (op_type in ("Concat", "Gather", "Reshape") and self._is_small(inputs[0])):
                 small.update(outputs)
                 return super().split_op(op_type, inputs, name, outputs, domain=domain, **attributes)
             for place, value in enumerate(outputs):
@@ -458,7 +469,12 @@ def flipping(target: int, values: list[str]) -> type[GraphBuilder]:
 
         def _is_small(self, name):
             tensor = self._initializers.get(name)
-            return name in small or (tensor is not None and tensor.data_type == onnx.TensorProto.UINT8)
+            given = [i.type.tensor_type.elem_type for i in self._inputs if i.name == name]
+            return (
+                name in small
+                or given == [onnx.TensorProto.INT8]
+                or (tensor is not None and tensor.data_type == onnx.TensorProto.UINT8)
+            )
 
     return Flipping
 

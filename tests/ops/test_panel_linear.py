@@ -7,7 +7,7 @@ import pytest
 
 kernels = pytest.importorskip("portlm._C", reason="portlm._C was not built")
 
-from portlm.compile.packed_file import in_panels  # noqa: E402
+from portlm.panels import in_panels  # noqa: E402
 
 pytestmark = pytest.mark.runs_kernel("panel_linear")
 DEPTH = 256  # products in one sum before it joins the total

@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +10,9 @@ import portlm
 from portlm.cli import main
 from portlm.commands.generate import command, defaults_in_use, write
 from portlm.errors import UsageError
+from portlm.runtimes import session as sessions
 from portlm.runtimes.session import Session
+from portlm.runtimes.speculation import Speculation
 
 
 @pytest.fixture
@@ -66,6 +69,20 @@ def test_json_says_what_ran_where_and_how_fast(run):
     assert (answer["engine"], answer["device"], answer["profile"]) == ("null", "cpu", "native")
     assert answer["placement"] == {"nodes": {"cpu": 0}, "fallback": [], "note": ""}
     assert answer["prefill_seconds"] > 0
+
+
+def test_guesses_by_lookup_or_a_smaller_model_change_no_text(run, artifacts, monkeypatch):
+    monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))
+    plain = json.loads(run("abc", "-n", "30", "--json").stdout)
+    assert (plain["passes"], plain["tokens_per_pass"], plain["drafted"], plain["accepted"]) == (29, 1, 0, 0)
+    assert run("abc", "-n", "30", "--lookup").stdout.strip("\n") == plain["text"]
+    drafted = json.loads(run("abc", "-n", "30", "--draft", str(artifacts["llama"]), "--json").stdout)
+    assert drafted["text"] == plain["text"]
+    assert drafted["drafted"] == drafted["accepted"] == 29 - drafted["passes"] > 15
+    refused = CliRunner().invoke(
+        command, [str(artifacts["gpt2"]), "a", "-e", "null", "--lookup", "--num-beams", "2"]
+    )
+    assert isinstance(refused.exception, UsageError)
 
 
 def test_an_engine_is_named_as_for_the_other_verbs(run):

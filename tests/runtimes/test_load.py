@@ -89,6 +89,23 @@ def test_auto_takes_onnx_runtime_for_an_artifact_and_torch_for_a_checkpoint(arti
         assert session.generate("hello", max_new_tokens=8).token_ids == expected
 
 
+def test_auto_takes_packed_where_it_is_compiled_and_of_this_version(compiled, tmp_path):
+    with load(compiled["gpt2"]) as session:
+        assert (session.engine.name, session.engine.device, session.engine.profile) == (
+            "packed",
+            "cpu",
+            "fused",
+        )
+    with load(compiled["gpt2"], profile="native") as session:
+        assert session.engine.name == "torch"
+    folder = shutil.copytree(compiled["gpt2"], tmp_path / "older")
+    raw = bytearray((folder / "packed.portlm").read_bytes())
+    raw[12] = 1
+    (folder / "packed.portlm").write_bytes(raw)
+    with load(folder) as session:
+        assert session.engine.name != "packed"
+
+
 def test_auto_takes_the_next_engine_when_a_package_is_missing(artifacts, missing):
     missing("onnxruntime")
     with load(artifacts["gpt2"]) as session:
@@ -285,7 +302,9 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path):
         load(tmp_path / "file", "null")
 
 
-@pytest.mark.parametrize("path", [None, 5, b"model", ["model"], object()], ids=repr)
+@pytest.mark.parametrize(
+    "path", [None, 5, b"model", ["model"], object()], ids=lambda path: type(path).__name__
+)
 def test_a_folder_of_another_type_is_an_error(path):
     with pytest.raises(UsageError, match="the folder of a model must be a str or a Path"):
         load(path, "null")

@@ -47,8 +47,8 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def session(request, compiled):
-    folder = compiled[request.param]
+def session(request, packed):
+    folder = packed[request.param]
     with Session(PackedEngine.open(OpenRequest(folder, read_manifest(folder), "cpu")), BYTES) as session:
         yield session
 
@@ -198,8 +198,8 @@ def test_logits_that_are_no_numbers_are_the_same_error_after_the_same_text(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_certificate_holds_against_eager_pytorch(family, compiled, tmp_path):
-    folder = shutil.copytree(compiled[family], tmp_path / family)
+def test_the_certificate_holds_against_eager_pytorch(family, packed, tmp_path):
+    folder = shutil.copytree(packed[family], tmp_path / family)
     (result,) = verify_artifact(folder, [Target.parse("packed:cpu:fused")])
     assert result.problem is None
     assert result.row.max_logit_error < 1e-4
@@ -209,13 +209,13 @@ def test_the_certificate_holds_against_eager_pytorch(family, compiled, tmp_path)
 
 @pytest.mark.runs_kernel("panel_linear", "cached_attention")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_as_near_to_float64_as_eager_pytorchs(family, compiled, checkpoints):
+def test_logits_are_as_near_to_float64_as_eager_pytorchs(family, packed, checkpoints):
     ids = np.random.default_rng(5).integers(0, V, (3, 24))
     model = load_model(checkpoints[family])
     with torch.no_grad():
         single = model(torch.from_numpy(ids)).numpy()
         exact = model.double()(torch.from_numpy(ids)).numpy()
-    with load(compiled[family], "packed") as session:
+    with load(packed[family], "packed") as session:
         found = Rows(session.engine, 3).read(ids, every=True)
     ours, theirs = (np.abs(logits - exact).max() for logits in (found, single))
     assert ours <= 2 * theirs
@@ -283,10 +283,10 @@ def test_a_module_without_a_state_runs_and_writes_token_by_token(tmp_path):
         )
 
 
-def test_it_is_found_by_load_verify_and_the_lists_of_targets(compiled):
+def test_it_is_found_by_load_verify_and_the_lists_of_targets(packed):
     from portlm.flows.targets import default_targets
 
-    folder = compiled["llama"]
+    folder = packed["llama"]
     assert Target("packed", "cpu", "fused") in default_targets(folder)
     with load(folder, "packed") as session:
         assert repr(session) == "<portlm.Session packed:cpu fused fp32>"
@@ -295,9 +295,9 @@ def test_it_is_found_by_load_verify_and_the_lists_of_targets(compiled):
         PackedEngine.open(OpenRequest(folder, read_manifest(folder), "cpu", "portable"))
 
 
-def test_a_file_of_another_model_is_refused(compiled, tmp_path):
-    folder = shutil.copytree(compiled["llama"], tmp_path / "model")
-    shutil.copyfile(compiled["gpt_neox"] / FILE, folder / FILE)
+def test_a_file_of_another_model_is_refused(packed, tmp_path):
+    folder = shutil.copytree(packed["llama"], tmp_path / "model")
+    shutil.copyfile(packed["gpt_neox"] / FILE, folder / FILE)
     with pytest.raises(FormatError, match="restore the file"):
         load(folder, "packed")
     write_manifest(folder, refresh_files(folder, read_manifest(folder), [FILE]))
@@ -305,14 +305,14 @@ def test_a_file_of_another_model_is_refused(compiled, tmp_path):
         load(folder, "packed")
 
 
-def test_a_damaged_file_that_the_manifest_vouches_for_is_refused_by_its_reader(compiled, tmp_path):
-    folder = shutil.copytree(compiled["llama"], tmp_path / "model")
+def test_a_damaged_file_that_the_manifest_vouches_for_is_refused_by_its_reader(packed, tmp_path):
+    folder = shutil.copytree(packed["llama"], tmp_path / "model")
     raw = bytearray((folder / FILE).read_bytes())
     raw[12] = 9
     (folder / FILE).write_bytes(raw)
     write_manifest(folder, refresh_files(folder, read_manifest(folder), [FILE]))
     with pytest.raises(
-        FormatError, match=r"packed\.portlm: it is of version 9, this portlm reads 1; compile again"
+        FormatError, match=r"packed\.portlm: it is of version 9, this portlm reads 2; compile again"
     ):
         load(folder, "packed")
 

@@ -23,6 +23,7 @@ from portlm.flows.load import load  # noqa: E402
 from portlm.flows.verify import PlainPyTorch, verify_artifact  # noqa: E402
 from portlm.models import load_model  # noqa: E402
 from portlm.ops.compiled import kernels  # noqa: E402
+from portlm.ort_support import EXACT, ROUNDED, at_accuracy  # noqa: E402
 from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS  # noqa: E402
 from portlm.runtimes.eager import TorchEngine  # noqa: E402
 from portlm.runtimes.no_tokenizer import NoTokenizer  # noqa: E402
@@ -172,6 +173,24 @@ def test_level_4_of_onnx_runtime_is_recorded_and_not_judged(quantized, answers, 
     monkeypatch.setenv("PORTLM_ORT_ACCURACY_LEVEL", "2")
     with pytest.raises(UsageError, match="PORTLM_ORT_ACCURACY_LEVEL must be 0 or 4, got '2'"):
         build(folder, [("ort", "cpu", "fused")])
+
+
+def test_on_the_cpu_8_bits_with_float32_activations_become_float32_weights(quantized, answers, tmp_path):
+    """MatMulNBits would compute the same, in ten times the time of float32 weights."""
+    folder = shutil.copytree(quantized("gpt2", "int8", True), tmp_path / "artifact")
+    kinds = {}
+    for level in (EXACT, ROUNDED):
+        with at_accuracy(level):
+            (entry,) = build(folder, [("ort", "cpu", "fused")])
+        graph = onnx.load(folder / entry.files[0], load_external_data=False).graph
+        kinds[level] = {node.op_type for node in graph.node}
+        if level == EXACT:
+            with load(folder, "ort", "cpu", "fused") as session:
+                found = parity.measure(session.engine, answers("gpt2", "int8", True))
+            assert found.row.precision == "fp32"
+            assert found.problem() is None
+    assert "MatMulNBits" not in kinds[EXACT]
+    assert "MatMulNBits" in kinds[ROUNDED]
 
 
 # --- modules ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import portlm
 from portlm import threads as threads_module
 from portlm.rows import Rows
-from portlm.threads import FEW_TOKENS, StepThreads, cores
+from portlm.threads import FEW_TOKENS, GovernedThreads, cores
 
 OWN = (
     "torch:native",
@@ -17,7 +17,8 @@ OWN = (
     "torch:portable",
     "tvm:fused",
     "packed:fused",
-)  # whose threads are OpenMP's
+)  # whose threads portlm sets step by step
+GOVERNED = ("torch:native", "torch:fused", "torch:portable")
 TARGETS = (*OWN, "tvm:portable", "ort:fused", "ort:portable")
 
 
@@ -97,7 +98,7 @@ def test_a_step_takes_the_threads_that_were_asked_for_and_gives_the_callers_back
     assert threads_now() == torch.get_num_threads() == 3
 
 
-@pytest.mark.parametrize("target", OWN)
+@pytest.mark.parametrize("target", GOVERNED)
 def test_steps_of_few_tokens_run_on_one_thread_while_that_is_better(target, compiled, three_threads):
     seen = []
     with opened(compiled["gpt2"], target, None) as session:
@@ -143,9 +144,9 @@ def steps(threads, clock, seconds):
         before, setting[0] = setting[0], count
         return before
 
-    chosen = StepThreads(use, threads)
+    chosen = GovernedThreads(use, threads)
     for length in seconds:
-        with chosen.step("decoder", np.zeros((1, 1))):
+        with chosen.governed_step("decoder", np.zeros((1, 1))):
             used.append(setting[0])
             clock.now += length
         assert setting == [0]

@@ -410,6 +410,35 @@ def test_a_view_outlives_the_cache_it_came_from(function):
     assert (view == 7).all()
 
 
+# --- chains -------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_its_kernels_one_after_the_other(function):
+    """Inner values, numbers, what is written and what is returned; a second shape takes the same memory."""
+    rng = np.random.default_rng(0)
+    recipe = "0 8:0 8:1|layer_norm $0 $1 $2 r0.001 %0|swiglu %0 $0 %1|"
+    recipe += "append_cache $3 %1 i4 >0|append_cache $3 %0 i0 >1|swiglu %1 %0 $4"
+    for shape in ((2, 3, 8), (1, 1, 8), (1, 40, 8)):
+        given = rng.standard_normal(shape, np.float32)
+        weight, bias = rng.standard_normal((2, 8), np.float32)
+        arrays = [given, weight, bias, np.zeros((shape[0], 1, 0, 4), np.float32), np.zeros(shape, np.float32)]
+        tensors = [tvm_ffi.from_dlpack(array) for array in arrays]
+        first, second = function("chain")(recipe, *tensors)
+        y, z, last = (tensor(*shape) for _ in range(3))
+        function("layer_norm")(tensors[0], tensors[1], tensors[2], 0.001, y)
+        function("swiglu")(y, tensors[0], z)
+        function("swiglu")(z, y, last)
+        normed, gated = np.from_dlpack(y), np.from_dlpack(z)
+        np.testing.assert_array_equal(np.from_dlpack(first)[:, 0], gated[..., 4:])
+        np.testing.assert_array_equal(np.from_dlpack(second)[:, 0], normed[..., :4])
+        np.testing.assert_array_equal(np.from_dlpack(tensors[4]), np.from_dlpack(last))
+
+
+def test_what_a_kernel_of_a_chain_says_is_said_of_it(function):
+    with pytest.raises(ValueError, match=r"\[layer_norm\] weight"):
+        function("chain")("0 8:0|layer_norm $0 $1 $1 r1e-5 %0", tensor(2, 3, 8), tensor(7))
+
+
 # --- arguments of the native functions ----------------------------------------------------------------------
 
 x, c = (lambda: tensor(2, 3, 8)), (lambda: tensor(8))
@@ -440,6 +469,30 @@ BAD_CALLS = {
     "gelu_mlp: hidden sizes differ": (
         "gelu_mlp", x, lambda: tensor(8, 5), lambda: tensor(5), lambda: tensor(6, 8), c, 1, x,
     ),
+    "panel_linear: panels of another width": (
+        "panel_linear", x, lambda: tensor(1, 7, 64), lambda: tensor(5), 5, 8, 0, lambda: tensor(2, 3, 5),
+    ),
+    "panel_linear: fewer panels than rows": (
+        "panel_linear_no_bias", x, lambda: tensor(1, 8, 64), 65, 8, 0, lambda: tensor(2, 3, 65),
+    ),
+    "panel_linear: no such activation": (
+        "panel_linear_no_bias", x, lambda: tensor(1, 8, 64), 5, 8, 4, lambda: tensor(2, 3, 5),
+    ),
+    "panel_rows: id too large": (
+        "panel_rows", lambda: tensor(2, 3, dtype=np.int64, fill=5), lambda: tensor(1, 8, 64), 5, 8, x,
+    ),
+    "columns: a period that does not divide": ("columns", x, 3, 0, 2, lambda: tensor(2, 3, 4)),
+    "columns: beyond the period": ("columns", x, 4, 3, 2, lambda: tensor(2, 3, 4)),
+    "join_columns: other heads": ("join_columns", x, 4, 0, 2, x, 8, 0, 2, x),
+    "join_columns: other tokens": ("join_columns", x, 4, 0, 2, lambda: tensor(2, 2, 8), 4, 0, 2, x),
+    "chain: no recipe": ("chain", x),
+    "chain: an argument is missing": ("chain", "0 8:0|layer_norm $0 $1 $1 r1e-5 %0", x),
+    "chain: an inner value without a place": ("chain", "0 8|layer_norm $0 $1 $1 r1e-5 %0", x, c),
+    "chain: a place too far": ("chain", "0 8:1|layer_norm $0 $1 $1 r1e-5 %0", x, c),
+    "chain: no such function": ("chain", "0 8:0|mystery $0 %0", x),
+    "chain: no such inner value": ("chain", "0 8:0|layer_norm $0 $1 $1 r1e-5 %1", x, c),
+    "chain: what nothing returned": ("chain", "0 8:0|layer_norm $0 $1 @0 r1e-5 %0", x, c),
+    "chain: a part of another kind": ("chain", "0 8:0|layer_norm $0 $1 ?1 r1e-5 %0", x, c),
     "append_cache: heads of another width": ("append_cache", lambda: tensor(2, 2, 1, 5), x, 0),
     "append_cache: another batch": ("append_cache", lambda: tensor(1, 2, 1, 4), x, 0),
     "append_cache: columns that do not exist": ("append_cache", lambda: tensor(2, 2, 1, 3), x, 3),

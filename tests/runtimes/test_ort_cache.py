@@ -1,0 +1,97 @@
+"""ONNX Runtime's cache in place: where slots are written, and that nobody who holds older ones notices."""
+
+import numpy as np
+import pytest
+
+import portlm
+from portlm.rows import Rows
+from portlm.runtimes.ort_cache import View
+
+TOLERANCE = 4e-5  # of logits, as in tests/compile/test_export.py
+
+
+@pytest.fixture(scope="module")
+def engines(artifacts):
+    """The engine under test, and the model's own code in PyTorch."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install portlm[onnx]")
+    pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    fast = portlm.load(artifacts["llama"], engine="ort", device="cpu", profile="fused")
+    with fast, portlm.load(artifacts["llama"], engine="torch", device="cpu") as slow:
+        yield fast.engine, slow.engine
+
+
+def tensors(rows):
+    return rows._state.peek()
+
+
+def read_both(pair, *arguments, real=None, **options):
+    """Read with both; return the first one's logits, which agree wherever there is no padding."""
+    answers = [rows.read(*arguments, real, **options) for rows in pair]
+    keep = np.ones(answers[0].shape[:2], bool) if real is None else real[:, -answers[0].shape[1] :] == 1
+    assert np.abs(answers[0] - answers[1])[keep].max() < TOLERANCE
+    return answers[0]
+
+
+def start(engines, batch, tokens):
+    pair = [Rows(engine, batch) for engine in engines]
+    read_both(pair, tokens)
+    return pair
+
+
+def tokens(batch, count, seed=0):
+    return np.random.default_rng(seed).integers(0, 60, (batch, count))
+
+
+def test_a_step_writes_behind_what_is_there_and_moves_nothing(engines):
+    pair = start(engines, 2, tokens(2, 5))
+    before = tensors(pair[0])
+    cache = {tensor.cache for tensor in before.values()}
+    assert len(cache) == 1
+    assert all(isinstance(tensor, View) for tensor in before.values())
+    read_both(pair, tokens(2, 1))
+    after = tensors(pair[0])
+    assert {tensor.cache for tensor in after.values()} == cache
+    assert {tensor.length for tensor in after.values()} == {6}
+
+
+def test_several_tokens_of_a_ragged_batch_on_a_filled_cache(engines):
+    """ONNX Runtime's operator refuses them in one call, so rows are read one by one, padding and all."""
+    pair = [Rows(engine, 3) for engine in engines]
+    real = np.ones((3, 6), np.int64)
+    real[1, :2], real[2, :5] = 0, 0
+    read_both(pair, tokens(3, 6), real=real, every=True)
+    read_both(pair, tokens(3, 4), every=True)
+    read_both(pair, tokens(3, 1))
+
+
+def test_logits_of_a_step_are_not_overwritten_by_the_next(engines):
+    pair = start(engines, 1, tokens(1, 3))
+    first = pair[0].next([1])
+    kept = first.copy()
+    pair[0].next([2])
+    assert np.array_equal(first, kept)
+
+
+def test_continuations_of_one_prefix_do_not_see_each_other(engines):
+    pair = start(engines, 2, tokens(2, 4))
+    twins = [rows.copy() for rows in pair]
+    for step in range(3):
+        read_both(pair, tokens(2, 1, seed=step))
+        read_both(twins, tokens(2, 1, seed=step + 10))
+    assert (
+        tensors(pair[0])["past_key_values.0.key"].cache
+        is not tensors(twins[0])["past_key_values.0.key"].cache
+    )
+
+
+def test_a_cache_is_left_when_it_is_full_and_when_rows_change(engines):
+    pair = start(engines, 3, tokens(3, 4))
+    for rows in pair:
+        rows.keep([2, 0])
+        rows.crop([3, 2])
+    read_both(pair, tokens(2, 2))
+    others = start(engines, 1, tokens(1, 9, seed=5))
+    for rows, other in zip(pair, others, strict=True):
+        rows.join([other])
+    for step in range(20):
+        read_both(pair, tokens(3, 1, seed=step))
