@@ -96,8 +96,8 @@ class Chain:
         if self.lead is not None:
             return leads(self.lead.ty.shape, shapes[0])
         for value in inputs:
-            shape = getattr(getattr(value, "ty", None), "shape", None)
-            if shape is not None and len(shape) >= 2 and leads(shape, shapes[0]):
+            known = getattr(getattr(value, "ty", None), "shape", None)
+            if known is not None and len(known) >= 2 and leads(known, shapes[0]):
                 self.lead = value.expr if isinstance(value, Pending) else value
                 return True
         return False
@@ -130,7 +130,9 @@ class Chain:
             return argument(value.expr if isinstance(value, Pending) else value)
 
         lead = argument(self.lead).removeprefix("$")
-        lines, written, returned = [], [], []
+        lines: list[str] = []
+        written: list[tuple[Pending, Any]] = []
+        returned: list[Pending] = []
         for step, (function, inputs, outputs) in enumerate(self.steps):
             words = [function, *map(part, inputs)]
             for value in outputs:

@@ -13,7 +13,7 @@ from portlm.engine import Advance, Array, CallSpec, Ids, RowChoice
 
 IDS, GROWING_MASK, TOKEN_MASK, POSITIONS, KEPT = -1, -2, -3, -4, -5  # as in advance.cpp
 TOKENS, SLOTS = ("batch", "sequence"), ("batch", "past + sequence")
-INPUTS = {
+INPUTS: dict[tuple[str, tuple[int | str, ...]], int] = {
     ("input_ids", TOKENS): IDS, ("attention_mask", SLOTS): GROWING_MASK, ("attention_mask", TOKENS): TOKEN_MASK,
     ("position_ids", TOKENS): POSITIONS, ("logits_to_keep", ("kept",)): KEPT,
 }  # fmt: skip

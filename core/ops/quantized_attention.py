@@ -56,7 +56,8 @@ def quantized_attention_reference(
         means.append(numbers.to(q.dtype) * scales.to(q.dtype))
     P = past_key.shape[2]
     keys, values = (x[:, :, P:].transpose(1, 2) for x in means)
-    out, _, _ = cached_attention_reference(q, keys, values, *(x[:, :, :P] for x in means), mask, scale)
+    past_keys, past_values = (x[:, :, :P] for x in means)
+    out, _, _ = cached_attention_reference(q, keys, values, past_keys, past_values, mask, scale)
     return (out, *present)  # type: ignore[return-value]
 
 
