@@ -22,7 +22,7 @@ from portlm.compile.forms import PROFILES
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.module_weights import Weights
 from portlm.compile.quantized_cache import kept_states, write_attention
-from portlm.compile.quantized_graph import QuantizedWeights
+from portlm.compile.quantized_graph import SmallWeights
 from portlm.compile.recorder import source_line
 from portlm.compile.trace import Recording, alive, arguments_of, output_nodes
 from portlm.errors import FormatError
@@ -78,7 +78,7 @@ def build_graph(
     name: str,
     family: str,
     context_length: int,
-    quantized: QuantizedWeights | None = None,
+    small: SmallWeights | None = None,
     byte_cache: bool = False,
 ) -> onnx.ModelProto:
     """Write the graph of one role in one profile; its initializers point into the weight file.
@@ -92,15 +92,15 @@ def build_graph(
         name: of the role.
         family: for the metadata.
         context_length: positions are below it.
-        quantized: what stands for weights; None leaves all of them as they are.
+        small: what stands for weights; None leaves all of them as they are.
         byte_cache: keep keys and values in 8 bits, see compile/quantized_cache.py.
 
     Raises:
         FormatError: an operator has no form in a graph, or a weight is not float32.
     """
-    arrays = {**weights.arrays, **(quantized.arrays if quantized else {})}
+    arrays = {**weights.arrays, **(small.arrays if small else {})}
     g = GraphBuilder(name, arrays, file, PROFILES[profile], context_length)
-    emitter = Emitter(g, recording, weights, profile, quantized, byte_cache)
+    emitter = Emitter(g, recording, weights, profile, small, byte_cache)
     declared: list[TensorSpec | StateSpec] = [*role.inputs, *role.state]
     for key, spec in zip(recording.inputs, declared, strict=True):
         parts: Sequence[TensorSpec | StateSpec] = (spec,)
@@ -134,10 +134,10 @@ class Emitter:
         recording: Recording,
         weights: Weights,
         profile: str,
-        quantized: QuantizedWeights | None = None,
+        small: SmallWeights | None = None,
         byte_cache: bool = False,
     ):
-        self.quantized, self.byte_cache = quantized, byte_cache
+        self.small, self.byte_cache = small, byte_cache
         self.g, self.recording, self.weights, self.profile = g, recording, weights, profile
         self.values: dict[fx.Node, Any] = {}
         self._wanted: dict[tuple[fx.Node, int], str] = {}
@@ -287,9 +287,9 @@ class Emitter:
         outputs = self._outputs(node, spec, names)
         if self.byte_cache and spec.op_type == "CachedAttention":
             write_attention(self.g, fused, names, outputs, attributes)
-        elif self.quantized and not self.quantized.names.isdisjoint(names):
+        elif self.small and not self.small.names.isdisjoint(names):
             complete = self._with_defaults(spec, attributes)
-            self.quantized.write(self.g, fused, spec, names, outputs[0], complete)
+            self.small.write(self.g, fused, spec, names, outputs[0], complete)
         elif fused:
             written = {
                 key: value
@@ -353,7 +353,7 @@ class Emitter:
             return name, self.weights.arrays[name].shape
         if weight := self._weight(operand):
             name = self.weights.name(weight.path)
-            if self.quantized and name in self.quantized.names:
+            if self.small and name in self.small.names:
                 shape = self.weights.arrays[name].shape
                 return name, shape if not wanted.matrix or self.weights.is_turned(weight.path) else shape[
                     ::-1

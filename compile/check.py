@@ -51,10 +51,13 @@ CONTRIB = "com.microsoft"
 OPERATORS: dict[str, dict[str, Form]] = {"": PORTABLE_OPS, DOMAIN: FUSED_OPS, CONTRIB: CONTRIB_OPS}
 OPSETS = {"": OPSET, DOMAIN: DOMAIN_VERSION, CONTRIB: 1}
 # Numbers of ONNX: types of elements, places of weights, types of attributes and the fields with their values.
-FLOAT, UINT8, INT8, INT64 = 1, 2, 3, 7
-ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT64: 8}
-KINDS = {FLOAT: "float32", INT64: "int64", UINT8: "uint8", INT8: "int8"}
-BYTE_KINDS = ("uint8", "int8")
+FLOAT, UINT8, INT8, INT64, FLOAT16, BFLOAT16 = 1, 2, 3, 7, 10, 16
+ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT64: 8, FLOAT16: 2, BFLOAT16: 2}  # of a weight
+KINDS = {
+    FLOAT: "float32", INT64: "int64", UINT8: "uint8", INT8: "int8", FLOAT16: "float16", BFLOAT16: "bfloat16",
+}  # fmt: skip
+IN_FILE_ALONE = ("uint8", "float16", "bfloat16")  # weights of these lie in the weight file
+SMALL = ("int8", *IN_FILE_ALONE)  # of few operands: weights, and a cache
 IN_FILE, IN_GRAPH = 1, 0
 ATTRIBUTE_TYPES: dict[type, tuple[int, str]] = {
     float: (1, "f"),
@@ -263,8 +266,9 @@ def _check_inputs(node: Message, form: Form, values: _Values) -> str:
             )
         if not wanted.kind:
             same = same or kind
-        fits = kind in BYTE_KINDS if wanted.kind == "byte" else kind == (wanted.kind or same)
-        if not fits or (kind in BYTE_KINDS and not (wanted.kind or wanted.small)):
+        if kind not in (wanted.kind or same).split("|") or (
+            kind in SMALL and not (wanted.kind or wanted.small)
+        ):
             raise _RefusedError(f"node {node.name!r} has an input {place} of type {kind}")
         if wanted.constant:
             _check_constant(node, value, wanted.constant, values)
@@ -324,8 +328,8 @@ def _check_weights(graph: Message, path: Path) -> None:
         if len(tensor.dims) > MAX_RANK or not all(0 <= d <= MAX_DIMENSION for d in tensor.dims):
             raise _RefusedError(f"weight {name!r} has an impossible shape")
         size = math.prod(tensor.dims) * item
-        if tensor.data_type == UINT8 and tensor.data_location != IN_FILE:
-            raise _RefusedError(f"weight {name!r} is uint8 and not in the weight file")
+        if (kind := KINDS[tensor.data_type]) in IN_FILE_ALONE and tensor.data_location != IN_FILE:
+            raise _RefusedError(f"weight {name!r} is {kind} and not in the weight file")
         if tensor.data_location == IN_FILE:
             _check_external(tensor, size, path, locations)
         elif tensor.data_location != IN_GRAPH or len(tensor.raw_data) != size or tensor.external_data:
@@ -340,12 +344,12 @@ def _check_external(tensor: Message, size: int, path: Path, locations: dict[str,
         entries[_text(entry.key)] = _text(entry.value)
     if (
         tensor.raw_data
-        or tensor.data_type not in (FLOAT, UINT8)
+        or tensor.data_type == INT64
         or len(entries) != len(tensor.external_data)
         or entries.keys() != {"location", "offset", "length"}
     ):
         raise _RefusedError(
-            f"weight {name!r} does not say float32 or uint8, location, offset and length, each once"
+            f"weight {name!r} does not say float32 or less, location, offset and length, each once"
         )
     location = entries["location"]
     if location not in locations:

@@ -1,4 +1,4 @@
-"""Whether the parts of quantized weights fit each other, and what a node says of them.
+"""Whether the parts of quantized weights fit each other, and what a node says of them; the same for weights of 16 bits.
 
 A kernel reads as many bytes as the sizes it is told ask for, and some engines look no further. So sizes that contradict
 each other are refused before any engine sees them.
@@ -11,6 +11,10 @@ from portlm.compile.quantize import BITS, GROUPS
 from portlm.ops.spec import DOMAIN
 
 Shapes = Mapping[str, tuple[int, ...]]
+HALF = (
+    (DOMAIN, "HalfLinear"),
+    (DOMAIN, "HalfEmbedding"),
+)  # whose second input is a weight of 16 bits, the third a bias
 
 # Operators on quantized weights: the places of weight, scales, zero points and bias among their inputs.
 _PLACES = {
@@ -28,6 +32,8 @@ def wrong_sizes(node: Any, weights: Shapes) -> str:
         node: a NodeProto, or the same as compile/onnx_reader.py reads it, whose form is right.
         weights: shapes of the graph's weights and constants, and of what is a Reshape of one.
     """
+    if (node.domain, node.op_type) in HALF:
+        return _wrong_half(node, weights)
     places = _PLACES.get((node.domain, node.op_type))
     if places is None:
         return ""
@@ -58,4 +64,17 @@ def wrong_sizes(node: Any, weights: Shapes) -> str:
     for name, value in wanted.items():
         if said.get(name, value) != value:
             return f"says {name} is {said[name]}, its weights are for {value}"
+    return ""
+
+
+def _wrong_half(node: Any, weights: Shapes) -> str:
+    """The same for a node on a weight of 16 bits."""
+    weight, *bias = filter(None, node.input[1:])
+    for name in (weight, *bias):
+        if name not in weights:
+            return f"reads {name[:80]!r}, which is no weight"
+    if len(weights[weight]) != 2:
+        return f"has a weight of the shape {weights[weight]}, which is no matrix"
+    if bias and weights[bias[0]] != weights[weight][:1]:
+        return f"has a bias of the shape {weights[bias[0]]} for {weights[weight][0]} outputs"
     return ""

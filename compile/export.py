@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ from portlm.artifact import (
     write_manifest,
 )
 from portlm.compile.calibrate import calibrated, read
-from portlm.compile.check import check_model
 from portlm.compile.export_checks import (
     check_cache,
     check_profiles,
@@ -39,10 +39,31 @@ from portlm.compile.export_checks import (
     stored_bytes,
 )
 from portlm.compile.forms import OPSET
-from portlm.compile.graph import WeightFile
+from portlm.compile.halves import (
+    AUTO,
+    FLOAT32,
+    KINDS,
+    Keep,
+    check_weights,
+    is_rounded,
+    of_checkpoint,
+    of_rounded,
+    round_checkpoint,
+    rounding,
+)
 from portlm.compile.isolated import graph_of, weights_of
 from portlm.compile.mapped import MappedFile
 from portlm.compile.quantize import Prepare, Quantizer, RoundToNearest, Scheme, scheme_of
+from portlm.compile.role_graphs import (
+    Graphs,
+    capture,
+    context_length_of,
+    family_of,
+    graph_file,
+    roles_to_export,
+    weight_file,
+    write_graphs,
+)
 from portlm.compile.tables import table_limits, with_limits
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import check_space, free_bytes, read_json
@@ -55,10 +76,9 @@ from portlm.hub_files import (
     check_folder,
     usable_tokenizer,
 )
-from portlm.models import CONFIG, FAMILIES, WEIGHTS, check_tensors, expected_shapes, load_config
-from portlm.ops.spec import DOMAIN_VERSION, FAR
+from portlm.models import CONFIG, FAMILIES, HALVES, WEIGHTS, check_tensors, expected_shapes, load_config
+from portlm.ops.spec import DOMAIN_VERSION
 from portlm.quantization import KeyValueCache, Quantization
-from portlm.roles import file_stem
 from portlm.seen_graphs import record_written
 from portlm.tokenizer import Tokenizer
 from portlm.weights import read_header
@@ -84,6 +104,7 @@ def export(
     out: str | Path,
     profiles: Sequence[str] = ("portable", "fused"),
     *,
+    weights: str = AUTO,
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
@@ -96,6 +117,8 @@ def export(
         checkpoint: folder with config.json and model.safetensors.
         out: the artifact folder. An artifact that is already there is replaced, anything else is refused.
         profiles: which graphs to write.
+        weights: of matrices and token tables in the graphs: "auto" as the checkpoint has them, "float32" widened, which
+            changes no number, "bfloat16" or "float16" rounded to it, see compile/halves.py.
         quantize: "int8" or "int4" for matrices and the token table in so many bits, see compile/quantize.py. The
             artifact then holds no model.safetensors.
         group: how many weights share a scale: 32, 64 or 128, which must divide the inputs of every matrix.
@@ -108,13 +131,14 @@ def export(
         The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
 
     Raises:
-        FormatError: the checkpoint is damaged or not of a known family.
+        FormatError: the checkpoint is damaged or not of a known family, or a weight is too large for float16.
         UsageError: `out` holds something that is not an artifact, a profile is unknown, the group does not divide, the
-            weights are quantized already, or the text is too short.
+            weights are quantized already or cannot be both rounded and quantized, or the text is too short.
         StorageError: the disk is full or refuses. What was there before is untouched.
     """
     source, target = Path(checkpoint), Path(out)
     check_profiles(profiles)
+    check_weights(weights, quantize)
     check_cache(cache)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(source, target)
@@ -126,13 +150,19 @@ def export(
     check_source(source, copied)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     generation_config.read(source)  # and what no session would load
-    weights = read_header(source / WEIGHTS)
+    header = read_header(source / WEIGHTS)
+    rounds = weights in KINDS and not is_rounded(source / WEIGHTS, weights)
     tokenizer = Tokenizer.load(source) if calibrate is not None and (source / TOKENIZER).is_file() else None
     prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size, cache)
     if scheme is not None:
         copied.remove(WEIGHTS)
     size = sum((source / name).stat().st_size for name in copied)
-    size += sum(stored_bytes(info.shape, scheme) for info in weights.values())
+    size += sum(
+        stored_bytes(
+            info.shape, scheme, 16 if rounds or (info.dtype in HALVES and weights != FLOAT32) else 32
+        )
+        for info in header.values()
+    )
 
     notes: list[str] = []
 
@@ -142,9 +172,16 @@ def export(
             without = (TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
         for name in copied:
             if name not in without:
-                shutil.copyfile(source / name, workshop / name)
+                if rounds and name == WEIGHTS:
+                    round_checkpoint(source / name, workshop / name, weights)
+                else:
+                    shutil.copyfile(source / name, workshop / name)
 
-    made = _make(lambda: open_mapped(source), target, profiles, size, bring, prepare, cache, beside=True)
+    def load(workshop: Path) -> "tuple[nn.Module, MappedFile | None]":
+        return open_mapped(workshop if rounds else source, widened=keep is None)
+
+    keep = of_checkpoint if scheme is None and weights != FLOAT32 else None
+    made = _make(load, target, profiles, size, bring, prepare, keep, cache, beside=not rounds)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return made
@@ -157,6 +194,7 @@ def export_module(
     tokenizer: Any = None,
     example: Any = None,
     profiles: Sequence[str] = ("portable", "fused"),
+    weights: str = AUTO,
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
@@ -172,6 +210,7 @@ def export_module(
         tokenizer: has `save(folder)`; None leaves the artifact without one.
         example: input_ids (B, T) int64, for a module without roles.
         profiles: which graphs to write.
+        weights: as for `export`; "auto" is "float32".
         quantize: as for `export`.
         group: as for `export`.
         asymmetric: as for `export`.
@@ -192,38 +231,46 @@ def export_module(
 
     target = Path(folder)
     check_profiles(profiles)
+    check_weights(weights, quantize)
     check_cache(cache)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(None, target)
-    if not roles_of(module):
-        from portlm.compile.canonical_decoder import decoder_of
+    with rounding(module, weights):
+        if not roles_of(module):
+            from portlm.compile.canonical_decoder import decoder_of
 
-        decoder = decoder_of(module, example=example)
-        decoder.warn(type(module).__name__)
-        module = decoder
-    if tokenizer is not None and tokenizer.vocab_size > (ids := _vocab_size(module, roles_to_export(module))):
-        raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
-            f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
-        )
-    prepare = _preparation(scheme, calibrate, tokenizer, _vocab_size(module, roles_to_export(module)), cache)
-    size = sum(stored_bytes(p.shape, scheme) for p in module.parameters())
-    if scheme is None:
-        size += sum(p.numel() * p.element_size() for p in module.parameters())
-    config = getattr(module, "config", None)
+            decoder = decoder_of(module, example=example)
+            decoder.warn(type(module).__name__)
+            module = decoder
+        if tokenizer is not None and tokenizer.vocab_size > (
+            ids := _vocab_size(module, roles_to_export(module))
+        ):
+            raise UsageError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {ids}: give the tokenizer that it was "
+                f"trained with, or tokenizer.within({ids}) if only control tokens are too many"
+            )
+        vocab_size = _vocab_size(module, roles_to_export(module))
+        prepare = _preparation(scheme, calibrate, tokenizer, vocab_size, cache)
+        size = sum(stored_bytes(p.shape, scheme) for p in module.parameters())
+        if scheme is None:
+            size += sum(p.numel() * p.element_size() for p in module.parameters())
+        config = getattr(module, "config", None)
 
-    def bring(workshop: Path) -> None:
-        if config is not None and hasattr(config, "to_hf"):
-            from portlm.models import save_config, save_model
+        def bring(workshop: Path) -> None:
+            if config is not None and hasattr(config, "to_hf"):
+                from portlm.models import save_config, save_model
 
-            if scheme is None:
-                save_model(workshop, module, tokenizer)  # type: ignore[arg-type]
-            else:  # the weights are those of the graphs
-                save_config(workshop, config, tokenizer)
-        elif tokenizer is not None:
-            tokenizer.save(workshop)
+                if scheme is None:
+                    save_model(workshop, module, tokenizer)  # type: ignore[arg-type]
+                    if weights in KINDS:
+                        round_checkpoint(workshop / WEIGHTS, workshop / WEIGHTS, weights)
+                else:  # the weights are those of the graphs
+                    save_config(workshop, config, tokenizer)
+            elif tokenizer is not None:
+                tokenizer.save(workshop)
 
-    return _make(lambda: (module, None), target, profiles, size, bring, prepare, cache)
+        keep = partial(of_rounded, weights) if weights in KINDS else None
+        return _make(lambda workshop: (module, None), target, profiles, size, bring, prepare, keep, cache)
 
 
 def _preparation(
@@ -242,13 +289,17 @@ def _preparation(
     text = read(calibrate, tokenizer, vocab_size)
     if scheme is None:
         return None  # nothing is chosen, and what the cache costs is measured later
-    return lambda module: calibrated(module, roles_to_export(module), text, _context_length(module), scheme)
+    return lambda module: calibrated(module, roles_to_export(module), text, context_length_of(module), scheme)
 
 
-def open_mapped(folder: str | Path) -> "tuple[nn.Module, MappedFile]":
+def open_mapped(folder: str | Path, widened: bool = True) -> "tuple[nn.Module, MappedFile]":
     """Return the model of a checkpoint folder, its parameters views of the mapped file.
 
     Half precision is widened, which needs memory. Everything is compared with config.json before.
+
+    Args:
+        folder: of the checkpoint.
+        widened: False leaves matrices of half precision without values, for who takes those from the file.
 
     Returns:
         The model and the file.
@@ -260,7 +311,7 @@ def open_mapped(folder: str | Path) -> "tuple[nn.Module, MappedFile]":
 
     folder = Path(folder)
     config, path = load_config(folder), folder / WEIGHTS
-    check_tensors(path, read_header(path), expected_shapes(config), dtypes=("F32", "F16"))
+    check_tensors(path, read_header(path), expected_shapes(config))
     mapped = MappedFile(path)
     # The parameters' first memory is never touched, and so costs none.
     model: Any = FAMILIES[config.family].model_class()(config, init=False)
@@ -268,18 +319,22 @@ def open_mapped(folder: str | Path) -> "tuple[nn.Module, MappedFile]":
         warnings.simplefilter("ignore")  # PyTorch would warn that the file cannot be written to: nobody does
         for name, parameter in model.named_parameters():
             hf_name, transposed = model.hf_name(name)
-            tensor = torch.from_numpy(mapped.arrays[hf_name].astype(np.float32, copy=False))
+            array = mapped.arrays[hf_name]
+            if not widened and array.itemsize == 2 and array.ndim == 2:
+                continue
+            tensor = torch.from_numpy(array.astype(np.float32, copy=False))
             parameter.data = tensor.t() if transposed else tensor
     return model.eval(), mapped
 
 
 def _make(
-    load: "Callable[[], tuple[nn.Module, MappedFile | None]]",
+    load: "Callable[[Path], tuple[nn.Module, MappedFile | None]]",
     target: Path,
     profiles: Sequence[str],
     size: int,
     bring: Callable[[Path], None],
     prepare: Prepare | None,
+    keep: Keep | None,
     cache: str | None,
     *,
     beside: bool = False,
@@ -287,12 +342,14 @@ def _make(
     """Capture a module's roles and put the artifact in its place.
 
     Args:
-        load: returns the model, and the file that its weights are in, if there is one.
+        load: returns the model, and the file that its weights are in, if there is one; it is given the folder that
+            `bring` has filled, unless that works beside it.
         target: the artifact folder.
         profiles: which graphs to write.
         size: bytes of what is written, graphs aside.
         bring: writes the files beside the graphs into a folder.
-        prepare: makes the quantizer of the weights; None leaves them float32.
+        prepare: makes the quantizer of the weights; None leaves them as they are.
+        keep: finds weights of 16 bits; None leaves all float32 that are not quantized.
         cache: what keys and values are kept in; None keeps float32.
         beside: `bring` copies files and does not look at the module: the disk and the hash then work while PyTorch is
             loaded and the module captured, for neither needs Python's lock.
@@ -305,11 +362,12 @@ def _make(
             if not beside:  # while a module is captured, its parameters have no values
                 brought.result()
             with _no_collections():
-                module, weights = load()
+                module, weights = load(workshop)
             quantizer = None if prepare is None else prepare(module)
             with _no_collections():
-                roles, context = roles_to_export(module), _context_length(module)
-                graphs = capture(module, roles, profiles, context, quantizer, cache)
+                roles, context = roles_to_export(module), context_length_of(module)
+                halves = None if keep is None else partial(keep, module, weights)
+                graphs = capture(module, roles, profiles, context, quantizer, halves, cache)
             written = write_graphs(graphs, workshop / "onnx", weights)
             files = brought.result() | {f"onnx/{name}": entry for name, entry in written.items()}
             manifest = _describe(
@@ -344,141 +402,6 @@ def _bring_and_hash(bring: Callable[[Path], None], folder: Path) -> dict[str, Fi
     return hash_files(folder, names)
 
 
-def roles_to_export(module: "nn.Module") -> "Mapping[str, Role]":
-    """Return the roles of a module.
-
-    Raises:
-        FormatError: it declares none.
-    """
-    from portlm.models.roles import roles_of
-
-    roles = roles_of(module)
-    if not roles:
-        raise FormatError(
-            f"{type(module).__name__} declares no roles: give it a method roles(), as portlm.models.roles describes"
-        )
-    return roles
-
-
-Graphs = dict[str, tuple[WeightFile, dict[str, onnx.ModelProto]]]
-"""Role -> the file of its weights, not yet written, and its graph in each profile."""
-
-
-def capture(
-    module: "nn.Module",
-    roles: "Mapping[str, Role]",
-    profiles: Sequence[str],
-    context_length: int,
-    quantizer: Quantizer | None = None,
-    cache: str | None = None,
-) -> Graphs:
-    """Return the graphs of a module.
-
-    Args:
-        module: the model.
-        roles: its functions by name.
-        profiles: names from forms.PROFILES.
-        context_length: positions are below it.
-        quantizer: chooses the numbers of matrices and token tables; None leaves them float32.
-        cache: what keys and values are kept in; None keeps float32.
-
-    Raises:
-        FormatError: the model computes what a graph cannot say, or a weight is not finite.
-        UsageError: the quantizer's group does not divide the inputs of a matrix, or there is nothing to keep in 8 bits.
-    """
-    from portlm.compile.capture import build_graph
-    from portlm.compile.module_weights import Weights
-    from portlm.compile.quantized_cache import check_recordings
-    from portlm.compile.quantized_graph import quantize_weights
-    from portlm.compile.trace import record
-
-    recordings = {name: record(module, name, role) for name, role in roles.items()}
-    if cache is not None:
-        check_recordings(roles, recordings)
-    weights = Weights(module, recordings.values())
-    quantized = None if quantizer is None else quantize_weights(roles, recordings, weights, quantizer)
-    graphs: Graphs = {}
-    for name, role in roles.items():
-        file = WeightFile(weight_file(name))
-        options = {"name": name, "family": _family(module)}
-        graphs[name] = (
-            file,
-            {
-                profile: build_graph(
-                    role,
-                    recordings[name],
-                    weights,
-                    file,
-                    profile=profile,
-                    context_length=context_length,
-                    quantized=quantized,
-                    byte_cache=cache is not None,
-                    **options,
-                )
-                for profile in profiles
-            },
-        )
-    return graphs
-
-
-def write_graphs(graphs: Graphs, folder: Path, source: MappedFile | None = None) -> dict[str, FileEntry]:
-    """Write <role>.<profile>.onnx for each role and profile, and each role's weight file; check what was written.
-
-    Args:
-        graphs: of a module.
-        folder: is made.
-        source: see WeightFile.write.
-
-    Returns:
-        Size and sha256 of the files, by name.
-
-    Raises:
-        FormatError: a weight holds NaN or infinity.
-    """
-    folder.mkdir()
-    files: dict[str, FileEntry] = {}
-    for name, (file, models) in graphs.items():
-        for profile, model in models.items():
-            path = folder / graph_file(name, profile)
-            path.write_bytes(model.SerializeToString(deterministic=True))
-        files[weight_file(name)] = FileEntry(
-            sha256=file.write(folder / weight_file(name), source), size=file.size
-        )
-        for profile in models:
-            check_model(folder / graph_file(name, profile))
-        files |= hash_files(folder, [graph_file(name, profile) for profile in models])
-    return files
-
-
-def graph_file(role: str, profile: str) -> str:
-    """The name of a role's graph: "head:topic" becomes head-topic.<profile>.onnx."""
-    return f"{file_stem(role)}.{profile}.onnx"
-
-
-def weight_file(role: str) -> str:
-    """The name of the file with a role's weights."""
-    return f"{file_stem(role)}.onnx.data"
-
-
-def _family(module: "nn.Module") -> str:
-    return str(getattr(getattr(module, "config", None), "family", "module"))
-
-
-def _context_length(module: "nn.Module") -> int:
-    config = getattr(module, "config", None)
-    for name in ("context_length", "max_position_embeddings", "n_positions"):
-        value = getattr(config, name, None) or getattr(module, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            break
-    else:
-        raise FormatError(
-            f"{type(module).__name__} does not say how many positions it has: give it a context_length"
-        )
-    if not 1 <= value < FAR:
-        raise FormatError(f"context_length must be an integer from 1 to {int(FAR) - 1}, got {value}")
-    return value
-
-
 def _describe(
     module: "nn.Module",
     roles: "Mapping[str, Role]",
@@ -511,11 +434,15 @@ def _describe(
             inputs=with_limits(role.inputs, limits),
             outputs=role.outputs,
             state=with_limits(state, limits),
-            dtypes={name: "uint8" for name, span in file.spans.items() if span.array.dtype == np.uint8},
+            dtypes={
+                name: str(span.array.dtype)
+                for name, span in file.spans.items()
+                if span.array.dtype != np.float32
+            },
             provenance=Provenance(versions, settings, traced_shapes(role)),
         )
     parameters = sum(p.numel() for p in module.parameters())
-    model = ModelSpec(_family(module), parameters, _vocab_size(module, roles), context)
+    model = ModelSpec(family_of(module), parameters, _vocab_size(module, roles), context)
     quantization = None
     if quantizer is not None:
         scheme = quantizer.scheme

@@ -25,9 +25,10 @@ def check_cache(cache: str | None) -> None:
         raise UsageError(f"cache must be {' or '.join(CACHES)}, or left out for float32, got {cache!r}")
 
 
-def stored_bytes(shape: Sequence[int], scheme: Scheme | None) -> int:
-    """How many bytes of the weight file a parameter takes, about."""
-    bits = 32.0 if scheme is None or len(shape) != 2 else scheme.bits + 40 / scheme.group
+def stored_bytes(shape: Sequence[int], scheme: Scheme | None, bits: float = 32.0) -> int:
+    """How many bytes of the weight file a parameter takes, about; `bits` of a number that is not quantized."""
+    if scheme is not None and len(shape) == 2:
+        bits = scheme.bits + 40 / scheme.group
     return math.ceil(math.prod(shape) * bits / 8)
 
 

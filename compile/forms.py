@@ -18,7 +18,7 @@ What the portable profile avoids, each for a measured reason:
 - booleans and infinities: TVM's WGSL cannot pass the first between kernels nor spell the second, so the causal
   mask is arithmetic, -1e30 * relu(key position - query position);
 - whole numbers of quantized weights: they are cast to float32 as they come out of the file, and 4 bits are taken
-  apart by Floor;
+  apart by Floor; weights of 16 bits are cast there, too, and nothing is computed in less than float32;
 - CumSum over the last axis: wrong on TVM's WebGPU target, right over the first, so the mask is transposed around it;
 - Shape and Slice: TVM needs to know shapes, so head splits are Reshape to (0, 0, H, D), which copies B and T.
 """
@@ -45,13 +45,13 @@ class Operand:
     """One input or output of an operator.
 
     Attributes:
-        kind: "float32", "int64", "int32", "uint8", "int8", "byte" for either of these two, or "" for the one type that
+        kind: "float32", "int64", "int32", "uint8", "int8", several with "|" between them, or "" for the one type that
             all operands of the node without a kind have.
         constant: the least and the greatest element, if it must be an int64 constant in the graph.
         optional: may be left out.
         absent: is never there; "" keeps the places of those behind it.
         many: stands for one or more, the last of its list.
-        small: may be uint8 or int8 as well, where it has no kind.
+        small: may be uint8, int8, float16 or bfloat16 as well, where it has no kind.
     """
 
     kind: str = ""
@@ -104,9 +104,12 @@ GELU = Setting(str, ("none", "tanh"))
 
 _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 
-# What a Cast takes and gives, by its attribute: bytes of quantized weights or of a cache to float32, and what such a
-# cache keeps to int8.
-CASTS: dict[int, Form] = {1: Form((Operand("byte"),), (FLOAT,)), 3: Form((FLOAT,), (SIGNED,))}
+# What a Cast takes and gives, by its attribute: small weights or a cache of bytes to float32, and what such a cache
+# keeps to int8.
+CASTS: dict[int, Form] = {
+    1: Form((Operand("uint8|int8|float16|bfloat16"),), (FLOAT,)),
+    3: Form((FLOAT,), (SIGNED,)),
+}
 
 PORTABLE_OPS: dict[str, Form] = {
     "Abs": _UNARY,

@@ -22,8 +22,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from portlm.compile.forms import ALIGNMENT, IR_VERSION, OPSET
-from portlm.compile.mapped import MappedFile
+from portlm.compile.mapped import BFLOAT16, MappedFile
 from portlm.errors import FormatError
+
+STORED = (np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.float16), BFLOAT16)
+"""What weights may be in their file."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class WeightFile:
         self._end = 0
 
     def add(self, name: str, array: np.ndarray) -> Span:
-        """Reserve room for a float32 or uint8 array; the second call with the same name returns the same span."""
+        """Reserve room for an array of one of `STORED`; the second call with the same name returns the same span."""
         if name in self.spans:
             return self.spans[name]
-        if array.dtype not in (np.float32, np.uint8):
-            raise TypeError(f"{name} is {array.dtype}, the weight file holds float32 and uint8")
+        if array.dtype not in STORED:
+            raise TypeError(f"{name} is {array.dtype}, the weight file holds {', '.join(map(str, STORED))}")
         offset = -(-self._end // ALIGNMENT) * ALIGNMENT
         span = self.spans[name] = Span(offset, array.nbytes, array)
         self._end = offset + array.nbytes
@@ -110,7 +113,7 @@ def _check_and_hash(name: str, array: np.ndarray, padding: bytes, digest: Any) -
     block = 2**16
     for begin in range(0, array.size, block):
         part = array[begin : begin + block]
-        if array.dtype == np.float32 and not np.isfinite(part).all():
+        if array.dtype != np.uint8 and not np.isfinite(part).all():
             raise FormatError(f"{name} holds NaN or infinity: export a checkpoint that has not diverged")
         digest.update(part.view(np.uint8).data)
 
@@ -130,7 +133,7 @@ class GraphBuilder:
 
         Args:
             name: of the graph, "decoder".
-            weights: parameter name -> float32 or uint8 array in the orientation the graph uses.
+            weights: parameter name -> array in the orientation the graph uses.
             file: where the weights that the graph mentions are collected.
             domains: operator set versions besides the standard one.
             context_length: positions are below it.

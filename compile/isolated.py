@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from portlm.artifact import Manifest, RoleSpec, check_files
-from portlm.compile.check import UINT8, examine, read_graph
+from portlm.compile.check import BFLOAT16, FLOAT16, UINT8, examine, read_graph
 from portlm.compile.onnx_reader import Message
 from portlm.compile.tables import beyond
 from portlm.engine import limit_of
@@ -154,7 +154,7 @@ def check_isolated(jobs: Sequence[Job]) -> list[Message]:
 
 def _size(tensor: Any) -> int:
     """Bytes of a weight; of one in small numbers, the most that they take as float32, which a library may make them."""
-    wide = 8 if tensor.data_type == UINT8 else 1
+    wide = {UINT8: 8, FLOAT16: 2, BFLOAT16: 2}.get(tensor.data_type, 1)
     return wide * sum(int(entry.value) for entry in tensor.external_data if entry.key == "length")
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto, helper
 
 from portlm.weights import load_numpy
+
+BFLOAT16 = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
 
 
 class MappedFile:
@@ -18,7 +21,7 @@ class MappedFile:
         path: of the file.
 
     Attributes:
-        arrays: the tensors by name, views of the file where numpy has their type.
+        arrays: the tensors by name, views of the file.
 
     Raises:
         FormatError: as load_numpy.
@@ -26,7 +29,7 @@ class MappedFile:
 
     def __init__(self, path: Path):
         self._path, before = path, _identity(path)
-        self.arrays = load_numpy(path)
+        self.arrays = load_numpy(path, BFLOAT16)
         self._identity = before if before == _identity(path) else None
         bases: list[Any] = [array.base for array in self.arrays.values()]
         self._map = next((base for base in bases if isinstance(base, mmap.mmap)), None)  # one, of all tensors

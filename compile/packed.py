@@ -1,8 +1,8 @@
 """The fused graphs of an artifact as one packed file: steps for the runner, and weights as its kernels read them.
 
-Matrices of linear maps are stored in panels of (out, in), whatever the graph has, or packed if they are quantized. A
-part of a Split is read where it lies by the steps that can, and copied out for the others; a Reshape is another view of
-the same elements.
+Matrices of linear maps are stored in panels of (out, in), whatever the graph has, in 16 bits where it has those, or
+packed if they are quantized. A part of a Split is read where it lies by the steps that can, and copied out for the
+others; a Reshape is another view of the same elements.
 """
 
 import math
@@ -54,6 +54,7 @@ PLAIN = {
     "SwiGlu": "swiglu",
 }
 NO_ACTIVATION, RELU_SQUARED = ACTIVATIONS.index("none"), ACTIVATIONS.index("relu_squared")
+HALVES: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 GELU = {b"none": ACTIVATIONS.index("gelu"), b"tanh": ACTIVATIONS.index("gelu_tanh")}
 
 Shape = tuple[int | str, ...]
@@ -111,6 +112,13 @@ class Weights:
 
         made = Tensor(tensor.name, shape[::-1] if turned else shape, read, panels)
         return self._add((file, offset, f"{panels} {turned}"), made)
+
+    def place_half(self, tensor: TensorProto, folder: str) -> int:
+        """Return the place of a matrix (out, in) of 16 bits, which is in panels."""
+        file, offset, shape = _located(tensor, folder)
+        read = lambda: self._read(file, offset, shape, "<u2")  # noqa: E731
+        made = Tensor(tensor.name, shape, read, panels=True, dtype=HALVES[tensor.data_type])
+        return self._add((file, offset, "half"), made)
 
     def place_quantized(self, parts: Sequence[TensorProto | None], folder: str, bits: int) -> int:
         """Return the place of a quantized matrix, of weight, scale and zero points or None."""
@@ -203,6 +211,8 @@ class _Lowering:
             (DOMAIN, "Linear"): self._linear,
             (DOMAIN, "QuantizedLinear"): self._quantized_linear,
             (DOMAIN, "QuantizedEmbedding"): self._quantized_embedding,
+            (DOMAIN, "HalfLinear"): self._half_linear,
+            (DOMAIN, "HalfEmbedding"): self._half_embedding,
             (DOMAIN, "GeluMlp"): self._mlp,
             (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "Rotary"): self._rotary,
@@ -274,6 +284,15 @@ class _Lowering:
             self.values.append(Value(parts[0], WEIGHT, tensor=place))
         return self._placed[key]
 
+    def _half(self, name: str) -> _Known:
+        """A matrix of 16 bits."""
+        key = (name, True, False)
+        if key not in self._placed:
+            place = self.weights.place_half(self.external[name], self.folder)
+            self._placed[key] = _Known(len(self.values), self.weights.tensors[place].shape, "")
+            self.values.append(Value(name, WEIGHT, tensor=place))
+        return self._placed[key]
+
     def _whole(self, name: str) -> _Known:
         """A value by itself: a part of a Split is copied out, once."""
         found = self._value(name)
@@ -330,9 +349,21 @@ class _Lowering:
         matrix = self._quantized(parts, int(attributes["bits"]))
         self._map(node.name, self._whole(x), matrix, bias, node.output[0], activation)
 
+    def _half_linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        x, weight, bias = (*node.input, "")[:3]
+        activation = ACTIVATIONS.index(attributes.get("activation", b"none").decode())
+        self._map(node.name, self._whole(x), self._half(weight), bias, node.output[0], activation)
+
     def _quantized_embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        ids, *parts = (*node.input, "")[:4]
-        table, places = self._quantized(parts, int(attributes["bits"])), self._whole(ids)
+        _, *parts = (*node.input, "")[:4]
+        self._look_up(node, self._quantized(parts, int(attributes["bits"])))
+
+    def _half_embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        self._look_up(node, self._half(node.input[1]))
+
+    def _look_up(self, node: onnx.NodeProto, table: _Known) -> None:
+        """Rows of a table that is no float32 weight, at the first input."""
+        places = self._whole(node.input[0])
         shape = (*places.shape, table.shape[1])
         self._step(node.name, "embedding", [places.place, table.place], [(node.output[0], shape)])
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from portlm.artifact import FileEntry
 from portlm.files import atomic_file, check_space
+from portlm.ops.half import pack_array
 from portlm.ops.quantized import Layout
 from portlm.panels import in_panels
 from portlm.roles import StateSpec, TensorSpec
@@ -20,7 +21,8 @@ ALIGNMENT, HEADER = 64, 256
 NONE = 0xFFFFFFFF
 SYMBOLS = {"batch": 1, "sequence": 2, "past": 4, "kept": 8}
 SUM = "past + sequence"
-DTYPES, QUANTIZED, PANELS = {"float32": 1, "int64": 2}, {4: 4, 8: 5}, 6
+DTYPES, QUANTIZED = {"float32": 1, "int64": 2}, {4: 4, 8: 5}
+PANELS = {"float32": 6, "float16": 8, "bfloat16": 9}
 STATE_DTYPES = {"float32": 1, "int8": 7}
 TILES = 1  # the layout of quantized matrices
 WRITTEN_AT_ONCE = (
@@ -43,9 +45,11 @@ class Tensor:
     Attributes:
         name: of the parameter or buffer.
         shape: sizes.
-        read: returns it as an array of float32, or as the bytes of a quantized matrix; called once, when it is written.
+        read: returns it as an array of float32, of the bits of a matrix of 16 bits, or of the bytes of a quantized one;
+            called once, when it is written.
         panels: a matrix that is written in panels of 64 rows.
         layout: of a quantized matrix.
+        dtype: of the elements of one that is not quantized.
     """
 
     name: str
@@ -53,25 +57,29 @@ class Tensor:
     read: Callable[[], np.ndarray]
     panels: bool = False
     layout: Layout | None = None
+    dtype: str = "float32"
 
     @property
     def nbytes(self) -> int:
         """How many it takes in the file."""
         if self.layout is not None:
             return self.layout.size
-        return 4 * math.prod((_aligned(self.shape[0]), self.shape[1]) if self.panels else self.shape)
+        item = 4 if self.dtype == "float32" else 2
+        return item * math.prod((_aligned(self.shape[0]), self.shape[1]) if self.panels else self.shape)
 
     def numbers(self) -> tuple[int, ...]:
         """Dtype, rank, bits, zero points and group, as the table has them."""
         if self.layout is None:
-            return PANELS if self.panels else DTYPES["float32"], len(self.shape), 0, 0, 0
+            return PANELS[self.dtype] if self.panels else DTYPES["float32"], len(self.shape), 0, 0, 0
         bits, has_zeros, group = self.layout.bits, self.layout.has_zeros, self.layout.group
         return QUANTIZED[bits], len(self.shape), bits, has_zeros, group
 
     def content(self) -> np.ndarray:
         """What is written."""
         array = self.read()
-        if self.layout is None:
+        if self.dtype != "float32":
+            array = pack_array(array)
+        elif self.layout is None:
             array = array.reshape(self.shape)
             array = np.ascontiguousarray(in_panels(array) if self.panels else array, "<f4")
         assert array.nbytes == self.nbytes

@@ -1,7 +1,7 @@
-"""Which weights of a model are quantized, and the nodes that read them in place of the model's own.
+"""Which weights of a model are quantized or kept in 16 bits, and the nodes that read them in place of the model's own.
 
 All matrices of linear maps are, and all tables of which rows are looked up at token ids: those whose every use is one
-of the two, in all roles. A table that is also the head is one weight with one set of numbers. Everything else stays
+of the two, in all roles. A table that is also the head is one weight with one set of numbers. Everything else is
 float32: biases, norms, tables of positions.
 """
 
@@ -15,7 +15,7 @@ from torch import fx
 from portlm.compile import aten
 from portlm.compile.graph import GraphBuilder
 from portlm.compile.module_weights import Use, Weights, uses
-from portlm.compile.quantize import Quantizer, Scheme, pack, pack_zeros, quantize
+from portlm.compile.quantize import Quantizer, pack, pack_zeros, quantize
 from portlm.compile.trace import Recording
 from portlm.models.roles import Role
 from portlm.ops.registry import captured, nodes
@@ -25,18 +25,23 @@ Attributes = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class QuantizedWeights:
-    """The quantized weights of a module.
+class SmallWeights:
+    """The weights of a module that graphs have in less than 32 bits.
 
     Attributes:
-        scheme: of all of them.
+        kind: "Quantized" or "Half", with which the operators that read them begin.
         names: in graphs, of the parameters.
-        arrays: what graphs have in their place, by name: <name>.q, <name>.scale and, if there are any, <name>.zero.
+        arrays: what graphs have in their place, by name: of quantized weights <name>.q, <name>.scale and, if there are
+            any, <name>.zero; of those of 16 bits (out, in) under their own name.
+        attributes: of every node that reads them.
+        parts: the suffixes of what stands for one.
     """
 
-    scheme: Scheme
+    kind: str
     names: frozenset[str]
     arrays: Mapping[str, np.ndarray]
+    attributes: Attributes
+    parts: tuple[str, ...] = ("",)
 
     def write(
         self,
@@ -61,18 +66,19 @@ class QuantizedWeights:
 
 
 class _Writer:
-    """Writes nodes on quantized weights."""
+    """Writes nodes on small weights."""
 
-    def __init__(self, weights: QuantizedWeights, g: GraphBuilder, fused: bool):
+    def __init__(self, weights: SmallWeights, g: GraphBuilder, fused: bool):
         self.g = g
         self._weights, self._fused = weights, fused
 
-    def node(self, op_type: str, x: str, parameter: str, output: str, *more: str, **attributes: Any) -> str:
-        """Write one node that reads x and a quantized parameter; return its output."""
+    def node(self, operator: str, x: str, parameter: str, output: str, *more: str, **attributes: Any) -> str:
+        """Write one node that reads x and a parameter; return its output."""
+        op_type = self._weights.kind + operator
         g, spec = self.g, nodes()[op_type]
-        parts = (f"{parameter}.{part}" for part in ("q", "scale", "zero"))
+        parts = [parameter + part for part in self._weights.parts]
         names = [x, *(g.weight(part) if part in self._weights.arrays else "" for part in parts), *more]
-        given = {"bits": self._weights.scheme.bits, **attributes}
+        given = {**self._weights.attributes, **attributes}
         if not self._fused:
             spec.portable(
                 g, names, (output,), {a.name: given.get(a.name, a.default) for a in spec.attributes}
@@ -86,7 +92,7 @@ class _Writer:
         return g.op(op_type, names, output, domain=DOMAIN, **written)
 
     def linear(self, x: str, parameter: str, bias: str, output: str, activation: str = "none") -> str:
-        return self.node("QuantizedLinear", x, parameter, output, bias, activation=activation)
+        return self.node("Linear", x, parameter, output, bias, activation=activation)
 
 
 def _linear(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
@@ -110,7 +116,7 @@ def _relu_squared_mlp(write: _Writer, inputs: Sequence[str], output: str, attrib
 
 def _embedding(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
     ids, table = inputs
-    write.node("QuantizedEmbedding", ids, table, output)
+    write.node("Embedding", ids, table, output)
 
 
 REWRITES: dict[str, Callable[[_Writer, Sequence[str], str, Attributes], None]] = {
@@ -119,7 +125,7 @@ REWRITES: dict[str, Callable[[_Writer, Sequence[str], str, Attributes], None]] =
     "Linear": _linear,
     "ReluSquaredMlp": _relu_squared_mlp,
 }
-"""How a node of the model is written on quantized weights."""
+"""How a node of the model is written on small weights."""
 
 
 def quantize_weights(
@@ -127,7 +133,7 @@ def quantize_weights(
     recordings: Mapping[str, Recording],
     weights: Weights,
     quantizer: Quantizer,
-) -> QuantizedWeights:
+) -> SmallWeights:
     """Quantize the weights of a module.
 
     Args:
@@ -151,18 +157,51 @@ def quantize_weights(
         arrays[f"{name}.q"], arrays[f"{name}.scale"] = pack(matrix.q, scheme), matrix.scale
         if matrix.zero is not None:
             arrays[f"{name}.zero"] = pack_zeros(matrix.zero, scheme)
-    return QuantizedWeights(scheme, frozenset(names), arrays)
+    return SmallWeights(
+        "Quantized", frozenset(names), arrays, {"bits": scheme.bits}, (".q", ".scale", ".zero")
+    )
 
 
-def _paths(roles: Mapping[str, Role], recordings: Mapping[str, Recording], weights: Weights) -> list[str]:
-    """The parameters to quantize, in order of first use."""
+def keep_halves(
+    roles: Mapping[str, Role],
+    recordings: Mapping[str, Recording],
+    weights: Weights,
+    halves: Mapping[str, np.ndarray],
+) -> SmallWeights | None:
+    """Keep weights of 16 bits as they are where a graph can have them so; the others are widened.
+
+    Args:
+        roles: by name.
+        recordings: of them.
+        weights: of the module. Its arrays of what is in `halves` are not looked at, only their shapes.
+        halves: float16 or bfloat16 arrays (out, in), by the names that weights have in graphs.
+
+    Returns:
+        None where no weight can stay as it is.
+    """
+    paths = _paths(roles, recordings, weights, lambda path: weights.name(path) in halves)
+    kept = {weights.name(path): halves[weights.name(path)] for path in paths}
+    for path in {weights.first(use.path) for recording in recordings.values() for use in uses(recording)}:
+        if (name := weights.name(path)) in halves and name not in kept:
+            wide = halves[name].astype(np.float32)
+            weights.arrays[name] = wide.T if weights.is_turned(path) else wide
+    return SmallWeights("Half", frozenset(kept), kept, {}) if kept else None
+
+
+def _paths(
+    roles: Mapping[str, Role],
+    recordings: Mapping[str, Recording],
+    weights: Weights,
+    wanted: Callable[[str], bool] = lambda path: True,
+) -> list[str]:
+    """The parameters that graphs have as small weights, of those that are wanted, in order of first use."""
     found = [
-        (weights.first(use.path), use, _is_meant(use, roles[name], recording))
+        (first := weights.first(use.path), use, wanted(first) and _is_meant(use, roles[name], recording))
         for name, recording in recordings.items()
         for use in uses(recording)
     ]
     refused = {path for path, _, meant in found if not meant}
-    while True:  # a node reads quantized matrices alone, or none
+    while True:  # a node reads small matrices alone, or none
         mixed = {use.node for path, use, _ in found if path in refused and use.kind == "matrix"}
         more = {path for path, use, _ in found if use.kind == "matrix" and use.node in mixed} - refused
         if not more:
@@ -171,7 +210,7 @@ def _paths(roles: Mapping[str, Role], recordings: Mapping[str, Recording], weigh
 
 
 def _is_meant(use: Use, role: Role, recording: Recording) -> bool:
-    """Whether a use is one that a quantized weight can have."""
+    """Whether a use is one that a small weight can have."""
     if use.kind == "matrix":
         return captured()[use.node.target._schema.name].op_type in REWRITES  # type: ignore[union-attr]
     return use.kind == "table" and _looks_tokens_up(use.node, role, recording)

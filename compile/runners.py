@@ -13,9 +13,11 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from portlm.errors import EngineUnavailableError
-from portlm.ops.quantized import pack_array
+from portlm.ops.half import pack_array
+from portlm.ops.quantized import pack_array as pack_matrix
 from portlm.panels import in_panels
 from portlm.trust import private_scratch
+from portlm.tvm_support import DTYPES, Packed
 
 Runner = Callable[[onnx.ModelProto, Path, Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
 """(graph with the wanted values among its outputs, folder of its weight file, wanted names, inputs) -> values."""
@@ -97,11 +99,8 @@ def tvm_runner(device: str, profile: str) -> Runner:
                 arrays[tensor.name] = array = numpy_helper.to_array(tensor, str(folder))
                 weights.append(Weight(tensor.name, array.shape, offset, str(array.dtype)))
         graph = make_graph(model, "", weights)
-        tensors = [tvm.runtime.tensor(arrays[weight.name]) for weight in graph.weights]
-        for matrix in graph.packed:
-            weight, scale, *zero = (arrays[part.name] for part in matrix.parts())
-            packed = pack_array(weight, scale, zero[0] if zero else None, matrix.bits)
-            tensors.append(tvm.runtime.tensor(packed))
+        tensors = [tvm.runtime.tensor(widened(arrays[weight.name])) for weight in graph.weights]
+        tensors += [tvm.runtime.tensor(packed_tensor(matrix, arrays)) for matrix in graph.packed]
         for wide in graph.panels:
             tensors.append(tvm.runtime.tensor(in_panels(arrays[wide.weight.name], wide.turned)))
         executable = compile_graph(graph, LOWERINGS[profile])
@@ -123,6 +122,19 @@ def tvm_runner(device: str, profile: str) -> Runner:
         return [np.array(np.from_dlpack(named[name])) for name in names]
 
     return run
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """A weight as TVM's libraries take it: one of 16 bits that no kernel reads is float32 to them."""
+    return array.astype(np.float32) if array.dtype.name in DTYPES else array
+
+
+def packed_tensor(matrix: Packed, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A small matrix as a library takes it, (bytes) uint8."""
+    weight, *parts = (arrays[part.name] for part in matrix.parts())
+    if not parts:
+        return pack_array(weight).reshape(-1).view(np.uint8)
+    return pack_matrix(weight, parts[0], parts[1] if parts[1:] else None, matrix.bits)
 
 
 def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:

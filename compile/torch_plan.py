@@ -19,6 +19,7 @@ from portlm.roles import TensorSpec, file_stem
 
 DTYPES = {
     TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.UINT8: "uint8", TensorProto.INT8: "int8",
+    TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
 from portlm.trust import private_scratch
 from portlm.tvm_support import (
+    BITS,
     LIBRARY,
     SIGNATURE,
     VERSIONS,
@@ -44,7 +45,7 @@ class Graph:
     proto: onnx.ModelProto
     weights_file: str  # relative to the artifact
     weights: tuple[Weight, ...]
-    packed: tuple[Packed, ...] = ()  # quantized matrices, whose parts are not among the weights
+    packed: tuple[Packed, ...] = ()  # small matrices, whose parts are not among the weights
     panels: tuple[Panels, ...] = ()  # float32 matrices that kernels read in panels, which are not either
 
     @property
@@ -92,10 +93,9 @@ def make_graph(proto: onnx.ModelProto, file: str, weights: Sequence[Weight]) -> 
             continue
         names = [i.name for i in spec.inputs]
         parts = [node.input[i] if (i := names.index(n)) < len(node.input) else "" for n in spec.packed]
-        weight, scale, zero = (places.get(part) for part in parts)
+        weight, scale, zero = (*(places.get(part) for part in parts), None, None)[:3]
         assert weight is not None, "compile/check_quantized.py lets no other through"
-        assert scale is not None
-        bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), BITS)
         packed[weight.name] = Packed(packed_name(weight.name), weight, scale, zero, bits)
     inside = {part.name for matrix in packed.values() for part in matrix.parts()}
     panels = _panels(proto, places)
@@ -133,7 +133,7 @@ MLPS = ("GeluMlp", "ReluSquaredMlp")  # whose two matrices are (in, out)
 
 
 def packed_name(weight: str) -> str:
-    """The name of a library's parameter for a quantized matrix."""
+    """The name of a library's parameter for a small matrix."""
     return f"{weight}.packed"
 
 

@@ -96,8 +96,8 @@ class Chain:
         if self.lead is not None:
             return leads(self.lead.ty.shape, shapes[0])
         for value in inputs:
-            sizes = getattr(getattr(value, "ty", None), "shape", None)
-            if sizes is not None and len(sizes) >= 2 and leads(sizes, shapes[0]):
+            known = getattr(getattr(value, "ty", None), "shape", None)
+            if known is not None and len(known) >= 2 and leads(known, shapes[0]):
                 self.lead = value.expr if isinstance(value, Pending) else value
                 return True
         return False
@@ -130,7 +130,8 @@ class Chain:
             return argument(value.expr if isinstance(value, Pending) else value)
 
         lead = argument(self.lead).removeprefix("$")
-        lines, written = [], []
+        lines: list[str] = []
+        written: list[tuple[Pending, Any]] = []
         returned: list[Pending] = []
         for step, (function, inputs, outputs) in enumerate(self.steps):
             words = [function, *map(part, inputs)]

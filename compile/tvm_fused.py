@@ -72,6 +72,8 @@ class _Lowering:
             (DOMAIN, "ReluSquaredMlp"): self._mlp,
             (DOMAIN, "QuantizedLinear"): self._packed_linear,
             (DOMAIN, "QuantizedEmbedding"): self._packed_rows,
+            (DOMAIN, "HalfLinear"): self._half_linear,
+            (DOMAIN, "HalfEmbedding"): self._half_rows,
             ("", "Concat"): self._concat,
             ("", "Gather"): self._gather,
             ("", "Reshape"): self._reshape,
@@ -243,16 +245,43 @@ class _Lowering:
         return parameter, Layout.of(matrix.weight.shape, matrix.bits, matrix.zero is not None)
 
     def _packed_linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
-        spec = nodes()[node.op_type]
-        x, weight, _, _, bias = (*node.input, "", "")[: len(spec.inputs)]
+        x, weight, _, _, bias = (*node.input, "", "")[:5]
         matrix, layout = self._packed(weight)
-        choice = next(a for a in spec.attributes if a.name == "activation")
+        return self._map("packed_linear", node, x, matrix, bias, layout, attributes)
+
+    def _map(
+        self,
+        function: str,
+        node: onnx.NodeProto,
+        x: str,
+        matrix: Any,
+        bias: str,
+        sizes: Sequence[int],
+        attributes: dict[str, Any],
+    ) -> Sequence[Any]:
+        """A linear map with an activation; the sizes of its matrix begin with the number of rows."""
+        choice = next(a for a in nodes()[node.op_type].attributes if a.name == "activation")
         activation = choice.choices.index(_value(node, choice, attributes))
         value = self._whole(self.values[x])
         biases = [self.values[bias]] if bias else []
-        function = "packed_linear" if bias else "packed_linear_no_bias"
-        shape = [*list(value.ty.shape)[:-1], layout.N]
-        return self._call(function, [value, matrix, *biases, *layout, activation], shape)
+        shape = [*list(value.ty.shape)[:-1], sizes[0]]
+        name = function if bias else f"{function}_no_bias"
+        return self._call(name, [value, matrix, *biases, *sizes, activation], shape)
+
+    def _half(self, name: str) -> tuple[Any, tuple[int, int, int]]:
+        """The parameter for a matrix of 16 bits; its rows, its columns, and whether it is bfloat16."""
+        parameter, matrix = self.matrices[name]
+        N, K = matrix.weight.shape
+        return parameter, (N, K, int(matrix.weight.dtype == "bfloat16"))
+
+    def _half_linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        x, weight, bias = (*node.input, "")[:3]
+        matrix, sizes = self._half(weight)
+        return self._map("half_linear", node, x, matrix, bias, sizes, attributes)
+
+    def _half_rows(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
+        ids, (table, sizes) = self.values[node.input[0]], self._half(node.input[1])
+        return self._call("half_rows", [ids, table, *sizes], [*ids.ty.shape, sizes[1]])
 
     def _packed_rows(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         ids, weight = self.values[node.input[0]], node.input[1]

@@ -13,7 +13,7 @@ import onnx
 from portlm.compile.tvm_build import Graph, Lowering
 from portlm.compile.tvm_schedule import cpu_passes
 from portlm.errors import FormatError
-from portlm.tvm_support import import_tvm
+from portlm.tvm_support import DTYPES, import_tvm
 
 if TYPE_CHECKING:
     import tvm
@@ -37,7 +37,10 @@ def import_graph(graph: Graph) -> "tvm.IRModule":
 
 
 def _with_weights_as_inputs(graph: Graph) -> onnx.ModelProto:
-    """A copy without weights: each is an input instead, so that TVM neither reads nor stores it."""
+    """A copy without weights: each is an input instead, so that TVM neither reads nor stores it.
+
+    Those of 16 bits are float32 to the library, and widened when it is opened: its code would widen them at every call.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
     names = {weight.name for weight in graph.weights}
@@ -45,7 +48,8 @@ def _with_weights_as_inputs(graph: Graph) -> onnx.ModelProto:
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(constants)
     for weight in graph.weights:
-        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(weight.dtype))
+        dtype = "float32" if weight.dtype in DTYPES else weight.dtype
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         value = onnx.helper.make_tensor_value_info(weight.name, kind, weight.shape)
         proto.graph.input.append(value)
     return proto

@@ -4,19 +4,22 @@ import math
 from pathlib import Path
 
 from portlm.artifact import Manifest, check_files
-from portlm.compile.check import INT64, ITEM_BYTES, UINT8, examine, read_graph
+from portlm.compile.check import BFLOAT16, FLOAT16, INT64, ITEM_BYTES, UINT8, examine, read_graph
 from portlm.errors import FormatError
 
 ROWS = {
     ("", "Gather"): (0,),
     ("ai.portlm", "Embedding"): (1,),
+    ("ai.portlm", "HalfEmbedding"): (1,),
     ("ai.portlm", "QuantizedEmbedding"): (1, 2, 3),
     ("ai.portlm", "Rotary"): (2, 3),
 }
 """Operators that read one row of a table for a token -> which inputs are tables."""
 
 
-def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False) -> tuple[int, int]:
+def token_work(
+    folder: str | Path, manifest: Manifest, half_scales: bool = False, widened: bool = False
+) -> tuple[int, int]:
     """Return (bytes of weights read, multiply-adds made) per decoded token of the role "decoder".
 
     Every weight is read once, and every matrix multiplied once, except a pure lookup table, of which a row is read.
@@ -26,6 +29,8 @@ def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False
         manifest: of it.
         half_scales: count scales of quantized weights as portlm's kernels keep them, in 2 bytes; else as the graph
             does, in 4.
+        widened: count weights of 16 bits as float32, which some engines make of them when they open a model, see
+            `widens`.
 
     Raises:
         FormatError: there is no graph, it is not the one that the manifest lists, or none that portlm writes.
@@ -38,9 +43,14 @@ def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False
     path = Path(folder) / name
     graph = examine(read_graph(path), path).graph
     read: set[str] = set()
+    meant: dict[str, str] = {}  # what a weight of 16 bits is called where it is widened -> that weight
+    halves = {tensor.name for tensor in graph.initializer if tensor.data_type in (FLOAT16, BFLOAT16)}
     for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in halves:
+            meant[node.output[0]] = node.input[0]
+            continue
         tables = ROWS.get((node.domain, node.op_type), ())
-        read |= {name for place, name in enumerate(node.input) if place not in tables}
+        read |= {meant.get(name, name) for place, name in enumerate(node.input) if place not in tables}
     scales = {  # beside weights in small numbers, which they are no matrices of their own
         f"{tensor.name.removesuffix('.q')}.scale" for tensor in graph.initializer if tensor.data_type == UINT8
     }
@@ -48,7 +58,7 @@ def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False
     for tensor in graph.initializer:
         if tensor.data_type == INT64:  # extents and places, no weights
             continue
-        size = ITEM_BYTES[tensor.data_type]
+        size = 4 if widened and tensor.data_type in (FLOAT16, BFLOAT16) else ITEM_BYTES[tensor.data_type]
         for extent in tensor.dims if tensor.name in read else tensor.dims[1:]:
             size *= extent
         total += size // 2 if half_scales and tensor.name in scales else size
@@ -59,3 +69,8 @@ def token_work(folder: str | Path, manifest: Manifest, half_scales: bool = False
         elif len(tensor.dims) == 2 and tensor.data_type != UINT8:
             multiplies += tensor.dims[0] * tensor.dims[1]
     return total, multiplies
+
+
+def widens(engine: str, profile: str) -> bool:
+    """Whether an engine makes float32 of weights of 16 bits once for all, and so reads those for each token."""
+    return engine != "packed" and (engine == "ort" or profile != "fused")

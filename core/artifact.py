@@ -7,7 +7,8 @@ runs. It says who made nothing: a manifest that verifies is complete and unalter
 Its fields are the structs below, and the constraints in their annotations are what is checked. The format grows by
 optional fields: one that this version does not know is ignored (the digest covers it all the same) and is gone once
 this version writes the manifest again. An older format is converted on reading (`_FORMAT_1_TENSORS`). Format 3 is 2
-with quantized weights, so that a reader that does not know them refuses the folder.
+with quantized weights or a cache of int8, and 4 is 2 or 3 with weights of 16 bits, so that a reader that does not know
+them refuses the folder.
 """
 
 import hashlib
@@ -55,6 +56,7 @@ __all__ = [
     "TensorSpec",
     "check_files",
     "check_source",
+    "half_weights",
     "hash_files",
     "instead",
     "list_files",
@@ -69,7 +71,8 @@ __all__ = [
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-FORMAT, FORMAT_VERSION, QUANTIZED_VERSION = "portlm-artifact", 2, 3
+FORMAT, FORMAT_VERSION, QUANTIZED_VERSION, HALF_VERSION = "portlm-artifact", 2, 3, 4
+HALVES = ("float16", "bfloat16")
 
 MAX_FILES = 65_536
 MAX_FILE_BYTES = 2**44  # 16 TiB; a larger number is damage, not a file
@@ -220,9 +223,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError(f"{path}: not a {FORMAT} manifest; export the checkpoint again")
     version = data.get("format_version")
-    if type(version) is not int or not 1 <= version <= QUANTIZED_VERSION:
+    if type(version) is not int or not 1 <= version <= HALF_VERSION:
         raise FormatError(
-            f"{path}: format version {shown(version)}, this portlm reads 1 to {QUANTIZED_VERSION}: "
+            f"{path}: format version {shown(version)}, this portlm reads 1 to {HALF_VERSION}: "
             "export again, or use the portlm that wrote it"
         )
     if data.get("sha256") != _digest(data):
@@ -258,9 +261,17 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
         raise FormatError(f"{path}: the manifest holds what JSON has no word for: {error}") from error
     _checked(path, fields)
     version = QUANTIZED_VERSION if manifest.quantization or manifest.cache else FORMAT_VERSION
+    if half_weights(manifest):
+        version = HALF_VERSION
     data = {"format": FORMAT, "format_version": version, **fields}
     data["sha256"] = _digest(data)
     write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def half_weights(manifest: Manifest) -> tuple[str, ...]:
+    """Return the types of 16 bits that weights of an artifact have, none if all are wider or quantized."""
+    found = {dtype for role in manifest.roles.values() for dtype in role.dtypes.values()}
+    return tuple(dtype for dtype in HALVES if dtype in found)
 
 
 def check_files(

@@ -14,9 +14,9 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader, BufferedWriter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO
 
 from portlm.errors import FormatError, StorageError
 
@@ -72,7 +72,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 @contextmanager
 def atomic_file(
     path: str | os.PathLike[str], need: int | None = None, buffer: int = -1
-) -> Iterator[BufferedWriter]:
+) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only when the block has ended well.
 
     Args:
@@ -94,7 +94,7 @@ def atomic_file(
             with os.fdopen(fd, "wb", buffer) as file:
                 if keep is not None:
                     os.fchmod(fd, keep)
-                yield cast(BufferedWriter, file)  # which it is, with a buffer of any size but 0
+                yield file
                 file.flush()
                 os.fsync(fd)
             temporary.replace(target)

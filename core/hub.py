@@ -1,7 +1,7 @@
 """Checkpoints from and to Hugging Face's folders.
 
 A portlm checkpoint uses the same names, keys and orientations, so importing is mostly checking: one file of
-float32 weights instead of several or of half precision, nothing that is no parameter, and a config.json in which
+weights instead of several, none of them wider than float32, nothing that is no parameter, and a config.json in which
 every key was understood. Pickles (pytorch_model.bin) are never opened: reading one runs whatever it contains.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,6 +48,9 @@ from portlm.models import (
 )
 from portlm.weights import read_header, save_tensors
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -67,7 +70,7 @@ class Transfer:
 
 
 def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Transfer:
-    """Turn a Hugging Face folder into a portlm checkpoint.
+    """Turn a Hugging Face folder into a portlm checkpoint. Weights of 16 bits stay so, to be widened as they are used.
 
     Args:
         src: A folder with config.json and either model.safetensors or shards with their index, and usually
@@ -130,32 +133,45 @@ def _check_files(folder: Path) -> None:
     check_source(folder, (CONFIG, WEIGHTS, *texts, *cards(folder)))
 
 
-class _Tensors(Mapping[str, np.ndarray]):
-    """Tensors of one or several files, each read and made float32 when it is asked for, so one at a time."""
+class _Tensors(Mapping[str, "np.ndarray | torch.Tensor"]):
+    """Tensors of one or several files, each read when it is asked for, so one at a time; float64 becomes float32."""
 
     def __init__(self, places: Places):
         self._places = places
         self.infos = {name: info for name, (_, info) in places.items()}
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> "np.ndarray | torch.Tensor":
+        path, info = self._places[name]
+        raw = self.content(name)
+        match info.dtype:
+            case "F32":
+                values = np.frombuffer(raw, "<f4")
+            case "F16":
+                values = np.frombuffer(raw, "<f2")
+            case "F64":
+                values = _rounded(np.frombuffer(raw, "<f8"), f"{path}: tensor {shown(name)}")
+            case "BF16":  # of which numpy has no type
+                import torch
+
+                return torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).view(info.shape)
+            case _:
+                raise FormatError(f"{path}: tensor {shown(name)} is {info.dtype}, not a float")
+        return values.reshape(info.shape)
+
+    def content(self, name: str) -> bytes:
+        """Return the bytes of a tensor as they are in its file."""
         path, info = self._places[name]
         with open_regular(path) as file:
             file.seek(info.start)
             raw = file.read(info.nbytes)
         if len(raw) != info.nbytes:
             raise FormatError(f"{path} was truncated while it was read: import it again")
-        match info.dtype:
-            case "F32":
-                values = np.frombuffer(raw, "<f4")
-            case "F16":
-                values = np.frombuffer(raw, "<f2").astype(np.float32)
-            case "F64":
-                values = _rounded(np.frombuffer(raw, "<f8"), f"{path}: tensor {shown(name)}")
-            case "BF16":  # the upper half of a float32
-                values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-            case _:
-                raise FormatError(f"{path}: tensor {shown(name)} is {info.dtype}, not a float")
-        return values.reshape(info.shape)
+        return raw
+
+    def same(self, one: str, other: str) -> bool:
+        """Say whether two tensors are equal to the last bit."""
+        a, b = self.infos[one], self.infos[other]
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and self.content(one) == self.content(other)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -208,7 +224,7 @@ def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[s
     tensors = _Tensors(places)
     for copy, name in tied.items():
         if copy in tensors and name in tensors:
-            if not np.array_equal(tensors[copy].view(np.uint32), tensors[name].view(np.uint32)):
+            if not tensors.same(copy, name):
                 raise FormatError(
                     f"{src}: {copy} differs from {name}, but {CONFIG} says that they are one matrix"
                 )
@@ -227,7 +243,8 @@ def _check_tensors(src: Path, tensors: _Tensors, shapes: Mapping[str, Any], note
     formats = {info.dtype for info in tensors.infos.values()}
     if halves := sorted(formats & {"F16", "BF16"}):
         notes.append(
-            f"weights were {' and '.join(halves)} and are float32 now, which holds every value exactly"
+            f"weights are {' and '.join(halves)} and stay so; engines compute with them in float32, which holds every "
+            "value exactly"
         )
     if "F64" in formats:
         notes.append("weights were F64 and were rounded to float32, in which portlm computes")

@@ -44,7 +44,7 @@ MAX_NODES = 2**17
 MAX_TENSORS = 65_536  # weights, or constants, or inputs
 MAX_VALUES = 64  # inputs, outputs or attributes of a node
 MAX_RANK = 8
-ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1}
+ITEM_BYTES = {"float32": 4, "int64": 8, "uint8": 1, "float16": 2, "bfloat16": 2}
 INT64 = 2**63
 FLOAT32_MAX = struct.unpack("<f", b"\xff\xff\x7f\x7f")[0]
 

@@ -20,10 +20,12 @@ from portlm.errors import EngineUnavailableError, FormatError
 from portlm.files import MAX_JSON_BYTES, parse_json, read_bytes, safe_join, shown
 from portlm.roles import MAX_DIMENSION, TensorSpec, Text, file_stem, one_of
 
+BITS, DTYPES = 16, ("float16", "bfloat16")  # of weights that are widened as they are read
+
 VERSIONS = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.15.post2"}
 FORMAT, FORMAT_VERSION = "portlm-tvm", 3
 MAX_TENSORS = 65_536
-ITEM_BYTES = {"float32": 4, "uint8": 1}  # of a weight
+ITEM_BYTES = {"float32": 4, "uint8": 1, "float16": 2, "bfloat16": 2}  # of a weight
 LIBRARY, SIGNATURE = "model.so", "signature.json"
 
 # Processor levels of LLVM by the instruction set that portlm._C names; "generic" for anything but x86-64.
@@ -95,29 +97,34 @@ class Weight(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Packed(Struct, frozen=True, forbid_unknown_fields=True):
-    """A quantized matrix: where its parts lie, and what the library takes in their place.
+    """A small matrix: where its parts lie, and what the library takes in their place.
 
     Attributes:
         name: of the library's parameter.
-        weight: (N, G, g * bits / 8) uint8.
-        scale: (N, G).
+        weight: (N, G, g * bits / 8) uint8 if it is quantized, or (N, K) float16 or bfloat16.
+        scale: (N, G), or None for one of 16 bits.
         zero: (N, ceil(G * bits / 8)) uint8, or None.
         bits: of a number.
     """
 
     name: Text
     weight: Weight
-    scale: Weight
+    scale: Weight | None
     zero: Weight | None
-    bits: Annotated[int, Meta(ge=1, le=8)]
+    bits: Annotated[int, Meta(ge=1, le=16)]
 
     def parts(self) -> tuple[Weight, ...]:
         """Return what of it is in the weight file."""
-        return (self.weight, self.scale) if self.zero is None else (self.weight, self.scale, self.zero)
+        return tuple(part for part in (self.weight, self.scale, self.zero) if part is not None)
 
     def contradiction(self) -> str:
         """Say what does not fit, or "": who packs them reads as much as the first shape asks for."""
         shape, wanted = self.weight.shape, ("uint8", "float32", "uint8")
+        if self.bits == BITS:
+            fits = self.weight.dtype in DTYPES and len(shape) == 2 and len(self.parts()) == 1
+            return "" if fits else "is no matrix of 16 bits"
+        if self.scale is None:
+            return "has no scales"
         if tuple(part.dtype for part in self.parts()) != wanted[: len(self.parts())]:
             return "is of the wrong types"
         if self.bits not in (4, 8) or len(shape) != 3 or shape[2] * 8 // self.bits not in (32, 64, 128):

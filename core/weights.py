@@ -145,11 +145,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return _read_header(file, str(path))[1]
 
 
-def load_numpy(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def load_numpy(path: str | os.PathLike[str], bfloat16: np.dtype | None = None) -> dict[str, np.ndarray]:
     """Map a file into memory and return its tensors as read-only arrays.
 
     Nothing is copied, with one exception: numpy has no bfloat16, so BF16 comes back as float32, which holds
-    each of its values exactly.
+    each of its values exactly, unless the caller has a type for it.
+
+    Args:
+        path: the file.
+        bfloat16: a type of 2 bytes for BF16, such as that of ml_dtypes.
 
     Raises:
         FormatError: as `read_header`.
@@ -165,7 +169,9 @@ def load_numpy(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     for name, info in infos.items():
         numpy_name = _DTYPES[info.dtype][1] or "<u2"
         array = np.ndarray(info.shape, numpy_name, mapped, info.start)
-        if info.dtype == "BF16":
+        if info.dtype == "BF16" and bfloat16 is not None:
+            array = array.view(bfloat16)
+        elif info.dtype == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
             array.flags.writeable = False
         elif info.dtype == "BOOL":

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portlm.ops import quantized, spec
+from portlm.ops import half, quantized, spec
 from portlm.ops.registry import specs
 from portlm.plan import MAX_RANK
 
@@ -67,7 +67,7 @@ class Operator:
         most: number of inputs.
         bind: makes the function, which takes the inputs that are not static.
         shapes: of the outputs, from those of the same inputs; it may trust that they fit, the function checks it.
-        dtypes: of the inputs in order, the last one for all that follow; "" for any, several as "uint8 int8".
+        dtypes: of the inputs in order, the last one for all that follow; "" for any, several as "uint8|int8".
         kinds: of the outputs; () if all are float32, or of the first input's type where `dtypes` begins with "".
         casts: for an operator whose types depend on its attributes: both of these.
         attributes: what it may have.
@@ -145,7 +145,10 @@ def _axis_of(default: int | object) -> Attribute:
     return _AXIS._replace(default=default)
 
 
-_CASTS = {1: (("uint8 int8",), ("float32",)), 3: (("float32",), ("int8",))}  # by ONNX's number of the type
+_CASTS = {  # by ONNX's number of the type
+    1: (("uint8|int8|float16|bfloat16",), ("float32",)),
+    3: (("float32",), ("int8",)),
+}
 
 
 def _cast(call: Call) -> Function:
@@ -379,7 +382,9 @@ def _turned(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def _packer(bits: int) -> tuple[Function, Shapes]:
-    """What makes the kernels' form of a quantized weight, the same object each time, and its shape rule."""
+    """What makes the kernels' form of a small weight, the same object each time, and its shape rule."""
+    if bits == half.BITS:
+        return half.pack, lambda call, shapes: [half.packed_shape(shapes[0])]
     return (
         functools.partial(quantized.pack, bits=bits),
         lambda call, shapes: [quantized.packed_shape(shapes[0], bits, shapes[2] is not None)],
@@ -407,7 +412,7 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
             if i.rows_at:
                 found[place] = rows, _shape_of_rows, (names.index(i.rows_at), place)
         if node.packed:
-            packed, shape = _packer(call.attributes["bits"])
+            packed, shape = _packer(call.attributes.get("bits", half.BITS))
             found[len(names)] = packed, shape, tuple(names.index(name) for name in node.packed)
         return found
 

@@ -26,7 +26,10 @@ from portlm.plan import ITEM_BYTES, MAX_RANK, Plan
 from portlm.roles import StateSpec, TensorSpec, symbols
 from portlm.runtimes.torch_operators import Function, RefusedError, Shape, operators
 
-DTYPES = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8, "int8": torch.int8}
+DTYPES = {
+    "float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8, "int8": torch.int8,
+    "float16": torch.float16, "bfloat16": torch.bfloat16,
+}  # fmt: skip
 SIZES = (2, 3, 5, 7, 11, 13, 17, 19)  # stand for the role's symbols; different, so that mistakes show
 MAX_TRIAL = 2**24  # elements of a value at these sizes, or four times those of the largest weight
 
@@ -40,7 +43,7 @@ class Step:
         shapes: shapes of the inputs -> shapes of the outputs.
         inputs: where they are; 0 is always None.
         outputs: where they go.
-        dtypes: of the inputs, "" for any, several as "uint8 int8".
+        dtypes: of the inputs, "" for any, several as "uint8|int8".
         kinds: of the outputs, "" for that of its first input.
         name: for messages.
     """
@@ -190,7 +193,7 @@ class Program:
         limit = max([MAX_TRIAL, *(4 * tensor.numel() for tensor in constants.values())])
         for step in self._steps:
             for slot, kind in zip(step.inputs, step.dtypes, strict=True):
-                if slot and kind and kinds[slot] not in kind.split():
+                if slot and kind and kinds[slot] not in kind.split("|"):
                     raise RefusedError(f"{step.name} is given {kinds[slot]} and takes {kind}")
             try:
                 results = step.shapes([shapes[slot] for slot in step.inputs])

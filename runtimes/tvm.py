@@ -30,7 +30,8 @@ from portlm.engine import (
 )
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import MAX_JSON_BYTES, open_regular, read_bytes, safe_join, shown
-from portlm.ops.quantized import pack_array
+from portlm.ops.half import pack_array
+from portlm.ops.quantized import pack_array as pack_matrix
 from portlm.ops.registry import tvm_functions
 from portlm.ops.token_selection import bad_row, check_filters
 from portlm.panels import in_panels
@@ -40,6 +41,7 @@ from portlm.runtimes.tvm_advance import POSITIONS, Plan, advance
 from portlm.threads import StepThreads
 from portlm.trust import Build, is_trusted, private_scratch, was_recorded_alone
 from portlm.tvm_support import (
+    DTYPES,
     LIBRARY,
     SIGNATURE,
     Packed,
@@ -232,8 +234,8 @@ class TvmEngine(ArrayEngine):
                 raise PortlmError(f"tvm: {_last_line(error)}") from error
         if not len(drawn):
             where = f"{self.name}:{self.device}: new token {asked.choices[bad].step}"
-            logits = np.from_dlpack(results[library.plan.place])[:, -1]
-            raise PortlmError(f"{where}: {bad_row(np.asarray(logits, np.float32), bad)}")
+            logits: Array = np.from_dlpack(results[library.plan.place])[:, -1]
+            raise PortlmError(f"{where}: {bad_row(logits, bad)}")
         places = zip(library.plan.states, library.plan.sources, strict=True)
         new = {name: tensors[name] if place < 0 else results[place] for name, place in places}
         past = past + len(drawn) if self._checks[role].grows else 0
@@ -311,8 +313,8 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
     except EngineUnavailableError:
         if profile == "fused":
             raise  # a portable library calls no kernel, and writes its tokens one by one
-    matrices = safe_join(folder, signature.weights_file)
-    weights = map_weights(matrices, signature.weights, signature.packed, signature.panels)
+    stored = safe_join(folder, signature.weights_file)
+    weights = map_weights(stored, signature.weights, signature.packed, signature.panels)
 
     try:
         # The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
@@ -339,32 +341,45 @@ def map_weights(
     packed: tuple[Packed, ...] = (),
     panels: tuple[Panels, ...] = (),
 ) -> list[Any]:
-    """The weights as TVM tensors over the mapped file; one that is not aligned is copied.
+    """The weights as TVM tensors over the mapped file; one that is not aligned is copied, and one of 16 bits widened.
 
     Args:
         path: the weight file.
         weights: where each lies; Signature.read has checked that they lie inside.
-        packed: quantized matrices, which are brought into the order that kernels read, now.
-        panels: float32 matrices, likewise. They are read and not mapped: what is read is let go of again.
+        packed: small matrices, which are brought into the order that kernels read, now.
+        panels: float32 matrices, likewise. They and matrices of 16 bits are read and not mapped: what is read is let
+            go of again.
     """
     # Copy on write, because DLPack cannot say "read only"; nobody writes, so every page stays the file's.
     data = np.memmap(path, dtype=np.uint8, mode="c")
 
     def mapped(weight: Weight) -> np.ndarray:
         part = data[weight.offset : weight.offset + weight.nbytes]
-        array: np.ndarray = part.view(weight.dtype).reshape(weight.shape)
+        array: np.ndarray = part.view("u2" if weight.dtype in DTYPES else weight.dtype).reshape(weight.shape)
         return array
 
-    arrays = [mapped(weight) for weight in weights]
+    def read(weight: Weight, dtype: str) -> np.ndarray:
+        count = weight.nbytes // np.dtype(dtype).itemsize
+        return np.fromfile(path, dtype, count, offset=weight.offset).reshape(weight.shape)
+
+    arrays = [widened(mapped(weight), weight.dtype) for weight in weights]
     tensors = [(_tensor if array.ctypes.data % ALIGNMENT == 0 else _aligned)(array) for array in arrays]
     for matrix in packed:
+        if matrix.scale is None:
+            tensors.append(_tensor(pack_array(read(matrix.weight, "<u2")).reshape(-1).view(np.uint8)))
+            continue
         zero = None if matrix.zero is None else mapped(matrix.zero)
-        tensors.append(_tensor(pack_array(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
+        tensors.append(_tensor(pack_matrix(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
     for wide in panels:
-        found = wide.weight
-        read = np.fromfile(path, "<f4", found.nbytes // 4, offset=found.offset).reshape(found.shape)
-        tensors.append(_tensor(in_panels(read, wide.turned)))
+        tensors.append(_tensor(in_panels(read(wide.weight, "<f4"), wide.turned)))
     return tensors
+
+
+def widened(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of a weight of 16 bits as the float32 numbers that they mean; any other weight as it is."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.view(np.float16).astype(np.float32) if dtype == "float16" else array
 
 
 def _tensor(array: np.ndarray) -> Any:

@@ -30,6 +30,14 @@ from portlm.errors import UsageError
     help="Which graphs to write (default: both).",
 )
 @click.option(
+    "--weights",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What matrices and the token table are in the graphs: as in CHECKPOINT, widened, or rounded to 16 bits. "
+    "Arithmetic is float32.",
+)
+@click.option(
     "--quantize",
     type=click.Choice(["int8", "int4"]),
     help="Keep matrices and the token table in so many bits; the artifact then holds no float32 checkpoint.",
@@ -55,8 +63,8 @@ from portlm.errors import UsageError
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
 def command(
-    checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], quantize: str | None, group: str | None,
-    asymmetric: bool, calibrate: Path | None, cache: tuple[str, ...], as_json: bool,
+    checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], weights: str, quantize: str | None,
+    group: str | None, asymmetric: bool, calibrate: Path | None, cache: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT (from pretrain or import) to the folder OUT, and print OUT.
 
@@ -75,7 +83,9 @@ def command(
         if profiles:
             raise UsageError("--profile chooses ONNX graphs, and --to hf writes none: leave it out")
         if quantize is not None:
-            raise UsageError("--quantize is for ONNX graphs, and --to hf writes float32: leave it out")
+            raise UsageError("--quantize is for ONNX graphs, and --to hf writes plain numbers: leave it out")
+        if weights != "auto":
+            raise UsageError("--weights is for ONNX graphs, and --to hf copies the weights: leave it out")
         if kept is not None:
             raise UsageError("--cache is for ONNX graphs, and --to hf writes none: leave it out")
         for note in export_hf(checkpoint, out).notes:
@@ -90,6 +100,7 @@ def command(
                 checkpoint,
                 out,
                 profiles=profiles or ("portable", "fused"),
+                weights=weights,
                 quantize=quantize,
                 group=None if group is None else int(group),
                 asymmetric=asymmetric,

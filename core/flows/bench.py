@@ -120,11 +120,12 @@ def measure(
         bandwidth = max(limit["bandwidth"] for limit in limits)
         flops = max(limit["flops"] for limit in limits)
         weights, multiplies = _work(model)
-        p_limit, d_limit = flops / (2 * multiplies), bandwidth / weights
+        p_limit = flops / (2 * multiplies)
         rows = []
         for process in processes:
             target = process.target
             on_host = target.device == "cpu"
+            d_limit = bandwidth / _read(model, target.engine, loaded[target]["profile"])
             p_rate, d_rate = statistics.median(prefill[target]), statistics.median(decode[target])
             rows.append(
                 Row(
@@ -155,7 +156,7 @@ def measure(
             "read_bandwidth_gb_s": bandwidth / 1e9,
             "fp32_gflop_s": flops / 1e9,
             "prefill_tok_s": p_limit,
-            "decode_tok_s": d_limit,
+            "decode_tok_s": bandwidth / weights,
         },
         "rows": [asdict(row) for row in rows],
         "failed": failed,
@@ -182,3 +183,11 @@ def _work(model: Path) -> tuple[int, int]:
     from portlm.compile.work import token_work
 
     return token_work(model, read_manifest(model))
+
+
+def _read(model: Path, engine: str, profile: str) -> int:
+    """Return how many bytes of weights an engine reads for a decoded token."""
+    from portlm.artifact import read_manifest
+    from portlm.compile.work import token_work, widens
+
+    return token_work(model, read_manifest(model), widened=widens(engine, profile))[0]

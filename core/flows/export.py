@@ -31,6 +31,7 @@ def export(
     example: Any = None,
     profiles: Sequence[str] = ("portable", "fused"),
     answer: bool = True,
+    weights: str = "auto",
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
@@ -50,7 +51,9 @@ def export(
             up to 128 steps of greedy decoding. Where weights are quantized, the answer is that of the module with what
             they mean in their place; a module that declares no roles gives none then, and engines are compared with its
             graph in PyTorch's own operators.
-        quantize: "int8" or "int4" for matrices and token tables in so many bits; None leaves them float32.
+        weights: "bfloat16" or "float16" to round matrices to 16 bits, which halves them on disk and where an engine
+            reads them so; the module is rounded, too, until its answer is kept. "auto" is "float32".
+        quantize: "int8" or "int4" for matrices and token tables in so many bits; None leaves them as they are.
         group: how many weights share a scale: 32, 64 (if nothing is said) or 128, which must divide the inputs of every
             matrix.
         asymmetric: each group has a zero point, too.
@@ -73,6 +76,7 @@ def export(
     """
     from portlm.compile.calibrate import read
     from portlm.compile.export import export_module
+    from portlm.compile.halves import rounding
     from portlm.flows.quality import record_cost
     from portlm.models.roles import roles_of
 
@@ -83,6 +87,7 @@ def export(
         tokenizer=tokenizer,
         example=example,
         profiles=profiles,
+        weights=weights,
         quantize=quantize,
         group=group,
         asymmetric=asymmetric,
@@ -90,10 +95,12 @@ def export(
         cache=cache,
     )
     if calibrate is not None and roles_of(module):
-        record_cost(target, module, read(calibrate, tokenizer, read_manifest(target).model.vocab_size))
+        text = read(calibrate, tokenizer, read_manifest(target).model.vocab_size)
+        record_cost(target, module, text, weights)
     manifest = read_manifest(target)
     if answer and not has_code(manifest):
-        _keep_answer(module, target, manifest)
+        with rounding(module, weights):
+            _keep_answer(module, target, manifest)
     return target
 
 
@@ -102,6 +109,7 @@ def export_checkpoint(
     out: str | Path,
     profiles: Sequence[str] = ("portable", "fused"),
     *,
+    weights: str = "auto",
     quantize: str | None = None,
     group: int | None = None,
     asymmetric: bool = False,
@@ -121,6 +129,7 @@ def export_checkpoint(
         checkpoint,
         out,
         profiles,
+        weights=weights,
         quantize=quantize,
         group=group,
         asymmetric=asymmetric,
@@ -130,7 +139,7 @@ def export_checkpoint(
     if calibrate is not None:
         module, _ = compiler.open_mapped(checkpoint)
         vocab_size = read_manifest(target).model.vocab_size
-        record_cost(target, module, read(calibrate, Tokenizer.load(checkpoint), vocab_size))
+        record_cost(target, module, read(calibrate, Tokenizer.load(checkpoint), vocab_size), weights)
     return target
 
 

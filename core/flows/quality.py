@@ -101,17 +101,19 @@ def quality(
     return Quality(count, _perplexity(nll), _perplexity(quantized_nll), max(kl, 0.0), same)
 
 
-def record_cost(folder: Path, module: nn.Module, text: Text) -> QuantizationCost:
+def record_cost(folder: Path, module: nn.Module, text: Text, weights: str = "auto") -> QuantizationCost:
     """Measure what quantizing cost a model, on the last tenth of a text, and say so in the artifact's manifest.
 
     Args:
         folder: the artifact, with quantized weights, or a cache of 8 bits, or both, whose cost is then one.
         module: the model that it was made of, in float32, which declares its roles. It is not changed.
         text: only what is held out of it is read, up to MOST_TOKENS.
+        weights: what the artifact's matrices were rounded to, see compile/halves.py: that is a part of the cost.
 
     Raises:
         UsageError, PortlmError: as quality().
     """
+    from portlm.compile.halves import rounding
     from portlm.compile.quantized_module import dequantized
     from portlm.models.modes import answering
     from portlm.models.roles import roles_of
@@ -126,7 +128,7 @@ def record_cost(folder: Path, module: nn.Module, text: Text) -> QuantizationCost
         TorchEngine(roles_of(each) or {}, *sizes, "cpu", "native", {"cpu": 0}) for each in (module, twin)
     )
     other.rounds_cache = manifest.cache is not None
-    with answering(module), answering(twin), dequantized(twin, folder, manifest):
+    with answering(module), answering(twin), rounding(twin, weights), dequantized(twin, folder, manifest):
         found = quality(own, other, text.held_out[:MOST_TOKENS], before=text.before)
     cost = QuantizationCost(
         tokens=found.tokens,

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
-IMPORTED = ("F32", "F16", "BF16", "F64")  # the number formats that `portlm import` makes float32 of
+HALVES = ("F16", "BF16")  # number formats of 16 bits, in safetensors' spelling
+FLOATS = ("F32", *HALVES)  # of a checkpoint
+IMPORTED = (*FLOATS, "F64")  # of what `portlm import` takes
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -241,7 +243,7 @@ def load_config(folder: str | os.PathLike[str], notes: list[str] | None = None) 
 
 
 def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "cpu") -> Model:
-    """Read a checkpoint folder.
+    """Read a checkpoint folder. Weights of 16 bits are widened, which is exact.
 
     Everything is compared with config.json before memory is allocated.
 
@@ -249,8 +251,8 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
         The model in float32 on ``device``, in evaluation mode.
 
     Raises:
-        FormatError: A file is missing or damaged, or a tensor is missing, unexpected, of another shape or not
-            float32. The message names it.
+        FormatError: A file is missing or damaged, or a tensor is missing, unexpected, of another shape or no
+            float of 16 or 32 bits. The message names it.
     """
     import torch
 
@@ -352,7 +354,7 @@ def check_tensors(
     path: Path,
     header: Mapping[str, TensorInfo],
     shapes: Mapping[str, tuple[int, ...]],
-    dtypes: tuple[str, ...] = ("F32",),
+    dtypes: tuple[str, ...] = FLOATS,
 ) -> None:
     """Raise FormatError unless a file holds exactly the expected tensors.
 

@@ -16,6 +16,7 @@ _TOOLS = {
     "compiled",
     "cuda",
     "gelu_mlp_bf16",
+    "half",
     "kernel_op",
     "lazy",
     "linear_bf16",

@@ -67,7 +67,8 @@ class Input:
 
     Attributes:
         name: of both.
-        dtype: "float32", "int64", "int8" of a cache, or "uint8" for a weight of small whole numbers.
+        dtype: "float32", "int64", "int8" of a cache, "uint8" for a weight of small whole numbers, or several that it
+            may have, as "float16|bfloat16" for a weight of 16 bits.
         optional: may be absent.
         heads: the attribute that counts the heads which lie side by side in the node's last axis, (B, T, H*D). The
             PyTorch op and the portable form see them apart, (B, T, H, D).
@@ -121,8 +122,8 @@ class Node:
             in or, if this is given, the input of this name,
         suffix: with this appended, if it is not "".
         rowwise: only the last axis means anything: inputs and outputs may have any axes before it.
-        packed: inputs, bits among the attributes, of which kernels read another form, see portlm.ops.quantized: it is
-            made of weights when a model is opened.
+        packed: inputs of which kernels read another form, see portlm.ops.quantized where bits are among the
+            attributes, and portlm.ops.half: it is made of weights when a model is opened.
         tvm: the native function "portlm.<tvm>" that takes the inputs, the attributes as numbers and the outputs.
             Without an optional input it is "<tvm>_no_<input>". "" for a node that TVM's lowering writes by hand.
     """

@@ -3,12 +3,17 @@
 // sums need no turning around, and many rows of x need no packing before: one copy serves one token and a prompt.
 //
 // Each element of y is added up in one order, over blocks of kDepth products, whatever rows are beside it.
+//
+// W is float32, or float16 or bfloat16 and then half as long to read: its elements are widened in registers, which is
+// exact, and all that follows is the same arithmetic.
 #include <cstring>
 
 #include "cpu/gelu.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
+#include "cpu/widen.h"
 
 namespace portlm::PORTLM_ISA {
 namespace {
@@ -17,7 +22,8 @@ constexpr int64_t kPanel = 64;       // rows of W in a panel
 constexpr int64_t kDepth = 256;      // columns that are added up before they join the total: 64 KB of a panel stay in L2
 constexpr int64_t kRowBlock = 126;   // rows of x that meet such a part of a panel before the next one
 constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
-constexpr int64_t kAhead = 8;        // columns by which memory is asked for before it is needed
+constexpr int64_t kAhead = 2048;     // bytes by which memory is asked for before it is needed
+constexpr int64_t kLine = 64;        // bytes
 
 // A tile is R rows of x by V vectors of rows of W: as many accumulators as leave registers for V vectors and one element.
 #if defined(PORTLM_ISA_AVX512)
@@ -44,9 +50,10 @@ Vec activated(Vec x, int activation) {
   }
 }
 
+template <typename W>
 struct Part {
   const float* x;  // row 0 at the first column of this part
-  const float* panel;
+  const W* panel;
   const float* bias;  // of the first row of W here, or nullptr
   float* y;
   int64_t depth, K, N;  // columns here, floats from row to row of x and of y
@@ -55,21 +62,22 @@ struct Part {
   int activation;
 };
 
-template <int R, int V>
-void tile(const Part& p) {
+template <int R, int V, typename W>
+void tile(const Part<W>& p) {
   Vec sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[r][v] = Vec(0.0f);
   for (int64_t k = 0; k < p.depth; ++k) {
-    const float* const w = p.panel + k * kPanel;
+    const W* const w = p.panel + k * kPanel;
+    constexpr int kItem = sizeof(W);
     if (R == 1)
 #pragma GCC unroll 16
-      for (int v = 0; v < V * Vec::N; v += 16) __builtin_prefetch(w + kAhead * kPanel + v);
+      for (int v = 0; v < V * Vec::N; v += kLine / kItem) __builtin_prefetch(w + kAhead / kItem + v);
     Vec row[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) row[v] = Vec::load(w + v * Vec::N);
+    for (int v = 0; v < V; ++v) row[v] = widen(w + v * Vec::N);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec x(p.x[r * p.K + k]);
@@ -98,22 +106,20 @@ void tile(const Part& p) {
 }
 
 // All columns of a panel for so many rows, 1 .. kTall.
-template <int R = kTall>
-void rows_of(int64_t rows, const Part& part) {
+template <int R = kTall, typename W>
+void rows_of(int64_t rows, const Part<W>& part) {
   if constexpr (R > 1)
     if (rows < R) return rows_of<R - 1>(rows, part);
   constexpr int V = R == 1 ? kWideVectors : kTallVectors;
-  Part p = part;
+  Part<W> p = part;
   for (int64_t j = 0; j < part.columns; j += V * Vec::N) {
     p.panel = part.panel + j, p.bias = part.bias ? part.bias + j : nullptr, p.y = part.y + j, p.columns = part.columns - j;
     tile<R, V>(p);
   }
 }
 
-}  // namespace
-
-void panel_linear(const float* x, const float* panels, const float* bias, float* y, int64_t rows, int64_t N, int64_t K,
-                  int activation) {
+template <typename W>
+void multiply(const float* x, const W* panels, const float* bias, float* y, int64_t rows, int64_t N, int64_t K, int activation) {
   if (rows <= 0 || N <= 0) return;
   const int64_t count = (N + kPanel - 1) / kPanel, blocks = (rows + kRowBlock - 1) / kRowBlock, items = count * blocks;
   const int64_t threads = threads_for(rows * N * K / 32 + (N * K + rows * (N + K)) / 4, kGrain);
@@ -127,25 +133,62 @@ void panel_linear(const float* x, const float* panels, const float* bias, float*
         const int64_t depth = K - k < kDepth ? K - k : kDepth;
         for (int64_t i = i0; i < i1; i += kTall)
           rows_of(i1 - i < kTall ? i1 - i : kTall,
-                  {x + i * K + k, panels + j * K + k * kPanel, bias ? bias + j : nullptr, y + i * N + j, depth, K, N,
-                   N - j < kPanel ? N - j : kPanel, k == 0, k + depth == K, activation});
+                  Part<W>{x + i * K + k, panels + j * K + k * kPanel, bias ? bias + j : nullptr, y + i * N + j, depth, K, N,
+                          N - j < kPanel ? N - j : kPanel, k == 0, k + depth == K, activation});
         k += depth;
       } while (k < K);
     }
   });
 }
 
-int64_t panel_rows(const int64_t* ids, const float* panels, float* y, int64_t n, int64_t V, int64_t K) {
+template <typename W>
+int64_t look_up(const int64_t* ids, const W* panels, float* y, int64_t n, int64_t V, int64_t K) {
   for (int64_t i = 0; i < n; ++i)
     if (ids[i] < 0 || ids[i] >= V) return i;
   if (K == 0) return -1;
   parallel_for(n, kElementwiseGrain / (16 * K) + 1, [=](int64_t begin, int64_t end) {  // each element is in another line
     for (int64_t i = begin; i < end; ++i) {
-      const float* const from = panels + ids[i] / kPanel * kPanel * K + ids[i] % kPanel;
-      for (int64_t k = 0; k < K; ++k) y[i * K + k] = from[k * kPanel];
+      const W* const from = panels + ids[i] / kPanel * kPanel * K + ids[i] % kPanel;
+      for (int64_t k = 0; k < K; ++k) y[i * K + k] = widen_one(from[k * kPanel]);
     }
   });
   return -1;
+}
+
+const Float16* as_float16(const uint16_t* p) { return reinterpret_cast<const Float16*>(p); }
+const BFloat16* as_bfloat16(const uint16_t* p) { return reinterpret_cast<const BFloat16*>(p); }
+
+}  // namespace
+
+void panel_linear(const float* x, const float* panels, const float* bias, float* y, int64_t rows, int64_t N, int64_t K,
+                  int activation) {
+  multiply(x, panels, bias, y, rows, N, K, activation);
+}
+
+int64_t panel_rows(const int64_t* ids, const float* panels, float* y, int64_t n, int64_t V, int64_t K) {
+  return look_up(ids, panels, y, n, V, K);
+}
+
+void half_linear(const float* x, const uint16_t* panels, const float* bias, float* y, int64_t rows, int64_t N, int64_t K,
+                 int bfloat16, int activation) {
+  bfloat16 ? multiply(x, as_bfloat16(panels), bias, y, rows, N, K, activation)
+           : multiply(x, as_float16(panels), bias, y, rows, N, K, activation);
+}
+
+int64_t half_rows(const int64_t* ids, const uint16_t* panels, float* y, int64_t n, int64_t V, int64_t K, int bfloat16) {
+  return bfloat16 ? look_up(ids, as_bfloat16(panels), y, n, V, K) : look_up(ids, as_float16(panels), y, n, V, K);
+}
+
+void half_panels(const uint16_t* matrix, uint16_t* panels, int64_t N, int64_t K) {
+  constexpr int64_t kColumns = 32;  // of a block: 64 rows of a line each stay in the first cache
+  prefer_huge_pages(panels, (N + kPanel - 1) / kPanel * kPanel * K * static_cast<int64_t>(sizeof(uint16_t)));
+  parallel_for((N + kPanel - 1) / kPanel, (1 << 10) / (K + 1) + 1, [=](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t k0 = 0; k0 < K; k0 += kColumns)
+        for (int64_t r = 0; r < kPanel; ++r)
+          for (int64_t k = k0; k < k0 + kColumns && k < K; ++k)
+            panels[(panel * K + k) * kPanel + r] = panel * kPanel + r < N ? matrix[(panel * kPanel + r) * K + k] : 0;
+  });
 }
 
 }  // namespace portlm::PORTLM_ISA

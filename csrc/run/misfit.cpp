@@ -90,7 +90,7 @@ class Call {
 };
 
 // Whether linear maps read it: in panels, or of small numbers.
-bool is_matrix(Dtype dtype) { return dtype == Dtype::panels || dtype == Dtype::int4 || dtype == Dtype::int8; }
+bool is_matrix(Dtype dtype) { return in_panels(dtype) || dtype == Dtype::int4 || dtype == Dtype::int8; }
 
 void embedding(const Call& call) {
   call.counts(2, 1);

@@ -250,7 +250,7 @@ bool is_quantized(Dtype dtype) { return dtype == Dtype::int4 || dtype == Dtype::
 // The types that matrices alone have, and the others.
 Dtype tensor_dtype_of(uint8_t code, uint64_t index) {
   const auto dtype = static_cast<Dtype>(code);
-  return dtype == Dtype::panels || is_quantized(dtype) ? dtype : dtype_of(code, "tensor", index);
+  return in_panels(dtype) || is_quantized(dtype) ? dtype : dtype_of(code, "tensor", index);
 }
 
 // Bytes of a matrix whose numbers are small, which packed_linear and packed_rows may be given after this.
@@ -269,14 +269,14 @@ Tensor read_tensor(Reader& reader, uint64_t index) {
   Shape shape = reader.shape(record.dims, record.rank);
   need(record.zero == 0 && (dtype <= Dtype::int64 || shape.size() == 2), "tensor", index);
   for (const Dim& dim : shape) need(dim.symbols == 0, "tensor", index);
-  uint64_t bytes = dtype == Dtype::int64 ? 8 : 4;
+  uint64_t bytes = dtype == Dtype::int64 ? 8 : is_half(dtype) ? 2 : 4;
   if (is_quantized(dtype)) {
     bytes = quantized_bytes(record, dtype, shape, index);
   } else {
     need(record.bits == 0 && record.has_zeros == 0 && record.group == 0, "tensor", index);
     for (size_t axis = 0; axis < shape.size(); ++axis) {
       const auto size = static_cast<uint64_t>(shape[axis].size);
-      bytes *= dtype == Dtype::panels && axis == 0 ? aligned(size) : size;  // at most 2^44 * 2^31; panels have 64 rows
+      bytes *= in_panels(dtype) && axis == 0 ? aligned(size) : size;  // at most 2^44 * 2^31; panels have 64 rows
       need(bytes <= kMaxBytes, "tensor", index);
     }
   }

@@ -17,9 +17,25 @@ constexpr uint32_t kVersion = 2;
 
 enum Symbol : uint32_t { kBatch = 1, kSequence = 2, kPast = 4, kKept = 8 };
 
-// As in the file; float16 is reserved in it and not among these. int4 and int8 are matrices (N, K) as packed_linear reads
-// them, panels is one of float32 as panel_linear does; bytes are those of a state, signed.
-enum class Dtype : uint8_t { none = 0, float32 = 1, int64 = 2, int4 = 4, int8 = 5, panels = 6, bytes = 7 };
+// As in the file, where 3 is reserved. int4 and int8 are matrices (N, K) as packed_linear reads them, panels is one of
+// float32 as panel_linear does, and the last two are of 16 bits as half_linear does; bytes are those of a state, signed.
+enum class Dtype : uint8_t {
+  none = 0,
+  float32 = 1,
+  int64 = 2,
+  int4 = 4,
+  int8 = 5,
+  panels = 6,
+  bytes = 7,
+  float16_panels = 8,
+  bfloat16_panels = 9,
+};
+
+// Whether a type is one of matrices of 16 bits, which lie in panels.
+inline bool is_half(Dtype dtype) { return dtype == Dtype::float16_panels || dtype == Dtype::bfloat16_panels; }
+
+// Whether a type is one of matrices in panels of 64 rows.
+inline bool in_panels(Dtype dtype) { return dtype == Dtype::panels || is_half(dtype); }
 
 enum class Kind : uint8_t { input = 1, state = 2, weight = 3, computed = 4 };
 

@@ -283,6 +283,8 @@ Status Program::embed(const Step& step) {
     wrong = k.embedding_fwd(ids, static_cast<const float*>(data), y, n, V, C);
   } else if (table.dtype == Dtype::panels) {
     wrong = k.panel_rows(ids, static_cast<const float*>(data), y, n, V, C);
+  } else if (is_half(table.dtype)) {
+    wrong = k.half_rows(ids, static_cast<const uint16_t*>(data), y, n, V, C, table.dtype == Dtype::bfloat16_panels);
   } else {
     const Tensor& tensor = file_.tensors[table.tensor];
     wrong = k.packed_rows(ids, static_cast<const uint8_t*>(data), y, n, V, C, tensor.group,
@@ -301,6 +303,9 @@ void Program::map(const Step& step) {
   const auto activation = static_cast<int>(step.ints[0]);
   if (matrix.dtype == Dtype::panels)
     return k.panel_linear(x, static_cast<const float*>(data), bias, y, rows, N, K, activation);
+  if (is_half(matrix.dtype))
+    return k.half_linear(x, static_cast<const uint16_t*>(data), bias, y, rows, N, K, matrix.dtype == Dtype::bfloat16_panels,
+                         activation);
   const Tensor& tensor = file_.tensors[matrix.tensor];
   k.packed_linear(x, static_cast<const uint8_t*>(data), bias, y, rows, N, K, tensor.group, matrix.dtype == Dtype::int4 ? 4 : 8,
                   tensor.has_zeros, activation);

@@ -10,6 +10,7 @@ import pytest
 from portlm.artifact import check_files, read_manifest
 from portlm.compile import export as export_module
 from portlm.compile.export import export
+from portlm.compile.graph import WeightFile
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.weights import load_numpy, save_tensors
 
@@ -151,7 +152,7 @@ def test_full_disk_is_a_storage_error_and_leaves_nothing(checkpoint, tmp_path, m
         path.write_bytes(b"some of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export_module.WeightFile, "write", no_space)
+    monkeypatch.setattr(WeightFile, "write", no_space)
     with pytest.raises(
         StorageError, match=r"out cannot be written: No space left.*\d+ bytes are needed and \d+ are free"
     ):
@@ -226,7 +227,7 @@ def test_half_precision_checkpoint_is_widened_exactly(checkpoint, tmp_path):
     path = checkpoint / "model.safetensors"
     halves = {name: tensor.astype(np.float16) for name, tensor in load_numpy(path).items()}
     save_tensors(path, halves, None)
-    folder = export(checkpoint, tmp_path / "half")
+    folder = export(checkpoint, tmp_path / "half", weights="float32")
     save_tensors(path, {name: tensor.astype(np.float32) for name, tensor in halves.items()}, None)
     same = export(checkpoint, tmp_path / "single")
     data = "onnx/decoder.onnx.data"

@@ -141,14 +141,21 @@ def test_shards_are_joined(model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_becomes_float32_exactly_and_is_noted(model, tmp_path, dtype):
+def test_half_precision_stays_so_and_is_noted(model, tmp_path, dtype):
     folder_of(model, tmp_path / "hf")
     halves = {n: t.to(dtype) for n, t in load_torch(tmp_path / "hf" / "model.safetensors").items()}
     save_tensors(tmp_path / "hf" / "model.safetensors", halves)
     report = import_hf(tmp_path / "hf", tmp_path / "out")
-    assert any("F16" in note and "float32" in note for note in report.notes)
+    assert any("F16 and stay so" in note for note in report.notes)
     imported = load_torch(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(imported[name], half.float()) for name, half in halves.items())
+    assert imported.keys() == halves.keys()
+    assert all(tensor.dtype == dtype for tensor in imported.values())
+    assert all(torch.equal(imported[name], half) for name, half in halves.items())
+    assert {p.dtype for p in load_model(tmp_path / "out").parameters()} == {torch.float32}
+    again = export_hf(tmp_path / "out", tmp_path / "back")
+    assert (again.folder / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_the_names_of_the_bare_gpt2_model_and_its_masks_are_understood(gpt2, tmp_path):

@@ -88,8 +88,8 @@ def rewrite(folder, change):
             r"transformer\.ln_f\.bias has shape \(2, 12\), but config\.json asks for \(24,\)",
         ),
         (
-            lambda t: t.update({"transformer.ln_f.bias": np.zeros(24, np.float16)}),
-            r"transformer\.ln_f\.bias is F16, but must be F32",
+            lambda t: t.update({"transformer.ln_f.bias": np.zeros(24, np.int32)}),
+            r"transformer\.ln_f\.bias is I32, but must be F32 or F16 or BF16",
         ),
         (lambda t: t.clear(), r"is missing \(and 27 more\)"),
     ],

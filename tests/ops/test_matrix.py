@@ -152,10 +152,12 @@ def arguments(case: Case) -> dict[str, np.ndarray]:
 
 
 def call(function: Callable[..., Any], case: Case, dtype: torch.dtype) -> list[np.ndarray]:
-    """The op's wrapper or its reference on the arguments, its floating-point ones in such a type."""
+    """The op's wrapper or its reference on the arguments, floating-point ones in such a type but those of 16 bits."""
     given, node = arguments(case), case.row.node
-    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: tensor_of(array) for name, array in given.items()}
+    tensors = {
+        name: t.to(dtype) if t.is_floating_point() and t.itemsize > 2 else t for name, t in tensors.items()
+    }
     for wanted in node.inputs if node else ():
         if wanted.rows_at:
             tensors[wanted.name] = tensors[wanted.name][tensors[wanted.rows_at]]
@@ -164,6 +166,13 @@ def call(function: Callable[..., Any], case: Case, dtype: torch.dtype) -> list[n
     known = {name: value for name, value in {**options, **tensors}.items() if name in parameters}
     results = function(**known)
     return [t.numpy() for t in (results if isinstance(results, tuple) else (results,))]
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """The same as a tensor; PyTorch does not know numpy's bfloat16."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def compare(case: Case, results: Sequence[np.ndarray], *, padded: bool = True, rounding: float = 0.0) -> None:
@@ -297,8 +306,8 @@ def vulkan() -> Any:
 
 def tvm_run(model: onnx.ModelProto, profile: str) -> Run:
     from portlm.compile import tvm_fused, tvm_portable
+    from portlm.compile.runners import packed_tensor, widened
     from portlm.compile.tvm_build import Graph, compile_graph, make_graph
-    from portlm.ops.quantized import pack_array
     from portlm.runtimes.tvm import connect_kernels
     from portlm.tvm_support import Weight, import_tvm, virtual_machine
 
@@ -310,11 +319,8 @@ def tvm_run(model: onnx.ModelProto, profile: str) -> Run:
     lowering = {"portable": tvm_portable.LOWERING, "fused": tvm_fused.LOWERING}[profile]
     graph = make_graph(model, "", weights) if profile == "fused" else Graph(model, "", weights)
     machine = virtual_machine(compile_graph(graph, lowering).jit())
-    constants = [tvm.runtime.tensor(arrays[weight.name]) for weight in graph.weights]
-    for matrix in graph.packed:
-        weight, scale, *zero = (arrays[part.name] for part in matrix.parts())
-        packed = pack_array(weight, scale, zero[0] if zero else None, matrix.bits)
-        constants.append(tvm.runtime.tensor(packed))
+    constants = [tvm.runtime.tensor(widened(arrays[weight.name])) for weight in graph.weights]
+    constants += [tvm.runtime.tensor(packed_tensor(matrix, arrays)) for matrix in graph.packed]
     names = [value.name for value in model.graph.input]
 
     def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

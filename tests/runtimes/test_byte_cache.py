@@ -113,6 +113,25 @@ def test_the_cache_goes_with_quantized_weights(divisible, tmp_path):
     assert found.measured.precision == FIFTEEN_BITS
 
 
+def test_the_cache_goes_with_weights_of_16_bits(checkpoints, tmp_path):
+    """On every engine, and where kernels of ours run, with those that read 16 bits and those that read 8."""
+    folder = export(checkpoints["llama"], tmp_path / "both", weights="bfloat16", cache="int8")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["format_version"] == 4
+    certify(folder, [], reference=load(folder, "torch", "cpu", "native").engine)
+    for target in TARGETS:
+        try:
+            engine = load(folder, target[0], "cpu", target[1]).engine
+        except EngineUnavailableError:
+            continue
+        before = _calls("half_linear", "half_rows")
+        (found,) = recheck(folder, engine)
+        assert found.measured.precision == BYTE_CACHE
+        if target in OUR_KERNELS:
+            after = _calls("half_linear", "half_rows")
+            assert all(later > first for later, first in zip(after, before, strict=True)), target
+
+
 def test_a_module_in_memory_brings_its_own_answer(tmp_path):
     from portlm.models import build
     from portlm.models.llama import LlamaConfig
@@ -186,6 +205,7 @@ def test_zeros_are_kept_as_zeros(value):
     assert scale.item() == pytest.approx(value / 127)
 
 
-def _calls():
+def _calls(*more):
     counts = kernels.kernel_calls() if kernels else {}
-    return [sum(counts.get(name, {}).values()) for name in ("append_bytes", "quantized_attention")]
+    names = ("append_bytes", "quantized_attention", *more)
+    return [sum(counts.get(name, {}).values()) for name in names]

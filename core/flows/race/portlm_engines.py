@@ -68,10 +68,12 @@ class PortlmEngine(Contender):
     def weight_bytes(self, source: Source) -> int:
         """As `portlm bench` counts them."""
         from portlm.artifact import read_manifest
-        from portlm.compile.work import token_work
+        from portlm.compile.work import token_work, widens
 
         folder = self._folder(source)
-        return token_work(folder, read_manifest(folder), half_scales=self._engine != "ort")[0]
+        own = self._engine != "ort"
+        wide = widens(self._engine, self.session.engine.profile)
+        return token_work(folder, read_manifest(folder), half_scales=own, widened=wide)[0]
 
 
 class PortlmGenerate(PortlmEngine):
