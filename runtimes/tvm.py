@@ -235,7 +235,7 @@ class TvmEngine(ArrayEngine):
             steps[0] = max(len(drawn), 1)
         if not len(drawn):
             where = f"{self.name}:{self.device}: new token {asked.choices[bad].step}"
-            logits = np.from_dlpack(results[library.plan.place])[:, -1]
+            logits = np.asarray(np.from_dlpack(results[library.plan.place]), np.float32)[:, -1]
             raise PortlmError(f"{where}: {bad_row(logits, bad)}")
         places = zip(library.plan.states, library.plan.sources, strict=True)
         new = {name: tensors[name] if place < 0 else results[place] for name, place in places}
@@ -314,8 +314,8 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
     except EngineUnavailableError:
         if profile == "fused":
             raise  # a portable library calls no kernel, and writes its tokens one by one
-    file = safe_join(folder, signature.weights_file)
-    weights = map_weights(file, signature.weights, signature.packed, signature.panels)
+    stored = safe_join(folder, signature.weights_file)
+    weights = map_weights(stored, signature.weights, signature.packed, signature.panels)
 
     try:
         # The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.

@@ -13,7 +13,7 @@ from portlm.engine import Advance, Array, CallSpec, Ids, RowChoice
 
 IDS, GROWING_MASK, TOKEN_MASK, POSITIONS, KEPT = -1, -2, -3, -4, -5  # as in advance.cpp
 TOKENS, SLOTS = ("batch", "sequence"), ("batch", "past + sequence")
-INPUTS = {
+INPUTS: dict[tuple[str, tuple[int | str, ...]], int] = {
     ("input_ids", TOKENS): IDS, ("attention_mask", SLOTS): GROWING_MASK, ("attention_mask", TOKENS): TOKEN_MASK,
     ("position_ids", TOKENS): POSITIONS, ("logits_to_keep", ("kept",)): KEPT,
 }  # fmt: skip
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
         logits = spec.outputs[0] if len(spec.outputs) == 1 and spec.outputs[0].name == "logits" else None
         if logits is None or logits.dtype != "float32" or len(logits.shape) != 3 or not spec.state:
             return None
-        if logits.shape[:2] not in ((TOKENS), ("batch", "kept")):
+        if logits.shape[:2] not in (TOKENS, ("batch", "kept")):
             return None
         kinds = {item.name: INPUTS.get((item.name, item.shape)) for item in spec.inputs}
         if None in kinds.values() or any(item.dtype != "int64" for item in spec.inputs):
