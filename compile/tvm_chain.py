@@ -78,15 +78,12 @@ class Chain:
 
     def takes(self, inputs: Sequence[Part], shapes: Sequence[Sequence[Any]]) -> bool:
         """Say whether a kernel with outputs of these shapes can be next; the first one decides on the lead."""
-        from tvm import tirx
-        from tvm_ffi import structural_equal
+        from tvm import sym, tirx
 
-        def size(extent: Any) -> Any:
-            return tirx.IntImm("int64", extent) if isinstance(extent, int) else extent
+        equal = sym.Analyzer().can_prove_equal
 
         def leads(shape: Sequence[Any], other: Sequence[Any]) -> bool:
-            pairs = ((shape[i], other[i]) for i in range(2))
-            return all(structural_equal(size(a), size(b)) for a, b in pairs)
+            return all(equal(shape[i], other[i]) for i in range(2))
 
         if len(self.steps) >= MOST_STEPS:
             return False
@@ -96,8 +93,8 @@ class Chain:
         if self.lead is not None:
             return leads(self.lead.ty.shape, shapes[0])
         for value in inputs:
-            known = getattr(getattr(value, "ty", None), "shape", None)
-            if known is not None and len(known) >= 2 and leads(known, shapes[0]):
+            extents = getattr(getattr(value, "ty", None), "shape", None)
+            if extents is not None and len(extents) >= 2 and leads(extents, shapes[0]):
                 self.lead = value.expr if isinstance(value, Pending) else value
                 return True
         return False

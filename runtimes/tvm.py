@@ -234,7 +234,7 @@ class TvmEngine(ArrayEngine):
                 raise PortlmError(f"tvm: {_last_line(error)}") from error
         if not len(drawn):
             where = f"{self.name}:{self.device}: new token {asked.choices[bad].step}"
-            logits: Array = np.from_dlpack(results[library.plan.place])[:, -1]
+            logits = np.asarray(np.from_dlpack(results[library.plan.place]), np.float32)[:, -1]
             raise PortlmError(f"{where}: {bad_row(logits, bad)}")
         places = zip(library.plan.states, library.plan.sources, strict=True)
         new = {name: tensors[name] if place < 0 else results[place] for name, place in places}

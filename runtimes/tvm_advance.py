@@ -41,7 +41,7 @@ class Plan(NamedTuple):
         logits = spec.outputs[0] if len(spec.outputs) == 1 and spec.outputs[0].name == "logits" else None
         if logits is None or logits.dtype != "float32" or len(logits.shape) != 3 or not spec.state:
             return None
-        if logits.shape[:2] not in ((TOKENS), ("batch", "kept")):
+        if logits.shape[:2] not in (TOKENS, ("batch", "kept")):
             return None
         kinds = {item.name: INPUTS.get((item.name, item.shape)) for item in spec.inputs}
         if None in kinds.values() or any(item.dtype != "int64" for item in spec.inputs):
