@@ -13,7 +13,7 @@ MATRIX = {
             {"C": 33, "F": 65, "N": 17, "approximate": "tanh"},
             {"C": 16, "F": 64, "N": 16, "approximate": "none"},
         ],
-        "tvm_kernels": ("gemm", "gelu_bias_fwd"),
+        "tvm_kernels": ("panel_linear",),
     }
 }
 

@@ -13,6 +13,7 @@ MATRIX = {
             {"K": 33, "N": 17, "transposed": 1},
             {"K": 33, "N": 17, "absent": ("bias",)},
         ],
+        "tvm_kernels": ("panel_linear",),
     }
 }
 

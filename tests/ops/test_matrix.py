@@ -308,6 +308,7 @@ def tvm_run(model: onnx.ModelProto, profile: str) -> Run:
     from portlm.compile import tvm_fused, tvm_portable
     from portlm.compile.runners import packed_tensor, widened
     from portlm.compile.tvm_build import Graph, compile_graph, make_graph
+    from portlm.panels import in_panels
     from portlm.runtimes.tvm import connect_kernels
     from portlm.tvm_support import Weight, import_tvm, virtual_machine
 
@@ -321,6 +322,7 @@ def tvm_run(model: onnx.ModelProto, profile: str) -> Run:
     machine = virtual_machine(compile_graph(graph, lowering).jit())
     constants = [tvm.runtime.tensor(widened(arrays[weight.name])) for weight in graph.weights]
     constants += [tvm.runtime.tensor(packed_tensor(matrix, arrays)) for matrix in graph.packed]
+    constants += [tvm.runtime.tensor(in_panels(arrays[m.weight.name], m.turned)) for m in graph.panels]
     names = [value.name for value in model.graph.input]
 
     def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

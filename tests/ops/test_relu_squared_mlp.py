@@ -15,6 +15,7 @@ MATRIX = {
     "ReluSquaredMlp": {
         "shapes": {"x": "batch sequence C", "w1": "F C", "b1": "F", "w2": "N F", "b2": "N"},
         "variants": [{"C": 33, "F": 65, "N": 17}],
+        "tvm_kernels": ("panel_linear",),
     }
 }
 
