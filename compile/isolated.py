@@ -207,15 +207,18 @@ def _call(raw: bytes, weights: Path) -> None:
     """Open a graph as the ONNX Runtime engine does, and call it once on zeros."""
     import numpy as np
 
-    from portlm.ort_support import EXTERNAL_FOLDER, open_session, session_options
+    from portlm.ort_support import EXTERNAL_FOLDER, IN_PLACE, open_session, session_options
 
     options = session_options("cpu", None, 1)
     options.add_session_config_entry(EXTERNAL_FOLDER, str(weights))
     session = open_session(raw, options, "cpu")
+    # A cache in place takes several new tokens of one row alone.
+    single = IN_PLACE.items() <= session.get_modelmeta().custom_metadata_map.items()
     inputs = {}
     for value in session.get_inputs():
         kind = {"tensor(int64)": np.int64, "tensor(int8)": np.int8}.get(value.type, np.float32)
-        inputs[value.name] = np.zeros([_extent(size) for size in value.shape], kind)
+        shape = [1 if single and size == "batch" else _extent(size) for size in value.shape]
+        inputs[value.name] = np.zeros(shape, kind)
     session.run(None, inputs)
 
 

@@ -488,7 +488,13 @@ CASES = [
     ("Div", [(2, 3), (2, 3)], {}),
     ("Sqrt", [(2, 3)], {}),
     ("Floor", [np.array([-1.5, -0.0, 0.9375, 15.9375, 3.0], np.float32)], {}),
+    ("Round", [np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.4], np.float32)], {}),
+    ("Abs", [np.array([-1.5, -0.0, 2.0], np.float32)], {}),
+    ("Max", [(2, 3), (1, 3)], {}),
     ("Cast", [np.arange(256, dtype=np.uint8)], {"to": 1}),
+    ("Cast", [np.arange(-127, 128, dtype=np.int8)], {"to": 1}),
+    ("Cast", [np.arange(-9, 9).astype(np.float16) / 4], {"to": 1}),
+    ("Cast", [np.array([-127, -1, 0, 1, 127], np.float32)], {"to": 3}),
     ("Exp", [(2, 3)], {}),
     ("Relu", [(2, 3)], {}),
     ("Sigmoid", [(2, 3)], {}),
@@ -503,6 +509,8 @@ CASES = [
     ("ReduceMean", [(2, 3), ints(-1)], {}),
     ("ReduceMean", [(2, 3, 4), ints(0, 2)], {"keepdims": 0}),
     ("ReduceMean", [(2, 3)], {}),
+    ("ReduceMax", [(2, 3), ints(-1)], {}),
+    ("ReduceMax", [(2, 3, 4), ints(0, 2)], {"keepdims": 0}),
     ("CumSum", [(2, 3), np.array(0)], {}),
     ("CumSum", [(2, 3), np.array(-1)], {}),
     ("Concat", [(2, 3), (2, 1)], {"axis": -1}),
@@ -531,7 +539,7 @@ def test_a_standard_operator_means_what_onnx_says(operator, given, attributes):
     count = 1 if operator != "Split" else attributes.get("num_outputs") or len(arrays[1])
     node = onnx.helper.make_node(operator, names, [f"y{i}" for i in range(count)], **attributes)
     taken = [
-        onnx.helper.make_tensor_value_info(n, _ONNX[a.dtype.name], a.shape)
+        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
         for n, a in zip(names, arrays, strict=True)
     ]
     kind = "uint8" if operator == "Gather" and arrays[0].dtype == np.uint8 else "float32"
