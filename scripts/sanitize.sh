@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Run the tests of kernels and of packed files on an extension that gcc's address and undefined-behaviour sanitizers
 # watch: whatever reads or writes beside its memory, overflows or divides by zero ends the test that does it.
+#
+#     scripts/sanitize.sh [ISAS]      such as "scalar;avx2"; without it scalar and the widest that this machine has
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,11 +10,11 @@ python=$PWD/.venv/bin/python
 build=$PWD/build/sanitize
 tools=$build/tools package=$build/package
 
-# The scalar kernels and the widest that this machine has, with those that it takes over from a narrower set.
-isas=$("$python" -c '
+# Of the widest set also the narrower one whose kernels it takes over.
+isas=${1:-$("$python" -c '
 from portlm import _C
 usable = _C.usable_isas()
-print(*dict.fromkeys(["scalar", usable[-1].partition("_")[0], usable[-1]]), sep=";")')
+print(*dict.fromkeys(["scalar", usable[-1].partition("_")[0], usable[-1]]), sep=";")')}
 
 if [ ! -d "$tools/pybind11" ]; then
   PIP_CONSTRAINT=constraints.txt "$python" -m pip install --quiet --target "$tools" cmake ninja pybind11

@@ -410,6 +410,30 @@ def test_a_view_outlives_the_cache_it_came_from(function):
     assert (view == 7).all()
 
 
+# --- products of matrices that are no weights, and so in no panels ------------------------------------------
+
+
+def test_a_product_with_a_matrix_as_it_is_equals_numpys(function):
+    """As a graph has it whose matrix is read by something else, too; the weights of models are in panels."""
+    rng = np.random.default_rng(0)
+    x, w1, b1, w2, b2 = (rng.standard_normal(s, np.float32) for s in ((2, 3, 8), (8, 5), (5,), (5, 7), (7,)))
+    calls = {
+        "linear": ((x, w1, b1, 0), x @ w1 + b1),
+        "linear_no_bias": ((x, w1.T.copy(), 1), x @ w1),
+        "relu_squared_mlp": ((x, w1, b1, w2, b2), np.maximum(x @ w1 + b1, 0) ** 2 @ w2 + b2),
+        "gelu_mlp": ((x, w1, b1, w2, b2, 1), gelu_tanh(x @ w1 + b1) @ w2 + b2),
+    }
+    for name, (inputs, expected) in calls.items():
+        y = tensor(*expected.shape)
+        function(name)(*(i if isinstance(i, int) else tvm_ffi.from_dlpack(i) for i in inputs), y)
+        # sums of a dozen products of size up to 30, in another order
+        np.testing.assert_allclose(np.from_dlpack(y), expected, rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 # --- chains -------------------------------------------------------------------------------------------------
 
 
