@@ -81,13 +81,23 @@ def exact(x, W, bias=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 6, 7, 130])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (15, 7), (63, 256), (64, 257), (65, 64), (200, 600)])
-def test_it_is_as_near_to_float64_as_sums_of_this_length_can_be(N, K, rows, kind, shift):
+def test_the_kernel_is_as_near_to_float64_as_sums_of_this_length_can_be(N, K, rows, kind, shift):
     """Widening is exact; each product and each addition rounds once: K in chains of DEPTH, and the chains' sums."""
     x, W, bias = sample(rows, N, K, kind)
     bias = bias if shift else None
     steps = min(K, DEPTH) + math.ceil(K / DEPTH) + 1
     sizes = exact(np.abs(x), np.abs(W), None if bias is None else np.abs(bias))
     assert (np.abs(run(x, W, bias, shift=shift) - exact(x, W, bias)) <= 1.01 * steps * EPSILON * sizes).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_the_op_is_as_accurate_as_its_kernel(rows, kind):
+    x, W, bias = sample(rows, 65, 64, kind)
+    weight = torch.from_numpy(W.view(np.int16)).view(TORCH[kind])
+    found = half_linear(torch.from_numpy(x), weight, torch.from_numpy(bias)).numpy()
+    sizes = exact(np.abs(x), np.abs(W), np.abs(bias))
+    assert (np.abs(found - exact(x, W, bias)) <= 1.01 * (64 + 2) * EPSILON * sizes).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
