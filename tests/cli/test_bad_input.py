@@ -74,7 +74,10 @@ DAMAGED = [
 
 @pytest.mark.parametrize("name", DAMAGED)
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "missing"])
-def test_damage_is_noticed_before_anything_runs(name, damage, portlm, artifacts, tmp_path):
+def test_damage_is_noticed_before_anything_runs(name, damage, portlm, artifacts, tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "PORTLM_HOME", str(tmp_path / "home")
+    )  # where nothing of this model was compiled before
     folder = tmp_path / "model"
     shutil.copytree(artifacts["gpt2"], folder)
     path = folder / name

@@ -177,7 +177,7 @@ def test_compile_dumps_the_graph_after_every_pass(portlm, artifacts, tmp_path):
     assert names[:3] == ["ImportGraph.py", "BoundGathers.py", "FuseTransposeMatmul.py"]
     assert "ScheduleProducts.py" in names
     assert folders["tvm-cpu-fused"][0] == "00-CallKernels.py"
-    assert "portlm.linear" in (tmp_path / "dump" / "tvm-cpu-fused" / "00-CallKernels.py").read_text()
+    assert "panel_linear" in (tmp_path / "dump" / "tvm-cpu-fused" / "00-CallKernels.py").read_text()
 
 
 def test_a_benchmark_longer_than_the_context_is_refused_before_anything_is_loaded(portlm, artifacts):
