@@ -113,7 +113,9 @@ class Kernel:
         return half_step @ np.abs(m.w).T + summing(x, m) + smallest
 
 
-KERNELS = {kernel.name: kernel for kernel in (Kernel("packed_linear", 16319), Kernel("packed_linear_a8", 127))}
+KERNELS = {
+    kernel.name: kernel for kernel in (Kernel("packed_linear", 16319), Kernel("packed_linear_a8", 127))
+}
 with_each = pytest.mark.parametrize(
     "linear",
     [
@@ -167,13 +169,15 @@ def test_nothing_but_activations_is_rounded_before_the_groups_are_summed(bits, g
 @with_each
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
 def test_sums_of_the_largest_numbers_do_not_overflow(bits, group, zeros, linear):
-    """Each group is the largest sum that there is, of either sign: an instruction that saturates or wraps would show."""
+    """Each group is the largest sum that there is, of either sign: instructions that saturate or wrap would show."""
     N, K, highest = 33, 2 * group, (1 << bits) - 1
     for q, zero in [(highest, 0), (0, highest), (highest, highest), (0, 0)]:
         if not zeros and zero:
             continue
         numbers = np.full((N, K), q)
-        m = Matrix(bits, group, numbers, np.ones((N, 2), np.float32), np.full((N, 2), zero) if zeros else None)
+        m = Matrix(
+            bits, group, numbers, np.ones((N, 2), np.float32), np.full((N, 2), zero) if zeros else None
+        )
         for sign in (1, -1):
             x = shifted(np.full((3, K), sign * linear.steps, np.float32))
             exact = x.astype(np.float64) @ m.w.T
@@ -182,7 +186,9 @@ def test_sums_of_the_largest_numbers_do_not_overflow(bits, group, zeros, linear)
 
 @with_each
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
-def test_results_do_not_depend_on_the_number_of_threads(bits, group, zeros, same_on_all_thread_counts, linear):
+def test_results_do_not_depend_on_the_number_of_threads(
+    bits, group, zeros, same_on_all_thread_counts, linear
+):
     for N, K, rows in [(2000, 512, 1), (700, 512, 5), (300, 256, 90), (16, 512, 600)]:
         m = matrix(N, K, bits, group, zeros)
         x, bias = inputs(rows, m)
@@ -277,7 +283,9 @@ def test_huge_and_subnormal_numbers_keep_their_accuracy(scale, size, linear):
     smallest = (
         2.0**-149 * 256 * 8 * scale + 2.0**-149 * 4
     )  # the largest of a group loses bits, and so does every sum
-    assert (np.abs(linear(x, m) - exact) <= linear.allowed(x, m) + linear.steps * smallest * (size < 1e-33)).all()
+    assert (
+        np.abs(linear(x, m) - exact) <= linear.allowed(x, m) + linear.steps * smallest * (size < 1e-33)
+    ).all()
 
 
 @with_each
