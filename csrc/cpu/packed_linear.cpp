@@ -203,7 +203,7 @@ void multiply_panels(const Linear& p, const Panels& x, int64_t first, int64_t la
 // Up to kPanelRows rows: a pass over the matrix, of which each thread takes a part.
 template <typename D>
 void multiply_few(const Linear& p) {
-  const int64_t tile_cycles = p.m.K * (p.rows + 1) / (D::kWords == 1 ? 4 : 2) + 1;
+  const int64_t tile_cycles = p.m.K * (p.rows + 1) / 2 + 1;  // with one byte somewhat less
   parallel_for(p.m.tiles, kGrain / tile_cycles + 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;  // each thread makes the whole numbers for itself: that is cheaper than to wait for them
     uint32_t* const words = reinterpret_cast<uint32_t*>(scratch.floats(p.rows * words_per_row<D>(p.m)));
