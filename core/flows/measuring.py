@@ -145,10 +145,21 @@ class OthersMeter:
         return Ticks(now.total - self._begin.total, others, now.steal - self._begin.steal)
 
 
+_BUSY = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(1_000_000):
+        pass
+"""
+
+
 @contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[list[int]]:
-    """Keep cores busy inside the block, each loop in a session of its own; yield the processes."""
-    command = [sys.executable, "-P", "-c", "while True: pass"]
+    """Keep cores busy inside the block, each loop in a session of its own; yield the processes.
+
+    They end by themselves when this process was killed.
+    """
+    command = [sys.executable, "-P", "-c", _BUSY, str(os.getpid())]
     loops = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
         yield [loop.pid for loop in loops]

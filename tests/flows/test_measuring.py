@@ -1,5 +1,12 @@
 """The statistics that every figure of portlm goes through."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -50,3 +57,26 @@ def test_the_surroundings_name_machine_and_versions():
     found = environment()
     assert found["cores"] >= 1
     assert "numpy" in found["versions"]
+
+
+def test_busy_loops_end_when_who_began_them_is_killed():
+    program = (
+        "import time\nfrom portlm.flows.measuring import busy_loops\n"
+        "with busy_loops(1) as pids:\n    print(*pids, flush=True)\n    time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as began:
+        loop = int(began.stdout.readline())
+        os.kill(loop, 0)  # it runs
+        began.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 60
+    while _runs(loop) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _runs(loop)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and has not ended; one that nobody waits for may stay as an entry of the table."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
