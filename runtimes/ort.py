@@ -5,24 +5,25 @@ layer would retry the whole model there if a provider failed, both silently: the
 refused, and after loading the place of every node is read back. States stay on the device from step to step; on the
 CPU they grow in place where the graph says that it can do that (runtimes/ort_cache.py).
 
-Its threads park when idle instead of spinning, so that they take nothing from whatever else runs in the process;
-PORTLM_ORT_SPINNING=1 in the environment lets them spin, which is faster when nothing else does.
+An idle thread looks for work for a millisecond and sleeps then; PORTLM_ORT_SPINNING in the environment says otherwise
+(portlm.ort_support).
 """
 
 import ctypes
-import os
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from portlm.arguments import wholes
 from portlm.artifact import Manifest, check_files
-from portlm.engine import Array, OpenRequest, Placement, call_specs, graph_names
+from portlm.engine import Advance, Array, Ids, OpenRequest, Placement, State, call_specs, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import read_bytes, safe_join, shown
+from portlm.ops.token_selection import check_filters
 from portlm.ort_support import (
     CUDA,
     EXTERNAL_FOLDER,
@@ -31,23 +32,20 @@ from portlm.ort_support import (
     import_onnxruntime,
     open_session,
     session_options,
-    webgpu_devices,
 )
 from portlm.quantization import EIGHT_BITS
 from portlm.roles import StateSpec, TensorSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_files
+from portlm.runtimes.ort_advance import advance, goes_on
 from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place
-from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
+from portlm.runtimes.ort_devices import find_device, first_line
 
 onnxruntime = import_onnxruntime()
 
 PROVIDERS = {"CPUExecutionProvider": "cpu", CUDA: "cuda", WEBGPU: "vulkan"}
 MEMORY = {"cpu": "cpu", "cuda": "cuda", "vulkan": "webgpu"}  # ONNX Runtime's name for each device's memory
 MAX_GRAPH_BYTES = 64 * 2**20  # without weights
-SOFTWARE_ADAPTER = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
-
-_register = threading.Lock()
 
 
 class OrtEngine(ArrayEngine):
@@ -69,7 +67,7 @@ class OrtEngine(ArrayEngine):
         self.precision = manifest.precision(rounds=False)
         if any(e.target == ROUNDED_TARGET and names & set(e.files) for e in manifest.compiled):
             self.precision = EIGHT_BITS
-        self._ep_device, self._note = _find_device(request.device)
+        self._ep_device, self._note = find_device(request.device)
         self._sessions: dict[str, Any] = {}
         self._placements: dict[str, Placement] = {}
         self._tools: dict[tuple[str, str, int, int], Any] = {}
@@ -138,18 +136,31 @@ class OrtEngine(ArrayEngine):
         changed = [state for state in spec.state if state.output]
         for state in changed:
             binding.bind_output(state.output, memory)
-        values = self._run(session, binding)
+        self._run(session, binding)
+        values = binding.get_outputs()
         outputs = {output.name: value.numpy() for output, value in zip(spec.outputs, values, strict=False)}
         states = values[len(spec.outputs) :]
         return outputs, {state.name: value for state, value in zip(changed, states, strict=True)}
 
-    def _run(self, session: Any, binding: Any) -> list[Any]:
+    def _run(self, session: Any, binding: Any) -> None:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base but this
-            raise PortlmError(f"ort:{self.device}: a step failed: {_line(error)}") from error
-        values: list[Any] = binding.get_outputs()
-        return values
+            raise PortlmError(f"ort:{self.device}: a step failed: {first_line(error)}") from error
+
+    def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
+        """Draw several tokens for each row; see portlm.engine.Advances."""
+        role = self._check(state)
+        spec, session, past = self._spec(role), self._session(role), state.past
+        count = min(asked.count, self.context_length - max(past, int(asked.lengths.max())))
+        if role not in self._in_place or not goes_on(spec) or count < 1:
+            return None
+        for choice in dict.fromkeys(choice[:4] for choice in asked.choices):
+            check_filters(self.vocab_size, *choice)
+        wholes("tokens", asked.tokens.tolist(), self.vocab_size - 1)
+        run = partial(self._run, session)
+        drawn, new = advance(self._in_place[role], spec, run, session, state.take(), asked, count)
+        return drawn, self._state(role, state.rows, past + len(drawn), new)
 
     def _session(self, role: str) -> Any:
         """The session of a role, opened if it was not."""
@@ -269,7 +280,7 @@ class OrtEngine(ArrayEngine):
         try:
             self._tools[key].run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base but this
-            raise PortlmError(f"ort:{self.device}: {op_type} failed: {_line(error)}") from error
+            raise PortlmError(f"ort:{self.device}: {op_type} failed: {first_line(error)}") from error
         return binding.get_outputs()[0]
 
 
@@ -298,28 +309,17 @@ def try_device(device: str) -> str:
     Raises:
         EngineUnavailableError: it cannot be used; the message says why.
     """
-    ep_device, note = _find_device(device)
+    ep_device, note = find_device(device)
     try:
         session = open_session(SMALLEST, session_options(device, ep_device, 1), device)
         (y,) = session.run(["y"], {"x": np.array([1, 2], np.float32), "z": np.array([1, 2], np.float32)})
     except Exception as error:  # its exceptions have no common base but this
-        raise EngineUnavailableError(f"ort:{device}: the device does not start: {_line(error)}") from error
+        raise EngineUnavailableError(
+            f"ort:{device}: the device does not start: {first_line(error)}"
+        ) from error
     if _placement(session, device, "").fallback or y.tolist() != [2, 4]:
         raise EngineUnavailableError(f"ort:{device}: the device does not compute: update its driver")
     return note
-
-
-def _find_device(device: str) -> tuple[Any, str]:
-    """Return what a session needs to be put on a device, and what is to be said of that device."""
-    if device == "vulkan":
-        ep_device, found = _vulkan_device()
-        return ep_device, _software_note(found)
-    if device == "cuda" and CUDA not in onnxruntime.get_available_providers():
-        raise EngineUnavailableError(
-            "ort:cuda: the installed onnxruntime has no CUDA provider, try "
-            "pip uninstall onnxruntime && pip install onnxruntime-gpu"
-        )
-    return None, ""
 
 
 class _Graph(NamedTuple):
@@ -371,64 +371,6 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
     return "portable", graphs
 
 
-def _vulkan_device() -> tuple[Any, list[VulkanDevice]]:
-    """Register the WebGPU plugin if nobody has, and return its device beside what Vulkan itself reports.
-
-    A software driver is only offered when an environment variable asks for it. It is set for the moment of
-    registering if there is nothing else: the device is emulated then, and placement() says so.
-    """
-    if not has_loader():
-        raise EngineUnavailableError(f"ort:vulkan: there is no Vulkan loader here: {HOW_TO_GET_ONE}")
-    found = vulkan_devices()
-    if not found:
-        raise EngineUnavailableError(f"ort:vulkan: Vulkan offers no device here: {HOW_TO_GET_ONE}")
-    try:
-        import onnxruntime_ep_webgpu as plugin
-    except ImportError:
-        raise EngineUnavailableError(
-            "ort:vulkan: onnxruntime-ep-webgpu is not installed, try pip install 'portlm[vulkan]'"
-        ) from None
-    with _register:
-        devices = webgpu_devices()
-        if not devices:
-            library = plugin.get_library_path()
-            try:
-                onnxruntime.register_execution_provider_library("portlm-webgpu", library)
-                devices = webgpu_devices()
-                if not devices:
-                    onnxruntime.unregister_execution_provider_library("portlm-webgpu")
-                    _register_with_software(library)
-                    devices = webgpu_devices()
-            except Exception as error:  # its exceptions have no common base but this
-                raise EngineUnavailableError(
-                    f"ort:vulkan: the WebGPU plugin does not load: {_line(error)}: "
-                    "try pip install --upgrade onnxruntime onnxruntime-ep-webgpu"
-                ) from error
-    if not devices:
-        raise EngineUnavailableError(f"ort:vulkan: the WebGPU plugin finds no device: {HOW_TO_GET_ONE}")
-    return devices[0], found
-
-
-def _register_with_software(library: str) -> None:
-    before = os.environ.get(SOFTWARE_ADAPTER)
-    os.environ[SOFTWARE_ADAPTER] = "1"
-    onnxruntime.set_default_logger_severity(3)  # it would warn of what we asked for
-    try:
-        onnxruntime.register_execution_provider_library("portlm-webgpu", library)
-    finally:
-        onnxruntime.set_default_logger_severity(2)
-        if before is None:
-            del os.environ[SOFTWARE_ADAPTER]
-        else:
-            os.environ[SOFTWARE_ADAPTER] = before
-
-
-def _software_note(found: list[VulkanDevice]) -> str:
-    if any(device.kind != "software" for device in found):
-        return ""
-    return f"software device ({found[0].name}): good for answers, not for timing"
-
-
 def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, threads: int | None) -> Any:
     """Open a session on one device, and nowhere else unless fallback is allowed."""
     path = graph.path
@@ -457,9 +399,11 @@ def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, thre
             raise _misplaced(path, device, _placement(again, device, "")) from error
         if device != "cpu" and type(error).__name__ not in ("InvalidGraph", "InvalidProtobuf", "NoSuchFile"):
             raise EngineUnavailableError(
-                f"ort:{device}: the device does not start: {_line(error)}"
+                f"ort:{device}: the device does not start: {first_line(error)}"
             ) from error
-        raise FormatError(f"{path}: ONNX Runtime does not take it: {_line(error)}; export again") from error
+        raise FormatError(
+            f"{path}: ONNX Runtime does not take it: {first_line(error)}; export again"
+        ) from error
 
 
 def _specs(values: Sequence[Any]) -> list[TensorSpec]:
@@ -488,8 +432,3 @@ def _misplaced(path: Path, device: str, placement: Placement) -> PlacementError:
         f"{path}: {len(placement.fallback)} of {sum(placement.nodes.values())} nodes cannot run on {device} and would "
         f"run on the CPU: {names}; use another profile, or allow_fallback to accept that"
     )
-
-
-def _line(error: Exception) -> str:
-    """The first line of a message, without ONNX Runtime's prefix."""
-    return str(error).strip().split("\n")[0].removeprefix("[ONNXRuntimeError] : ")[:300]

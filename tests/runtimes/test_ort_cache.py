@@ -5,7 +5,7 @@ import pytest
 
 import portlm
 from portlm.rows import Rows
-from portlm.runtimes.ort_cache import View
+from portlm.runtimes.ort_cache import LARGE_PAGE, LINE, Cache, View
 
 TOLERANCE = 4e-5  # of logits, as in tests/compile/test_export.py
 
@@ -95,3 +95,25 @@ def test_a_cache_is_left_when_it_is_full_and_when_rows_change(engines):
         rows.join([other])
     for step in range(20):
         read_both(pair, tokens(3, 1, seed=step))
+
+
+def test_every_state_begins_with_a_cache_line_and_large_caches_with_a_large_page():
+    for capacity, unit in ((1, LINE), (3, LINE), (2000, LARGE_PAGE)):
+        shapes = {"a": (2, 3, capacity, 8), "b": (1, 1, capacity, 40), "c": (2, 5, capacity, 56)}
+        arrays = Cache(shapes, capacity, capacity).arrays
+        assert {name: array.shape for name, array in arrays.items()} == shapes
+        addresses = [array.ctypes.data for array in arrays.values()]
+        assert addresses[0] % unit == 0
+        assert all(address % LINE == 0 for address in addresses)
+        ends = [array.ctypes.data + array.nbytes for array in arrays.values()]
+        assert all(end <= begin for end, begin in zip(ends, addresses[1:], strict=False))
+
+
+def test_inputs_of_a_call_may_be_changed_afterwards(engines):
+    rows = Rows(engines[0], 1)
+    ids = tokens(1, 1)
+    first = rows.copy().read(ids)
+    rows.read(ids)
+    ids[:] = 59
+    again = Rows(engines[0], 1)
+    assert np.array_equal(again.read(tokens(1, 1)), first)
