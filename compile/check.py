@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from portlm.compile.check_quantized import wrong_sizes
+from portlm.compile.check_quantized import together, wrong_sizes
 from portlm.compile.forms import (
     ALIGNMENT,
     CASTS,
@@ -218,6 +218,8 @@ def _check_nodes(model: Message) -> None:
                 values.define(value, wanted.kind or same)
             elif not wanted.absent:
                 raise _RefusedError(f"node {name!r} lacks output {place}")
+        if form is PORTABLE_OPS["Concat"] and (shape := together(node, values.shapes)):
+            values.shapes[node.output[0]] = shape
         if form is PORTABLE_OPS["Reshape"] and node.input[0] in values.shapes:
             target = np.frombuffer(values.constants[node.input[1]].raw_data, "<i8").tolist()
             if math.prod(target) == math.prod(values.shapes[node.input[0]]) and min(target, default=1) > 0:

@@ -23,6 +23,7 @@ ROUNDED_TARGET = f"onnxruntime, accuracy level {ROUNDED}"
 # In the metadata of a graph whose states that grow may be the same memory before and after a call, with room behind.
 # Such a graph reads several new tokens on a filled cache of one row at a time (compile/ort_lowering.py).
 IN_PLACE = {"portlm.cache": "in place"}
+EVEN = "-even.onnx"  # ends the name of a second graph, for calls in which nothing is masked
 # How long an idle thread looks for the next loop before it sleeps, unless the variable says 0 (not at all) or 1 (as
 # long as ONNX Runtime lets it, tens of milliseconds). Between two loops of a step lie microseconds, between two steps
 # what Python does. Waking a thread up for every loop made a step of 30 million parameters take twice as long.

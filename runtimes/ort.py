@@ -10,8 +10,9 @@ An idle thread looks for work for a millisecond and sleeps then; PORTLM_ORT_SPIN
 """
 
 import ctypes
+import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -26,6 +27,7 @@ from portlm.files import read_bytes, safe_join, shown
 from portlm.ops.token_selection import check_filters
 from portlm.ort_support import (
     CUDA,
+    EVEN,
     EXTERNAL_FOLDER,
     ROUNDED_TARGET,
     WEBGPU,
@@ -38,7 +40,7 @@ from portlm.roles import StateSpec, TensorSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_files
 from portlm.runtimes.ort_advance import advance, goes_on
-from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place
+from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place, is_even
 from portlm.runtimes.ort_devices import find_device, first_line
 
 onnxruntime = import_onnxruntime()
@@ -57,18 +59,20 @@ class OrtEngine(ArrayEngine):
     name = "ort"
     precision = "fp32"
 
-    def __init__(self, request: OpenRequest, manifest: Manifest, graphs: "dict[str, _Graph]", profile: str):
+    def __init__(self, request: OpenRequest, manifest: Manifest, graphs: "dict[str, _Graphs]", profile: str):
         """Prepare to open graphs; use open()."""
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
         self._request, self._manifest = request, manifest
         self._graphs = graphs
-        names = {graph.name for graph in graphs.values()}
+        names = {pair.every.name for pair in graphs.values()}
         self.precision = manifest.precision(rounds=False)
         if any(e.target == ROUNDED_TARGET and names & set(e.files) for e in manifest.compiled):
             self.precision = EIGHT_BITS
         self._ep_device, self._note = find_device(request.device)
         self._sessions: dict[str, Any] = {}
+        self._serving: set[str] = set()  # roles whose session takes every call
+        self._replaced: list[weakref.ref[Any]] = []
         self._placements: dict[str, Placement] = {}
         self._tools: dict[tuple[str, str, int, int], Any] = {}
         self._in_place: dict[str, InPlace] = {}
@@ -112,12 +116,12 @@ class OrtEngine(ArrayEngine):
         profile, graphs = _choose(request, request.manifest)
         if request.compiled is not None:  # the graph that the cache's was lowered from
             return graph_names(request.manifest, profile)
-        return tuple(graph.name for graph in graphs.values())
+        return tuple(graph.name for pair in graphs.values() for graph in pair if graph is not None)
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        session = self._session(role)
+        session = self._session(role, lambda: is_even(inputs))
         if role in self._in_place:
             return self._in_place[role](session, self._run, inputs, tensors)
         spec, memory = self.roles[role], MEMORY[self.device]
@@ -151,7 +155,8 @@ class OrtEngine(ArrayEngine):
     def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
         """Draw several tokens for each row; see portlm.engine.Advances."""
         role = self._check(state)
-        spec, session, past = self._spec(role), self._session(role), state.past
+        spec, past = self._spec(role), state.past
+        session = self._session(role, lambda: bool((asked.lengths == past).all()))
         count = min(asked.count, self.context_length - max(past, int(asked.lengths.max())))
         if role not in self._in_place or not goes_on(spec) or count < 1:
             return None
@@ -162,32 +167,51 @@ class OrtEngine(ArrayEngine):
         drawn, new = advance(self._in_place[role], spec, run, session, state.take(), asked, count)
         return drawn, self._state(role, state.rows, past + len(drawn), new)
 
-    def _session(self, role: str) -> Any:
-        """The session of a role, opened if it was not."""
-        if role not in self._sessions:
-            graph, request = self._graphs[role], self._request
-            check_files(request.folder, graph.files, self._manifest)
-            session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
-            placement = _placement(session, self.device, self._note)
-            if placement.fallback and not request.allow_fallback:
-                raise _misplaced(graph.path, self.device, placement)
-            spec, taken, returned = (
-                self.roles[role],
-                _specs(session.get_inputs()),
-                _specs(session.get_outputs()),
-            )
-            if problem := difference(spec.inputs, spec.outputs, spec.state, taken, returned):
-                raise FormatError(f"{graph.path}: {problem}; export again")
-            if self.device == "cpu" and (found := in_place(spec, session, self.context_length)):
-                self._in_place[role] = found
-            self._sessions[role], self._placements[role] = session, placement
-        return self._sessions[role]
+    def _session(self, role: str, even: Callable[[], bool] = lambda: True) -> Any:
+        """The session of a role, opened if it was not.
+
+        Of a role's two graphs one is open at a time, as each has its own copy of the weights in ONNX Runtime's order:
+        that for even calls, until a call is not even, and from then on that for every call.
+
+        Args:
+            role: which.
+            even: whether it is for a call in which nothing is masked.
+        """
+        opened = self._sessions.get(role)
+        if opened is not None and (role in self._serving or even()):
+            return opened
+        pair = self._graphs[role]
+        if pair.even is not None and opened is None and even():
+            graph = pair.even
+        else:
+            graph = pair.every
+            self._serving.add(role)
+            if opened is not None:  # a cache may hold it for some time
+                self._replaced.append(weakref.ref(self._sessions.pop(role)))
+        del opened
+        self._sessions[role] = session = self._open(role, graph)
+        return session
+
+    def _open(self, role: str, graph: "_Graph") -> Any:
+        request, spec = self._request, self.roles[role]
+        check_files(request.folder, graph.files, self._manifest)
+        session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
+        placement = _placement(session, self.device, self._note)
+        if placement.fallback and not request.allow_fallback:
+            raise _misplaced(graph.path, self.device, placement)
+        taken, returned = _specs(session.get_inputs()), _specs(session.get_outputs())
+        if problem := difference(spec.inputs, spec.outputs, spec.state, taken, returned):
+            raise FormatError(f"{graph.path}: {problem}; export again")
+        if self.device == "cpu" and (found := in_place(spec, session, self.context_length)):
+            self._in_place[role] = found
+        self._placements[role] = placement
+        return session
 
     def _ready(self, role: str) -> None:
         self._session(role)
 
     def placement(self) -> Placement:
-        """Return what ONNX Runtime recorded when it assigned nodes to providers, of all roles."""
+        """Return what ONNX Runtime recorded when it assigned nodes to providers, of all roles' open graphs."""
         for role in self._graphs:
             self._session(role)
         nodes: Counter[str] = Counter()
@@ -202,9 +226,10 @@ class OrtEngine(ArrayEngine):
         Those of the parent have lost their threads, and wait for them as soon as anything frees them. So nothing may.
         """
         super().enter_child()
-        lost = [*self._sessions.values(), *self._tools.values()]
+        replaced = [session for reference in self._replaced if (session := reference()) is not None]
+        lost = [*self._sessions.values(), *self._tools.values(), *replaced]
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(lost))
-        self._sessions, self._tools = {}, {}
+        self._sessions, self._tools, self._serving = {}, {}, set()
 
     def close(self) -> None:
         """Let go of the sessions and their memory."""
@@ -338,20 +363,38 @@ class _Graph(NamedTuple):
     weights: Path
 
 
-def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _Graph]]:
+class _Graphs(NamedTuple):
+    """The graphs of a role: one that takes every call, and perhaps one for those in which nothing is masked."""
+
+    every: _Graph
+    even: _Graph | None = None
+
+
+def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _Graphs]]:
     """Return the profile to open and the graph of each role."""
     folder, device, profile = request.folder, request.device, request.profile
     if profile in ("auto", "fused"):
         graphs = {}
         for entry in manifest.compiled:
             if (entry.engine, entry.device, entry.profile) == ("ort", device, "fused"):
-                found = [name for name in entry.files if name.endswith(".onnx")]
-                if len(found) != 1 or entry.role not in manifest.roles:
+                found = sorted(entry.files, key=lambda name: name.endswith(EVEN))
+                endings = [name.endswith(EVEN) for name in found if name.endswith(".onnx")]
+                if endings not in ([False], [False, True]) or entry.role not in manifest.roles:
                     raise FormatError(f"{folder}: the entry compiled for ort on {device} must have one graph")
                 weights = manifest.roles[entry.role].weights
                 own = entry.files if request.compiled is None else ()  # the cache's were compared when found
-                path = safe_join(request.compiled or folder, found[0])
-                graphs[entry.role] = _Graph(found[0], path, (*own, weights), safe_join(folder, weights))
+                graphs[entry.role] = _Graphs(
+                    *(
+                        _Graph(
+                            name,
+                            safe_join(request.compiled or folder, name),
+                            (*own, weights),
+                            safe_join(folder, weights),
+                        )
+                        for name in found
+                        if name.endswith(".onnx")
+                    )
+                )
         if graphs.keys() == manifest.roles.keys():
             return "fused", graphs
         if profile == "fused":
@@ -367,7 +410,9 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
             raise UsageError(f"{folder} holds no portable graph: run portlm export again")
         graph = role.profiles["portable"]
         files = (graph, role.weights)
-        graphs[name] = _Graph(graph, safe_join(folder, graph), files, safe_join(folder, role.weights))
+        graphs[name] = _Graphs(
+            _Graph(graph, safe_join(folder, graph), files, safe_join(folder, role.weights))
+        )
     return "portable", graphs
 
 

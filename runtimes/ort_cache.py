@@ -117,6 +117,14 @@ def extend(states: Sequence[StateSpec], tensors: Mapping[str, Any], new: int, mo
     return cache, past
 
 
+def is_even(inputs: Mapping[str, Array]) -> bool:
+    """Whether nothing is masked in a call, and every token of a row is at its slot."""
+    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    total = mask.shape[1]
+    slots = np.arange(total - positions.shape[1], total)
+    return bool(mask.all() and (positions == slots).all())
+
+
 def as_array(tensor: Any) -> Any:
     """What a view holds, or anything else as it is."""
     return tensor.array() if isinstance(tensor, View) else tensor
