@@ -15,9 +15,9 @@ same memory, with room for more slots, and writes the new ones into it. The grap
 (portlm.ort_support.IN_PLACE). It refuses one thing, several new tokens of several rows on a filled cache ("batch_size
 must be 1 when sequence_length > 1 and past context is given", 1.31), so there rows are read one by one. Rotary
 embeddings stay nodes of their own: of a first prompt's positions it looks at the very first alone, which is wrong with
-padding on the left. On CUDA it has no float32, and heads must be a multiple of 8 wide; where it cannot be, attention is
-MultiHeadAttention: the G query heads that share a key/value head are stacked along time, (B, G*T, K*D), so the cache is
-read once and not repeated.
+padding on the left. For calls without padding there is a second graph (compile/ort_even.py). On CUDA it has no
+float32, and heads must be a multiple of 8 wide; where it cannot be, attention is MultiHeadAttention: the G query heads
+that share a key/value head are stacked along time, (B, G*T, K*D), so the cache is read once and not repeated.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from portlm.arguments import wholes
-from portlm.artifact import Manifest, check_files
+from portlm.artifact import Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, Placement, State, call_specs, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import read_bytes, safe_join, shown
@@ -42,6 +42,7 @@ from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_fi
 from portlm.runtimes.ort_advance import advance, goes_on
 from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place, is_even
 from portlm.runtimes.ort_devices import find_device, first_line
+from portlm.runtimes.ort_files import checking
 
 onnxruntime = import_onnxruntime()
 
@@ -194,8 +195,9 @@ class OrtEngine(ArrayEngine):
 
     def _open(self, role: str, graph: "_Graph") -> Any:
         request, spec = self._request, self.roles[role]
-        check_files(request.folder, graph.files, self._manifest)
-        session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
+        *graphs, weights = graph.files
+        with checking(request.folder, graphs, weights, self._manifest):
+            session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
         placement = _placement(session, self.device, self._note)
         if placement.fallback and not request.allow_fallback:
             raise _misplaced(graph.path, self.device, placement)
@@ -353,7 +355,7 @@ class _Graph(NamedTuple):
     Attributes:
         name: in the manifest.
         path: of the graph.
-        files: of the artifact, to be compared with its manifest first.
+        files: of the artifact, to be compared with its manifest; the last is the weight file.
         weights: the weight file.
     """
 

@@ -1,9 +1,12 @@
 """ONNX Runtime's cache in place: where slots are written, and that nobody who holds older ones notices."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 import portlm
+from portlm.errors import FormatError
 from portlm.rows import Rows
 from portlm.runtimes.ort_cache import LARGE_PAGE, LINE, Cache, View
 
@@ -117,3 +120,18 @@ def test_inputs_of_a_call_may_be_changed_afterwards(engines):
     ids[:] = 59
     again = Rows(engines[0], 1)
     assert np.array_equal(again.read(tokens(1, 1)), first)
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "longer", "missing"])
+def test_damaged_weights_are_an_error_although_the_graph_was_opened_beside(damage, artifacts, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install portlm[onnx]")
+    folder = shutil.copytree(artifacts["llama"], tmp_path / "artifact")
+    path = folder / "onnx" / "decoder.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": data[:-8], "longer": data + b"\0" * 8, "altered": data}[damage])
+    with pytest.raises(FormatError, match=r"missing|truncated|altered"):
+        portlm.load(folder, engine="ort", device="cpu", profile="portable")
