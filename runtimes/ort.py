@@ -42,7 +42,7 @@ from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_fi
 from portlm.runtimes.ort_advance import advance, goes_on
 from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place, is_even
 from portlm.runtimes.ort_devices import find_device, first_line
-from portlm.runtimes.ort_files import checking
+from portlm.runtimes.ort_files import PACK_ON_THREADS, checking, has_room
 
 onnxruntime = import_onnxruntime()
 
@@ -425,6 +425,8 @@ def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, thre
     def options(allow_fallback: bool) -> Any:
         made = session_options(device, ep_device, threads, allow_fallback)
         made.add_session_config_entry(EXTERNAL_FOLDER, str(graph.weights.parent))
+        if device == "cpu" and has_room(graph.weights):
+            made.add_session_config_entry(PACK_ON_THREADS, "1")
         return made
 
     # As bytes, because of a graph in the cache ONNX Runtime would not find the weights, which are in the artifact.

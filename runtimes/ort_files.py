@@ -1,4 +1,4 @@
-"""Hashing a weight file while ONNX Runtime opens the graph that reads it.
+"""Loading sooner: a weight file is hashed while ONNX Runtime opens its graph, and matrices are packed on all threads.
 
 Both take as long as the file is large, and on another core each. What is in a graph decides what a library does, so
 graphs are compared with the manifest first. Weights are numbers: a session on the wrong ones is one that nobody gets.
@@ -11,6 +11,9 @@ from pathlib import Path
 
 from portlm.artifact import Manifest, check_files
 from portlm.files import safe_join
+
+PACK_ON_THREADS = "session.prepack.enable_parallel"
+ROOM = 4  # times the weights
 
 
 @contextmanager
@@ -36,3 +39,16 @@ def checking(folder: Path, graphs: Sequence[str], weights: str, manifest: Manife
             yield
         finally:
             compared.result()
+
+
+def has_room(weights: Path) -> bool:
+    """Whether memory is so ample that matrices may be packed side by side, for which all are there twice at once.
+
+    Unknown where the system does not say what is available.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        return ROOM * weights.stat().st_size < available
+    except (OSError, StopIteration, ValueError):
+        return False

@@ -1,6 +1,7 @@
 """ONNX Runtime's cache in place: where slots are written, and that nobody who holds older ones notices."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +136,19 @@ def test_damaged_weights_are_an_error_although_the_graph_was_opened_beside(damag
         path.write_bytes({"truncated": data[:-8], "longer": data + b"\0" * 8, "altered": data}[damage])
     with pytest.raises(FormatError, match=r"missing|truncated|altered"):
         portlm.load(folder, engine="ort", device="cpu", profile="portable")
+
+
+def test_matrices_are_packed_on_all_threads_where_memory_is_ample(engines, tmp_path):
+    from portlm.runtimes.ort_files import PACK_ON_THREADS, has_room
+
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("this system does not say what memory is available")
+    sizes = {"small": 1 << 10, "large": 1 << 42}
+    for name, size in sizes.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)  # takes no space
+    assert has_room(tmp_path / "small")
+    assert not has_room(tmp_path / "large")
+    assert not has_room(tmp_path / "nothing")
+    options = engines[0]._session("decoder").get_session_options()
+    assert options.get_session_config_entry(PACK_ON_THREADS) == "1"
