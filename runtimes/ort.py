@@ -5,8 +5,8 @@ layer would retry the whole model there if a provider failed, both silently: the
 refused, and after loading the place of every node is read back. States stay on the device from step to step; on the
 CPU they grow in place where the graph says that it can do that (runtimes/ort_cache.py).
 
-An idle thread looks for work for a millisecond and sleeps then; PORTLM_ORT_SPINNING in the environment says otherwise
-(portlm.ort_support).
+An idle thread looks for work for a millisecond and sleeps then, or at once where the machine is crowded;
+PORTLM_ORT_SPINNING in the environment says otherwise (portlm.ort_support).
 """
 
 import ctypes

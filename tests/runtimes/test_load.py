@@ -490,11 +490,20 @@ def test_the_switch_for_software_devices_does_not_stay_in_the_environment(artifa
 
 @needs_ort
 @pytest.mark.parametrize(
-    ("said", "spins", "microseconds"), [(None, "1", "1000"), ("0", "0", None), ("1", "1", None)]
+    ("said", "load_average", "spins", "microseconds"),
+    [
+        (None, 0.0, "1", "1000"),
+        (None, 1e3, "0", None),
+        ("0", 0.0, "0", None),
+        ("1", 1e3, "1", None),
+    ],
 )
-def test_threads_of_onnx_runtime_spin_for_a_bounded_time_unless_asked(
-    said, spins, microseconds, artifacts, monkeypatch
+def test_threads_of_onnx_runtime_spin_for_a_bounded_time_unless_asked_or_crowded(
+    said, load_average, spins, microseconds, artifacts, monkeypatch
 ):
+    import os
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (load_average,) * 3)
     monkeypatch.delenv("PORTLM_ORT_SPINNING", raising=False)
     if said is not None:
         monkeypatch.setenv("PORTLM_ORT_SPINNING", said)
