@@ -25,8 +25,9 @@ ROUNDED_TARGET = f"onnxruntime, accuracy level {ROUNDED}"
 IN_PLACE = {"portlm.cache": "in place"}
 EVEN = "-even.onnx"  # ends the name of a second graph, for calls in which nothing is masked
 # How long an idle thread looks for the next loop before it sleeps, unless the variable says 0 (not at all) or 1 (as
-# long as ONNX Runtime lets it, tens of milliseconds), or the machine is crowded when a graph is opened (not at all). Between two loops of a step lie microseconds, between two steps
-# what Python does. Waking a thread up for every loop made a step of 30 million parameters take twice as long.
+# long as ONNX Runtime lets it, tens of milliseconds), or the machine is crowded when a graph is opened (not at all).
+# Between two loops of a step lie microseconds, between two steps what Python does. Waking a thread up for every loop
+# made a step of 30 million parameters take twice as long.
 SPINNING_VARIABLE, SPIN_MICROSECONDS = "PORTLM_ORT_SPINNING", 1000
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
