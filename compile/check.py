@@ -22,6 +22,7 @@ from portlm.compile.forms import (
     CASTS,
     CONTRIB_OPS,
     FUSED_OPS,
+    GROUPED,
     IR_VERSION,
     OPSET,
     PORTABLE_OPS,
@@ -211,6 +212,8 @@ def _check_nodes(model: Message) -> None:
             if form is None:
                 raise _RefusedError(f"node {name!r} makes what no Cast of ours makes")
         same = _check_inputs(node, form, values)
+        if operator == "GroupQueryAttention" and not _is_grouped(node):
+            raise _RefusedError(f"node {name!r} has other inputs than lowering gives it")
         if problem := wrong_sizes(node, values.shapes):
             raise _RefusedError(f"node {name!r} {problem}")
         for place, (value, wanted) in enumerate(_operands(node, node.output, form.outputs, "outputs")):
@@ -233,6 +236,12 @@ def _check_nodes(model: Message) -> None:
                 f"the output {value.name!r} is {values.kinds[value.name]} and said to be otherwise"
             )
         results.add(value.name)
+
+
+def _is_grouped(node: Message) -> bool:
+    """Whether GroupQueryAttention has the inputs that go with its attributes."""
+    rotates = next((a.i for a in node.attribute if a.name == "do_rotary"), None)
+    return "".join("1" if name else "0" for name in node.input) in GROUPED.get(rotates, ())
 
 
 def _operands(

@@ -154,6 +154,14 @@ WHOLE_OPS: dict[
     "Sub": Form((INDEX, INDEX), (INDEX,)),
 }
 
+# Which inputs GroupQueryAttention has, 1 for each that is there, by its attribute do_rotary: with a bias for calls with
+# padding, and without for others, where queries, keys and values may be one.
+GROUPED: dict[int | None, tuple[str, ...]] = {
+    None: ("11111110001",),
+    0: ("1111111", "1001111"),
+    1: ("111111111", "100111111"),
+}
+
 _SUM_AND_NORM = (FLOAT, ABSENT, ABSENT, FLOAT)  # without the mean and the deviation
 CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered for ONNX Runtime
     "BiasGelu": _BINARY,
