@@ -19,7 +19,8 @@ from portlm.models import build as build_model
 from portlm.models import save_model
 from portlm.models.gpt2 import GPT2Config
 from portlm.models.llama import LlamaConfig
-from portlm.ort_support import EVEN, EXACT, ROUNDED, at_accuracy
+from portlm.ort_support import EVEN
+from portlm.quantization import BYTES, FLOATS, at_activations
 from portlm.rows import Rows
 
 TOLERANCE = 4e-5  # of logits, as in test_export.py
@@ -29,13 +30,13 @@ LLAMA = LlamaConfig(
     rms_norm_eps=1e-5,
 )  # fmt: skip
 GPT2 = GPT2Config(vocab_size=61, context_length=48, n_layer=LAYERS, n_head=4, width=64)
-CASES = {  # configuration, bits, accuracy level, products of a layer in the graph for every call and in the other
-    "llama": (LLAMA, None, EXACT, 7, 5),
-    "llama-int4": (LLAMA, "int4", EXACT, 7, 5),
-    "llama-int4-rounded": (LLAMA, "int4", ROUNDED, 7, 5),
-    "llama-int8": (LLAMA, "int8", EXACT, 7, 7),
-    "llama-int8-rounded": (LLAMA, "int8", ROUNDED, 7, 5),
-    "gpt2": (GPT2, None, EXACT, 4, 4),
+CASES = {  # configuration, bits, activations, products of a layer in the graph for every call and in the other
+    "llama": (LLAMA, None, FLOATS, 7, 5),
+    "llama-int4": (LLAMA, "int4", FLOATS, 7, 5),
+    "llama-int4-rounded": (LLAMA, "int4", BYTES, 7, 5),
+    "llama-int8": (LLAMA, "int8", FLOATS, 7, 7),
+    "llama-int8-rounded": (LLAMA, "int8", BYTES, 7, 5),
+    "gpt2": (GPT2, None, FLOATS, 4, 4),
 }
 
 
@@ -46,7 +47,7 @@ def compiled(tmp_path_factory):
 
     def of(name):
         if name not in made:
-            config, bits, level, *_ = CASES[name]
+            config, bits, kind, *_ = CASES[name]
             import torch
 
             torch.manual_seed(5)
@@ -57,7 +58,7 @@ def compiled(tmp_path_factory):
             save_model(root / f"{name}-checkpoint", model)
             options = {"quantize": bits, "group": 32} if bits else {}
             made[name] = export(root / f"{name}-checkpoint", root / name, **options)
-            with at_accuracy(level):
+            with at_activations(kind):
                 build(made[name], [("ort", "cpu", "fused")])
         return made[name]
 
