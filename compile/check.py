@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from portlm.compile.check_quantized import wrong_sizes
+from portlm.compile.check_quantized import together, wrong_sizes
 from portlm.compile.forms import (
     ALIGNMENT,
     CASTS,
     CONTRIB_OPS,
     FUSED_OPS,
+    GROUPED,
     IR_VERSION,
     OPSET,
     PORTABLE_OPS,
@@ -211,6 +212,8 @@ def _check_nodes(model: Message) -> None:
             if form is None:
                 raise _RefusedError(f"node {name!r} makes what no Cast of ours makes")
         same = _check_inputs(node, form, values)
+        if operator == "GroupQueryAttention" and not _is_grouped(node):
+            raise _RefusedError(f"node {name!r} has other inputs than lowering gives it")
         if problem := wrong_sizes(node, values.shapes):
             raise _RefusedError(f"node {name!r} {problem}")
         for place, (value, wanted) in enumerate(_operands(node, node.output, form.outputs, "outputs")):
@@ -218,6 +221,8 @@ def _check_nodes(model: Message) -> None:
                 values.define(value, wanted.kind or same)
             elif not wanted.absent:
                 raise _RefusedError(f"node {name!r} lacks output {place}")
+        if form is PORTABLE_OPS["Concat"] and (shape := together(node, values.shapes)):
+            values.shapes[node.output[0]] = shape
         if form is PORTABLE_OPS["Reshape"] and node.input[0] in values.shapes:
             target = np.frombuffer(values.constants[node.input[1]].raw_data, "<i8").tolist()
             if math.prod(target) == math.prod(values.shapes[node.input[0]]) and min(target, default=1) > 0:
@@ -231,6 +236,12 @@ def _check_nodes(model: Message) -> None:
                 f"the output {value.name!r} is {values.kinds[value.name]} and said to be otherwise"
             )
         results.add(value.name)
+
+
+def _is_grouped(node: Message) -> bool:
+    """Whether GroupQueryAttention has the inputs that go with its attributes."""
+    rotates = next((a.i for a in node.attribute if a.name == "do_rotary"), None)
+    return "".join("1" if name else "0" for name in node.input) in GROUPED.get(rotates, ())
 
 
 def _operands(

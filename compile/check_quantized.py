@@ -30,7 +30,7 @@ def wrong_sizes(node: Any, weights: Shapes) -> str:
 
     Args:
         node: a NodeProto, or the same as compile/onnx_reader.py reads it, whose form is right.
-        weights: shapes of the graph's weights and constants, and of what is a Reshape of one.
+        weights: shapes of the graph's weights and constants, and of what is a Reshape or a Concat of them.
     """
     if (node.domain, node.op_type) in HALF:
         return _wrong_half(node, weights)
@@ -65,6 +65,21 @@ def wrong_sizes(node: Any, weights: Shapes) -> str:
         if said.get(name, value) != value:
             return f"says {name} is {said[name]}, its weights are for {value}"
     return ""
+
+
+def together(node: Any, weights: Shapes) -> tuple[int, ...] | None:
+    """The shape of weights that a Concat puts one behind the other; None if it does more than that.
+
+    Args:
+        node: a Concat, whose form is right.
+        weights: as of wrong_sizes().
+    """
+    if any(name not in weights for name in node.input):
+        return None
+    shapes, axis = [weights[name] for name in node.input], node.attribute[0].i
+    if axis or any(shape[1:] != shapes[0][1:] or not shape for shape in shapes):
+        return None
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _wrong_half(node: Any, weights: Shapes) -> str:

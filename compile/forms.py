@@ -90,6 +90,7 @@ ANY, FLOAT, INDEX, INT32 = Operand(), Operand("float32"), Operand("int64"), Oper
 SMALL, BYTES, SIGNED = Operand(small=True), Operand("uint8"), Operand("int8")
 OPTIONAL, OPTIONAL_BYTES = Operand("float32", optional=True), Operand("uint8", optional=True)
 ABSENT, MANY = Operand(absent=True), Operand(many=True)
+NEITHER = Operand(absent=True, optional=True)  # never there, and its place need not be kept
 MANY_SMALL = Operand(many=True, small=True)
 AXES = Operand("int64", constant=(-MAX_RANK, MAX_RANK - 1))
 SHAPE = Operand("int64", constant=(-1, MAX_DIMENSION))
@@ -153,6 +154,14 @@ WHOLE_OPS: dict[
     "Sub": Form((INDEX, INDEX), (INDEX,)),
 }
 
+# Which inputs GroupQueryAttention has, 1 for each that is there, by its attribute do_rotary: with a bias for calls with
+# padding, and without for others, where queries, keys and values may be one.
+GROUPED: dict[int | None, tuple[str, ...]] = {
+    None: ("11111110001",),
+    0: ("1111111", "1001111"),
+    1: ("111111111", "100111111"),
+}
+
 _SUM_AND_NORM = (FLOAT, ABSENT, ABSENT, FLOAT)  # without the mean and the deviation
 CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered for ONNX Runtime
     "BiasGelu": _BINARY,
@@ -165,14 +174,20 @@ CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered f
         {"bits": BITS, "block_size": COUNT, "gather_axis": ROWS, "quantize_axis": Setting(int, (1, 1))},
     ),
     # query, key, value, past key and value, slots of each row less one, slots, no rotation, attention bias
+    # query, key, value or all three as one, past key and value, last slots, slots, cos, sin, no positions, bias
     "GroupQueryAttention": Form(
-        (FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, INT32, ABSENT, ABSENT, ABSENT, FLOAT),
+        (FLOAT, OPTIONAL, OPTIONAL, FLOAT, FLOAT, INT32, INT32, OPTIONAL, OPTIONAL, NEITHER, OPTIONAL),
         (FLOAT,) * 3,
-        {"kv_num_heads": COUNT, "num_heads": COUNT, "scale": NUMBER},
+        {
+            "do_rotary": Setting(int, (0, 1), required=False),
+            "kv_num_heads": COUNT,
+            "num_heads": COUNT,
+            "scale": NUMBER,
+        },
     ),
     # input, weight, scales, zero points, no order of the groups, bias
     "MatMulNBits": Form(
-        (FLOAT, BYTES, FLOAT, OPTIONAL_BYTES, Operand(absent=True, optional=True), OPTIONAL),
+        (FLOAT, BYTES, FLOAT, OPTIONAL_BYTES, NEITHER, OPTIONAL),
         (FLOAT,),
         {"K": COUNT, "N": COUNT, "accuracy_level": Setting(int, (0, 4)), "bits": BITS, "block_size": COUNT},
     ),

@@ -15,22 +15,21 @@ same memory, with room for more slots, and writes the new ones into it. The grap
 (portlm.ort_support.IN_PLACE). It refuses one thing, several new tokens of several rows on a filled cache ("batch_size
 must be 1 when sequence_length > 1 and past context is given", 1.31), so there rows are read one by one. Rotary
 embeddings stay nodes of their own: of a first prompt's positions it looks at the very first alone, which is wrong with
-padding on the left. On CUDA it has no float32, and heads must be a multiple of 8 wide; where it cannot be, attention is
-MultiHeadAttention: the G query heads that share a key/value head are stacked along time, (B, G*T, K*D), so the cache is
-read once and not repeated.
+padding on the left. For calls without padding there is a second graph (compile/ort_even.py). On CUDA it has no
+float32, and heads must be a multiple of 8 wide; where it cannot be, attention is MultiHeadAttention: the G query heads
+that share a key/value head are stacked along time, (B, G*T, K*D), so the cache is read once and not repeated.
 """
 
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx
-from onnx import helper
 
 from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.graph import GraphBuilder, WeightFile
+from portlm.compile.ort_even import attributes_of, can_be_even, even_attention, slot_count
 from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
@@ -38,7 +37,7 @@ from portlm.errors import EngineUnavailableError
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
-from portlm.ort_support import IN_PLACE, ROUNDED, ROUNDED_TARGET, accuracy_level
+from portlm.ort_support import EVEN, IN_PLACE, ROUNDED, ROUNDED_TARGET, accuracy_level
 from portlm.roles import file_stem
 
 GROWN = "past + sequence"  # an extent that grows from call to call
@@ -58,7 +57,8 @@ def compile_graph(
         note: called with the name of each pass and the graph after it.
 
     Returns:
-        What compile/build.py enters in the manifest; the one file is onnx/<role>.ort-<device>-fused.onnx.
+        What compile/build.py enters in the manifest: onnx/<role>.ort-<device>-fused.onnx, and on the CPU, where the
+        graph is fit for it, another that ends in EVEN, for calls in which nothing is masked.
 
     Raises:
         UsageError: the artifact was exported without its fused profile.
@@ -73,19 +73,24 @@ def compile_graph(
             f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
             "values: export it without --cache"
         )
-    model = lower_model(source, manifest.model.context_length, device, note)
-    name = f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
-    written = store_file(root, name, model.SerializeToString(deterministic=True))
-    check_model(root / name)
+    context, name = manifest.model.context_length, f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
+    lowered = {name: lower_model(source, context, device, note)}
+    if device == "cpu" and _grows_in_place(source.graph) and can_be_even(source):
+        even = name.removesuffix(".onnx") + EVEN
+        lowered[even] = lower_model(source, context, device, note, even=True)
+    files = {}
+    for path, model in lowered.items():
+        files[path] = store_file(root, path, model.SerializeToString(deterministic=True))
+        check_model(root / path)
     versions = {"portlm": version("portlm")}
     rounded = manifest.quantization is not None and accuracy_level() == ROUNDED
     target = ROUNDED_TARGET if rounded else "onnxruntime"
-    entry = CompiledEntry("ort", device, "fused", target, (name,), versions, role=role)
-    return Compiled(entry, {name: written})
+    entry = CompiledEntry("ort", device, "fused", target, tuple(files), versions, role=role)
+    return Compiled(entry, files)
 
 
 def lower_model(
-    model: onnx.ModelProto, context_length: int, device: str, note: Note = ignore
+    model: onnx.ModelProto, context_length: int, device: str, note: Note = ignore, even: bool = False
 ) -> onnx.ModelProto:
     """The graph with every ai.portlm node replaced; inputs, outputs and weights stay.
 
@@ -94,6 +99,7 @@ def lower_model(
         context_length: of the model.
         device: "cpu", "cuda" or "vulkan".
         note: called with each pass's name and the graph after it.
+        even: for calls in which nothing is masked (compile/ort_even.py).
     """
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     metadata["portlm.lowered"] = f"ort-{device}"
@@ -115,9 +121,10 @@ def lower_model(
 
         return apply
 
-    lowered: onnx.ModelProto = run_passes(
-        model, [(rewrite.__name__, rewriting(rewrite)) for rewrite in passes], note
-    )
+    steps = [(rewrite.__name__, rewriting(rewrite)) for rewrite in passes]
+    if even:
+        steps.insert(0, ("even_attention", lambda model: even_attention(model, context_length, metadata)))
+    lowered: onnx.ModelProto = run_passes(model, steps, note)
     return lowered
 
 
@@ -127,7 +134,7 @@ def bias_gelu(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
         return False
     x, w1, b1, w2, b2 = node.input
     name = node.output[0]
-    gelu = "FastGelu" if _attributes(node)["approximate"] == "tanh" else "BiasGelu"
+    gelu = "FastGelu" if attributes_of(node)["approximate"] == "tanh" else "BiasGelu"
     hidden = g.op("MatMul", (x, w1), f"{name}.hidden")
     hidden = g.op(gelu, (hidden, b1), f"{name}.act", domain=CONTRIB)
     product = g.op("MatMul", (hidden, w2), f"{name}.matmul")
@@ -156,7 +163,7 @@ def skip_norm(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
         return False
     y, total = node.output
     outputs = (y, "", "", total)  # the mean and deviation between them are not needed
-    g.split_op(operators[node.op_type], node.input, y, outputs, domain=CONTRIB, **_attributes(node))
+    g.split_op(operators[node.op_type], node.input, y, outputs, domain=CONTRIB, **attributes_of(node))
     return True
 
 
@@ -173,7 +180,7 @@ def fused_matmul(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
 
     Any other Linear is a MatMul, and an Add for the bias, which ORT moves into a following normalisation.
     """
-    if node.op_type != "Linear" or not _attributes(node)["transposed"] or device == "vulkan":
+    if node.op_type != "Linear" or not attributes_of(node)["transposed"] or device == "vulkan":
         return False
     x, weight, *bias = node.input
     y = node.output[0]
@@ -190,13 +197,9 @@ def group_query_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) ->
     """
     if node.op_type != "CachedAttention":
         return False
-    attributes = _attributes(node)
+    attributes = attributes_of(node)
     q, k, v, past_key, past_value, mask = node.input
     bias = attention_bias(g, mask, 1)
-
-    def count() -> str:
-        slots = g.op("Shape", (mask,), "slots", start=1, end=2)
-        return g.op("Cast", (slots,), "slots.int32", to=onnx.TensorProto.INT32)
 
     def last() -> str:
         before = g.op("Sub", ("slots", g.ints(1)), "slots.before")
@@ -205,7 +208,7 @@ def group_query_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) ->
         rows = g.op("Sub", (before, nothing), "slots.rows")
         return g.op("Cast", (rows,), "slots.last", to=onnx.TensorProto.INT32)
 
-    total = g.shared("slots", count)
+    total = slot_count(g, mask)
     inputs = (q, k, v, past_key, past_value, g.shared("slots.last", last), total, "", "", "", bias)
     heads = {"num_heads": attributes["num_heads"], "kv_num_heads": attributes["num_kv_heads"]}
     name = node.output[0]
@@ -224,7 +227,7 @@ def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> 
     """
     if node.op_type != "CachedAttention" or device == "vulkan":
         return False
-    attributes, name = _attributes(node), node.output[0]
+    attributes, name = attributes_of(node), node.output[0]
     q, k, v, past_key, past_value, mask = node.input
     H, K, D = attributes["num_heads"], attributes["num_kv_heads"], int(g.input_shape(past_key)[3])
     G = H // K
@@ -251,7 +254,7 @@ def byte_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     """
     if node.op_type != "QuantizedAttention":
         return False
-    attributes, inputs = _attributes(node), list(node.input)
+    attributes, inputs = attributes_of(node), list(node.input)
     D = int(g.input_shape(inputs[3])[3])
     for place, heads in enumerate(("num_heads", "num_kv_heads", "num_kv_heads")):
         apart = g.ints(0, 0, attributes[heads], D)
@@ -262,7 +265,7 @@ def byte_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
 
 def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     """Every node that no other pass took, in standard operators."""
-    spec, attributes = nodes()[node.op_type], _attributes(node)
+    spec, attributes = nodes()[node.op_type], attributes_of(node)
     names = [*node.input, *[""] * (len(spec.inputs) - len(node.input))]
     for place, wanted in enumerate(spec.inputs):
         if wanted.heads:
@@ -304,10 +307,3 @@ def _grows_in_place(graph: onnx.GraphProto) -> bool:
     widths = [shapes[node.input[3]][3].dim_value for node in attention]  # of past_key
     written = {name for node in attention for name in node.output[1:]}
     return bool(grown) and written == grown and not any(width % HEAD_WIDTH for width in widths)
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """The attributes of a node of ai.portlm, defaults filled in."""
-    written = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    found = {a.name: written.get(a.name, a.default) for a in nodes()[node.op_type].attributes}
-    return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}

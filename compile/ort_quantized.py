@@ -1,5 +1,7 @@
 """Nodes on quantized weights as ONNX Runtime's own: their weights are taken as they lie in the file."""
 
+from collections.abc import Sequence
+
 import onnx
 from onnx import helper
 
@@ -24,26 +26,56 @@ def matmul_nbits(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
         return False
     activation, y = said.get("activation", b"none").decode(), node.output[0]
     later = {"gelu": "BiasGelu", "gelu_tanh": "FastGelu"}.get(activation, "") if bias else ""
-    N, G, size = g.weight_shape(weight)
-    inputs = [x, weight, scale, zero, "", "" if later else bias]
-    while not inputs[-1]:
-        inputs.pop()
-    total = g.op(
-        "MatMulNBits",
-        inputs,
+    total = write_product(
+        g,
+        (x, weight, scale, zero, "" if later else bias),
+        g.weight_shape(weight),
+        said["bits"],
         y if activation == "none" else f"{y}.matmul" if later else f"{y}.sum",
-        domain=CONTRIB,
-        K=width((N, G, size), said["bits"]),
-        N=N,
-        accuracy_level=accuracy_level(),
-        bits=said["bits"],
-        block_size=size * 8 // said["bits"],
     )
     if later:
         g.op(later, (total, bias), y, domain=CONTRIB)
     else:
         write_activation(g, total, activation, y)
     return True
+
+
+def write_product(g: GraphBuilder, inputs: Sequence[str], shape: Sequence[int], bits: int, name: str) -> str:
+    """Write MatMulNBits.
+
+    Args:
+        g: takes it.
+        inputs: x, weight, scale, zero, bias; "" or nothing for the last two.
+        shape: of the weight, (N, G, bytes of a group).
+        bits: of a weight.
+        name: of the product.
+    """
+    x, weight, scale, zero, bias = (*inputs, "", "")[:5]
+    given = [x, weight, scale, zero, "", bias]
+    while not given[-1]:
+        given.pop()
+    N, G, size = shape
+    return g.op(
+        "MatMulNBits",
+        given,
+        name,
+        domain=CONTRIB,
+        K=width((N, G, size), bits),
+        N=N,
+        accuracy_level=accuracy_level(),
+        bits=bits,
+        block_size=size * 8 // bits,
+    )
+
+
+def is_product(products: Sequence[onnx.NodeProto]) -> bool:
+    """Whether nodes are MatMulNBits on the CPU alike, and nothing else."""
+    if any(node.op_type != "QuantizedLinear" for node in products):
+        return False
+    said = [{a.name: helper.get_attribute_value(a) for a in node.attribute} for node in products]
+    alike = all(attributes == said[0] for attributes in said)
+    exact = said[0]["bits"] == 8 and accuracy_level() == EXACT
+    return alike and not exact and said[0].get("activation", b"none") == b"none"
 
 
 def gather_block_quantized(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:

@@ -5,49 +5,50 @@ layer would retry the whole model there if a provider failed, both silently: the
 refused, and after loading the place of every node is read back. States stay on the device from step to step; on the
 CPU they grow in place where the graph says that it can do that (runtimes/ort_cache.py).
 
-Its threads park when idle instead of spinning, so that they take nothing from whatever else runs in the process;
-PORTLM_ORT_SPINNING=1 in the environment lets them spin, which is faster when nothing else does.
+An idle thread looks for work for a millisecond and sleeps then, or at once where the machine is crowded;
+PORTLM_ORT_SPINNING in the environment says otherwise (portlm.ort_support).
 """
 
 import ctypes
-import os
-import threading
+import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from portlm.artifact import Manifest, check_files
-from portlm.engine import Array, OpenRequest, Placement, call_specs, graph_names
+from portlm.arguments import wholes
+from portlm.artifact import Manifest
+from portlm.engine import Advance, Array, Ids, OpenRequest, Placement, State, call_specs, graph_names
 from portlm.errors import EngineUnavailableError, FormatError, PlacementError, PortlmError, UsageError
 from portlm.files import read_bytes, safe_join, shown
+from portlm.ops.token_selection import check_filters
 from portlm.ort_support import (
     CUDA,
+    EVEN,
     EXTERNAL_FOLDER,
     ROUNDED_TARGET,
     WEBGPU,
     import_onnxruntime,
     open_session,
     session_options,
-    webgpu_devices,
 )
 from portlm.quantization import EIGHT_BITS
 from portlm.roles import StateSpec, TensorSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.onnx_bytes import DTYPES, FLOAT, names, one_node, weight_files
-from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place
-from portlm.runtimes.vulkan import HOW_TO_GET_ONE, VulkanDevice, has_loader, vulkan_devices
+from portlm.runtimes.ort_advance import advance, goes_on
+from portlm.runtimes.ort_cache import InPlace, View, as_array, in_place, is_even
+from portlm.runtimes.ort_devices import find_device, first_line
+from portlm.runtimes.ort_files import PACK_ON_THREADS, checking, has_room
 
 onnxruntime = import_onnxruntime()
 
 PROVIDERS = {"CPUExecutionProvider": "cpu", CUDA: "cuda", WEBGPU: "vulkan"}
 MEMORY = {"cpu": "cpu", "cuda": "cuda", "vulkan": "webgpu"}  # ONNX Runtime's name for each device's memory
 MAX_GRAPH_BYTES = 64 * 2**20  # without weights
-SOFTWARE_ADAPTER = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
-
-_register = threading.Lock()
 
 
 class OrtEngine(ArrayEngine):
@@ -59,18 +60,20 @@ class OrtEngine(ArrayEngine):
     name = "ort"
     precision = "fp32"
 
-    def __init__(self, request: OpenRequest, manifest: Manifest, graphs: "dict[str, _Graph]", profile: str):
+    def __init__(self, request: OpenRequest, manifest: Manifest, graphs: "dict[str, _Graphs]", profile: str):
         """Prepare to open graphs; use open()."""
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
         self._request, self._manifest = request, manifest
         self._graphs = graphs
-        names = {graph.name for graph in graphs.values()}
+        names = {pair.every.name for pair in graphs.values()}
         self.precision = manifest.precision(rounds=False)
         if any(e.target == ROUNDED_TARGET and names & set(e.files) for e in manifest.compiled):
             self.precision = EIGHT_BITS
-        self._ep_device, self._note = _find_device(request.device)
+        self._ep_device, self._note = find_device(request.device)
         self._sessions: dict[str, Any] = {}
+        self._serving: set[str] = set()  # roles whose session takes every call
+        self._replaced: list[weakref.ref[Any]] = []
         self._placements: dict[str, Placement] = {}
         self._tools: dict[tuple[str, str, int, int], Any] = {}
         self._in_place: dict[str, InPlace] = {}
@@ -114,12 +117,12 @@ class OrtEngine(ArrayEngine):
         profile, graphs = _choose(request, request.manifest)
         if request.compiled is not None:  # the graph that the cache's was lowered from
             return graph_names(request.manifest, profile)
-        return tuple(graph.name for graph in graphs.values())
+        return tuple(graph.name for pair in graphs.values() for graph in pair if graph is not None)
 
     def _call(
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        session = self._session(role)
+        session = self._session(role, lambda: is_even(inputs))
         if role in self._in_place:
             return self._in_place[role](session, self._run, inputs, tensors)
         spec, memory = self.roles[role], MEMORY[self.device]
@@ -138,45 +141,79 @@ class OrtEngine(ArrayEngine):
         changed = [state for state in spec.state if state.output]
         for state in changed:
             binding.bind_output(state.output, memory)
-        values = self._run(session, binding)
+        self._run(session, binding)
+        values = binding.get_outputs()
         outputs = {output.name: value.numpy() for output, value in zip(spec.outputs, values, strict=False)}
         states = values[len(spec.outputs) :]
         return outputs, {state.name: value for state, value in zip(changed, states, strict=True)}
 
-    def _run(self, session: Any, binding: Any) -> list[Any]:
+    def _run(self, session: Any, binding: Any) -> None:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base but this
-            raise PortlmError(f"ort:{self.device}: a step failed: {_line(error)}") from error
-        values: list[Any] = binding.get_outputs()
-        return values
+            raise PortlmError(f"ort:{self.device}: a step failed: {first_line(error)}") from error
 
-    def _session(self, role: str) -> Any:
-        """The session of a role, opened if it was not."""
-        if role not in self._sessions:
-            graph, request = self._graphs[role], self._request
-            check_files(request.folder, graph.files, self._manifest)
+    def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
+        """Draw several tokens for each row; see portlm.engine.Advances."""
+        role = self._check(state)
+        spec, past = self._spec(role), state.past
+        session = self._session(role, lambda: bool((asked.lengths == past).all()))
+        count = min(asked.count, self.context_length - max(past, int(asked.lengths.max())))
+        if role not in self._in_place or not goes_on(spec) or count < 1:
+            return None
+        for choice in dict.fromkeys(choice[:4] for choice in asked.choices):
+            check_filters(self.vocab_size, *choice)
+        wholes("tokens", asked.tokens.tolist(), self.vocab_size - 1)
+        run = partial(self._run, session)
+        drawn, new = advance(self._in_place[role], spec, run, session, state.take(), asked, count)
+        return drawn, self._state(role, state.rows, past + len(drawn), new)
+
+    def _session(self, role: str, even: Callable[[], bool] = lambda: True) -> Any:
+        """The session of a role, opened if it was not.
+
+        Of a role's two graphs one is open at a time, as each has its own copy of the weights in ONNX Runtime's order:
+        that for even calls, until a call is not even, and from then on that for every call.
+
+        Args:
+            role: which.
+            even: whether it is for a call in which nothing is masked.
+        """
+        opened = self._sessions.get(role)
+        if opened is not None and (role in self._serving or even()):
+            return opened
+        pair = self._graphs[role]
+        if pair.even is not None and opened is None and even():
+            graph = pair.even
+        else:
+            graph = pair.every
+            self._serving.add(role)
+            if opened is not None:  # a cache may hold it for some time
+                self._replaced.append(weakref.ref(self._sessions.pop(role)))
+        del opened
+        self._sessions[role] = session = self._open(role, graph)
+        return session
+
+    def _open(self, role: str, graph: "_Graph") -> Any:
+        request, spec = self._request, self.roles[role]
+        *graphs, weights = graph.files
+        with checking(request.folder, graphs, weights, self._manifest):
             session = _load(graph, self.device, self._ep_device, request.allow_fallback, request.threads)
-            placement = _placement(session, self.device, self._note)
-            if placement.fallback and not request.allow_fallback:
-                raise _misplaced(graph.path, self.device, placement)
-            spec, taken, returned = (
-                self.roles[role],
-                _specs(session.get_inputs()),
-                _specs(session.get_outputs()),
-            )
-            if problem := difference(spec.inputs, spec.outputs, spec.state, taken, returned):
-                raise FormatError(f"{graph.path}: {problem}; export again")
-            if self.device == "cpu" and (found := in_place(spec, session, self.context_length)):
-                self._in_place[role] = found
-            self._sessions[role], self._placements[role] = session, placement
-        return self._sessions[role]
+        placement = _placement(session, self.device, self._note)
+        if placement.fallback and not request.allow_fallback:
+            raise _misplaced(graph.path, self.device, placement)
+        taken, returned = _specs(session.get_inputs()), _specs(session.get_outputs())
+        if problem := difference(spec.inputs, spec.outputs, spec.state, taken, returned):
+            raise FormatError(f"{graph.path}: {problem}; export again")
+        if self.device == "cpu" and (found := in_place(spec, session, self.context_length)):
+            self._in_place[role] = found
+        self._placements[role] = placement
+        return session
 
     def _ready(self, role: str) -> None:
         self._session(role)
 
     def placement(self) -> Placement:
-        """Return what ONNX Runtime recorded when it assigned nodes to providers, of all roles."""
+        """Return what ONNX Runtime recorded when it assigned nodes to providers, of all roles' open graphs."""
         for role in self._graphs:
             self._session(role)
         nodes: Counter[str] = Counter()
@@ -191,9 +228,10 @@ class OrtEngine(ArrayEngine):
         Those of the parent have lost their threads, and wait for them as soon as anything frees them. So nothing may.
         """
         super().enter_child()
-        lost = [*self._sessions.values(), *self._tools.values()]
+        replaced = [session for reference in self._replaced if (session := reference()) is not None]
+        lost = [*self._sessions.values(), *self._tools.values(), *replaced]
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(lost))
-        self._sessions, self._tools = {}, {}
+        self._sessions, self._tools, self._serving = {}, {}, set()
 
     def close(self) -> None:
         """Let go of the sessions and their memory."""
@@ -269,7 +307,7 @@ class OrtEngine(ArrayEngine):
         try:
             self._tools[key].run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base but this
-            raise PortlmError(f"ort:{self.device}: {op_type} failed: {_line(error)}") from error
+            raise PortlmError(f"ort:{self.device}: {op_type} failed: {first_line(error)}") from error
         return binding.get_outputs()[0]
 
 
@@ -298,28 +336,17 @@ def try_device(device: str) -> str:
     Raises:
         EngineUnavailableError: it cannot be used; the message says why.
     """
-    ep_device, note = _find_device(device)
+    ep_device, note = find_device(device)
     try:
         session = open_session(SMALLEST, session_options(device, ep_device, 1), device)
         (y,) = session.run(["y"], {"x": np.array([1, 2], np.float32), "z": np.array([1, 2], np.float32)})
     except Exception as error:  # its exceptions have no common base but this
-        raise EngineUnavailableError(f"ort:{device}: the device does not start: {_line(error)}") from error
+        raise EngineUnavailableError(
+            f"ort:{device}: the device does not start: {first_line(error)}"
+        ) from error
     if _placement(session, device, "").fallback or y.tolist() != [2, 4]:
         raise EngineUnavailableError(f"ort:{device}: the device does not compute: update its driver")
     return note
-
-
-def _find_device(device: str) -> tuple[Any, str]:
-    """Return what a session needs to be put on a device, and what is to be said of that device."""
-    if device == "vulkan":
-        ep_device, found = _vulkan_device()
-        return ep_device, _software_note(found)
-    if device == "cuda" and CUDA not in onnxruntime.get_available_providers():
-        raise EngineUnavailableError(
-            "ort:cuda: the installed onnxruntime has no CUDA provider, try "
-            "pip uninstall onnxruntime && pip install onnxruntime-gpu"
-        )
-    return None, ""
 
 
 class _Graph(NamedTuple):
@@ -328,7 +355,7 @@ class _Graph(NamedTuple):
     Attributes:
         name: in the manifest.
         path: of the graph.
-        files: of the artifact, to be compared with its manifest first.
+        files: of the artifact, to be compared with its manifest; the last is the weight file.
         weights: the weight file.
     """
 
@@ -338,20 +365,38 @@ class _Graph(NamedTuple):
     weights: Path
 
 
-def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _Graph]]:
+class _Graphs(NamedTuple):
+    """The graphs of a role: one that takes every call, and perhaps one for those in which nothing is masked."""
+
+    every: _Graph
+    even: _Graph | None = None
+
+
+def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _Graphs]]:
     """Return the profile to open and the graph of each role."""
     folder, device, profile = request.folder, request.device, request.profile
     if profile in ("auto", "fused"):
         graphs = {}
         for entry in manifest.compiled:
             if (entry.engine, entry.device, entry.profile) == ("ort", device, "fused"):
-                found = [name for name in entry.files if name.endswith(".onnx")]
-                if len(found) != 1 or entry.role not in manifest.roles:
+                found = sorted(entry.files, key=lambda name: name.endswith(EVEN))
+                endings = [name.endswith(EVEN) for name in found if name.endswith(".onnx")]
+                if endings not in ([False], [False, True]) or entry.role not in manifest.roles:
                     raise FormatError(f"{folder}: the entry compiled for ort on {device} must have one graph")
                 weights = manifest.roles[entry.role].weights
                 own = entry.files if request.compiled is None else ()  # the cache's were compared when found
-                path = safe_join(request.compiled or folder, found[0])
-                graphs[entry.role] = _Graph(found[0], path, (*own, weights), safe_join(folder, weights))
+                graphs[entry.role] = _Graphs(
+                    *(
+                        _Graph(
+                            name,
+                            safe_join(request.compiled or folder, name),
+                            (*own, weights),
+                            safe_join(folder, weights),
+                        )
+                        for name in found
+                        if name.endswith(".onnx")
+                    )
+                )
         if graphs.keys() == manifest.roles.keys():
             return "fused", graphs
         if profile == "fused":
@@ -367,66 +412,10 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, _G
             raise UsageError(f"{folder} holds no portable graph: run portlm export again")
         graph = role.profiles["portable"]
         files = (graph, role.weights)
-        graphs[name] = _Graph(graph, safe_join(folder, graph), files, safe_join(folder, role.weights))
+        graphs[name] = _Graphs(
+            _Graph(graph, safe_join(folder, graph), files, safe_join(folder, role.weights))
+        )
     return "portable", graphs
-
-
-def _vulkan_device() -> tuple[Any, list[VulkanDevice]]:
-    """Register the WebGPU plugin if nobody has, and return its device beside what Vulkan itself reports.
-
-    A software driver is only offered when an environment variable asks for it. It is set for the moment of
-    registering if there is nothing else: the device is emulated then, and placement() says so.
-    """
-    if not has_loader():
-        raise EngineUnavailableError(f"ort:vulkan: there is no Vulkan loader here: {HOW_TO_GET_ONE}")
-    found = vulkan_devices()
-    if not found:
-        raise EngineUnavailableError(f"ort:vulkan: Vulkan offers no device here: {HOW_TO_GET_ONE}")
-    try:
-        import onnxruntime_ep_webgpu as plugin
-    except ImportError:
-        raise EngineUnavailableError(
-            "ort:vulkan: onnxruntime-ep-webgpu is not installed, try pip install 'portlm[vulkan]'"
-        ) from None
-    with _register:
-        devices = webgpu_devices()
-        if not devices:
-            library = plugin.get_library_path()
-            try:
-                onnxruntime.register_execution_provider_library("portlm-webgpu", library)
-                devices = webgpu_devices()
-                if not devices:
-                    onnxruntime.unregister_execution_provider_library("portlm-webgpu")
-                    _register_with_software(library)
-                    devices = webgpu_devices()
-            except Exception as error:  # its exceptions have no common base but this
-                raise EngineUnavailableError(
-                    f"ort:vulkan: the WebGPU plugin does not load: {_line(error)}: "
-                    "try pip install --upgrade onnxruntime onnxruntime-ep-webgpu"
-                ) from error
-    if not devices:
-        raise EngineUnavailableError(f"ort:vulkan: the WebGPU plugin finds no device: {HOW_TO_GET_ONE}")
-    return devices[0], found
-
-
-def _register_with_software(library: str) -> None:
-    before = os.environ.get(SOFTWARE_ADAPTER)
-    os.environ[SOFTWARE_ADAPTER] = "1"
-    onnxruntime.set_default_logger_severity(3)  # it would warn of what we asked for
-    try:
-        onnxruntime.register_execution_provider_library("portlm-webgpu", library)
-    finally:
-        onnxruntime.set_default_logger_severity(2)
-        if before is None:
-            del os.environ[SOFTWARE_ADAPTER]
-        else:
-            os.environ[SOFTWARE_ADAPTER] = before
-
-
-def _software_note(found: list[VulkanDevice]) -> str:
-    if any(device.kind != "software" for device in found):
-        return ""
-    return f"software device ({found[0].name}): good for answers, not for timing"
 
 
 def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, threads: int | None) -> Any:
@@ -436,6 +425,8 @@ def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, thre
     def options(allow_fallback: bool) -> Any:
         made = session_options(device, ep_device, threads, allow_fallback)
         made.add_session_config_entry(EXTERNAL_FOLDER, str(graph.weights.parent))
+        if device == "cpu" and has_room(graph.weights):
+            made.add_session_config_entry(PACK_ON_THREADS, "1")
         return made
 
     # As bytes, because of a graph in the cache ONNX Runtime would not find the weights, which are in the artifact.
@@ -457,9 +448,11 @@ def _load(graph: _Graph, device: str, ep_device: Any, allow_fallback: bool, thre
             raise _misplaced(path, device, _placement(again, device, "")) from error
         if device != "cpu" and type(error).__name__ not in ("InvalidGraph", "InvalidProtobuf", "NoSuchFile"):
             raise EngineUnavailableError(
-                f"ort:{device}: the device does not start: {_line(error)}"
+                f"ort:{device}: the device does not start: {first_line(error)}"
             ) from error
-        raise FormatError(f"{path}: ONNX Runtime does not take it: {_line(error)}; export again") from error
+        raise FormatError(
+            f"{path}: ONNX Runtime does not take it: {first_line(error)}; export again"
+        ) from error
 
 
 def _specs(values: Sequence[Any]) -> list[TensorSpec]:
@@ -488,8 +481,3 @@ def _misplaced(path: Path, device: str, placement: Placement) -> PlacementError:
         f"{path}: {len(placement.fallback)} of {sum(placement.nodes.values())} nodes cannot run on {device} and would "
         f"run on the CPU: {names}; use another profile, or allow_fallback to accept that"
     )
-
-
-def _line(error: Exception) -> str:
-    """The first line of a message, without ONNX Runtime's prefix."""
-    return str(error).strip().split("\n")[0].removeprefix("[ONNXRuntimeError] : ")[:300]

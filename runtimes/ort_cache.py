@@ -2,6 +2,9 @@
 
 A view is the first P slots of such memory. Only the view that reaches the last slot in use is extended in place, so
 slots once written never change and views may be shared: extending an older one finds others behind it, and copies.
+
+A step is short, so what can be prepared once is: inputs are copied into memory that is bound already, and outputs are
+computed into arrays that their caller gets.
 """
 
 import threading
@@ -16,6 +19,7 @@ from portlm.roles import StateSpec, TensorSpec
 
 LEAST_ROOM = 64  # slots
 AXIS = 2  # of the slots, in (B, K, P, D)
+LINE, LARGE_PAGE = 64, 2 << 20  # bytes
 
 
 class Cache:
@@ -23,7 +27,8 @@ class Cache:
 
     Attributes:
         arrays: (B, K, capacity, D) by name of the state.
-        binding: whatever the engine keeps for its next call on the same memory.
+        bound: for the next call on the same memory, by the session that it is for.
+        latest: the views that reach the last slot in use, in the order of the states.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], used: int, most: int):
@@ -35,11 +40,11 @@ class Cache:
             most: slots that there can ever be.
         """
         capacity = max(used, min(most, used + max(LEAST_ROOM, used // 2)))
-        self.arrays = {
-            name: np.empty((*shape[:AXIS], capacity, *shape[AXIS + 1 :]), np.float32)
-            for name, shape in shapes.items()
-        }
-        self.binding: Any = None
+        self.arrays = _reserve(
+            {name: (*shape[:AXIS], capacity, *shape[AXIS + 1 :]) for name, shape in shapes.items()}
+        )
+        self.bound: tuple[Any, Bound] | None = None
+        self.latest: tuple[View, ...] = ()
         self._capacity, self._used = capacity, used
         self._lock = threading.Lock()
 
@@ -50,6 +55,27 @@ class Cache:
             if free:
                 self._used += new
             return free
+
+    def views(self, length: int) -> dict[str, Any]:
+        """The first slots of every state by name, which are all that are in use."""
+        self.latest = tuple(View(self, name, length) for name in self.arrays)
+        return {view.name: view for view in self.latest}
+
+
+def _reserve(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Arrays of float32, uninitialised, in one piece of memory.
+
+    Each begins with a cache line: attention behind 1000 slots takes a tenth longer where loads straddle two. One piece
+    is large enough for numpy to ask the system for large pages.
+    """
+    sizes = [-(-4 * int(np.prod(shape)) // LINE) * LINE for shape in shapes.values()]
+    unit = LARGE_PAGE if sum(sizes) >= LARGE_PAGE else LINE
+    memory = np.empty(sum(sizes) + unit, np.uint8)
+    begin, found = -memory.ctypes.data % unit, {}
+    for (name, shape), size in zip(shapes.items(), sizes, strict=True):
+        found[name] = memory[begin : begin + 4 * int(np.prod(shape))].view(np.float32).reshape(shape)
+        begin += size
+    return found
 
 
 class View(NamedTuple):
@@ -78,17 +104,25 @@ def extend(states: Sequence[StateSpec], tensors: Mapping[str, Any], new: int, mo
         The memory, which holds the P slots already, and P.
     """
     first = tensors[states[0].name]
-    together = isinstance(first, View) and all(
-        tensors[state.name] == View(first.cache, state.name, first.length) for state in states
-    )
-    if together and first.cache.claim(first.length, new):
-        return first.cache, first.length
+    if isinstance(first, View):
+        latest = first.cache.latest
+        together = len(latest) == len(states) and all(tensors[view.name] is view for view in latest)
+        if together and first.cache.claim(first.length, new):
+            return first.cache, first.length
     arrays = {state.name: as_array(tensors[state.name]) for state in states}
     past = arrays[states[0].name].shape[AXIS]
     cache = Cache({name: array.shape for name, array in arrays.items()}, past + new, most)
     for name, array in arrays.items():
         cache.arrays[name][:, :, :past] = array
     return cache, past
+
+
+def is_even(inputs: Mapping[str, Array]) -> bool:
+    """Whether nothing is masked in a call, and every token of a row is at its slot."""
+    mask, positions = inputs["attention_mask"], inputs["position_ids"]
+    total = mask.shape[1]
+    slots = np.arange(total - positions.shape[1], total)
+    return bool(mask.all() and (positions == slots).all())
 
 
 def as_array(tensor: Any) -> Any:
@@ -111,32 +145,75 @@ def in_place(spec: CallSpec, session: Any, most: int) -> "InPlace | None":
     return InPlace(spec, grown, most)
 
 
+class Bound:
+    """A binding of a session to rows of a cache, whose growing states are the same memory before and after."""
+
+    def __init__(
+        self, session: Any, cache: Cache, part: slice, grown: Sequence[StateSpec], outputs: Sequence[str]
+    ):
+        """Bind what grows, and the other outputs to wherever they come to lie."""
+        self.binding = session.io_binding()
+        self._held: dict[str, Array] = {}
+        for name in outputs:  # first, so that they are the first of what it returns
+            self.binding.bind_output(name, "cpu")
+        for state in grown:
+            rows = cache.arrays[state.name][part]
+            place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            self.binding.bind_input(state.name, *place)
+            self.binding.bind_output(state.output, *place)
+
+    def put(self, name: str, array: Array) -> Array:
+        """Give an input; return the memory that it is read from, which is bound for the following calls, too."""
+        held = self._held.get(name)
+        if held is not None and held.shape == array.shape:
+            held[...] = array
+            return held
+        held = self._held[name] = np.array(array, order="C")
+        self.binding.bind_input(name, "cpu", 0, held.dtype.type, held.shape, held.ctypes.data)
+        return held
+
+    def receive(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return a new array into which the next calls compute an output."""
+        array = np.empty(shape, dtype)
+        self.binding.bind_output(name, "cpu", 0, dtype, shape, array.ctypes.data)
+        return array
+
+
 class InPlace:
     """Calls of one role, whose growing states are the same memory before and after.
 
     Attributes:
         grown: the states that grow. Views and arrays of any strides are both what such a state may be.
+        most: slots that there can ever be.
     """
 
     def __init__(self, spec: CallSpec, grown: Sequence[StateSpec], most: int):
         """Prepare what is looked up at every call; use in_place()."""
-        self.grown, self._most = grown, most
+        self.grown, self.most = grown, most
         self._kept = [state for state in spec.state if state not in grown]
         self._replaced = [state for state in self._kept if state.output]
         self._outputs = [*(item.name for item in spec.outputs), *(state.output for state in self._replaced)]
         taken: list[TensorSpec | StateSpec] = [*spec.inputs, *spec.state]
         self._batched = {item.name for item in taken if item.shape[:1] == ("batch",)}
-        self._new = next(
-            (item.name, axis)
+        where: dict[int | str, tuple[str, int]] = {
+            dim: (item.name, axis)
             for item in spec.inputs
             for axis, dim in enumerate(item.shape)
-            if dim == "sequence"
-        )
+            if isinstance(dim, str)
+        }
+        self._new = where["sequence"]
+        # Where the extents of each output are found: a number, or an input and its axis.
+        self._extents = [
+            (item.name, np.dtype(item.dtype).type, [where.get(dim, dim) for dim in item.shape])
+            for item in spec.outputs
+        ]
+        known = all(not isinstance(extent, str) for *_, extents in self._extents for extent in extents)
+        self._shaped = known and not self._replaced
 
     def __call__(
         self,
         session: Any,
-        run: Callable[[Any, Any], list[Any]],
+        run: Callable[[Any, Any], None],
         inputs: Mapping[str, Array],
         tensors: Mapping[str, Any],
     ) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -144,7 +221,7 @@ class InPlace:
 
         Args:
             session: its graph.
-            run: runs it on a binding, and returns what it computed.
+            run: runs it on a binding.
             inputs: by name.
             tensors: of its states.
 
@@ -153,43 +230,60 @@ class InPlace:
         """
         name, axis = self._new
         new, rows = inputs[name].shape[axis], len(as_array(tensors[self.grown[0].name]))
-        cache, past = extend(self.grown, tensors, new, self._most)
-        taken = dict(inputs)
+        cache, past = extend(self.grown, tensors, new, self.most)
+        kept = {}
         for state in self._kept:
             tensor = tensors[state.name]
-            taken[state.name] = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
-        parts = [slice(0, rows)]
+            kept[state.name] = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
         if row_by_row({"batch": rows, "sequence": new, "past": past}):
-            parts = [slice(row, row + 1) for row in range(rows)]
-        results = []
-        for part in parts:
-            binding = self._bind(session, cache, part, whole=len(parts) == 1)
-            for name, array in taken.items():
-                cut = array[part] if len(parts) > 1 and name in self._batched else array
-                binding.bind_cpu_input(name, np.ascontiguousarray(cut))
-            for name in self._outputs:  # again: otherwise it would write into what the last call returned
-                binding.bind_output(name, "cpu")
-            results.append([value.numpy() for value in run(session, binding)[: len(self._outputs)]])
-        found = {
-            name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-            for name, *arrays in zip(self._outputs, *results, strict=True)
-        }
-        states: dict[str, Any] = {state.name: View(cache, state.name, past + new) for state in self.grown}
+            results = []
+            for row in range(rows):
+                part = slice(row, row + 1)
+                one = ({n: self._cut(n, a, part) for n, a in values.items()} for values in (inputs, kept))
+                results.append(
+                    self._run(session, run, Bound(session, cache, part, self.grown, self._outputs), *one)
+                )
+            found = {output: np.concatenate([result[output] for result in results]) for output in results[0]}
+        else:
+            found = self._run(session, run, self.bound(session, cache), inputs, kept)
+        states: dict[str, Any] = cache.views(past + new)
         states |= {state.name: found.pop(state.output) for state in self._replaced}
         return found, states
 
-    def _bind(self, session: Any, cache: Cache, part: slice, whole: bool) -> Any:
-        """A binding to rows of a cache; that to all rows is made once."""
-        if whole and cache.binding is not None and cache.binding[0] is session:
-            return cache.binding[1]
-        binding = session.io_binding()
-        for name in self._outputs:  # first, so that they are the first of what it returns
+    def bound(self, session: Any, cache: Cache) -> Bound:
+        """The binding of a session to all rows of a cache, which is made once."""
+        if cache.bound is None or cache.bound[0] is not session:
+            cache.bound = (session, Bound(session, cache, slice(None), self.grown, self._outputs))
+        return cache.bound[1]
+
+    def _cut(self, name: str, array: Array, part: slice) -> Array:
+        return array[part] if name in self._batched else array
+
+    def _run(
+        self,
+        session: Any,
+        run: Callable[[Any, Any], None],
+        bound: Bound,
+        inputs: Mapping[str, Array],
+        kept: Mapping[str, Array],
+    ) -> dict[str, Array]:
+        """Run once; return outputs and replaced states by the names of the graph."""
+        binding = bound.binding
+        for name, array in inputs.items():
+            bound.put(name, array)
+        for name, array in kept.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        if self._shaped:
+            found = {
+                name: bound.receive(
+                    name, tuple(e if isinstance(e, int) else inputs[e[0]].shape[e[1]] for e in extents), kind
+                )
+                for name, kind, extents in self._extents
+            }
+            run(session, binding)
+            return found
+        for name in self._outputs:  # again: otherwise it would write into what the last call returned
             binding.bind_output(name, "cpu")
-        for state in self.grown:
-            rows = cache.arrays[state.name][part]
-            place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
-            binding.bind_input(state.name, *place)
-            binding.bind_output(state.output, *place)
-        if whole:
-            cache.binding = (session, binding)
-        return binding
+        run(session, binding)
+        values = binding.get_outputs()[: len(self._outputs)]
+        return {name: value.numpy() for name, value in zip(self._outputs, values, strict=True)}

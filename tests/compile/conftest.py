@@ -159,9 +159,9 @@ def _webgpu_device():
     import onnxruntime
 
     from portlm.errors import EngineUnavailableError
-    from portlm.runtimes.ort import _vulkan_device
+    from portlm.runtimes.ort_devices import vulkan_device
 
     try:
-        return _vulkan_device()[0]
+        return vulkan_device()[0]
     except EngineUnavailableError as error:
         pytest.skip(f"no Vulkan for ONNX Runtime {onnxruntime.__version__}: {error}")

@@ -107,7 +107,7 @@ def test_build_enters_the_graph_in_the_manifest(artifacts, tmp_path):
         build(folder, [("ort", "cpu", "fused")])
         (entry,) = read_manifest(folder).compiled
         assert (entry.engine, entry.device, entry.profile) == ("ort", "cpu", "fused")
-        assert entry.files == ("onnx/decoder.ort-cpu-fused.onnx",)
+        assert entry.files == ("onnx/decoder.ort-cpu-fused.onnx", "onnx/decoder.ort-cpu-fused-even.onnx")
         check_files(folder)
 
 

@@ -299,9 +299,9 @@ def ort_run(model: onnx.ModelProto, device: str) -> Run:
 
 @functools.cache
 def vulkan() -> Any:
-    from portlm.runtimes.ort import _vulkan_device
+    from portlm.runtimes.ort_devices import vulkan_device
 
-    return _vulkan_device()[0]
+    return vulkan_device()[0]
 
 
 def tvm_run(model: onnx.ModelProto, profile: str) -> Run:

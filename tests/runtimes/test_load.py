@@ -481,7 +481,7 @@ def test_a_software_device_is_said_to_be_one(artifacts):
 def test_the_switch_for_software_devices_does_not_stay_in_the_environment(artifacts, monkeypatch):
     import os
 
-    from portlm.runtimes.ort import SOFTWARE_ADAPTER
+    from portlm.runtimes.ort_devices import SOFTWARE_ADAPTER
 
     monkeypatch.delenv(SOFTWARE_ADAPTER, raising=False)
     load_vulkan(artifacts["gpt2"]).close()
@@ -489,19 +489,34 @@ def test_the_switch_for_software_devices_does_not_stay_in_the_environment(artifa
 
 
 @needs_ort
-def test_threads_of_onnx_runtime_do_not_spin_unless_asked(artifacts, monkeypatch):
-    key = "session.intra_op.allow_spinning"
+@pytest.mark.parametrize(
+    ("said", "load_average", "spins", "microseconds"),
+    [
+        (None, 0.0, "1", "1000"),
+        (None, 1e3, "0", None),
+        ("0", 0.0, "0", None),
+        ("1", 1e3, "1", None),
+    ],
+)
+def test_threads_of_onnx_runtime_spin_for_a_bounded_time_unless_asked_or_crowded(
+    said, load_average, spins, microseconds, artifacts, monkeypatch
+):
+    import os
 
-    def setting():
-        with load(artifacts["gpt2"], "ort", threads=1) as session:
-            options = session.engine._session("decoder").get_session_options()
-            assert options.intra_op_num_threads == 1
-            return options.get_session_config_entry(key)
-
+    monkeypatch.setattr(os, "getloadavg", lambda: (load_average,) * 3)
     monkeypatch.delenv("PORTLM_ORT_SPINNING", raising=False)
-    assert setting() == "0"
-    monkeypatch.setenv("PORTLM_ORT_SPINNING", "1")
-    assert setting() == "1"
+    if said is not None:
+        monkeypatch.setenv("PORTLM_ORT_SPINNING", said)
+    with load(artifacts["gpt2"], "ort", threads=1) as session:
+        options = session.engine._session("decoder").get_session_options()
+    assert options.intra_op_num_threads == 1
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
+    duration = "session.intra_op.spin_duration_us"
+    if microseconds is None:
+        with pytest.raises(RuntimeError, match=duration):
+            options.get_session_config_entry(duration)
+    else:
+        assert options.get_session_config_entry(duration) == microseconds
 
 
 # --- torch ------------------------------------------------------------------------------------------

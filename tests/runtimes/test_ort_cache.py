@@ -1,11 +1,15 @@
 """ONNX Runtime's cache in place: where slots are written, and that nobody who holds older ones notices."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import portlm
+from portlm.errors import FormatError
 from portlm.rows import Rows
-from portlm.runtimes.ort_cache import View
+from portlm.runtimes.ort_cache import LARGE_PAGE, LINE, Cache, View
 
 TOLERANCE = 4e-5  # of logits, as in tests/compile/test_export.py
 
@@ -95,3 +99,56 @@ def test_a_cache_is_left_when_it_is_full_and_when_rows_change(engines):
         rows.join([other])
     for step in range(20):
         read_both(pair, tokens(3, 1, seed=step))
+
+
+def test_every_state_begins_with_a_cache_line_and_large_caches_with_a_large_page():
+    for capacity, unit in ((1, LINE), (3, LINE), (2000, LARGE_PAGE)):
+        shapes = {"a": (2, 3, capacity, 8), "b": (1, 1, capacity, 40), "c": (2, 5, capacity, 56)}
+        arrays = Cache(shapes, capacity, capacity).arrays
+        assert {name: array.shape for name, array in arrays.items()} == shapes
+        addresses = [array.ctypes.data for array in arrays.values()]
+        assert addresses[0] % unit == 0
+        assert all(address % LINE == 0 for address in addresses)
+        ends = [array.ctypes.data + array.nbytes for array in arrays.values()]
+        assert all(end <= begin for end, begin in zip(ends, addresses[1:], strict=False))
+
+
+def test_inputs_of_a_call_may_be_changed_afterwards(engines):
+    rows = Rows(engines[0], 1)
+    ids = tokens(1, 1)
+    first = rows.copy().read(ids)
+    rows.read(ids)
+    ids[:] = 59
+    again = Rows(engines[0], 1)
+    assert np.array_equal(again.read(tokens(1, 1)), first)
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "longer", "missing"])
+def test_damaged_weights_are_an_error_although_the_graph_was_opened_beside(damage, artifacts, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install portlm[onnx]")
+    folder = shutil.copytree(artifacts["llama"], tmp_path / "artifact")
+    path = folder / "onnx" / "decoder.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": data[:-8], "longer": data + b"\0" * 8, "altered": data}[damage])
+    with pytest.raises(FormatError, match=r"missing|truncated|altered"):
+        portlm.load(folder, engine="ort", device="cpu", profile="portable")
+
+
+def test_matrices_are_packed_on_all_threads_where_memory_is_ample(engines, tmp_path):
+    from portlm.runtimes.ort_files import PACK_ON_THREADS, has_room
+
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("this system does not say what memory is available")
+    sizes = {"small": 1 << 10, "large": 1 << 42}
+    for name, size in sizes.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)  # takes no space
+    assert has_room(tmp_path / "small")
+    assert not has_room(tmp_path / "large")
+    assert not has_room(tmp_path / "nothing")
+    options = engines[0]._session("decoder").get_session_options()
+    assert options.get_session_config_entry(PACK_ON_THREADS) == "1"
