@@ -36,8 +36,8 @@ from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
 from portlm.files import safe_join
+from portlm.ops.narrow import ACTIVATIONS
 from portlm.ops.quantized import Layout, pack_array
-from portlm.ops.quantized_linear import ACTIVATIONS
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
 from portlm.roles import StateSpec, TensorSpec
