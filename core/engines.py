@@ -94,6 +94,7 @@ ENGINES = {
         probe="portlm.runtimes.probe:packed",
         compilers={("cpu", "fused"): "portlm.compile.packed:compile_packed"},
         one_file=True,
+        runner="portlm.compile.packed_runner:packed_runner",
     ),
     "null": EngineEntry(
         target="portlm.runtimes.null:NullEngine",
