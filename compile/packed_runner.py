@@ -71,7 +71,7 @@ def packed_runner(device: str = "cpu", profile: str = "fused") -> Runner:
 
 def _described(model: onnx.ModelProto, folder: str) -> tuple[RoleSpec, list[str]]:
     """What a graph takes, returns and keeps, and which values are exposed: outputs of which it says no type."""
-    pairs = {}
+    pairs: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type in ("CachedAttention", "QuantizedAttention"):
             pairs.update(zip(node.input[3:-1], node.output[1:], strict=True))

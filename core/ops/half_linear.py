@@ -53,11 +53,12 @@ def half_linear(
         ValueError: the shapes do not fit, or there is no such activation; the message names them.
     """
     check_weight("half_linear", weight, packed)
-    check_linear("half_linear", x, *weight.shape, bias, activation)
+    N, K = weight.shape
+    check_linear("half_linear", x, N, K, bias, activation)
     if has_kernel(x, bias) and weight.is_cpu:
         packed = pack(weight) if packed is None else packed
         if packed.dtype == weight.dtype:
-            sizes = (*weight.shape, int(weight.dtype == torch.bfloat16))
+            sizes = (N, K, int(weight.dtype == torch.bfloat16))
             return run_linear(kernels.half_linear, x, packed, bias, sizes, activation)
     wide = weight if packed is None or packed.dtype == weight.dtype else packed
     return half_linear_reference(x, wide, bias, activation)
