@@ -7,8 +7,8 @@ from onnx import helper
 
 from portlm.compile.check import CONTRIB
 from portlm.compile.graph import GraphBuilder
+from portlm.ops.narrow import write_activation
 from portlm.ops.quantized import width
-from portlm.ops.quantized_linear import write_activation
 from portlm.ort_support import EXACT, accuracy_level
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from portlm.artifact import Compiled, CompiledEntry, RoleSpec
+from portlm.artifact import Compiled, CompiledEntry, FileEntry, RoleSpec
 from portlm.compile.packed_file import (
     COMPUTED,
     INPUT,
@@ -36,8 +36,8 @@ from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
 from portlm.files import safe_join
+from portlm.ops.narrow import ACTIVATIONS
 from portlm.ops.quantized import Layout, pack_array
-from portlm.ops.quantized_linear import ACTIVATIONS
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
 from portlm.quantization import BYTES, activations, target_at
@@ -88,11 +88,23 @@ def compile_packed(
         if profile in spec.profiles:
             graph = model if name == role else read_source(root, name, profile)[0]
             programs.append(lower(graph, name, spec, weights))
-    joins, size = Joins(weights.tensors), manifest.model
-    programs, tensors = without_unread([fuse(program, joins) for program in programs], joins.tensors)
-    entry = write_packed(root / FILE, programs, tensors, size.vocab_size, size.context_length)
+    size = manifest.model
+    entry = write_fused(root / FILE, programs, weights, size.vocab_size, size.context_length)
     versions, target = {"portlm": version("portlm")}, target_at("any", manifest.quantization is not None)
     return Compiled(CompiledEntry("packed", device, profile, target, (FILE,), versions, role), {FILE: entry})
+
+
+def write_fused(
+    path: Path, programs: Sequence[Program], weights: "Weights", vocabulary: int, context: int
+) -> FileEntry:
+    """Write a packed file of programs, in as few steps as they can have; return size and sha256 of what was written.
+
+    Raises:
+        StorageError: the disk is full or refuses.
+    """
+    joins = Joins(weights.tensors)
+    fused, tensors = without_unread([fuse(program, joins) for program in programs], joins.tensors)
+    return write_packed(path, fused, tensors, vocabulary, context)
 
 
 class Weights:
@@ -153,7 +165,9 @@ def _located(tensor: TensorProto, folder: str) -> tuple[str, int, tuple[int, ...
     return f"{folder}/{entries['location']}", int(entries["offset"]), tuple(tensor.dims)
 
 
-def lower(model: onnx.ModelProto, name: str, role: RoleSpec, weights: Weights) -> Program:
+def lower(
+    model: onnx.ModelProto, name: str, role: RoleSpec, weights: Weights, exposed: Sequence[str] = ()
+) -> Program:
     """Return the steps of a role.
 
     Args:
@@ -161,11 +175,12 @@ def lower(model: onnx.ModelProto, name: str, role: RoleSpec, weights: Weights) -
         name: of the role.
         role: as the manifest describes it.
         weights: takes those that it reads.
+        exposed: values of the graph that are to be outputs, too, behind those of the role.
 
     Raises:
         EngineUnavailableError: a node has no form in a packed file.
     """
-    return _Lowering(model, role, weights).program(name)
+    return _Lowering(model, role, weights).program(name, exposed)
 
 
 class _NoFormError(Exception):
@@ -226,7 +241,7 @@ class _Lowering:
             ("", "Split"): self._split,
         }
 
-    def program(self, name: str) -> Program:
+    def program(self, name: str, exposed: Sequence[str]) -> Program:
         given: list[tuple[int, TensorSpec | StateSpec]] = [
             *((INPUT, spec) for spec in self.role.inputs), *((STATE, spec) for spec in self.role.state)
         ]  # fmt: skip
@@ -249,9 +264,11 @@ class _Lowering:
                     f"packed: node {node.name!r} ({node.op_type}) has no form in a packed file, {error}: "
                     "use another engine for this model"
                 ) from None
-        results = tuple(self._whole(spec.name).place for spec in self.role.outputs)
+        shown = [(value, self._whole(value)) for value in exposed]
+        outputs = (*self.role.outputs, *(TensorSpec(value, k.dtype, k.shape) for value, k in shown))
+        results = tuple(self._whole(spec.name).place for spec in outputs)
         r = self.role
-        return Program(name, r.inputs, r.outputs, r.state, tuple(self.values), tuple(self.steps), results)
+        return Program(name, r.inputs, outputs, r.state, tuple(self.values), tuple(self.steps), results)
 
     # --- values ---------------------------------------------------------------------------------------
 

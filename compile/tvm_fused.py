@@ -21,8 +21,8 @@ from portlm.compile.tvm_build import Graph, Lowering, dimensions, kernel_passes
 from portlm.compile.tvm_chain import Chain, Pending
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
+from portlm.ops.narrow import ACTIVATIONS
 from portlm.ops.quantized import Layout
-from portlm.ops.quantized_linear import ACTIVATIONS
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, Attribute
 from portlm.quantization import BYTES, activations

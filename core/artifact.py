@@ -293,15 +293,15 @@ def check_files(
         if name not in manifest.files:
             raise FormatError(f"{root}: {name} is not in the manifest; export again")
         entry, path = manifest.files[name], safe_join(root, name)
+        compiled = any(name in each.files for each in manifest.compiled)
+        cure = f"restore the file or {'run portlm compile' if compiled else 'export'} again"
         if not path.exists():
-            raise FormatError(f"{path}: missing; export again or restore the file")
+            raise FormatError(f"{path}: missing; {cure}")
         size = path.stat().st_size
         if size < entry.size:
-            raise FormatError(f"{path}: truncated, it ends at byte {size} of {entry.size}; restore the file")
+            raise FormatError(f"{path}: truncated, it ends at byte {size} of {entry.size}; {cure}")
         if size > entry.size or sha256_file(path) != entry.sha256:
-            raise FormatError(
-                f"{path}: altered since the manifest was written; restore the file or export again"
-            )
+            raise FormatError(f"{path}: altered since the manifest was written; {cure}")
     return manifest
 
 

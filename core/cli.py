@@ -27,6 +27,7 @@ VERBS = {
     "import": ("import_", "Turn a Hugging Face folder into a portlm checkpoint."),
     "export": ("export", "Write a checkpoint as ONNX or as a Hugging Face folder."),
     "compile": ("compile", "Compile an exported model for an engine and a device."),
+    "engines": ("contents", "List the engines that run an exported model here, and what its weights are."),
     "verify": ("verify", "Prove that every engine gives the same answer here."),
     "generate": ("generate", "Continue a prompt."),
     "bench": ("bench", "Measure prefill, decode, load and memory of every engine."),

@@ -100,6 +100,7 @@ ENGINES = {
         compilers={("cpu", "fused"): "portlm.compile.packed:compile_packed"},
         byte_activations=(("cpu", "fused"),),
         one_file=True,
+        runner="portlm.compile.packed_runner:packed_runner",
     ),
     "null": EngineEntry(
         target="portlm.runtimes.null:NullEngine",

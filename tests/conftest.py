@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -19,6 +20,8 @@ from portlm.threads import bound_spinning
 
 hypothesis.settings.register_profile("portlm", deadline=None)  # no test fails because the machine is busy
 hypothesis.settings.load_profile("portlm")
+
+sys.path.insert(0, str(Path(__file__).parent / "shared"))  # for what test files of several folders share
 
 EOS = "<|endoftext|>"
 
@@ -173,7 +176,6 @@ def checkpoints(tmp_path_factory):
 def foreign():
     """The module tests/foreign/models.py, which makes models that nobody here shaped."""
     import importlib.util
-    from pathlib import Path
 
     pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
     path = Path(__file__).parent / "foreign" / "models.py"
@@ -238,20 +240,13 @@ def packed(artifacts, once):
 
 
 @pytest.fixture(scope="session")
-def byte_cache(checkpoints, tmp_path_factory):
+def byte_cache(checkpoints, compile_all, tmp_path_factory):
     """Artifact of a LLaMA that keeps keys and values in 8 bits, compiled for every engine here on the CPU."""
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
-    from portlm.compile.build import COMPILERS, build
     from portlm.compile.export import export
-    from portlm.errors import EngineUnavailableError
 
     artifact = export(checkpoints["llama"], tmp_path_factory.mktemp("byte_cache") / "llama", cache="int8")
-    for key in COMPILERS:
-        if key[1] == "cpu":
-            try:
-                build(artifact, [key])
-            except EngineUnavailableError:
-                continue  # the tests of that engine say what is missing
+    compile_all(artifact, ["cpu"])
     return artifact
 
 

@@ -46,7 +46,7 @@ def command(
 
     if activations is not None and read_manifest(model).quantization is None:
         raise UsageError(
-            f"{model} has float32 weights, and --activations is for quantized ones: "
+            f"{model} has no quantized weights, which --activations is for: "
             "leave it out, or export with --quantize"
         )
     entries = []

@@ -60,10 +60,10 @@ def print_table(model: Path, results: list[Result], manifest: Manifest | None = 
     """Print one row per target, and beneath the table what the weights are and what is wrong."""
     from rich.console import Console
 
-    from portlm.artifact import half_weights
     from portlm.commands.tables import figures
     from portlm.compile.parity import allowed_error
-    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS, described, described_cache
+    from portlm.flows.contents import described_numbers
+    from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS
 
     table = figures(
         f"{model}: distance from eager PyTorch",
@@ -86,13 +86,7 @@ def print_table(model: Path, results: list[Result], manifest: Manifest | None = 
     console = Console()
     if table.row_count:
         console.print(table)
-    for line in (
-        *(described(manifest.quantization) if manifest and manifest.quantization else ()),
-        *(described_cache(manifest.cache) if manifest and manifest.cache else ()),
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
-    if manifest and (halves := half_weights(manifest)):
-        line = f"weights of 16 bits ({' and '.join(halves)}), computed with in float32"
+    for line in described_numbers(manifest) if manifest else ():
         console.print(line, highlight=False, soft_wrap=True)
     for precision, bits in ((FIFTEEN_BITS, 15), (EIGHT_BITS, 8)):
         rounding = [

@@ -13,6 +13,7 @@ from portlm.ops import lazy
 from portlm.ops.half import DTYPES, check_weight, pack
 from portlm.ops.half_linear import write_widened
 from portlm.ops.kernel_op import has_kernel, kernels
+from portlm.ops.narrow import check_ids, check_range, run_rows
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -45,29 +46,14 @@ def half_embedding(ids: Tensor, weight: Tensor, packed: Tensor | None = None) ->
         IndexError: an id is outside [0, V); the message names it and V.
     """
     check_weight("half_embedding", weight, packed)
-    if ids.dtype != torch.int64:
-        raise ValueError(f"[half_embedding] ids must be int64, got {ids.dtype}")
+    check_ids("half_embedding", ids)
     if has_kernel() and weight.is_cpu and ids.is_cpu:
         packed = pack(weight) if packed is None else packed
         if packed.dtype == weight.dtype:
-            return _run(ids.contiguous(), packed, *weight.shape)
-    wrong = ids[(ids < 0) | (ids >= len(weight))]
-    if len(wrong):
-        raise _outside(int(wrong[0]), len(weight))
+            sizes = (*weight.shape, int(weight.dtype == torch.bfloat16))
+            return run_rows("half_embedding", kernels.half_rows, ids, packed, sizes)
+    check_range("half_embedding", ids, len(weight))
     return half_embedding_reference(ids, weight)
-
-
-def _run(ids: Tensor, panels: Tensor, V: int, K: int) -> Tensor:
-    y = torch.empty((*ids.shape, K))
-    bfloat16 = int(panels.dtype == torch.bfloat16)
-    bad = kernels.half_rows(ids.data_ptr(), panels.data_ptr(), y.data_ptr(), ids.numel(), V, K, bfloat16)
-    if bad >= 0:
-        raise _outside(int(ids.view(-1)[bad]), V)
-    return y
-
-
-def _outside(value: int, rows: int) -> IndexError:
-    return IndexError(f"[half_embedding] id {value} is outside [0, {rows}), the rows of the table")
 
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:

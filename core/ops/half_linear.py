@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 from portlm.ops import lazy
 from portlm.ops.half import DTYPES, check_weight, pack
 from portlm.ops.kernel_op import has_kernel, kernels
-from portlm.ops.quantized_linear import ACTIVATIONS, write_activation
+from portlm.ops.narrow import ACTIVATIONS, check_linear, linear_reference, run_linear, write_linear
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
     import torch
-    import torch.nn.functional as F
     from torch import Tensor
 else:
-    lazy.bind(globals(), torch="torch", F="torch.nn.functional", Tensor="torch:Tensor")
+    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
 __all__ = ["half_linear", "half_linear_reference", "write_widened"]
 
@@ -28,12 +27,7 @@ def half_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
-    y = F.linear(x, weight.to(x.dtype), bias)
-    if activation == "relu_squared":
-        return F.relu(y).square()
-    return (
-        y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    )
+    return linear_reference(x, weight.to(x.dtype), bias, activation)
 
 
 def half_linear(
@@ -58,36 +52,16 @@ def half_linear(
     Raises:
         ValueError: the shapes do not fit, or there is no such activation; the message names them.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"[half_linear] activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
     check_weight("half_linear", weight, packed)
     N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(
-            f"[half_linear] x must be (..., {K}) for weight {tuple(weight.shape)}, got {tuple(x.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"[half_linear] bias must be ({N},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
-        )
+    check_linear("half_linear", x, N, K, bias, activation)
     if has_kernel(x, bias) and weight.is_cpu:
         packed = pack(weight) if packed is None else packed
         if packed.dtype == weight.dtype:
-            return _run(x.contiguous(), packed, bias, N, K, activation)
+            sizes = (N, K, int(weight.dtype == torch.bfloat16))
+            return run_linear(kernels.half_linear, x, packed, bias, sizes, activation)
     wide = weight if packed is None or packed.dtype == weight.dtype else packed
     return half_linear_reference(x, wide, bias, activation)
-
-
-def _run(x: Tensor, panels: Tensor, bias: Tensor | None, N: int, K: int, activation: str) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], N))
-    bias = bias if bias is None else bias.contiguous()
-    kernels.half_linear(
-        x.data_ptr(), panels.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        y.shape[:-1].numel(), N, K, int(panels.dtype == torch.bfloat16), ACTIVATIONS.index(activation),
-    )  # fmt: skip
-    return y
 
 
 def write_widened(g: Builder, weight: str) -> str:
@@ -107,13 +81,7 @@ def _write_turned(g: Builder, weight: str) -> str:
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
     x, weight, bias = inputs
-    (y,) = outputs
-    activation = attributes["activation"]
-    last = f"{y}.sum" if activation != "none" else y
-    total = g.op("MatMul", (x, _write_turned(g, weight)), f"{y}.matmul" if bias else last)
-    if bias:
-        total = g.op("Add", (total, bias), last)
-    write_activation(g, total, activation, y)
+    write_linear(g, x, _write_turned(g, weight), bias, attributes["activation"], outputs[0])
 
 
 def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:

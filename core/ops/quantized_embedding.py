@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.kernel_op import has_kernel, kernels
+from portlm.ops.narrow import check_ids, check_range, run_rows
 from portlm.ops.quantized import Layout, check_packed, check_weight, dequantized, pack, width, write_rows
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 else:
-    lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
+    lazy.bind(globals(), Tensor="torch:Tensor")
 
 __all__ = ["quantized_embedding", "quantized_embedding_reference"]
 
@@ -56,30 +56,15 @@ def quantized_embedding(
         IndexError: an id is outside [0, V); the message names it and V.
     """
     check_weight("quantized_embedding", weight, scale, zero, bits)
-    if ids.dtype != torch.int64:
-        raise ValueError(f"[quantized_embedding] ids must be int64, got {ids.dtype}")
+    check_ids("quantized_embedding", ids)
     if has_kernel(scale) and weight.is_cpu and ids.is_cpu:
         packed = pack(weight, scale, zero, bits) if packed is None else packed
         if packed.numel():
             layout = Layout.of(weight.shape, bits, zero is not None)
             check_packed("quantized_embedding", packed, layout)
-            return _run(ids.contiguous(), packed, layout)
-    wrong = ids[(ids < 0) | (ids >= len(weight))]
-    if len(wrong):
-        raise _outside(int(wrong[0]), len(weight))
+            return run_rows("quantized_embedding", kernels.packed_rows, ids, packed, layout)
+    check_range("quantized_embedding", ids, len(weight))
     return quantized_embedding_reference(ids, weight, scale, zero, bits)
-
-
-def _run(ids: Tensor, packed: Tensor, layout: Layout) -> Tensor:
-    y = torch.empty((*ids.shape, layout.K))
-    bad = kernels.packed_rows(ids.data_ptr(), packed.data_ptr(), y.data_ptr(), ids.numel(), *layout)
-    if bad >= 0:
-        raise _outside(int(ids.view(-1)[bad]), layout.N)
-    return y
-
-
-def _outside(value: int, rows: int) -> IndexError:
-    return IndexError(f"[quantized_embedding] id {value} is outside [0, {rows}), the rows of the table")
 
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:

@@ -127,7 +127,17 @@ void bind_run(py::module_& m) {
       .def("reorder", [](Cache& cache, const std::vector<int64_t>& rows, int64_t skip) { expect(cache.reorder(rows, skip)); })
       .def("crop", &Cache::crop)
       .def("join", [](Cache& cache, const std::vector<const Cache*>& others) { expect(cache.join(others)); })
-      .def("copy_to", [](const Cache& cache, Cache& twin) { expect(cache.copy_to(twin)); });
+      .def("copy_to", [](const Cache& cache, Cache& twin) { expect(cache.copy_to(twin)); })
+      // (slots, addresses of all states), (number of a state, address): what the states of the role's specs hold
+      .def("fill",
+           [](Cache& cache, int64_t slots, const std::vector<uintptr_t>& states) {
+             if (slots < 0 || states.size() != cache.tensors()) throw py::value_error("another number of states");
+             expect(cache.fill(slots, pointers<const void*>(states)));
+           })
+      .def("read", [](const Cache& cache, size_t tensor, uintptr_t to) {
+        if (tensor >= cache.tensors()) throw py::value_error("there is no such state");
+        cache.read(tensor, reinterpret_cast<void*>(to));
+      });
   py::class_<Runner>(m, "Role")
       .def("start", [](const Runner& runner, int64_t rows) { return std::make_unique<Cache>(runner.program->heads(), rows); })
       .def("run", &call)

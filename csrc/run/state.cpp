@@ -143,4 +143,27 @@ Status Cache::copy_to(Cache& twin) const {
   return {};
 }
 
+Status Cache::fill(int64_t slots, const std::vector<const void*>& states) {
+  Cache filled(tensors_, rows_);
+  if (slots > 0 && !filled.allocate(rows_, slots + kLeastRoom)) return no_memory(rows_, slots);
+  for (size_t t = 0; slots > 0 && t < tensors_.size(); ++t) {
+    const int64_t head = slots * tensors_[t].D * tensors_[t].item;  // bytes
+    const char* from = static_cast<const char*>(states[t]);
+    for (int64_t b = 0; b < rows_; ++b)
+      for (int64_t k = 0; k < tensors_[t].K; ++k, from += head)
+        std::memcpy(filled.at(t, b, k, 0), from, static_cast<size_t>(head));
+  }
+  filled.past_ = slots;
+  swap(filled);
+  return {};
+}
+
+void Cache::read(size_t tensor, void* to) const {
+  const int64_t head = past_ * tensors_[tensor].D * tensors_[tensor].item;  // bytes
+  char* next = static_cast<char*>(to);
+  for (int64_t b = 0; past_ > 0 && b < rows_; ++b)
+    for (int64_t k = 0; k < tensors_[tensor].K; ++k, next += head)
+      std::memcpy(next, at(tensor, b, k, 0), static_cast<size_t>(head));
+}
+
 }  // namespace portlm::run

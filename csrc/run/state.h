@@ -29,6 +29,7 @@ class Cache {
 
   int64_t rows() const { return rows_; }
   int64_t past() const { return past_; }
+  size_t tensors() const { return tensors_.size(); }
   // Numbers from row to row and from head to head of a tensor, and its first one.
   int64_t row_stride(size_t tensor) const { return tensors_[tensor].K * head_stride(tensor); }
   int64_t head_stride(size_t tensor) const { return capacity_ * tensors_[tensor].D; }
@@ -48,6 +49,9 @@ class Cache {
   Status join(const std::vector<const Cache*>& others);
   // The same content once more.
   Status copy_to(Cache& twin) const;
+  // Takes over so many slots of every state, and gives those of one: (rows, K, slots, D) without gaps.
+  Status fill(int64_t slots, const std::vector<const void*>& states);
+  void read(size_t tensor, void* to) const;
 
  private:
   char* data(size_t tensor) const { return memory_ + begins_[tensor]; }

@@ -3,11 +3,14 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "tvm/call.h"
+#include "tvm/matrix_call.h"
 
 using portlm::kernels;
 using portlm::tvm::Call;
 using portlm::tvm::guarded;
+using portlm::tvm::product;
+using portlm::tvm::Product;
+using portlm::tvm::rows_at_ids;
 using portlm::tvm::Tensor;
 
 namespace {
@@ -37,17 +40,10 @@ Sizes sizes(const Call& call, const Tensor& panels, int32_t first) {
 
 // y = activation(x W^T + bias), with every shape checked; bias may be nullptr.
 void apply(const Call& call, const Tensor* bias, int32_t first) {
-  const auto x = call.f32(0, "x"), y = call.f32(first + 4, "y");
   const auto panels = call.u8(1, "panels", 1);
   const Sizes s = sizes(call, panels, first);
-  const int64_t activation = call.integer(first + 3, "activation");
-  if (activation < 0 || activation > 3) call.fail("activation must be 0 to 3, got " + std::to_string(activation));
-  call.expect_last(x, s.K);
-  call.expect_last(y, s.rows);
-  if (bias) call.expect_shape(*bias, {s.rows});
-  if (x.rows() != y.rows()) call.fail("x and y must have the same number of rows");
-  kernels().half_linear(x.data<float>(), panels.data<uint16_t>(), bias ? bias->data<float>() : nullptr, y.data<float>(),
-                        x.rows(), s.rows, s.K, s.bfloat16, static_cast<int>(activation));
+  const Product p = product(call, bias, first + 3, s.rows, s.K);
+  kernels().half_linear(p.x, panels.data<uint16_t>(), p.bias, p.y, p.rows, s.rows, s.K, s.bfloat16, p.activation);
 }
 
 }  // namespace
@@ -73,15 +69,10 @@ PORTLM_TVM_FUNCTION(half_linear_no_bias) {
 PORTLM_TVM_FUNCTION(half_rows) {
   return guarded("half_rows", args, count, [](const Call& call) {
     call.expect_count(6);
-    const auto ids = call.i64(0, "ids", 2);
     const auto panels = call.u8(1, "panels", 1);
-    const auto y = call.f32(5, "y", 3);
     const Sizes s = sizes(call, panels, 2);
-    call.expect_shape(y, {ids.size(0), ids.size(1), s.K});
-    const int64_t wrong = kernels().half_rows(ids.data<int64_t>(), panels.data<uint16_t>(), y.data<float>(), ids.elements(),
-                                              s.rows, s.K, s.bfloat16);
-    if (wrong >= 0)
-      call.fail("ids must be from 0 to " + std::to_string(s.rows - 1) + ", got " +
-                std::to_string(ids.data<int64_t>()[wrong]));
+    rows_at_ids(call, 5, s.rows, s.K, [&](const int64_t* ids, float* y, int64_t count) {
+      return kernels().half_rows(ids, panels.data<uint16_t>(), y, count, s.rows, s.K, s.bfloat16);
+    });
   });
 }

@@ -3,11 +3,14 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "tvm/call.h"
+#include "tvm/matrix_call.h"
 
 using portlm::kernels;
 using portlm::tvm::Call;
 using portlm::tvm::guarded;
+using portlm::tvm::product;
+using portlm::tvm::Product;
+using portlm::tvm::rows_at_ids;
 using portlm::tvm::Tensor;
 
 namespace {
@@ -22,17 +25,11 @@ void expect_matrix(const Call& call, const Tensor& panels, int64_t N, int64_t K)
 
 // y = activation(x W^T + bias), with every shape checked; bias may be nullptr.
 void apply(const Call& call, const Tensor* bias, int32_t first) {
-  const auto x = call.f32(0, "x"), panels = call.f32(1, "panels", 3), y = call.f32(first + 3, "y");
+  const auto panels = call.f32(1, "panels", 3);
   const int64_t N = call.integer(first, "rows"), K = call.integer(first + 1, "columns");
-  const int64_t activation = call.integer(first + 2, "activation");
-  if (activation < 0 || activation > 3) call.fail("activation must be 0 to 3, got " + std::to_string(activation));
   expect_matrix(call, panels, N, K);
-  call.expect_last(x, K);
-  call.expect_last(y, N);
-  if (bias) call.expect_shape(*bias, {N});
-  if (x.rows() != y.rows()) call.fail("x and y must have the same number of rows");
-  kernels().panel_linear(x.data<float>(), panels.data<float>(), bias ? bias->data<float>() : nullptr, y.data<float>(),
-                         x.rows(), N, K, static_cast<int>(activation));
+  const Product p = product(call, bias, first + 2, N, K);
+  kernels().panel_linear(p.x, panels.data<float>(), p.bias, p.y, p.rows, N, K, p.activation);
 }
 
 }  // namespace
@@ -58,13 +55,11 @@ PORTLM_TVM_FUNCTION(panel_linear_no_bias) {
 PORTLM_TVM_FUNCTION(panel_rows) {
   return guarded("panel_rows", args, count, [](const Call& call) {
     call.expect_count(5);
-    const auto ids = call.i64(0, "ids", 2);
-    const auto panels = call.f32(1, "panels", 3), y = call.f32(4, "y", 3);
+    const auto panels = call.f32(1, "panels", 3);
     const int64_t V = call.integer(2, "rows"), K = call.integer(3, "columns");
     expect_matrix(call, panels, V, K);
-    call.expect_shape(y, {ids.size(0), ids.size(1), K});
-    const int64_t wrong = kernels().panel_rows(ids.data<int64_t>(), panels.data<float>(), y.data<float>(), ids.elements(), V, K);
-    if (wrong >= 0)
-      call.fail("ids must be from 0 to " + std::to_string(V - 1) + ", got " + std::to_string(ids.data<int64_t>()[wrong]));
+    rows_at_ids(call, 4, V, K, [&](const int64_t* ids, float* y, int64_t count) {
+      return kernels().panel_rows(ids, panels.data<float>(), y, count, V, K);
+    });
   });
 }

@@ -3,12 +3,14 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "tvm/call.h"
+#include "tvm/matrix_call.h"
 
 using portlm::kernels;
 using portlm::tvm::Call;
 using portlm::tvm::guarded;
-using portlm::tvm::kAny;
+using portlm::tvm::product;
+using portlm::tvm::Product;
+using portlm::tvm::rows_at_ids;
 using portlm::tvm::Tensor;
 
 namespace {
@@ -44,17 +46,10 @@ using Kernel = decltype(portlm::Kernels::packed_linear);
 
 // y = activation(x W^T + bias), with every shape checked; bias may be nullptr.
 void apply(const Call& call, Kernel kernel, const Tensor* bias, int32_t first) {
-  const auto x = call.f32(0, "x"), y = call.f32(first + 6, "y");
   const auto packed = call.u8(1, "packed", 1);
   const Sizes s = sizes(call, packed, first);
-  const int64_t activation = call.integer(first + 5, "activation");
-  if (activation < 0 || activation > 3) call.fail("activation must be 0 to 3, got " + std::to_string(activation));
-  call.expect_last(x, s.K);
-  call.expect_last(y, s.rows);
-  if (bias) call.expect_shape(*bias, {s.rows});
-  if (x.rows() != y.rows()) call.fail("x and y must have the same number of rows");
-  kernel(x.data<float>(), packed.data<uint8_t>(), bias ? bias->data<float>() : nullptr, y.data<float>(), x.rows(), s.rows, s.K,
-         s.group, s.bits, s.has_zeros, static_cast<int>(activation));
+  const Product p = product(call, bias, first + 5, s.rows, s.K);
+  kernel(p.x, packed.data<uint8_t>(), p.bias, p.y, p.rows, s.rows, s.K, s.group, s.bits, s.has_zeros, p.activation);
 }
 
 void with_bias(const Call& call, Kernel kernel) {
@@ -94,15 +89,10 @@ PORTLM_TVM_FUNCTION(packed_linear_a8_no_bias) {
 PORTLM_TVM_FUNCTION(packed_rows) {
   return guarded("packed_rows", args, count, [](const Call& call) {
     call.expect_count(8);
-    const auto ids = call.i64(0, "ids", 2);
     const auto packed = call.u8(1, "packed", 1);
-    const auto y = call.f32(7, "y", 3);
     const Sizes s = sizes(call, packed, 2);
-    call.expect_shape(y, {ids.size(0), ids.size(1), s.K});
-    const int64_t wrong = kernels().packed_rows(ids.data<int64_t>(), packed.data<uint8_t>(), y.data<float>(),
-                                                ids.elements(), s.rows, s.K, s.group, s.bits, s.has_zeros);
-    if (wrong >= 0)
-      call.fail("ids must be from 0 to " + std::to_string(s.rows - 1) + ", got " +
-                std::to_string(ids.data<int64_t>()[wrong]));
+    rows_at_ids(call, 7, s.rows, s.K, [&](const int64_t* ids, float* y, int64_t count) {
+      return kernels().packed_rows(ids, packed.data<uint8_t>(), y, count, s.rows, s.K, s.group, s.bits, s.has_zeros);
+    });
   });
 }

@@ -67,7 +67,7 @@ def test_compile_takes_activations_of_8_bits_where_weights_are_quantized(
     assert read_manifest(folder).compiled[-1].target == "any, activations int8"
     outcome = portlm("compile", artifacts["gpt2"], "--engine", "ort:cpu", "--activations", "int8")
     assert outcome.code == 2
-    assert "has float32 weights" in outcome.error
+    assert "has no quantized weights" in outcome.error
     assert "--quantize" in outcome.error
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import engine_cases
 import numpy as np
 import pytest
 
@@ -15,16 +16,7 @@ import portlm  # noqa: E402
 from portlm.errors import EngineUnavailableError, UsageError  # noqa: E402
 
 IDS = [3, 7, 1, 9, 30]
-TARGETS = [
-    ("torch", "cpu", "portable"),
-    ("torch", "cpu", "fused"),
-    ("ort", "cpu", "portable"),
-    ("ort", "cpu", "fused"),
-    ("ort", "vulkan", "portable"),
-    ("ort", "vulkan", "fused"),
-    ("tvm", "cpu", "portable"),
-    ("tvm", "cpu", "fused"),
-]
+TARGETS = [t for t in engine_cases.TARGETS if t[0] != "packed" and t[2] != "native"]
 FORMS = {
     "neg": lambda x, w: -x,
     "rsub": lambda x, w: 1.0 - x,

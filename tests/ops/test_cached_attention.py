@@ -1,20 +1,11 @@
 """cached_attention against its float64 oracle, padding, and its errors."""
 
-import numpy as np
 import pytest
 import torch
+from cache_cases import SHAPES, padded_rows
 
 from portlm.ops.attention import attention_reference
 from portlm.ops.cached_attention import _fused, cached_attention, cached_attention_reference
-
-
-def _padded_mask(sizes, rng):
-    """Rows with more and more padding on the left, down to one token, and the places of the new tokens."""
-    B, T, total = sizes["batch"], sizes["sequence"], sizes["past"] + sizes["sequence"]
-    hidden = np.arange(B)[:, None] * max(total - 1, 0) // max(B - 1, 1)
-    mask = (np.arange(total) >= hidden).astype(np.int64)
-    return {"mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, total - T :]}
-
 
 MATRIX = {
     "CachedAttention": {
@@ -32,21 +23,9 @@ MATRIX = {
             {"num_heads": 4, "num_kv_heads": 4, "D": 8, "scale": 0.35},
             {"num_heads": 3, "num_kv_heads": 1, "D": 7, "scale": 0.4},
         ],
-        "fill": _padded_mask,
+        "fill": padded_rows,
     }
 }
-
-# B, T, P, H, K, D: decode, prefill, a step of several tokens behind a cache, grouped heads, odd widths, more than
-# one block of 64 positions, the tiles of a prompt (16 queries and more) alone and behind a cache, no batch
-SHAPES = [
-    (1, 1, 0, 1, 1, 1),
-    (1, 1, 70, 4, 4, 32),
-    (2, 3, 5, 4, 2, 33),
-    (3, 7, 130, 6, 1, 64),
-    (1, 16, 0, 1, 1, 5),
-    (2, 40, 150, 4, 2, 33),
-    (0, 1, 3, 2, 2, 8),
-]
 
 
 def _inputs(B, T, P, H, K, D):

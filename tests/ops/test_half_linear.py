@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_named():
     for wrong, message in (
         ({"weight": weight.float()}, "float16 or bfloat16 of two dimensions, got torch.float32"),
         ({"weight": weight[0]}, r"two dimensions, got torch.bfloat16 \(33,\)"),
-        ({"x": x[:, 1:]}, r"x must be \(\.\.\., 33\) for weight \(70, 33\), got \(2, 32\)"),
+        ({"x": x[:, 1:]}, r"x must be \(\.\.\., 33\) for a weight of \(70, 33\), got \(2, 32\)"),
         ({"bias": torch.zeros(33)}, r"bias must be \(70,\)"),
         ({"activation": "tanh"}, "activation must be one of none, gelu"),
         ({"packed": weight}, r"packed must be what portlm.ops.half.pack gives of weight \(70, 33\)"),

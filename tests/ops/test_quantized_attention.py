@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cache_cases import SHAPES, padded_rows
 
 from portlm.ops.byte_cache import kept, rounded_cache, to_bytes
 from portlm.ops.cached_attention import cached_attention, cached_attention_reference
@@ -10,12 +11,9 @@ from portlm.ops.quantized_attention import quantized_attention, quantized_attent
 
 
 def _fill(sizes, rng):
-    """Rows with more and more padding on the left, down to one token, and a cache of any numbers."""
-    B, T, total = sizes["batch"], sizes["sequence"], sizes["past"] + sizes["sequence"]
-    hidden = np.arange(B)[:, None] * max(total - 1, 0) // max(B - 1, 1)
-    mask = (np.arange(total) >= hidden).astype(np.int64)
-    given = {"mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, total - T :]}
-    shape = B, sizes["num_kv_heads"], sizes["past"]
+    """Rows with padding, and a cache of any numbers."""
+    given = padded_rows(sizes, rng)
+    shape = sizes["batch"], sizes["num_kv_heads"], sizes["past"]
     for name in ("past_key", "past_value"):
         given[name] = rng.integers(-127, 128, (*shape, sizes["D"]), np.int8)
         given[f"{name}_scale"] = rng.random((*shape, 1), np.float32) / 50
@@ -43,18 +41,6 @@ MATRIX = {
         "fill": _fill,
     }
 }
-
-# B, T, P, H, K, D: decode, a step of several tokens behind a cache, grouped heads, odd widths, more than one block of
-# 64 positions, the tiles of a prompt (16 queries and more) alone and behind a cache, no batch
-SHAPES = [
-    (1, 1, 0, 1, 1, 1),
-    (1, 1, 70, 4, 4, 32),
-    (2, 3, 5, 4, 2, 33),
-    (3, 7, 130, 6, 1, 64),
-    (1, 16, 0, 1, 1, 5),
-    (2, 40, 150, 4, 2, 33),
-    (0, 1, 3, 2, 2, 8),
-]
 
 
 def _inputs(B, T, P, H, K, D):

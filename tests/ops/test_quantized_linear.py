@@ -14,12 +14,9 @@ from portlm.compile.quantize import (
     pack_zeros,
 )
 from portlm.ops.kernel_op import without_kernels
+from portlm.ops.narrow import ACTIVATIONS
 from portlm.ops.quantized import pack as pack_for_kernels
-from portlm.ops.quantized_linear import (
-    ACTIVATIONS,
-    quantized_linear,
-    quantized_linear_reference,
-)
+from portlm.ops.quantized_linear import quantized_linear, quantized_linear_reference
 
 
 def numbers(sizes, rng):

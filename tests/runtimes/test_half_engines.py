@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from engine_cases import TARGETS
 
 torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
@@ -25,18 +26,6 @@ from portlm.ops.compiled import kernels  # noqa: E402
 from portlm.runtimes.eager import TorchEngine  # noqa: E402
 
 CASES = [("gpt2", "float16"), ("llama", "bfloat16"), ("gpt_neox", "bfloat16")]
-TARGETS = [
-    ("torch", "cpu", "native"),
-    ("torch", "cpu", "portable"),
-    ("torch", "cpu", "fused"),
-    ("ort", "cpu", "portable"),
-    ("ort", "cpu", "fused"),
-    ("ort", "vulkan", "portable"),
-    ("ort", "vulkan", "fused"),
-    ("tvm", "cpu", "portable"),
-    ("tvm", "cpu", "fused"),
-    ("packed", "cpu", "fused"),
-]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -98,13 +87,9 @@ def test_every_engine_gives_the_answer_of_the_float32_model_with_these_numbers(
     assert found.row.top1 == 1.0
 
 
-def test_verify_certifies_it_on_every_engine_here(made, tmp_path):
+def test_verify_certifies_it_on_every_engine_here(made, compile_all, tmp_path):
     folder = shutil.copytree(made("llama", "bfloat16"), tmp_path / "artifact")
-    for key in (("ort", "cpu", "fused"), ("tvm", "cpu", "fused"), ("packed", "cpu", "fused")):
-        try:
-            build(folder, [key])
-        except EngineUnavailableError:
-            continue
+    compile_all(folder, ["cpu"])
     results = verify_artifact(folder)
     assert [r.problem for r in results] == [None] * len(results)
     assert {row.precision for row in read_manifest(folder).parity} == {"fp32"}

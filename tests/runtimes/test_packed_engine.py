@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from engine_cases import OPTIONS, PROMPTS
 
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
@@ -33,17 +34,6 @@ from portlm.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer(eos="<|endoftext|>")
 V, EOS = 257, 256
-PROMPTS = ["The ", "", "a much longer prompt than the others", "12", "x"]
-OPTIONS = {
-    "greedy": {},
-    "sampled": {"temperature": 1.0, "seed": 3},
-    "filtered": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 4},
-    "seeds": {"temperature": 1.5, "seed": [9, 8, 7, 6, 5]},
-    "past the end": {"temperature": 2.0, "ignore_eos": True},
-    "lengths": {"temperature": 1.0, "max_new_tokens": [1, 2, 9, 5, 12]},
-    "stops": {"temperature": 1.0, "stop": ["e", "\x00"]},
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from engine_cases import OPTIONS, PROMPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,18 +27,6 @@ from portlm.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer(eos="<|endoftext|>")
 V, CONTEXT = 257, 48
-PROMPTS = ["The ", "", "a much longer prompt than the others", "12", "x"]
-OPTIONS = {
-    "greedy": {},
-    "sampled": {"temperature": 1.0, "seed": 3},
-    "filtered": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 4},
-    "seeds": {"temperature": 1.5, "seed": [9, 8, 7, 6, 5]},
-    "past the end": {"temperature": 2.0, "ignore_eos": True},
-    "lengths": {"temperature": 1.0, "max_new_tokens": [1, 2, 9, 5, 12]},
-    "stops": {"temperature": 1.0, "stop": ["e", "\x00"]},
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-    "penalties sampled": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "temperature": 1.0},
-}
 # Every family on one engine, which has a loop of its own, and one family on the rest.
 TARGETS = [
     *((family, "packed", "fused") for family in FAMILIES),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from engine_cases import TARGETS
 
 from portlm.artifact import read_manifest
 from portlm.engine import OpenRequest, State
@@ -11,17 +12,6 @@ from portlm.rows import Rows, pad
 from portlm.runtimes import engine_class
 from portlm.runtimes.null import NullEngine
 
-TARGETS = [
-    ("torch", "cpu", "native"),
-    ("torch", "cpu", "portable"),
-    ("torch", "cpu", "fused"),
-    ("ort", "cpu", "portable"),
-    ("ort", "cpu", "fused"),
-    ("ort", "vulkan", "portable"),
-    ("tvm", "cpu", "portable"),
-    ("tvm", "cpu", "fused"),
-    ("packed", "cpu", "fused"),
-]
 V = 257
 TOLERANCE = 1e-4  # of fp32 logits of size 10, over batches whose sums are taken in different orders
 ROUNDED = (
