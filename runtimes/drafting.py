@@ -81,12 +81,15 @@ class Lookup:
     def propose(self, new: Sequence[int], count: int) -> Draft:
         """Guess the next tokens of the text; see Drafter."""
         text = self._text
-        begin = len(text)  # what ends at the last token is entered by the next call: it would be its own match
+        begin = len(
+            text
+        )  # what ends at the last token is entered by the next call: it would be its own match
         text += new
         for n, behind in self._behind.items():
             end = max(begin, n)
-            windows = zip(*(text[end - n + i : len(text) - n + i] for i in range(n)), strict=True)
-            behind.update(zip(windows, range(end, len(text)), strict=True))
+            if end < len(text):
+                windows = zip(*(text[end - n + i : len(text) - n + i] for i in range(n)), strict=True)
+                behind.update(zip(windows, range(end, len(text)), strict=True))
         for n, behind in self._behind.items():
             place = behind.get(tuple(text[-n:]))
             if place is not None:

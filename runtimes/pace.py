@@ -86,8 +86,8 @@ class Pace:
             return 0
         known = self._seconds[rows]
         longest = max((tokens for _, tokens in guesses), default=0)
-        # Twice as long as what was tried, at most: beyond, the time is a guess itself. What a pass costs by itself is paid
-        # for by as many tokens more.
+        # Twice as long as what was tried, at most: beyond, the time is a guess itself. What a pass costs by itself is
+        # paid for by as many tokens more.
         longest = min(longest, 2 * max(known) + math.ceil(min(self._extra / known[1], longest)))
         best, speed = 0, MARGIN * rows / known[1]
         gained, right, sure = 0.0, [FAIR] * len(guesses), [1.0] * len(guesses)
@@ -145,6 +145,8 @@ class Pace:
         below = max(t for t in known if t <= tokens)
         slope, extra = 0.0, self._extra if below == 1 else 0.0
         if below == max(known):
-            slope = (known[below] - known[1] - self._extra) / (below - 1) if below > 1 else FIRST_SLOPE * known[1]
+            slope = (
+                (known[below] - known[1] - self._extra) / (below - 1) if below > 1 else FIRST_SLOPE * known[1]
+            )
         seconds = known[below] + extra + max(slope, 0.0) * (tokens - below)
         return known[1] + (seconds - known[1]) * self._belief

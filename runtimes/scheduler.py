@@ -109,9 +109,7 @@ class Scheduler:
                 self._rows = None
         self._stats.decode_seconds += time.perf_counter() - began
 
-    def _write(
-        self, rows: Sequence[Row], most: int = MOST_TOKENS, seconds: float = math.inf
-    ) -> list[int]:
+    def _write(self, rows: Sequence[Row], most: int = MOST_TOKENS, seconds: float = math.inf) -> list[int]:
         """Give each row its next token, or in so many seconds up to `most` of them; return the rows that go on."""
         assert self._rows is not None
         staying = self._advance(rows, most, min(seconds, self._seconds))
@@ -127,7 +125,11 @@ class Scheduler:
         speculation, before = self._speculation, self._stats.passes
         guesses = speculation.guesses(rows, self._rows.room)
         began = speculation.clock()
-        staying = self._verify(rows, guesses) if guesses else self._write(rows, speculation.plain, speculation.seconds)
+        staying = (
+            self._verify(rows, guesses)
+            if guesses
+            else self._write(rows, speculation.plain, speculation.seconds)
+        )
         tokens = 1 + max(map(len, guesses), default=0)
         speculation.took(len(rows), tokens, speculation.clock() - began, self._stats.passes - before)
         return staying

@@ -143,7 +143,7 @@ def test_a_drafter_that_becomes_right_is_noticed(recite):
 
 
 class Slow:
-    """Makes guesses of one other drafter, and takes so many seconds for each, of its first one so many times as long."""
+    """Makes another drafter's guesses in so many seconds each, the first one in so many times as long."""
 
     def __init__(self, drafter, engine, seconds, first):
         self.drafter, self.engine, self.seconds, self.times = drafter, engine, seconds, first
