@@ -201,7 +201,7 @@ def test_a_model_whose_tokens_need_no_python_loses_nothing_to_guesses(text, draf
 def test_guesses_of_such_a_model_are_found_out_where_they_pay(recite_in_a_loop):
     times, stats = recite_in_a_loop(TEXTS["one word"] * 6, 4000, *DRAFTERS["lookup"])
     assert times < 0.6
-    assert stats.tokens_per_pass > 4
+    assert stats.accepted > 2000
 
 
 def test_a_short_text_of_such_a_model_never_leaves_its_loop(recite_in_a_loop):
