@@ -117,7 +117,7 @@ class SmallModel:
     @staticmethod
     def first_seconds(tokens: int) -> float:
         """Return what the first guess for a text takes at least: some passes, which Python asks for."""
-        return 1e-3
+        return 0.5e-3
 
     def __init__(self, engine: Engine, vocabulary: int, row: Row):
         """Start from an empty text.

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 OVERHEAD = 100e-6  # seconds that a call costs an engine's own loop of generation beside its tokens
 PASS = 150e-6  # seconds that a pass costs which Python asks for, beside its tokens, where plain tokens need no Python
-SHARE = 0.01  # of the time of plain decoding that may go into guesses which are not read
-FIRST_SHARE = 0.02  # of the time before the first guess that it may take
+SHARE = 0.01  # of the time of plain decoding that may go into guesses which are not read, the first one, too
 FAIR = 0.5  # how often a guess is right of which nothing is known
 MEMORY = 8  # of how many guesses what is known of a kind consists
 STEPS = 4  # of how many passes
@@ -116,7 +115,7 @@ class Pace:
     def first(self, rows: int, seconds: float) -> int:
         """Return how many tokens to decode plainly before the first guess, which is expected to take so long."""
         each = self._seconds[rows][1]
-        wait = math.ceil((seconds + OVERHEAD * self._loop) / (FIRST_SHARE * each))
+        wait = math.ceil((seconds + OVERHEAD * self._loop) / (SHARE * each))
         return min(max(FIRST_PLAIN, wait), LONGEST_PLAIN)
 
     def plain(self, rows: int) -> int:

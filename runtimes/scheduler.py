@@ -123,6 +123,9 @@ class Scheduler:
         assert self._rows is not None
         assert self._speculation is not None
         speculation, before = self._speculation, self._stats.passes
+        if speculation.hurries:
+            speculation.plain -= 1
+            return self._write(rows)
         guesses = speculation.guesses(rows, self._rows.room)
         began = speculation.clock()
         staying = (

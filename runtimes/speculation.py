@@ -76,6 +76,11 @@ class Speculation:
         self._texts: dict[int, _Text] = {}
         self._guessing = 0.0  # seconds that the last guesses took
 
+    @property
+    def hurries(self) -> bool:
+        """Whether the next token of a text is a plain one that need not be timed: finding that out costs, too."""
+        return self._began and self.plain > 1 and not self._loop
+
     def guesses(self, rows: Sequence[Row], room: int) -> list[Sequence[int]]:
         """Return what to read behind the next token of each row, nothing for some; [] for plain decoding.
 
@@ -91,7 +96,6 @@ class Speculation:
             self.plain, self.seconds = self._before(rows)
         if self.plain > 0:
             return []
-        self._began = True
         began = self.clock()
         texts = [self._texts.get(id(row)) or _Text(row, self._drafter(row)) for row in rows]
         self._texts = {id(text.row): text for text in texts}
@@ -130,6 +134,7 @@ class Speculation:
             return self._pace.trial()
         if self._began:
             return 0, math.inf
+        self._began = True  # once the next plain tokens are there
         return self._pace.first(B, sum(map(self._expected, rows))) - self._decoded, math.inf
 
     def _expected(self, row: Row) -> float:

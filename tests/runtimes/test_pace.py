@@ -233,7 +233,7 @@ def test_the_first_guess_waits_until_what_it_takes_is_little():
     pace = Pace()
     pace.took(1, 1, 1e-2)
     assert pace.first(1, 1e-4) == FIRST_PLAIN
-    assert pace.first(1, 4e-3) == 20
+    assert pace.first(1, 4e-3) == 40
 
 
 def test_one_interrupted_pass_changes_little():

@@ -78,7 +78,7 @@ def _passes_are_free(monkeypatch):
     monkeypatch.setattr(pace, "OVERHEAD", 0.0)
     monkeypatch.setattr(pace, "PASS", 0.0)
     monkeypatch.setattr(pace, "FIRST_PLAIN", 1)
-    monkeypatch.setattr(pace, "FIRST_SHARE", float("inf"))
+    monkeypatch.setattr(pace, "SHARE", float("inf"))
     monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))
 
 
