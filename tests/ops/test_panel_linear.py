@@ -79,7 +79,7 @@ def test_a_row_is_the_same_bits_alone_and_among_others(activation):
 
 @pytest.mark.parametrize("K", [1, 88, 517])
 def test_a_row_is_the_same_bits_beside_any_number_of_others(K):
-    """Few rows are cut into groups, and each group size has a tile of its own: some pairs of sizes, and blocks of them."""
+    """Rows are cut into groups of like size, and each size has a tile of its own."""
     x, W, bias = sample(130, 200, K)
     together = run(x, W, bias)
     for rows in (*range(1, 15), 127):
