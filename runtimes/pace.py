@@ -41,7 +41,6 @@ class Pace:
         self._seconds: dict[int, dict[int, float]] = {}  # by rows, and by tokens of each row in a pass
         self._belief = 1.0  # in what longer passes took beyond one of a single token
         self._guessing = 0.0  # seconds of making the guesses of a pass
-        self._debt = 0.0  # seconds of guesses made once, for which no plain decoding has been done
 
     def judge(self, kind: int, guess: Sequence[int], came: Sequence[int]) -> None:
         """Compare a guess with the tokens that came."""
@@ -69,10 +68,6 @@ class Pace:
     def guessed(self, seconds: float) -> None:
         """Take in that making guesses took so long."""
         self._guessing += (seconds - self._guessing) / (STEPS if self._guessing else 1)
-
-    def owes(self, seconds: float) -> None:
-        """Take in that the first guess for a text took so much longer than was expected."""
-        self._debt += max(seconds, 0.0)
 
     def length(self, rows: int, guesses: Sequence[tuple[int, int]]) -> int:
         """Return how many tokens of each guess a pass should read; 0: plain decoding is faster.
@@ -127,8 +122,7 @@ class Pace:
         each = self._seconds.get(rows, {}).get(1)
         if not each:
             return FIRST_PLAIN
-        cost = self._guessing + self._debt + OVERHEAD * self._loop
-        self._debt = 0.0
+        cost = self._guessing + OVERHEAD * self._loop
         return min(max(1, math.ceil(cost / (SHARE * each))), LONGEST_PLAIN)
 
     @property

@@ -99,7 +99,7 @@ class Speculation:
         began = self.clock()
         texts = [self._texts.get(id(row)) or _Text(row, self._drafter(row)) for row in rows]
         self._texts = {id(text.row): text for text in texts}
-        new = [text.row for text in texts if text.told == 0]  # of these all is read
+        first = any(text.told == 0 for text in texts)  # who sees a text for the first time reads all of it
         most = min(self._most, room - 1)
         if most > 0:
             most = self._pace.reach(B, most)
@@ -107,9 +107,7 @@ class Speculation:
             self._guess(text, most)
         length = self._pace.length(B, [(text.draft.kind, len(text.draft.tokens)) for text in texts])
         self._guessing = self.clock() - began
-        if new:
-            self._pace.owes(self._guessing - sum(map(self._expected, new)))
-        else:
+        if not first:
             self._pace.guessed(self._guessing)
         if length == 0:
             self.plain = self._pace.plain(B)

@@ -221,9 +221,6 @@ def test_what_a_guess_costs_decides_how_often_one_is_made():
     for _ in range(50):
         pace.guessed(1e-4)
     assert pace.plain(1) == 10
-    pace.owes(1e-3)
-    assert pace.plain(1) == 110
-    assert pace.plain(1) == 10  # it has been paid
     for _ in range(50):
         pace.guessed(1.0)
     assert pace.plain(1) == LONGEST_PLAIN
