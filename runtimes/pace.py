@@ -9,15 +9,16 @@ import math
 from collections.abc import Sequence
 
 OVERHEAD = 100e-6  # seconds that a call costs an engine's own loop of generation beside its tokens
-SHARE = 0.01  # of the time of plain decoding that may go into guesses which are not read
+PASS = 150e-6  # seconds that a pass costs which Python asks for, beside its tokens, where plain tokens need no Python
+SHARE = 0.01  # of the time of plain decoding that may go into guesses which are not read, the first one, too
 FAIR = 0.5  # how often a guess is right of which nothing is known
 MEMORY = 8  # of how many guesses what is known of a kind consists
 STEPS = 4  # of how many passes
 FIRST_SLOPE = 0.25  # of a pass that each further token costs it, while that is not known
 DOUBT = 0.995  # what is left, at each guess that is not read, of the belief that longer passes are slow
 MARGIN = 1.03  # by which a longer pass has to be faster: what is measured is a little wrong
-FIRST_PLAIN = 4  # tokens whose time is taken before the first guess
-LONGEST_PLAIN = 512  # tokens until guesses are judged again
+FIRST_PLAIN = 4  # tokens at least whose time is taken before the first guess
+LONGEST_PLAIN = 4096  # tokens until guesses are judged again
 
 
 class Pace:
@@ -27,7 +28,14 @@ class Pace:
     wrong none is read, and when they become right that is seen at no cost of the model's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loop: bool = False) -> None:
+        """Begin with nothing known.
+
+        Args:
+            loop: whether the engine decodes plainly in a loop of its own, so that each return from it costs something,
+                and each pass beside it.
+        """
+        self._loop = loop
         # (kind, place in the guess): how often that token was right where all before it were.
         self._right: dict[tuple[int, int], float] = {}
         self._seconds: dict[int, dict[int, float]] = {}  # by rows, and by tokens of each row in a pass
@@ -72,8 +80,9 @@ class Pace:
             return 0
         known = self._seconds[rows]
         longest = max((tokens for _, tokens in guesses), default=0)
-        # Twice as long as what was tried, at most: beyond, the time is a guess itself.
-        longest = min(longest, 2 * max(known))
+        # Twice as long as what was tried, at most: beyond, the time is a guess itself. What a pass costs by itself is
+        # paid for by as many tokens more.
+        longest = min(longest, 2 * max(known) + math.ceil(min(self._extra / known[1], longest)))
         best, speed = 0, MARGIN * rows / known[1]
         gained, right, sure = 0.0, [FAIR] * len(guesses), [1.0] * len(guesses)
         for place in range(longest):
@@ -91,21 +100,35 @@ class Pace:
         kinds = {kind for kind, _ in self._right} or {0}
         return min(most, 1 + max(self.length(rows, [(kind, most)] * rows) for kind in kinds))
 
-    def plain(self, rows: int, loop: bool) -> int:
+    def trial(self) -> tuple[int, float]:
+        """Return how many tokens to decode plainly, and in which time at most, so that it is known how long that takes.
+
+        An engine's own loop goes on until coming back from it costs a small part of that time.
+        """
+        return (LONGEST_PLAIN, OVERHEAD / SHARE) if self._loop else (FIRST_PLAIN, math.inf)
+
+    def first(self, rows: int, seconds: float) -> int:
+        """Return how many tokens to decode plainly before the first guess, which is expected to take so long."""
+        each = self._seconds[rows][1]
+        wait = math.ceil((seconds + OVERHEAD * self._loop) / (SHARE * each))
+        return min(max(FIRST_PLAIN, wait), LONGEST_PLAIN)
+
+    def plain(self, rows: int) -> int:
         """Return how many tokens to decode plainly before the next guess.
 
         So many that what a guess costs is a small part of their time: where guesses are almost free, one.
-
-        Args:
-            rows: B.
-            loop: whether the engine has a loop of its own, so that each return from it costs something, too.
         """
         self._belief *= DOUBT  # so that they are tried again some day
         each = self._seconds.get(rows, {}).get(1)
         if not each:
             return FIRST_PLAIN
-        cost = self._guessing + OVERHEAD * loop
+        cost = self._guessing + OVERHEAD * self._loop
         return min(max(1, math.ceil(cost / (SHARE * each))), LONGEST_PLAIN)
+
+    @property
+    def _extra(self) -> float:
+        """Seconds that a pass of several tokens costs at least beside them."""
+        return PASS * self._loop
 
     def _time(self, known: dict[int, float], tokens: int) -> float:
         """Seconds of a pass; of one that was never made, the least it can take: those of a shorter one.
@@ -113,8 +136,10 @@ class Pace:
         Behind all that were made, each further token costs what one cost so far.
         """
         below = max(t for t in known if t <= tokens)
-        slope = 0.0
+        slope, extra = 0.0, self._extra if below == 1 else 0.0
         if below == max(known):
-            slope = (known[below] - known[1]) / (below - 1) if below > 1 else FIRST_SLOPE * known[1]
-        seconds = known[below] + max(slope, 0.0) * (tokens - below)
+            slope = (
+                (known[below] - known[1] - self._extra) / (below - 1) if below > 1 else FIRST_SLOPE * known[1]
+            )
+        seconds = known[below] + extra + max(slope, 0.0) * (tokens - below)
         return known[1] + (seconds - known[1]) * self._belief

@@ -5,6 +5,7 @@ finished leaves at once, and with it the slots that only it had; its place goes 
 depends on neither its neighbours nor on when it came: they share a call of the engine, nothing else.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -108,10 +109,10 @@ class Scheduler:
                 self._rows = None
         self._stats.decode_seconds += time.perf_counter() - began
 
-    def _write(self, rows: Sequence[Row], most: int = MOST_TOKENS) -> list[int]:
-        """Give each row its next token, or up to `most` of them; return the rows that go on."""
+    def _write(self, rows: Sequence[Row], most: int = MOST_TOKENS, seconds: float = math.inf) -> list[int]:
+        """Give each row its next token, or in so many seconds up to `most` of them; return the rows that go on."""
         assert self._rows is not None
-        staying = self._advance(rows, most)
+        staying = self._advance(rows, most, min(seconds, self._seconds))
         if staying is None:
             staying = self._choose(rows, self._rows.next([row.tokens[-1] for row in rows]))
             self._stats.passes += 1
@@ -122,9 +123,16 @@ class Scheduler:
         assert self._rows is not None
         assert self._speculation is not None
         speculation, before = self._speculation, self._stats.passes
+        if speculation.hurries:
+            speculation.plain -= 1
+            return self._write(rows)
         guesses = speculation.guesses(rows, self._rows.room)
         began = speculation.clock()
-        staying = self._verify(rows, guesses) if guesses else self._write(rows, speculation.plain)
+        staying = (
+            self._verify(rows, guesses)
+            if guesses
+            else self._write(rows, speculation.plain, speculation.seconds)
+        )
         tokens = 1 + max(map(len, guesses), default=0)
         speculation.took(len(rows), tokens, speculation.clock() - began, self._stats.passes - before)
         return staying
@@ -153,7 +161,7 @@ class Scheduler:
         self._rows.crop([len(row.prompt) + len(row.tokens) - 1 for row in rows])
         return [b for b, row in enumerate(rows) if row.finish_reason is None]
 
-    def _advance(self, rows: Sequence[Row], most: int) -> list[int] | None:
+    def _advance(self, rows: Sequence[Row], most: int, seconds: float) -> list[int] | None:
         """Give the rows tokens until one of them ends or the time is up, at most so many; return those that go on.
 
         None if the engine cannot choose by itself, or has too little to go by. A stop string shows in the text alone,
@@ -172,7 +180,7 @@ class Scheduler:
             )
         ends = frozenset().union(*(row.eos_ids for row in rows))
         last = [row.tokens[-1] for row in rows]
-        drawn = self._rows.advance(last, choices, self._vocabulary, ends, count, self._seconds)
+        drawn = self._rows.advance(last, choices, self._vocabulary, ends, count, seconds)
         if drawn is None:
             return None
         self._stats.passes += len(drawn)

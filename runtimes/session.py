@@ -380,8 +380,10 @@ class Session:
         if lookup is not False and draft is not None:
             raise UsageError("lookup and draft are two ways to guess: choose one")
         vocabulary = self.tokenizer.vocab_size
+        first = SmallModel.first_seconds
         if draft is None:
             drafter: NewDrafter = lambda row: Lookup()  # noqa: E731
+            first = Lookup.first_seconds
         elif isinstance(draft, Session):
             drafter = draft._drafter(self.tokenizer)
         elif callable(draft):
@@ -389,7 +391,7 @@ class Session:
         else:
             raise UsageError(f"draft must be a session (portlm.load gives one), got {shown(draft)}")
         _check_goes_back("this model", self.engine)
-        return Speculation(drafter, vocabulary, hasattr(self.engine, "advance"), most)
+        return Speculation(drafter, vocabulary, hasattr(self.engine, "advance"), most, first)
 
     def _drafter(self, tokenizer: TextCoder) -> NewDrafter:
         """Return what guesses with this model for a larger one, which has this tokenizer.

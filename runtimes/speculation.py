@@ -13,6 +13,7 @@ accepted as often either way, with the model's probability of it. One that a sma
 more often there; drawing it with the same random number makes up for most of that.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Speculation:
         vocabulary: int,
         loop: bool,
         most: int = MOST,
+        first: Callable[[int], float] = lambda tokens: 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         """Begin with a batch of which nothing is known.
@@ -62,14 +64,22 @@ class Speculation:
             vocabulary: guesses hold ids below this.
             loop: whether the engine has a loop of its own for plain decoding.
             most: tokens of a guess.
+            first: seconds that the first guess for a text of so many tokens is expected to take.
             clock: seconds.
         """
         self.clock = clock
         self.plain = 0  # tokens to decode plainly before the next guess
+        self.seconds = math.inf  # in which to do so
         self._drafter, self._vocabulary, self._loop, self._most = drafter, vocabulary, loop, most
-        self._pace = Pace()
+        self._first, self._began, self._decoded = first, False, 0
+        self._pace = Pace(loop)
         self._texts: dict[int, _Text] = {}
         self._guessing = 0.0  # seconds that the last guesses took
+
+    @property
+    def hurries(self) -> bool:
+        """Whether the next token of a text is a plain one that need not be timed: finding that out costs, too."""
+        return self._began and self.plain > 1 and not self._loop
 
     def guesses(self, rows: Sequence[Row], room: int) -> list[Sequence[int]]:
         """Return what to read behind the next token of each row, nothing for some; [] for plain decoding.
@@ -82,8 +92,8 @@ class Speculation:
             UsageError: a drafter guessed what is no token.
         """
         B = len(rows)
-        if self.plain <= 0 and not self._pace.knows(B):
-            self.plain = self._pace.plain(B, self._loop)
+        if self.plain <= 0:
+            self.plain, self.seconds = self._before(rows)
         if self.plain > 0:
             return []
         began = self.clock()
@@ -100,7 +110,7 @@ class Speculation:
         if not first:
             self._pace.guessed(self._guessing)
         if length == 0:
-            self.plain = self._pace.plain(B, self._loop)
+            self.plain = self._pace.plain(B)
             return []
         return [text.draft.tokens[:length] for text in texts]
 
@@ -111,6 +121,22 @@ class Speculation:
         else:
             self._pace.took(rows, 1, seconds / passes)
             self.plain -= passes
+            self._decoded += passes
+            if self.seconds < math.inf:
+                self.plain = 0
+
+    def _before(self, rows: Sequence[Row]) -> tuple[int, float]:
+        """Return how many tokens to decode plainly before a guess may be made, and in how long a time; 0: it may."""
+        B = len(rows)
+        if not self._pace.knows(B):
+            return self._pace.trial()
+        if self._began:
+            return 0, math.inf
+        self._began = True  # once the next plain tokens are there
+        return self._pace.first(B, sum(map(self._expected, rows))) - self._decoded, math.inf
+
+    def _expected(self, row: Row) -> float:
+        return self._first(len(row.prompt) + len(row.tokens))
 
     def _guess(self, text: _Text, most: int) -> None:
         """Judge the last guess for a text, and make the next."""

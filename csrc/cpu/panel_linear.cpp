@@ -4,6 +4,11 @@
 //
 // Each element of y is added up in one order, over blocks of kDepth products, whatever rows are beside it.
 //
+// A few rows of x should cost what one does, the pass over W. One row meets all 64 elements of a column at once, so memory is
+// read in order, and the processor sees what comes next. With more rows than their sums have registers a part of a panel is
+// read in several sweeps, the first of which would take every fourth line, say, and wait for each: so while a part is
+// multiplied, the next one is asked for in order, and by all sweeps and all rows in equal shares.
+//
 // W is float32, or float16 or bfloat16 and then half as long to read: its elements are widened in registers, which is
 // exact, and all that follows is the same arithmetic.
 #include <cstring>
@@ -22,18 +27,23 @@ constexpr int64_t kPanel = 64;       // rows of W in a panel
 constexpr int64_t kDepth = 256;      // columns that are added up before they join the total: 64 KB of a panel stay in L2
 constexpr int64_t kRowBlock = 126;   // rows of x that meet such a part of a panel before the next one
 constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
-constexpr int64_t kAhead = 2048;     // bytes by which memory is asked for before it is needed
+constexpr int64_t kAhead = 4096;     // bytes by which one row asks for memory before it needs it
 constexpr int64_t kLine = 64;        // bytes
 
-// A tile is R rows of x by V vectors of rows of W: as many accumulators as leave registers for V vectors and one element.
+// A tile is R rows of x, 1 .. kTall, by V vectors of rows of W: as many accumulators as leave registers for V vectors and one
+// element, or one vector and R elements.
 #if defined(PORTLM_ISA_AVX512)
-constexpr int kTall = 6, kTallVectors = 4, kWideVectors = 4;
+constexpr int kTall = 6;
+constexpr int vectors(int) { return 4; }
 #elif defined(PORTLM_ISA_AVX2)
-constexpr int kTall = 6, kTallVectors = 2, kWideVectors = 8;
+constexpr int kTall = 6;
+constexpr int vectors(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 #elif defined(PORTLM_ISA_NEON)
-constexpr int kTall = 6, kTallVectors = 4, kWideVectors = 16;
+constexpr int kTall = 6;
+constexpr int vectors(int rows) { return rows == 1 ? 16 : rows <= 3 ? 8 : 4; }
 #else
-constexpr int kTall = 4, kTallVectors = 4, kWideVectors = 8;
+constexpr int kTall = 4;
+constexpr int vectors(int rows) { return rows == 1 ? 8 : 4; }
 #endif
 
 enum Activation { kNone, kGelu, kGeluTanh, kReluSquared };
@@ -54,6 +64,8 @@ template <typename W>
 struct Part {
   const float* x;  // row 0 at the first column of this part
   const W* panel;
+  const char* ahead;  // what a tile asks for: `pace` bytes and a little more in each step
+  int64_t pace;
   const float* bias;  // of the first row of W here, or nullptr
   float* y;
   int64_t depth, K, N;  // columns here, floats from row to row of x and of y
@@ -62,25 +74,30 @@ struct Part {
   int activation;
 };
 
-template <int R, int V, typename W>
-void tile(const Part<W>& p) {
+// Apart from its callers, so that all registers are there for sums: gcc would keep numbers of the activations in some.
+template <int R, int V, bool kAsks, typename W>
+__attribute__((noinline)) void tile(const Part<W>& p) {
   Vec sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[r][v] = Vec(0.0f);
-  for (int64_t k = 0; k < p.depth; ++k) {
-    const W* const w = p.panel + k * kPanel;
-    constexpr int kItem = sizeof(W);
-    if (R == 1)
+  constexpr int64_t kBytes = V * Vec::N * static_cast<int64_t>(sizeof(W));
+  const int64_t K = p.K, pace = R == 1 ? kPanel * static_cast<int64_t>(sizeof(W)) : p.pace;
+  const char* ahead = R == 1 ? reinterpret_cast<const char*>(p.panel) + kAhead : p.ahead;
+  const W* w = p.panel;
+  const W* const end = w + p.depth * kPanel;
+  for (const float* from = p.x; w < end; w += kPanel, ++from, ahead += pace) {
+    if constexpr (kAsks) {  // into L2, from where the processor fetches it by itself
 #pragma GCC unroll 16
-      for (int v = 0; v < V * Vec::N; v += kLine / kItem) __builtin_prefetch(w + kAhead / kItem + v);
+      for (int64_t byte = 0; byte < kBytes; byte += kLine) __builtin_prefetch(ahead + byte, 0, 2);
+    }
     Vec row[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) row[v] = widen(w + v * Vec::N);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec x(p.x[r * p.K + k]);
+      const Vec x(from[r * K]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[r][v] = fma(x, row[v], sum[r][v]);
     }
@@ -105,16 +122,20 @@ void tile(const Part<W>& p) {
   }
 }
 
-// All columns of a panel for so many rows, 1 .. kTall.
+// All columns of a panel for so many rows, 1 .. kTall, which ask for one of so many shares of what lies ahead; 0: for nothing.
 template <int R = kTall, typename W>
-void rows_of(int64_t rows, const Part<W>& part) {
+void rows_of(int64_t rows, int64_t shares, const Part<W>& part) {
   if constexpr (R > 1)
-    if (rows < R) return rows_of<R - 1>(rows, part);
-  constexpr int V = R == 1 ? kWideVectors : kTallVectors;
+    if (rows < R) return rows_of<R - 1>(rows, shares, part);
+  constexpr int V = vectors(R);
+  constexpr int64_t kColumns = V * Vec::N, kBytes = kColumns * static_cast<int64_t>(sizeof(W));
+  const bool asks = R == 1 || (kColumns < kPanel ? shares > 0 : shares > 1);  // one sweep in order needs no help
   Part<W> p = part;
-  for (int64_t j = 0; j < part.columns; j += V * Vec::N) {
+  p.pace = shares ? (kBytes + shares - 1) / shares : 0;
+  for (int64_t j = 0; j < part.columns; j += kColumns) {
     p.panel = part.panel + j, p.bias = part.bias ? part.bias + j : nullptr, p.y = part.y + j, p.columns = part.columns - j;
-    tile<R, V>(p);
+    asks ? tile<R, V, true>(p) : tile<R, V, false>(p);
+    p.ahead += part.depth * p.pace;
   }
 }
 
@@ -125,16 +146,24 @@ void multiply(const float* x, const W* panels, const float* bias, float* y, int6
   const int64_t threads = threads_for(rows * N * K / 32 + (N * K + rows * (N + K)) / 4, kGrain);
   const int64_t parts = threads < items ? threads : items;
   parallel_for(parts, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t item = items * begin / parts; item < items * end / parts; ++item) {
-      const int64_t j = item / blocks * kPanel, i0 = item % blocks * kRowBlock;
-      const int64_t i1 = i0 + kRowBlock < rows ? i0 + kRowBlock : rows;
+    const int64_t last = items * end / parts;
+    const W* const stop = panels + ((last - 1) / blocks + 1) * kPanel * K;  // where this thread's panels end
+    for (int64_t item = items * begin / parts; item < last; ++item) {
+      const int64_t j = item / blocks * kPanel, block = item % blocks;
+      const int64_t i0 = rows * block / blocks, i1 = rows * (block + 1) / blocks, groups = (i1 - i0 + kTall - 1) / kTall;
       int64_t k = 0;
       do {
         const int64_t depth = K - k < kDepth ? K - k : kDepth;
-        for (int64_t i = i0; i < i1; i += kTall)
-          rows_of(i1 - i < kTall ? i1 - i : kTall,
-                  Part<W>{x + i * K + k, panels + j * K + k * kPanel, bias ? bias + j : nullptr, y + i * N + j, depth, K, N,
-                          N - j < kPanel ? N - j : kPanel, k == 0, k + depth == K, activation});
+        const W* const from = panels + (j * K + k * kPanel);
+        const bool more = stop - from > kDepth * kPanel;
+        const W* const ahead = more ? from + kDepth * kPanel : from;
+        const int64_t share = (depth * kPanel * static_cast<int64_t>(sizeof(W)) + groups - 1) / groups;
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t i = i0 + (i1 - i0) * g / groups, rows_here = i0 + (i1 - i0) * (g + 1) / groups - i;
+          rows_of(rows_here, more ? groups : 0,
+                  Part<W>{x + i * K + k, from, reinterpret_cast<const char*>(ahead) + g * share, 0, bias ? bias + j : nullptr,
+                          y + i * N + j, depth, K, N, N - j < kPanel ? N - j : kPanel, k == 0, k + depth == K, activation});
+        }
         k += depth;
       } while (k < K);
     }

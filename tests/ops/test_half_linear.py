@@ -101,7 +101,7 @@ def test_the_op_is_as_accurate_as_its_kernel(rows, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 9])
 def test_it_is_the_float32_kernel_on_the_same_numbers_to_the_bit(rows, kind):
     from portlm.compile.packed_file import in_panels
 

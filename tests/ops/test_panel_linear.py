@@ -47,7 +47,7 @@ def sample(rows, N, K, seed=0):
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 127, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 127, 200])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (15, 7), (63, 256), (64, 257), (65, 64), (200, 600), (130, 1)])
 def test_it_is_as_near_to_float64_as_sums_of_this_length_can_be(N, K, rows, has_bias):
     """Each product and each addition rounds once: K of them in chains of at most DEPTH, and the chains' sums."""
@@ -75,6 +75,15 @@ def test_a_row_is_the_same_bits_alone_and_among_others(activation):
     together = run(x, W, bias, activation)
     for first, last in ((0, 1), (7, 8), (3, 9), (22, 23)):
         assert run(x[first:last], W, bias, activation).tobytes() == together[first:last].tobytes()
+
+
+@pytest.mark.parametrize("K", [1, 88, 517])
+def test_a_row_is_the_same_bits_beside_any_number_of_others(K):
+    """Rows are cut into groups of like size, and each size has a tile of its own."""
+    x, W, bias = sample(130, 200, K)
+    together = run(x, W, bias)
+    for rows in (*range(1, 15), 127):
+        assert run(x[-rows:], W, bias).tobytes() == together[-rows:].tobytes()
 
 
 @pytest.mark.parametrize("rows", [1, 6, 300])

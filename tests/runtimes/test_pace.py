@@ -5,9 +5,9 @@ import pytest
 
 from portlm.runtimes import session as sessions
 from portlm.runtimes.base import ArrayEngine
-from portlm.runtimes.drafting import Draft
+from portlm.runtimes.drafting import Draft, Lookup
 from portlm.runtimes.null import DECODER
-from portlm.runtimes.pace import FAIR, FIRST_PLAIN, LONGEST_PLAIN, MARGIN, Pace
+from portlm.runtimes.pace import FAIR, FIRST_PLAIN, LONGEST_PLAIN, MARGIN, OVERHEAD, Pace
 from portlm.runtimes.session import Session
 from portlm.runtimes.speculation import Speculation
 from portlm.tokenizer import byte_tokenizer
@@ -36,6 +36,23 @@ class Reciting(ArrayEngine):
             for i, place in enumerate(places):
                 logits[b, i, self.text[min(place + 1, len(self.text) - 1)]] = 1
         return {"logits": logits}, {"past_ids": np.concatenate([tensors["past_ids"], ids], axis=1)}
+
+
+class Looping(Reciting):
+    """The same, with a loop of its own, in which a token takes `token` seconds and coming back OVERHEAD."""
+
+    def __init__(self, text, cost, token):
+        super().__init__(text, cost)
+        self.token = token
+
+    def advance(self, state, asked):
+        made = max(1, min(asked.count, int(asked.seconds / self.token) + 1))
+        self.now += made * self.token + OVERHEAD
+        place = int(asked.lengths[0]) + 1
+        said = [self.text[min(place + i, len(self.text) - 1)] for i in range(made)]
+        read = np.array([[*asked.tokens, *said[:-1]]], np.int64)
+        kept = {"past_ids": np.concatenate([state.take()["past_ids"], read], axis=1)}
+        return np.array(said)[:, None], self._state("decoder", 1, state.past + made, kept)
 
 
 COSTS = {
@@ -125,19 +142,95 @@ def test_a_drafter_that_becomes_right_is_noticed(recite):
     assert stats.accepted > 500
 
 
+class Slow:
+    """Makes another drafter's guesses in so many seconds each, the first one in so many times as long."""
+
+    def __init__(self, drafter, engine, seconds, first):
+        self.drafter, self.engine, self.seconds, self.times = drafter, engine, seconds, first
+
+    def propose(self, new, count):
+        self.engine.now += self.seconds * self.times
+        self.times = 1
+        return self.drafter.propose(new, count)
+
+
+@pytest.fixture
+def recite_in_a_loop(monkeypatch):
+    """Function (text, tokens, drafter, seconds, first): the time of guesses over that of plain decoding, and counts.
+
+    A token takes 0.1 ms in the loop. A pass from Python takes 0.2 ms, and 0.01 ms more for each further token.
+    """
+
+    def recite(text, count, drafter, seconds, first=1):
+        engine = Looping(text, lambda tokens: 200e-6 + 10e-6 * (tokens - 1), 100e-6)
+        monkeypatch.setattr(
+            sessions, "Speculation", lambda *given, **more: Speculation(*given, **more, clock=engine.clock)
+        )
+        draft = lambda row: Slow(drafter(), engine, seconds, first)  # noqa: E731
+        took = []
+        for options in ({}, {"draft": draft}):
+            engine.now = 0.0
+            result = Session(engine, BYTES).generate(text[:10], max_new_tokens=count, **options)
+            assert result.token_ids == tuple(text[10 : 10 + count])
+            took.append(engine.now)
+        return took[1] / took[0], result.stats
+
+    return recite
+
+
+# What a lookup takes, and a model that draws from Python; the first time, the prompt is read.
+DRAFTERS = {
+    "lookup": (Lookup, 30e-6, 3),
+    "wrong": (Wrong, 30e-6, 3),
+    "model": (Lookup, 500e-6, 3),
+    "wrong model": (Wrong, 500e-6, 3),
+}
+
+
+@pytest.mark.parametrize("count", [64, 300, 4000])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("text", ["nothing comes twice", "all comes twice"])
+def test_a_model_whose_tokens_need_no_python_loses_nothing_to_guesses(text, drafter, count, recite_in_a_loop):
+    """A thirtieth is left to finding out whether they pay."""
+    long = np.random.default_rng(2).integers(0, 256, 4100).tolist()
+    said = {"nothing comes twice": long, "all comes twice": (long[:30] + long[40:70] + long[:30]) * 50}[text]
+    times, _ = recite_in_a_loop(said, count, *DRAFTERS[drafter])
+    assert times <= 1 / 0.97
+
+
+def test_guesses_of_such_a_model_are_found_out_where_they_pay(recite_in_a_loop):
+    times, stats = recite_in_a_loop(TEXTS["one word"] * 6, 4000, *DRAFTERS["lookup"])
+    assert times < 0.6
+    assert stats.accepted > 2000
+
+
+def test_a_short_text_of_such_a_model_never_leaves_its_loop(recite_in_a_loop):
+    times, stats = recite_in_a_loop(TEXTS["one word"], 64, *DRAFTERS["lookup"])
+    assert times == 1
+    assert stats.drafted == 0
+
+
 def test_what_a_guess_costs_decides_how_often_one_is_made():
-    pace = Pace()
-    assert pace.plain(1, loop=False) == FIRST_PLAIN  # nothing is known yet
-    pace.took(1, 1, 1e-3)
-    pace.guessed(1e-6)
-    assert pace.plain(1, loop=False) == 1
-    assert pace.plain(1, loop=True) > 1  # to come back costs something, too
+    pace, looping = Pace(), Pace(loop=True)
+    assert pace.plain(1) == FIRST_PLAIN  # nothing is known yet
+    for each in (pace, looping):
+        each.took(1, 1, 1e-3)
+        each.guessed(1e-6)
+    assert pace.plain(1) == 1
+    assert looping.plain(1) > 1  # to come back costs something, too
     for _ in range(50):
         pace.guessed(1e-4)
-    assert pace.plain(1, loop=False) == 10
+    assert pace.plain(1) == 10
     for _ in range(50):
         pace.guessed(1.0)
-    assert pace.plain(1, loop=False) == LONGEST_PLAIN
+    assert pace.plain(1) == LONGEST_PLAIN
+
+
+def test_the_first_guess_waits_until_what_it_takes_is_little():
+    pace = Pace()
+    pace.took(1, 1, 1e-2)
+    assert pace.first(1, 1e-4) == FIRST_PLAIN
+    assert pace.first(1, 4e-3) == 40
 
 
 def test_one_interrupted_pass_changes_little():

@@ -65,7 +65,9 @@ def _passes_are_free(monkeypatch):
     """The clock stands still, nothing costs or is learned, so all guesses are read."""
     monkeypatch.setattr(pace, "MEMORY", 1e9)
     monkeypatch.setattr(pace, "OVERHEAD", 0.0)
+    monkeypatch.setattr(pace, "PASS", 0.0)
     monkeypatch.setattr(pace, "FIRST_PLAIN", 1)
+    monkeypatch.setattr(pace, "SHARE", float("inf"))
     monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))
 
 
@@ -180,6 +182,7 @@ def test_a_stream_shows_the_text_of_generate(options, session):
 def test_plain_stretches_are_left_to_the_engines_own_loop(packed, monkeypatch):
     """Where nothing was said before, and a real clock says that a guess costs something."""
     monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=iter(range(10**6)).__next__))
+    monkeypatch.setattr(pace, "SHARE", 0.01)
     calls, advance = [], PackedEngine.advance
 
     def counted(self, state, asked):
