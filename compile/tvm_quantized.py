@@ -41,11 +41,11 @@ def read_numbers(module: "tvm.IRModule", first: int, matrices: Sequence[Packed])
 
     matmul = ir.Op.get("relax.matmul")
     main = module["main"]
-    parts = {
-        variable: [relax.Var(f"{variable.name_hint}_{place}", ty) for place, ty in enumerate(_types(matrix))]
-        for variable, matrix in zip(main.params[first:], matrices, strict=True)
-    }
     by_variable = dict(zip(main.params[first:], matrices, strict=True))
+    parts = {
+        variable: [relax.Var(f"{matrix.name}.{place}", ty) for place, ty in enumerate(_types(matrix))]
+        for variable, matrix in by_variable.items()
+    }
 
     @mutator
     class ReadNumbers(PyExprMutator):
@@ -182,10 +182,10 @@ def _schedule_few(schedule: Any) -> None:
     partial, total, results = (schedule.get_sblock(name) for name in ("partial", "total", "few_results"))
     _, panel, column = schedule.get_loops(results)
     schedule.vectorize(column)
-    schedule.compute_at(total, panel)
+    schedule.compute_at(total, panel, preserve_unit_loops=True)
     *_, column, group = schedule.get_loops(total)
     schedule.reorder(group, column)
-    schedule.compute_at(partial, group)
+    schedule.compute_at(partial, group, preserve_unit_loops=True)
     *_, partial_column, k = schedule.get_loops(partial)
     schedule.reorder(k, partial_column)
     byte, half = schedule.split(k, [None, 2])
@@ -202,16 +202,16 @@ def _schedule_many(schedule: Any, columns: int) -> None:
     outer, inner = schedule.split(column, [None, columns])
     schedule.reorder(panel, block, outer, row, inner)
     schedule.vectorize(inner)
-    schedule.compute_at(sums, outer)
-    *_, row, column, group, k = schedule.get_loops(sums)
+    schedule.compute_at(sums, outer, preserve_unit_loops=True)
+    *_, row, _, column, group, k = schedule.get_loops(sums)
     schedule.reorder(group, k, row, column)
-    schedule.compute_at(weights, panel)
+    schedule.compute_at(weights, panel, preserve_unit_loops=True)
     *_, weight_k, weight_column = schedule.get_loops(weights)
     _, half = schedule.split(weight_k, [None, 2])
     schedule.unroll(half)
     schedule.vectorize(weight_column)
     schedule.unroll(row)
     schedule.vectorize(column)
-    *_, row, column = schedule.get_loops(schedule.decompose_reduction(sums, group))
+    *_, row, _, column = schedule.get_loops(schedule.decompose_reduction(sums, group))
     schedule.unroll(row)
     schedule.vectorize(column)
