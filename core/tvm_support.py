@@ -124,7 +124,9 @@ class Packed(Struct, frozen=True, forbid_unknown_fields=True):
         """Say what does not fit, or "": who packs them reads as much as the first shape asks for."""
         shape, wanted = self.weight.shape, ("uint8", "float32", "uint8")
         if self.bits == BITS:
-            fits = not self.panels and self.weight.dtype in DTYPES and len(shape) == 2 and len(self.parts()) == 1
+            fits = (
+                not self.panels and self.weight.dtype in DTYPES and len(shape) == 2 and len(self.parts()) == 1
+            )
             return "" if fits else "is no matrix of 16 bits"
         if self.scale is None:
             return "has no scales"
