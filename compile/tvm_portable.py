@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from portlm.compile.tvm_build import Graph, Lowering
+from portlm.compile.tvm_byte_cache import read_bytes
 from portlm.compile.tvm_quantized import read_numbers
 from portlm.compile.tvm_schedule import cpu_passes
 from portlm.errors import FormatError
@@ -88,5 +89,8 @@ def bound_gathers(module: "tvm.IRModule") -> "tvm.IRModule":
 
 
 LOWERING = Lowering(
-    "portable", [("ImportGraph", import_graph), ("BoundGathers", bound_gathers)], cpu_passes, "bytecode"
+    "portable",
+    [("ImportGraph", import_graph), ("BoundGathers", bound_gathers), ("ReadBytes", read_bytes)],
+    cpu_passes,
+    "bytecode",
 )

@@ -91,7 +91,7 @@ def define(matrix: Packed) -> "tvm.tirx.PrimFunc":
     Its parameters are x, the parts of the matrix and y.
     """
     from tvm import tirx
-    from tvm.script import tirx as T  # noqa: N812 - as TVM has it
+    from tvm.script import tirx as T
 
     rows, groups, size = matrix.weight.shape
     bits, each = matrix.bits, 8 // matrix.bits
