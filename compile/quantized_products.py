@@ -73,8 +73,10 @@ def _written(matrix: Packed) -> Expression:
     weights = {part.name: part for part in matrix.parts()}
     shapes = {name: np.broadcast_to(np.zeros((), part.dtype), part.shape) for name, part in weights.items()}
     builder = GraphBuilder("matrix", shapes, WeightFile(""), {})
-    names = [builder.weight(part.name) if part else "" for part in (matrix.weight, matrix.scale, matrix.zero)]
-    value = write_matrix(builder, *names, matrix.bits)
+    weight, scale, zero = (
+        builder.weight(part.name) if part else "" for part in (matrix.weight, matrix.scale, matrix.zero)
+    )
+    value = write_matrix(builder, weight, scale, zero, matrix.bits)
     return _Constants(builder.model({}), weights).expressions[value]
 
 

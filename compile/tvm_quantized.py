@@ -107,7 +107,7 @@ def define(matrix: Packed) -> "tvm.tirx.PrimFunc":
         return (byte - z[p, group, j].astype("int32") if matrix.zero else byte).astype("float32")
 
     @T.prim_func(s_tir=True, private=True)
-    def product(x_: T.handle, q_: T.handle, s_: T.handle, z_: T.handle, y_: T.handle):
+    def product(x_: T.handle, q_: T.handle, s_: T.handle, z_: T.handle, y_: T.handle) -> None:
         M = T.int64()
         x = T.match_buffer(x_, (M, K), "float32")
         q = T.match_buffer(q_, (P, G, B, W), "int8")

@@ -346,7 +346,7 @@ def map_weights(
     Args:
         path: the weight file.
         weights: where each lies; Signature.read has checked that they lie inside.
-        packed: small matrices, which are brought into the order that kernels read, now.
+        packed: small matrices, which are brought into the order that kernels read, or TVM's own code, now.
         panels: float32 matrices, likewise. They and matrices of 16 bits are read and not mapped: what is read is let
             go of again.
     """

@@ -15,6 +15,7 @@ import tvm
 from tvm import s_tir
 
 from portlm import _C
+from portlm.artifact import replace
 from portlm.compile.graph import GraphBuilder, WeightFile
 from portlm.compile.quantize import Quantized, Scheme, dequantize, pack, pack_zeros
 from portlm.compile.quantized_products import products_of_numbers
@@ -106,6 +107,12 @@ def test_panels_hold_the_same_matrix_and_zeros_beside_it(N, G, group, bits, zero
     assert np.array_equal(rows[:N], wide)
     assert not numbers.transpose(0, 3, 1, 2).reshape(-1, numbers.shape[1] * numbers.shape[2])[N:].any()
     assert not scales.transpose(0, 2, 1).reshape(-1, G)[N:].any()
+
+
+def test_a_matrix_of_16_bits_has_no_panels_of_bytes():
+    half = Packed("w", Weight("w", (4, 8), 0, "float16"), None, None, 16)
+    assert half.contradiction() == ""
+    assert replace(half, panels=True).contradiction() == "is no matrix of 16 bits"
 
 
 def test_one_panel_at_a_time_becomes_floats():
