@@ -22,8 +22,8 @@ import msgspec
 from portlm.artifact import Manifest, check_files, read_manifest, replace, write_manifest
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
-from portlm.ort_support import EXACT, accuracy_level
 from portlm.plan import needs_plan
+from portlm.quantization import FLOATS, activations
 from portlm.trust import is_ours, private_folder
 
 Key = tuple[str, str, str]
@@ -122,10 +122,10 @@ def _digest(manifest: Manifest, key: Key) -> str:
         name: [role.weights, manifest.files[role.profiles[key[2]]].sha256]
         for name, role in manifest.roles.items()
     }
-    level = accuracy_level() if manifest.quantization is not None else EXACT
+    taken = activations() if manifest.quantization is not None else FLOATS
     facts = [
         key,
-        level,
+        taken,
         graphs,
         msgspec.to_builtins(manifest.model),
         versions_of(*key[:2]),

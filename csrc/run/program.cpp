@@ -239,7 +239,8 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
         copy_columns(floats(in[0]) + at * C, extents.sequence * C, floats(out[0]) + j * C, extents.kept * C, C, extents.batch);
       }
       break;
-    case Opcode::linear: map(step); break;
+    case Opcode::linear:
+    case Opcode::linear_a8: map(step); break;
     case Opcode::layer_norm:
       k.layer_norm_fwd(floats(in[0]), nullptr, floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), nullptr, nullptr,
                        nullptr, rows(in[0]), width(in[0]));
@@ -307,8 +308,9 @@ void Program::map(const Step& step) {
     return k.half_linear(x, static_cast<const uint16_t*>(data), bias, y, rows, N, K, matrix.dtype == Dtype::bfloat16_panels,
                          activation);
   const Tensor& tensor = file_.tensors[matrix.tensor];
-  k.packed_linear(x, static_cast<const uint8_t*>(data), bias, y, rows, N, K, tensor.group, matrix.dtype == Dtype::int4 ? 4 : 8,
-                  tensor.has_zeros, activation);
+  const auto packed_linear = step.opcode == Opcode::linear_a8 ? k.packed_linear_a8 : k.packed_linear;
+  packed_linear(x, static_cast<const uint8_t*>(data), bias, y, rows, N, K, tensor.group, matrix.dtype == Dtype::int4 ? 4 : 8,
+                tensor.has_zeros, activation);
 }
 
 // Of a step whose tables of a rotation are its inputs 2 and 3.
