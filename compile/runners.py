@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from portlm.errors import EngineUnavailableError
 from portlm.ops.half import pack_array
 from portlm.ops.quantized import pack_array as pack_matrix
-from portlm.panels import in_panels
+from portlm.panels import byte_panels, in_panels
 from portlm.trust import private_scratch
 from portlm.tvm_support import DTYPES, Packed
 
@@ -100,7 +100,8 @@ def tvm_runner(device: str, profile: str) -> Runner:
                 weights.append(Weight(tensor.name, array.shape, offset, str(array.dtype)))
         graph = make_graph(model, "", weights)
         tensors = [tvm.runtime.tensor(widened(arrays[weight.name])) for weight in graph.weights]
-        tensors += [tvm.runtime.tensor(packed_tensor(matrix, arrays)) for matrix in graph.packed]
+        for matrix in graph.packed:
+            tensors += [tvm.runtime.tensor(part) for part in packed_tensors(matrix, arrays)]
         for wide in graph.panels:
             tensors.append(tvm.runtime.tensor(in_panels(arrays[wide.weight.name], wide.turned)))
         executable = compile_graph(graph, LOWERINGS[profile])
@@ -129,12 +130,15 @@ def widened(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.name in DTYPES else array
 
 
-def packed_tensor(matrix: Packed, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A small matrix as a library takes it, (bytes) uint8."""
+def packed_tensors(matrix: Packed, arrays: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+    """A small matrix as a library takes it: (bytes) uint8, or its parts in panels."""
     weight, *parts = (arrays[part.name] for part in matrix.parts())
     if not parts:
-        return pack_array(weight).reshape(-1).view(np.uint8)
-    return pack_matrix(weight, parts[0], parts[1] if parts[1:] else None, matrix.bits)
+        return [pack_array(weight).reshape(-1).view(np.uint8)]
+    zero = parts[1] if parts[1:] else None
+    if matrix.panels:
+        return byte_panels(weight, parts[0], zero, matrix.bits)
+    return [pack_matrix(weight, parts[0], zero, matrix.bits)]
 
 
 def _outputs(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from portlm import _C
 from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.passes import Note, Pass, ignore, run_passes
+from portlm.compile.quantized_products import products_of_numbers
 from portlm.compile.source import read_source, specs
 from portlm.errors import EngineUnavailableError
 from portlm.ops.registry import nodes
@@ -41,7 +42,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX decoder whose weights stay in their file."""
+    """An ONNX decoder whose weights stay in their file.
+
+    A product with a quantized matrix in standard operators reads its numbers: the name of the matrix stands in its
+    place (compile/quantized_products.py).
+    """
 
     proto: onnx.ModelProto
     weights_file: str  # relative to the artifact
@@ -87,7 +92,9 @@ def make_graph(proto: onnx.ModelProto, file: str, weights: Sequence[Weight]) -> 
         weights: all that are in it.
     """
     places = {weight.name: weight for weight in weights}
-    packed: dict[str, Packed] = {}
+    proto, products = products_of_numbers(proto, places)
+    left = {tensor.name for tensor in proto.graph.initializer}
+    packed = {matrix.name: matrix for matrix in products}
     for node in proto.graph.node:
         spec = nodes().get(node.op_type) if node.domain == DOMAIN else None
         if spec is None or not spec.packed:
@@ -98,10 +105,11 @@ def make_graph(proto: onnx.ModelProto, file: str, weights: Sequence[Weight]) -> 
         assert weight is not None, "compile/check_quantized.py lets no other through"
         bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), BITS)
         packed[weight.name] = Packed(packed_name(weight.name), weight, scale, zero, bits)
-    inside = {part.name for matrix in packed.values() for part in matrix.parts()}
+    # A table that is looked up, too, stays where it is: its rows are read from there.
+    inside = {p.name for matrix in packed.values() for p in matrix.parts() if not matrix.panels}
     panels = _panels(proto, places)
     inside.update(matrix.weight.name for matrix in panels)
-    others = tuple(weight for weight in weights if weight.name not in inside)
+    others = tuple(weight for weight in weights if weight.name in left and weight.name not in inside)
     return Graph(proto, file, others, tuple(packed.values()), panels)
 
 

@@ -12,6 +12,8 @@ Measured on a decoder of 5 million parameters, one thread of an x86-64-v4 server
 
 from typing import TYPE_CHECKING, Any
 
+from portlm.compile.tvm_quantized import FORM, NAME, schedule_for_cpu
+
 if TYPE_CHECKING:
     import tvm
 
@@ -34,7 +36,8 @@ def cpu_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":
     def schedule(module: "tvm.IRModule", _: Any) -> "tvm.IRModule":
         for name, function in module.functions_items():
             if isinstance(function, tvm.tirx.PrimFunc):
-                module[name] = schedule_products(function)
+                ours = function.attrs is not None and function.attrs.get(FORM) == NAME
+                module[name] = schedule_for_cpu(function, target) if ours else schedule_products(function)
         return module
 
     @tvm.transform.module_pass(opt_level=0, name="FuseTransposeMatmul")

@@ -105,6 +105,8 @@ class Packed(Struct, frozen=True, forbid_unknown_fields=True):
         scale: (N, G), or None for one of 16 bits.
         zero: (N, ceil(G * bits / 8)) uint8, or None.
         bits: of a number.
+        panels: whether its parts are parameters of their own, in panels as code of TVM's reads them
+            (portlm.panels.byte_panels), and not one that kernels read.
     """
 
     name: Text
@@ -112,6 +114,7 @@ class Packed(Struct, frozen=True, forbid_unknown_fields=True):
     scale: Weight | None
     zero: Weight | None
     bits: Annotated[int, Meta(ge=1, le=16)]
+    panels: bool = False
 
     def parts(self) -> tuple[Weight, ...]:
         """Return what of it is in the weight file."""
@@ -121,7 +124,9 @@ class Packed(Struct, frozen=True, forbid_unknown_fields=True):
         """Say what does not fit, or "": who packs them reads as much as the first shape asks for."""
         shape, wanted = self.weight.shape, ("uint8", "float32", "uint8")
         if self.bits == BITS:
-            fits = self.weight.dtype in DTYPES and len(shape) == 2 and len(self.parts()) == 1
+            fits = (
+                not self.panels and self.weight.dtype in DTYPES and len(shape) == 2 and len(self.parts()) == 1
+            )
             return "" if fits else "is no matrix of 16 bits"
         if self.scale is None:
             return "has no scales"

@@ -34,7 +34,7 @@ from portlm.ops.half import pack_array
 from portlm.ops.quantized import pack_array as pack_matrix
 from portlm.ops.registry import tvm_functions
 from portlm.ops.token_selection import bad_row, check_filters
-from portlm.panels import in_panels
+from portlm.panels import byte_panels, in_panels
 from portlm.quantization import EIGHT_BITS, takes_bytes
 from portlm.roles import StateSpec, difference
 from portlm.runtimes.base import ArrayEngine
@@ -353,7 +353,7 @@ def map_weights(
     Args:
         path: the weight file.
         weights: where each lies; Signature.read has checked that they lie inside.
-        packed: small matrices, which are brought into the order that kernels read, now.
+        packed: small matrices, which are brought into the order that kernels read, or TVM's own code, now.
         panels: float32 matrices, likewise. They and matrices of 16 bits are read and not mapped: what is read is let
             go of again.
     """
@@ -376,6 +376,10 @@ def map_weights(
             tensors.append(_tensor(pack_array(read(matrix.weight, "<u2")).reshape(-1).view(np.uint8)))
             continue
         zero = None if matrix.zero is None else mapped(matrix.zero)
+        if matrix.panels:
+            parts = byte_panels(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)
+            tensors.extend(map(_aligned, parts))
+            continue
         tensors.append(_tensor(pack_matrix(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
     for wide in panels:
         tensors.append(_tensor(in_panels(read(wide.weight, "<f4"), wide.turned)))

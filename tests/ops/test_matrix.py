@@ -306,8 +306,8 @@ def vulkan() -> Any:
 
 def tvm_run(model: onnx.ModelProto, profile: str) -> Run:
     from portlm.compile import tvm_fused, tvm_portable
-    from portlm.compile.runners import packed_tensor, widened
-    from portlm.compile.tvm_build import Graph, compile_graph, make_graph
+    from portlm.compile.runners import packed_tensors, widened
+    from portlm.compile.tvm_build import compile_graph, make_graph
     from portlm.panels import in_panels
     from portlm.runtimes.tvm import connect_kernels
     from portlm.tvm_support import Weight, import_tvm, virtual_machine
@@ -318,10 +318,10 @@ def tvm_run(model: onnx.ModelProto, profile: str) -> Run:
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in tensors}
     weights = tuple(Weight(name, array.shape, 0, str(array.dtype)) for name, array in arrays.items())
     lowering = {"portable": tvm_portable.LOWERING, "fused": tvm_fused.LOWERING}[profile]
-    graph = make_graph(model, "", weights) if profile == "fused" else Graph(model, "", weights)
+    graph = make_graph(model, "", weights)
     machine = virtual_machine(compile_graph(graph, lowering).jit())
     constants = [tvm.runtime.tensor(widened(arrays[weight.name])) for weight in graph.weights]
-    constants += [tvm.runtime.tensor(packed_tensor(matrix, arrays)) for matrix in graph.packed]
+    constants += [tvm.runtime.tensor(p) for m in graph.packed for p in packed_tensors(m, arrays)]
     constants += [tvm.runtime.tensor(in_panels(arrays[m.weight.name], m.turned)) for m in graph.panels]
     names = [value.name for value in model.graph.input]
 
