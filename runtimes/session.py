@@ -12,8 +12,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack, overload
 
-import numpy as np
-
 from portlm.arguments import flag, shown, whole
 from portlm.engine import Engine, Placement, goes_back
 from portlm.errors import ContextLengthError, PortlmError, UsageError
@@ -447,24 +445,18 @@ class Session:
         logprobs: list[list[float]] = [[] for _ in texts]
         greedy: list[list[bool]] = [[] for _ in texts]
         rows = Rows(self.engine, B)
-        for begin, end in rows.chunks(B, T - 1, every=True):
-            logits = rows.read(ids[:, begin:end], real[:, begin:end], every=True)
+        for begin, end in rows.chunks(B, T - 1, every=not rows.scores):
+            part, targets = slice(begin, end), ids[:, begin + 1 : end + 1]
+            found, best = rows.score(ids[:, part], targets, real[:, part])
             for b, tokens in enumerate(texts):
-                first = max(begin, T - len(tokens))
-                if first >= end:
-                    continue
-                answers = logits[b, first - begin : end - begin].astype(np.float64)
-                target = ids[b, first + 1 : end + 1]
-                largest = answers.max(axis=1)
-                if not np.isfinite(largest).all():
+                first = max(0, T - len(tokens) - begin)
+                if (best[b, first:] < 0).any():
                     where = f"{self.engine.name}:{self.engine.device}: {names[b]}"
                     raise PortlmError(
                         f"{where}: the logits are not numbers: check the weights for NaN or infinity"
                     )
-                normaliser = largest + np.log(np.exp(answers - largest[:, None]).sum(axis=1))
-                chosen = answers[np.arange(len(answers)), target]
-                logprobs[b] += (chosen - normaliser).tolist()
-                greedy[b] += (answers.argmax(axis=1) == target).tolist()
+                logprobs[b] += found[b, first:].tolist()
+                greedy[b] += (best[b, first:] == targets[b, first:]).tolist()
         return [
             Score(tokens, tuple(p), tuple(g))
             for tokens, p, g in zip(texts, logprobs, greedy, strict=True)
