@@ -49,8 +49,8 @@ def token_scores_reference(logits: npt.NDArray[np.float32], targets: Ids) -> Sco
 def from_parts(parts: npt.NDArray[np.float64]) -> Scores:
     """Scores from what the kernel score_logits says of whole rows, (R, 4)."""
     largest, ids, total, target = parts.T
-    bad = ids < 0
-    logprobs = target - (largest + np.log(total, out=np.full(len(parts), np.nan), where=~bad))
+    good, logprobs = ids >= 0, np.full(len(parts), np.nan)
+    logprobs[good] = (target[good] - largest[good]) - np.log(total[good])
     return logprobs, ids.astype(np.int64)
 
 
@@ -59,7 +59,7 @@ def _reference(logits: npt.NDArray[np.float32], targets: Ids) -> Scores:
     for r, row in enumerate(logits.astype(np.float64)):
         largest = row.max()
         if np.isfinite(largest):
-            logprobs[r] = row[targets[r]] - (largest + np.log(np.exp(row - largest).sum()))
+            logprobs[r] = (row[targets[r]] - largest) - np.log(np.exp(row - largest).sum())
             best[r] = row.argmax()
     return logprobs, best
 
