@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_scores_are_those_of_a_longer_float(score, V, scale):
 def test_infinities_forbid_or_spoil_and_nan_spoils(score):
     inf, nan = np.inf, np.nan
     logits = np.float32([
-        [0, -inf, 0, -inf], [nan, 1, 2, 3], [1, 2, 3, nan], [1, inf, 2, 3], [-inf] * 4, [-inf, -inf, -inf, 5], [-0.0, 0.0, -1, -1],
+        [0, -inf, 0, -inf], [nan, 1, 2, 3], [1, 2, 3, nan], [1, inf, 2, 3], [-inf] * 4,
+        [-inf, -inf, -inf, 5], [-0.0, 0.0, -1, -1],
     ])  # fmt: skip
     targets = np.array([2, 1, 1, 1, 0, 3, 0])
     found, best = score(logits, targets)
@@ -129,7 +131,7 @@ def test_every_instruction_set_gives_the_same_scores():
     )
     answers = {
         isa: subprocess.run(
-            [sys.executable, "-c", program, os.path.dirname(__file__)],
+            [sys.executable, "-c", program, str(Path(__file__).parent)],
             env={**os.environ, "PORTLM_ISA": isa}, capture_output=True, text=True, check=True, timeout=60,
         ).stdout
         for isa in kernels.usable_isas()

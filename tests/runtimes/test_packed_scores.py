@@ -17,7 +17,6 @@ import torch
 from portlm.compile.build import build
 from portlm.compile.export import export
 from portlm.engine import RowChoice
-from portlm.engine import RowChoice
 from portlm.errors import PortlmError, UsageError
 from portlm.flows.load import load
 from portlm.models import FAMILIES, load_model, save_model
@@ -191,7 +190,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_names_the_text(checkpoint,
 
 
 def test_one_number_that_is_none_spoils_its_row_wherever_it_is(checkpoint, tmp_path):
-    """The last logit, in the last part, is a sum of infinities of both signs: the weights that it is made of are not."""
+    """The last logit, in the last part, overflows, although the weights that it is made of are finite."""
     model = load_model(checkpoint)
     with torch.no_grad():
         model.wte.weight[V - 1] = 3e38
@@ -201,12 +200,12 @@ def test_one_number_that_is_none_spoils_its_row_wherever_it_is(checkpoint, tmp_p
     with load(folder, "packed") as session:
         with pytest.raises(PortlmError, match="not numbers"):
             session.score([1, 2, 3])
-        with pytest.raises(PortlmError, match=f"the logit of token {V - 1} is nan"):
+        with pytest.raises(PortlmError, match=f"the logit of token {V - 1} is inf"):
             session.generate([1, 2, 3], max_new_tokens=3)
         rows = Rows(session.engine, 1)
         rows.read_texts([[1, 2]])
         greedy = [RowChoice(0.0, 0, 1.0, 0.0, 0, 0, 0)]
-        with pytest.raises(PortlmError, match=f"new token 0: .*row 0: the logit of token {V - 1} is nan"):
+        with pytest.raises(PortlmError, match=f"new token 0: .*row 0: the logit of token {V - 1} is inf"):
             rows.advance([3], greedy, V, frozenset(), 3, 60.0)
         rows = Rows(session.engine, 1)
         rows.read_texts([[1, 2]])
