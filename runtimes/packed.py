@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from portlm.arguments import shown
-from portlm.artifact import CompiledEntry, Manifest, check_files
+from portlm.artifact import CompiledEntry, Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, Placement, State, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
@@ -22,6 +22,7 @@ from portlm.ops.token_scores import check_targets, from_parts
 from portlm.ops.token_selection import bad_row, check_filters
 from portlm.roles import TensorSpec, difference
 from portlm.runtimes.base import EngineBase
+from portlm.seen_files import check_data_files
 from portlm.threads import StepThreads
 
 FILE, PROFILE, VERSION = "packed.portlm", "fused", 2
@@ -84,7 +85,7 @@ class PackedEngine(EngineBase):
         if any(entry.files != (FILE,) for entry in entries):
             raise FormatError(f"{folder}: the entry compiled for packed must be of {FILE} alone")
         if request.compiled is None:
-            check_files(folder, [FILE], manifest)
+            check_data_files(folder, [FILE], manifest)
         path = safe_join(request.compiled or folder, FILE)
         with open_regular(path) as opened:
             try:

@@ -67,7 +67,6 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
-    from portlm.compile.isolated import ensure_checked
     from portlm.engine import PROFILES, OpenRequest
     from portlm.runtimes import engine_class
     from portlm.threads import MOST_THREADS, bound_spinning
@@ -94,8 +93,10 @@ def load(
     implementation = engine_class(engine)
     tokenizer, config = _texts(folder, manifest)
     request = _compiled(engine, OpenRequest(folder, manifest, device, profile, allow_fallback, threads))
-    if request.manifest is not None:
-        ensure_checked(folder, request.manifest, implementation.graphs(request))
+    if request.manifest is not None and (graphs := implementation.graphs(request)):
+        from portlm.compile.isolated import ensure_checked
+
+        ensure_checked(folder, request.manifest, graphs)
     opened = implementation.open(request)
     try:
         return _session(opened, tokenizer, config)
