@@ -36,15 +36,14 @@ def check_data_files(folder: Path, names: Iterable[str], manifest: Manifest) -> 
     for name in names:
         entry = manifest.files.get(name)
         before = _identity(folder, name)
-        fits = entry is not None and before is not None and before[2] == entry.size
-        if entry is not None and before is not None and fits and _is_known(before, entry.sha256):
+        if entry is not None and before is not None and _is_known(before, entry.sha256):
             continue
         began = time.time_ns()
         check_files(folder, [name], manifest)
-        assert entry is not None
-        if before is not None and before == _identity(folder, name):
-            if max(before[3:]) < began - SETTLED_SECONDS * 10**9:
-                _record(before, entry.sha256)
+        if entry is None or before is None or before != _identity(folder, name):
+            continue
+        if max(before[3:]) < began - SETTLED_SECONDS * 10**9:
+            _record(before, entry.sha256)
 
 
 def _identity(folder: Path, name: str) -> tuple[int, ...] | None:
