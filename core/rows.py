@@ -15,7 +15,6 @@ import numpy as np
 from portlm.arguments import shown, wholes
 from portlm.engine import Advance, Array, Engine, Ids, Logits, RowChoice, State
 from portlm.errors import UsageError
-from portlm.ops.token_scores import token_scores
 
 KNOWN = ("input_ids", "attention_mask", "position_ids", "positions", "logits_to_keep")
 
@@ -95,7 +94,7 @@ class Rows:
     def score(self, ids: Ids, targets: Ids, real: Ids | None = None) -> tuple[Array, Ids]:
         """Read T tokens for each row, and say how probable another token is behind each of them.
 
-        It is `read` with every, without its logits where the engine can do without (portlm.engine.Scores).
+        It is `read` with every without its logits, of an engine that can do without: only where `scores` is true.
 
         Args:
             ids: (B, T) int64.
@@ -103,22 +102,18 @@ class Rows:
             real: as of read.
 
         Returns:
-            (B, T) float64 log-probabilities and (B, T) most probable ids, see portlm.ops.token_scores; what is said
-            of padding means nothing.
+            (B, T) float64 log-probabilities and (B, T) most probable ids, see portlm.engine.Scores; what is said of
+            padding means nothing.
 
         Raises:
             UsageError, ContextLengthError: as of read.
         """
-        if self.scores:
-            self._check_read(ids, real)
-            inputs, lengths = self._inputs_of(ids, real, every=True)
-            scored = self._engine.score(self._role, inputs, self._state, targets)  # type: ignore[attr-defined]
-            logprobs, best, self._state = scored
-            self.lengths = lengths
-            return logprobs, best
-        logits = self.read(ids, real, every=True)
-        logprobs, best = token_scores(logits.reshape(-1, logits.shape[-1]), targets.ravel())
-        return logprobs.reshape(ids.shape), best.reshape(ids.shape)
+        self._check_read(ids, real)
+        inputs, lengths = self._inputs_of(ids, real, every=True)
+        scored = self._engine.score(self._role, inputs, self._state, targets)  # type: ignore[attr-defined]
+        logprobs, best, self._state = scored
+        self.lengths = lengths
+        return logprobs, best
 
     def _check_read(self, ids: Ids, real: Ids | None) -> None:
         if not isinstance(ids, np.ndarray) or ids.ndim != 2 or len(ids) != len(self.lengths) or not ids.size:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self, Unpack, overload
 from portlm.arguments import flag, shown, whole
 from portlm.engine import Engine, Placement, goes_back
 from portlm.errors import ContextLengthError, PortlmError, UsageError
+from portlm.ops.token_scores import token_scores
 from portlm.rows import Rows, pad
 from portlm.runtimes.beam import Search, search
 from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
@@ -447,7 +448,12 @@ class Session:
         rows = Rows(self.engine, B)
         for begin, end in rows.chunks(B, T - 1, every=not rows.scores):
             part, targets = slice(begin, end), ids[:, begin + 1 : end + 1]
-            found, best = rows.score(ids[:, part], targets, real[:, part])
+            if rows.scores:
+                found, best = rows.score(ids[:, part], targets, real[:, part])
+            else:
+                logits = rows.read(ids[:, part], real[:, part], every=True)
+                flat = token_scores(logits.reshape(-1, logits.shape[-1]), targets.ravel())
+                found, best = (array.reshape(targets.shape) for array in flat)
             for b, tokens in enumerate(texts):
                 first = max(0, T - len(tokens) - begin)
                 if (best[b, first:] < 0).any():
