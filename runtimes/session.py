@@ -17,7 +17,6 @@ from portlm.engine import Engine, Placement, goes_back
 from portlm.errors import ContextLengthError, PortlmError, UsageError
 from portlm.ops.token_scores import token_scores
 from portlm.rows import Rows, pad
-from portlm.runtimes.beam import Search, search
 from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
 from portlm.runtimes.drafting import Lookup, NewDrafter, SmallModel
 from portlm.runtimes.no_tokenizer import NoTokenizer
@@ -425,6 +424,8 @@ class Session:
 
     def _search(self, rows: list[Row], batch_size: int, stats: Stats) -> None:
         """Give each row the best hypothesis of a beam search."""
+        from portlm.runtimes.beam import Search, search
+
         began = time.perf_counter()
         prompts = max(1, batch_size // rows[0].decoding.num_beams) if rows else 1
         for begin in range(0, len(rows), prompts):

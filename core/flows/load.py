@@ -134,13 +134,20 @@ def _compiled(engine: str, request: OpenRequest) -> OpenRequest:
 def _manifest(folder: Path) -> Manifest | None:
     """The manifest of an artifact, or None for a plain checkpoint folder."""
     from portlm.artifact import MANIFEST, instead, read_manifest
+
+    problem = None
+    if (folder / MANIFEST).exists():
+        try:
+            return read_manifest(folder)
+        except FormatError as error:
+            problem = error
     from portlm.train.checkpoint import check_checkpoint, is_checkpoint
 
     if is_checkpoint(folder):  # saved in the middle of training: its manifest is another one
         check_checkpoint(folder)
         return None
-    if (folder / MANIFEST).exists():
-        return read_manifest(folder)
+    if problem is not None:
+        raise problem
     if not folder.is_dir():
         raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
     if not (folder / CONFIG).is_file():
