@@ -11,6 +11,7 @@ import numpy as np
 
 from portlm.artifact import FileEntry
 from portlm.files import atomic_file, check_space
+from portlm.large_parts import in_large_parts
 from portlm.ops.half import pack_array
 from portlm.ops.quantized import Layout
 from portlm.panels import in_panels
@@ -25,9 +26,6 @@ DTYPES, QUANTIZED = {"float32": 1, "int64": 2}, {4: 4, 8: 5}
 PANELS = {"float32": 6, "float16": 8, "bfloat16": 9}
 STATE_DTYPES = {"float32": 1, "int8": 7}
 TILES = 1  # the layout of quantized matrices
-WRITTEN_AT_ONCE = (
-    8 << 20
-)  # bytes: file systems that have large pages keep what they get in large parts in those
 INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
@@ -149,12 +147,12 @@ def write_packed(
     head = tables.to_bytes(end, begins, vocabulary, context)
     check_space(path.parent, end)
     digest, position = hashlib.sha256(head), len(head)
-    with atomic_file(path, end, WRITTEN_AT_ONCE) as file:
-        file.write(head)
+    with atomic_file(path, end) as file, in_large_parts(file) as parts:
+        parts.write(head)
         for tensor, begin in zip(tensors, begins, strict=True):
             content = tensor.content()
             for part in (bytes(begin - position), content.data):
-                file.write(part)
+                parts.write(part)
                 digest.update(part)
             position = begin + content.nbytes
     return FileEntry(end, digest.hexdigest())

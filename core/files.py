@@ -70,16 +70,13 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def atomic_file(
-    path: str | os.PathLike[str], need: int | None = None, buffer: int = -1
-) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], need: int | None = None) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only when the block has ended well.
 
     Args:
         path: the file to create or replace. The mode of a replaced file is kept; a new one follows the umask.
             A symbolic link is replaced, not followed.
         need: bytes that will be written, for the message when the disk is full.
-        buffer: bytes that are written at once, at least; -1 leaves it to Python.
 
     Raises:
         StorageError: the file system fails. The old file is then untouched and no temporary file is left.
@@ -91,7 +88,7 @@ def atomic_file(
         keep = _mode_of(target)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            with os.fdopen(fd, "wb", buffer) as file:
+            with os.fdopen(fd, "wb") as file:
                 if keep is not None:
                     os.fchmod(fd, keep)
                 yield file

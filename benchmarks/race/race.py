@@ -119,14 +119,17 @@ def race(name: str, work: Path, options: argparse.Namespace) -> dict[str, Any]:
         passes(options.tokens, options.contexts), options.rounds, options.loads, options.threads, options.noise,
         options.repeats, busy=min(options.busy_rounds, 1), busy_rounds=options.busy_rounds,
     )  # fmt: skip
-    result = run(artifact, entries, work / "files", rules, lambda message: say(f"{name}: {message}"))
     title = f"LLaMA shape {name}, random weights"
-    text = markdown(result, title)
-    (out / "race.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "report.md").write_text(text)
-    draw(result, title, out)
-    print(text, flush=True)
-    say(f"{name}: written to {out}")
+
+    def write(result: dict[str, Any]) -> None:
+        (out / "race.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "report.md").write_text(markdown(result, title))
+        draw(result, title, out)
+        say(f"{name}: written to {out}")
+
+    result = run(artifact, entries, work / "files", rules, lambda message: say(f"{name}: {message}"), write)
+    write(result)
+    print(markdown(result, title), flush=True)
     return result
 
 

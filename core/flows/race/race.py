@@ -70,6 +70,7 @@ def run(
     work: Path,
     rules: Rules,
     progress: Progress = lambda message: None,
+    halfway: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Race contenders on the weights of an artifact.
 
@@ -79,6 +80,7 @@ def run(
         work: a folder for the files that contenders make; what it holds already is used as it is.
         rules: see Rules.
         progress: called with a line before each step.
+        halfway: called with the result of the quiet race before that beside busy loops begins, which may take long.
 
     Returns:
         What summary.summarize gives.
@@ -112,14 +114,23 @@ def run(
         prober = start("probe", None, rules.threads)
         outcomes = {"quiet": _race(runners, rules.passes, rules.rounds, prober, rules, progress)}
         if rules.busy:
+            halfway(_result(artifact, source, who, rules, runners, outcomes, failed))
             middle = rules.passes[len(rules.passes) // 2 : len(rules.passes) // 2 + 1]
             with busy_loops(rules.busy) as pids:
                 progress(f"beside {rules.busy} busy loop")
                 survivors = [r for r in runners if r.entry.name not in outcomes["quiet"].failed]
                 outcomes["busy"] = _race(survivors, middle, rules.busy_rounds, prober, rules, progress, pids)
-        for runner in runners:
-            if not any(runner.entry.name in outcome.failed for outcome in outcomes.values()):
-                runner.facts["peak_mib"] = runner.process.call("memory")["peak"]
+        return _result(artifact, source, who, rules, runners, outcomes, failed)
+
+
+def _result(
+    artifact: Path, source: Source, who: Path, rules: Rules, runners: Sequence[Runner], outcomes: dict[str, Outcome],
+    failed: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """What was found so far; the processes still run, and are asked for the most memory they had."""
+    for runner in runners:
+        if not any(runner.entry.name in outcome.failed for outcome in outcomes.values()):
+            runner.facts["peak_mib"] = runner.process.call("memory")["peak"]
     config = load_config(source.hf)
     return {
         "model": {"artifact": str(artifact), "family": config.family, "config": config.to_hf()},
