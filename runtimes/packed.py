@@ -150,8 +150,8 @@ class PackedEngine(EngineBase):
         addresses = [_address(array) for array in arrays], _address(targets), _address(parts)
         with self._lock, self._threads.step():
             _run(self._programs[role].score, cache, sizes["sequence"], sizes["kept"], *addresses)
-        logprobs, best = (array.reshape(shape) for array in from_parts(parts))
-        return logprobs, best, self._next(role, state, wanted, {"cache": cache})
+        logprobs, best = from_parts(parts)
+        return logprobs.reshape(shape), best.reshape(shape), self._next(role, state, wanted, {"cache": cache})
 
     def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
         """Draw several tokens for each row; see portlm.engine.Advances."""

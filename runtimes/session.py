@@ -453,8 +453,8 @@ class Session:
                 found, best = rows.score(ids[:, part], targets, real[:, part])
             else:
                 logits = rows.read(ids[:, part], real[:, part], every=True)
-                flat = token_scores(logits.reshape(-1, logits.shape[-1]), targets.ravel())
-                found, best = (array.reshape(targets.shape) for array in flat)
+                found, best = token_scores(logits.reshape(-1, logits.shape[-1]), targets.ravel())
+                found, best = found.reshape(targets.shape), best.reshape(targets.shape)
             for b, tokens in enumerate(texts):
                 first = max(0, T - len(tokens) - begin)
                 if (best[b, first:] < 0).any():
