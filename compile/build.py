@@ -11,6 +11,7 @@ from portlm.compile.passes import Dump, ignore
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.plan import needs_plan
+from portlm.quantization import BYTES, activations
 from portlm.seen_graphs import record_written, was_written
 from portlm.trust import builds, record_built
 
@@ -58,12 +59,13 @@ def build_choice(
         dump: folder that takes the graph after every pass, see build().
 
     Raises:
-        UsageError: nothing is left.
+        UsageError: nothing is left, be it because it cannot have the activations that were asked for.
         EngineUnavailableError: the engine was named and its compiler is not installed.
         FormatError: the artifact is damaged.
     """
     manifest = read_manifest(artifact)
     graphs = {name for role in manifest.roles.values() for name in role.profiles}
+    at_bytes = manifest.quantization is not None and activations() == BYTES
     entries = []
     for key in choices(engine, device, profile):
         if engine is None and key[0] == "torch" and not needs_plan(manifest):
@@ -71,12 +73,20 @@ def build_choice(
         if profile is None and key[2] not in graphs:
             note(f"{':'.join(key)} left out: the artifact has no {key[2]} graph")
             continue
+        if at_bytes and key[1:] not in ENGINES[key[0]].byte_activations:
+            note(f"{':'.join(key)} left out: it does not round activations to 8 bits")
+            continue
         try:
             entries += build(artifact, [key], dump)
         except EngineUnavailableError as error:
             if engine is not None:
                 raise
             note(f"{':'.join(key)} left out: {error}")
+    if not entries and at_bytes:
+        able = (":".join(key) for key in COMPILERS if key[1:] in ENGINES[key[0]].byte_activations)
+        raise UsageError(
+            f"{artifact}: nothing here rounds activations to 8 bits: choose among {', '.join(able)}"
+        )
     if not entries:
         raise UsageError(
             f"{artifact}: there is nothing to compile, run portlm doctor or export more profiles"

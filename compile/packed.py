@@ -40,6 +40,7 @@ from portlm.ops.quantized import Layout, pack_array
 from portlm.ops.quantized_linear import ACTIVATIONS
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
+from portlm.quantization import BYTES, activations, target_at
 from portlm.roles import StateSpec, TensorSpec
 
 FILE, PROFILE = "packed.portlm", "fused"
@@ -90,8 +91,8 @@ def compile_packed(
     joins, size = Joins(weights.tensors), manifest.model
     programs, tensors = without_unread([fuse(program, joins) for program in programs], joins.tensors)
     entry = write_packed(root / FILE, programs, tensors, size.vocab_size, size.context_length)
-    versions = {"portlm": version("portlm")}
-    return Compiled(CompiledEntry("packed", device, profile, "any", (FILE,), versions, role), {FILE: entry})
+    versions, target = {"portlm": version("portlm")}, target_at("any", manifest.quantization is not None)
+    return Compiled(CompiledEntry("packed", device, profile, target, (FILE,), versions, role), {FILE: entry})
 
 
 class Weights:
@@ -347,7 +348,8 @@ class _Lowering:
         x, *parts, bias = (*node.input, "", "")[:5]
         activation = ACTIVATIONS.index(attributes.get("activation", b"none").decode())
         matrix = self._quantized(parts, int(attributes["bits"]))
-        self._map(node.name, self._whole(x), matrix, bias, node.output[0], activation)
+        step = "linear_a8" if activations() == BYTES else "linear"
+        self._map(node.name, self._whole(x), matrix, bias, node.output[0], activation, step)
 
     def _half_linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         x, weight, bias = (*node.input, "")[:3]
@@ -376,10 +378,19 @@ class _Lowering:
         hidden = self._map(inner, self._whole(x), up, b1, inner, activation)
         self._map(node.name, hidden, down, b2, node.output[0], NO_ACTIVATION)
 
-    def _map(self, name: str, x: _Known, matrix: _Known, bias: str, output: str, activation: int) -> _Known:
+    def _map(
+        self,
+        name: str,
+        x: _Known,
+        matrix: _Known,
+        bias: str,
+        output: str,
+        activation: int,
+        step: str = "linear",
+    ) -> _Known:
         inputs = [x.place, matrix.place, self._weight(bias).place if bias else NONE]
         shape = (*x.shape[:-1], matrix.shape[0])
-        (made,) = self._step(name, "linear", inputs, [(output, shape)], ints=(activation,))
+        (made,) = self._step(name, step, inputs, [(output, shape)], ints=(activation,))
         return made
 
     def _rotary(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:

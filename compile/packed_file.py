@@ -30,7 +30,7 @@ INPUT, STATE, WEIGHT, COMPUTED = 1, 2, 3, 4
 OPCODES = {
     "embedding": 1, "add": 2, "view": 3, "slice": 4, "concat": 5, "rows": 6, "linear": 7, "layer_norm": 8,
     "add_layer_norm": 9, "rms_norm": 10, "add_rms_norm": 11, "swiglu": 12, "rotary": 13, "attention": 14,
-    "heads": 15, "quantized_attention": 16,
+    "heads": 15, "quantized_attention": 16, "linear_a8": 17,
 }  # fmt: skip
 
 Shape = Sequence[int | str]

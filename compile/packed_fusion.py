@@ -16,6 +16,7 @@ import numpy as np
 from portlm.compile.packed_file import COMPUTED, NONE, WEIGHT, Program, Step, Tensor, Value
 
 ATTENTION = ("attention", "quantized_attention")
+LINEAR = ("linear", "linear_a8")
 TILE = 16  # rows of a quantized matrix that lie together
 NO_ACTIVATION = (0,)
 
@@ -236,7 +237,9 @@ class _Fusion:
             return False
         steps = [self.program.steps[i] for i in makers if i is not None]
         if any(
-            s.operation != "linear" or s.ints != NO_ACTIVATION or s.inputs[0] != steps[0].inputs[0]
+            s.operation not in LINEAR
+            or s.ints != NO_ACTIVATION
+            or (s.operation, s.inputs[0]) != (steps[0].operation, steps[0].inputs[0])
             for s in steps
         ):
             return False
@@ -269,7 +272,7 @@ class _Fusion:
         joined = self._value(name, steps[0], sum(widths))
         for i in makers:
             self.steps[i] = []
-        self.steps[min(makers)] = [Step(name, "linear", tuple(inputs), (joined,), NO_ACTIVATION)]
+        self.steps[min(makers)] = [Step(name, steps[0].operation, tuple(inputs), (joined,), NO_ACTIVATION)]
         return {place: (joined, sum(widths[:i])) for i, place in enumerate(places)}
 
     def _value(self, name: str, like: Step, width: int) -> int:

@@ -19,6 +19,7 @@ from portlm.compile.source import read_source, specs
 from portlm.errors import EngineUnavailableError
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
+from portlm.quantization import target_at
 from portlm.trust import private_scratch
 from portlm.tvm_support import (
     BITS,
@@ -227,7 +228,8 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
     )
     folder = folder_name("cpu", lowering.profile, role)
     contents = {f"{folder}/{LIBRARY}": code, f"{folder}/{SIGNATURE}": signature.to_bytes()}
-    target, versions = f"llvm {processor}", dict(VERSIONS)
+    quantized = any(matrix.scale is not None for matrix in graph.packed)  # which portable graphs have none of
+    target, versions = target_at(f"llvm {processor}", quantized), dict(VERSIONS)
     entry = CompiledEntry("tvm", "cpu", lowering.profile, target, tuple(contents), versions, role=role)
     return Compiled(entry, {name: store_file(artifact, name, data) for name, data in contents.items()})
 

@@ -25,6 +25,7 @@ from portlm.ops.quantized import Layout
 from portlm.ops.quantized_linear import ACTIVATIONS
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, Attribute
+from portlm.quantization import BYTES, activations
 from portlm.tvm_support import Packed, Panels, import_tvm
 
 if TYPE_CHECKING:
@@ -247,7 +248,8 @@ class _Lowering:
     def _packed_linear(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         x, weight, _, _, bias = (*node.input, "", "")[:5]
         matrix, layout = self._packed(weight)
-        return self._map("packed_linear", node, x, matrix, bias, layout, attributes)
+        function = "packed_linear_a8" if activations() == BYTES else "packed_linear"
+        return self._map(function, node, x, matrix, bias, layout, attributes)
 
     def _map(
         self,

@@ -25,6 +25,8 @@ class EngineEntry:
         device_distributions: the same, for one device.
         compilers: (device, profile) -> what makes files for it from an artifact's graphs; see portlm.compile.build. An
             engine that runs the exported graph as it is needs none.
+        byte_activations: keys of compilers that can round activations to 8 bits where they meet quantized weights; see
+            portlm.quantization.activations.
         one_file: whether what a compiler writes for one role serves all of them, so that it is called once.
         runner: (device, profile) -> how a graph is run as this engine does, with inner values exposed; see
             portlm.compile.runners. "" if it cannot be.
@@ -39,6 +41,7 @@ class EngineEntry:
     distributions: tuple[str, ...] = ()
     device_distributions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     compilers: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    byte_activations: tuple[tuple[str, str], ...] = ()
     one_file: bool = False
     runner: str = ""
 
@@ -70,6 +73,7 @@ ENGINES = {
         compilers=dict.fromkeys(
             (("cpu", "fused"), ("vulkan", "fused")), "portlm.compile.ort_lowering:compile_graph"
         ),
+        byte_activations=(("cpu", "fused"), ("vulkan", "fused")),
         runner="portlm.compile.runners:ort_runner",
     ),
     "tvm": EngineEntry(
@@ -83,6 +87,7 @@ ENGINES = {
         compilers=dict.fromkeys(
             (("cpu", "portable"), ("cpu", "fused")), "portlm.compile.tvm_library:compile_library"
         ),
+        byte_activations=(("cpu", "fused"),),
         runner="portlm.compile.runners:tvm_runner",
     ),
     "packed": EngineEntry(
@@ -92,6 +97,7 @@ ENGINES = {
         extra="",
         probe="portlm.runtimes.probe:packed",
         compilers={("cpu", "fused"): "portlm.compile.packed:compile_packed"},
+        byte_activations=(("cpu", "fused"),),
         one_file=True,
     ),
     "null": EngineEntry(

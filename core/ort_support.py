@@ -8,17 +8,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from portlm.errors import UsageError
+from portlm.quantization import BYTES, activations
 
 CUDA = "CUDAExecutionProvider"
 WEBGPU = "WebGpuExecutionProvider"
 # Of quantized weights: MatMulNBits computes in float32, or with activations rounded to 8 bits, which is faster.
-LEVEL_VARIABLE, EXACT, ROUNDED = "PORTLM_ORT_ACCURACY_LEVEL", 0, 4
+EXACT, ROUNDED = 0, 4
 ROUNDED_TARGET = f"onnxruntime, accuracy level {ROUNDED}"
 # In the metadata of a graph whose states that grow may be the same memory before and after a call, with room behind.
 # Such a graph reads several new tokens on a filled cache of one row at a time (compile/ort_lowering.py).
@@ -26,32 +25,9 @@ IN_PLACE = {"portlm.cache": "in place"}
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-_asked: ContextVar[int | None] = ContextVar("accuracy level", default=None)
-
-
-@contextlib.contextmanager
-def at_accuracy(level: int | None) -> Iterator[None]:
-    """Lower graphs for an accuracy level inside the block, whatever the environment says; None changes nothing."""
-    token = _asked.set(_asked.get() if level is None else level)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
 def accuracy_level() -> int:
-    """Return the accuracy level of graphs that are lowered now: what at_accuracy() says, or the environment.
-
-    Raises:
-        UsageError: the variable is neither of the two.
-    """
-    asked = _asked.get()
-    if asked is not None:
-        return asked
-    said = os.environ.get(LEVEL_VARIABLE, str(EXACT))
-    if said not in (str(EXACT), str(ROUNDED)):
-        raise UsageError(f"{LEVEL_VARIABLE} must be {EXACT} or {ROUNDED}, got {said[:40]!r}")
-    return int(said)
+    """Return the accuracy level of graphs that are lowered now, of what portlm.quantization.activations says."""
+    return ROUNDED if activations() == BYTES else EXACT
 
 
 def import_onnxruntime() -> ModuleType:

@@ -1,10 +1,18 @@
-"""What an artifact says of its quantized weights and cache: which numbers they are, and what that costs."""
+"""What an artifact says of its quantized weights and cache: which numbers they are, and what that costs.
 
+And what activations are rounded to where they meet quantized weights, which is decided when an engine compiles.
+"""
+
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from portlm.errors import UsageError
 from portlm.roles import MAX_DIMENSION, Text, one_of
 
 # The precision of engines that multiply quantized weights with activations rounded to so many bits, in place of "fp32".
@@ -12,10 +20,53 @@ FIFTEEN_BITS, EIGHT_BITS = "a15", "a8"
 # The same of engines that keep keys and values in 8 bits, and compute in float32.
 BYTE_CACHE = "kv8"
 
+# What products with quantized weights may be asked to take: activations as precise as the engine takes them by itself,
+# which is float32 or 15 bits, or 8 bits.
+FLOATS, BYTES = ACTIVATIONS = ("float32", "int8")
+ACTIVATIONS_VARIABLE = "PORTLM_ACTIVATIONS"
+
 CACHES = ("int8",)  # what keys and values may be kept in, but for float32
 
 MAX_TOKENS = 2**40
 Perplexity = Annotated[float, Meta(ge=1, le=sys.float_info.max)]
+
+
+_asked: ContextVar[str | None] = ContextVar("activations", default=None)
+
+
+@contextlib.contextmanager
+def at_activations(kind: str | None) -> Iterator[None]:
+    """Compile for one of ACTIVATIONS inside the block, whatever the environment says; None changes nothing."""
+    token = _asked.set(kind or _asked.get())
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def activations() -> str:
+    """Return which of ACTIVATIONS is compiled for now: what at_activations() says, or the environment.
+
+    Raises:
+        UsageError: the variable is neither of the two.
+    """
+    said = _asked.get() or os.environ.get(ACTIVATIONS_VARIABLE, FLOATS)
+    if said not in ACTIVATIONS:
+        raise UsageError(f"{ACTIVATIONS_VARIABLE} must be {' or '.join(ACTIVATIONS)}, got {said[:40]!r}")
+    return said
+
+
+def target_at(target: str, quantized: bool) -> str:
+    """Return a target as entries of compiled files name it, with what activations() says of quantized weights."""
+    return f"{target}, {_AT_BYTES}" if quantized and activations() == BYTES else target
+
+
+def takes_bytes(target: str) -> bool:
+    """Say whether a target is one that target_at() gave for activations of 8 bits."""
+    return target.endswith(f", {_AT_BYTES}")
+
+
+_AT_BYTES = f"activations {BYTES}"
 
 
 class QuantizationCost(Struct, frozen=True):

@@ -20,6 +20,7 @@ from portlm.errors import EngineUnavailableError, FormatError, PortlmError, Usag
 from portlm.files import open_regular, safe_join
 from portlm.ops.token_scores import check_targets, from_parts
 from portlm.ops.token_selection import bad_row, check_filters
+from portlm.quantization import EIGHT_BITS
 from portlm.roles import TensorSpec, difference
 from portlm.runtimes.base import EngineBase
 from portlm.seen_files import check_data_files
@@ -39,7 +40,7 @@ class PackedEngine(EngineBase):
     def __init__(self, request: OpenRequest, manifest: Manifest, path: Path, file: Any):
         """Take over an opened file; use open()."""
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
-        self.precision = manifest.precision(rounds=True)
+        self.precision = EIGHT_BITS if file.rounds_to_bytes else manifest.precision(rounds=True)
         found = {role[0]: place for place, role in enumerate(_checked(path, file, manifest))}
         try:
             self._programs = {name: file.open(found[name]) for name in self.roles}

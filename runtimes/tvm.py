@@ -35,6 +35,7 @@ from portlm.ops.quantized import pack_array as pack_matrix
 from portlm.ops.registry import tvm_functions
 from portlm.ops.token_selection import bad_row, check_filters
 from portlm.panels import in_panels
+from portlm.quantization import EIGHT_BITS, takes_bytes
 from portlm.roles import StateSpec, difference
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.tvm_advance import POSITIONS, Plan, advance
@@ -141,6 +142,12 @@ class TvmEngine(ArrayEngine):
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
         self.precision = manifest.precision(rounds=profile == "fused")
+        wanted = self.name, request.device, profile
+        entries = [
+            entry for entry in manifest.compiled if (entry.engine, entry.device, entry.profile) == wanted
+        ]
+        if any(takes_bytes(entry.target) for entry in entries):
+            self.precision = EIGHT_BITS
         self._request, self._manifest, self._libraries = request, manifest, dict(libraries)
         self._opened: dict[str, _Library] = {}
         self._generated = profile == "portable"  # TVM's own code reads the inputs: it trusts them

@@ -14,14 +14,18 @@ ENGINES = ("packed:cpu:fused", "tvm:cpu:fused", "ort:cpu:fused")
 OPENVINO = {"openvino": "openvino", "nncf": "nncf", "torch": "torch", "transformers": "transformers"}
 
 
-def portlm(target: str, quantize: str = "", generate: bool = False) -> Entry:
-    """A row of portlm: an engine, perhaps on quantized weights, perhaps behind session.generate."""
+def portlm(target: str, quantize: str = "", generate: bool = False, a8: bool = False) -> Entry:
+    """A row of portlm: an engine, perhaps on quantized weights (a8: 8-bit activations) or behind session.generate."""
     engine, device, profile = target.split(":")
     precision = {"": "f32", "int8": "q8", "int4": "q4"}[quantize]
-    name = " ".join(filter(None, ("portlm", engine, quantize or "f32", "generate" if generate else "")))
-    note = ", ".join(filter(None, (target, "through session.generate" if generate else "")))
+    words = ("portlm", engine, quantize or "f32", "a8" if a8 else "", "generate" if generate else "")
+    name = " ".join(filter(None, words))
+    said = (target, "activations of 8 bits" if a8 else "", "through session.generate" if generate else "")
+    note = ", ".join(filter(None, said))
     cls = "PortlmGenerate" if generate else "PortlmEngine"
     arguments = {"engine": engine, "device": device, "profile": profile, "quantize": quantize}
+    if a8:
+        arguments["activations"] = "int8"
     return Entry(name, precision, f"{CLASSES}:{cls}", arguments, ours=True, note=note)
 
 
@@ -41,6 +45,7 @@ CONTENDERS = {
     entry.name: entry
     for entry in (
         *(portlm(target, bits) for bits in ("", "int8", "int4") for target in ENGINES),
+        *(portlm(target, bits, a8=True) for bits in ("int8", "int4") for target in ENGINES),
         *RIVALS["transformers"],
         *RIVALS["llama.cpp"],
         llama_cpp("q4_0_mix", "q4", "Q4_0 as llama.cpp mixes it: the head in Q6_K"),
@@ -56,12 +61,19 @@ EXTRAS = {
     for entry in (
         portlm("torch:cpu:native"),
         *(portlm(target, bits, generate=True) for bits in ("", "int4") for target in ENGINES),
+        *(portlm(target, "int4", generate=True, a8=True) for target in ENGINES),
         llama_cpp("q4_k_m", "q4", "Q4_K_M"),
         transformers("bfloat16", "f16", "eager mode, sdpa attention"),
     )
 }
 """What runs when it is named."""
 
-SMOKE = ("portlm packed f32", "portlm ort f32", "portlm packed f32 generate", "portlm packed int4")
+SMOKE = (
+    "portlm packed f32",
+    "portlm ort f32",
+    "portlm packed f32 generate",
+    "portlm packed int4",
+    "portlm packed int4 a8",
+)
 WHOLE_LOOP = tuple(name for name in EXTRAS if name.endswith("generate"))
 """Rows that a model too small for its kernels to matter is about."""

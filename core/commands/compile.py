@@ -16,8 +16,8 @@ from portlm.commands.engines import engine_options
 @click.option(
     "--activations",
     type=click.Choice(["float32", "int8"]),
-    help="What ONNX Runtime's fused graph computes products with quantized weights in: int8 is faster and less exact "
-    "(default: float32, or what PORTLM_ORT_ACCURACY_LEVEL says).",
+    help="What fused profiles multiply quantized weights with: int8 is faster, less exact; float32 means 15 bits for "
+    "packed and tvm (default: float32, or what PORTLM_ACTIVATIONS says).",
 )
 @click.option(
     "--dump",
@@ -42,7 +42,7 @@ def command(
     from portlm.compile.build import build_choice
     from portlm.errors import UsageError
     from portlm.flows.targets import read_choices
-    from portlm.ort_support import EXACT, ROUNDED, at_accuracy
+    from portlm.quantization import at_activations
 
     if activations is not None and read_manifest(model).quantization is None:
         raise UsageError(
@@ -50,7 +50,7 @@ def command(
             "leave it out, or export with --quantize"
         )
     entries = []
-    with at_accuracy({"float32": EXACT, "int8": ROUNDED, None: None}[activations]):
+    with at_activations(activations):
         for choice in read_choices(engines, device, profile):
             entries += build_choice(
                 model, choice.engine, choice.device, None if choice.profile == "auto" else choice.profile,

@@ -23,8 +23,8 @@ from portlm.artifact import Manifest, check_files, read_manifest, replace, write
 from portlm.engines import ENGINES
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
-from portlm.ort_support import EXACT, accuracy_level
 from portlm.plan import needs_plan
+from portlm.quantization import FLOATS, activations
 from portlm.seen_files import check_data_files
 from portlm.trust import NATIVE_SUFFIXES, is_ours, private_folder
 
@@ -123,10 +123,10 @@ def _digest(manifest: Manifest, key: Key) -> str:
         name: [role.weights, manifest.files[role.profiles[key[2]]].sha256]
         for name, role in manifest.roles.items()
     }
-    level = accuracy_level() if manifest.quantization is not None else EXACT
+    taken = activations() if manifest.quantization is not None else FLOATS
     facts = [
         key,
-        level,
+        taken,
         graphs,
         msgspec.to_builtins(manifest.model),
         versions_of(*key[:2]),

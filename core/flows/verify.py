@@ -9,7 +9,7 @@ first node that does; in one that agrees, inner values are looked at, for NaN th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,7 @@ from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, ParityError, PortlmError, UsageError
 from portlm.flows.targets import Choice, Target
 from portlm.plan import has_code, needs_plan
+from portlm.quantization import BYTES, EIGHT_BITS, FLOATS, at_activations
 from portlm.trust import is_ours
 
 if TYPE_CHECKING:
@@ -201,12 +202,19 @@ def _check(root: Path, target: Target, certify: bool, search: bool, progress: Pr
     except PortlmError as error:
         return [Result(target, problem=str(error))]
     else:
-        return _inside(root, target, exact, found, certify, search, progress)
+        with _compiling_at(precision):
+            return _inside(root, target, exact, found, certify, search, progress)
     node = None
     if search:
         progress(f"{target} differs: looking for the first node that does")
-        node = next((str(node) for _, node in _nodes(root, exact, precision)), None)
+        with _compiling_at(precision):
+            node = next((str(node) for _, node in _nodes(root, exact, precision)), None)
     return [Result(target, problem=problem, node=node)]
+
+
+def _compiling_at(precision: str) -> AbstractContextManager[None]:
+    """Let graphs that are compiled to look into them have the activations of an engine of a precision."""
+    return at_activations(BYTES if precision == EIGHT_BITS else FLOATS)
 
 
 def _inside(
@@ -251,7 +259,8 @@ def _nodes(
     Args:
         root: the artifact.
         target: with the profile that the engine really has.
-        precision: of the engine: compare with the reference; None looks for values that are not finite.
+        precision: of the engine: compare with the reference. None, and where answers are not judged, looks for values
+            that are not finite.
     """
     from portlm.compile import bisect as search
     from portlm.compile.parity import ROUNDED_TOLERANCE
@@ -263,7 +272,7 @@ def _nodes(
         try:
             graph = _graph(manifest, target, name)
             run = resolve(runner)(target.device, target.profile)
-            if precision is None:
+            if precision in (None, EIGHT_BITS):
                 node = search.look_inside(root, run, graph, role=name)
             else:
                 tolerance = search.TOLERANCE if precision == "fp32" else ROUNDED_TOLERANCE

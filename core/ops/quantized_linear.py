@@ -138,7 +138,7 @@ SPEC = OpSpec(
     name="quantized_linear",
     summary="activation(x W^T + b) for W of 4 or 8 bits",
     forward=("packed_linear", "pack_matrix"),
-    functions=("packed_linear", "packed_linear_no_bias"),
+    functions=("packed_linear", "packed_linear_no_bias", "packed_linear_a8", "packed_linear_a8_no_bias"),
     nodes=(
         Node(
             op_type="QuantizedLinear",

@@ -30,14 +30,15 @@ inline Ints bytes(const uint8_t* p) {
 inline Vec half(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
 inline void store_int16(Vec a, int16_t* p) { vst1_s16(p, vmovn_s32(vcvtnq_s32_f32(a.v))); }
 
-template <int bits>
-struct Dots {
+template <int bits, int width>
+struct Dots : DotsOf<bits, width> {
   static constexpr int32_t kOffset = bits == 8 ? 128 : 0;
+  static constexpr int kWords = width;
   struct Weights {
     int8x16_t v;
   };
   struct Activations {
-    int8x16_t h, l;
+    int8x16_t h, l;  // of one byte, l alone
   };
 
   static void unpack(const uint8_t* p, Weights (&w)[8 / bits]) {
@@ -52,6 +53,10 @@ struct Dots {
   static void arrange(const int16_t* x, uint32_t* words) {
     for (int half = 0; half < 2; ++half) {
       const int16x8_t v = vld1q_s16(x + 8 * half), c64 = vdupq_n_s16(64);
+      if constexpr (width == 1) {
+        vst1_u32(words + 2 * half, vreinterpret_u32_s8(vmovn_s16(v)));
+        continue;
+      }
       const int16x8_t l = vsubq_s16(vandq_s16(vaddq_s16(v, c64), vdupq_n_s16(127)), c64);
       const uint32x2_t high = vreinterpret_u32_s8(vmovn_s16(vshrq_n_s16(vsubq_s16(v, l), 7)));
       const uint32x2_t low = vreinterpret_u32_s8(vmovn_s16(l));
@@ -59,7 +64,9 @@ struct Dots {
     }
   }
   static Activations load(const uint32_t* words) {
-    return {vreinterpretq_s8_u32(vld1q_dup_u32(words)), vreinterpretq_s8_u32(vld1q_dup_u32(words + 1))};
+    const int8x16_t l = vreinterpretq_s8_u32(vld1q_dup_u32(words + width - 1));
+    if constexpr (width == 1) return {l, l};
+    return {vreinterpretq_s8_u32(vld1q_dup_u32(words)), l};
   }
 
   static int32x4_t dot(int32x4_t sum, int8x16_t w, int8x16_t x) {
@@ -73,12 +80,12 @@ struct Dots {
   struct Sum {
     int32x4_t h, l;
     void start(Ints value) { h = vdupq_n_s32(0), l = value.v; }
-    void add(const Weights& w, const Activations& a) {
-      h = dot(h, w.v, a.h);
+    void add(const Weights& w, const Activations& a, int) {
+      if constexpr (width == 2) h = dot(h, w.v, a.h);
       l = dot(l, w.v, a.l);
     }
     void carry() {}
-    Ints total() const { return Ints(vaddq_s32(vshlq_n_s32(h, 7), l)); }
+    Ints total() const { return Ints(width == 1 ? l : vaddq_s32(vshlq_n_s32(h, 7), l)); }
   };
 };
 

@@ -26,14 +26,15 @@ inline Vec half(const uint8_t* p) {
 }
 inline void store_int16(Vec a, int16_t* p) { *p = a.v == a.v ? static_cast<int16_t>(a.v) : int16_t{0}; }  // NaN has none
 
-template <int bits>
-struct Dots {
+template <int bits, int width>
+struct Dots : DotsOf<bits, width> {
   static constexpr int32_t kOffset = 0;
+  static constexpr int kWords = width;
   struct Weights {
     uint8_t q[4];
   };
   struct Activations {
-    int8_t h[4], l[4];
+    int8_t h[4], l[4];  // of one byte, l alone
   };
 
   // In 4 bits a line holds columns k .. k + 3 of each row in low halves of bytes, and k + 4 .. k + 7 in high ones.
@@ -47,27 +48,29 @@ struct Dots {
   }
   static void arrange(const int16_t* x, uint32_t* words) {
     for (int unit = 0; unit < 4; ++unit) {
-      Activations a;
+      int8_t h[4], l[4];
       for (int j = 0; j < 4; ++j) {
-        const int value = x[4 * unit + j], low = ((value + 64) & 127) - 64;
-        a.h[j] = static_cast<int8_t>((value - low) / 128);
-        a.l[j] = static_cast<int8_t>(low);
+        const int value = x[4 * unit + j], low = width == 1 ? value : ((value + 64) & 127) - 64;
+        h[j] = static_cast<int8_t>((value - low) / 128);
+        l[j] = static_cast<int8_t>(low);
       }
-      std::memcpy(words + 2 * unit, &a, 8);
+      if constexpr (width == 2) std::memcpy(words + 2 * unit, h, 4);
+      std::memcpy(words + width * unit + width - 1, l, 4);
     }
   }
   static Activations load(const uint32_t* words) {
     Activations a;
-    std::memcpy(&a, words, 8);
+    if constexpr (width == 2) std::memcpy(a.h, words, 4);
+    std::memcpy(a.l, words + width - 1, 4);
     return a;
   }
 
   struct Sum {
     uint32_t h, l;
     void start(Ints value) { h = 0, l = value.v; }
-    void add(const Weights& w, const Activations& a) {
+    void add(const Weights& w, const Activations& a, int) {
       for (int j = 0; j < 4; ++j) {
-        h += static_cast<uint32_t>(w.q[j] * a.h[j]);
+        if constexpr (width == 2) h += static_cast<uint32_t>(w.q[j] * a.h[j]);
         l += static_cast<uint32_t>(w.q[j] * a.l[j]);
       }
     }

@@ -3,7 +3,7 @@
 // With VNNI one instruction adds four products of an unsigned and a signed byte to a 32-bit sum. Without, there is the
 // one that adds two of them in 16 bits, and saturates: weights of 4 bits stay far within (2 * 15 * 127 = 3810, and eight
 // times that is less than 2^15), so that their sums are widened every 32 columns. Weights of 8 bits do not, and are
-// multiplied in 16 bits by whole activations, with nothing lost.
+// multiplied in 16 bits by whole activations, with nothing lost, which is as much work for activations of one byte as of two.
 #pragma once
 
 #include <immintrin.h>
@@ -52,11 +52,17 @@ inline Vec to_float(Ints a) { return to_float(a.v); }
 inline Ints bytes(const uint8_t* p) { return Ints(widen_bytes(p)); }
 
 // Four bytes or two 16-bit numbers, the same for every row.
+inline Bits load_word(const uint32_t* word) { return PORTLM_X86(set1_epi32)(static_cast<int32_t>(*word)); }
+
 struct WordPair {
   Bits a, b;
 };
-inline WordPair load_pair(const uint32_t* words) {
-  return {PORTLM_X86(set1_epi32)(static_cast<int32_t>(words[0])), PORTLM_X86(set1_epi32)(static_cast<int32_t>(words[1]))};
+inline WordPair load_pair(const uint32_t* words) { return {load_word(words), load_word(words + 1)}; }
+
+// 16 activations of one byte, four to a word.
+inline void arrange_narrow(const int16_t* x, uint32_t* words) {
+  const __m128i *const from = reinterpret_cast<const __m128i*>(x), first = _mm_loadu_si128(from);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm_packs_epi16(first, _mm_loadu_si128(from + 1)));
 }
 
 // 16 activations as words (h, l), of four bytes each.
@@ -90,11 +96,19 @@ struct StoredWeights {
   }
 };
 
+// The value is in a register here. Keeps additions as they are written, where gcc would first make all products of a long
+// sum, more than there are registers; and makes one load of memory that is used twice.
+inline void hold(Bits& value) { __asm__("" : "+v"(value)); }
+
+template <int bits, int width>
+struct Dots;
+
 #if defined(PORTLM_BYTE_DOTS)
 
 template <int bits>
-struct Dots {
+struct Dots<bits, 2> : DotsOf<bits, 2> {
   static constexpr int32_t kOffset = 0;
+  static constexpr int kWords = 2;
   using Weights = StoredWeights<bits>;
   using Activations = WordPair;
   static void unpack(const uint8_t* p, Weights (&w)[8 / bits]) { Weights::unpack(p, w); }
@@ -103,7 +117,7 @@ struct Dots {
   struct Sum {
     Bits h, l;
     void start(Ints value) { h = Ints(0).v, l = value.v; }
-    void add(const Weights& w, const Activations& x) {
+    void add(const Weights& w, const Activations& x, int) {
       h = PORTLM_X86(dpbusd_epi32)(h, w.v, x.a);
       l = PORTLM_X86(dpbusd_epi32)(l, w.v, x.b);
     }
@@ -112,17 +126,46 @@ struct Dots {
   };
 };
 
+// With one product per weight, unpacking is most of the rest: high halves of bytes stay where they are, as numbers 16 times as
+// large, with a sum of their own.
+template <int bits>
+struct Dots<bits, 1> : DotsOf<bits, 1> {
+  static constexpr int32_t kOffset = 0;
+  static constexpr int kWords = 1;
+  struct Weights {
+    Bits v;
+  };
+  using Activations = Bits;
+  static void unpack(const uint8_t* p, Weights (&w)[8 / bits]) {
+    Bits line = load_bits(p);
+    if constexpr (bits == 4) {
+      hold(line);
+      w[0].v = both(line, PORTLM_X86(set1_epi8)(15));
+      w[1].v = both(line, PORTLM_X86(set1_epi8)(-16));
+    } else {
+      w[0].v = line;
+    }
+  }
+  static void arrange(const int16_t* x, uint32_t* words) { arrange_narrow(x, words); }
+  static Activations load(const uint32_t* words) { return load_word(words); }
+  struct Sum {
+    Bits low, high;
+    void start(Ints value) { low = value.v, high = Ints(0).v; }
+    void add(const Weights& w, const Activations& x, int unit) {
+      Bits& sum = unit == 0 ? low : high;
+      sum = PORTLM_X86(dpbusd_epi32)(sum, w.v, x);
+    }
+    void carry() {}
+    Ints total() const { return bits == 8 ? Ints(low) : Ints(low) + Ints(PORTLM_X86(srai_epi32)(high, 4)); }
+  };
+};
+
 #else
 
-// Keeps additions as they are written: gcc would first make all products of a long sum, more than there are registers.
-inline void in_order(Bits& sum) { __asm__("" : "+v"(sum)); }
-
-template <int bits>
-struct Dots;
-
 template <>
-struct Dots<4> {
+struct Dots<4, 2> : DotsOf<4, 2> {
   static constexpr int32_t kOffset = 0;
+  static constexpr int kWords = 2;
   using Weights = StoredWeights<4>;
   using Activations = WordPair;
   static void unpack(const uint8_t* p, Weights (&w)[2]) { Weights::unpack(p, w); }
@@ -132,11 +175,11 @@ struct Dots<4> {
     Bits h, l;  // in 16 bits, of fewer than 32 columns
     Ints sum;
     void start(Ints value) { h = l = Ints(0).v, sum = value; }
-    void add(const Weights& w, const Activations& x) {
+    void add(const Weights& w, const Activations& x, int) {
       h = PORTLM_X86(add_epi16)(h, PORTLM_X86(maddubs_epi16)(w.v, x.a));
       l = PORTLM_X86(add_epi16)(l, PORTLM_X86(maddubs_epi16)(w.v, x.b));
-      in_order(h);
-      in_order(l);
+      hold(h);
+      hold(l);
     }
     void carry() {
       const Bits high = PORTLM_X86(madd_epi16)(h, PORTLM_X86(set1_epi16)(128));
@@ -149,8 +192,34 @@ struct Dots<4> {
 };
 
 template <>
-struct Dots<8> {
+struct Dots<4, 1> : DotsOf<4, 1> {
   static constexpr int32_t kOffset = 0;
+  static constexpr int kWords = 1;
+  using Weights = StoredWeights<4>;
+  using Activations = Bits;
+  static void unpack(const uint8_t* p, Weights (&w)[2]) { Weights::unpack(p, w); }
+  static void arrange(const int16_t* x, uint32_t* words) { arrange_narrow(x, words); }
+  static Activations load(const uint32_t* words) { return load_word(words); }
+  struct Sum {
+    Bits narrow;  // in 16 bits, of fewer than 32 columns
+    Ints sum;
+    void start(Ints value) { narrow = Ints(0).v, sum = value; }
+    void add(const Weights& w, const Activations& x, int) {
+      narrow = PORTLM_X86(add_epi16)(narrow, PORTLM_X86(maddubs_epi16)(w.v, x));
+      hold(narrow);
+    }
+    void carry() {
+      sum = sum + Ints(PORTLM_X86(madd_epi16)(narrow, PORTLM_X86(set1_epi16)(1)));
+      narrow = Ints(0).v;
+    }
+    Ints total() const { return sum; }
+  };
+};
+
+template <int width>
+struct Dots<8, width> : DotsOf<8, width> {
+  static constexpr int32_t kOffset = 0;
+  static constexpr int kWords = 2;
   struct Weights {
     Bits even, odd;  // 16 bits each
   };
@@ -165,9 +234,9 @@ struct Dots<8> {
   struct Sum {
     Ints sum;
     void start(Ints value) { sum = value; }
-    void add(const Weights& w, const Activations& x) {
+    void add(const Weights& w, const Activations& x, int) {
       sum = sum + (Ints(PORTLM_X86(madd_epi16)(w.even, x.a)) + Ints(PORTLM_X86(madd_epi16)(w.odd, x.b)));
-      in_order(sum.v);
+      hold(sum.v);
     }
     void carry() {}
     Ints total() const { return sum; }

@@ -24,14 +24,12 @@ template <int R>
 constexpr int kTilesAtOnce = 1;
 #endif
 
-// Up to kPanelRows rows of activations. Per group: two words for each row of each four columns (Dots::arrange), the
+// Up to kPanelRows rows of activations. Per group: D::kWords words for each row of each four columns (D::arrange), the
 // number that each row's sums start with, and each row's scale.
-struct Panel {
-  int64_t rows;
-  const uint32_t* words;
-
-  static int64_t words_per_row(const PackedMatrix& m) { return m.groups * (m.group / 2 + 2); }
-};
+template <typename D>
+int64_t words_per_row(const PackedMatrix& m) {
+  return m.groups * (D::kWords * m.group / 4 + 2);
+}
 
 // sums[r * kTileHeight + i] = row r of the panel times row i of the tile.
 struct TileSums {
@@ -42,10 +40,9 @@ struct TileSums {
 constexpr int64_t kAhead = 1024;
 
 // The rows of a panel times T tiles at once.
-template <int bits, int R, int T>
+template <typename D, int R, int T>
 void multiply_tiles(const PackedMatrix& m, const uint32_t* words, const uint8_t* const* tiles, TileSums* out) {
-  using D = Dots<bits>;
-  constexpr int kUnits = 8 / bits;     // of four columns, in a line
+  constexpr int kUnits = 8 / D::kBits;  // of four columns, in a line
   constexpr int kLines = 8 / kUnits;   // in 32 columns
   constexpr int kParts = kTileHeight / Vec::N;
   const int64_t groups = m.groups, weight_bytes = m.weight_bytes, group_bytes = m.group_bytes;
@@ -59,7 +56,7 @@ void multiply_tiles(const PackedMatrix& m, const uint32_t* words, const uint8_t*
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) block[t] = tiles[t];
   for (int64_t g = 0; g < groups; ++g) {
-    const uint32_t* const starts = words + R * (m.group / 2);
+    const uint32_t* const starts = words + D::kWords * R * (m.group / 4);
     const float* const scales = reinterpret_cast<const float*>(starts + R);
     for (int p = 0; p < kParts; ++p) {
       typename D::Sum sum[T][R];
@@ -89,12 +86,12 @@ void multiply_tiles(const PackedMatrix& m, const uint32_t* words, const uint8_t*
           for (int u = 0; u < kUnits; ++u)
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-              const typename D::Activations a = D::load(x + 2 * ((line * kUnits + u) * R + r));
+              const typename D::Activations a = D::load(x + D::kWords * ((line * kUnits + u) * R + r));
 #pragma GCC unroll 4
-              for (int t = 0; t < T; ++t) sum[t][r].add(w[t][u], a);
+              for (int t = 0; t < T; ++t) sum[t][r].add(w[t][u], a, u);
             }
         }
-        x += 2 * 8 * R;
+        x += D::kWords * 8 * R;
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
@@ -119,7 +116,5 @@ void multiply_tiles(const PackedMatrix& m, const uint32_t* words, const uint8_t*
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < kParts; ++p) y[t][p][r].store(out[t].v + r * kTileHeight + p * Vec::N);
 }
-
-using MultiplyTiles = void (*)(const PackedMatrix& m, const uint32_t* words, const uint8_t* const* tiles, TileSums* out);
 
 }  // namespace portlm::PORTLM_ISA

@@ -7,7 +7,7 @@
 namespace portlm::PORTLM_ISA {
 
 double probe_int8(int64_t turns) {
-  using D = Dots<4>;
+  using D = Dots<4, 2>;
   constexpr int kSums = 6;   // of one product with high and one with low activations each: as many chains as probe_flops
   constexpr int kUnits = 8;  // products of a sum before it is widened, where that is needed
   const int64_t each = turns / kPasses / kUnits;
@@ -28,7 +28,7 @@ double probe_int8(int64_t turns) {
         for (int u = 0; u < kUnits; ++u) {
           __asm__ volatile("" : : "r"(words) : "memory");  // they may have changed: no product can be used twice
 #pragma GCC unroll 6
-          for (int k = 0; k < kSums; ++k) sums[k].add(w[u % 2], D::load(words + 2 * k));
+          for (int k = 0; k < kSums; ++k) sums[k].add(w[u % 2], D::load(words + 2 * k), u % 2);
         }
 #pragma GCC unroll 6
         for (int k = 0; k < kSums; ++k) sums[k].carry();

@@ -175,6 +175,7 @@ void bind_run(py::module_& m) {
       }))
       .def_property_readonly("vocabulary", [](const PackedFile& file) { return file.vocabulary; })
       .def_property_readonly("context", [](const PackedFile& file) { return file.context; })
+      .def_property_readonly("rounds_to_bytes", &PackedFile::rounds_to_bytes)
       .def("roles",
            [](const PackedFile& file) {
              py::list all;

@@ -68,7 +68,8 @@ void Matrix::multiply(const float* x, int64_t rows, int64_t first, int64_t count
                          dtype == Dtype::bfloat16_panels, activation);
   const int64_t bits = dtype == Dtype::int4 ? 4 : 8;
   const int64_t before = first ? k.packed_size(first, K, group, bits, has_zeros) : 0;
-  k.packed_linear(x, static_cast<const uint8_t*>(data) + before, b, y, rows, count, K, group, bits, has_zeros, activation);
+  const auto packed_linear = rounds_to_bytes ? k.packed_linear_a8 : k.packed_linear;
+  packed_linear(x, static_cast<const uint8_t*>(data) + before, b, y, rows, count, K, group, bits, has_zeros, activation);
 }
 
 Head::~Head() { std::free(logits_); }

@@ -17,6 +17,7 @@ struct Matrix {
   const float* bias;  // or nullptr
   int64_t N, K, group;
   bool has_zeros;
+  bool rounds_to_bytes;  // activations, of a matrix of 4 or 8 bits: packed_linear_a8
   int activation;
 
   // Columns [first, first + count) of y for `rows` rows of x; first is a multiple of kPanelIds. Each of them is the same, bit

@@ -89,8 +89,10 @@ class Call {
   const Step& step_;
 };
 
+bool is_quantized(Dtype dtype) { return dtype == Dtype::int4 || dtype == Dtype::int8; }
+
 // Whether linear maps read it: in panels, or of small numbers.
-bool is_matrix(Dtype dtype) { return in_panels(dtype) || dtype == Dtype::int4 || dtype == Dtype::int8; }
+bool is_matrix(Dtype dtype) { return in_panels(dtype) || is_quantized(dtype); }
 
 void embedding(const Call& call) {
   call.counts(2, 1);
@@ -161,12 +163,13 @@ void rows(const Call& call) {
   call.output(0, {x[0], {0, kKept}, x[2]});
 }
 
-void linear(const Call& call) {
+void linear(const Call& call, bool quantized) {
   call.counts(3, 1, 1);
   call.number(0, 0, 3);
   const Shape& x = call.rowwise(0);
   int64_t N = 0, K = x.back().size;
-  call.fixed(1, {&N, &K}, is_matrix(call.value(1).dtype) ? call.value(1).dtype : Dtype::panels);
+  const Dtype dtype = call.value(1).dtype;
+  call.fixed(1, {&N, &K}, (quantized ? is_quantized(dtype) : is_matrix(dtype)) ? dtype : quantized ? Dtype::int8 : Dtype::panels);
   if (call.has(2)) call.fixed(2, {&N});
   call.output_columns(0, x, N);
 }
@@ -268,7 +271,8 @@ void check(const Role& role, const Step& step) {
     case Opcode::slice: return slice(call, role);
     case Opcode::concat: return concat(call);
     case Opcode::rows: return rows(call);
-    case Opcode::linear: return linear(call);
+    case Opcode::linear: return linear(call, false);
+    case Opcode::linear_a8: return linear(call, true);
     case Opcode::layer_norm: return norm(call, true, false);
     case Opcode::add_layer_norm: return norm(call, true, true);
     case Opcode::rms_norm: return norm(call, false, false);

@@ -331,7 +331,7 @@ Value read_value(const Reader& reader, const Role& role, uint64_t tensors, uint6
 Step read_step(const Reader& reader, uint64_t values, uint64_t index, Places& places) {
   const auto record = reader.at<StepRecord>(kSteps, index);
   need(all_zero(record.zeros, 3), "step", index);
-  const auto last = static_cast<uint32_t>(Opcode::quantized_attention);
+  const auto last = static_cast<uint32_t>(Opcode::linear_a8);
   if (record.opcode < 1 || record.opcode > last)
     refuse("step " + std::to_string(index) + " has opcode " + std::to_string(record.opcode) +
            ", which this portlm cannot run");
@@ -445,6 +445,13 @@ Status PackedFile::read() {
   } catch (const std::bad_alloc&) {
     return Status::failed("out of memory");
   }
+}
+
+bool PackedFile::rounds_to_bytes() const {
+  for (const Role& role : roles)
+    for (const Step& step : role.steps)
+      if (step.opcode == Opcode::linear_a8) return true;
+  return false;
 }
 
 std::string text_of(const Shape& shape) {

@@ -56,6 +56,7 @@ enum class Opcode : uint32_t {
   attention,
   heads,
   quantized_attention,
+  linear_a8,
 };
 
 // A size, or the sum of symbols.
@@ -118,6 +119,9 @@ class PackedFile {
   ~PackedFile();
   PackedFile(const PackedFile&) = delete;
   PackedFile& operator=(const PackedFile&) = delete;
+
+  // Whether a product has activations of 8 bits.
+  bool rounds_to_bytes() const;
 
   int64_t vocabulary = 0, context = 0;
   std::vector<Tensor> tensors;

@@ -114,7 +114,9 @@ bool Program::prepare(Status& status) {
 void Program::find_head() {
   size_t s = role_.steps.size();
   while (s > 0 && role_.steps[s - 1].opcode == Opcode::view) --s;
-  if (s == 0 || role_.outputs.size() != 1 || role_.steps[s - 1].opcode != Opcode::linear) return;
+  if (s == 0 || role_.outputs.size() != 1) return;
+  const Opcode opcode = role_.steps[s - 1].opcode;
+  if (opcode != Opcode::linear && opcode != Opcode::linear_a8) return;
   const uint32_t made = role_.steps[s - 1].outputs[0], output = role_.outputs[0].value;
   if (root_[output] == made && last(output) == last(made)) head_step_ = s - 1;
 }
@@ -251,7 +253,8 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
         copy_columns(floats(in[0]) + at * C, extents.sequence * C, floats(out[0]) + j * C, extents.kept * C, C, extents.batch);
       }
       break;
-    case Opcode::linear: {
+    case Opcode::linear:
+    case Opcode::linear_a8: {
       const Matrix m = matrix(step);
       if (question_ && index == head_step_) return head_.answer(m, floats(in[0]), map_rows(step), *question_);
       m.multiply(floats(in[0]), map_rows(step), 0, m.N, floats(out[0]));
@@ -313,8 +316,15 @@ Status Program::embed(const Step& step) {
 Matrix Program::matrix(const Step& step) const {
   const Value& value = role_.values[step.inputs[1]];
   const Tensor& tensor = file_.tensors[value.tensor];
-  return {value.dtype,  pointers_[step.inputs[1]], maybe(step.inputs[2]), last(step.outputs[0]), last(step.inputs[0]),
-          tensor.group, tensor.has_zeros,          static_cast<int>(step.ints[0])};
+  return {value.dtype,
+          pointers_[step.inputs[1]],
+          maybe(step.inputs[2]),
+          last(step.outputs[0]),
+          last(step.inputs[0]),
+          tensor.group,
+          tensor.has_zeros,
+          step.opcode == Opcode::linear_a8,
+          static_cast<int>(step.ints[0])};
 }
 
 // Of a step whose tables of a rotation are its inputs 2 and 3.

@@ -40,8 +40,10 @@ Sizes sizes(const Call& call, const Tensor& packed, int32_t first) {
   return found;
 }
 
+using Kernel = decltype(portlm::Kernels::packed_linear);
+
 // y = activation(x W^T + bias), with every shape checked; bias may be nullptr.
-void apply(const Call& call, const Tensor* bias, int32_t first) {
+void apply(const Call& call, Kernel kernel, const Tensor* bias, int32_t first) {
   const auto x = call.f32(0, "x"), y = call.f32(first + 6, "y");
   const auto packed = call.u8(1, "packed", 1);
   const Sizes s = sizes(call, packed, first);
@@ -51,27 +53,41 @@ void apply(const Call& call, const Tensor* bias, int32_t first) {
   call.expect_last(y, s.rows);
   if (bias) call.expect_shape(*bias, {s.rows});
   if (x.rows() != y.rows()) call.fail("x and y must have the same number of rows");
-  kernels().packed_linear(x.data<float>(), packed.data<uint8_t>(), bias ? bias->data<float>() : nullptr, y.data<float>(),
-                          x.rows(), s.rows, s.K, s.group, s.bits, s.has_zeros, static_cast<int>(activation));
+  kernel(x.data<float>(), packed.data<uint8_t>(), bias ? bias->data<float>() : nullptr, y.data<float>(), x.rows(), s.rows, s.K,
+         s.group, s.bits, s.has_zeros, static_cast<int>(activation));
+}
+
+void with_bias(const Call& call, Kernel kernel) {
+  call.expect_count(10);
+  const auto bias = call.f32(2, "bias", 1);
+  apply(call, kernel, &bias, 3);
+}
+
+void without_bias(const Call& call, Kernel kernel) {
+  call.expect_count(9);
+  apply(call, kernel, nullptr, 2);
 }
 
 }  // namespace
 
 // (x (..., K), packed (bytes), bias (N), N, K, group, bits, has_zeros, activation) -> y (..., N)
 PORTLM_TVM_FUNCTION(packed_linear) {
-  return guarded("packed_linear", args, count, [](const Call& call) {
-    call.expect_count(10);
-    const auto bias = call.f32(2, "bias", 1);
-    apply(call, &bias, 3);
-  });
+  return guarded("packed_linear", args, count, [](const Call& call) { with_bias(call, kernels().packed_linear); });
 }
 
 // (x (..., K), packed (bytes), N, K, group, bits, has_zeros, activation) -> y (..., N)
 PORTLM_TVM_FUNCTION(packed_linear_no_bias) {
-  return guarded("packed_linear_no_bias", args, count, [](const Call& call) {
-    call.expect_count(9);
-    apply(call, nullptr, 2);
-  });
+  return guarded("packed_linear_no_bias", args, count, [](const Call& call) { without_bias(call, kernels().packed_linear); });
+}
+
+// Both with activations of 8 bits.
+PORTLM_TVM_FUNCTION(packed_linear_a8) {
+  return guarded("packed_linear_a8", args, count, [](const Call& call) { with_bias(call, kernels().packed_linear_a8); });
+}
+
+PORTLM_TVM_FUNCTION(packed_linear_a8_no_bias) {
+  return guarded("packed_linear_a8_no_bias", args, count,
+                 [](const Call& call) { without_bias(call, kernels().packed_linear_a8); });
 }
 
 // (ids (B, T) int64, packed (bytes), V, K, group, bits, has_zeros) -> y (B, T, K)

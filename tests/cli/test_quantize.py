@@ -62,10 +62,30 @@ def test_compile_takes_activations_of_8_bits_where_weights_are_quantized(
         outcome = portlm("compile", folder, "--engine", "ort:cpu", "--activations", asked)
         assert outcome.code == 0
         assert [entry.target for entry in read_manifest(folder).compiled] == [target]
+    outcome = portlm("compile", folder, "--engine", "packed", "--activations", "int8")
+    assert outcome.code == 0
+    assert read_manifest(folder).compiled[-1].target == "any, activations int8"
     outcome = portlm("compile", artifacts["gpt2"], "--engine", "ort:cpu", "--activations", "int8")
     assert outcome.code == 2
     assert "has float32 weights" in outcome.error
     assert "--quantize" in outcome.error
+
+
+@pytest.mark.parametrize("target", ["tvm:cpu:portable", "torch:cpu:fused"])
+def test_compile_says_who_can_have_activations_of_8_bits_where_the_chosen_cannot(
+    portlm, quantized, tmp_path, target
+):
+    folder = shutil.copytree(quantized("gpt2", "int8"), tmp_path / "model")
+    outcome = portlm("compile", folder, "--engine", target, "--activations", "int8")
+    assert outcome.code == 2
+    for words in (
+        "nothing here rounds activations to 8 bits",
+        "packed:cpu:fused",
+        "tvm:cpu:fused",
+        "ort:cpu:fused",
+    ):
+        assert words in outcome.error
+    assert read_manifest(folder).compiled == ()
 
 
 def test_rivals_are_not_given_quantized_weights(portlm, quantized):

@@ -349,6 +349,9 @@ WRONG = {
     "a matrix that is not in panels": lambda p: changed(
         p, "linear", inputs=lambda s: (s.inputs[0], p.steps[1].inputs[1], NONE)
     ),
+    "activations of 8 bits for a float32 matrix": lambda p: changed(
+        p, "linear", operation=lambda s: "linear_a8"
+    ),
     "too few inputs": lambda p: changed(p, "linear", inputs=lambda s: s.inputs[:1]),
     "a matrix of another size": lambda p: changed(
         p, "linear", inputs=lambda s: (s.inputs[0], p.steps[0].inputs[1], NONE)

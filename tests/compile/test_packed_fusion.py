@@ -14,6 +14,7 @@ from portlm.compile.packed_file import write_packed  # noqa: E402
 from portlm.compile.packed_fusion import Joins, fuse, without_unread  # noqa: E402
 from portlm.compile.source import read_source  # noqa: E402
 from portlm.models import FAMILIES  # noqa: E402
+from portlm.quantization import at_activations  # noqa: E402
 
 LENGTHS = (9, 4, 1)  # of the rows of a ragged batch, left-padded to the first
 CUTS = (7, 8, 9)  # a prompt, which is all padding for the last row, and single tokens
@@ -92,6 +93,20 @@ def test_a_layer_has_so_many_steps(name, steps, folders):
     first, second = [i for i, step in enumerate(program.steps) if step.operation == "attention"][:2]
     found = Counter(step.operation for step in program.steps[first:second])
     assert found == {word: int(n) for word, n in (part.split() for part in steps.split(", "))}
+
+
+@pytest.mark.runs_kernel("packed_linear_a8")
+def test_products_with_activations_of_8_bits_are_joined_like_others(folders, tmp_path):
+    folder = folders("llama int4")
+    others, _ = fused(*lowered(folder)[:2])
+    with at_activations("int8"):
+        plain, tensors, size = lowered(folder)
+    program, joined = fused(plain, tensors)
+    kinds, wanted = (Counter(step.operation for step in p.steps) for p in (program, others))
+    assert kinds["linear_a8"] == wanted["linear"] > 0
+    assert kinds["linear"] == 0
+    before = answers(plain, tensors, size, tmp_path / "plain.portlm", LENGTHS)
+    assert np.array_equal(answers(program, joined, size, tmp_path / "fused.portlm", LENGTHS), before)
 
 
 def test_the_weights_of_a_fused_file_are_those_of_the_plain_one(folders):

@@ -12,14 +12,11 @@ import pytest
 import torch
 
 kernels = pytest.importorskip("portlm._C", reason="the kernels are not built")
-pytestmark = pytest.mark.runs_kernel("packed_size", "pack_matrix", "packed_linear")
-
 FORMS = list(itertools.product((4, 8), (32, 64, 128), (False, True)))  # bits, group, zeros
 IDS = [f"{bits} bits, groups of {group}{', zeros' * zeros}" for bits, group, zeros in FORMS]
 # One row, as many as share a register, more; a few more than fit, a prompt, more than go through at a time.
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 64, 513]
 EPS = float(np.finfo(np.float32).eps)
-STEPS = 16319  # of an activation, from 0 to the largest of its group
 
 
 @dataclass
@@ -81,24 +78,56 @@ def shifted(array: np.ndarray) -> np.ndarray:
     return memory[start : start + array.size].reshape(array.shape)
 
 
-def linear(x: np.ndarray, m: Matrix, bias: np.ndarray | None = None, activation: int = 0) -> np.ndarray:
-    """Call the kernel; what lies around y must stay as it was."""
-    y = shifted(np.full((x.shape[0] * m.N + 16,), 7.0, np.float32))
-    kernels.packed_linear(
-        x.ctypes.data, m.packed.ctypes.data, 0 if bias is None else bias.ctypes.data, y.ctypes.data,
-        x.shape[0], m.N, m.K, m.group, m.bits, int(m.zeros is not None), activation,
-    )  # fmt: skip
-    assert (y[x.shape[0] * m.N :] == 7.0).all()
-    return y[: x.shape[0] * m.N].reshape(x.shape[0], m.N)
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, and how many steps an activation has for it, from 0 to the largest of its group."""
+
+    name: str
+    steps: int
+
+    def __call__(
+        self, x: np.ndarray, m: Matrix, bias: np.ndarray | None = None, activation: int = 0
+    ) -> np.ndarray:
+        """Call it; what lies around y must stay as it was."""
+        y = shifted(np.full((x.shape[0] * m.N + 16,), 7.0, np.float32))
+        getattr(kernels, self.name)(
+            x.ctypes.data, m.packed.ctypes.data, 0 if bias is None else bias.ctypes.data, y.ctypes.data,
+            x.shape[0], m.N, m.K, m.group, m.bits, int(m.zeros is not None), activation,
+        )  # fmt: skip
+        assert (y[x.shape[0] * m.N :] == 7.0).all()
+        return y[: x.shape[0] * m.N].reshape(x.shape[0], m.N)
+
+    def rounded(self, x: np.ndarray, group: int) -> np.ndarray:
+        """Return x as it is multiplied: whole numbers of a group, times one float32."""
+        groups = x.reshape(x.shape[0], -1, group)
+        largest = np.abs(groups).max(axis=2, keepdims=True)
+        whole = np.rint(groups * (np.float32(self.steps) / largest))
+        scale = largest * (np.float32(1) / np.float32(self.steps))
+        return (whole.astype(np.float64) * scale).reshape(x.shape)
+
+    def allowed(self, x: np.ndarray, m: Matrix) -> np.ndarray:
+        """Return the largest error (rows, N): half a step for every activation, and summing's."""
+        groups = np.abs(x.astype(np.float64)).reshape(x.shape[0], -1, m.group)
+        half_step = np.repeat(groups.max(axis=2) / self.steps / 2, m.group, axis=1)
+        smallest = 2.0**-149 * m.K * np.abs(m.w).max()  # of what float32 can tell apart
+        return half_step @ np.abs(m.w).T + summing(x, m) + smallest
 
 
-def allowed(x: np.ndarray, m: Matrix) -> np.ndarray:
-    """Return the largest error (rows, N): half a step for every activation, and float32's rounding of G sums."""
-    groups = np.abs(x.astype(np.float64)).reshape(x.shape[0], -1, m.group)
-    half_step = np.repeat(groups.max(axis=2) / STEPS / 2, m.group, axis=1)
-    sums = np.abs(x.astype(np.float64)) @ np.abs(m.w).T
-    smallest = 2.0**-149 * m.K * np.abs(m.w).max()  # of what float32 can tell apart
-    return half_step @ np.abs(m.w).T + (m.K / m.group + 4) * EPS * sums + smallest
+KERNELS = {
+    kernel.name: kernel for kernel in (Kernel("packed_linear", 16319), Kernel("packed_linear_a8", 127))
+}
+with_each = pytest.mark.parametrize(
+    "linear",
+    [
+        pytest.param(kernel, id=name, marks=pytest.mark.runs_kernel("packed_size", "pack_matrix", name))
+        for name, kernel in KERNELS.items()
+    ],
+)
+
+
+def summing(x: np.ndarray, m: Matrix) -> np.ndarray:
+    """Return float32's rounding (rows, N) of the sum over the groups and of the scales."""
+    return (m.K / m.group + 4) * EPS * (np.abs(x.astype(np.float64)) @ np.abs(m.w).T)
 
 
 def inputs(rows: int, m: Matrix, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +137,9 @@ def inputs(rows: int, m: Matrix, seed: int = 1) -> tuple[np.ndarray, np.ndarray]
     return shifted(x), shifted(rng.standard_normal(m.N).astype(np.float32))
 
 
+@with_each
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
-def test_products_are_exact_but_for_the_rounding_of_activations(bits, group, zeros):
+def test_products_are_exact_but_for_the_rounding_of_activations(bits, group, zeros, linear):
     for N, K, rows in [
         *((37, 2 * group, rows) for rows in ROWS),
         (1, group, 1),
@@ -119,14 +149,46 @@ def test_products_are_exact_but_for_the_rounding_of_activations(bits, group, zer
         m = matrix(N, K, bits, group, zeros)
         x, bias = inputs(rows, m)
         exact = x.astype(np.float64) @ m.w.T
-        bound = allowed(x, m)
+        bound = linear.allowed(x, m)
         assert (np.abs(linear(x, m) - exact) <= bound).all(), (N, K, rows)
         with_bias = np.abs(linear(x, m, bias) - (exact + bias))
         assert (with_bias <= bound + EPS * np.abs(exact + bias)).all(), (N, K, rows)
 
 
+@with_each
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
-def test_results_do_not_depend_on_the_number_of_threads(bits, group, zeros, same_on_all_thread_counts):
+def test_nothing_but_activations_is_rounded_before_the_groups_are_summed(bits, group, zeros, linear):
+    """Against float64 on the activations that the kernel is said to multiply by."""
+    for N, K, rows in [(37, 2 * group, 1), (37, 4 * group, 9), (130, 3 * group, 4)]:
+        m = matrix(N, K, bits, group, zeros)
+        x, _ = inputs(rows, m)
+        exact = linear.rounded(x, group) @ m.w.T
+        assert (np.abs(linear(x, m) - exact) <= summing(x, m)).all(), (N, K, rows)
+
+
+@with_each
+@pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
+def test_sums_of_the_largest_numbers_do_not_overflow(bits, group, zeros, linear):
+    """Each group is the largest sum that there is, of either sign: instructions that saturate or wrap would show."""
+    N, K, highest = 33, 2 * group, (1 << bits) - 1
+    for q, zero in [(highest, 0), (0, highest), (highest, highest), (0, 0)]:
+        if not zeros and zero:
+            continue
+        numbers = np.full((N, K), q)
+        m = Matrix(
+            bits, group, numbers, np.ones((N, 2), np.float32), np.full((N, 2), zero) if zeros else None
+        )
+        for sign in (1, -1):
+            x = shifted(np.full((3, K), sign * linear.steps, np.float32))
+            exact = x.astype(np.float64) @ m.w.T
+            assert (np.abs(linear(x, m) - exact) <= summing(x, m)).all(), (q, zero, sign)
+
+
+@with_each
+@pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
+def test_results_do_not_depend_on_the_number_of_threads(
+    bits, group, zeros, same_on_all_thread_counts, linear
+):
     for N, K, rows in [(2000, 512, 1), (700, 512, 5), (300, 256, 90), (16, 512, 600)]:
         m = matrix(N, K, bits, group, zeros)
         x, bias = inputs(rows, m)
@@ -135,8 +197,9 @@ def test_results_do_not_depend_on_the_number_of_threads(bits, group, zeros, same
         )
 
 
+@with_each
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(bits, group, zeros):
+def test_a_row_does_not_depend_on_the_rows_beside_it(bits, group, zeros, linear):
     m = matrix(75, 2 * group, bits, group, zeros)
     x, bias = inputs(600, m)
     whole = linear(x, m, bias)
@@ -149,6 +212,7 @@ def relu_squared(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x).square()
 
 
+@with_each
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize(
     ("activation", "function"),
@@ -159,7 +223,7 @@ def relu_squared(x: torch.Tensor) -> torch.Tensor:
     ],
     ids=["gelu", "gelu_tanh", "relu_squared"],
 )
-def test_the_activation_is_that_of_the_sum_with_its_bias(rows, activation, function):
+def test_the_activation_is_that_of_the_sum_with_its_bias(rows, activation, function, linear):
     m = matrix(83, 256, 4, 32, True)
     x, bias = inputs(rows, m)
     before = torch.from_numpy(linear(x, m, bias).astype(np.float64))
@@ -169,9 +233,10 @@ def test_the_activation_is_that_of_the_sum_with_its_bias(rows, activation, funct
     assert bool(((after - exact).abs() <= 8 * EPS * torch.maximum(before.abs(), exact.abs())).all())
 
 
+@with_each
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
-def test_nan_and_infinity_reach_the_whole_of_their_row_and_no_other(bits, group, zeros, rows):
+def test_nan_and_infinity_reach_the_whole_of_their_row_and_no_other(bits, group, zeros, rows, linear):
     m = matrix(37, 3 * group, bits, group, zeros)
     x, bias = inputs(rows, m)
     clean = linear(x, m, bias)
@@ -189,8 +254,9 @@ def test_nan_and_infinity_reach_the_whole_of_their_row_and_no_other(bits, group,
             assert np.array_equal(y[:-1], clean[:-1])
 
 
+@with_each
 @pytest.mark.parametrize(("bits", "group", "zeros"), FORMS, ids=IDS)
-def test_groups_of_zeros_give_zero(bits, group, zeros):
+def test_groups_of_zeros_give_zero(bits, group, zeros, linear):
     m = matrix(21, 2 * group, bits, group, zeros)
     x, bias = inputs(3, m)
     x[1] = 0.0
@@ -205,9 +271,10 @@ def test_groups_of_zeros_give_zero(bits, group, zeros):
     assert np.array_equal(linear(x, Matrix(bits, group, m.q, m.scales, m.zeros), bias), np.tile(bias, (3, 1)))
 
 
+@with_each
 @pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-36, 1e-30, 1e30])
 @pytest.mark.parametrize("scale", [65504.0, 2.0**-24])
-def test_huge_and_subnormal_numbers_keep_their_accuracy(scale, size):
+def test_huge_and_subnormal_numbers_keep_their_accuracy(scale, size, linear):
     m = matrix(37, 256, 4, 64, False)
     m = Matrix(4, 64, m.q, np.full_like(m.scales, scale), None)
     x, _ = inputs(3, m)
@@ -216,10 +283,13 @@ def test_huge_and_subnormal_numbers_keep_their_accuracy(scale, size):
     smallest = (
         2.0**-149 * 256 * 8 * scale + 2.0**-149 * 4
     )  # the largest of a group loses bits, and so does every sum
-    assert (np.abs(linear(x, m) - exact) <= allowed(x, m) + STEPS * smallest * (size < 1e-33)).all()
+    assert (
+        np.abs(linear(x, m) - exact) <= linear.allowed(x, m) + linear.steps * smallest * (size < 1e-33)
+    ).all()
 
 
-def test_nothing_happens_without_rows_or_columns():
+@with_each
+def test_nothing_happens_without_rows_or_columns(linear):
     m = matrix(5, 64, 4, 32, False)
     assert linear(np.empty((0, 64), np.float32), m).shape == (0, 5)
     nothing = matrix(0, 64, 4, 32, False)
@@ -264,14 +334,17 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 import test_packed_linear as t
 results = {}
-for bits, group, zeros in t.FORMS:
-    for N, K, rows in [(70, 3 * group, 1), (70, 2 * group, 2), (33, group, 7), (33, group, 40)]:
-        m = t.matrix(N, K, bits, group, zeros)
-        x, bias = t.inputs(rows, m)
-        y = results[f"{bits} {group} {zeros} {rows}"] = t.linear(x, m, bias)
-        exact = x.astype(np.float64) @ m.w.T + bias
-        assert (np.abs(y - exact) <= t.allowed(x, m) + t.EPS * np.abs(exact)).all(), (bits, group, zeros, rows)
-assert t.kernels.kernel_calls()["packed_linear"][t.kernels.isa()] == len(results)
+for linear in t.KERNELS.values():
+    for bits, group, zeros in t.FORMS:
+        t.test_sums_of_the_largest_numbers_do_not_overflow(bits, group, zeros, linear)
+        calls = t.kernels.kernel_calls()[linear.name][t.kernels.isa()]
+        for N, K, rows in [(70, 3 * group, 1), (70, 2 * group, 2), (33, group, 7), (33, group, 40)]:
+            m = t.matrix(N, K, bits, group, zeros)
+            x, bias = t.inputs(rows, m)
+            y = results[f"{linear.name} {bits} {group} {zeros} {rows}"] = linear(x, m, bias)
+            exact = linear.rounded(x, group) @ m.w.T + bias
+            assert (np.abs(y - exact) <= t.summing(x, m) + t.EPS * np.abs(exact)).all(), (bits, group, zeros, rows)
+        assert t.kernels.kernel_calls()[linear.name][t.kernels.isa()] == calls + 4
 np.savez(sys.argv[2], **results)
 """
 

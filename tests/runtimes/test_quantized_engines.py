@@ -20,11 +20,11 @@ from portlm.compile.quantize import RoundToNearest, Scheme, dequantize, quantize
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError  # noqa: E402
 from portlm.flows.export import export as export_module  # noqa: E402
 from portlm.flows.load import load  # noqa: E402
+from portlm.flows.targets import Target  # noqa: E402
 from portlm.flows.verify import PlainPyTorch, verify_artifact  # noqa: E402
 from portlm.models import load_model  # noqa: E402
 from portlm.ops.compiled import kernels  # noqa: E402
-from portlm.ort_support import EXACT, ROUNDED, at_accuracy  # noqa: E402
-from portlm.quantization import EIGHT_BITS, FIFTEEN_BITS  # noqa: E402
+from portlm.quantization import ACTIVATIONS, BYTES, EIGHT_BITS, FIFTEEN_BITS, FLOATS, at_activations  # noqa: E402
 from portlm.runtimes.eager import TorchEngine  # noqa: E402
 from portlm.runtimes.no_tokenizer import NoTokenizer  # noqa: E402
 from portlm.runtimes.session import Session  # noqa: E402
@@ -162,7 +162,7 @@ def test_scales_that_were_changed_are_seen(quantized, divisible, tmp_path):
 
 def test_level_4_of_onnx_runtime_is_recorded_and_not_judged(quantized, answers, tmp_path, monkeypatch):
     folder = shutil.copytree(quantized("gpt2", "int8", True), tmp_path / "artifact")
-    monkeypatch.setenv("PORTLM_ORT_ACCURACY_LEVEL", "4")
+    monkeypatch.setenv("PORTLM_ACTIVATIONS", "int8")
     (entry,) = build(folder, [("ort", "cpu", "fused")])
     assert entry.target == "onnxruntime, accuracy level 4"
     with load(folder, "ort", "cpu", "fused") as session:
@@ -170,8 +170,8 @@ def test_level_4_of_onnx_runtime_is_recorded_and_not_judged(quantized, answers, 
     assert found.row.precision == EIGHT_BITS
     assert found.problem() is None
     assert found.row.max_logit_error > parity.allowed_error(found.row.logit_scale)
-    monkeypatch.setenv("PORTLM_ORT_ACCURACY_LEVEL", "2")
-    with pytest.raises(UsageError, match="PORTLM_ORT_ACCURACY_LEVEL must be 0 or 4, got '2'"):
+    monkeypatch.setenv("PORTLM_ACTIVATIONS", "int4")
+    with pytest.raises(UsageError, match="PORTLM_ACTIVATIONS must be float32 or int8, got 'int4'"):
         build(folder, [("ort", "cpu", "fused")])
 
 
@@ -179,18 +179,88 @@ def test_on_the_cpu_8_bits_with_float32_activations_become_float32_weights(quant
     """MatMulNBits would compute the same, in ten times the time of float32 weights."""
     folder = shutil.copytree(quantized("gpt2", "int8", True), tmp_path / "artifact")
     kinds = {}
-    for level in (EXACT, ROUNDED):
-        with at_accuracy(level):
+    for taken in ACTIVATIONS:
+        with at_activations(taken):
             (entry,) = build(folder, [("ort", "cpu", "fused")])
         graph = onnx.load(folder / entry.files[0], load_external_data=False).graph
-        kinds[level] = {node.op_type for node in graph.node}
-        if level == EXACT:
+        kinds[taken] = {node.op_type for node in graph.node}
+        if taken == FLOATS:
             with load(folder, "ort", "cpu", "fused") as session:
                 found = parity.measure(session.engine, answers("gpt2", "int8", True))
             assert found.row.precision == "fp32"
             assert found.problem() is None
-    assert "MatMulNBits" not in kinds[EXACT]
-    assert "MatMulNBits" in kinds[ROUNDED]
+    assert "MatMulNBits" not in kinds[FLOATS]
+    assert "MatMulNBits" in kinds[BYTES]
+
+
+A8_KERNELS = {"packed_linear", "packed_linear_a8"}
+
+
+@pytest.mark.runs_kernel("packed_linear_a8")
+@pytest.mark.parametrize("engine", ["packed", "tvm"])
+@pytest.mark.parametrize(
+    ("family", "bits", "asymmetric"),
+    [("gpt2", "int8", True), ("llama", "int4", False), ("gpt_neox", "int4", True)],
+)
+def test_activations_of_8_bits_are_what_was_compiled_and_nothing_else(
+    quantized, answers, tmp_path, engine, family, bits, asymmetric
+):
+    """The kernel of 15 bits never runs, and the answer is as far away as rounding to 8 bits and no farther."""
+    folder = shutil.copytree(quantized(family, bits, asymmetric), tmp_path / "artifact")
+    key = (engine, "cpu", "fused")
+    distances = {}
+    for taken, precision, kernel in ((FLOATS, "a15", "packed_linear"), (BYTES, "a8", "packed_linear_a8")):
+        try:
+            with at_activations(taken):
+                (entry,) = build(folder, [key])
+        except EngineUnavailableError as error:
+            pytest.skip(str(error))
+        assert entry.target.endswith("activations int8") == (taken == BYTES)
+        before = kernels.kernel_calls()
+        with load(folder, *key) as session:
+            assert session.engine.precision == precision
+            found = parity.measure(session.engine, answers(family, bits, asymmetric))
+        after = kernels.kernel_calls()
+        assert {name for name in A8_KERNELS if before[name] != after[name]} == {kernel}
+        assert found.row.precision == precision
+        assert found.problem() is None
+        distances[taken] = found.row.max_logit_error / found.row.logit_scale
+    # Rounding to 127 steps is 128 times as coarse as to 16319: an error as small as the other's would be that kernel's.
+    assert 10 * distances[FLOATS] < distances[BYTES] < 0.2
+
+
+@pytest.mark.runs_kernel("packed_linear_a8")
+def test_verify_measures_activations_of_8_bits_and_looks_inside_with_them(quantized, tmp_path):
+    folder = shutil.copytree(quantized("gpt2", "int4", True), tmp_path / "artifact")
+    targets = []
+    for engine in ("packed", "tvm"):
+        try:
+            with at_activations(BYTES):
+                build(folder, [(engine, "cpu", "fused")])
+        except EngineUnavailableError:
+            continue
+        targets.append(Target.parse(f"{engine}:cpu:fused"))
+    before = kernels.kernel_calls()
+    results = verify_artifact(folder, targets)
+    after = kernels.kernel_calls()
+    assert [(r.problem, r.node, r.row.precision) for r in results] == [(None, None, EIGHT_BITS)] * len(
+        targets
+    )
+    assert before["packed_linear"] == after["packed_linear"]
+
+
+@pytest.mark.runs_kernel("packed_linear_a8")
+def test_what_is_compiled_at_first_use_depends_on_the_activations_asked_for(quantized, tmp_path, monkeypatch):
+    monkeypatch.setenv("PORTLM_HOME", str(tmp_path / "home"))
+    folder = quantized("gpt2", "int4", True)
+    said = []
+    for taken in ("int8", "float32", "int8"):
+        monkeypatch.setenv("PORTLM_ACTIVATIONS", taken)
+        with load(folder, "packed") as session:
+            said.append(session.engine.precision)
+            session.score([[1, 2, 3]])
+    assert said == ["a8", "a15", "a8"]
+    assert len([entry for entry in (tmp_path / "home" / "compiled").iterdir() if entry.is_dir()]) == 2
 
 
 # --- modules ------------------------------------------------------------------------------------------------
@@ -354,7 +424,8 @@ def test_native_names_what_does_not_fit_the_configuration(quantized, tmp_path):
         load(folder, "torch", "cpu", "native")
 
 
-def test_a_library_is_not_given_a_matrix_of_another_size():
+@pytest.mark.parametrize("kernel", sorted(A8_KERNELS))
+def test_a_library_is_not_given_a_matrix_of_another_size(kernel):
     """What TVM's functions are told is checked: kernels read as much as the sizes ask for."""
     if kernels is None:
         pytest.skip("portlm._C was not built")
@@ -378,8 +449,7 @@ def test_a_library_is_not_given_a_matrix_of_another_size():
         tvm_ffi.from_dlpack(np.zeros((1, 3, 64), np.float32)),
     )
     linear, plain, look = (
-        tvm_ffi.get_global_func(f"portlm.{name}")
-        for name in ("packed_linear", "packed_linear_no_bias", "packed_rows")
+        tvm_ffi.get_global_func(f"portlm.{name}") for name in (kernel, f"{kernel}_no_bias", "packed_rows")
     )
     linear(x, packed, bias, *layout, 1, y)
     plain(x, packed, *layout, 0, y)
@@ -399,7 +469,7 @@ def test_a_library_is_not_given_a_matrix_of_another_size():
         (x, packed, *layout, 4, y), (x, packed, *layout, -1, y), (y, packed, *layout, 0, y), (x, packed, *layout, 0, x),
         (x, bias, *layout, 0, y), (rows, packed, *layout, 0, x), (x, packed, *layout, 0),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"\[packed_linear_no_bias\]"):
+        with pytest.raises(ValueError, match=rf"\[{kernel}_no_bias\]"):
             plain(*arguments)
     with pytest.raises(ValueError, match=r"ids must be from 0 to 32, got 33"):
         look(tvm_ffi.from_dlpack(np.array([[0, 33, 1]])), packed, *layout, rows)

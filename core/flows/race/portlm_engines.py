@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from portlm.errors import UsageError
 from portlm.flows.race.contender import Array, Contender, Source
+
+if TYPE_CHECKING:
+    from portlm.runtimes.session import Session
 
 GROUP = 32  # weights that share a scale, as in the formats of others
 
@@ -13,23 +17,37 @@ GROUP = 32  # weights that share a scale, as in the formats of others
 class PortlmEngine(Contender):
     """An engine of portlm, driven as a session drives it."""
 
-    def __init__(self, engine: str, device: str = "cpu", profile: str = "auto", quantize: str = ""):
-        """Name the target, and how its weights are quantized ("int8", "int4"; "" for as they are)."""
+    def __init__(
+        self, engine: str, device: str = "cpu", profile: str = "auto", quantize: str = "",
+        activations: str | None = None,
+    ):  # fmt: skip
+        """Name the target, and how its weights are quantized ("int8", "int4"; "" for as they are).
+
+        Its activations are those that PORTLM_ACTIVATIONS would name ("int8"; None for the engine's own).
+        """
         self._engine, self._device, self._profile, self._quantize = engine, device, profile, quantize
+        self._activations = activations
 
     def _folder(self, source: Source) -> Path:
         return source.work / f"portlm-{self._quantize}" if self._quantize else source.artifact
 
     def prepare(self, source: Source) -> None:
         """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then."""
-        import portlm
-
         folder = self._folder(source)
         if self._quantize and not folder.exists():
             from portlm.compile.export import export
 
             export(source.hf, folder, quantize=self._quantize, group=GROUP)
-        portlm.load(folder, engine=self._engine, device=self._device, profile=self._profile).close()
+        self._open(folder).close()
+
+    def _open(self, folder: Path, threads: int | None = None) -> Session:
+        import portlm
+        from portlm.quantization import at_activations
+
+        with at_activations(self._activations):
+            return portlm.load(
+                folder, engine=self._engine, device=self._device, profile=self._profile, threads=threads
+            )
 
     def bring(self) -> None:
         """Import the engine's packages."""
@@ -47,12 +65,7 @@ class PortlmEngine(Contender):
 
     def load(self, source: Source, threads: int | None) -> None:
         """Open a session."""
-        import portlm
-
-        self.session = portlm.load(
-            self._folder(source), engine=self._engine, device=self._device, profile=self._profile,
-            threads=threads,
-        )  # fmt: skip
+        self.session = self._open(self._folder(source), threads)
 
     def reset(self) -> None:
         """Start one empty row."""
