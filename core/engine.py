@@ -300,6 +300,34 @@ class Advances(Protocol):
         ...
 
 
+class Scores(Protocol):
+    """What an Engine may have beside the rest: saying how probable tokens are without the logits of all others."""
+
+    def can_score(self, role: str) -> bool:
+        """Say whether it can for this role."""
+        ...
+
+    def score(
+        self, role: str, inputs: Mapping[str, Array], state: State, targets: Ids
+    ) -> tuple[Array, Ids, State]:
+        """Call a role once, as `run` does, for what its logits say of one token each.
+
+        Args:
+            role: one that can_score.
+            inputs: as of run.
+            state: consumed, unless the inputs are refused.
+            targets: (B, n) ids, as many for each row as `run` would give logits.
+
+        Returns:
+            (B, n) float64 log-probabilities of the targets, (B, n) most probable ids, -1 where the logits are no
+            numbers (portlm.ops.token_scores), and the next state.
+
+        Raises:
+            UsageError, ContextLengthError, PortlmError: as of run; UsageError if the targets do not fit.
+        """
+        ...
+
+
 def call_specs(manifest: Manifest) -> dict[str, CallSpec]:
     """Return the roles of a manifest."""
     return {name: CallSpec(role.inputs, role.outputs, role.state) for name, role in manifest.roles.items()}

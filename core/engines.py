@@ -7,7 +7,6 @@ import importlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -121,6 +120,8 @@ def resolve(place: str) -> Any:
 
 def versions_of(engine: str, device: str) -> dict[str, str]:
     """Return the versions of the packages that decide what an engine computes on a device, portlm's among them."""
+    from importlib.metadata import PackageNotFoundError, version  # which loads the standard library's e-mail
+
     entry = ENGINES.get(engine)
     names = ["portlm"]
     if entry is not None:

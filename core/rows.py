@@ -27,6 +27,8 @@ class Rows:
 
     Attributes:
         lengths: (B,) int64, tokens that each row has.
+        keeps: whether the role answers only the tokens that it is asked for.
+        scores: whether the engine scores tokens without giving logits.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Rows:
         self._state = engine.start(role, batch, given)
         self.lengths = np.zeros(batch, np.int64)
         self._texts: list[Ids] | None = None if spec.state else [np.zeros(0, np.int64)] * batch
+        can_score = getattr(engine, "can_score", None)
+        self.scores = self._texts is None and can_score is not None and bool(can_score(role))
         self._mask_grows = any("past" in str(i.shape) for i in spec.inputs if i.name == "attention_mask")
 
     @property
@@ -78,13 +82,48 @@ class Rows:
             UsageError: a token that the model does not have.
             ContextLengthError: a row, or the longest one with its padding, is longer than the context.
         """
+        self._check_read(ids, real)
+        if self._texts is not None:
+            return self._read_whole(self._texts, ids, real, every)
+        inputs, lengths = self._inputs_of(ids, real, every)
+        outputs, self._state = self._engine.run(self._role, inputs, self._state)
+        self.lengths = lengths
+        logits: Logits = outputs["logits"]
+        return logits if every or self.keeps else logits[:, -1:]
+
+    def score(self, ids: Ids, targets: Ids, real: Ids | None = None) -> tuple[Array, Ids]:
+        """Read T tokens for each row, and say how probable another token is behind each of them.
+
+        It is `read` with every without its logits, of an engine that can do without: only where `scores` is true.
+
+        Args:
+            ids: (B, T) int64.
+            targets: (B, T) int64.
+            real: as of read.
+
+        Returns:
+            (B, T) float64 log-probabilities and (B, T) most probable ids, see portlm.engine.Scores; what is said of
+            padding means nothing.
+
+        Raises:
+            UsageError, ContextLengthError: as of read.
+        """
+        self._check_read(ids, real)
+        inputs, lengths = self._inputs_of(ids, real, every=True)
+        scored = self._engine.score(self._role, inputs, self._state, targets)  # type: ignore[attr-defined]
+        logprobs, best, self._state = scored
+        self.lengths = lengths
+        return logprobs, best
+
+    def _check_read(self, ids: Ids, real: Ids | None) -> None:
         if not isinstance(ids, np.ndarray) or ids.ndim != 2 or len(ids) != len(self.lengths) or not ids.size:
             wanted = f"({len(self.lengths)} rows, new tokens)"
             raise UsageError(f"tokens must be an array {wanted} of numpy, got {shown(ids)}")
         if real is not None and (not isinstance(real, np.ndarray) or real.shape != ids.shape):
             raise UsageError(f"what is no padding must be an array {ids.shape} of numpy, got {shown(real)}")
-        if self._texts is not None:
-            return self._read_whole(self._texts, ids, real, every)
+
+    def _inputs_of(self, ids: Ids, real: Ids | None, every: bool) -> tuple[dict[str, Array], Ids]:
+        """What the role is given for T more tokens, and how many each row has then."""
         B, T = ids.shape
         total = self._state.past + T
         inputs: dict[str, Array] = {"input_ids": ids}
@@ -107,10 +146,7 @@ class Rows:
             inputs["position_ids"] = positions
         if self.keeps:
             inputs["logits_to_keep"] = np.arange(T) if every else np.array([T - 1])
-        outputs, self._state = self._engine.run(self._role, inputs, self._state)
-        self.lengths = lengths
-        logits: Logits = outputs["logits"]
-        return logits if every or self.keeps else logits[:, -1:]
+        return inputs, lengths
 
     def _read_whole(self, texts: list[Ids], ids: Ids, real: Ids | None, every: bool) -> Logits:
         """Read everything again, with the new tokens at the end of their rows."""

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from portlm.bpe_merges import learn_merges
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import read_json, shown, write_atomic
 from portlm.text_pieces import cut, groups, segments
@@ -342,6 +341,8 @@ def train_bpe(
         UsageError: the vocabulary is too small for the bytes, or larger than the texts support.
         PortlmError: the process that learns died, for example of too little memory.
     """
+    from portlm.bpe_merges import learn_merges  # who only reads text starts no process
+
     smallest = 256 + (eos is not None)
     if not smallest <= vocab_size <= MAX_VOCAB:
         raise UsageError(

@@ -171,6 +171,15 @@ class EngineBase:
 
     def run(self, role: str, inputs: Mapping[str, Array], state: State) -> tuple[dict[str, Array], State]:
         """Call a role once; see Engine."""
+        sizes = self._sizes_of(role, inputs, state)
+        tensors = state.take()
+        outputs, new = self._call(role, inputs, tensors)
+        if len(new) != len(tensors):
+            new = {**tensors, **new}
+        return outputs, self._next(role, state, sizes, new)
+
+    def _sizes_of(self, role: str, inputs: Mapping[str, Array], state: State) -> dict[str, int]:
+        """Check a call before its state is taken; return what the symbols stand for."""
         self._spec(role)
         if self._check(state) != role:
             raise UsageError(f"this is a state of {state.role}, not of {role}")
@@ -178,13 +187,12 @@ class EngineBase:
         known = {
             symbol: self._shape(self._work(held[name]))[axis] for name, axis, symbol in self._shared[role]
         }
-        sizes = self._checks[role](inputs, state.rows, state.past, known)
-        tensors = state.take()
-        outputs, new = self._call(role, inputs, tensors)
+        return self._checks[role](inputs, state.rows, state.past, known)
+
+    def _next(self, role: str, state: State, sizes: Mapping[str, int], new: dict[str, Any]) -> State:
+        """The state after a call of these sizes."""
         past = state.past + sizes["sequence"] if self._checks[role].grows else 0
-        if len(new) != len(tensors):
-            new = {**tensors, **new}
-        return outputs, self._state(role, state.rows, past, new)
+        return self._state(role, state.rows, past, new)
 
     def reorder(self, state: State, rows: Sequence[int], skip: int = 0) -> State:
         """Return a state whose row i is row rows[i] of the old one; see Engine."""

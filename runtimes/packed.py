@@ -13,14 +13,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from portlm.artifact import CompiledEntry, Manifest, check_files
+from portlm.arguments import shown
+from portlm.artifact import CompiledEntry, Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, Placement, State, call_specs
 from portlm.errors import EngineUnavailableError, FormatError, PortlmError, UsageError
 from portlm.files import open_regular, safe_join
+from portlm.ops.token_scores import check_targets, from_parts
 from portlm.ops.token_selection import bad_row, check_filters
 from portlm.quantization import EIGHT_BITS
 from portlm.roles import TensorSpec, difference
 from portlm.runtimes.base import EngineBase
+from portlm.seen_files import check_data_files
 from portlm.threads import StepThreads
 
 FILE, PROFILE, VERSION = "packed.portlm", "fused", 2
@@ -83,7 +86,7 @@ class PackedEngine(EngineBase):
         if any(entry.files != (FILE,) for entry in entries):
             raise FormatError(f"{folder}: the entry compiled for packed must be of {FILE} alone")
         if request.compiled is None:
-            check_files(folder, [FILE], manifest)
+            check_data_files(folder, [FILE], manifest)
         path = safe_join(request.compiled or folder, FILE)
         with open_regular(path) as opened:
             try:
@@ -99,9 +102,7 @@ class PackedEngine(EngineBase):
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         spec, cache = self.roles[role], tensors["cache"]
-        arrays = [np.ascontiguousarray(inputs[item.name]) for item in spec.inputs]
-        sizes = {"batch": cache.rows, "sequence": 1, "past": cache.past, "kept": 1}
-        sizes |= {symbol: arrays[i].shape[axis] for symbol, i, axis in self._sizes[role]}
+        arrays, sizes = self._arrays(role, inputs, cache)
         try:
             outputs = {
                 item.name: np.empty([d if isinstance(d, int) else sizes[d] for d in item.shape], item.dtype)
@@ -113,6 +114,45 @@ class PackedEngine(EngineBase):
         with self._lock, self._threads.step():
             _run(self._programs[role].run, cache, sizes["sequence"], sizes["kept"], *addresses)
         return outputs, tensors
+
+    def _arrays(
+        self, role: str, inputs: Mapping[str, Array], cache: Any
+    ) -> tuple[list[Array], dict[str, int]]:
+        """The inputs of a call in the order of its role, and what the symbols stand for."""
+        arrays = [np.ascontiguousarray(inputs[item.name]) for item in self.roles[role].inputs]
+        sizes = {"batch": cache.rows, "sequence": 1, "past": cache.past, "kept": 1}
+        return arrays, sizes | {symbol: arrays[i].shape[axis] for symbol, i, axis in self._sizes[role]}
+
+    def can_score(self, role: str) -> bool:
+        """Say whether the role ends with a head; see portlm.engine.Scores."""
+        self._spec(role)
+        return bool(self._programs[role].can_score)
+
+    def score(
+        self, role: str, inputs: Mapping[str, Array], state: State, targets: Ids
+    ) -> tuple[Array, Ids, State]:
+        """Call a role for what its logits say of one token each; see portlm.engine.Scores.
+
+        The logits are made and read a part of the vocabulary at a time, and never in memory together.
+        """
+        if not self.can_score(role):
+            raise UsageError(f"packed: {role} does not end with logits: run it")
+        wanted = self._sizes_of(role, inputs, state)
+        spec = self.roles[role].outputs[0]
+        shape = tuple(dim if isinstance(dim, int) else wanted[dim] for dim in spec.shape[:-1])
+        if not isinstance(targets, np.ndarray) or targets.dtype != np.int64 or targets.shape != shape:
+            raise UsageError(
+                f"targets must be int64 {shape}, one for each row of logits, got {shown(targets)}"
+            )
+        check_targets(targets, int(spec.shape[-1]))
+        targets, parts = np.ascontiguousarray(targets), np.empty((targets.size, 4), np.float64)
+        cache = state.take()["cache"]
+        arrays, sizes = self._arrays(role, inputs, cache)
+        addresses = [_address(array) for array in arrays], _address(targets), _address(parts)
+        with self._lock, self._threads.step():
+            _run(self._programs[role].score, cache, sizes["sequence"], sizes["kept"], *addresses)
+        logprobs, best = from_parts(parts)
+        return logprobs.reshape(shape), best.reshape(shape), self._next(role, state, wanted, {"cache": cache})
 
     def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
         """Draw several tokens for each row; see portlm.engine.Advances."""

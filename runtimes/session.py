@@ -12,13 +12,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack, overload
 
-import numpy as np
-
 from portlm.arguments import flag, shown, whole
 from portlm.engine import Engine, Placement, goes_back
 from portlm.errors import ContextLengthError, PortlmError, UsageError
+from portlm.ops.token_scores import token_scores
 from portlm.rows import Rows, pad
-from portlm.runtimes.beam import Search, search
 from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
 from portlm.runtimes.drafting import Lookup, NewDrafter, SmallModel
 from portlm.runtimes.no_tokenizer import NoTokenizer
@@ -428,6 +426,8 @@ class Session:
 
     def _search(self, rows: list[Row], batch_size: int, stats: Stats) -> None:
         """Give each row the best hypothesis of a beam search."""
+        from portlm.runtimes.beam import Search, search
+
         began = time.perf_counter()
         prompts = max(1, batch_size // rows[0].decoding.num_beams) if rows else 1
         for begin in range(0, len(rows), prompts):
@@ -449,24 +449,23 @@ class Session:
         logprobs: list[list[float]] = [[] for _ in texts]
         greedy: list[list[bool]] = [[] for _ in texts]
         rows = Rows(self.engine, B)
-        for begin, end in rows.chunks(B, T - 1, every=True):
-            logits = rows.read(ids[:, begin:end], real[:, begin:end], every=True)
+        for begin, end in rows.chunks(B, T - 1, every=not rows.scores):
+            part, targets = slice(begin, end), ids[:, begin + 1 : end + 1]
+            if rows.scores:
+                found, best = rows.score(ids[:, part], targets, real[:, part])
+            else:
+                logits = rows.read(ids[:, part], real[:, part], every=True)
+                found, best = token_scores(logits.reshape(-1, logits.shape[-1]), targets.ravel())
+                found, best = found.reshape(targets.shape), best.reshape(targets.shape)
             for b, tokens in enumerate(texts):
-                first = max(begin, T - len(tokens))
-                if first >= end:
-                    continue
-                answers = logits[b, first - begin : end - begin].astype(np.float64)
-                target = ids[b, first + 1 : end + 1]
-                largest = answers.max(axis=1)
-                if not np.isfinite(largest).all():
+                first = max(0, T - len(tokens) - begin)
+                if (best[b, first:] < 0).any():
                     where = f"{self.engine.name}:{self.engine.device}: {names[b]}"
                     raise PortlmError(
                         f"{where}: the logits are not numbers: check the weights for NaN or infinity"
                     )
-                normaliser = largest + np.log(np.exp(answers - largest[:, None]).sum(axis=1))
-                chosen = answers[np.arange(len(answers)), target]
-                logprobs[b] += (chosen - normaliser).tolist()
-                greedy[b] += (answers.argmax(axis=1) == target).tolist()
+                logprobs[b] += found[b, first:].tolist()
+                greedy[b] += (best[b, first:] == targets[b, first:]).tolist()
         return [
             Score(tokens, tuple(p), tuple(g))
             for tokens, p, g in zip(texts, logprobs, greedy, strict=True)

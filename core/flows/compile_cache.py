@@ -20,11 +20,13 @@ from pathlib import Path
 import msgspec
 
 from portlm.artifact import Manifest, check_files, read_manifest, replace, write_manifest
+from portlm.engines import ENGINES
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
 from portlm.plan import needs_plan
 from portlm.quantization import FLOATS, activations
-from portlm.trust import is_ours, private_folder
+from portlm.seen_files import check_data_files
+from portlm.trust import NATIVE_SUFFIXES, is_ours, private_folder
 
 Key = tuple[str, str, str]
 """Engine, device and profile."""
@@ -47,19 +49,18 @@ def needed(engine: str, device: str, profile: str, manifest: Manifest) -> str | 
 
     Native code that was compiled on another machine does not count: it is never run.
     """
-    from portlm.compile.build import COMPILERS
-
+    compilers = ENGINES[engine].compilers
     if engine == "torch" and profile == "auto" and not needs_plan(manifest):
         return None  # it runs the checkpoint
     if engine == "torch" and profile == "native" and manifest.quantization is not None:
         profile = "auto"  # any plan says where the weights are
     for name in ("fused", "portable") if profile == "auto" else (profile,):
         key = (engine, device, name)
-        if key in COMPILERS and _has(manifest, key):
+        if key[1:] in compilers and _has(manifest, key):
             return None
     for name in ("fused", "portable") if profile == "auto" else (profile,):
         exported = manifest.roles and all(name in role.profiles for role in manifest.roles.values())
-        if (engine, device, name) in COMPILERS and exported:
+        if (device, name) in compilers and exported:
             return name
     return None
 
@@ -183,7 +184,10 @@ def _read(entry: Path, manifest: Manifest, key: Key) -> Found:
     cached = read_manifest(entry)
     compiled = tuple(e for e in cached.compiled if (e.engine, e.device, e.profile) == key)
     names = [name for e in compiled for name in e.files]
-    check_files(entry, names, cached)
+    if any(name.endswith(NATIVE_SUFFIXES) for name in names):
+        check_files(entry, names, cached)
+    else:
+        check_data_files(entry, names, cached)
     if not _has(cached, key):
         raise FormatError(f"{entry}: holds code that is not trusted any more")
     files = {**manifest.files, **{name: cached.files[name] for name in names}}

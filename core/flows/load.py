@@ -67,7 +67,6 @@ def load(
         FormatError: a file is missing, truncated, altered or not what it should be.
         PlacementError: a node would run on another device.
     """
-    from portlm.compile.isolated import ensure_checked
     from portlm.engine import PROFILES, OpenRequest
     from portlm.runtimes import engine_class
     from portlm.threads import MOST_THREADS, bound_spinning
@@ -94,8 +93,10 @@ def load(
     implementation = engine_class(engine)
     tokenizer, config = _texts(folder, manifest)
     request = _compiled(engine, OpenRequest(folder, manifest, device, profile, allow_fallback, threads))
-    if request.manifest is not None:
-        ensure_checked(folder, request.manifest, implementation.graphs(request))
+    if request.manifest is not None and (graphs := implementation.graphs(request)):
+        from portlm.compile.isolated import ensure_checked
+
+        ensure_checked(folder, request.manifest, graphs)
     opened = implementation.open(request)
     try:
         return _session(opened, tokenizer, config)
@@ -133,13 +134,20 @@ def _compiled(engine: str, request: OpenRequest) -> OpenRequest:
 def _manifest(folder: Path) -> Manifest | None:
     """The manifest of an artifact, or None for a plain checkpoint folder."""
     from portlm.artifact import MANIFEST, instead, read_manifest
+
+    problem = None
+    if (folder / MANIFEST).exists():
+        try:
+            return read_manifest(folder)
+        except FormatError as error:
+            problem = error
     from portlm.train.checkpoint import check_checkpoint, is_checkpoint
 
     if is_checkpoint(folder):  # saved in the middle of training: its manifest is another one
         check_checkpoint(folder)
         return None
-    if (folder / MANIFEST).exists():
-        return read_manifest(folder)
+    if problem is not None:
+        raise problem
     if not folder.is_dir():
         raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
     if not (folder / CONFIG).is_file():

@@ -16,7 +16,7 @@ from portlm.ops.spec import Node, OpSpec
 COLUMNS = ("op", "forward", "backward", "cuda", "portable", "ort", "tvm-cpu")
 
 # They define PyTorch classes or sit on such, so importing them loads PyTorch; they have no node.
-_NEVER_IN_A_GRAPH = {"adamw", "linear_cross_entropy", "token_selection"}
+_NEVER_IN_A_GRAPH = {"adamw", "linear_cross_entropy", "token_scores", "token_selection"}
 
 
 @functools.cache

@@ -5,32 +5,21 @@
 // digits of an order-preserving key. O(V) whatever the logits; compute bound by the exponential.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <memory>
 
 #include "cpu/kernels.h"
+#include "cpu/logits.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace portlm::PORTLM_ISA {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 1024;            // tokens whose maximum or weight is taken together
+constexpr int64_t kBlock = 1024;            // tokens whose weight is taken together
 constexpr int64_t kSpan = 64;               // tokens skipped together when all lie below a bound
 constexpr int64_t kGrain = 1 << 15;         // logits below which a second thread costs more than it brings
 constexpr int kDigitShift[] = {21, 10, 0};  // 11, 11 and 10 bits
 constexpr uint32_t kDigitMask[] = {2047, 2047, 1023};
 __extension__ typedef unsigned __int128 uint128;
-
-template <typename To, typename From>
-To bits_of(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &value, sizeof(to));
-  return to;
-}
 
 // Larger for larger floats; the same for -0 and +0. value_of undoes it.
 uint32_t key_of(float x) {
@@ -54,72 +43,19 @@ double random_unit(uint64_t seed, uint64_t row, uint64_t step) {
   return static_cast<double>(c0 >> 11) * 0x1p-53;
 }
 
-// Largest logit and the lowest id that has it; id -1 if a logit is NaN or +inf, or all are -inf.
-struct Largest {
-  float value;
-  int64_t id;
-};
-
-Largest largest(const float* row, int64_t V) {
-  float best = -kInf;
-  int64_t block = -1;
-  Vec refused(0.0f);
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const int64_t size = std::min(kBlock, V - begin);
-    Vec most(-kInf);
-    float m = -kInf;
-    for_each_vec(
-        size,
-        [&](int64_t i) {
-          const Vec x = Vec::load(row + begin + i);
-          most = max(x, most);
-          refused = max(where_lt(x, Vec(kInf), Vec(0.0f), Vec(1.0f)), refused);
-        },
-        [&](int64_t i, int64_t n) {
-          for (int64_t j = begin + i; j < begin + i + n; ++j) {
-            if (!(row[j] < kInf)) refused = Vec(1.0f);
-            m = std::max(m, row[j]);
-          }
-        });
-    m = std::max(m, hmax(most));
-    if (m > best) best = m, block = begin;
-  }
-  if (hmax(refused) > 0.0f || block < 0) return {best, -1};
-  int64_t id = block;
-  while (row[id] != best) ++id;
-  return {best, id};
-}
-
-// w[i] = rint(2^scale exp((row[i] - top) / temperature)). Adding 1.5 2^52 leaves the rounded number in the low bits.
+// w[i] = rint(2^scale exp((row[i] - top) / temperature)). Adding 2^52 rounds, and leaves the number in the low bits.
 void weigh(const float* row, int64_t n, float top, double temperature, int scale, int64_t* w) {
-  constexpr double kRound = 0x1.8p52, kWhole = 0x1p52;
+  constexpr double kWhole = 0x1p52;
   const double high = top;
-  const auto bias = static_cast<uint64_t>(1023 + scale);
-  double x[256];  // in blocks, and apart from the polynomial, because the compiler vectorises only loops without a branch
-  for (int64_t begin = 0; begin < n; begin += 256) {
-    const int64_t size = std::min<int64_t>(256, n - begin);
+  double x[kExpBlock];
+  for (int64_t begin = 0; begin < n; begin += kExpBlock) {
+    const int64_t size = std::min(kExpBlock, n - begin);
     for (int64_t i = 0; i < size; ++i) {
       const double quotient = (static_cast<double>(row[begin + i]) - high) / temperature;
       x[i] = quotient > -64.0 ? quotient : -64.0;
     }
-    for (int64_t i = 0; i < size; ++i) {
-      const double shifted = x[i] * 1.4426950408889634 + kRound, k = shifted - kRound;
-      const double r = (x[i] - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
-      double p = 2.505210838544172e-08;
-      p = p * r + 2.755731922398589e-07;
-      p = p * r + 2.7557319223985893e-06;
-      p = p * r + 2.48015873015873e-05;
-      p = p * r + 1.984126984126984e-04;
-      p = p * r + 1.388888888888889e-03;
-      p = p * r + 8.333333333333333e-03;
-      p = p * r + 4.1666666666666664e-02;
-      p = p * r + 1.6666666666666666e-01;
-      p = p * r + 0.5;
-      p = p * r + 1.0;
-      p = p * r + 1.0;
-      const uint64_t exponent = (bits_of<uint64_t>(shifted) + bias) << 52;
-      w[begin + i] = bits_of<int64_t>(p * bits_of<double>(exponent) + kWhole) - bits_of<int64_t>(kWhole);
-    }
+    for (int64_t i = 0; i < size; ++i)
+      w[begin + i] = bits_of<int64_t>(scaled_exp(x[i], scale) + kWhole) - bits_of<int64_t>(kWhole);
   }
 }
 

@@ -94,6 +94,23 @@ void call(Runner& runner, Cache& cache, int64_t sequence, int64_t kept, const st
   expect(status);
 }
 
+// How probable tokens are, one for each that the role answers, instead of its logits: see Program::run.
+void score(Runner& runner, Cache& cache, int64_t sequence, int64_t kept, const std::vector<uintptr_t>& inputs,
+           uintptr_t targets, uintptr_t parts) {
+  if (inputs.size() != runner.program->role().inputs.size() || !runner.program->has_head())
+    throw py::value_error("another number of inputs, or a role without a head");
+  const auto in = pointers<const void*>(inputs);
+  void* const none[] = {nullptr};
+  const portlm::run::Question question{reinterpret_cast<const int64_t*>(targets), runner.program->head_width(),
+                                       reinterpret_cast<double*>(parts)};
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = runner.program->run({cache.rows(), sequence, cache.past(), kept}, in.data(), none, cache, &question);
+  }
+  expect(status);
+}
+
 using Settings = std::tuple<double, int64_t, double, double, uint64_t, uint64_t, uint64_t>;
 
 // Returns the number of tokens that each row got, and the row whose logits are no numbers or -1.
@@ -141,7 +158,11 @@ void bind_run(py::module_& m) {
   py::class_<Runner>(m, "Role")
       .def("start", [](const Runner& runner, int64_t rows) { return std::make_unique<Cache>(runner.program->heads(), rows); })
       .def("run", &call)
+      .def("score", &score)
       .def("advance", &advance)
+      .def_property_readonly("can_score", [](const Runner& runner) { return runner.program->has_head(); })
+      // floats of the memory that logits which nobody asked for were in
+      .def_property_readonly("head_scratch", [](const Runner& runner) { return runner.program->head_scratch(); })
       .def_property_readonly("steps", [](const Runner& runner) { return runner.program->role().steps.size(); })
       .def("watch", [](Runner& runner) { runner.program->watch(); })
       // (name, opcode, nanoseconds) of each step

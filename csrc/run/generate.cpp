@@ -86,6 +86,14 @@ void Generator::choose(std::vector<Choice>& choices, int64_t* tokens) {
   }
 }
 
+// The tokens of the head's answer; false, and none, if a row has none.
+bool Generator::take_largest(int64_t rows, int64_t* tokens) {
+  for (int64_t b = 0; b < rows; ++b)
+    if (largest_[static_cast<size_t>(4 * b + 1)] < 0) return false;
+  for (int64_t b = 0; b < rows; ++b) tokens[b] = static_cast<int64_t>(largest_[static_cast<size_t>(4 * b + 1)]);
+  return true;
+}
+
 Status Generator::run(Cache& cache, int64_t* lengths, int64_t* tokens, std::vector<Choice>& choices, const Limits& limits,
                       int64_t* tokens_out, int64_t& made, int64_t& bad) {
   using Clock = std::chrono::steady_clock;
@@ -93,7 +101,10 @@ Status Generator::run(Cache& cache, int64_t* lengths, int64_t* tokens, std::vect
   made = 0, bad = -1;
   const OwnThreads own;
   try {
-    logits_.resize(static_cast<size_t>(B * width_));
+    bool greedy = program_.has_head();
+    for (const Choice& choice : choices) greedy = greedy && choice.temperature == 0;
+    greedy ? largest_.resize(static_cast<size_t>(B * 4)) : logits_.resize(static_cast<size_t>(B * width_));
+    const Question question{nullptr, limits.vocabulary, largest_.data()};
     if (mask_ != kNone) marks_.resize(static_cast<size_t>(B * (cache.past() + limits.tokens)));  // of all steps to come
     const void* inputs[4] = {};
     void* outputs[1] = {logits_.data()};
@@ -103,13 +114,22 @@ Status Generator::run(Cache& cache, int64_t* lengths, int64_t* tokens, std::vect
     const auto begin = Clock::now();
     while (made < limits.tokens) {
       if (mask_ != kNone) inputs[mask_] = mask(cache, lengths);
-      const Status status = program_.run({B, 1, cache.past(), 1}, inputs, outputs, cache);
+      const Status status = program_.run({B, 1, cache.past(), 1}, inputs, outputs, cache, greedy ? &question : nullptr);
       if (!status.ok()) return status;
-      if (limits.vocabulary < width_)
-        for (int64_t b = 0; b < B; ++b)
-          std::fill(logits_.begin() + b * width_ + limits.vocabulary, logits_.begin() + (b + 1) * width_,
-                    -std::numeric_limits<float>::infinity());
-      choose(choices, tokens);
+      if (greedy && !take_largest(B, tokens)) {  // the same step once more, so that what is wrong can be seen
+        cache.grow(-1);
+        greedy = false;
+        logits_.resize(static_cast<size_t>(B * width_));
+        outputs[0] = logits_.data();
+        continue;
+      }
+      if (!greedy) {
+        if (limits.vocabulary < width_)
+          for (int64_t b = 0; b < B; ++b)
+            std::fill(logits_.begin() + b * width_ + limits.vocabulary, logits_.begin() + (b + 1) * width_,
+                      -std::numeric_limits<float>::infinity());
+        choose(choices, tokens);
+      }
       bool ended = false;
       for (int64_t b = 0; b < B; ++b) {
         if (tokens[b] < 0) {

@@ -41,7 +41,7 @@ class Generator {
   Status run(Cache& cache, int64_t* lengths, int64_t* tokens, std::vector<Choice>& choices, const Limits& limits,
              int64_t* tokens_out, int64_t& made, int64_t& bad);
 
-  // (B, V) of the last step.
+  // (B, V) of the last step, if a row of it was bad. Where every row takes the largest logit, no step leaves them otherwise.
   const float* logits() const { return logits_.data(); }
   int64_t width() const { return width_; }
 
@@ -50,6 +50,7 @@ class Generator {
   bool prepare();
   const int64_t* mask(const Cache& cache, const int64_t* lengths);
   void choose(std::vector<Choice>& choices, int64_t* tokens);
+  bool take_largest(int64_t rows, int64_t* tokens);
 
   Program& program_;
   int64_t width_ = 0;
@@ -57,6 +58,7 @@ class Generator {
   uint32_t ids_ = kNone, mask_ = kNone, positions_ = kNone, kept_ = kNone;
   bool mask_grows_ = false;
   std::vector<float> logits_;
+  std::vector<double> largest_;  // (B, 4), of a head that is asked for no more
   std::vector<int64_t> marks_;  // the mask's memory
 };
 

@@ -107,7 +107,18 @@ bool Program::prepare(Status& status) {
     if (role_.values[v].kind == Kind::weight) pointers_[v] = const_cast<void*>(file_.tensors[role_.values[v].tensor].data);
   counts_.assign(values, 0);
   scratch_.assign(role_.steps.size(), 0);
+  find_head();
   return true;
+}
+
+void Program::find_head() {
+  size_t s = role_.steps.size();
+  while (s > 0 && role_.steps[s - 1].opcode == Opcode::view) --s;
+  if (s == 0 || role_.outputs.size() != 1) return;
+  const Opcode opcode = role_.steps[s - 1].opcode;
+  if (opcode != Opcode::linear && opcode != Opcode::linear_a8) return;
+  const uint32_t made = role_.steps[s - 1].outputs[0], output = role_.outputs[0].value;
+  if (root_[output] == made && last(output) == last(made)) head_step_ = s - 1;
 }
 
 int64_t Program::size(const Dim& dim, const Extents& extents) const {
@@ -164,14 +175,17 @@ Status Program::plan(const Extents& extents) {
   return {};
 }
 
-Status Program::run(const Extents& extents, const void* const* inputs, void* const* outputs, Cache& cache) {
+Status Program::run(const Extents& extents, const void* const* inputs, void* const* outputs, Cache& cache,
+                    const Question* question) {
   const Extents& e = extents;
   if (e.batch < 1 || e.sequence < 1 || e.kept < 1 || e.batch != cache.rows() || e.past != cache.past() ||
       e.past > file_.context - e.sequence)
     return Status::failed("a call of " + std::to_string(e.batch) + " rows with " + std::to_string(e.sequence) +
                           " tokens does not fit a state of " + std::to_string(cache.rows()) + " rows with " +
                           std::to_string(cache.past()) + " slots");
+  if (question && !has_head()) return Status::failed(role_.name + " has no head that could answer");
   const OwnThreads own;
+  question_ = question;
   try {
     if (e.batch != planned_.batch || e.sequence != planned_.sequence || e.kept != planned_.kept)
       if (Status status = plan(e); !status.ok()) return status;
@@ -185,7 +199,7 @@ Status Program::run(const Extents& extents, const void* const* inputs, void* con
     for (size_t s = 0; s < role_.steps.size(); ++s)
       if (Status status = least_.empty() ? execute(role_.steps[s], s, e, cache) : timed(s, e, cache); !status.ok())
         return status;
-    for (size_t i = 0; i < role_.outputs.size(); ++i) {
+    for (size_t i = 0; i < role_.outputs.size() && !question; ++i) {
       const uint32_t value = role_.outputs[i].value;
       const size_t item = role_.values[value].dtype == Dtype::float32 ? sizeof(float) : sizeof(int64_t);
       if (pointers_[root_[value]] != outputs[i])
@@ -240,7 +254,12 @@ Status Program::execute(const Step& step, size_t index, const Extents& extents, 
       }
       break;
     case Opcode::linear:
-    case Opcode::linear_a8: map(step); break;
+    case Opcode::linear_a8: {
+      const Matrix m = matrix(step);
+      if (question_ && index == head_step_) return head_.answer(m, floats(in[0]), map_rows(step), *question_);
+      m.multiply(floats(in[0]), map_rows(step), 0, m.N, floats(out[0]));
+      break;
+    }
     case Opcode::layer_norm:
       k.layer_norm_fwd(floats(in[0]), nullptr, floats(in[1]), floats(in[2]), epsilon(), floats(out[0]), nullptr, nullptr,
                        nullptr, rows(in[0]), width(in[0]));
@@ -294,23 +313,18 @@ Status Program::embed(const Step& step) {
   return wrong >= 0 ? bad_index(role_.values[step.inputs[0]].name, ids[wrong], V) : Status();
 }
 
-void Program::map(const Step& step) {
-  const Kernels& k = kernels();
-  const Value& matrix = role_.values[step.inputs[1]];
-  const void* const data = pointers_[step.inputs[1]];
-  const float *const x = floats(step.inputs[0]), *const bias = maybe(step.inputs[2]);
-  float* const y = floats(step.outputs[0]);
-  const int64_t N = last(step.outputs[0]), K = last(step.inputs[0]), rows = count(step.inputs[0]) / K;
-  const auto activation = static_cast<int>(step.ints[0]);
-  if (matrix.dtype == Dtype::panels)
-    return k.panel_linear(x, static_cast<const float*>(data), bias, y, rows, N, K, activation);
-  if (is_half(matrix.dtype))
-    return k.half_linear(x, static_cast<const uint16_t*>(data), bias, y, rows, N, K, matrix.dtype == Dtype::bfloat16_panels,
-                         activation);
-  const Tensor& tensor = file_.tensors[matrix.tensor];
-  const auto packed_linear = step.opcode == Opcode::linear_a8 ? k.packed_linear_a8 : k.packed_linear;
-  packed_linear(x, static_cast<const uint8_t*>(data), bias, y, rows, N, K, tensor.group, matrix.dtype == Dtype::int4 ? 4 : 8,
-                tensor.has_zeros, activation);
+Matrix Program::matrix(const Step& step) const {
+  const Value& value = role_.values[step.inputs[1]];
+  const Tensor& tensor = file_.tensors[value.tensor];
+  return {value.dtype,
+          pointers_[step.inputs[1]],
+          maybe(step.inputs[2]),
+          last(step.outputs[0]),
+          last(step.inputs[0]),
+          tensor.group,
+          tensor.has_zeros,
+          step.opcode == Opcode::linear_a8,
+          static_cast<int>(step.ints[0])};
 }
 
 // Of a step whose tables of a rotation are its inputs 2 and 3.

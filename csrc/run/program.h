@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "run/head.h"
 #include "run/packed_file.h"
 #include "run/state.h"
 #include "run/status.h"
@@ -37,8 +38,15 @@ class Program {
 
   // Runs every step. The cache grows by extents.sequence slots, or is as before if this fails.
   // inputs and outputs are in the order of the specs; an input that attention alone reads as its mask may be nullptr,
-  // for a mask of ones.
-  Status run(const Extents& extents, const void* const* inputs, void* const* outputs, Cache& cache);
+  // for a mask of ones. With a question (only if has_head()), its answer is written in place of the one output, which may be
+  // nullptr.
+  Status run(const Extents& extents, const void* const* inputs, void* const* outputs, Cache& cache,
+             const Question* question = nullptr);
+
+  // Whether the one output is what a linear map gives that nothing reads. Elements of a row of it, and of its scratch memory.
+  bool has_head() const { return head_step_ < role_.steps.size(); }
+  int64_t head_width() const { return has_head() ? last(role_.outputs[0].value) : 0; }
+  int64_t head_scratch() const { return head_.scratch(); }
 
   // From now on each step's time is taken, the least of all calls: nanoseconds by step, 0 before the first call.
   void watch() { least_.assign(role_.steps.size(), 0); }
@@ -57,7 +65,9 @@ class Program {
   const float* maybe(uint32_t value) const { return value == kNone ? nullptr : floats(value); }
   const int64_t* integers(uint32_t value) const { return static_cast<const int64_t*>(pointers_[root_[value]]); }
   Status embed(const Step& step);
-  void map(const Step& step);
+  void find_head();
+  Matrix matrix(const Step& step) const;
+  int64_t map_rows(const Step& step) const { return count(step.inputs[0]) / last(step.inputs[0]); }
   Status attend(const Step& step, float* gathered, const Extents& extents, Cache& cache);
   Status attend_to_bytes(const Step& step, float* gathered, const Extents& extents, Cache& cache);
   const float* queries(const Step& step, float* gathered, const Extents& extents, int64_t width) const;
@@ -75,6 +85,9 @@ class Program {
   std::vector<int64_t> counts_;          // elements, by value
   std::vector<int64_t> scratch_;         // by step: where its own memory is in the arena
   std::vector<int64_t> least_;           // by step, if they are watched
+  size_t head_step_ = SIZE_MAX;
+  Head head_;
+  const Question* question_ = nullptr;   // of the call that runs
   Extents planned_{0, 0, 0, 0};
   float* arena_ = nullptr;
   int64_t arena_floats_ = 0;

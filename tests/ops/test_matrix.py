@@ -60,10 +60,12 @@ BATCHES = {
 
 NO_BYTES = "the WebGPU provider has no tensors of int8"
 NO_NODE = "trains only: it never enters a graph"
+AFTER = "runs outside the graph, on its logits"
 ABSENT: dict[tuple[str, str], str] = {
     **{(op, cell): NO_NODE for op in ("adamw", "attention", "linear_cross_entropy") for cell in CELLS[1:]},
-    **{("token_selection", cell): "runs outside the graph, on its logits" for cell in CELLS[1:]},
+    **{(op, cell): AFTER for op in ("token_scores", "token_selection") for cell in CELLS[1:]},
     ("adamw", "kernel"): "changes lists of parameters in place: test_adamw.py compares them",
+    ("token_scores", "kernel"): "takes and gives numpy's arrays: test_token_scores.py compares them",
     ("token_selection", "kernel"): "chooses, to the bit: test_token_selection.py compares the choices",
 }
 GROUPED, ALL = (0, 2), (0, 1, 2)  # variants of CachedAttention

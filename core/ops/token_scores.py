@@ -1,0 +1,102 @@
+"""How probable given tokens are by rows of logits, and which token is the most probable one.
+
+The log-probability of token t is x[t] - m - ln(sum of e^(x - m)) for logits x, m the largest of them: in float64 from
+float32 logits, so that what it is off by is what the logits are. A logit of -inf forbids its token. NaN, +inf, or a row
+of nothing but -inf says nothing; greedy decoding refuses such a row, too (portlm.ops.token_selection).
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from portlm.errors import UsageError
+from portlm.ops.compiled import available, kernels
+from portlm.ops.spec import OpSpec
+
+Ids = npt.NDArray[np.int64]
+Scores = tuple[npt.NDArray[np.float64], Ids]
+
+
+def token_scores(logits: npt.NDArray[np.float32], targets: Ids) -> Scores:
+    """Return the log-probability of one token for each row of logits, and the row's most probable token.
+
+    Args:
+        logits: (R, V) float32.
+        targets: (R,) int64, of 0 to V - 1.
+
+    Returns:
+        (R,) float64 natural logarithms, and (R,) int64 ids, the lowest among equals. A row that says nothing has NaN
+        and -1.
+
+    Raises:
+        UsageError: an argument is of another shape or type, or a target is no token.
+    """
+    logits, targets = _checked(logits, targets)
+    if not available():
+        return _reference(logits, targets)
+    R, V = logits.shape
+    parts = np.empty((R, 4), np.float64)
+    kernels.score_logits(_address(logits), R, V, 0, _address(targets), _address(parts))
+    return from_parts(parts)
+
+
+def token_scores_reference(logits: npt.NDArray[np.float32], targets: Ids) -> Scores:
+    """The definition, in numpy. Arguments, result and errors as of ``token_scores``."""
+    return _reference(*_checked(logits, targets))
+
+
+def from_parts(parts: npt.NDArray[np.float64]) -> Scores:
+    """Scores from what the kernel score_logits says of whole rows, (R, 4)."""
+    largest, ids, total, target = parts.T
+    good, logprobs = ids >= 0, np.full(len(parts), np.nan)
+    logprobs[good] = (target[good] - largest[good]) - np.log(total[good])
+    return logprobs, ids.astype(np.int64)
+
+
+def _reference(logits: npt.NDArray[np.float32], targets: Ids) -> Scores:
+    logprobs, best = np.full(len(logits), np.nan), np.full(len(logits), -1, np.int64)
+    for r, row in enumerate(logits.astype(np.float64)):
+        largest = row.max()
+        if np.isfinite(largest):
+            logprobs[r] = (row[targets[r]] - largest) - np.log(np.exp(row - largest).sum())
+            best[r] = row.argmax()
+    return logprobs, best
+
+
+def _checked(logits: npt.NDArray[np.float32], targets: Ids) -> tuple[npt.NDArray[np.float32], Ids]:
+    wanted = (
+        ("[token_scores] logits", logits, np.float32, 2),
+        ("[token_scores] targets", targets, np.int64, 1),
+    )
+    for name, array, dtype, rank in wanted:
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != rank:
+            what = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise UsageError(f"{name} must be an array of {np.dtype(dtype)} of {rank} axes, got {what}")
+    R, V = logits.shape
+    if V == 0 or len(targets) != R:
+        raise UsageError(
+            f"[token_scores] one target is needed for each row of logits {logits.shape}, got {len(targets)}"
+        )
+    check_targets(targets, V)
+    return np.ascontiguousarray(logits), np.ascontiguousarray(targets)
+
+
+def check_targets(targets: Ids, vocab_size: int) -> None:
+    """Raise UsageError unless every target is a token of a vocabulary of this size."""
+    if targets.size and not (targets.min() >= 0 and targets.max() < vocab_size):
+        raise UsageError(
+            f"[token_scores] targets must be from 0 to {vocab_size - 1}, got {targets.min()} to {targets.max()}"
+        )
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+SPEC = OpSpec(
+    name="token_scores",
+    summary="log-probabilities of given tokens, and the most probable ones",
+    forward=("score_logits",),
+)
