@@ -204,7 +204,7 @@ def _read(job: Job) -> None:
 
 
 def _call(raw: bytes, weights: Path) -> None:
-    """Open a graph as the ONNX Runtime engine does, and call it once on zeros."""
+    """Open a graph as the ONNX Runtime engine does, and call it once on zeros of which nothing is masked."""
     import numpy as np
 
     from portlm.ort_support import EXTERNAL_FOLDER, IN_PLACE, open_session, session_options
@@ -218,7 +218,7 @@ def _call(raw: bytes, weights: Path) -> None:
     for value in session.get_inputs():
         kind = {"tensor(int64)": np.int64, "tensor(int8)": np.int8}.get(value.type, np.float32)
         shape = [1 if single and size == "batch" else _extent(size) for size in value.shape]
-        inputs[value.name] = np.zeros(shape, kind)
+        inputs[value.name] = np.full(shape, value.name == "attention_mask", kind)
     session.run(None, inputs)
 
 

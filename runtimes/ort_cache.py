@@ -28,7 +28,6 @@ class Cache:
     Attributes:
         arrays: (B, K, capacity, D) by name of the state.
         bound: for the next call on the same memory, by the session that it is for.
-        latest: the views that reach the last slot in use, in the order of the states.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], used: int, most: int):
@@ -44,7 +43,6 @@ class Cache:
             {name: (*shape[:AXIS], capacity, *shape[AXIS + 1 :]) for name, shape in shapes.items()}
         )
         self.bound: tuple[Any, Bound] | None = None
-        self.latest: tuple[View, ...] = ()
         self._capacity, self._used = capacity, used
         self._lock = threading.Lock()
 
@@ -58,8 +56,7 @@ class Cache:
 
     def views(self, length: int) -> dict[str, Any]:
         """The first slots of every state by name, which are all that are in use."""
-        self.latest = tuple(View(self, name, length) for name in self.arrays)
-        return {view.name: view for view in self.latest}
+        return {name: View(self, name, length) for name in self.arrays}
 
 
 def _reserve(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -105,9 +102,10 @@ def extend(states: Sequence[StateSpec], tensors: Mapping[str, Any], new: int, mo
     """
     first = tensors[states[0].name]
     if isinstance(first, View):
-        latest = first.cache.latest
-        together = len(latest) == len(states) and all(tensors[view.name] is view for view in latest)
-        if together and first.cache.claim(first.length, new):
+        own = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, View)}
+        alike = all(own.get(state.name) == View(first.cache, state.name, first.length) for state in states)
+        whole = len(states) == len(first.cache.arrays)
+        if alike and whole and first.cache.claim(first.length, new):
             return first.cache, first.length
     arrays = {state.name: as_array(tensors[state.name]) for state in states}
     past = arrays[states[0].name].shape[AXIS]
