@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from portlm.engine import Advance, CallSpec, Ids, Logits, RowChoice
+from portlm.engine import Advance, Array, CallSpec, Ids, Logits, RowChoice
 from portlm.errors import PortlmError
 from portlm.ops.token_selection import select_tokens
 from portlm.runtimes.ort_cache import Bound, InPlace, extend
@@ -96,10 +96,11 @@ def advance(
 def _bind(bound: Bound, spec: CallSpec, tokens: Ids, lengths: Ids) -> tuple[Ids, Ids, Logits]:
     """Bind all of a step of one token but the mask; return tokens (B, 1), positions (B, 1) and logits (B, 1, V)."""
     rows = len(tokens)
-    made = {"input_ids": tokens.reshape(rows, 1), "position_ids": lengths.reshape(rows, 1)}
+    made: dict[str, Array] = {"input_ids": tokens.reshape(rows, 1), "position_ids": lengths.reshape(rows, 1)}
     made["logits_to_keep"] = np.zeros(1, np.int64)
     held = {item.name: bound.put(item.name, made[item.name]) for item in spec.inputs if item.name in made}
-    logits = bound.receive("logits", (rows, 1, spec.outputs[0].shape[2]), np.float32)
+    vocabulary = int(spec.outputs[0].shape[2])  # goes_on() saw that it is a number
+    logits = bound.receive("logits", (rows, 1, vocabulary), np.float32)
     return held["input_ids"], held.get("position_ids", made["position_ids"]), logits
 
 

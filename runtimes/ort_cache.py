@@ -193,7 +193,7 @@ class InPlace:
         self._outputs = [*(item.name for item in spec.outputs), *(state.output for state in self._replaced)]
         taken: list[TensorSpec | StateSpec] = [*spec.inputs, *spec.state]
         self._batched = {item.name for item in taken if item.shape[:1] == ("batch",)}
-        where: dict[int | str, tuple[str, int]] = {
+        where: dict[str, tuple[str, int]] = {
             dim: (item.name, axis)
             for item in spec.inputs
             for axis, dim in enumerate(item.shape)
@@ -201,11 +201,12 @@ class InPlace:
         }
         self._new = where["sequence"]
         # Where the extents of each output are found: a number, or an input and its axis.
-        self._extents = [
-            (item.name, np.dtype(item.dtype).type, [where.get(dim, dim) for dim in item.shape])
-            for item in spec.outputs
-        ]
-        known = all(not isinstance(extent, str) for *_, extents in self._extents for extent in extents)
+        self._extents: list[tuple[str, Any, list[int | tuple[str, int]]]] = []
+        known = all(isinstance(dim, int) or dim in where for item in spec.outputs for dim in item.shape)
+        if known:
+            for item in spec.outputs:
+                extents = [dim if isinstance(dim, int) else where[dim] for dim in item.shape]
+                self._extents.append((item.name, np.dtype(item.dtype).type, extents))
         self._shaped = known and not self._replaced
 
     def __call__(

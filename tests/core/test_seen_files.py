@@ -48,7 +48,8 @@ def compared(monkeypatch):
 
 def manifest(content=CONTENT):
     return SimpleNamespace(
-        files={NAME: SimpleNamespace(size=len(content), sha256=hashlib.sha256(content).hexdigest())}
+        files={NAME: SimpleNamespace(size=len(content), sha256=hashlib.sha256(content).hexdigest())},
+        compiled=(),
     )
 
 
@@ -120,7 +121,7 @@ def test_what_is_no_file_of_the_artifact_is_the_error_of_a_comparison(wrong, fol
     check(folder)
     if wrong == "not listed":
         with pytest.raises(FormatError, match="is not in the manifest"):
-            check_data_files(folder, [NAME], SimpleNamespace(files={}))
+            check_data_files(folder, [NAME], SimpleNamespace(files={}, compiled=()))
         return
     (folder / NAME).unlink()
     if wrong == "a folder":

@@ -1,6 +1,12 @@
-"""A model that is large enough to share its work among threads."""
+"""A model that is large enough to share its work among threads, and a clock by which guesses cost nothing."""
+
+from functools import partial
 
 import pytest
+
+from portlm.runtimes import pace
+from portlm.runtimes import session as sessions
+from portlm.runtimes.speculation import Speculation
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +25,14 @@ def wide(compile_all, once, tmp_path_factory):
         compile_all(export(checkpoint / "checkpoint", folder), ["cpu"])
 
     return once("wide", make)
+
+
+@pytest.fixture
+def free_passes(monkeypatch):
+    """The clock of guesses stands still, nothing costs or is learned, so all guesses are read."""
+    monkeypatch.setattr(pace, "MEMORY", 1e9)
+    monkeypatch.setattr(pace, "OVERHEAD", 0.0)
+    monkeypatch.setattr(pace, "PASS", 0.0)
+    monkeypatch.setattr(pace, "FIRST_PLAIN", 1)
+    monkeypatch.setattr(pace, "SHARE", float("inf"))
+    monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))

@@ -260,7 +260,8 @@ def test_weights_in_a_file_that_the_manifest_does_not_name_are_refused(original,
     write(folder, data)
     other = shutil.copytree(folder, tmp_path / "model")
     shutil.copy(other / "onnx/decoder.onnx.data", other / "onnx/other.data")
-    for name in ("onnx/decoder.portable.onnx", "onnx/decoder.ort-cpu-fused.onnx"):
+    for form in ("portable", "ort-cpu-fused", "ort-cpu-fused-even"):
+        name = f"onnx/decoder.{form}.onnx"
         model = onnx.load(other / name, load_external_data=False)
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:

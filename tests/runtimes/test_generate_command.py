@@ -1,7 +1,6 @@
 import io
 import json
 import shutil
-from functools import partial
 
 import pytest
 from click.testing import CliRunner
@@ -10,9 +9,7 @@ import portlm
 from portlm.cli import main
 from portlm.commands.generate import command, defaults_in_use, write
 from portlm.errors import UsageError
-from portlm.runtimes import session as sessions
 from portlm.runtimes.session import Session
-from portlm.runtimes.speculation import Speculation
 
 
 @pytest.fixture
@@ -71,8 +68,8 @@ def test_json_says_what_ran_where_and_how_fast(run):
     assert answer["prefill_seconds"] > 0
 
 
-def test_guesses_by_lookup_or_a_smaller_model_change_no_text(run, artifacts, monkeypatch):
-    monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))
+@pytest.mark.usefixtures("free_passes")
+def test_guesses_by_lookup_or_a_smaller_model_change_no_text(run, artifacts):
     plain = json.loads(run("abc", "-n", "30", "--json").stdout)
     assert (plain["passes"], plain["tokens_per_pass"], plain["drafted"], plain["accepted"]) == (29, 1, 0, 0)
     assert run("abc", "-n", "30", "--lookup").stdout.strip("\n") == plain["text"]

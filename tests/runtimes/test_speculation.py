@@ -61,14 +61,8 @@ def packed(compiled):
 
 
 @pytest.fixture(autouse=True)
-def _passes_are_free(monkeypatch):
-    """The clock stands still, nothing costs or is learned, so all guesses are read."""
-    monkeypatch.setattr(pace, "MEMORY", 1e9)
-    monkeypatch.setattr(pace, "OVERHEAD", 0.0)
-    monkeypatch.setattr(pace, "PASS", 0.0)
-    monkeypatch.setattr(pace, "FIRST_PLAIN", 1)
-    monkeypatch.setattr(pace, "SHARE", float("inf"))
-    monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))
+def _passes_are_free(free_passes):
+    """All guesses are read."""
 
 
 class Foreknowing:

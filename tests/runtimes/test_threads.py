@@ -48,7 +48,12 @@ def inside(engine, look):
             return function
 
         engine._programs["decoder"] = SimpleNamespace(
-            start=program.start, run=ran(program.run), advance=ran(program.advance), can_advance=True
+            start=program.start,
+            run=ran(program.run),
+            advance=ran(program.advance),
+            can_advance=True,
+            can_score=program.can_score,
+            score=ran(program.score),
         )
     else:
         library = engine._library("decoder")
