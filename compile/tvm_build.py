@@ -17,6 +17,7 @@ from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.passes import Note, Pass, ignore, run_passes
 from portlm.compile.quantized_products import products_of_numbers
 from portlm.compile.source import read_source, specs
+from portlm.engines import ENGINES
 from portlm.errors import EngineUnavailableError
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
@@ -236,8 +237,9 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
     )
     folder = folder_name("cpu", lowering.profile, role)
     contents = {f"{folder}/{LIBRARY}": code, f"{folder}/{SIGNATURE}": signature.to_bytes()}
-    quantized = any(matrix.scale is not None for matrix in graph.packed)  # which portable graphs have none of
-    target, versions = target_at(f"llvm {processor}", quantized), dict(VERSIONS)
+    quantized = any(matrix.scale is not None for matrix in graph.packed)
+    rounds = quantized and ("cpu", lowering.profile) in ENGINES["tvm"].byte_activations
+    target, versions = target_at(f"llvm {processor}", rounds), dict(VERSIONS)
     entry = CompiledEntry("tvm", "cpu", lowering.profile, target, tuple(contents), versions, role=role)
     return Compiled(entry, {name: store_file(artifact, name, data) for name, data in contents.items()})
 

@@ -215,6 +215,20 @@ def test_activations_of_8_bits_are_what_was_compiled_and_nothing_else(
 
 
 @pytest.mark.runs_kernel("packed_linear_a8")
+def test_tvms_portable_profile_keeps_float32_activations_whatever_is_asked_for(quantized, answers, tmp_path):
+    folder = shutil.copytree(quantized("gpt2", "int4", True), tmp_path / "artifact")
+    key = ("tvm", "cpu", "portable")
+    try:
+        with at_activations(BYTES):
+            (entry,) = build(folder, [key])
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+    assert not entry.target.endswith("activations int8")
+    with load(folder, *key) as session:
+        found = parity.measure(session.engine, answers("gpt2", "int4", True))
+    assert (found.row.precision, found.problem()) == ("fp32", None)
+
+
 def test_verify_measures_activations_of_8_bits_and_looks_inside_with_them(quantized, tmp_path):
     folder = shutil.copytree(quantized("gpt2", "int4", True), tmp_path / "artifact")
     targets = []
