@@ -215,6 +215,7 @@ def test_activations_of_8_bits_are_what_was_compiled_and_nothing_else(
 
 
 @pytest.mark.runs_kernel("packed_linear_a8")
+@pytest.mark.no_kernel("the portable profile computes in code of TVM alone")
 def test_tvms_portable_profile_keeps_float32_activations_whatever_is_asked_for(quantized, answers, tmp_path):
     folder = shutil.copytree(quantized("gpt2", "int4", True), tmp_path / "artifact")
     key = ("tvm", "cpu", "portable")
