@@ -117,9 +117,13 @@ mv "$build/_C.so" "$package/portlm/"
 # emulated PROCESSOR INSTRUCTIONS COMMAND...
 emulated() { QEMU_CPU=$1 PORTLM_ISA=$2 PYTHONPATH=$package:$site OMP_NUM_THREADS=2 "$python" "${@:3}"; }
 plain=cortex-a57 dots=neoverse-n1
-usable='from portlm import _C; print(*_C.usable_isas())'
-[ "$(emulated $plain "" -c "$usable")" = "scalar neon" ]
-[ "$(emulated $dots "" -c "$usable")" = "scalar neon neon_dotprod" ]
+chooses() {
+  local usable
+  usable=$(emulated "$1" "" -c 'from portlm import _C; print(*_C.usable_isas())')
+  [ "$usable" = "$2" ] || { say "$1 should run $2, and runs $usable"; exit 1; }
+}
+chooses $plain "scalar neon"
+chooses $dots "scalar neon neon_dotprod"
 
 # The same tokens as here. Torch and onnx, which make the files, are this machine's.
 models=$build/models

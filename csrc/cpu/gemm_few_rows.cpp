@@ -32,7 +32,7 @@ inline void sum_lanes(const Vec (&s)[4], float* out) {
   const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 #elif defined(PORTLM_ISA_NEON)
-  vst1q_f32(out, vpaddq_f32(vpaddq_f32(s[0].v, s[1].v), vpaddq_f32(s[2].v, s[3].v)));
+  sums(s).store(out);
 #else
   for (int i = 0; i < 4; ++i) out[i] = sum(s[i]);
 #endif
