@@ -1,13 +1,13 @@
 """Small packed files and what they write, to compare one instruction set's or one machine's tokens with another's.
 
-make FOLDER makes them, with weights of every kind that a packed file holds; it needs torch and onnx. write FOLDER
-prints, in JSON, what the packed engine writes for each of them and how probable it finds a text, on the instruction set that
-PORTLM_ISA names; it needs neither. compare FILE OTHER compares what was printed.
+make FOLDER makes them, with weights of every kind that a packed file holds; it needs torch and onnx. write
+FOLDER prints, in JSON, what the packed engine writes for each of them and how probable it finds a text, on
+the instruction set that PORTLM_ISA names; it needs neither. compare FILE OTHER compares what was printed.
 
-Float32's rounding moves a log-probability by some 1e-6, which changes no token but by rare chance. Where activations
-become whole numbers, it decides now and then which of two numbers one becomes: with 15 bits that moves
-log-probabilities by some 5e-4, and the seeds are such that this changes no token either. With 8 bits it moves them by 1e-2, and other
-tokens are no error.
+Float32's rounding moves a log-probability by some 1e-6, which changes no token but by rare chance. Where
+activations become whole numbers, it decides now and then which of two numbers one becomes: with 15 bits that
+moves log-probabilities by some 5e-4, and the seeds are such that this changes no token either. With 8 bits it
+moves them by 1e-2, and other tokens are no error.
 """
 
 import json
