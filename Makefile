@@ -10,7 +10,7 @@ help:
 	@echo "make demo      train a GPT on Python's own documentation and run it on every engine here"
 	@echo "make test      run the test suite, in two processes (JOBS=2)"
 	@echo "make sanitize  compile the kernels with gcc's sanitizers and run their tests (minutes)"
-	@echo "make aarch64   compile the kernels for 64-bit ARM and run their tests on an emulator (an hour)"
+	@echo "make aarch64   compile the kernels for 64-bit ARM and run their tests on an emulator (long)"
 	@echo "make lint      check style (ruff)"
 	@echo "make types     check types (mypy)"
 	@echo "make docs      regenerate the tables of ops and of config.json in docs/"
