@@ -18,6 +18,7 @@ from portlm.agreement import within
 from portlm.errors import EngineUnavailableError, ParityError
 from portlm.flows.race.contender import Array, Contender
 
+BYTE_CACHE = "f32, cache of 8 bits"
 PROMPT, STEPS = 64, 64  # tokens, less where the model's context is shorter
 
 

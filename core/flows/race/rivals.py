@@ -11,11 +11,11 @@ from portlm.flows.race.contender import Entry
 _HERE = "portlm.flows.race"
 
 
-def llama_cpp(file: str, precision: str, note: str) -> Entry:
-    """A row of llama.cpp: one of its formats."""
-    name = f"llama.cpp {file.upper()}"
+def llama_cpp(file: str, precision: str, note: str, cache: str = "") -> Entry:
+    """A row of llama.cpp: one of its formats, with the fastest of its caches or with the one that is named."""
+    name = f"llama.cpp {file.upper()}" + (f" cache {cache}" if cache else "")
     return Entry(
-        name, precision, f"{_HERE}.llamacpp:LlamaCpp", {"file": file}, llamacpp.NEEDS, note=note,
+        name, precision, f"{_HERE}.llamacpp:LlamaCpp", {"file": file, "cache": cache}, llamacpp.NEEDS, note=note,
         bar="f32, GELU from a table" if precision == "f32" else "",
     )  # fmt: skip
 
