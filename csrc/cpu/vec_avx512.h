@@ -49,6 +49,19 @@ inline Vec split_exponent(Vec a, Vec& exponent) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec sums(const Vec (&v)[16]) {
+  Vec four[4];  // of each 128 bits of four vectors
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = v[4 * i].v, b = v[4 * i + 1].v, c = v[4 * i + 2].v, d = v[4 * i + 3].v;
+    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    four[i] = Vec(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd))) + Vec(_mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  const auto halves = [](Vec a, Vec b) {
+    return Vec(_mm512_shuffle_f32x4(a.v, b.v, 0x88)) + Vec(_mm512_shuffle_f32x4(a.v, b.v, 0xDD));
+  };
+  return halves(halves(four[0], four[1]), halves(four[2], four[3]));
+}
 
 struct SquareSum {
   __m512d lo = _mm512_setzero_pd(), hi = _mm512_setzero_pd();

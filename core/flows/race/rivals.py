@@ -74,12 +74,12 @@ def read_rivals(text: str) -> list[Entry]:
     return found
 
 
-def ours(targets: Sequence[object]) -> list[Entry]:
-    """A row for each of portlm's targets, which are named ENGINE:DEVICE:PROFILE."""
+def ours(targets: Sequence[object], bar: str = "") -> list[Entry]:
+    """A row for each of portlm's targets, which are named ENGINE:DEVICE:PROFILE; see Entry for their bar."""
     return [
         Entry(
             str(target), "f32", f"{_HERE}.portlm_engines:PortlmEngine",
-            dict(zip(("engine", "device", "profile"), str(target).split(":"), strict=False)), ours=True,
+            dict(zip(("engine", "device", "profile"), str(target).split(":"), strict=False)), ours=True, bar=bar,
         )
         for target in targets
     ]  # fmt: skip
