@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kRows = 4;
 constexpr int64_t kSlots = 64;
+constexpr int kSums = Vec::N == 16 ? 16 : 8;  // vectors of sums of values: what registers there are for
 constexpr int64_t kWorkPerThread = 1 << 17;  // multiply-adds that are worth waking a thread
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
@@ -45,67 +46,57 @@ struct Query {
   int64_t limit;
 };
 
-// Slots to fetch ahead of those that are read: 4 KiB of them. Processors fetch by themselves up to the end of a page, and
-// wait for memory at the start of each, of which a block has several.
-template <typename T>
-int64_t slots_ahead(int64_t D) {
-  return std::max<int64_t>(1, 4096 / (D * static_cast<int64_t>(sizeof(T))));
-}
+// Slots that are scored together: with R queries as many products as a vector has lanes, so that one transposition adds
+// them all up.
+template <int R>
+constexpr int kTogether = Vec::N / (R == 3 ? 4 : R) > 1 ? Vec::N / (R == 3 ? 4 : R) : 1;
 
-template <typename T>
-constexpr bool begins_line(int64_t number) {
-  return number * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-}
-
-// scores[r][j + i] = q_r . key_(first + j + i) for J slots and R queries. Lanes are added for as many of these sums at once
-// as a vector has: one sum after the other, that would be most of the work where a head is a few vectors wide.
-template <int R, int J, typename T>
-void dot_slots(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t j, int64_t ahead,
-               float (&scores)[R][kSlots]) {
-  constexpr int N = Vec::N, C = R * J, kGroups = (C + N - 1) / N;
+// scores[r][j + i] = q_r . key_(first + j + i) for slots i of those together; beyond the last slot it is that one's again.
+template <int R, typename T>
+void score_slots(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t count, int64_t j,
+                 float (&scores)[R][kSlots]) {
+  constexpr int J = kTogether<R>;
+  constexpr int kProducts = (R * J + Vec::N - 1) / Vec::N * Vec::N;
   const int64_t D = cache.D;
-  const T* const keys = cache.keys + (first + j) * D;
-  Vec dot[kGroups][N];
+  const T* keys[J];
+  for (int i = 0; i < J; ++i) keys[i] = cache.keys + (first + std::min(j + i, count - 1)) * D;
+  Vec dot[kProducts];
 #pragma GCC unroll 16
-  for (int c = 0; c < kGroups * N; ++c) dot[c / N][c % N] = Vec(0.0f);
+  for (int i = 0; i < kProducts; ++i) dot[i] = Vec(0.0f);
   for_lanes(D, [&](int64_t d, auto lanes) {
     Vec q[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) q[r] = load(query[r].q + d, lanes);
-    if (begins_line<T>(d))
-      for (int i = 0; i < J; ++i) __builtin_prefetch(keys + (i + ahead) * D + d);
 #pragma GCC unroll 16
     for (int i = 0; i < J; ++i) {
-      const Vec k = load(keys + i * D + d, lanes);
+      const Vec k = load(keys[i] + d, lanes);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        Vec& to = dot[(r * J + i) / N][(r * J + i) % N];
-        to = fma(q[r], k, to);
-      }
+      for (int r = 0; r < R; ++r) dot[r * J + i] = fma(q[r], k, dot[r * J + i]);
     }
   });
-  float found[kGroups * N];
-  for (int g = 0; g < kGroups; ++g) sums(dot[g]).store(found + g * N);
-  for (int r = 0; r < R; ++r) std::copy(found + r * J, found + (r + 1) * J, scores[r] + j);
+  float totals[kProducts];
+  for (int i = 0; i < kProducts; i += Vec::N) {
+    Vec rows[Vec::N];
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < Vec::N; ++n) rows[n] = dot[i + n];
+    sums(rows).store(totals + i);
+  }
+  for (int r = 0; r < R; ++r) std::copy(totals + r * J, totals + (r + 1) * J, scores[r] + j);
 }
 
-// scores[r][j] = q_r . key_(first + j) * scale, or -inf where query r must not look.
+// scores[r][j] = q_r . key_(first + j) * scale for j < count, or -inf where query r must not look.
 template <int R, typename T>
-void score(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t count, int64_t ahead,
-           float (&scores)[R][kSlots]) {
-  constexpr int J = std::max<int>(R == 1 ? 4 : 2, Vec::N / (R == 3 ? 4 : R));  // 64 is a multiple of it
-  int64_t j = 0;
-  for (; j + J <= count; j += J) dot_slots<R, J, T>(cache, query, first, j, ahead, scores);
-  if (j < count && count >= J)  // some of the slots again
-    dot_slots<R, J, T>(cache, query, first, count - J, ahead, scores);
-  else
-    for (; j < count; ++j) dot_slots<R, 1, T>(cache, query, first, j, ahead, scores);
+void score(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t count, float (&scores)[R][kSlots]) {
+  for (int64_t j = 0; j < count; j += kTogether<R>) score_slots<R, T>(cache, query, first, count, j, scores);
   for (int r = 0; r < R; ++r) {
     float* const row = scores[r];
-    for (int64_t i = 0; i < count; ++i) row[i] *= kScaled<T> ? cache.scale * cache.key_scales[first + i] : cache.scale;
-    if (const int64_t* const mask = cache.mask)
-      for (int64_t i = 0; i < count; ++i) row[i] = mask[first + i] != 0 ? row[i] : kHidden;
-    for (int64_t i = std::max<int64_t>(0, query[r].limit - first); i < count; ++i) row[i] = kHidden;
+    if constexpr (kScaled<T>)
+      for (int64_t j = 0; j < count; ++j) row[j] *= cache.scale * cache.key_scales[first + j];
+    else
+      for (int64_t j = 0; j < count; ++j) row[j] *= cache.scale;
+    for (int64_t j = std::max<int64_t>(0, query[r].limit - first); j < count; ++j) row[j] = kHidden;
+    if (cache.mask)
+      for (int64_t j = 0; j < count; ++j) row[j] = cache.mask[first + j] ? row[j] : kHidden;
   }
 }
 
@@ -142,14 +133,13 @@ float exponentials(float* row, int64_t count, float max) {
 
 // V vectors of columns of add_values. Each is a chain of additions, slot after slot, and V of them hide each other.
 template <int R, int V, typename T, typename Lanes>
-void add_columns(const T* values, int64_t D, int64_t count, int64_t ahead, const float (&weights)[R][kSlots],
-                 const float (&shrink)[R], float* sums, Lanes lanes) {
+void add_columns(const T* values, int64_t D, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
+                 float* sums, Lanes lanes) {
   Vec a[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) a[r][v] = load(sums + r * D + v * Vec::N, lanes) * Vec(shrink[r]);
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < V; ++v) {
-      if (begins_line<T>(v * Vec::N)) __builtin_prefetch(values + (j + ahead) * D + v * Vec::N);
       const Vec value = load(values + j * D + v * Vec::N, lanes);
       for (int r = 0; r < R; ++r) a[r][v] = fma(Vec(weights[r][j]), value, a[r][v]);
     }
@@ -159,17 +149,16 @@ void add_columns(const T* values, int64_t D, int64_t count, int64_t ahead, const
 
 // sums[r] = sums[r] * shrink[r] + sum over j of weights[r][j] * value_(first + j)
 template <int R, typename T>
-void add_values(const Cache<T>& cache, int64_t first, int64_t count, int64_t ahead, const float (&weights)[R][kSlots],
-                const float (&shrink)[R], float* sums) {
-  constexpr int kSums = Vec::N == 16 ? 16 : 8;  // of the registers that there are
+void add_values(const Cache<T>& cache, int64_t first, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
+                float* sums) {
   constexpr int V = std::max<int>(1, std::min<int>(64 / Vec::N, kSums / R));
   const int64_t D = cache.D;
   const T* values = cache.values + first * D;
   int64_t d = 0;
   for (; d + V * Vec::N <= D; d += V * Vec::N)
-    add_columns<R, V>(values + d, D, count, ahead, weights, shrink, sums + d, Whole{});
+    add_columns<R, V>(values + d, D, count, weights, shrink, sums + d, Whole{});
   for_lanes(D - d, [&](int64_t i, auto lanes) {
-    add_columns<R, 1>(values + d + i, D, count, ahead, weights, shrink, sums + d + i, lanes);
+    add_columns<R, 1>(values + d + i, D, count, weights, shrink, sums + d + i, lanes);
   });
 }
 
@@ -186,8 +175,7 @@ void attend(const Cache<T>& cache, const Query* queries, float* sums) {
   std::fill(sums, sums + R * cache.D, 0.0f);
   for (int64_t first = 0; first < end; first += kSlots) {
     const int64_t count = std::min(kSlots, end - first);
-    const int64_t ahead = first + kSlots < end ? slots_ahead<T>(cache.D) : 0;
-    score<R, T>(cache, query, first, count, ahead, scores);
+    score<R, T>(cache, query, first, count, scores);
     float shrink[R];
     for (int r = 0; r < R; ++r) {
       const float top = std::max(max[r], largest(scores[r], count));
@@ -205,7 +193,7 @@ void attend(const Cache<T>& cache, const Query* queries, float* sums) {
     if constexpr (kScaled<T>)  // from here on the weights of numbers
       for (int r = 0; r < R; ++r)
         for (int64_t j = 0; j < count; ++j) scores[r][j] *= cache.value_scales[first + j];
-    add_values<R, T>(cache, first, count, ahead, scores, shrink, sums);
+    add_values<R, T>(cache, first, count, scores, shrink, sums);
   }
   for (int r = 0; r < R; ++r) {
     const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];  // 0 for a query that sees nothing; NaN stays NaN

@@ -49,18 +49,17 @@ inline Vec split_exponent(Vec a, Vec& exponent) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
-inline Vec sums(const Vec (&v)[16]) {
-  Vec four[4];  // of each 128 bits of four vectors
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = v[4 * i].v, b = v[4 * i + 1].v, c = v[4 * i + 2].v, d = v[4 * i + 3].v;
-    const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    four[i] = Vec(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd))) + Vec(_mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-  }
-  const auto halves = [](Vec a, Vec b) {
-    return Vec(_mm512_shuffle_f32x4(a.v, b.v, 0x88)) + Vec(_mm512_shuffle_f32x4(a.v, b.v, 0xDD));
+inline Vec sums(const Vec (&rows)[16]) {
+  const auto four = [](const Vec* r) {  // in each quarter: the sums of four rows over it
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(r[0].v, r[1].v), _mm512_unpackhi_ps(r[0].v, r[1].v));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(r[2].v, r[3].v), _mm512_unpackhi_ps(r[2].v, r[3].v));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
   };
-  return halves(halves(four[0], four[1]), halves(four[2], four[3]));
+  const auto halves = [](__m512 a, __m512 b) {  // quarters 0 + 1 and 2 + 3 of a, then of b
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  };
+  return halves(halves(four(rows), four(rows + 4)), halves(four(rows + 8), four(rows + 12)));
 }
 
 struct SquareSum {
