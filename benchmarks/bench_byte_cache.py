@@ -1,14 +1,14 @@
-"""What a key/value cache of 8 bits costs trained models: perplexity, divergence and agreement beside a cache of float32.
+"""What a key/value cache of 8 bits costs trained models: perplexity, divergence and agreement beside one of float32.
 
 One model is that of `portlm demo`, the other a LLaMA of the same size, with rotary embeddings and three query heads for
 each key/value head. Both read the last tenth of the text, which training has not seen, alone and with weights of 4 bits
-(groups of 32, rounded to nearest); behind nothing, behind 128 tokens, and over the last tokens of the context, since what
-rounding costs might grow with what is in the cache. The models run in eager PyTorch with keys and values rounded as they
-would be kept: by those every engine with such a cache is judged (docs/verify.md).
+(groups of 32, rounded to nearest); behind nothing, behind 128 tokens, and over the last tokens of the context, since
+what rounding costs might grow with what is in the cache. The models run in eager PyTorch with keys and values rounded
+as they would be kept: by those every engine with such a cache is judged (docs/verify.md).
 
-    python benchmarks/bench_byte_cache.py --run runs/demo                     # trains into runs/demo, or takes what is there
+    python benchmarks/bench_byte_cache.py --run runs/demo       # trains into runs/demo, or takes what is there
     python benchmarks/bench_byte_cache.py --family llama --run runs/llama
-    python benchmarks/bench_byte_cache.py --smoke                             # a minute, to see that it runs
+    python benchmarks/bench_byte_cache.py --smoke               # a minute, to see that it runs
 """
 
 import argparse
@@ -72,7 +72,9 @@ def main() -> None:
         ]
         tokens = text.held_out[: 2 * context if arguments.smoke else arguments.tokens]
         print(f"{arguments.family}, {model.num_parameters():,} parameters, context {context}")
-        print("\n| weights, cache | beside | behind | tokens | perplexity | ratio | KL, nats | same top token |")
+        print(
+            "\n| weights, cache | beside | behind | tokens | perplexity | ratio | KL, nats | same top token |"
+        )
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
         for name, own, other, beside in forms:
             for behind in (0, 128, context - LAST):

@@ -118,8 +118,9 @@ def export(
         checkpoint: folder with config.json and model.safetensors.
         out: the artifact folder. An artifact that is already there is replaced, anything else is refused.
         profiles: which graphs to write.
-        weights: of matrices and token tables in the graphs: "auto" as the checkpoint has them, or its graphs if it is an
-            artifact; "float32" widened, which changes no number; "bfloat16" or "float16" rounded to it, see compile/halves.py.
+        weights: of matrices and token tables in the graphs: "auto" as the checkpoint has them, or its graphs if it is
+            an artifact; "float32" widened, which changes no number; "bfloat16" or "float16" rounded to it, see
+            compile/halves.py.
         quantize: "int8" or "int4" for matrices and the token table in so many bits, see compile/quantize.py. The
             artifact then holds no model.safetensors.
         group: how many weights share a scale: 32, 64 or 128, which must divide the inputs of every matrix.
@@ -290,8 +291,8 @@ def _preparation(
         return None if scheme is None else RoundToNearest.prepare(scheme)
     if scheme is None and cache is None:
         raise UsageError(
-            "calibrate says by which text to quantize: say int8 or int4 as well, or a cache of int8, whose cost is then "
-            "measured"
+            "calibrate says by which text to quantize: say int8 or int4 as well, or a cache of int8, whose cost is "
+            "then measured"
         )
     text = read(calibrate, tokenizer, vocab_size)
     if scheme is None:

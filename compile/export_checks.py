@@ -29,8 +29,8 @@ def check_cache(cache: str | None) -> None:
 def carried(source: Path, weights: str, cache: str | None) -> tuple[str, str | None]:
     """Return in what weights and cache are to be, where a folder may be an artifact and says so by itself.
 
-    What is not asked for is as the artifact's graphs have it: its checkpoint is that of a model with a cache of float32,
-    and may be one of 16 bits whose graphs were widened.
+    What is not asked for is as the artifact's graphs have it: its checkpoint says nothing of a cache, and may be one of
+    16 bits whose graphs were widened.
 
     Args:
         source: a checkpoint or an artifact.

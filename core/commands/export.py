@@ -59,8 +59,8 @@ from portlm.errors import UsageError
     "--cache",
     multiple=True,
     type=click.Choice(["float32", "int8"]),
-    help="What keys and values are kept in while a text is written (default: float32, or as in CHECKPOINT if that is an "
-    "artifact).",
+    help="What keys and values are kept in while a text is written (default: float32, or as in CHECKPOINT if that is "
+    "an artifact).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
 def command(

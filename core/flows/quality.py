@@ -79,7 +79,7 @@ def quality(
         quantized: its other form, of the same vocabulary and context.
         tokens: N ids of the text; no text that the quantized form was made with, or the result flatters it.
         before: the id in front of them. Without it the first token is not predicted.
-        behind: count only what is predicted from more than so many tokens: what a cache costs may grow with what is in it.
+        behind: count only what is predicted from more than so many tokens: what a cache costs may grow with it.
         batch_size: windows per call.
 
     Raises:

@@ -140,7 +140,9 @@ def test_a_race_times_the_right_ones_and_every_other_is_a_row_that_says_why(fake
 
 
 @pytest.mark.no_kernel("ONNX Runtime computes with its own")
-def test_a_cache_of_8_bits_has_a_bar_of_its_own_and_counts_its_own_bytes(fakes, artifacts, byte_cache, tmp_path):
+def test_a_cache_of_8_bits_has_a_bar_of_its_own_and_counts_its_own_bytes(
+    fakes, artifacts, byte_cache, tmp_path
+):
     """Whether the race makes the artifact or was given one; nothing that coarse passes for float32."""
     made = {"engine": "ort", "profile": "portable", "cache": "int8"}
     rules = replace(RULES, rounds=1, busy=0)

@@ -48,7 +48,9 @@ def test_a_cache_of_floats_may_be_said_of_any_model(checkpoints, tmp_path):
         export(checkpoints["gpt2"], tmp_path / "other", cache="int4")
 
 
-def test_what_a_cache_costs_is_measured_where_an_artifact_brings_it(portlm, byte_cache, checkpoints, tmp_path):
+def test_what_a_cache_costs_is_measured_where_an_artifact_brings_it(
+    portlm, byte_cache, checkpoints, tmp_path
+):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 100)
     outcome = portlm("export", byte_cache, tmp_path / "out", "--calibrate", text)

@@ -49,8 +49,8 @@ BARS = {
     ),
     BYTE_CACHE: Bar(
         None, 0.03,
-        "a number of a key or value in 8 bits is off by 1/254 of its vector's largest at most, and layers add up: 0.005 was "
-        "seen. Weights of 4 bits move ten times that",
+        "a number of a key or value in 8 bits is off by 1/254 of its vector's largest at most, and layers add up; "
+        "weights of 4 bits move ten times as much",
     ),
     "f16": Bar(None, 0.03, "half precision has 8 or 11 bits, and some ten roundings lie behind each other"),
     "q8": Bar(None, 0.1, "a weight in 8 bits is off by 1/250 of its block's largest, activations as well"),
