@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from portlm.artifact import read_manifest
 from portlm.errors import ParityError, PortlmError, UsageError
 from portlm.flows.race import gate
 from portlm.flows.race.contender import Entry
@@ -137,28 +136,6 @@ def test_a_race_times_the_right_ones_and_every_other_is_a_row_that_says_why(fake
     assert mine["agreement"]["largest"] < 1e-3
     assert len(result["rounds"]["quiet"]["rounds"]) == 2
     assert all(round_["limits"]["read"] > 0 for round_ in result["rounds"]["quiet"]["rounds"])
-
-
-@pytest.mark.no_kernel("ONNX Runtime computes with its own")
-def test_a_cache_of_8_bits_has_a_bar_of_its_own_and_counts_its_own_bytes(
-    fakes, artifacts, byte_cache, tmp_path
-):
-    """Whether the race makes the artifact or was given one; nothing that coarse passes for float32."""
-    made = {"engine": "ort", "profile": "portable", "cache": "int8"}
-    rules = replace(RULES, rounds=1, busy=0)
-    entries = [
-        entry("made", arguments=made, bar=gate.BYTE_CACHE, ours=True),
-        entry("as float32", arguments=made),
-    ]
-    result = run(artifacts["llama"], entries, tmp_path / "made", rules)
-    (row,) = result["rows"]
-    assert "not timed: its logits are wrong" in result["absent"]["as float32"]
-    (given,) = run(byte_cache, [entry("given", bar=gate.BYTE_CACHE)], tmp_path / "given", rules)["rows"]
-    K, _, D = read_manifest(byte_cache).roles["decoder"].state[0].shape[1:]
-    layers = len(read_manifest(byte_cache).roles["decoder"].state) // 4
-    assert row["cache_bytes"] == given["cache_bytes"] == 2 * layers * K * (D + 4)
-    assert row["agreement"] == given["agreement"]
-    assert 1e-3 < row["agreement"]["typical"] < 0.03
 
 
 def test_files_of_another_model_are_not_taken_for_those_of_this_one(artifacts, tmp_path):
