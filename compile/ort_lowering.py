@@ -71,7 +71,7 @@ def compile_graph(
     if manifest.cache is not None and device == "vulkan":
         raise EngineUnavailableError(
             f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
-            "values: export it without --cache"
+            "values: export it with --cache float32"
         )
     context, name = manifest.model.context_length, f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     lowered = {name: lower_model(source, context, device, note)}

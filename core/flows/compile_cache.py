@@ -24,7 +24,7 @@ from portlm.engines import ENGINES
 from portlm.errors import EngineUnavailableError, FormatError, StorageError
 from portlm.files import check_space, safe_join
 from portlm.plan import needs_plan
-from portlm.quantization import FLOATS, activations
+from portlm.quantization import FLOATS, activations, at_activations, kept_activations
 from portlm.seen_files import check_data_files
 from portlm.trust import NATIVE_SUFFIXES, is_ours, private_folder
 
@@ -79,6 +79,12 @@ def find_or_build(folder: Path, manifest: Manifest, key: Key, progress: Callable
         FormatError: the artifact is damaged, or the cache is open to others.
         StorageError: the cache cannot be written.
     """
+    entries = [e.target for e in manifest.compiled if (e.engine, e.device, e.profile) == key]
+    with at_activations(kept_activations(entries)):  # of code that another machine compiled
+        return _find_or_build(folder, manifest, key, progress)
+
+
+def _find_or_build(folder: Path, manifest: Manifest, key: Key, progress: Callable[[], None]) -> Found:
     root = private_folder(FOLDER)
     entry = root / _digest(manifest, key)
     try:
