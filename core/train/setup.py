@@ -1,6 +1,6 @@
 """From settings to the objects that train: device and optimiser."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,15 +32,14 @@ def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW 
     return MuonWithAdamW(muon, _adamw([p for p in parameters if p not in taken], options, None), clip)
 
 
-def _adamw(parameters: list[Tensor], options: OptimizerSettings, clip: float | None) -> AdamW:
+def _adamw(parameters: Sequence[Tensor], options: OptimizerSettings, clip: float | None) -> AdamW:
     groups = decay_groups(parameters, options.weight_decay)
     betas = (options.beta1, options.beta2)
     return AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, max_grad_norm=clip)
 
 
-def decay_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Return two parameter groups: matrices, which decay, and vectors (biases, gains), which do not."""
-    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
