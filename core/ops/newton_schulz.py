@@ -94,15 +94,16 @@ def _multiply(
     a: Tensor, b: Tensor, c: Tensor, *, transposed: tuple[bool, bool] = (False, False), add: bool = False
 ) -> None:
     """Write a b, either one transposed, to c, or add it: contiguous (n, M, K), (n, K, N) and (n, M, N)."""
-    (M, N), K = c.shape[1:], a.shape[1 if transposed[0] else 2]
-    sizes = (M, N, K, a.shape[2], b.shape[2], N)  # and the floats from row to row of each
+    n, M, N = c.shape
+    K, rows = a.shape[1 if transposed[0] else 2], (a.shape[2], b.shape[2], N)
+    starts = [(t.data_ptr(), 4 * t.stride(0)) for t in (a, b, c)]
     rounds = rounds_products()
-    for one, other, out in zip(a, b, c, strict=True):
-        operands = (one.data_ptr(), other.data_ptr(), 0, out.data_ptr())
+    for i in range(n):  # by address: a view of each would cost as much as a small product
+        one, other, out = (start + i * step for start, step in starts)
         if rounds:
-            kernels.gemm_bf16(*operands, *sizes, *transposed, 0, 0, add)
+            kernels.gemm_bf16(one, other, 0, out, M, N, K, *rows, *transposed, 0, 0, add)
         else:
-            kernels.gemm(*operands, *sizes, *transposed, add)
+            kernels.gemm(one, other, 0, out, M, N, K, *rows, *transposed, add)
 
 
 SPEC = OpSpec(
