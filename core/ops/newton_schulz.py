@@ -6,7 +6,7 @@ norm up end between 0.68 and 1.21, and would not come closer to 1, which Muon do
 
 Shapes: x is (n, M, N), n matrices. On float32 the products run on portlm's own kernel, which takes transposed operands
 and adds to what is there, so nothing is copied between them; inside ``precision.products_in("bf16")`` their operands
-are rounded. All counted, a matrix takes 10 m (2 M N + m²) multiply-adds at two operations each, m the shorter side.
+are rounded. A matrix takes 5 m (2 M N + m²) multiply-adds, m the shorter side.
 """
 
 from __future__ import annotations
