@@ -62,9 +62,14 @@ NO_BYTES = "the WebGPU provider has no tensors of int8"
 NO_NODE = "trains only: it never enters a graph"
 AFTER = "runs outside the graph, on its logits"
 ABSENT: dict[tuple[str, str], str] = {
-    **{(op, cell): NO_NODE for op in ("adamw", "attention", "linear_cross_entropy") for cell in CELLS[1:]},
+    **{
+        (op, cell): NO_NODE
+        for op in ("adamw", "attention", "linear_cross_entropy", "newton_schulz")
+        for cell in CELLS[1:]
+    },
     **{(op, cell): AFTER for op in ("token_scores", "token_selection") for cell in CELLS[1:]},
     ("adamw", "kernel"): "changes lists of parameters in place: test_adamw.py compares them",
+    ("newton_schulz", "kernel"): "calls it matrix by matrix: test_newton_schulz.py compares them",
     ("token_scores", "kernel"): "takes and gives numpy's arrays: test_token_scores.py compares them",
     ("token_selection", "kernel"): "chooses, to the bit: test_token_selection.py compares the choices",
 }
