@@ -1,9 +1,9 @@
 """The graph for calls in which nothing is masked: attention needs no mask there, rotates, and reads one product.
 
 Row b of such a call is at slot P + t with its token t, so GroupQueryAttention's own rotary embedding and its own idea
-of what is visible are right, and it takes its blocked kernel, which takes no bias. How many slots there are follows from
-the position of the last token. So the mask, whose shape changes from step to step, is not read, and whoever runs the
-graph need not bind it again: the metadata says so (portlm.ort_support.UNREAD). Queries, keys and values come from one
+of what is visible are right, and it takes its blocked kernel, which takes no bias. The position of the last token says
+how many slots there are. So the mask, whose shape changes from step to step, is not read, and whoever runs the graph
+need not bind it again: the metadata says so (portlm.ort_support.UNREAD). Queries, keys and values come from one
 product: their weights lie one behind the other in a constant that ONNX Runtime makes when it opens the graph, and no
 weight is stored twice.
 """
