@@ -109,7 +109,7 @@ def _bind(
     logits = bound.receive("logits", (rows, 1, vocabulary), np.float32)
     ids = held["input_ids"].reshape(rows)
     chooser.place(logits[:, 0], ids)
-    return memoryview(ids), memoryview(held.get("position_ids", made["position_ids"]).reshape(rows))
+    return ids.data, held.get("position_ids", made["position_ids"]).reshape(rows).data
 
 
 class _Masks:
@@ -162,7 +162,7 @@ class Chooser:
     def place(self, logits: Logits, tokens: Ids) -> None:
         """Say where logits (B, V) are, and where tokens (B,) go."""
         rows, width = logits.shape
-        self._logits, self._tokens, self._ids = logits[:, : self._vocabulary], tokens, memoryview(tokens)
+        self._logits, self._tokens, self._ids = logits[:, : self._vocabulary], tokens, tokens.data
         self._call: tuple[Any, ...] | None = None
         if self._settings is not None and (rows == 1 or width == self._vocabulary) and available():
             *filters, self._step = self._settings
