@@ -142,7 +142,7 @@ class Chooser:
     """Chooses the next token of each row from logits that are always at one place, and puts it where a step reads it.
 
     Between two steps every array that is touched costs more than what is done with it, because the weights have been
-    through the caches: one call of the kernel, with addresses that are known, is half of what numpy takes.
+    through the caches: one call of the kernel, with addresses that are known, touches the least.
     """
 
     def __init__(self, choices: Sequence[RowChoice], vocabulary: int):
