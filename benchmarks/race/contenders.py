@@ -61,6 +61,7 @@ CONTENDERS = {
         *(portlm(target, bits) for bits in ("", "int8", "int4") for target in ENGINES),
         *(portlm(target, bits, a8=True) for bits in ("int8", "int4") for target in ENGINES),
         *(portlm("packed:cpu:fused", "int4", a8=a8, kv8=True) for a8 in (False, True)),
+        portlm("ort:cpu:fused", "int4", generate=True, a8=True),
         *RIVALS["transformers"],
         *RIVALS["llama.cpp"],
         llama_cpp("q4_0_mix", "q4", "Q4_0 as llama.cpp mixes it: the head in Q6_K"),
@@ -69,14 +70,17 @@ CONTENDERS = {
         openvino("q4"),
     )
 }
-"""What runs unless the command line names others."""
+"""What runs unless the command line names others.
+
+ONNX Runtime with 8-bit activations is there twice: driven call by call, as all engines are, and by session.generate,
+since its rival onnxruntime-genai runs in a loop of its own."""
 
 EXTRAS = {
     entry.name: entry
     for entry in (
         portlm("torch:cpu:native"),
         *(portlm(target, bits, generate=True) for bits in ("", "int4") for target in ENGINES),
-        *(portlm(target, "int4", generate=True, a8=True) for target in ENGINES),
+        *(portlm(target, "int4", generate=True, a8=True) for target in ENGINES if "ort" not in target),
         *(portlm(target, bits, kv8=True) for bits in ("", "int4") for target in ENGINES),
         llama_cpp("q4_k_m", "q4", "Q4_K_M"),
         *(llama_cpp("q4_0", "q4", f"Q4_0 with a cache of {cache}", cache) for cache in ("f16", "q8_0")),
@@ -92,5 +96,5 @@ SMOKE = (
     "portlm packed int4",
     "portlm packed int4 a8",
 )
-WHOLE_LOOP = tuple(name for name in EXTRAS if name.endswith("generate"))
+WHOLE_LOOP = tuple(name for name in (*CONTENDERS, *EXTRAS) if name.endswith("generate"))
 """Rows that a model too small for its kernels to matter is about."""
