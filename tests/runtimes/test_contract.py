@@ -2,25 +2,13 @@
 
 import numpy as np
 import pytest
-from engine_cases import open_or_skip
+from engine_cases import CUDA_TARGETS, TARGETS, open_or_skip
 
 from portlm.errors import PortlmError
 from portlm.models import FAMILIES
 from portlm.runtimes.session import Session
 from portlm.tokenizer import byte_tokenizer
 
-TARGETS = [
-    ("torch", "cpu", "native"),
-    ("torch", "cuda", "native"),
-    ("ort", "cpu", "portable"),
-    ("ort", "cpu", "fused"),
-    ("ort", "cuda", "portable"),
-    ("ort", "vulkan", "portable"),
-    ("ort", "vulkan", "fused"),
-    ("tvm", "cpu", "portable"),
-    ("tvm", "cpu", "fused"),
-    ("packed", "cpu", "fused"),
-]
 BYTES = byte_tokenizer(eos="<|endoftext|>")
 V = 257
 CONTEXT = 48
@@ -39,7 +27,7 @@ def eager(folder):
     engine.close()
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=":".join)
+@pytest.fixture(scope="module", params=(*TARGETS, *CUDA_TARGETS), ids=":".join)
 def engine(request, folder):
     engine = open_or_skip(folder, *request.param)
     yield engine
@@ -211,7 +199,7 @@ def test_scores_are_the_same_on_every_engine(engine, eager):
         assert ours.greedy == theirs.greedy
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=":".join)
+@pytest.mark.parametrize("target", (*TARGETS, *CUDA_TARGETS), ids=":".join)
 def test_closing_twice_is_harmless_and_a_closed_engine_says_so(folder, target):
     engine = open_or_skip(folder, *target)
     state = engine.start("decoder", 1)

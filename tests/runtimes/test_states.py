@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import TARGETS, open_or_skip
+from engine_cases import CUDA_TARGETS, TARGETS, open_or_skip
 
 from portlm.engine import State
 from portlm.errors import UsageError
@@ -20,7 +20,11 @@ TEXTS = [[5, 17, 200, 3, 77, 42, 9], [9, 8], [250, 1, 2, 3]]
 MORE = [11, 12, 13]
 
 
-@pytest.fixture(scope="module", params=[(f, *t) for f in (*FAMILIES, BYTES) for t in TARGETS], ids=":".join)
+@pytest.fixture(
+    scope="module",
+    params=[(f, *t) for f in (*FAMILIES, BYTES) for t in (*TARGETS, *CUDA_TARGETS)],
+    ids=":".join,
+)
 def engine(request):
     family, name, device, profile = request.param
     bytes_kept = family == BYTES

@@ -26,6 +26,8 @@ TARGETS = [
     ("packed", "cpu", "fused"),
 ]
 """Engine, device and profile of every engine that needs no NVIDIA GPU."""
+CUDA_TARGETS = [("torch", "cuda", "native"), ("ort", "cuda", "portable")]
+"""Those that need one."""
 
 PROMPTS = ["The ", "", "a much longer prompt than the others", "12", "x"]
 OPTIONS = {
