@@ -1,9 +1,9 @@
 """Float32 products of 1 to 8 rows, as generated tokens and read guesses have them, against PyTorch's product.
 
 Reading the weights is the limit, so a few rows should cost what one does. Each call goes over as many copies of the
-matrix as lie far beyond the caches, first in large pages, then in small ones. "portlm" reads the matrix as it is, which
-is csrc/cpu/gemm_few_rows.cpp, and "panels" in panels of 64 rows, as packed files and TVM's fused profile keep it; with
-"x1" they take the first row alone, which is what the others are to be held against.
+matrix as lie far beyond the caches, in large pages and in small ones, or over one that stays in a cache. "portlm" reads
+the matrix as it is, which is csrc/cpu/gemm_few_rows.cpp, and "panels" in panels of 64 rows, as packed files and TVM's
+fused profile keep it; with "x1" they take the first row alone, which is what the others are to be held against.
 
     python benchmarks/bench_few_rows.py                                             # do nothing else meanwhile
     PORTLM_ISA=avx2 python benchmarks/bench_few_rows.py --threads 1 --only large    # an instruction set by name
@@ -21,7 +21,10 @@ from portlm.panels import in_panels
 
 FAR = 200 << 20  # bytes of copies: more than any cache keeps
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8)
-SHAPE = (1024, 4096)  # K, N
+SHAPE, CACHED = (
+    (1024, 4096),
+    (512, 512),
+)  # K, N: beyond the caches in copies, and one that stays in the second
 
 
 def copies_of(matrix: np.ndarray, count: int, large: bool) -> torch.Tensor:
@@ -30,7 +33,7 @@ def copies_of(matrix: np.ndarray, count: int, large: bool) -> torch.Tensor:
     return memory.copy_(torch.from_numpy(matrix))
 
 
-def case(rows: int, K: int, N: int, far: int, large: bool) -> Case:
+def case(kind: str, rows: int, K: int, N: int, far: int, large: bool = True) -> Case:
     """Return one number of rows; every contender gives the first row of the product with the last copy."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((rows, K), np.float32))
@@ -64,9 +67,8 @@ def case(rows: int, K: int, N: int, far: int, large: bool) -> Case:
     contenders = {"portlm": gemm(rows), "panels": panel_linear(rows), "eager": eager}
     if rows > 1:
         contenders |= {"portlm x1": gemm(1), "panels x1": panel_linear(1)}
-    pages = "large" if large else "small"
     return Case(
-        f"{pages} pages, ({rows}, {K}) -> {N}",
+        f"{kind} ({rows}, {K}) -> {N}",
         contenders,
         moved=matrix.nbytes,
         calls=dict.fromkeys(contenders, count),
@@ -75,11 +77,14 @@ def case(rows: int, K: int, N: int, far: int, large: bool) -> Case:
 
 def cases(smoke: bool) -> Iterator[Case]:
     if smoke:
-        yield from (case(rows, 40, 70, 1 << 16, large) for rows in (1, 3) for large in (True, False))
+        yield from (
+            case(kind, 3, 40, 70, 1 << 16, kind == "large pages") for kind in ("large pages", "small pages")
+        )
+        yield case("cached", 1, 40, 70, 0)
         return
-    for large in (True, False):
-        for rows in ROWS:
-            yield case(rows, *SHAPE, FAR, large)
+    yield from (case("large pages", rows, *SHAPE, FAR) for rows in ROWS)
+    yield from (case("small pages", rows, *SHAPE, FAR, large=False) for rows in ROWS)
+    yield from (case("cached", rows, *CACHED, 0) for rows in ROWS)
 
 
 if __name__ == "__main__":
