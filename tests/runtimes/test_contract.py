@@ -199,7 +199,7 @@ def test_scores_are_the_same_on_every_engine(engine, eager):
         assert ours.greedy == theirs.greedy
 
 
-@pytest.mark.parametrize("target", (*TARGETS, *CUDA_TARGETS), ids=":".join)
+@pytest.mark.parametrize("target", [*TARGETS, *CUDA_TARGETS], ids=":".join)
 def test_closing_twice_is_harmless_and_a_closed_engine_says_so(folder, target):
     engine = open_or_skip(folder, *target)
     state = engine.start("decoder", 1)
