@@ -25,26 +25,28 @@ bool amx_in_use();
 #if defined(__AMX_TILE__) && defined(PORTLM_ISA)
 namespace portlm::PORTLM_ISA {
 
-// While one lives, its thread has all eight tiles at their full size, zeros at first. Never two at a time on one thread. Loads
-// and stores of tiles are invisible to sanitizers: see watched.h.
-class HeldTiles {
- public:
-  HeldTiles() {
-    alignas(64) static constexpr Layout kAll = {
-        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {}, {16, 16, 16, 16, 16, 16, 16, 16}, {}};
-    _tile_loadconfig(&kAll);
-  }
-  ~HeldTiles() { _tile_release(); }
-  HeldTiles(const HeldTiles&) = delete;
-  HeldTiles& operator=(const HeldTiles&) = delete;
-
- private:
+// Gives the calling thread all eight tiles at their full size, zeros at first, or takes them from it. Loads and stores of tiles
+// are invisible to sanitizers: see watched.h.
+inline void hold_tiles() {
   struct Layout {  // as LDTILECFG reads it
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[8], no_row_bytes[8];
     uint8_t rows[8], no_rows[8];
   };
   static_assert(sizeof(Layout) == 64);
+  alignas(64) static constexpr Layout kAll = {
+      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {}, {16, 16, 16, 16, 16, 16, 16, 16}, {}};
+  _tile_loadconfig(&kAll);
+}
+inline void release_tiles() { _tile_release(); }
+
+// Tiles are held while one lives. Never two at a time on one thread.
+class HeldTiles {
+ public:
+  HeldTiles() { hold_tiles(); }
+  ~HeldTiles() { release_tiles(); }
+  HeldTiles(const HeldTiles&) = delete;
+  HeldTiles& operator=(const HeldTiles&) = delete;
 };
 
 }  // namespace portlm::PORTLM_ISA

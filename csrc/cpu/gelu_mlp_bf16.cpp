@@ -52,7 +52,7 @@ uint16_t* halves(Scratch& scratch, int64_t count) { return reinterpret_cast<uint
 
 // Memory for C (rows, F) of a product over K, or nullptr where its parts are enough.
 float* whole(Scratch& scratch, int64_t rows, int64_t F, int64_t K) {
-  return K <= kBf16Depth ? nullptr : scratch.floats(rows * F);
+  return K <= bf16_tiles().depth ? nullptr : scratch.floats(rows * F);
 }
 
 }  // namespace
