@@ -113,21 +113,26 @@ Ahead ahead(const Bf16Product& p, const Strips& a, int64_t s0, int64_t s1, int64
   return p.A.transposed ? Ahead(A, depth, r.size(), times) : Ahead(A, r.size(), depth, times);
 }
 
+// Products that are added up before they join C.
+int64_t depth_step(const Bf16Tiles& tiles, int64_t K) {
+  const int64_t blocks = K > tiles.depth ? ceil_div(K, tiles.depth) : 1;
+  return ceil_div(ceil_div(K, blocks), 32) * 32;
+}
+
 // Packs columns [j0, j1) of B, of products [k, k + depth).
-void pack_panels(const Bf16Product& p, const Bf16Tiles& tiles, int64_t j0, int64_t j1, int64_t k, int64_t depth, char* packed,
+void pack_panels(const Bf16Operand& B, const Bf16Tiles& tiles, int64_t j0, int64_t j1, int64_t k, int64_t depth, char* packed,
                  int64_t size) {
-  const int64_t run = p.B.transposed ? depth : kRun;
+  const int64_t run = B.transposed ? depth : kRun;
   for (int64_t d = 0; d < depth; d += run)
     for (int64_t j = j0; j < j1; j += tiles.columns)
-      tiles.pack_panel(from(p.B, k + d, j), min(tiles.columns, j1 - j), min(run, depth - d),
+      tiles.pack_panel(from(B, k + d, j), min(tiles.columns, j1 - j), min(run, depth - d),
                        packed + (j - j0) / tiles.columns * size + d * tiles.panel_step);
 }
 
 void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Range columns, Bf16Done done, void* context) {
   thread_local Scratch scratch;
-  const int64_t depth_blocks = p.K > tiles.depth ? ceil_div(p.K, tiles.depth) : 1;
-  const int64_t depth_step = ceil_div(ceil_div(p.K, depth_blocks), 32) * 32;
-  const int64_t panel_size = tiles.panel_bytes(depth_step), strip_size = tiles.strip_bytes(depth_step, p.A.transposed);
+  const int64_t step = depth_step(tiles, p.K);
+  const int64_t panel_size = tiles.panel_bytes(step), strip_size = tiles.strip_bytes(step, p.A.transposed);
   const int64_t panels = min(ceil_div(columns.size(), tiles.columns), max(kBlock / max(panel_size, 1), 1));
   const int64_t wide = panels * tiles.columns;
   // Where B has several blocks, the rows of A that meet all of them are packed once, so many that B's packing, which
@@ -146,11 +151,15 @@ void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Ran
     Ahead next;
     int64_t k = 0;
     do {
-      const int64_t depth = min(depth_step, p.K - k);
+      const int64_t depth = min(step, p.K - k);
       const bool first = k == 0, last = k + depth == p.K;
       for (int64_t j0 = columns.begin; j0 < columns.end; j0 += wide) {
         const int64_t j1 = min(j0 + wide, columns.end);
-        pack_panels(p, tiles, j0, j1, k, depth, packed, panel_size);
+        const char* block = packed;
+        if (p.packed_b)
+          block = p.packed_b + (k / max(step, 1) * ceil_div(p.N, tiles.columns) + j0 / tiles.columns) * panel_size;
+        else
+          pack_panels(p.B, tiles, j0, j1, k, depth, packed, panel_size);
         for (int64_t s = 0; s < a.strips; ++s) {
           // every part of the rows rounds for itself, and the one with the first columns hands it out
           if (s % group == 0 && (!keep || j0 == columns.begin)) {
@@ -164,7 +173,7 @@ void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Ran
           const int64_t ldc = p.C ? p.ldc : wide;
           for (int64_t j = j0; j < j1; j += tiles.columns) {
             next.ask();
-            tiles.tile(r.size(), depth, strip, p.A.transposed, packed + (j - j0) / tiles.columns * panel_size,
+            tiles.tile(r.size(), depth, strip, p.A.transposed, block + (j - j0) / tiles.columns * panel_size,
                        {C + j - j0, ldc, min(tiles.columns, j1 - j), first && p.bias ? p.bias + j : nullptr,
                         p.accumulate || !first});
           }
@@ -187,6 +196,22 @@ const Bf16Tiles& bf16_tiles() {
   if (g_native >= 1 && has) return avx512_bf16::own_bf16_tiles;
 #endif
   return own_bf16_tiles;
+}
+
+int64_t packed_bytes_bf16(int64_t K, int64_t N) {
+  const Bf16Tiles& tiles = bf16_tiles();
+  const int64_t step = depth_step(tiles, K);
+  return ceil_div(ceil_div(K, max(step, 1)) * ceil_div(N, tiles.columns) * tiles.panel_bytes(step), 64) * 64;
+}
+
+void pack_bf16(const Bf16Operand& B, int64_t K, int64_t N, char* packed) {
+  const Bf16Tiles& tiles = bf16_tiles();
+  const int64_t step = depth_step(tiles, K), size = tiles.panel_bytes(step), panels = ceil_div(N, tiles.columns);
+  for (int64_t k = 0; k < K; k += step)
+    parallel_for(panels, kGrain / (step + 1) + 1, [&](int64_t begin, int64_t end) {
+      pack_panels(B, tiles, begin * tiles.columns, min(N, end * tiles.columns), k, min(step, K - k),
+                  packed + (k / step * panels + begin) * size, size);
+    });
 }
 
 void multiply_bf16(const Bf16Product& p, Bf16Done done, void* context) {

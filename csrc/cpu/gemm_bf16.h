@@ -21,7 +21,14 @@ struct Bf16Product {
   int64_t M, N, K, ldc;
   bool accumulate;
   uint16_t* rounded_a = nullptr;
+  const char* packed_b = nullptr;  // what pack_bf16 made of B
 };
+
+// Bytes of B (K, N) as packed panels, a multiple of 64.
+int64_t packed_bytes_bf16(int64_t K, int64_t N);
+
+// Packs B (K, N) on all threads, for several products with it. `packed` is aligned to 64 bytes.
+void pack_bf16(const Bf16Operand& B, int64_t K, int64_t N, char* packed);
 
 // Runs on all threads, or on the calling one alone if that already is one of several at work. Same bits on any number of
 // them. Up to K = bf16_tiles().depth C may be nullptr where all that is wanted of it is what `done` makes of its parts, which
