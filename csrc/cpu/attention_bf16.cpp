@@ -77,7 +77,7 @@ struct ForwardSpace {
 // Queries [first, last) of one head.
 void attend(const Bf16Tiles& tiles, const Shape& s, const float* q, int64_t q_row, float scale, const ForwardSpace& w, float* out,
             int64_t out_row, float* stats, int64_t first, int64_t last) {
-  constexpr int64_t kMostRows = 16;
+  constexpr int64_t kMostRows = 32;
   const int64_t panels = ceil_div(last - first, tiles.rows);
   for (int64_t p = 0; p < panels; ++p) {
     const Range rows = share(last - first, p, panels);
@@ -190,7 +190,7 @@ void attention_bf16_fwd(const float* q, const float* k, const float* v, const in
   // as in attention.cpp: few heads are cut into chunks of queries, in an order that evens them out
   constexpr int64_t kChunk = 128, kEnoughTasks = 64;
   const int64_t chunks = B * K >= kEnoughTasks ? 1 : ceil_div(T, kChunk);
-  const int64_t cycles = (T * T * D * group / 32 + T * D) / chunks + 1;
+  const int64_t cycles = (T * T * D * group / tiles.rate + T * D) / chunks + 1;
   parallel_for(B * K * chunks, (1 << 13) / cycles + 1, [=, &tiles](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     Pieces pieces(scratch);
@@ -204,6 +204,7 @@ void attention_bf16_fwd(const float* q, const float* k, const float* v, const in
     const ForwardSpace w{{pieces.at(at_keys), keys.size}, {pieces.at(at_values), values.size}, pieces.at(at_query),
                          pieces.at(at_weight),            pieces.floats(at_scores),            pieces.floats(at_scaled)};
     const Shape shape{T, T, D, causal != 0, nullptr};
+    const HeldBf16Tiles held(tiles);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / chunks, c = task % chunks, b = head / K, kv = head % K;
       const Range queries = share(T, c % 2 ? chunks - 1 - c / 2 : c / 2, chunks);
@@ -253,6 +254,7 @@ void attention_bf16_bwd(const float* dout, const float* q, const float* k, const
     w.weights = pieces.floats(at_weights);
     w.dscores = pieces.floats(at_dscores);
     w.scaled = pieces.floats(at_scaled);
+    const HeldBf16Tiles held(tiles);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, b = head / K, kv = head % K;
       const BackwardPart part = backward_part(task % parts, chunks, T);

@@ -1,5 +1,5 @@
 // The tiles and panels of bf16_tiles.h, in two ways: widened to float32, for any instruction set, and native, on
-// AVX512_BF16. The build compiles this file once more for the latter, in a namespace of its own.
+// AVX512_BF16. The build compiles this file once more for the latter, in a namespace of its own. bf16_amx.cpp is the third way.
 //
 // Native: a tile of 6 x 64 keeps 24 sums in registers. For two products at a time it takes four vectors of the panel, which
 // holds pairs (k, k + 1) of 64 columns side by side, and six pairs of A, each broadcast: 10 loads for 24 instructions of
@@ -11,6 +11,9 @@
 #include "cpu/gemm_bf16.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/watched.h"
+#ifdef PORTLM_BF16_NATIVE
+#include "cpu/bf16_pairs.h"
+#endif
 
 namespace portlm::PORTLM_ISA {
 namespace {
@@ -20,43 +23,7 @@ namespace {
 constexpr int64_t kRows = 6, kColumns = 64;
 constexpr int64_t kSlot = 8;  // pairs of a transposed strip per k pair: a tile's rows, and room to store a vector
 
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-int64_t pairs(int64_t K) { return (K + 1) / 2; }
-// Pairs from row to row of a strip: 64 bytes more than whole vectors, so that rows do not fall into the same sets of L1.
-int64_t strip_stride(int64_t K) { return round_up(pairs(K), 16) + 16; }
-
-__mmask16 first16(int64_t n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1u); }
-__mmask32 first32(int64_t n) { return n >= 32 ? 0xFFFFFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
-
-// A row of which a mask chooses the first elements.
-template <typename T>
-const T* chosen(const T* row, __mmask16 columns) {
-  return watched(row, __builtin_popcount(columns));
-}
-
-// 32 elements from p[0], of which `n` exist, as bfloat16.
-__m512i load32(const float* p, int64_t n) {
-  watched(p, n < 32 ? n : 32);
-  const __m512 lo = _mm512_maskz_loadu_ps(first16(n), p), hi = _mm512_maskz_loadu_ps(first16(n - 16), p + 16);
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
-}
-__m512i load32(const uint16_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), watched(p, n < 32 ? n : 32)); }
-
-// 16 columns of two rows as 16 pairs.
-__m512i pair16(const float* row, const float* next, __mmask16 columns, __mmask16 next_columns) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512 lo = _mm512_maskz_loadu_ps(columns, chosen(row, columns));
-  const __m512 hi = _mm512_maskz_loadu_ps(next_columns, chosen(next, next_columns));
-  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
-}
-__m512i pair16(const uint16_t* row, const uint16_t* next, __mmask16 columns, __mmask16 next_columns) {
-  const __m512i lo = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, chosen(row, columns)));
-  const __m512i hi = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next_columns, chosen(next, next_columns)));
-  return _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16));
-}
-// The same for 8 columns.
+// 8 columns of two rows as 8 pairs.
 __m256i pair8(const float* row, const float* next, __mmask8 columns, __mmask8 next_columns) {
   alignas(32) static constexpr uint16_t kOrder[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
   const __m256 lo = _mm256_maskz_loadu_ps(columns, chosen(row, columns));
@@ -69,6 +36,9 @@ __m256i pair8(const uint16_t* row, const uint16_t* next, __mmask8 columns, __mma
   const __m128i hi = _mm_maskz_loadu_epi16(next_columns, chosen(next, next_columns));
   return _mm256_set_m128i(_mm_unpackhi_epi16(lo, hi), _mm_unpacklo_epi16(lo, hi));
 }
+
+// Pairs from row to row of a strip: 64 bytes more than whole vectors, so that rows do not fall into the same sets of L1.
+int64_t strip_stride(int64_t K) { return round_up(pairs(K), 16) + 16; }
 
 constexpr int64_t kPanelStep = 2 * kColumns, kTransposedStep = 2 * kSlot;
 int64_t strip_bytes(int64_t K, bool transposed) { return transposed ? 4 * kSlot * pairs(K) : 4 * kRows * strip_stride(K); }
@@ -90,27 +60,7 @@ void pack_strip_of(const T* A, int64_t ld, bool transposed, int64_t count, int64
 
 template <typename T>
 void pack_panel_of(const T* B, int64_t ld, bool transposed, int64_t count, int64_t K, uint32_t* panel) {
-  if (!transposed) {
-    for (int64_t k = 0; k < K; k += 2, B += 2 * ld, panel += kColumns) {
-      const bool whole = k + 1 < K;
-      for (int64_t j = 0; j < kColumns; j += 16) {
-        const __mmask16 columns = first16(count - j);
-        const T* const row = columns ? B + j : B;
-        _mm512_storeu_si512(panel + j, pair16(row, whole ? row + ld : row, columns, whole ? columns : 0));
-      }
-    }
-    return;
-  }
-  alignas(64) float block[16 * 16];  // pairs, moved as if they were floats
-  for (int64_t k = 0; k < K; k += 32, panel += 16 * kColumns)
-    for (int64_t j = 0; j < kColumns; j += 16) {
-      for (int64_t c = 0; c < 16; ++c) {
-        const bool exists = j + c < count;
-        const __m512i pair = exists ? load32(B + (j + c) * ld + k, K - k) : _mm512_setzero_si512();
-        _mm512_store_si512(block + 16 * c, pair);
-      }
-      transpose_block(block, 16, reinterpret_cast<float*>(panel + j), kColumns);
-    }
+  pack_pairs<kColumns>(B, ld, transposed, count, K, panel);
 }
 
 template <int R, bool kTransposed>
@@ -161,13 +111,6 @@ void run_tile(int64_t R, int64_t K, const void* strip, bool transposed, const vo
   transposed ? tile_of_count<true>(R, K, a, b, to) : tile_of_count<false>(R, K, a, b, to);
 }
 
-void round_all(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += 32) {
-    watched(to + i, count - i < 32 ? count - i : 32);
-    _mm512_mask_storeu_epi16(to + i, first32(count - i), load32(from + i, count - i));
-  }
-}
-
 float chains(int64_t turns) {
   __m512 chain[12];
   for (int k = 0; k < 12; ++k) chain[k] = _mm512_set1_ps(static_cast<float>(k));
@@ -181,7 +124,9 @@ float chains(int64_t turns) {
   return total;
 }
 
-constexpr bool kNative = true;
+void round_all(const float* from, uint16_t* to, int64_t count) { round_pairs(from, to, count); }
+
+constexpr int64_t kNative = 1;
 constexpr double kTurnFlops = 12 * 16 * 4;
 
 #else  // widened
@@ -263,7 +208,7 @@ float chains(int64_t turns) {
   return sum(total);
 }
 
-constexpr bool kNative = false;
+constexpr int64_t kNative = 0;
 constexpr double kTurnFlops = 12 * 2 * Vec::N;
 
 #endif
@@ -288,12 +233,20 @@ using Packed = uint32_t;
 using Packed = float;
 #endif
 
+void nothing() {}
+constexpr int64_t kDepth = 1024, kRate = 32;
+
 }  // namespace
 
 extern const Bf16Tiles own_bf16_tiles;
 const Bf16Tiles own_bf16_tiles = {kNative,
                                   kRows,
+                                  1,
                                   kColumns,
+                                  kDepth,
+                                  kRate,
+                                  nothing,
+                                  nothing,
                                   strip_bytes,
                                   panel_bytes,
                                   kPanelStep,

@@ -5,9 +5,12 @@
 //     what is below the smallest normal number, 2^-126, counts as a zero of its sign.
 //   - products of two of them are exact in float32, and added up in float32.
 // Where there is an instruction for it, AVX512_BF16's VDPBF16PS, it multiplies and adds two products at a time: it rounds to
-// nearest even once per product, whatever MXCSR says, and flushes sums below 2^-126 to zero. Elsewhere the rounded
-// operands are widened again and go through the float32 tiles of gemm_tile.h. So two instruction sets differ by float32's
-// rounding of the same sums, K 2^-24 sum |a b| at most, and by K 2^-126.
+// nearest even once per product, whatever MXCSR says, and flushes sums below 2^-126 to zero. AMX's TDPBF16PS takes 32 products
+// of each sum at a time: it adds up those of even and of odd k apart, each product rounded into its sum once, then adds the two
+// and adds that to what was there, to nearest even, and reads and leaves zeros for what is below 2^-126. Elsewhere the rounded
+// operands are widened again and go through the float32 tiles of gemm_tile.h. In each of these trees of additions a product
+// takes part in at most K + 2 roundings, so two instruction sets differ by float32's rounding of the same sums, K 2^-24
+// sum |a b| at most, and by K 2^-126.
 //
 // This header belongs to no instruction set: tiles of one namespace are called from another.
 #pragma once
@@ -34,8 +37,15 @@ struct Bf16Target {
 };
 
 struct Bf16Tiles {
-  bool native;        // on the processor's own instruction
-  int64_t rows, columns;  // of C in a tile, at most
+  int64_t native;    // 0 widened; on the processor's own instruction: 1 VDPBF16PS, 2 TDPBF16PS
+  int64_t rows;      // of C in a tile, at most
+  int64_t row_step;  // that cost as much as fewer: strips have a multiple of so many where they can
+  int64_t columns;   // of C in a tile, at most
+  int64_t depth;     // products that are added up before they join C, at most
+  int64_t rate;      // products per cycle of a core, roughly
+  // A thread calls hold before its first tile and release after its last: what tiles need of the processor is its own so long.
+  void (*hold)();
+  void (*release)();
   // Bytes of a packed strip of `rows` rows of A, and of a panel of `columns` columns of B, of K products.
   int64_t (*strip_bytes)(int64_t K, bool transposed);
   int64_t (*panel_bytes)(int64_t K);
@@ -47,7 +57,8 @@ struct Bf16Tiles {
   // `transposed` is that of the operand the strip was packed from. 1 <= R <= rows.
   void (*tile)(int64_t R, int64_t K, const void* strip, bool transposed, const void* panel, const Bf16Target& to);
   void (*round)(const float* from, uint16_t* to, int64_t count);
-  // 12 independent chains of `turns` multiply-adds of whole registers, for the probe; `turn_flops` each turn of all.
+  // As many independent chains of `turns` multiply-adds of whole registers as hide their latency, for the probe;
+  // `turn_flops` each turn of all.
   float (*chains)(int64_t turns);
   double turn_flops;
 };

@@ -4,6 +4,7 @@
 // at a time, because it has to be rounded. Both cost a few hundredths of the product where each side has some hundred rows.
 #include "cpu/gemm_bf16.h"
 
+#include "cpu/amx.h"
 #include "cpu/gemm_grid.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -12,6 +13,11 @@ namespace portlm {
 
 #ifdef PORTLM_HAVE_AVX512_BF16
 namespace avx512_bf16 {
+extern const Bf16Tiles own_bf16_tiles;
+}
+#endif
+#ifdef PORTLM_HAVE_AVX512_AMX
+namespace avx512_amx {
 extern const Bf16Tiles own_bf16_tiles;
 }
 #endif
@@ -24,14 +30,13 @@ namespace {
 
 constexpr int64_t kBlock = 1 << 19;  // bytes of a packed block of B: half of a 1 MB L2
 constexpr int64_t kKept = 1 << 22;   // bytes of packed rows of A at a time
-constexpr int64_t kRate = 32;        // products per cycle, of a core that multiplies pairs
 constexpr int64_t kGrain = 1 << 13;  // cycles below which a second thread costs more than it brings
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Whether the processor's own instruction may be used, if there is one.
-bool g_native = true;
+// The processor's own instructions that may be used, if it has them, as in Bf16Tiles::native.
+int64_t g_native = 2;
 
 int64_t element(const Bf16Operand& x) { return x.half ? 2 : 4; }
 
@@ -41,17 +46,32 @@ Bf16Operand from(const Bf16Operand& x, int64_t row, int64_t column) {
   return {static_cast<const char*>(x.data) + offset * element(x), x.ld, x.transposed, x.half};
 }
 
-// Asks for `rows` rows of memory, of `columns` elements each, that are needed soon.
-void prefetch_rows(const Bf16Operand& x, int64_t rows, int64_t columns) {
-  const char* p = static_cast<const char*>(x.data);
-  for (int64_t r = 0; r < rows; ++r, p += x.ld * element(x))
-    for (int64_t byte = 0; byte < columns * element(x); byte += 64) __builtin_prefetch(p + byte, 0, 2);
-}
+// Rows of memory that are needed soon, and are asked for little by little: memory takes some requests at a time, and whoever
+// makes more of them waits.
+class Ahead {
+ public:
+  Ahead() = default;
+  // Rows of `columns` elements each; to be asked for in so many times.
+  Ahead(const Bf16Operand& x, int64_t rows, int64_t columns, int64_t times)
+      : at_(static_cast<const char*>(x.data)), step_(x.ld * element(x)), lines_(ceil_div(columns * element(x), 64)), rows_(rows),
+        each_(ceil_div(rows * lines_, times)) {}
+  void ask() {
+    for (int64_t n = each_; n > 0 && rows_ > 0; --n) {
+      __builtin_prefetch(at_ + 64 * line_, 0, 2);
+      if (++line_ < lines_) continue;
+      line_ = 0, at_ += step_, --rows_;
+    }
+  }
 
-// Rows of strip s: they are shared out evenly, since a last tile of one row would waste registers.
-Range strip_rows(Range rows, int64_t s, int64_t strips) {
-  const Range r = share(rows.size(), s, strips);
-  return {rows.begin + r.begin, rows.begin + r.end};
+ private:
+  const char* at_ = nullptr;
+  int64_t step_ = 0, lines_ = 0, rows_ = 0, each_ = 0, line_ = 0;
+};
+
+// Rows of strip s: they are shared out evenly, in steps of a tile, since a last tile of one row would waste registers.
+Range strip_rows(Range rows, int64_t step, int64_t s, int64_t strips) {
+  const Range r = share(ceil_div(rows.size(), step), s, strips);
+  return {rows.begin + r.begin * step, min(rows.begin + r.end * step, rows.end)};
 }
 
 // The packed rows of one part of A: `strips` of them, of products [k, k + depth).
@@ -60,46 +80,59 @@ struct Strips {
   int64_t size;  // bytes of a strip
   Range rows;
   int64_t strips;
+  int64_t step;  // Bf16Tiles::row_step
+  Range of(int64_t s) const { return strip_rows(rows, step, s, strips); }
+  Range of(int64_t s0, int64_t s1) const { return {of(s0).begin, of(s1 - 1).end}; }
 };
+
+constexpr int64_t kRun = 64;  // rows of memory that are packed for one strip or panel, and then for the next
 
 // Packs strips [s0, s1) into the places [at, at + s1 - s0). What `hand_out` says: A's rounded rows are wanted, too.
 void pack_strips(const Bf16Product& p, const Bf16Tiles& tiles, const Strips& a, int64_t s0, int64_t s1, int64_t at, int64_t k,
                  int64_t depth, bool hand_out) {
-  const Range first = strip_rows(a.rows, s0, a.strips), last = strip_rows(a.rows, s1 - 1, a.strips);
-  if (!p.A.transposed) {
+  const int64_t run = p.A.transposed ? kRun : depth;  // one strip is narrower than a cache line
+  for (int64_t d = 0; d < depth; d += run)
     for (int64_t s = s0; s < s1; ++s) {
-      const Range r = strip_rows(a.rows, s, a.strips);
-      Bf16Operand A = from(p.A, r.begin, k);
+      const Range r = a.of(s);
+      Bf16Operand A = from(p.A, r.begin, k + d);
       if (hand_out) {
         uint16_t* const to = p.rounded_a + r.begin * p.K + k;
         for (int64_t i = 0; i < r.size(); ++i)
           tiles.round(static_cast<const float*>(from(A, i, 0).data), to + i * p.K, depth);
         A = rows_of(to, p.K);
       }
-      tiles.pack_strip(A, r.size(), depth, a.memory + (at + s - s0) * a.size);
+      tiles.pack_strip(A, r.size(), min(run, depth - d), a.memory + (at + s - s0) * a.size + d * tiles.transposed_step);
     }
-    if (last.end < a.rows.end) prefetch_rows(from(p.A, last.end, k), min(tiles.rows, a.rows.end - last.end), depth);
-    return;
-  }
-  // Some rows of memory at a time: one strip is narrower than a cache line.
-  constexpr int64_t kRun = 64;
-  const int64_t count = last.end - first.begin;
-  prefetch_rows(from(p.A, first.begin, k), min(kRun, depth), count);
-  for (int64_t d = 0; d < depth; d += kRun) {
-    if (d + kRun < depth) prefetch_rows(from(p.A, first.begin, k + d + kRun), min(kRun, depth - d - kRun), count);
-    for (int64_t s = s0; s < s1; ++s) {
-      const Range r = strip_rows(a.rows, s, a.strips);
-      tiles.pack_strip(from(p.A, r.begin, k + d), r.size(), min(kRun, depth - d),
-                       a.memory + (at + s - s0) * a.size + d * tiles.transposed_step);
-    }
-  }
+}
+
+// What of A strips [s0, s1) are made from, if there are such strips.
+Ahead ahead(const Bf16Product& p, const Strips& a, int64_t s0, int64_t s1, int64_t k, int64_t depth, int64_t times) {
+  if (s0 >= s1) return {};
+  const Range r = a.of(s0, s1);
+  const Bf16Operand A = from(p.A, r.begin, k);
+  return p.A.transposed ? Ahead(A, depth, r.size(), times) : Ahead(A, r.size(), depth, times);
+}
+
+// Products that are added up before they join C.
+int64_t depth_step(const Bf16Tiles& tiles, int64_t K) {
+  const int64_t blocks = K > tiles.depth ? ceil_div(K, tiles.depth) : 1;
+  return ceil_div(ceil_div(K, blocks), 32) * 32;
+}
+
+// Packs columns [j0, j1) of B, of products [k, k + depth).
+void pack_panels(const Bf16Operand& B, const Bf16Tiles& tiles, int64_t j0, int64_t j1, int64_t k, int64_t depth, char* packed,
+                 int64_t size) {
+  const int64_t run = B.transposed ? depth : kRun;
+  for (int64_t d = 0; d < depth; d += run)
+    for (int64_t j = j0; j < j1; j += tiles.columns)
+      tiles.pack_panel(from(B, k + d, j), min(tiles.columns, j1 - j), min(run, depth - d),
+                       packed + (j - j0) / tiles.columns * size + d * tiles.panel_step);
 }
 
 void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Range columns, Bf16Done done, void* context) {
   thread_local Scratch scratch;
-  const int64_t depth_blocks = p.K > kBf16Depth ? ceil_div(p.K, kBf16Depth) : 1;
-  const int64_t depth_step = ceil_div(ceil_div(p.K, depth_blocks), 32) * 32;
-  const int64_t panel_size = tiles.panel_bytes(depth_step), strip_size = tiles.strip_bytes(depth_step, p.A.transposed);
+  const int64_t step = depth_step(tiles, p.K);
+  const int64_t panel_size = tiles.panel_bytes(step), strip_size = tiles.strip_bytes(step, p.A.transposed);
   const int64_t panels = min(ceil_div(columns.size(), tiles.columns), max(kBlock / max(panel_size, 1), 1));
   const int64_t wide = panels * tiles.columns;
   // Where B has several blocks, the rows of A that meet all of them are packed once, so many that B's packing, which
@@ -111,29 +144,39 @@ void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Ran
   const int64_t part_size = p.C ? 0 : 4 * tiles.rows * wide;
   char* const packed = reinterpret_cast<char*>(scratch.floats((panels * panel_size + places * strip_size + part_size) / 4));
   float* const part = reinterpret_cast<float*>(packed + panels * panel_size + places * strip_size);
+  const HeldBf16Tiles held(tiles);
   for (int64_t i0 = rows.begin; i0 < rows.end; i0 += lot) {
     const Range some{i0, min(i0 + lot, rows.end)};
-    const Strips a{packed + panels * panel_size, strip_size, some, ceil_div(some.size(), tiles.rows)};
+    const Strips a{packed + panels * panel_size, strip_size, some, ceil_div(some.size(), tiles.rows), tiles.row_step};
+    Ahead next;
     int64_t k = 0;
     do {
-      const int64_t depth = min(depth_step, p.K - k);
+      const int64_t depth = min(step, p.K - k);
       const bool first = k == 0, last = k + depth == p.K;
       for (int64_t j0 = columns.begin; j0 < columns.end; j0 += wide) {
         const int64_t j1 = min(j0 + wide, columns.end);
-        for (int64_t j = j0; j < j1; j += tiles.columns)
-          tiles.pack_panel(from(p.B, k, j), min(tiles.columns, j1 - j), depth, packed + (j - j0) / tiles.columns * panel_size);
+        const char* block = packed;
+        if (p.packed_b)
+          block = p.packed_b + (k / max(step, 1) * ceil_div(p.N, tiles.columns) + j0 / tiles.columns) * panel_size;
+        else
+          pack_panels(p.B, tiles, j0, j1, k, depth, packed, panel_size);
         for (int64_t s = 0; s < a.strips; ++s) {
           // every part of the rows rounds for itself, and the one with the first columns hands it out
-          if (s % group == 0 && (!keep || j0 == columns.begin))
-            pack_strips(p, tiles, a, s, min(s + group, a.strips), keep ? s : 0, k, depth, p.rounded_a && columns.begin == 0);
-          const Range r = strip_rows(some, s, a.strips);
+          if (s % group == 0 && (!keep || j0 == columns.begin)) {
+            const int64_t end = min(s + group, a.strips);
+            pack_strips(p, tiles, a, s, end, keep ? s : 0, k, depth, p.rounded_a && columns.begin == 0);
+            next = ahead(p, a, end, min(end + group, a.strips), k, depth, (end - s) * ceil_div(j1 - j0, tiles.columns));
+          }
+          const Range r = a.of(s);
           const char* const strip = a.memory + (keep ? s : s % group) * strip_size;
           float* const C = p.C ? p.C + r.begin * p.ldc + j0 : part;
           const int64_t ldc = p.C ? p.ldc : wide;
-          for (int64_t j = j0; j < j1; j += tiles.columns)
-            tiles.tile(r.size(), depth, strip, p.A.transposed, packed + (j - j0) / tiles.columns * panel_size,
+          for (int64_t j = j0; j < j1; j += tiles.columns) {
+            next.ask();
+            tiles.tile(r.size(), depth, strip, p.A.transposed, block + (j - j0) / tiles.columns * panel_size,
                        {C + j - j0, ldc, min(tiles.columns, j1 - j), first && p.bias ? p.bias + j : nullptr,
                         p.accumulate || !first});
+          }
           if (last && done) done(context, C, ldc, r.begin, r.end, j0, j1);
         }
       }
@@ -145,18 +188,37 @@ void multiply_part(const Bf16Product& p, const Bf16Tiles& tiles, Range rows, Ran
 }  // namespace
 
 const Bf16Tiles& bf16_tiles() {
+#if defined(PORTLM_HAVE_AVX512_AMX) && defined(PORTLM_ISA_AVX512)
+  if (g_native >= 2 && amx_in_use()) return avx512_amx::own_bf16_tiles;
+#endif
 #if defined(PORTLM_HAVE_AVX512_BF16) && defined(PORTLM_ISA_AVX512)
   static const bool has = __builtin_cpu_supports("avx512bf16");
-  if (has && g_native) return avx512_bf16::own_bf16_tiles;
+  if (g_native >= 1 && has) return avx512_bf16::own_bf16_tiles;
 #endif
   return own_bf16_tiles;
+}
+
+int64_t packed_bytes_bf16(int64_t K, int64_t N) {
+  const Bf16Tiles& tiles = bf16_tiles();
+  const int64_t step = depth_step(tiles, K);
+  return ceil_div(ceil_div(K, max(step, 1)) * ceil_div(N, tiles.columns) * tiles.panel_bytes(step), 64) * 64;
+}
+
+void pack_bf16(const Bf16Operand& B, int64_t K, int64_t N, char* packed) {
+  const Bf16Tiles& tiles = bf16_tiles();
+  const int64_t step = depth_step(tiles, K), size = tiles.panel_bytes(step), panels = ceil_div(N, tiles.columns);
+  for (int64_t k = 0; k < K; k += step)
+    parallel_for(panels, kGrain / (step + 1) + 1, [&](int64_t begin, int64_t end) {
+      pack_panels(B, tiles, begin * tiles.columns, min(N, end * tiles.columns), k, min(step, K - k),
+                  packed + (k / step * panels + begin) * size, size);
+    });
 }
 
 void multiply_bf16(const Bf16Product& p, Bf16Done done, void* context) {
   if (p.M <= 0 || p.N <= 0) return;
   const Bf16Tiles& tiles = bf16_tiles();
-  const int64_t threads = threads_for(product_cycles(p.M, p.N, p.K, kRate), kGrain);
-  const Grid grid = best_grid(p.M, p.N, p.K, tiles.columns, kRate, threads);
+  const int64_t threads = threads_for(product_cycles(p.M, p.N, p.K, tiles.rate), kGrain);
+  const Grid grid = best_grid(p.M, p.N, p.K, tiles.columns, tiles.rate, threads);
   const int64_t column_tiles = ceil_div(p.N, tiles.columns);
   parallel_for(grid.rows * grid.columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
@@ -198,8 +260,8 @@ void round_bf16(const float* x, uint16_t* y, int64_t n) {
   parallel_for(n, kElementwiseGrain, [&](int64_t begin, int64_t end) { tiles.round(x + begin, y + begin, end - begin); });
 }
 
-int64_t native_bf16(int64_t allow) {
-  g_native = allow != 0;
+int64_t native_bf16(int64_t most) {
+  g_native = most;
   return bf16_tiles().native;
 }
 

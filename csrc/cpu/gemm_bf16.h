@@ -21,14 +21,18 @@ struct Bf16Product {
   int64_t M, N, K, ldc;
   bool accumulate;
   uint16_t* rounded_a = nullptr;
+  const char* packed_b = nullptr;  // what pack_bf16 made of B
 };
 
-// Sums over k are added up per so many products at most. Up to that, C may be nullptr where all that is wanted of it is what
-// `done` makes of its parts, which then never leave the cache.
-constexpr int64_t kBf16Depth = 1024;
+// Bytes of B (K, N) as packed panels, a multiple of 64.
+int64_t packed_bytes_bf16(int64_t K, int64_t N);
+
+// Packs B (K, N) on all threads, for several products with it. `packed` is aligned to 64 bytes.
+void pack_bf16(const Bf16Operand& B, int64_t K, int64_t N, char* packed);
 
 // Runs on all threads, or on the calling one alone if that already is one of several at work. Same bits on any number of
-// them.
+// them. Up to K = bf16_tiles().depth C may be nullptr where all that is wanted of it is what `done` makes of its parts, which
+// then never leave the cache.
 void multiply_bf16(const Bf16Product& product, Bf16Done done = nullptr, void* context = nullptr);
 
 // out[j] = sum over the rows i of x (rows, N), ld elements apart, of x[i][j]; or += that.
@@ -36,6 +40,18 @@ void sum_rows_bf16(const uint16_t* x, int64_t ld, float* out, int64_t rows, int6
 
 // The best tiles that this processor has.
 const Bf16Tiles& bf16_tiles();
+
+// While it lives, its thread may run these tiles; never two at a time on a thread.
+class HeldBf16Tiles {
+ public:
+  explicit HeldBf16Tiles(const Bf16Tiles& tiles) : tiles_(tiles) { tiles_.hold(); }
+  ~HeldBf16Tiles() { tiles_.release(); }
+  HeldBf16Tiles(const HeldBf16Tiles&) = delete;
+  HeldBf16Tiles& operator=(const HeldBf16Tiles&) = delete;
+
+ private:
+  const Bf16Tiles& tiles_;
+};
 
 // to[i] = from[i] rounded, on the calling thread.
 inline void round_to_bf16(const float* from, uint16_t* to, int64_t count) { bf16_tiles().round(from, to, count); }

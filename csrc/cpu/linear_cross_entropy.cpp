@@ -43,9 +43,11 @@ struct Plan {
   int64_t slabs;
 };
 
-// twice as many rows, in the same memory, if `half`: products that take half the time pack as much
+// Twice as many rows, in the same memory, if `half`: products that take half the time pack as much. Where they take much less,
+// twice as many again, and two chunks are enough: what is left is reading the weight and its gradient.
 Plan plan(int64_t N, int64_t V, bool half) {
-  const int64_t least = std::clamp(N / 4, kLeastRows, half ? 2 * kManyRows : kManyRows);
+  const bool fast = half && bf16_tiles().rate > 128;
+  const int64_t least = std::clamp(N / (fast ? 2 : 4), kLeastRows, (fast ? 4 : half ? 2 : 1) * kManyRows);
   const int64_t most = std::clamp((half ? 2 : 1) * kLogits / V, least, kMostRows);
   Plan p;
   p.rows = std::min(N, ceil_div(ceil_div(N, ceil_div(N, most)), 2 * kLane) * 2 * kLane);
@@ -143,6 +145,7 @@ struct Chunk {
   uint16_t *rounded_x, *halves;
   int64_t rows;
   bool first;
+  char *columns_of_x, *rows_of_x;  // rounded_x packed, for the logits and for the weight's gradient
 };
 
 // Returns the sum of the chunk's losses. `scale` is the factor of the gradients.
@@ -189,10 +192,13 @@ double run_bf16(const Chunk& c, const Plan& p, const float* weight, int64_t C, i
   parallel_for(c.rows, kElementwiseGrain / (C + 1) + 1, [&](int64_t begin, int64_t end) {
     tiles.round(c.x + begin * C, c.rounded_x + begin * C, (end - begin) * C);
   });
+  pack_bf16(turned(c.rounded_x, C), C, c.rows, c.columns_of_x);
+  if (c.dweight) pack_bf16(rows_of(c.rounded_x, C), c.rows, C, c.rows_of_x);
   for_slabs(p, V, [&](int64_t s, int64_t v0, int64_t count) {
     thread_local Scratch scratch;
     float* const logits = scratch.floats(p.slab * p.ld);
-    multiply_bf16({rows_of(weight + v0 * C, C), turned(c.rounded_x, C), nullptr, logits, count, c.rows, C, p.ld, false});
+    multiply_bf16({rows_of(weight + v0 * C, C), turned(c.rounded_x, C), nullptr, logits, count, c.rows, C, p.ld, false, nullptr,
+                   c.columns_of_x});
     for (int64_t r = 0; r < c.rows; ++r)
       if (c.targets[r] >= v0 && c.targets[r] < v0 + count) c.correct[r] = logits[(c.targets[r] - v0) * p.ld + r];
     float *const largest = c.largest + s * p.ld, *const total = c.total + s * p.ld;
@@ -223,7 +229,8 @@ double run_bf16(const Chunk& c, const Plan& p, const float* weight, int64_t C, i
       if (c.targets[r] >= v0 && c.targets[r] < v0 + count)
         tiles.round(c.correct + r, halves + (c.targets[r] - v0) * p.ld + r, 1);
     if (c.dweight)
-      multiply_bf16({rows_of(halves, p.ld), rows_of(c.rounded_x, C), nullptr, c.dweight + v0 * C, count, C, c.rows, C, !c.first});
+      multiply_bf16({rows_of(halves, p.ld), rows_of(c.rounded_x, C), nullptr, c.dweight + v0 * C, count, C, c.rows, C, !c.first,
+                     nullptr, c.rows_of_x});
   });
   if (c.dx) multiply_bf16({turned(c.halves, p.ld), rows_of(weight, C), nullptr, c.dx, c.rows, C, V, C, false});
   return loss;
@@ -251,8 +258,10 @@ int64_t cross_entropy(bool half, const float* x, const float* weight, const int6
     const int64_t logits = half ? kLane * ceil_div(kept_logits, 2 * kLane) : kept_logits;
     const int64_t rounded = half ? kLane * ceil_div(p.rows * C, 2 * kLane) : 0;
     const int64_t gathered = gather ? p.rows * C : 0;
-    thread_local Scratch scratch;
+    const int64_t columns = half ? packed_bytes_bf16(C, p.rows) / 4 : 0, deep = half ? packed_bytes_bf16(p.rows, C) / 4 : 0;
+    thread_local Scratch scratch, packed;
     float* const memory = scratch.floats(logits + 2 * statistics + p.ld + rounded + 2 * gathered);
+    char* const packed_x = reinterpret_cast<char*>(packed.floats(columns + deep));
     float* const largest = memory + logits;
     float* const correct = largest + 2 * statistics;
     float* const rounded_x = correct + p.ld;
@@ -262,7 +271,7 @@ int64_t cross_entropy(bool half, const float* x, const float* weight, const int6
       const int64_t rows = std::min(p.rows, count - begin);
       Chunk c{x + begin * C, targets + begin, dx ? dx + begin * C : nullptr, dweight, memory, largest,
               largest + statistics, correct, reinterpret_cast<uint16_t*>(rounded_x), reinterpret_cast<uint16_t*>(memory), rows,
-              begin == 0};
+              begin == 0, packed_x, packed_x + 4 * columns};
       if (gather) {
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = kept[begin + r];

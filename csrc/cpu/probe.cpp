@@ -113,7 +113,12 @@ double probe_bf16(int64_t turns) {
   const Bf16Tiles& tiles = bf16_tiles();
   const int64_t each = turns / kPasses;
   const int threads = probe_threads();
-  const double seconds = best_seconds([&] { parallel_for(threads, 1, [&](int64_t, int64_t) { keep_result(tiles.chains(each)); }); });
+  const double seconds = best_seconds([&] {
+    parallel_for(threads, 1, [&](int64_t, int64_t) {
+      const HeldBf16Tiles held(tiles);
+      keep_result(tiles.chains(each));
+    });
+  });
   return tiles.turn_flops * static_cast<double>(each) * threads / seconds;
 }
 

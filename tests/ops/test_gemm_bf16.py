@@ -1,4 +1,4 @@
-"""The product of matrices rounded to bfloat16 against float64 on the rounded operands, native and widened."""
+"""The product of matrices rounded to bfloat16 against float64 on the rounded operands, by each instruction for it."""
 
 import itertools
 
@@ -15,20 +15,25 @@ pytestmark = pytest.mark.runs_kernel("gemm_bf16")
 # Rows and columns: none, one, less than a tile of any instruction set, several with a rest. Depth: none, odd (a pair
 # that is half there), less than a register, more than one block of 1024.
 SHAPES = [(0, 5, 3), (5, 0, 3), (3, 4, 0), (1, 1, 1), (5, 33, 65), (7, 65, 31), (31, 3, 40), (97, 40, 193),
-          (20, 1100, 33), (40, 70, 1201)]  # fmt: skip
+          (20, 1100, 33), (40, 70, 1201), (64, 48, 64)]  # fmt: skip
 ORIENTATIONS = list(itertools.product((0, 1), repeat=2))
 
 
-@pytest.fixture(params=["native", "widened"])
+# What native_bf16 calls them, and what a processor without the instruction lacks.
+WAYS = {"tiles": (2, "AMX"), "pairs": (1, "AVX512_BF16"), "widened": (0, "")}
+
+
+@pytest.fixture(params=list(WAYS))
 def way(request):
-    """Run a test on the processor's own instruction, if it has one, and without it."""
-    native = bool(kernels.native_bf16(int(request.param == "native")))
-    if request.param == "native" and not native:
-        kernels.native_bf16(1)
-        pytest.skip("this processor, or PORTLM_ISA, has no instruction for bfloat16")
-    assert native == (request.param == "native")
+    """Run a test on tile registers and on pairs, where the processor has instructions for them, and on float32's."""
+    number, name = WAYS[request.param]
+    found = kernels.native_bf16(number)
+    if found < number:
+        kernels.native_bf16(2)
+        pytest.skip(f"this processor, or PORTLM_ISA, has no {name}")
+    assert found == number
     yield request.param
-    kernels.native_bf16(1)
+    kernels.native_bf16(2)
 
 
 def gemm(
@@ -96,6 +101,29 @@ def test_products_do_not_depend_on_the_number_of_threads(shape, transposed, way,
     assert same_on_all_thread_counts(product)
 
 
+def test_pointers_need_no_alignment(way):
+    """Operands, bias and C begin 4 bytes after a vector's boundary, or 2 where they are halves."""
+    for half in ORIENTATIONS:
+        whole = [torch.randn(size + 1) for size in (48 * 64, 64 * 48, 48, 48 * 48)]
+        a, b = (x[1:].bfloat16() if h else x[1:] for x, h in zip(whole, half, strict=False))
+        a, b = (torch.cat((x[:1], x))[1:] if h else x for x, h in zip((a, b), half, strict=True))
+        a, b, bias, c = a.view(48, 64), b.view(64, 48), whole[2][1:], whole[3][1:].view(48, 48)
+        assert all(x.data_ptr() % 64 in (2, 4) for x in (a, b, bias, c))
+        gemm(a, b, c, bias, (0, 0))
+        product, magnitude = exact(a, b, (0, 0))
+        bound = (64 + 2) * 2.0**-24 * (magnitude + bias.double().abs()) + 64 * 2.0**-126
+        assert bool(((c.double() - product - bias.double()).abs() <= bound).all())
+
+
+def test_products_and_sums_below_the_normal_numbers_may_become_zeros_and_nothing_else(way):
+    """Sums around 2^-126, exact but for a flush of less than 2^-126 for each product."""
+    a, b = torch.full((33, 66), 2.0**-63), torch.full((66, 33), 2.0**-64)
+    c = torch.full((33, 33), 2.0**-127)
+    gemm(a, b, c, None, (0, 0), accumulate=True)
+    assert within(float((c.double() - 67 * 2.0**-127).abs().max()), 67 * 2.0**-126)
+    assert bool((c >= 0).all())
+
+
 def test_nan_and_infinity_are_handed_on(way):
     """What rounds beyond bfloat16's largest number is infinite as well."""
     for transposed in ORIENTATIONS:
@@ -124,7 +152,7 @@ def test_numbers_are_rounded_to_the_nearest_and_what_is_subnormal_to_zero(way):
         assert torch.equal(y[kept].view(torch.int16), expected[kept].view(torch.int16))
 
 
-def test_both_ways_agree_on_a_long_sum_as_closely_as_float32_can(way):
+def test_all_ways_agree_on_a_long_sum_as_closely_as_float32_can(way):
     """A dot product of 4000 positive numbers: rounding errors of the sum do not cancel, and stay below 4000 2^-24."""
     a, b = torch.rand(6, 4000), torch.rand(4000, 64)
     c = torch.empty(6, 64)
