@@ -31,6 +31,7 @@ LIBRARY, SIGNATURE = "model.so", "signature.json"
 # Processor levels of LLVM by the instruction set that portlm._C names; "generic" for anything but x86-64.
 PROCESSORS = {
     "scalar": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4", "avx512_vnni": "x86-64-v4",
+    "avx512_amx": "x86-64-v4",
 }  # fmt: skip
 
 

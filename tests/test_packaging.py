@@ -125,7 +125,9 @@ def test_the_extension_links_neither_pytorch_nor_tvm():
     assert not re.search(r"libtorch|libc10|libtvm", libraries)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni", "neon", "neon_dotprod"])
+@pytest.mark.parametrize(
+    "isa", ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_amx", "neon", "neon_dotprod"]
+)
 def test_one_environment_variable_forces_the_instruction_set(isa):
     from portlm import _C
 

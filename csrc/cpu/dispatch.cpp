@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/amx.h"
 #include "cpu/kernels.h"
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -69,6 +70,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_amx() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && amx_usable(); }
 #elif defined(__aarch64__)
 bool has_neon_dotprod() {
 #if defined(__linux__)
@@ -90,6 +92,9 @@ const Isa kIsas[] = {
 #endif
 #ifdef PORTLM_HAVE_AVX512_VNNI
     isa<avx512_vnni::table>("avx512_vnni", has_avx512_vnni),
+#endif
+#ifdef PORTLM_HAVE_AVX512_AMX
+    isa<avx512_amx::table>("avx512_amx", has_avx512_amx),
 #endif
 #ifdef PORTLM_HAVE_NEON
     isa<neon::table>("neon", always),

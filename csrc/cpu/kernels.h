@@ -21,7 +21,8 @@ struct Kernels {
 // environment variable PORTLM_ISA names. Throws std::runtime_error if that one is unknown or unusable here.
 const Kernels& kernels();
 
-// Name of the instruction set that kernels() chose: "scalar", "avx2", "avx512", "avx512_vnni", "neon" or "neon_dotprod".
+// Name of the instruction set that kernels() chose: "scalar", "avx2", "avx512", "avx512_vnni", "avx512_amx", "neon" or
+// "neon_dotprod".
 const char* isa_name();
 
 // Names of all instruction sets that this build carries and this machine can run, narrowest first; ends with nullptr.
@@ -43,6 +44,7 @@ PORTLM_DECLARE_ISA(scalar)
 PORTLM_DECLARE_ISA(avx2)
 PORTLM_DECLARE_ISA(avx512)
 PORTLM_DECLARE_ISA(avx512_vnni)
+PORTLM_DECLARE_ISA(avx512_amx)
 PORTLM_DECLARE_ISA(neon)
 PORTLM_DECLARE_ISA(neon_dotprod)
 #undef PORTLM_DECLARE_ISA

@@ -86,7 +86,8 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cuda = m.def_submodule("cuda", "CUDA kernels; each throws RuntimeError in a build without nvcc.");
   bind_cuda(cuda);
   cuda.def("architectures", &portlm::cuda::architectures, "Compute capabilities compiled for, '' for none.");
-  m.def("isa", &portlm::isa_name, "Instruction set in use: scalar, avx2, avx512, avx512_vnni, neon or neon_dotprod.");
+  m.def("isa", &portlm::isa_name,
+        "Instruction set in use: scalar, avx2, avx512, avx512_vnni, avx512_amx, neon or neon_dotprod.");
   py::module_ run = m.def_submodule("run", "The runner of packed files.");
   bind_run(run);
   m.def("kernel_calls", &kernel_calls,
