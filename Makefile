@@ -4,12 +4,13 @@ RUN := $(VENV)/bin
 
 JOBS ?= 2
 
-.PHONY: help setup demo test sanitize lint types docs bench clean
+.PHONY: help setup demo test sanitize aarch64 lint types docs bench clean
 
 help:
 	@echo "make demo      train a GPT on Python's own documentation and run it on every engine here"
 	@echo "make test      run the test suite, in two processes (JOBS=2)"
 	@echo "make sanitize  compile the kernels with gcc's sanitizers and run their tests (minutes)"
+	@echo "make aarch64   compile the kernels for 64-bit ARM and run their tests on an emulator (long)"
 	@echo "make lint      check style (ruff)"
 	@echo "make types     check types (mypy)"
 	@echo "make docs      regenerate the tables of ops and of config.json in docs/"
@@ -27,6 +28,9 @@ test: setup
 
 sanitize: setup
 	@scripts/sanitize.sh
+
+aarch64: setup
+	@scripts/aarch64.sh
 
 lint: setup
 	@$(RUN)/ruff check .

@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from random_model import export_random
+
 from portlm.errors import PortlmError
 from portlm.flows.bench import Process, Target
 from portlm.flows.measuring import busy_loops, environment, paired_ratio
@@ -42,18 +44,9 @@ PROMPT = 16
 
 def make_model(folder: Path) -> Path:
     """Export and compile the model for what is installed; return the artifact."""
-    import torch
-
     from portlm.compile.build import COMPILERS, build
-    from portlm.compile.export import export
-    from portlm.models import build as build_model
-    from portlm.models import save_model
-    from portlm.models.gpt2 import GPT2Config
 
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=8192, context_length=512, n_layer=6, n_head=6, width=384)
-    save_model(folder / "checkpoint", build_model(config))
-    artifact = export(folder / "checkpoint", folder / "artifact")
+    artifact = export_random(folder, 8192, 6, 6, 384, context=512)
     for key in COMPILERS:
         if key[1] == "cpu":
             with contextlib.suppress(PortlmError):  # the engine says what is missing

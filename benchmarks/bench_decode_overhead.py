@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from random_model import export_random
+
 from portlm.flows.measuring import environment, paired_ratio
 
 ENGINES = ("packed", "tvm")
@@ -44,21 +46,9 @@ print(seconds, *(int(status[key].split()[0]) / 1024 for key in ("VmHWM", "RssAno
 
 def make_model(folder: Path, sizes: tuple[int, int, int, int], quantize: str | None = None) -> Path:
     """Export and compile a random model for both engines, perhaps quantized; return the artifact."""
-    import torch
-
     from portlm.compile.build import build
-    from portlm.compile.export import export
-    from portlm.models import build as build_model
-    from portlm.models import save_model
-    from portlm.models.gpt2 import GPT2Config
 
-    vocabulary, layers, heads, width = sizes
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=vocabulary, context_length=CONTEXT, n_layer=layers, n_head=heads, width=width
-    )
-    save_model(folder / "checkpoint", build_model(config))
-    artifact = export(folder / "checkpoint", folder / "artifact", quantize=quantize)
+    artifact = export_random(folder, *sizes, context=CONTEXT, quantize=quantize)
     build(artifact, [(engine, "cpu", "fused") for engine in ENGINES])
     return artifact
 

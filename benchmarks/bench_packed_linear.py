@@ -5,12 +5,11 @@ copies of the matrix as lie far beyond the caches. The same with one copy, which
 prompt has, beside the peak of byte products: packed_linear makes two per weight and activation, packed_linear_a8 one.
 """
 
-import mmap
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from harness import Case, main
+from harness import Case, fresh_pages, main
 
 from portlm import _C
 from portlm.ops.linear import linear
@@ -48,12 +47,7 @@ class Quantized:
 
     def packed(self, copies: int) -> torch.Tensor:
         """Return copies side by side, in large pages as the weights of a whole model can have."""
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # shared memory, the default of mmap, gets none
-            pages = mmap.mmap(-1, copies * self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            pages = mmap.mmap(-1, copies * self.size)
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        memory = fresh_pages(copies * self.size)
         for copy in range(copies):
             _C.pack_matrix(
                 self.q.ctypes.data, self.scales.ctypes.data, 0, memory.data_ptr() + copy * self.size,

@@ -56,13 +56,20 @@ class Row:
     quality: Quality | None = None
 
 
-def trained(run: Path, steps: int | None) -> tuple[Model, Path]:
-    """Return the demonstration's model and its text, trained now unless the folder has it."""
+def trained(run: Path, steps: int | None, changes: dict[str, Any] | None = None) -> tuple[Model, Path]:
+    """Return the demonstration's model and its text, trained now unless the folder has it.
+
+    Args:
+        run: the folder.
+        steps: instead of the usual number.
+        changes: of the demonstration's settings, whole sections.
+    """
     path = run.parent / f"{run.name}-{demo.CORPUS}"
     if not (run / "final").is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(demo.corpus(), encoding="utf-8", newline="")
-        preset: dict[str, Any] = {**demo.SETTINGS, "data": {**demo.SETTINGS["data"], "texts": (str(path),)}}
+        preset: dict[str, Any] = {**demo.SETTINGS, **(changes or {})}
+        preset["data"] = {**preset["data"], "texts": (str(path),)}
         if steps is not None:
             preset |= {"steps": steps}
         pretrain(settings.load(PretrainConfig, preset=preset), run)

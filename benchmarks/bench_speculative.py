@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from random_model import export_random
 
 from portlm.flows.measuring import paired_ratio
 
@@ -32,21 +33,9 @@ SIZES = {"30M": (8, 8, 512), "tiny": (2, 2, 32)}  # layers, heads, width
 
 def make_model(folder: Path, size: str, quantize: str | None, engines: list[str]) -> Path:
     """Export and compile a random model; return the artifact."""
-    import torch
-
     from portlm.compile.build import build
-    from portlm.compile.export import export
-    from portlm.models import build as build_model
-    from portlm.models import save_model
-    from portlm.models.gpt2 import GPT2Config
 
-    layers, heads, width = SIZES[size]
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY, context_length=CONTEXT, n_layer=layers, n_head=heads, width=width
-    )
-    save_model(folder / "checkpoint", build_model(config))
-    artifact = export(folder / "checkpoint", folder / "artifact", quantize=quantize)
+    artifact = export_random(folder, VOCABULARY, *SIZES[size], context=CONTEXT, quantize=quantize)
     build(artifact, [(engine, "cpu", "fused") for engine in engines if engine != "torch"])
     return artifact
 

@@ -79,21 +79,11 @@ def work(artifact: str, threads: int) -> None:
 
 def make_model(folder: Path, sizes: tuple[int, int, int, int], quantize: str | None) -> Path:
     """Export and compile a random model, perhaps quantized; return the artifact."""
-    import torch
+    from random_model import export_random  # here, as a worker has no path to it
 
     from portlm.compile.build import build
-    from portlm.compile.export import export
-    from portlm.models import build as build_model
-    from portlm.models import save_model
-    from portlm.models.gpt2 import GPT2Config
 
-    vocabulary, layers, heads, width = sizes
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=vocabulary, context_length=CONTEXT, n_layer=layers, n_head=heads, width=width
-    )
-    save_model(folder / "checkpoint", build_model(config))
-    artifact = export(folder / "checkpoint", folder / "artifact", quantize=quantize)
+    artifact = export_random(folder, *sizes, context=CONTEXT, quantize=quantize)
     build(artifact, [("packed", "cpu", "fused")])
     return artifact
 

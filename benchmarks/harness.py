@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import statistics
 import sys
@@ -119,6 +120,17 @@ def without_gradients(function: Callable[..., Any], *inputs: Tensor) -> Call:
         return function(*inputs)
 
     return call
+
+
+def fresh_pages(size: int, *, large: bool = True) -> Tensor:
+    """Return so many bytes, in large pages, as the weights of a whole model can have them, or in small ones."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    pages = mmap.mmap(
+        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # shared, the default, gets no large ones
+    pages.madvise(mmap.MADV_HUGEPAGE if large else mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def race(

@@ -96,7 +96,7 @@ def portlm_step(
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         with products_in(precision):
             loss = accumulate_gradients(lambda batch: model(*batch), [(inputs, targets)])
-        optimizer.step()
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
 

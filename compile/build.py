@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from portlm.artifact import Compiled, CompiledEntry, read_manifest, replace, write_manifest
+from portlm.artifact import Compiled, CompiledEntry, Manifest, read_manifest, replace, write_manifest
 from portlm.compile.isolated import GRAPH, ensure_checked, graph_of
 from portlm.compile.passes import Dump, ignore
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.plan import needs_plan
-from portlm.quantization import BYTES, activations
+from portlm.quantization import BYTES, asked_activations, at_activations, kept_activations
 from portlm.seen_graphs import record_written, was_written
 from portlm.trust import builds, record_built
 
@@ -65,7 +65,7 @@ def build_choice(
     """
     manifest = read_manifest(artifact)
     graphs = {name for role in manifest.roles.values() for name in role.profiles}
-    at_bytes = manifest.quantization is not None and activations() == BYTES
+    at_bytes = manifest.quantization is not None and asked_activations() == BYTES
     entries = []
     for key in choices(engine, device, profile):
         if engine is None and key[0] == "torch" and not needs_plan(manifest):
@@ -76,6 +76,8 @@ def build_choice(
         if at_bytes and key[1:] not in ENGINES[key[0]].byte_activations:
             note(f"{':'.join(key)} left out: it does not round activations to 8 bits")
             continue
+        if _kept(manifest, key) == BYTES:
+            note(f"{':'.join(key)} keeps activations of 8 bits: --activations float32 goes back")
         try:
             entries += build(artifact, [key], dump)
         except EngineUnavailableError as error:
@@ -98,6 +100,8 @@ def build(
     artifact: str | Path, keys: Sequence[tuple[str, str, str]], dump: Path | None = None
 ) -> list[CompiledEntry]:
     """Compile an artifact and record the result in its manifest, replacing what was compiled before.
+
+    What was compiled for activations of 8 bits is so again, unless others are asked for.
 
     What goes into the manifest and the trust store are digests of the bytes that the compilers wrote. No file is looked
     at again: somebody else may have put another in its place.
@@ -129,7 +133,8 @@ def build(
         passes = ignore if dump is None else Dump(dump / "-".join(key))
         compiler: Compiler = resolve(COMPILERS[key])
         asked = roles[:1] if ENGINES[key[0]].one_file else roles
-        made = [compiler(folder, *key[1:], role=role, note=passes) for role in asked]
+        with at_activations(_kept(manifest, key)):
+            made = [compiler(folder, *key[1:], role=role, note=passes) for role in asked]
         new = [compiled.entry for compiled in made]
         new += [replace(new[0], role=role) for role in roles[len(asked) :]]
         manifest = read_manifest(folder)
@@ -148,3 +153,10 @@ def build(
             ensure_checked(folder, manifest, graphs, lambda line: None)  # it was said of the graph itself
         entries += new
     return entries
+
+
+def _kept(manifest: Manifest, key: tuple[str, str, str]) -> str | None:
+    """Which activations the entries of a key have that are to be kept; see kept_activations()."""
+    return kept_activations(
+        each.target for each in manifest.compiled if (each.engine, each.device, each.profile) == key
+    )

@@ -32,6 +32,7 @@ from portlm.artifact import (
 )
 from portlm.compile.calibrate import calibrated, read
 from portlm.compile.export_checks import (
+    carried,
     check_cache,
     check_profiles,
     check_target,
@@ -117,15 +118,17 @@ def export(
         checkpoint: folder with config.json and model.safetensors.
         out: the artifact folder. An artifact that is already there is replaced, anything else is refused.
         profiles: which graphs to write.
-        weights: of matrices and token tables in the graphs: "auto" as the checkpoint has them, "float32" widened, which
-            changes no number, "bfloat16" or "float16" rounded to it, see compile/halves.py.
+        weights: of matrices and token tables in the graphs: "auto" as the checkpoint has them, or its graphs if it is
+            an artifact; "float32" widened, which changes no number; "bfloat16" or "float16" rounded to it, see
+            compile/halves.py.
         quantize: "int8" or "int4" for matrices and the token table in so many bits, see compile/quantize.py. The
             artifact then holds no model.safetensors.
         group: how many weights share a scale: 32, 64 or 128, which must divide the inputs of every matrix.
         asymmetric: each group has a zero point, too.
         calibrate: a text file that is like what the model will read: weights are then rounded so that what they give on
             its first nine tenths changes least, see compile/calibrate.py.
-        cache: "int8" to keep keys and values in 8 bits, see compile/quantized_cache.py; None keeps float32.
+        cache: "int8" to keep keys and values in 8 bits, see compile/quantized_cache.py, or "float32"; None as the
+            checkpoint has them if it is an artifact, and float32 otherwise.
 
     Returns:
         The artifact folder. A tokenizer that the model cannot be used with is left out, with a warning.
@@ -148,6 +151,7 @@ def export(
     check_unquantized(source)
     copied = [name for name in COPIED if (source / name).is_file()] + cards(source)
     check_source(source, copied)
+    weights, cache = carried(source, weights, cache)
     read_json(source / CONFIG)  # what is no checkpoint is refused before anything is written
     generation_config.read(source)  # and what no session would load
     header = read_header(source / WEIGHTS)
@@ -233,6 +237,7 @@ def export_module(
     check_profiles(profiles)
     check_weights(weights, quantize)
     check_cache(cache)
+    cache = None if cache == FLOAT32 else cache
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(None, target)
     with rounding(module, weights):
@@ -285,7 +290,10 @@ def _preparation(
     if calibrate is None:
         return None if scheme is None else RoundToNearest.prepare(scheme)
     if scheme is None and cache is None:
-        raise UsageError("calibrate says by which text to quantize: say int8 or int4 as well")
+        raise UsageError(
+            "calibrate says by which text to quantize: say int8 or int4 as well, or a cache of int8, whose cost is "
+            "then measured"
+        )
     text = read(calibrate, tokenizer, vocab_size)
     if scheme is None:
         return None  # nothing is chosen, and what the cache costs is measured later

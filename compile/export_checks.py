@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from portlm.artifact import FORMAT, MANIFEST, read_manifest
+from portlm.artifact import FORMAT, MANIFEST, half_weights, read_manifest
 from portlm.compile.forms import PROFILES
+from portlm.compile.halves import AUTO, FLOAT32
 from portlm.compile.quantize import Scheme
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json
@@ -20,9 +21,34 @@ def check_profiles(profiles: Sequence[str]) -> None:
 
 
 def check_cache(cache: str | None) -> None:
-    """Raise UsageError unless this is the name of a cache, or None."""
-    if cache is not None and cache not in CACHES:
-        raise UsageError(f"cache must be {' or '.join(CACHES)}, or left out for float32, got {cache!r}")
+    """Raise UsageError unless this is what keys and values may be kept in, or None."""
+    if cache not in (None, FLOAT32, *CACHES):
+        raise UsageError(f"cache must be {' or '.join((FLOAT32, *CACHES))}, got {cache!r}")
+
+
+def carried(source: Path, weights: str, cache: str | None) -> tuple[str, str | None]:
+    """Return in what weights and cache are to be, where a folder may be an artifact and says so by itself.
+
+    What is not asked for is as the artifact's graphs have it: its checkpoint says nothing of a cache, and may be one of
+    16 bits whose graphs were widened.
+
+    Args:
+        source: a checkpoint or an artifact.
+        weights: of compile/halves.py.
+        cache: one of CACHES, "float32", or None for what the artifact has.
+
+    Returns:
+        Weights, and the cache: one of CACHES, or None for float32.
+    """
+    path = source / MANIFEST
+    said = read_json(path) if path.exists() else None
+    if isinstance(said, dict) and said.get("format") == FORMAT:
+        manifest = read_manifest(source)
+        if weights == AUTO and not half_weights(manifest):
+            weights = FLOAT32
+        if cache is None and manifest.cache is not None:
+            cache = manifest.cache.kind
+    return weights, None if cache == FLOAT32 else cache
 
 
 def stored_bytes(shape: Sequence[int], scheme: Scheme | None, bits: float = 32.0) -> int:

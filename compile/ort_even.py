@@ -1,9 +1,11 @@
 """The graph for calls in which nothing is masked: attention needs no mask there, rotates, and reads one product.
 
 Row b of such a call is at slot P + t with its token t, so GroupQueryAttention's own rotary embedding and its own idea
-of what is visible are right, and it takes its blocked kernel, which takes no bias. Queries, keys and values come from
-one product: their weights lie one behind the other in a constant that ONNX Runtime makes when it opens the graph, and
-no weight is stored twice.
+of what is visible are right, and it takes its blocked kernel, which takes no bias. The position of the last token says
+how many slots there are. So the mask, whose shape changes from step to step, is not read, and whoever runs the graph
+need not bind it again: the metadata says so (portlm.ort_support.UNREAD). Queries, keys and values come from one
+product: their weights lie one behind the other in a constant that ONNX Runtime makes when it opens the graph, and no
+weight is stored twice.
 """
 
 from collections import Counter
@@ -116,16 +118,22 @@ def _write(g: GraphBuilder, node: onnx.NodeProto, absorbed: Absorbed) -> None:
     """Write GroupQueryAttention for CachedAttention."""
     name, attributes = node.output[0], attributes_of(node)
 
-    def last() -> str:
-        ones = g.op("Gather", (MASK, g.axis(0)), "slots.ones", axis=1)  # (B,), as nothing is masked
-        rows = g.op("Sub", ("slots", ones), "slots.rows")
-        return g.op("Cast", (rows,), "slots.last", to=onnx.TensorProto.INT32)
+    def newest() -> str:
+        return g.op("Gather", (POSITIONS, g.axis(-1)), "slots.newest", axis=1)  # (B,)
 
-    total = slot_count(g, MASK)
+    def last() -> str:
+        return g.op("Cast", (g.shared("slots.newest", newest),), "slots.last", to=onnx.TensorProto.INT32)
+
+    def count() -> str:
+        first = g.op("Gather", ("slots.newest", g.ints(0)), "slots.first", axis=0)  # (1,), as all are alike
+        slots = g.op("Sub", (first, g.ints(-1)), "slots")
+        return g.op("Cast", (slots,), "slots.int32", to=onnx.TensorProto.INT32)
+
+    rows, total = g.shared("slots.last", last), g.shared("slots", count)
     qkv = absorbed.qkv
     if absorbed.products:
         qkv = (_product(g, absorbed.products, f"{name}.qkv"), "", "")
-    inputs = [*qkv, *node.input[3:5], g.shared("slots.last", last), total, *absorbed.tables]
+    inputs = [*qkv, *node.input[3:5], rows, total, *absorbed.tables]
     g.split_op(
         "GroupQueryAttention", inputs, name, node.output, domain=CONTRIB, scale=attributes["scale"],
         num_heads=attributes["num_heads"], kv_num_heads=attributes["num_kv_heads"],
@@ -148,16 +156,6 @@ def _product(g: GraphBuilder, products: tuple[onnx.NodeProto, ...], name: str) -
     shapes = [g.weight_shape(product.input[1]) for product in products]
     shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     return write_product(g, (x, *given), shape, attributes_of(products[0])["bits"], name)
-
-
-def slot_count(g: GraphBuilder, mask: str) -> str:
-    """The number of slots of a mask (B, P + T), as GroupQueryAttention takes it; "slots" is the same in int64."""
-
-    def count() -> str:
-        slots = g.op("Shape", (mask,), "slots", start=1, end=2)
-        return g.op("Cast", (slots,), "slots.int32", to=onnx.TensorProto.INT32)
-
-    return g.shared("slots", count)
 
 
 def _is(node: onnx.NodeProto, op_type: str) -> bool:

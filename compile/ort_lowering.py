@@ -29,7 +29,7 @@ import onnx
 from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.check import CONTRIB, check_model
 from portlm.compile.graph import GraphBuilder, WeightFile
-from portlm.compile.ort_even import attributes_of, can_be_even, even_attention, slot_count
+from portlm.compile.ort_even import MASK, attributes_of, can_be_even, even_attention
 from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
@@ -37,7 +37,7 @@ from portlm.errors import EngineUnavailableError
 from portlm.ops.cached_attention import attention_bias
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
-from portlm.ort_support import EVEN, IN_PLACE, ROUNDED, ROUNDED_TARGET, accuracy_level
+from portlm.ort_support import EVEN, IN_PLACE, ROUNDED, ROUNDED_TARGET, UNREAD, accuracy_level
 from portlm.roles import file_stem
 
 GROWN = "past + sequence"  # an extent that grows from call to call
@@ -71,7 +71,7 @@ def compile_graph(
     if manifest.cache is not None and device == "vulkan":
         raise EngineUnavailableError(
             f"ort:vulkan: its provider has no tensors of {manifest.cache.kind}, in which this model keeps keys and "
-            "values: export it without --cache"
+            "values: export it with --cache float32"
         )
     context, name = manifest.model.context_length, f"onnx/{file_stem(role)}.ort-{device}-fused.onnx"
     lowered = {name: lower_model(source, context, device, note)}
@@ -123,6 +123,7 @@ def lower_model(
 
     steps = [(rewrite.__name__, rewriting(rewrite)) for rewrite in passes]
     if even:
+        metadata[UNREAD] = MASK
         steps.insert(0, ("even_attention", lambda model: even_attention(model, context_length, metadata)))
     lowered: onnx.ModelProto = run_passes(model, steps, note)
     return lowered
@@ -208,7 +209,7 @@ def group_query_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) ->
         rows = g.op("Sub", (before, nothing), "slots.rows")
         return g.op("Cast", (rows,), "slots.last", to=onnx.TensorProto.INT32)
 
-    total = slot_count(g, mask)
+    total = _slot_count(g, mask)
     inputs = (q, k, v, past_key, past_value, g.shared("slots.last", last), total, "", "", "", bias)
     heads = {"num_heads": attributes["num_heads"], "kv_num_heads": attributes["num_kv_heads"]}
     name = node.output[0]
@@ -216,6 +217,16 @@ def group_query_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) ->
         "GroupQueryAttention", inputs, name, node.output, domain=CONTRIB, scale=attributes["scale"], **heads
     )
     return True
+
+
+def _slot_count(g: GraphBuilder, mask: str) -> str:
+    """The number of slots of a mask (B, P + T), as GroupQueryAttention takes it; "slots" is the same in int64."""
+
+    def count() -> str:
+        slots = g.op("Shape", (mask,), "slots", start=1, end=2)
+        return g.op("Cast", (slots,), "slots.int32", to=onnx.TensorProto.INT32)
+
+    return g.shared("slots", count)
 
 
 def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:

@@ -14,7 +14,6 @@ them refuses the folder.
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError
+from portlm.field_errors import explain
 from portlm.files import check_name, read_json, safe_join, sha256_file, shown, write_atomic
 from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS, KeyValueCache, Quantization
 from portlm.roles import (
@@ -395,7 +395,7 @@ def _checked(path: Path, data: Any) -> Manifest:
     try:
         manifest = msgspec.convert(data, Manifest)
     except msgspec.ValidationError as error:
-        raise FormatError(f"{path}: {_explain(data, str(error))}") from error
+        raise FormatError(f"{path}: {explain(data, Manifest, str(error))}") from error
     for text in _texts(msgspec.to_builtins(manifest)):
         if not text.isprintable():
             raise FormatError(f"{path}: the text {shown(text)} must be printable")
@@ -429,49 +429,6 @@ def _wrong_width(manifest: Manifest, role: str) -> str:
         width = output.shape[-1]
         if output.name == "logits" and width != manifest.model.vocab_size:
             return f"output 'logits' has {width} values for a vocabulary of {manifest.model.vocab_size}"
-    return ""
-
-
-def _explain(data: Any, message: str) -> str:
-    """One line of msgspec's message: where, what was expected, and what is there.
-
-    It names an entry of an object "[...]"; which one is found by converting with half of the entries, again and again.
-    """
-    problem, _, place = message.partition(" - at ")
-    value, where = data, ""
-    steps: list[tuple[str, str]] = re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place)
-    if place.startswith("`key`"):
-        steps.append(("", "key"))
-    for name, item in steps:
-        if name:
-            value, where = value[name], f"{where}.{name}".lstrip(".")
-        elif item.isdigit():
-            value, where = value[int(item)], f"{where}[{item}]"
-        else:
-            entries = list(value.items())
-            while len(entries) > 1:
-                value.clear()
-                value.update(entries[: len(entries) // 2])
-                fails = _message(data) == message
-                entries = list(value.items()) if fails else entries[len(entries) // 2 :]
-            value.clear()
-            value.update(entries)
-            [(key, value)] = entries
-            where = f"{where}[{shown(key)}]"
-            if item == "key":
-                value, where = key, f"the key {where}"
-    where = where or "the manifest"
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", problem):
-        return f"{where} lacks the key {missing[1]!r}"
-    wanted = problem.partition(", got `")[0].replace("Expected", "must be")
-    return f"{where} {wanted}, got {shown(value)}"
-
-
-def _message(data: Any) -> str:
-    try:
-        msgspec.convert(data, Manifest)
-    except msgspec.ValidationError as error:
-        return str(error)
     return ""
 
 

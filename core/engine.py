@@ -10,12 +10,12 @@ B rows, T new tokens, P slots already in the state, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from portlm.arguments import shown
 from portlm.artifact import Manifest
@@ -30,8 +30,7 @@ PROFILES = ("auto", "portable", "fused", "native")
 UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(Struct, frozen=True):
     """Where the nodes of a model really are, as the engine reports it after loading.
 
     Attributes:
@@ -45,8 +44,7 @@ class Placement:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class OpenRequest:
+class OpenRequest(Struct, frozen=True):
     """What an engine is asked to open.
 
     Attributes:
@@ -69,8 +67,7 @@ class OpenRequest:
     compiled: Path | None = None
 
 
-@dataclass(frozen=True)
-class CallSpec:
+class CallSpec(Struct, frozen=True):
     """What one role takes, returns and remembers; a manifest's role has the same three."""
 
     inputs: tuple[TensorSpec, ...]
@@ -262,8 +259,7 @@ class RowChoice(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True)
-class Advance:
+class Advance(Struct, frozen=True):
     """What an engine is asked that can write several tokens by itself.
 
     Attributes:
@@ -348,26 +344,21 @@ def goes_back(spec: CallSpec) -> bool:
     return all(state.update != "replace" for state in spec.state)
 
 
-@dataclass(frozen=True)
 class InputCheck:
     """Raises UsageError unless the inputs of a call belong together and lie inside the model's tables.
 
     What runs below is generated or compiled code, some of which reads memory at any index it is given.
     """
 
-    role: str
-    spec: CallSpec
-    vocab_size: int
-    context_length: int
-    grows: bool = field(init=False)
-    _plan: list[tuple[str, Any, tuple[Any, ...], int | str]] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, role: str, spec: CallSpec, vocab_size: int, context_length: int):
         """Prepare what is looked up at every call."""
+        self.role, self.spec = role, spec
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self.grows = grows(spec)
+        self._plan: list[tuple[str, Any, tuple[Any, ...], int | str]] = []
         for tensor in sorted(self.spec.inputs, key=lambda t: any("+" in str(d) for d in t.shape)):
             dims = tuple(tuple(d.split(" + ")) if isinstance(d, str) else d for d in tensor.shape)
             self._plan.append((tensor.name, np.dtype(tensor.dtype), dims, self._limit(tensor)))
-        object.__setattr__(self, "grows", grows(self.spec))
 
     def __call__(
         self, inputs: Mapping[str, Array], rows: int, past: int, known: Mapping[str, int] = {}

@@ -6,12 +6,14 @@ Functions are named, not imported: importing this loads nothing, and a flow reso
 import importlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
 
-@dataclass(frozen=True)
-class EngineEntry:
+from portlm import __version__
+
+
+class EngineEntry(Struct, frozen=True):
     """The facts of one engine. Functions are named "module:function", and loaded by who needs them.
 
     Attributes:
@@ -39,8 +41,8 @@ class EngineEntry:
     probe: str
     trial: str = ""
     distributions: tuple[str, ...] = ()
-    device_distributions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    compilers: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    device_distributions: Mapping[str, tuple[str, ...]] = {}
+    compilers: Mapping[tuple[str, str], str] = {}
     byte_activations: tuple[tuple[str, str], ...] = ()
     one_file: bool = False
     runner: str = ""
@@ -120,13 +122,11 @@ def resolve(place: str) -> Any:
 
 def versions_of(engine: str, device: str) -> dict[str, str]:
     """Return the versions of the packages that decide what an engine computes on a device, portlm's among them."""
-    from importlib.metadata import PackageNotFoundError, version  # which loads the standard library's e-mail
+    entry, found = ENGINES.get(engine), {"portlm": __version__}
+    names = [*entry.distributions, *entry.device_distributions.get(device, ())] if entry is not None else []
+    if names:  # the import loads the standard library's e-mail
+        from importlib.metadata import PackageNotFoundError, version
 
-    entry = ENGINES.get(engine)
-    names = ["portlm"]
-    if entry is not None:
-        names += [*entry.distributions, *entry.device_distributions.get(device, ())]
-    found = {}
     for name in names:
         try:
             found[name] = version(name)

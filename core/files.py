@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,10 +58,10 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     """
     with open_regular(path) as file:
         try:
-            digest, part = hashlib.sha256(), memoryview(bytearray(2**22))
-            while count := file.readinto(
-                part
-            ):  # large parts: another thread may hold Python's lock in between
+            # Large parts, because another thread may hold Python's lock in between; a small file needs no large one.
+            digest, size = hashlib.sha256(), os.fstat(file.fileno()).st_size
+            part = memoryview(bytearray(min(size + 1, 2**22)))
+            while count := file.readinto(part):
                 digest.update(part[:count])
             return digest.hexdigest()
         except OSError as error:
@@ -83,7 +82,7 @@ def atomic_file(path: str | os.PathLike[str], need: int | None = None) -> Iterat
     """
     target = Path(path)
     # os.open and not tempfile.mkstemp, which would make every file 0600.
-    temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".{target.name[:32]}.{os.urandom(8).hex()}.tmp")
     try:
         keep = _mode_of(target)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

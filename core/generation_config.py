@@ -5,11 +5,12 @@ without top_k samples among 50 tokens; the others count always, as far as what i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from sys import float_info
 from typing import Any
+
+from msgspec import Struct
 
 from portlm.arguments import count, flag, real, shown, whole
 from portlm.errors import FormatError, UsageError
@@ -108,8 +109,7 @@ _IN_CONFIG = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(Struct, frozen=True):
     """What a generation_config.json says.
 
     Attributes:
@@ -121,11 +121,11 @@ class GenerationConfig:
         refused: of each key whose value cannot be used, why.
     """
 
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = {}
     eos_ids: frozenset[int] = frozenset()
-    kept: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Any] = {}
     unused: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = {}
 
     def notes(self, source: str = GENERATION_CONFIG) -> list[str]:
         """What somebody who expects the same of portlm as of transformers should know, a sentence each."""

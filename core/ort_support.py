@@ -22,6 +22,7 @@ ROUNDED_TARGET = f"onnxruntime, accuracy level {ROUNDED}"
 # In the metadata of a graph whose states that grow may be the same memory before and after a call, with room behind.
 # Such a graph reads several new tokens on a filled cache of one row at a time (compile/ort_lowering.py).
 IN_PLACE = {"portlm.cache": "in place"}
+UNREAD = "portlm.unread"  # in the metadata of a graph which does not read this input, so that any value of it will do
 EVEN = "-even.onnx"  # ends the name of a second graph, for calls in which nothing is masked
 # How long an idle thread looks for the next loop before it sleeps, unless the variable says 0 (not at all) or 1 (as
 # long as ONNX Runtime lets it, tens of milliseconds), or the machine is crowded when a graph is opened (not at all).

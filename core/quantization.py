@@ -6,7 +6,7 @@ And what activations are rounded to where they meet quantized weights, which is 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Annotated
 
@@ -44,16 +44,35 @@ def at_activations(kind: str | None) -> Iterator[None]:
         _asked.reset(token)
 
 
-def activations() -> str:
-    """Return which of ACTIVATIONS is compiled for now: what at_activations() says, or the environment.
+def asked_activations() -> str | None:
+    """Return which of ACTIVATIONS at_activations() or else the environment says; None if neither says anything.
 
     Raises:
         UsageError: the variable is neither of the two.
     """
-    said = _asked.get() or os.environ.get(ACTIVATIONS_VARIABLE, FLOATS)
-    if said not in ACTIVATIONS:
+    said = _asked.get() or os.environ.get(ACTIVATIONS_VARIABLE)
+    if said is not None and said not in ACTIVATIONS:
         raise UsageError(f"{ACTIVATIONS_VARIABLE} must be {' or '.join(ACTIVATIONS)}, got {said[:40]!r}")
     return said
+
+
+def activations() -> str:
+    """Return which of ACTIVATIONS is compiled for now: what was asked for, or float32.
+
+    Raises:
+        UsageError: as asked_activations().
+    """
+    return asked_activations() or FLOATS
+
+
+def kept_activations(targets: Iterable[str]) -> str | None:
+    """Return which of ACTIVATIONS files that are compiled again keep where nothing is asked for; None for none.
+
+    Args:
+        targets: of the entries that they replace.
+    """
+    kept = asked_activations() is None and any(takes_bytes(target) for target in targets)
+    return BYTES if kept else None
 
 
 def target_at(target: str, quantized: bool) -> str:
@@ -62,8 +81,8 @@ def target_at(target: str, quantized: bool) -> str:
 
 
 def takes_bytes(target: str) -> bool:
-    """Say whether a target is one that target_at() gave for activations of 8 bits."""
-    return target.endswith(f", {_AT_BYTES}")
+    """Say whether a target is one of activations of 8 bits: target_at() gave it, or ONNX Runtime's compiler."""
+    return target.endswith((f", {_AT_BYTES}", ", accuracy level 4"))
 
 
 _AT_BYTES = f"activations {BYTES}"

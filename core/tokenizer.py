@@ -17,12 +17,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import read_json, shown, write_atomic

@@ -11,8 +11,10 @@ names files). Files of another kind are refused by their name; the model can sti
 """
 
 import re
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from portlm.errors import FormatError
 from portlm.files import shown
@@ -65,8 +67,7 @@ CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 _BYTE_LEVEL = re.compile(f"[{re.escape(''.join(BYTE_TO_CHAR))}]+")
 
 
-@dataclass(frozen=True)
-class TokenizerFile:
+class TokenizerFile(Struct, frozen=True):
     """A checked tokenizer.json.
 
     Attributes:

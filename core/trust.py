@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import pwd
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from portlm.artifact import CompiledEntry, Manifest
 from portlm.errors import FormatError, StorageError, UsageError
@@ -31,8 +31,7 @@ from portlm.files import write_atomic
 NATIVE_SUFFIXES = (".so", ".dylib", ".dll")
 
 
-@dataclass(frozen=True)
-class Build:
+class Build(Struct, frozen=True):
     """A library, and what it was compiled for.
 
     Attributes:
@@ -191,6 +190,9 @@ def private_scratch() -> Iterator[Path]:
         FormatError: the folder for temporary files ($TMPDIR), or one above it, is open to others.
         StorageError: it cannot be made.
     """
+    import shutil
+    import tempfile
+
     try:
         folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="portlm-")))  # mode 700
     except OSError as error:

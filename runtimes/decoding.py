@@ -5,7 +5,6 @@ Names and meanings are those that users know from transformers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, Self, TypedDict, Unpack
 
@@ -151,6 +150,8 @@ def _known(options: Any) -> Any:
     known = [field.name for field in fields(Decoding)]
     for name in options:
         if name not in known:
+            from difflib import get_close_matches
+
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}"
             raise UsageError(f"there is no option {name!r} of decoding: {ELSEWHERE.get(name, hint)}")

@@ -9,11 +9,11 @@ this file, and by those that it imports.
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from portlm.artifact import Manifest, check_files

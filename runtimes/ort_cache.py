@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portlm.engine import Array, CallSpec
-from portlm.ort_support import IN_PLACE, row_by_row
+from portlm.ort_support import IN_PLACE, UNREAD, row_by_row
 from portlm.roles import StateSpec, TensorSpec
 
 LEAST_ROOM = 64  # slots
@@ -143,6 +143,12 @@ def in_place(spec: CallSpec, session: Any, most: int) -> "InPlace | None":
     return InPlace(spec, grown, most)
 
 
+def address(array: Array) -> int:
+    """Where an array begins. ndarray.ctypes.data takes ten times as long to say it."""
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
 class Bound:
     """A binding of a session to rows of a cache, whose growing states are the same memory before and after."""
 
@@ -152,28 +158,47 @@ class Bound:
         """Bind what grows, and the other outputs to wherever they come to lie."""
         self.binding = session.io_binding()
         self._held: dict[str, Array] = {}
+        self._lent: dict[str, tuple[Array, int]] = {}  # and where they are
+        self._unread = session.get_modelmeta().custom_metadata_map.get(UNREAD)
         for name in outputs:  # first, so that they are the first of what it returns
             self.binding.bind_output(name, "cpu")
         for state in grown:
             rows = cache.arrays[state.name][part]
-            place = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            place = ("cpu", 0, np.float32, rows.shape, address(rows))
             self.binding.bind_input(state.name, *place)
             self.binding.bind_output(state.output, *place)
 
     def put(self, name: str, array: Array) -> Array:
-        """Give an input; return the memory that it is read from, which is bound for the following calls, too."""
+        """Give an input; return the memory that it is read from, which is bound for the following calls, too.
+
+        Of what the graph does not read, the first value stays.
+        """
         held = self._held.get(name)
+        if held is not None and name == self._unread:
+            return held
         if held is not None and held.shape == array.shape:
             held[...] = array
             return held
         held = self._held[name] = np.array(array, order="C")
-        self.binding.bind_input(name, "cpu", 0, held.dtype.type, held.shape, held.ctypes.data)
+        self.binding.bind_input(name, "cpu", 0, held.dtype.type, held.shape, address(held))
         return held
+
+    def lend(self, name: str, array: Array, shape: tuple[int, ...]) -> None:
+        """Give the beginning of an array as an input of some shape, and no copy of it."""
+        if name == self._unread:
+            self.put(name, array)
+            return
+        lent, where = self._lent.get(name, (None, 0))
+        if lent is not array:
+            where = address(array)
+            self._lent[name] = array, where
+        self._held.pop(name, None)  # put() binds its own again
+        self.binding.bind_input(name, "cpu", 0, array.dtype.type, shape, where)
 
     def receive(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return a new array into which the next calls compute an output."""
         array = np.empty(shape, dtype)
-        self.binding.bind_output(name, "cpu", 0, dtype, shape, array.ctypes.data)
+        self.binding.bind_output(name, "cpu", 0, dtype, shape, address(array))
         return array
 
 

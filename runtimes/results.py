@@ -1,12 +1,10 @@
 """What a session gives back: generated texts, scores, and what they cost."""
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 
 
-@dataclass
-class Stats:
+class Stats(Struct):
     """What one call cost, for all its rows together.
 
     Attributes:
@@ -40,8 +38,7 @@ class Stats:
         return (self.new_tokens - self.rows) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class Generation:
+class Generation(Struct, frozen=True):
     """What a model made of one prompt.
 
     Attributes:
@@ -69,8 +66,7 @@ class Generation:
         return self.text
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(Struct, frozen=True):
     """How probable a model finds a text.
 
     Attributes:

@@ -16,8 +16,9 @@ more often there; drawing it with the same random number makes up for most of th
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from portlm.arguments import wholes
 from portlm.runtimes import drafting
@@ -35,8 +36,7 @@ class Row(drafting.Row, Protocol):
     prompt: tuple[int, ...]
 
 
-@dataclass
-class _Text:
+class _Text(Struct):
     """What has been guessed of a row."""
 
     row: Row

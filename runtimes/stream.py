@@ -1,8 +1,9 @@
 """One prompt while it is answered: its tokens, the text that they become, and where that ends."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct
 
 from portlm.errors import UsageError
 from portlm.runtimes.decoding import Decoding
@@ -22,8 +23,7 @@ class StreamDecoder(Protocol):
         ...
 
 
-@dataclass
-class Row:
+class Row(Struct):
     """One prompt and what has been said to it."""
 
     prompt: tuple[int, ...]
@@ -33,8 +33,8 @@ class Row:
     stream: int  # of random numbers
     decoder: StreamDecoder
     scanner: StopScanner
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    tokens: list[int] = []
+    pieces: list[str] = []
     finish_reason: str | None = None
 
     def push(self, token: int) -> None:

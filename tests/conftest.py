@@ -153,7 +153,9 @@ def checkpoints(tmp_path_factory):
     Weights are large, so that logits reach 7 and the two most probable tokens are rarely closer than 0.01: engines
     that differ by rounding still choose the same token.
     """
-    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    from random_weights import randomise
+
     from portlm.models import FAMILIES, build, save_model
     from portlm.tokenizer import byte_tokenizer
 
@@ -161,12 +163,8 @@ def checkpoints(tmp_path_factory):
     others = {"gpt2": {"width": 32}, "llama": {"hidden": 48}}  # what some tests count on
     folders = {}
     for family, entry in FAMILIES.items():
-        generator = torch.Generator().manual_seed(1)
         model = build(replace(entry.config_class().tiny(), **sizes, **others.get(family, {})))
-        with torch.no_grad():
-            for p in model.parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(0.3 * noise if p.dim() > 1 else p + 0.1 * noise)
+        randomise(model, 0.3, seed=1)
         folders[family] = tmp_path_factory.mktemp("checkpoints") / family
         save_model(folders[family], model, byte_tokenizer(EOS))
     return folders
@@ -256,7 +254,9 @@ def divisible(tmp_path_factory):
 
     GPT-2 is tied and has an odd number of groups; weights are as large as those of `checkpoints`.
     """
-    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    from random_weights import randomise
+
     from portlm.models import FAMILIES, build, save_model
     from portlm.tokenizer import byte_tokenizer
 
@@ -268,12 +268,8 @@ def divisible(tmp_path_factory):
     }
     folders = {}
     for family, entry in FAMILIES.items():
-        generator = torch.Generator().manual_seed(1)
         model = build(replace(entry.config_class().tiny(), **sizes, **others[family]))
-        with torch.no_grad():
-            for p in model.parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(0.2 * noise if p.dim() > 1 else p + 0.1 * noise)
+        randomise(model, 0.2, seed=1)
         folders[family] = tmp_path_factory.mktemp("divisible") / family
         save_model(folders[family], model, byte_tokenizer(EOS))
     return folders

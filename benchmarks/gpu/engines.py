@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,30 @@ from portlm.tokenizer import byte_tokenizer
 CONTEXT = 160  # room for the certificate's probe and 128 greedy tokens
 LARGE, LARGE_PRESET = "large", "gpt2"
 ENDING = {"checkpoint": "-checkpoint", "artifact": "-artifact"}
+KINDS = {
+    "int8": ("--quantize", "int8", "--group", "32"),
+    "int4": ("--quantize", "int4", "--group", "32"),
+    "bfloat16": ("--weights", "bfloat16"),
+    "byte-cache": ("--cache", "int8"),
+}
+"""What else an artifact can hold, by name: options of `portlm export`."""
+KIND_FAMILY, KIND_SIZES = "llama", {"width": 64, "hidden": 96}  # groups of 32 divide them
 
 
 def make_models(context: Context) -> str:
-    """Write a small checkpoint and artifact of every family, and GPT-2 small with random weights."""
+    """Write a small checkpoint and artifact of every family and kind, and GPT-2 small with random weights."""
     made, problems = [], []
-    wanted = [
-        (name, replace(family.config_class().tiny(), context_length=CONTEXT), 0.3)
+    wanted: list[tuple[str, Any, float, tuple[str, ...]]] = [
+        (name, replace(family.config_class().tiny(), context_length=CONTEXT), 0.3, ())
         for name, family in models.FAMILIES.items()
     ]
+    sizes = replace(models.FAMILIES[KIND_FAMILY].config_class().tiny(), context_length=CONTEXT, **KIND_SIZES)
+    wanted += [(kind, sizes, 0.2, options) for kind, options in KINDS.items()]
     if not context.dry:
-        wanted.append((LARGE, models.preset(LARGE_PRESET), 0.0))
-    for name, config, spread in wanted:
+        wanted.append((LARGE, models.preset(LARGE_PRESET), 0.0, ()))
+    for name, config, spread, options in wanted:
         try:
-            made.append(_make(context, name, config, spread))
+            made.append(_make(context, name, config, spread, options))
         except Exception as error:  # the others are still worth their time
             problems.append(f"{name}: {error}")
             context.claim(f"export of {name}", f"failed: {error}")
@@ -41,7 +52,7 @@ def make_models(context: Context) -> str:
     return ", ".join(made) + "".join(f"; not made: {problem}" for problem in problems)
 
 
-def _make(context: Context, name: str, config: Any, spread: float) -> str:
+def _make(context: Context, name: str, config: Any, spread: float, options: tuple[str, ...]) -> str:
     """Save and export one model; `spread` makes small models' choices distinct."""
     checkpoint, artifact = (_folder(context, name, kind) for kind in ENDING)
     torch.manual_seed(0)
@@ -51,7 +62,7 @@ def _make(context: Context, name: str, config: Any, spread: float) -> str:
             if spread and p.dim() > 1:
                 p.normal_(0.0, spread)
     models.save_model(checkpoint, model, byte_tokenizer("<|endoftext|>"))
-    done = context.portlm("export", checkpoint, artifact)
+    done = context.portlm("export", checkpoint, artifact, *options)
     if done.returncode:
         raise RuntimeError(last_line(done.stderr))
     return f"{name} ({model.num_parameters():,} parameters)"
@@ -62,17 +73,35 @@ def _folder(context: Context, name: str, kind: str) -> Path:
 
 
 def verify_torch(context: Context) -> str:
-    """PyTorch's engine on CUDA against its answer on the CPU."""
-    return _verify(context, "torch", "native")
+    """PyTorch's engine on CUDA against its answer on the CPU, by the models' code and by their graphs."""
+    said = [_verify(context, "torch", "native", models.FAMILIES)]
+    for profile in ("fused", "portable"):
+        for name in models.FAMILIES:
+            where = ("--engine", "torch", "--device", context.device, "--profile", profile)
+            done = context.portlm("compile", _folder(context, name, "artifact"), *where)
+            if done.returncode:
+                raise RuntimeError(f"{name}: {last_line(done.stderr)}")
+        said.append(_verify(context, "torch", profile, models.FAMILIES))
+    return ", ".join(said)
 
 
 def verify_ort(context: Context) -> str:
     """ONNX Runtime on CUDA against eager PyTorch on the CPU."""
-    return _verify(context, "ort", "portable")
+    return _verify(context, "ort", "portable", models.FAMILIES)
 
 
-def _verify(context: Context, engine: str, profile: str) -> str:
-    """Run portlm verify on every small artifact.
+def verify_kinds_torch(context: Context) -> str:
+    """PyTorch's engine on CUDA with weights of 8, 4 and 16 bits, and with a cache of bytes."""
+    return _verify(context, "torch", "native", KINDS)
+
+
+def verify_kinds_ort(context: Context) -> str:
+    """ONNX Runtime on CUDA with the same."""
+    return _verify(context, "ort", "portable", KINDS)
+
+
+def _verify(context: Context, engine: str, profile: str, names: Iterable[str]) -> str:
+    """Run portlm verify on small artifacts.
 
     Raises:
         MissingError: the engine does not run on CUDA here.
@@ -80,12 +109,10 @@ def _verify(context: Context, engine: str, profile: str) -> str:
     """
     target = f"{engine}:{context.device}:{profile}"
     _require(context, engine)
-    problems = [
-        f"{name}: {problem}" for name in models.FAMILIES if (problem := _differs(context, name, target))
-    ]
+    problems = [f"{name}: {problem}" for name in names if (problem := _differs(context, name, target))]
     if problems:
         raise RuntimeError("; ".join(problems))
-    return f"{len(models.FAMILIES)} families on {target}"
+    return f"{', '.join(names)} on {target}"
 
 
 def _differs(context: Context, name: str, target: str) -> str | None:

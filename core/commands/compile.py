@@ -32,9 +32,9 @@ def command(
 ) -> None:  # fmt: skip
     """Compile the artifact MODEL (made by 'portlm export') and record the result in its manifest.
 
-    ONNX Runtime runs the portable graph as it is, so only its fused graph is lowered; TVM compiles both.
-    PyTorch gets the graphs as plain data where there is no checkpoint of a known family that it could run. Prints the
-    files written.
+    ONNX Runtime runs the portable graph as it is, so only its fused graph is lowered; TVM compiles both, and packed the
+    fused one. PyTorch gets the graphs as plain data where there is no checkpoint of a known family that it could run.
+    Prints the files written.
     """
     import msgspec
 

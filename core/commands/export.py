@@ -59,7 +59,8 @@ from portlm.errors import UsageError
     "--cache",
     multiple=True,
     type=click.Choice(["float32", "int8"]),
-    help="What keys and values are kept in while a text is written (default: float32).",
+    help="What keys and values are kept in while a text is written (default: float32, or as in CHECKPOINT if that is "
+    "an artifact).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
 def command(
@@ -72,11 +73,9 @@ def command(
     """
     if len(cache) > 1:
         raise UsageError("--cache says once what keys and values are kept in: give it once")
-    kept = None if cache in ((), ("float32",)) else cache[0]
-    if quantize is None and (group is not None or asymmetric or (calibrate is not None and kept is None)):
-        raise UsageError(
-            "--group, --asymmetric and --calibrate say how to quantize: give --quantize int8 or int4 as well"
-        )
+    kept = cache[0] if cache else None
+    if quantize is None and (group is not None or asymmetric):
+        raise UsageError("--group and --asymmetric say how to quantize: give --quantize int8 or int4 as well")
     if form == "hf":
         from portlm.hub import export_hf
 
@@ -84,6 +83,8 @@ def command(
             raise UsageError("--profile chooses ONNX graphs, and --to hf writes none: leave it out")
         if quantize is not None:
             raise UsageError("--quantize is for ONNX graphs, and --to hf writes plain numbers: leave it out")
+        if calibrate is not None:
+            raise UsageError("--calibrate is for ONNX graphs, and --to hf copies the weights: leave it out")
         if weights != "auto":
             raise UsageError("--weights is for ONNX graphs, and --to hf copies the weights: leave it out")
         if kept is not None:

@@ -14,6 +14,7 @@ import click
 import numpy as np
 
 from portlm.arguments import shown
+from portlm.engines import DEVICES, ENGINES
 from portlm.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ TOKEN_ID = re.compile(r"-?\d{1,18}")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @click.option(
     "--engine", "-e", default="auto", show_default=True, metavar="ENGINE[:DEVICE[:PROFILE]]",
-    help="torch, ort, tvm, null or auto.",
+    help=f"{', '.join(ENGINES)} or auto.",
 )  # fmt: skip
-@click.option("--device", "-d", default="auto", show_default=True, help="cpu, cuda, vulkan or auto.")
+@click.option("--device", "-d", default="auto", show_default=True, help=f"{', '.join(DEVICES)} or auto.")
 @click.option("--profile", "-p", default="auto", show_default=True, help="portable, fused, native or auto.")
 @click.option(
     "--ids", is_flag=True, help="The prompt is token ids, with spaces or commas between; print ids, too."

@@ -28,6 +28,11 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
     "batch": ("data.batch_size", int, "Sequences per forward pass"),
     "accumulate": ("data.accumulate", int, "Forward passes per step"),
     "steps": ("steps", int, "Optimiser steps in all"),
+    "optimizer": (
+        "optimizer.name",
+        click.Choice(["adamw", "muon"]),
+        "Of the matrices inside the blocks; all else takes adamw",
+    ),
     "lr": ("optimizer.lr", float, "Peak learning rate"),
     "min-lr": ("schedule.min_lr", float, "Learning rate of the last step"),
     "warmup": ("schedule.warmup", float, "Warm-up: share of all steps if below 1, else steps"),

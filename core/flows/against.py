@@ -11,6 +11,7 @@ from portlm.artifact import read_manifest
 from portlm.errors import UsageError
 from portlm.flows.bench import check_counts
 from portlm.flows.race.contender import Entry
+from portlm.flows.race.gate import BYTE_CACHE
 from portlm.flows.race.race import Rules, run
 from portlm.flows.race.rivals import ours
 from portlm.flows.race.rounds import Pass
@@ -51,7 +52,8 @@ def compare(
         PortlmError: see portlm.flows.race.race.run.
     """
     check_counts(model, prompt, tokens, rounds)
-    if read_manifest(model).quantization is not None:
+    manifest = read_manifest(model)
+    if manifest.quantization is not None:
         raise UsageError(
             f"{model} has quantized weights alone, and rivals are given float32 ones: race an artifact of the "
             "checkpoint, made by portlm export without --quantize"
@@ -59,7 +61,7 @@ def compare(
     for target in targets:
         if target.device != "cpu":
             raise UsageError(f"rivals run on the CPU, so {target} has nobody to race: name targets on cpu")
-    entries = [*ours(targets), *rivals]
+    entries = [*ours(targets, "" if manifest.cache is None else BYTE_CACHE), *rivals]
     rules = Rules((Pass(prompt, prompt, tokens),), rounds=rounds, loads=1, threads=threads)
     if keep is not None:
         return run(model, entries, keep, rules, progress)

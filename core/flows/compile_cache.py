@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from portlm.artifact import Manifest, check_files, read_manifest, replace, write_manifest
+from portlm.artifact import Manifest, check_files, read_manifest, replace
 from portlm.engines import ENGINES
-from portlm.errors import EngineUnavailableError, FormatError, StorageError
-from portlm.files import check_space, safe_join
+from portlm.errors import FormatError
 from portlm.plan import needs_plan
-from portlm.quantization import FLOATS, activations
+from portlm.quantization import FLOATS, activations, at_activations, kept_activations
 from portlm.seen_files import check_data_files
 from portlm.trust import NATIVE_SUFFIXES, is_ours, private_folder
 
@@ -32,12 +28,9 @@ Key = tuple[str, str, str]
 """Engine, device and profile."""
 
 FOLDER = "compiled"
-UNFINISHED = ".building-"
-STALE_SECONDS = 24 * 3600  # an unfinished entry as old as this was given up
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """An entry: the artifact's manifest with its compiled files, and the folder that they lie in."""
 
     manifest: Manifest
@@ -79,32 +72,21 @@ def find_or_build(folder: Path, manifest: Manifest, key: Key, progress: Callable
         FormatError: the artifact is damaged, or the cache is open to others.
         StorageError: the cache cannot be written.
     """
+    entries = [e.target for e in manifest.compiled if (e.engine, e.device, e.profile) == key]
+    with at_activations(kept_activations(entries)):  # of code that another machine compiled
+        return _find_or_build(folder, manifest, key, progress)
+
+
+def _find_or_build(folder: Path, manifest: Manifest, key: Key, progress: Callable[[], None]) -> Found:
     root = private_folder(FOLDER)
     entry = root / _digest(manifest, key)
     try:
         return _read(entry, manifest, key)
     except FormatError:
-        if entry.exists():
-            shutil.rmtree(entry, ignore_errors=True)  # damaged: what is there can be made again
+        from portlm.flows.compile_entry import write_entry  # not loaded where there is an entry
+
     progress()
-    _tidy(root)
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=root))
-    except OSError as error:
-        raise StorageError(
-            f"{root}: cannot be written ({error.strerror}); set PORTLM_HOME elsewhere"
-        ) from error
-    try:
-        _build(folder, manifest, key, scratch)
-        try:
-            scratch.rename(entry)
-        except OSError:
-            if not entry.exists():
-                raise
-            shutil.rmtree(scratch)  # another process was faster
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    write_entry(folder, manifest, key, entry)
     return _read(entry, manifest, key)
 
 
@@ -146,39 +128,6 @@ def _compiler() -> str:
     return digest.hexdigest()
 
 
-def _build(folder: Path, manifest: Manifest, key: Key, scratch: Path) -> None:
-    """Compile in a copy of the artifact that has no more than what compiling reads; keep the results alone."""
-    from portlm.compile.build import build
-    from portlm.compile.isolated import ensure_checked
-
-    ensure_checked(folder, manifest, [role.profiles[key[2]] for role in manifest.roles.values()])
-    names = {name for role in manifest.roles.values() for name in (*role.profiles.values(), role.weights)}
-    check_files(folder, sorted(names), manifest)
-    for name in names:
-        target = scratch / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _copy(safe_join(folder, name), target)
-    write_manifest(scratch, replace(manifest, compiled=(), parity=()))
-    try:
-        build(scratch, [key])
-    except ImportError as error:
-        raise EngineUnavailableError(
-            f"{key[0]}: compiling needs the package {error.name}, try pip install 'portlm[onnx]'"
-        ) from error
-    kept = {name for entry in read_manifest(scratch).compiled for name in entry.files}
-    for name in names - kept:
-        (scratch / name).unlink()
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file: ONNX's own check refuses weights that are links of either kind."""
-    check_space(target.parent, source.stat().st_size)
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written ({error.strerror})") from error
-
-
 def _read(entry: Path, manifest: Manifest, key: Key) -> Found:
     """Read an entry and compare its files with their hashes."""
     cached = read_manifest(entry)
@@ -192,10 +141,3 @@ def _read(entry: Path, manifest: Manifest, key: Key) -> Found:
         raise FormatError(f"{entry}: holds code that is not trusted any more")
     files = {**manifest.files, **{name: cached.files[name] for name in names}}
     return Found(replace(manifest, compiled=compiled, files=files), entry)
-
-
-def _tidy(root: Path) -> None:
-    """Remove what processes that were killed left behind."""
-    for path in root.glob(f"{UNFINISHED}*"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)

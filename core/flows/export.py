@@ -60,7 +60,7 @@ def export(
         calibrate: a text file like what the model will read, for the tokenizer. Weights are rounded so that what they
             give on its first nine tenths changes least; what quantizing costs on the last tenth is measured, and said
             in the manifest, if the module declares roles.
-        cache: "int8" to keep keys and values in 8 bits, see portlm.ops.byte_cache; None keeps float32. The answer is
+        cache: "int8" to keep keys and values in 8 bits, see portlm.ops.byte_cache; None is "float32". The answer is
             then that of the module with such a cache, and with `calibrate` its cost is measured, whether weights are
             quantized or not. A module that declares no roles gives no answer.
 
@@ -118,7 +118,8 @@ def export_checkpoint(
 ) -> Path:
     """Export a checkpoint to an artifact folder, as portlm.compile.export.export does.
 
-    With a text, what quantizing costs on the last tenth of the text is measured and said in the manifest.
+    With a text, what quantizing and a cache of 8 bits cost on the last tenth of the text is measured and said in the
+    manifest.
     """
     from portlm.compile import export as compiler
     from portlm.compile.calibrate import read

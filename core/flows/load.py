@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from portlm import generation_config
 from portlm.arguments import flag, one_of, shown, whole

@@ -66,6 +66,7 @@ def quality(
     tokens: Sequence[int] | Array,
     *,
     before: int | None = None,
+    behind: int = 0,
     batch_size: int = BATCH,
 ) -> Quality:
     """Compare two decoders on a text. Nothing is drawn, and the result does not depend on what ran before.
@@ -78,6 +79,7 @@ def quality(
         quantized: its other form, of the same vocabulary and context.
         tokens: N ids of the text; no text that the quantized form was made with, or the result flatters it.
         before: the id in front of them. Without it the first token is not predicted.
+        behind: count only what is predicted from more than so many tokens: what a cache costs may grow with it.
         batch_size: windows per call.
 
     Raises:
@@ -94,9 +96,12 @@ def quality(
     ids = np.asarray(tokens, np.int64).reshape(-1)
     count, sums = 0, np.zeros(4)
     for inputs, targets in evaluation_batches(ids, batch_size, sizes[0][1], before):
+        targets[:, :behind] = IGNORE
         for target, logits, other in _answers(engines, inputs, targets):
             count += len(target)
             sums += _compare(logits, other, target)
+    if not count:
+        raise UsageError(f"there is nothing to predict behind {behind} tokens of the same window")
     nll, quantized_nll, kl, same = (sums / count).tolist()
     return Quality(count, _perplexity(nll), _perplexity(quantized_nll), max(kl, 0.0), same)
 

@@ -223,7 +223,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.n_head, self.head_dim = config.n_head, config.head_dim
-        self.c_attn = Linear(config.width, 3 * config.width, bias=True)
+        self.c_attn = Linear(config.width, 3 * config.width, bias=True, maps=3)
         self.c_proj = Linear(config.width, config.width, bias=True)
 
     def forward(

@@ -253,7 +253,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTNeoXConfig):
         super().__init__()
         self.n_head, self.head_dim, self.rotary_dim = config.n_head, config.head_dim, config.rotary_dim
-        self.query_key_value = Linear(config.width, 3 * config.width, bias=config.attention_bias)
+        self.query_key_value = Linear(
+            config.width, 3 * config.width, bias=config.attention_bias, maps=3, turns=config.n_head
+        )
         self.dense = Linear(config.width, config.width, bias=config.attention_bias)
 
     def forward(

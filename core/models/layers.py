@@ -28,10 +28,17 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, with W stored (out, in)."""
+    """y = x Wᵀ + b, with W stored (out, in).
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool):
+    Attributes:
+        maps: How many maps of equal size W holds: 3 for queries, keys and values together.
+        turns: In how many turns their rows come. 1: all rows of the first map, then all of the second. H: as many rows
+            of each map as a head has, head by head. What computes y does not ask; an optimiser may.
+    """
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, maps: int = 1, turns: int = 1):
         super().__init__()
+        self.maps, self.turns = maps, turns
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 

@@ -5,8 +5,8 @@ on a machine without PyTorch.
 """
 
 import importlib
-import pkgutil
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +27,7 @@ _TOOLS = {
     "registry",
     "spec",
 }
-FILES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _TOOLS))
+FILES = tuple(sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - _TOOLS - {"__init__"}))
 """The files that define an op."""
 
 _OTHER_NAMES = {"adamw": "AdamW", "token_selection": "select_tokens"}

@@ -10,8 +10,9 @@ Nothing here imports PyTorch or onnx: a portable form is a function that is give
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 DOMAIN, DOMAIN_VERSION = "ai.portlm", 1
 
@@ -61,8 +62,7 @@ class Builder(Protocol):
         """Return the declared shape of a graph input."""
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(Struct, frozen=True):
     """One input of a node, called like the argument of the PyTorch op that it comes from.
 
     Attributes:
@@ -85,8 +85,7 @@ class Input:
     rows_at: str = ""
 
 
-@dataclass(frozen=True)
-class Attribute:
+class Attribute(Struct, frozen=True):
     """One attribute of a node.
 
     Attributes:
@@ -102,8 +101,7 @@ class Attribute:
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Struct, frozen=True):
     """One node of domain ai.portlm.
 
     Attributes:
@@ -151,8 +149,7 @@ class Node:
         return self.tvm, *(f"{self.tvm}_no_{i.name}" for i in self.inputs if i.optional)
 
 
-@dataclass(frozen=True)
-class OpSpec:
+class OpSpec(Struct, frozen=True):
     """One op.
 
     Attributes:

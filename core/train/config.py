@@ -7,7 +7,7 @@ may hold is up to the model's family (:mod:`portlm.train.model_settings`).
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from portlm.errors import ConfigError
 from portlm.ops.precision import Precision
@@ -49,14 +49,21 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices only."""
+    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) where a model has hidden matrices.
 
+    Weight decay is on matrices only. All but ``momentum`` holds for both; beta1, beta2 and eps for what Muon leaves.
+    """
+
+    name: Literal["adamw", "muon"] = (
+        "adamw"  # "muon" takes the matrices inside the blocks, and leaves all else to AdamW
+    )
     lr: float = 1e-3  # peak learning rate
     beta1: float = 0.9
     beta2: float = 0.99  # shorter memory than 0.999, since a step sees few tokens
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0  # largest global gradient norm; 0 means no clipping
+    momentum: float = 0.95  # of Muon
 
     def __post_init__(self) -> None:
         require_range("optimizer.lr", self.lr, 0, open_low=True)
@@ -65,6 +72,9 @@ class OptimizerSettings:
         require_range("optimizer.eps", self.eps, 0, open_low=True)
         require_range("optimizer.weight_decay", self.weight_decay, 0)
         require_range("optimizer.clip", self.clip, 0)
+        require_range("optimizer.momentum", self.momentum, 0, 0.999999)
+        if self.name == "adamw" and self.momentum != OptimizerSettings.momentum:
+            raise ConfigError("optimizer.momentum is Muon's: leave it out, or set optimizer.name = muon")
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ class RunConfig:
         FREE: Those among them that it may change after all.
     """
 
-    FIXED: ClassVar[tuple[str, ...]] = ("seed",)
+    FIXED: ClassVar[tuple[str, ...]] = ("seed", "optimizer.name")
     FREE: ClassVar[tuple[str, ...]] = ()
 
     steps: int = 2000
@@ -169,7 +179,7 @@ class PretrainConfig(RunConfig):
     """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
 
     # The text may lie elsewhere now: its tokens are compared by content.
-    FIXED: ClassVar[tuple[str, ...]] = ("seed", "objective", "model.", "data.")
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "model.", "data.")
     FREE: ClassVar[tuple[str, ...]] = ("data.texts",)
 
     objective: str = (

@@ -1,9 +1,9 @@
 """The training loop: step after step, so that it can stop and go on at any of them. What is learned is an objective's.
 
 One optimiser step is: take the objective's batch in parts, run a forward and a backward pass for each, which add up
-their gradients, clip, AdamW. Around it: metrics, evaluation, a sample to look at, checkpoints. All random numbers come
-from the seed and the step, or from PyTorch's generators, whose state each checkpoint holds: a resumed run on the same
-CPU with the same threads repeats the uninterrupted one bit for bit.
+their gradients, clip, AdamW (and Muon). Around it: metrics, evaluation, a sample to look at, checkpoints. All random
+numbers come from the seed and the step, or from PyTorch's generators, whose state each checkpoint holds: a resumed run
+on the same CPU with the same threads repeats the uninterrupted one bit for bit.
 """
 
 import math
@@ -218,7 +218,7 @@ class Trainer:
         parts = self.objective.batches()
         with products_in(self.config.precision):
             loss = accumulate_gradients(self.objective.loss, parts)
-        norm = self.optimizer.step()
+            norm = self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._loss_sum += loss

@@ -1,22 +1,50 @@
 """From settings to the objects that train: device and optimiser."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from portlm.errors import ConfigError, EngineUnavailableError
 from portlm.ops.adamw import AdamW
 from portlm.train.config import OptimizerSettings
-from portlm.train.state import decay_groups
+from portlm.train.muon import Muon, MuonWithAdamW, hidden_groups
 
 
-def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW:
-    """Return AdamW over a model's parameters, as the settings say."""
-    return AdamW(
-        decay_groups(model, options.weight_decay),
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-        max_grad_norm=options.clip or None,
-    )
+def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW | MuonWithAdamW:
+    """Return the optimiser of all parameters of a model that are trained, as the settings say.
+
+    Raises:
+        ConfigError: Muon is asked for, and the model has no matrices for it.
+    """
+    clip, parameters = options.clip or None, [p for p in model.parameters() if p.requires_grad]
+    if options.name == "adamw":
+        return _adamw(parameters, options, clip)
+    hidden = hidden_groups(model)
+    if not hidden:
+        raise ConfigError(
+            "optimizer.name muon is for the linear layers inside a model's blocks, and this model has none: "
+            "train it with adamw"
+        )
+    taken = {parameter for group in hidden for parameter in group["params"]}
+    muon = Muon(hidden, options.lr, options.momentum, options.weight_decay)
+    return MuonWithAdamW(muon, _adamw([p for p in parameters if p not in taken], options, None), clip)
+
+
+def _adamw(parameters: Sequence[Tensor], options: OptimizerSettings, clip: float | None) -> AdamW:
+    groups = decay_groups(parameters, options.weight_decay)
+    betas = (options.beta1, options.beta2)
+    return AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, max_grad_norm=clip)
+
+
+def decay_groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Return two parameter groups: matrices, which decay, and vectors (biases, gains), which do not."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def training_device(name: str) -> torch.device:

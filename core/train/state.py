@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from portlm.errors import FormatError
+from portlm.ops.adamw import AdamW
+from portlm.train.muon import MuonWithAdamW
+
+Optimizer = AdamW | MuonWithAdamW
 
 _CPU, _CUDA = "torch.cpu", "torch.cuda"
 
@@ -41,40 +45,42 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
         raise FormatError(f"the checkpoint's random state does not fit this PyTorch: {error}") from error
 
 
-def optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the optimiser's memory: tensors named ``<parameter>/<key>``, and its plain numbers likewise.
 
     Hyperparameters are not part of it: they follow from the configuration and the step.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    state = optimizer.state_dict()["state"]
-    for index, name in enumerate(_names(model, optimizer)):
-        for key, value in state.get(index, {}).items():
-            target: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
-            target[f"{name}/{key}"] = value
+    for part in _parts(optimizer):
+        state = part.state_dict()["state"]
+        for index, name in enumerate(_names(model, part)):
+            for key, value in state.get(index, {}).items():
+                target: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
+                target[f"{name}/{key}"] = value
     return tensors, numbers
 
 
 def set_optimizer_state(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
     """Give a fresh optimiser the memory that :func:`optimizer_state` returned.
 
     Raises:
-        FormatError: A tensor belongs to no parameter, or has another shape than its parameter.
+        FormatError: A tensor belongs to no parameter, has another shape than its parameter, or is missing.
     """
     parameters = dict(model.named_parameters())
-    indices = {name: index for index, name in enumerate(_names(model, optimizer))}
-    state: dict[int, dict[str, Any]] = {}
+    parts = _parts(optimizer)
+    places = {
+        name: (n, index) for n, part in enumerate(parts) for index, name in enumerate(_names(model, part))
+    }
+    states: list[dict[int, dict[str, Any]]] = [{} for _ in parts]
     for path, value in (*tensors.items(), *numbers.items()):
         name, _, key = path.rpartition("/")
-        if name not in indices:
+        if name not in places:
             raise FormatError(
                 f"the checkpoint's optimiser remembers {path!r}, which is no parameter of this model"
             )
@@ -83,18 +89,17 @@ def set_optimizer_state(
                 f"the checkpoint's optimiser remembers {path!r} with shape {tuple(value.shape)}, "
                 f"but the parameter has {tuple(parameters[name].shape)}"
             )
-        state.setdefault(indices[name], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        number, index = places[name]
+        states[number].setdefault(index, {})[key] = value
+    for part, state in zip(parts, states, strict=True):
+        try:
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+        except ValueError as error:
+            raise FormatError(f"the checkpoint's optimiser cannot go on here: {error}") from error
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices, which decay, and vectors (biases, gains), which do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def _parts(optimizer: Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    return optimizer.parts if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

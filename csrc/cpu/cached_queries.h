@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kRows = 4;
 constexpr int64_t kSlots = 64;
+constexpr int kSums = Vec::N == 16 ? 16 : 8;  // vectors of sums of values: what registers there are for
 constexpr int64_t kWorkPerThread = 1 << 17;  // multiply-adds that are worth waking a thread
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
@@ -45,37 +46,58 @@ struct Query {
   int64_t limit;
 };
 
-// scores[r][j] = q_r . key_(first + j) * scale for J slots from j on, or -inf where query r must not look.
-template <int R, int J, typename T>
-void score_slots(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t j, float (&scores)[R][kSlots]) {
+// Slots that are scored together: with R queries as many products as a vector has lanes, so that one transposition adds
+// them all up.
+template <int R>
+constexpr int kTogether = Vec::N / (R == 3 ? 4 : R) > 1 ? Vec::N / (R == 3 ? 4 : R) : 1;
+
+// scores[r][j + i] = q_r . key_(first + j + i) for slots i of those together; beyond the last slot it is that one's again.
+template <int R, typename T>
+void score_slots(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t count, int64_t j,
+                 float (&scores)[R][kSlots]) {
+  constexpr int J = kTogether<R>;
+  constexpr int kProducts = (R * J + Vec::N - 1) / Vec::N * Vec::N;
   const int64_t D = cache.D;
-  const T* const keys = cache.keys + (first + j) * D;
-  Vec dot[R][J];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < J; ++i) dot[r][i] = Vec(0.0f);
+  const T* keys[J];
+  for (int i = 0; i < J; ++i) keys[i] = cache.keys + (first + std::min(j + i, count - 1)) * D;
+  Vec dot[kProducts];
+#pragma GCC unroll 16
+  for (int i = 0; i < kProducts; ++i) dot[i] = Vec(0.0f);
   for_lanes(D, [&](int64_t d, auto lanes) {
-    Vec k[J];
-    for (int i = 0; i < J; ++i) k[i] = load(keys + i * D + d, lanes);
-    for (int r = 0; r < R; ++r) {
-      const Vec q = load(query[r].q + d, lanes);
-      for (int i = 0; i < J; ++i) dot[r][i] = fma(q, k[i], dot[r][i]);
+    Vec q[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) q[r] = load(query[r].q + d, lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < J; ++i) {
+      const Vec k = load(keys[i] + d, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) dot[r * J + i] = fma(q[r], k, dot[r * J + i]);
     }
   });
-  for (int i = 0; i < J; ++i) {
-    const int64_t slot = first + j + i;
-    const bool present = !cache.mask || cache.mask[slot] != 0;
-    const float scale = kScaled<T> ? cache.scale * cache.key_scales[slot] : cache.scale;
-    for (int r = 0; r < R; ++r) scores[r][j + i] = present && slot < query[r].limit ? sum(dot[r][i]) * scale : kHidden;
+  float totals[kProducts];
+  for (int i = 0; i < kProducts; i += Vec::N) {
+    Vec rows[Vec::N];
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < Vec::N; ++n) rows[n] = dot[i + n];
+    sums(rows).store(totals + i);
   }
+  for (int r = 0; r < R; ++r) std::copy(totals + r * J, totals + (r + 1) * J, scores[r] + j);
 }
 
-// Several slots at once: their sums are chains that hide each other, and a query is loaded once for all of them.
+// scores[r][j] = q_r . key_(first + j) * scale for j < count, or -inf where query r must not look.
 template <int R, typename T>
 void score(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t count, float (&scores)[R][kSlots]) {
-  constexpr int J = R == 1 ? 4 : 2;
-  int64_t j = 0;
-  for (; j + J <= count; j += J) score_slots<R, J, T>(cache, query, first, j, scores);
-  for (; j < count; ++j) score_slots<R, 1, T>(cache, query, first, j, scores);
+  for (int64_t j = 0; j < count; j += kTogether<R>) score_slots<R, T>(cache, query, first, count, j, scores);
+  for (int r = 0; r < R; ++r) {
+    float* const row = scores[r];
+    if constexpr (kScaled<T>)
+      for (int64_t j = 0; j < count; ++j) row[j] *= cache.scale * cache.key_scales[first + j];
+    else
+      for (int64_t j = 0; j < count; ++j) row[j] *= cache.scale;
+    for (int64_t j = std::max<int64_t>(0, query[r].limit - first); j < count; ++j) row[j] = kHidden;
+    if (cache.mask)
+      for (int64_t j = 0; j < count; ++j) row[j] = cache.mask[first + j] ? row[j] : kHidden;
+  }
 }
 
 // The largest of a row, NaN aside.
@@ -129,7 +151,7 @@ void add_columns(const T* values, int64_t D, int64_t count, const float (&weight
 template <int R, typename T>
 void add_values(const Cache<T>& cache, int64_t first, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
                 float* sums) {
-  constexpr int V = std::max<int>(1, std::min<int>(8, 64 / Vec::N) / R);
+  constexpr int V = std::max<int>(1, std::min<int>(64 / Vec::N, kSums / R));
   const int64_t D = cache.D;
   const T* values = cache.values + first * D;
   int64_t d = 0;

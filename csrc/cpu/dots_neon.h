@@ -1,8 +1,9 @@
 // Products of weights and activations with NEON. See dots.h.
 //
 // NEON multiplies signed bytes, so 128 is taken away from weights of 8 bits. With the dot product extension one
-// instruction adds four products to a 32-bit sum; without, bytes are multiplied into 16 bits, where the sum of two still
-// fits (2 * 128 * 127 < 2^15), and added up in pairs.
+// instruction adds four products to a 32-bit sum, and takes the activations from a part of a register, so that they are
+// loaded and not repeated; without, bytes are multiplied into 16 bits, where the sum of two still fits
+// (2 * 128 * 127 < 2^15), and added up in pairs.
 #pragma once
 
 #include <arm_neon.h>
@@ -37,9 +38,13 @@ struct Dots : DotsOf<bits, width> {
   struct Weights {
     int8x16_t v;
   };
+#if defined(PORTLM_BYTE_DOTS)
+  using Activations = int8x8_t;  // h and l, or l and what lies behind it
+#else
   struct Activations {
     int8x16_t h, l;  // of one byte, l alone
   };
+#endif
 
   static void unpack(const uint8_t* p, Weights (&w)[8 / bits]) {
     const uint8x16_t line = vld1q_u8(p);
@@ -63,19 +68,25 @@ struct Dots : DotsOf<bits, width> {
       vst1q_u32(words + 4 * half, vcombine_u32(vzip1_u32(high, low), vzip2_u32(high, low)));
     }
   }
+
+#if defined(PORTLM_BYTE_DOTS)
+  static Activations load(const uint32_t* words) { return vreinterpret_s8_u32(vld1_u32(words)); }
+  struct Sum {
+    int32x4_t h, l;
+    void start(Ints value) { h = vdupq_n_s32(0), l = value.v; }
+    void add(const Weights& w, Activations a, int) {
+      if constexpr (width == 2) h = vdotq_lane_s32(h, w.v, a, 0);
+      l = vdotq_lane_s32(l, w.v, a, width - 1);
+    }
+#else
   static Activations load(const uint32_t* words) {
     const int8x16_t l = vreinterpretq_s8_u32(vld1q_dup_u32(words + width - 1));
     if constexpr (width == 1) return {l, l};
     return {vreinterpretq_s8_u32(vld1q_dup_u32(words)), l};
   }
-
   static int32x4_t dot(int32x4_t sum, int8x16_t w, int8x16_t x) {
-#if defined(PORTLM_BYTE_DOTS)
-    return vdotq_s32(sum, w, x);
-#else
     const int16x8_t rows01 = vmull_s8(vget_low_s8(w), vget_low_s8(x)), rows23 = vmull_high_s8(w, x);
     return vpadalq_s16(sum, vpaddq_s16(rows01, rows23));
-#endif
   }
   struct Sum {
     int32x4_t h, l;
@@ -84,6 +95,7 @@ struct Dots : DotsOf<bits, width> {
       if constexpr (width == 2) h = dot(h, w.v, a.h);
       l = dot(l, w.v, a.l);
     }
+#endif
     void carry() {}
     Ints total() const { return Ints(width == 1 ? l : vaddq_s32(vshlq_n_s32(h, 7), l)); }
   };

@@ -162,6 +162,21 @@ struct Dots<bits, 1> : DotsOf<bits, 1> {
 
 #else
 
+// Products of bytes summed in 16 bits, of fewer than 32 columns, until they are taken into 32 bits.
+struct ShortSum {
+  Bits v;
+  void clear() { v = Ints(0).v; }
+  void add(Bits weights, Bits activations) {
+    v = PORTLM_X86(add_epi16)(v, PORTLM_X86(maddubs_epi16)(weights, activations));
+    hold(v);
+  }
+  Ints take(int16_t factor) {
+    const Ints sum(PORTLM_X86(madd_epi16)(v, PORTLM_X86(set1_epi16)(factor)));
+    clear();
+    return sum;
+  }
+};
+
 template <>
 struct Dots<4, 2> : DotsOf<4, 2> {
   static constexpr int32_t kOffset = 0;
@@ -172,21 +187,11 @@ struct Dots<4, 2> : DotsOf<4, 2> {
   static void arrange(const int16_t* x, uint32_t* words) { arrange_bytes(x, words); }
   static Activations load(const uint32_t* words) { return load_pair(words); }
   struct Sum {
-    Bits h, l;  // in 16 bits, of fewer than 32 columns
+    ShortSum h, l;
     Ints sum;
-    void start(Ints value) { h = l = Ints(0).v, sum = value; }
-    void add(const Weights& w, const Activations& x, int) {
-      h = PORTLM_X86(add_epi16)(h, PORTLM_X86(maddubs_epi16)(w.v, x.a));
-      l = PORTLM_X86(add_epi16)(l, PORTLM_X86(maddubs_epi16)(w.v, x.b));
-      hold(h);
-      hold(l);
-    }
-    void carry() {
-      const Bits high = PORTLM_X86(madd_epi16)(h, PORTLM_X86(set1_epi16)(128));
-      const Bits low = PORTLM_X86(madd_epi16)(l, PORTLM_X86(set1_epi16)(1));
-      sum = sum + (Ints(high) + Ints(low));
-      h = l = Ints(0).v;
-    }
+    void start(Ints value) { h.clear(), l.clear(), sum = value; }
+    void add(const Weights& w, const Activations& x, int) { h.add(w.v, x.a), l.add(w.v, x.b); }
+    void carry() { sum = sum + (h.take(128) + l.take(1)); }
     Ints total() const { return sum; }
   };
 };
@@ -201,17 +206,11 @@ struct Dots<4, 1> : DotsOf<4, 1> {
   static void arrange(const int16_t* x, uint32_t* words) { arrange_narrow(x, words); }
   static Activations load(const uint32_t* words) { return load_word(words); }
   struct Sum {
-    Bits narrow;  // in 16 bits, of fewer than 32 columns
+    ShortSum narrow;
     Ints sum;
-    void start(Ints value) { narrow = Ints(0).v, sum = value; }
-    void add(const Weights& w, const Activations& x, int) {
-      narrow = PORTLM_X86(add_epi16)(narrow, PORTLM_X86(maddubs_epi16)(w.v, x));
-      hold(narrow);
-    }
-    void carry() {
-      sum = sum + Ints(PORTLM_X86(madd_epi16)(narrow, PORTLM_X86(set1_epi16)(1)));
-      narrow = Ints(0).v;
-    }
+    void start(Ints value) { narrow.clear(), sum = value; }
+    void add(const Weights& w, const Activations& x, int) { narrow.add(w.v, x); }
+    void carry() { sum = sum + narrow.take(1); }
     Ints total() const { return sum; }
   };
 };

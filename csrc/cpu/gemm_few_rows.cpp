@@ -31,6 +31,8 @@ inline void sum_lanes(const Vec (&s)[4], float* out) {
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(s[2].v, s[3].v), _mm256_unpackhi_ps(s[2].v, s[3].v));
   const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+#elif defined(PORTLM_ISA_NEON)
+  sums(s).store(out);
 #else
   for (int i = 0; i < 4; ++i) out[i] = sum(s[i]);
 #endif

@@ -5,7 +5,7 @@
 // Each element of y is added up in one order, over blocks of kDepth products, whatever rows are beside it.
 //
 // A few rows of x should cost what one does, the pass over W. One row meets all 64 elements of a column at once, so memory is
-// read in order, and the processor sees what comes next. With more rows than their sums have registers a part of a panel is
+// read in order, a little ahead of what is needed. With more rows than their sums have registers a part of a panel is
 // read in several sweeps, the first of which would take every fourth line, say, and wait for each: so while a part is
 // multiplied, the next one is asked for in order, and by all sweeps and all rows in equal shares.
 //
@@ -123,18 +123,20 @@ __attribute__((noinline)) void tile(const Part<W>& p) {
 }
 
 // All columns of a panel for so many rows, 1 .. kTall, which ask for one of so many shares of what lies ahead; 0: for nothing.
+// Rows that are alone and meet a whole column at once read in order: they ask as one row does.
 template <int R = kTall, typename W>
-void rows_of(int64_t rows, int64_t shares, const Part<W>& part) {
+void rows_of(int64_t rows, bool alone, int64_t shares, const Part<W>& part) {
   if constexpr (R > 1)
-    if (rows < R) return rows_of<R - 1>(rows, shares, part);
+    if (rows < R) return rows_of<R - 1>(rows, alone, shares, part);
   constexpr int V = vectors(R);
   constexpr int64_t kColumns = V * Vec::N, kBytes = kColumns * static_cast<int64_t>(sizeof(W));
-  const bool asks = R == 1 || (kColumns < kPanel ? shares > 0 : shares > 1);  // one sweep in order needs no help
+  const bool in_order = kColumns == kPanel && alone;
   Part<W> p = part;
-  p.pace = shares ? (kBytes + shares - 1) / shares : 0;
+  p.pace = in_order ? kBytes : shares ? (kBytes + shares - 1) / shares : 0;
+  if (in_order) p.ahead = reinterpret_cast<const char*>(part.panel) + kAhead;
   for (int64_t j = 0; j < part.columns; j += kColumns) {
     p.panel = part.panel + j, p.bias = part.bias ? part.bias + j : nullptr, p.y = part.y + j, p.columns = part.columns - j;
-    asks ? tile<R, V, true>(p) : tile<R, V, false>(p);
+    R == 1 || in_order || shares > 0 ? tile<R, V, true>(p) : tile<R, V, false>(p);
     p.ahead += part.depth * p.pace;
   }
 }
@@ -160,7 +162,7 @@ void multiply(const float* x, const W* panels, const float* bias, float* y, int6
         const int64_t share = (depth * kPanel * static_cast<int64_t>(sizeof(W)) + groups - 1) / groups;
         for (int64_t g = 0; g < groups; ++g) {
           const int64_t i = i0 + (i1 - i0) * g / groups, rows_here = i0 + (i1 - i0) * (g + 1) / groups - i;
-          rows_of(rows_here, more ? groups : 0,
+          rows_of(rows_here, groups == 1, more ? groups : 0,
                   Part<W>{x + i * K + k, from, reinterpret_cast<const char*>(ahead) + g * share, 0, bias ? bias + j : nullptr,
                           y + i * N + j, depth, K, N, N - j < kPanel ? N - j : kPanel, k == 0, k + depth == K, activation});
         }

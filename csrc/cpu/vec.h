@@ -22,6 +22,7 @@ namespace portlm::PORTLM_ISA {
 // Of the functions that are defined per instruction set:
 //   keep(a, lanes)               lanes that do not exist become 0, so that sums may include them
 //   split_exponent(a, exponent)  for 0 < a < inf: the mantissa in [1, 2), with a = mantissa * 2^exponent
+//   sums(rows)                   of N vectors: the sum of rows[i] in lane i, added in the same order for each
 //   SquareSum                    sums squares in float64
 
 inline Vec keep(Vec a, Whole) { return a; }

@@ -68,6 +68,16 @@ inline float hmax(Vec a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+inline Vec sums(const Vec (&rows)[8]) {
+  const auto four = [](const Vec* r) {  // in each half: the sums of four rows over it
+    const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(r[0].v, r[1].v), _mm256_unpackhi_ps(r[0].v, r[1].v));
+    const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(r[2].v, r[3].v), _mm256_unpackhi_ps(r[2].v, r[3].v));
+    const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(c, d)), _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)));
+  };
+  const __m256 a = four(rows), b = four(rows + 4);
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
 
 struct SquareSum {
   __m256d lo = _mm256_setzero_pd(), hi = _mm256_setzero_pd();

@@ -49,6 +49,18 @@ inline Vec split_exponent(Vec a, Vec& exponent) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float hmax(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec sums(const Vec (&rows)[16]) {
+  const auto four = [](const Vec* r) {  // in each quarter: the sums of four rows over it
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(r[0].v, r[1].v), _mm512_unpackhi_ps(r[0].v, r[1].v));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(r[2].v, r[3].v), _mm512_unpackhi_ps(r[2].v, r[3].v));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  };
+  const auto halves = [](__m512 a, __m512 b) {  // quarters 0 + 1 and 2 + 3 of a, then of b
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  };
+  return halves(halves(four(rows), four(rows + 4)), halves(four(rows + 8), four(rows + 12)));
+}
 
 struct SquareSum {
   __m512d lo = _mm512_setzero_pd(), hi = _mm512_setzero_pd();

@@ -59,6 +59,9 @@ inline Vec split_exponent(Vec a, Vec& exponent) {
 }
 inline float sum(Vec a) { return vaddvq_f32(a.v); }
 inline float hmax(Vec a) { return vmaxvq_f32(a.v); }
+inline Vec sums(const Vec (&rows)[4]) {
+  return vpaddq_f32(vpaddq_f32(rows[0].v, rows[1].v), vpaddq_f32(rows[2].v, rows[3].v));
+}
 
 struct SquareSum {
   float64x2_t lo = vdupq_n_f64(0.0), hi = vdupq_n_f64(0.0);

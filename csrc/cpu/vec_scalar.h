@@ -58,6 +58,7 @@ inline Vec split_exponent(Vec a, Vec& exponent) {
 }
 inline float sum(Vec a) { return a.v; }
 inline float hmax(Vec a) { return a.v; }
+inline Vec sums(const Vec (&rows)[1]) { return rows[0]; }
 
 struct SquareSum {
   double value = 0.0;

@@ -54,7 +54,9 @@ def test_figures_are_shares_of_the_spread_of_the_reference():
     assert small.typical == pytest.approx(1e-3, rel=0.1)
 
 
-@pytest.mark.parametrize(("precision", "error"), [("f32", 1e-4), ("f16", 0.01), ("q8", 0.05), ("q4", 0.5)])
+@pytest.mark.parametrize(
+    ("precision", "error"), [("f32", 1e-4), (gate.BYTE_CACHE, 0.01), ("f16", 0.01), ("q8", 0.05), ("q4", 0.5)]
+)
 def test_a_bar_lets_its_own_precision_pass_and_no_coarser_one(precision, error):
     """Errors of the size that each was measured to have, and ten times that."""
     noise = RNG.standard_normal(LOGITS.shape)

@@ -7,6 +7,13 @@ import sys
 import pytest
 
 from portlm.cli import VERBS
+from portlm.engines import DEVICES, ENGINES
+
+
+def test_help_names_every_engine_and_device(portlm):
+    help_text = " ".join(portlm("generate", "--help").out.split())
+    for names in (ENGINES, DEVICES):
+        assert f"{', '.join(names)} or auto." in help_text
 
 
 def test_help_lists_every_verb(portlm):

@@ -17,7 +17,9 @@ CUTS = (
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory):
     """Checkpoints of the shapes that the shared fixture does not have, by name."""
-    torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+    from random_weights import randomise
+
     from portlm.models import build, save_model
     from portlm.models.gpt2 import GPT2Config
     from portlm.models.llama import LlamaConfig
@@ -32,12 +34,7 @@ def variants(tmp_path_factory):
     }
     folders = {}
     for name, config in configs.items():
-        generator = torch.Generator().manual_seed(2)
-        model = build(config)
-        with torch.no_grad():
-            for p in model.parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(0.3 * noise if p.dim() > 1 else p + 0.1 * noise)
+        model = randomise(build(config), 0.3, seed=2)
         folders[name] = tmp_path_factory.mktemp("variants") / name
         save_model(folders[name], model)
     return folders

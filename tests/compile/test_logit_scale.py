@@ -11,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 
+from random_weights import randomise  # noqa: E402
+
 from portlm.compile.parity import TOLERANCE, allowed_error, make_probe, make_reference, measure  # noqa: E402
 from portlm.engine import OpenRequest  # noqa: E402
 from portlm.models import build  # noqa: E402
@@ -28,13 +30,7 @@ CONFIGS = {
 
 
 def wide(family, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    model = build(CONFIGS[family]).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(STD * noise if p.dim() > 1 else p + 0.1 * noise)
-    return model
+    return randomise(build(CONFIGS[family]).eval(), STD, seed)
 
 
 def answer(model):

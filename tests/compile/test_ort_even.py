@@ -19,7 +19,7 @@ from portlm.models import build as build_model
 from portlm.models import save_model
 from portlm.models.gpt2 import GPT2Config
 from portlm.models.llama import LlamaConfig
-from portlm.ort_support import EVEN
+from portlm.ort_support import EVEN, UNREAD
 from portlm.quantization import BYTES, FLOATS, at_activations
 from portlm.rows import Rows
 
@@ -95,6 +95,35 @@ def test_nodes_of_the_mask_and_of_rotary_embeddings_are_gone_and_products_are_on
         values = {value for node in graph.node for value in node.output}
         assert ("mask.bias" in values) == (graph is general)
         assert {node.domain for node in graph.node} == {"", CONTRIB}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_graph_reads_no_mask_and_says_so(name, compiled):
+    models = [check_model(compiled(name) / file) for file in files(compiled(name))]
+    reads = [any("attention_mask" in node.input for node in model.graph.node) for model in models]
+    says = [{entry.key: entry.value for entry in model.metadata_props}.get(UNREAD) for model in models]
+    assert (reads, says) == ([True, False], [None, "attention_mask"])
+
+
+def test_a_mask_that_is_not_read_is_bound_once(compiled, monkeypatch):
+    import onnxruntime
+
+    bound, bind = Counter(), onnxruntime.IOBinding.bind_input
+
+    def counted(self, name, *place):
+        bound[name] += 1
+        bind(self, name, *place)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_input", counted)
+    found = []
+    for engine in (opened(compiled("llama")), every(compiled("llama"))):
+        rows = Rows(engine, 1)
+        rows.read(tokens(1, 4))
+        bound.clear()
+        for seed in range(3):
+            rows.read(tokens(1, 1, seed))
+        found.append(bound["attention_mask"])
+    assert found == [0, 3]
 
 
 def files(folder):

@@ -4,10 +4,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from portlm import trust
 from portlm.errors import FormatError, StorageError, UsageError

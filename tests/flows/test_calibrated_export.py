@@ -164,4 +164,4 @@ def test_a_checkpoint_without_a_tokenizer_reads_no_text(text, tmp_path):
 def test_the_command_refuses_a_text_without_a_scheme(checkpoint, text, tmp_path):
     result = CliRunner().invoke(command, [str(checkpoint), str(tmp_path / "model"), "--calibrate", str(text)])
     assert isinstance(result.exception, UsageError)
-    assert "--calibrate say how to quantize: give --quantize int8 or int4 as well" in str(result.exception)
+    assert "calibrate says by which text to quantize: say int8 or int4 as well" in str(result.exception)

@@ -46,23 +46,24 @@ def text(model, count, seed=1):
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, count)
 
 
-def oracle(model, other, ids, before):
+def oracle(model, other, ids, before, behind=0):
     """The same in float64, window by window, through the models' own forward."""
     T = model.config.context_length
     inputs = ids[:-1] if before is None else np.concatenate([[before], ids[:-1]])
     targets = ids[1:] if before is None else ids
-    totals, same = [0.0, 0.0, 0.0], 0
+    totals, same, tokens = [0.0, 0.0, 0.0], 0, 0
     for begin in range(0, len(targets), T):
         window = torch.from_numpy(inputs[begin : begin + T])[None]
         with torch.no_grad():
-            p, q = (m.double()(window)[0].log_softmax(-1) for m in (model, other))
-        wanted = torch.from_numpy(targets[begin : begin + T])[:, None]
+            p, q = (m.double()(window)[0].log_softmax(-1)[behind:] for m in (model, other))
+        wanted = torch.from_numpy(targets[begin : begin + T])[behind:, None]
+        tokens += len(wanted)
         totals[0] -= p.gather(1, wanted).sum().item()
         totals[1] -= q.gather(1, wanted).sum().item()
         totals[2] += (p.exp() * (p - q)).sum().item()
         same += (p.argmax(1) == q.argmax(1)).sum().item()
-    nll, other_nll, kl = (value / len(targets) for value in totals)
-    return math.exp(nll), math.exp(other_nll), kl, same / len(targets)
+    nll, other_nll, kl = (value / tokens for value in totals)
+    return math.exp(nll), math.exp(other_nll), kl, same / tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,6 +80,20 @@ def test_the_numbers_are_those_of_float64(family, count, before):
     assert found.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)
     assert found.top1 == pytest.approx(top1, abs=1e-12)
     assert found.ratio == pytest.approx(other_perplexity / perplexity, rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "behind", "tokens"), [(150, 31, 4), (150, 20, 50), (40, 12, 20)])
+def test_what_is_predicted_from_less_may_be_left_out(count, behind, tokens):
+    """Of windows of 32 tokens, the last of which is shorter or, in two of the cases, too short."""
+    model = tiny()
+    other, ids = changed(model), text(model, count)
+    found = quality(engine(model), engine(other), ids, before=3, behind=behind)
+    expected = oracle(model, other, ids, 3, behind)
+    assert found.tokens == tokens
+    assert (found.perplexity, found.quantized_perplexity, found.kl) == pytest.approx(expected[:3], rel=1e-4)
+    assert found.top1 == pytest.approx(expected[3], abs=1e-12)
+    with pytest.raises(UsageError, match="nothing to predict behind 32 tokens"):
+        quality(engine(model), engine(other), ids, before=3, behind=32)
 
 
 def test_a_model_costs_nothing_beside_itself():

@@ -109,7 +109,7 @@ def test_a_compiler_that_fails_leaves_nothing_behind(artifact, monkeypatch):
     def fail(*arguments):
         raise FormatError("the compiler does not like it")
 
-    monkeypatch.setattr("portlm.compile.build.build", fail)
+    monkeypatch.setattr("portlm.flows.compile_entry.build", fail)
     with pytest.raises(FormatError, match="does not like it"):
         load(artifact, "ort")
     assert list((home() / "compiled").iterdir()) == []
@@ -119,7 +119,7 @@ def test_without_onnx_the_portable_graph_runs_and_the_fused_one_names_the_packag
     def fail(*arguments):
         raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
 
-    monkeypatch.setattr("portlm.compile.build.build", fail)
+    monkeypatch.setattr("portlm.flows.compile_entry.build", fail)
     with open_session(artifact, "ort") as session:
         assert session.engine.profile == "portable"
     with pytest.raises(EngineUnavailableError, match=r"compiling needs the package onnx, .*portlm\[onnx\]"):

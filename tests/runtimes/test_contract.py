@@ -2,42 +2,17 @@
 
 import numpy as np
 import pytest
+from engine_cases import CUDA_TARGETS, TARGETS, open_or_skip
 
-from portlm.artifact import read_manifest
-from portlm.engine import OpenRequest
-from portlm.errors import EngineUnavailableError, PortlmError, UsageError
+from portlm.errors import PortlmError
 from portlm.models import FAMILIES
-from portlm.runtimes import engine_class
 from portlm.runtimes.session import Session
 from portlm.tokenizer import byte_tokenizer
 
-TARGETS = [
-    ("torch", "cpu", "native"),
-    ("torch", "cuda", "native"),
-    ("ort", "cpu", "portable"),
-    ("ort", "cpu", "fused"),
-    ("ort", "cuda", "portable"),
-    ("ort", "vulkan", "portable"),
-    ("ort", "vulkan", "fused"),
-    ("tvm", "cpu", "portable"),
-    ("tvm", "cpu", "fused"),
-    ("packed", "cpu", "fused"),
-]
 BYTES = byte_tokenizer(eos="<|endoftext|>")
 V = 257
 CONTEXT = 48
 TOLERANCE = 1e-4  # of fp32 logits of size 10, over engines that add in different orders
-
-
-def open_engine(folder, engine, device, profile):
-    try:
-        return engine_class(engine).open(OpenRequest(folder, read_manifest(folder), device, profile))
-    except EngineUnavailableError as error:
-        pytest.skip(str(error))
-    except UsageError as error:
-        if "compile" not in str(error):
-            raise
-        pytest.skip(f"{engine}:{device}: the {profile} graph could not be compiled here")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -47,14 +22,14 @@ def folder(request, compiled):
 
 @pytest.fixture(scope="module")
 def eager(folder):
-    engine = open_engine(folder, "torch", "cpu", "native")
+    engine = open_or_skip(folder, "torch", "cpu", "native")
     yield engine
     engine.close()
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=":".join)
+@pytest.fixture(scope="module", params=(*TARGETS, *CUDA_TARGETS), ids=":".join)
 def engine(request, folder):
-    engine = open_engine(folder, *request.param)
+    engine = open_or_skip(folder, *request.param)
     yield engine
     engine.close()
 
@@ -224,9 +199,9 @@ def test_scores_are_the_same_on_every_engine(engine, eager):
         assert ours.greedy == theirs.greedy
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=":".join)
+@pytest.mark.parametrize("target", [*TARGETS, *CUDA_TARGETS], ids=":".join)
 def test_closing_twice_is_harmless_and_a_closed_engine_says_so(folder, target):
-    engine = open_engine(folder, *target)
+    engine = open_or_skip(folder, *target)
     state = engine.start("decoder", 1)
     engine.close()
     engine.close()

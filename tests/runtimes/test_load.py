@@ -1,3 +1,5 @@
+"""Which engine a folder is loaded on, what that imports, and one sentence where it cannot be."""
+
 import importlib.util
 import json
 import shutil
@@ -6,30 +8,19 @@ import sys
 
 import numpy as np
 import pytest
+from engine_cases import needs_ort
 
 import portlm
-from portlm.artifact import read_manifest, refresh_files, replace, write_manifest
 from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import (
     ContextLengthError,
     EngineUnavailableError,
     FormatError,
-    PlacementError,
     UsageError,
 )
 from portlm.flows.load import load
 from portlm.runtimes import engine_class
 from portlm.tokenizer import byte_tokenizer
-
-needs_ort = pytest.mark.skipif(
-    importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing: pip install portlm[onnx]"
-)
-
-
-@pytest.fixture
-def artifact(artifacts, tmp_path):
-    """A copy that a test may damage."""
-    return shutil.copytree(artifacts["gpt2"], tmp_path / "model")
 
 
 @pytest.fixture
@@ -187,160 +178,6 @@ def test_a_plain_checkpoint_runs_on_torch_alone(checkpoints):
         assert (session.engine.vocab_size, session.engine.context_length) == (257, 48)
 
 
-# --- damaged folders --------------------------------------------------------------------------------
-
-
-@needs_ort
-@pytest.mark.parametrize(
-    ("engine", "name"),
-    [
-        ("ort", "onnx/decoder.portable.onnx"), ("ort", "onnx/decoder.onnx.data"), ("ort", "tokenizer.json"),
-        ("ort", "generation_config.json"), ("torch", "model.safetensors"), ("torch", "config.json"),
-        ("null", "tokenizer.json"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
-def test_a_damaged_file_is_found_before_it_is_used(artifact, engine, name, damage):
-    path = artifact / name
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content[:-1] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
-    profile = "portable" if engine == "ort" else "auto"
-    with pytest.raises(FormatError, match=f"{path.name}.*{damage}"):
-        load(artifact, engine, profile=profile)
-
-
-def test_what_is_read_of_config_json_is_compared_with_the_manifest(artifact):
-    """It may name the class of the tokenizer and, without generation_config.json, say how text is made."""
-    content = (artifact / "config.json").read_text()
-    (artifact / "config.json").write_text(content + " ")
-    with pytest.raises(FormatError, match=r"config\.json: altered"):
-        load(artifact, "null")
-    (artifact / "config.json").write_text(content)
-    manifest = read_manifest(artifact)
-    (artifact / "generation_config.json").unlink()
-    files = {name: entry for name, entry in manifest.files.items() if name != "generation_config.json"}
-    write_manifest(artifact, replace(manifest, files=files))
-    load(artifact, "null").close()
-    content = json.loads((artifact / "config.json").read_text())
-    (artifact / "config.json").write_text(json.dumps({**content, "temperature": 2.0, "do_sample": True}))
-    with pytest.raises(FormatError, match=r"config\.json"):
-        load(artifact, "null")
-
-
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-
-
-@pytest.mark.parametrize("name", TEXT_FILES)
-@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
-def test_every_file_that_a_session_reads_is_compared_with_the_manifest(artifact, name, damage):
-    path = artifact / name
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "missing":  # what is written is valid JSON
-        path.write_bytes(content + b" " if damage == "altered" else b"{}")
-    with pytest.raises(FormatError, match=f"{name}: {damage}"):
-        load(artifact, "null")
-
-
-@pytest.mark.parametrize("name", TEXT_FILES)
-@pytest.mark.parametrize("kind", ["file", "link"])
-def test_a_file_that_would_be_used_and_is_not_listed_is_refused(artifact, tmp_path, name, kind):
-    manifest = read_manifest(artifact)
-    files = {other: entry for other, entry in manifest.files.items() if other != name}
-    write_manifest(artifact, replace(manifest, files=files))
-    if kind == "link":
-        (artifact / name).rename(tmp_path / name)
-        (artifact / name).symlink_to(tmp_path / name)
-    with pytest.raises(FormatError, match=f"{name} is not in the manifest; export again"):
-        load(artifact, "null")
-    (artifact / name).unlink()
-    with load(artifact, "null") as session:  # without it, as if it had never been there
-        assert session.generate([[1, 2]], max_new_tokens=2)[0].new_tokens == 2
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json", "README.md"])
-def test_an_artifact_that_a_model_is_taken_from_again_is_compared_with_its_manifest(artifact, tmp_path, name):
-    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
-    from portlm.compile.export import export
-    from portlm.hub import export_hf, import_hf
-
-    (artifact / "README.md").write_text("its licence")
-    write_manifest(artifact, refresh_files(artifact, read_manifest(artifact), ["README.md"]))
-    path = artifact / name
-    content = path.read_bytes()
-    path.write_bytes(content + b" ")
-    for again in (export, export_hf, import_hf):
-        with pytest.raises(FormatError, match=f"{name}: altered"):
-            again(artifact, tmp_path / "out")
-    path.write_bytes(content)
-    (artifact / "chat_template.jinja").write_text("its user put this here")
-    export(artifact, tmp_path / "out")
-    assert "chat_template.jinja" in read_manifest(tmp_path / "out").files
-
-
-def test_bench_compares_the_graph_that_it_counts_in_with_the_manifest(artifact):
-    pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
-    from portlm.compile.work import token_work
-
-    token_work(artifact, read_manifest(artifact))
-    graph = artifact / "onnx/decoder.portable.onnx"
-    graph.write_bytes(graph.read_bytes() + b"\x32\x00")
-    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: altered"):
-        token_work(artifact, read_manifest(artifact))
-    with pytest.raises(FormatError, match="the manifest has no graph of a decoder"):
-        token_work(artifact, replace(read_manifest(artifact), roles={}))
-
-
-@needs_ort
-def test_a_file_that_is_not_used_may_be_damaged(artifact):
-    (artifact / "model.safetensors").unlink()
-    with load(artifact, "ort") as session:
-        assert session.generate("hello", max_new_tokens=2).new_tokens == 2
-
-
-def test_a_damaged_manifest_is_an_error(artifact):
-    text = (artifact / "manifest.json").read_text()
-    (artifact / "manifest.json").write_text(text.replace('"vocab_size": 257', '"vocab_size": 258'))
-    with pytest.raises(FormatError, match=r"manifest\.json"):
-        load(artifact, "null")
-
-
-def test_a_folder_that_is_no_model_is_an_error(tmp_path):
-    with pytest.raises(FormatError, match="no such folder"):
-        load(tmp_path / "nothing", "null")
-    with pytest.raises(FormatError, match=r"neither manifest\.json nor config\.json"):
-        load(tmp_path, "null")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FormatError, match="no such folder"):
-        load(tmp_path / "file", "null")
-
-
-@pytest.mark.parametrize(
-    "path", [None, 5, b"model", ["model"], object()], ids=lambda path: type(path).__name__
-)
-def test_a_folder_of_another_type_is_an_error(path):
-    with pytest.raises(UsageError, match="the folder of a model must be a str or a Path"):
-        load(path, "null")
-
-
-@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", ""], ids=["long", "null", "empty"])
-def test_a_folder_that_cannot_be_is_an_error(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FormatError):
-        load(path, "null")
-
-
-@pytest.mark.parametrize("config", ["[]", '{"vocab_size": 0, "n_positions": 8}', '{"vocab_size": 300}'])
-def test_sizes_that_cannot_be_are_an_error(checkpoints, tmp_path, config):
-    (tmp_path / "config.json").write_text(config)
-    shutil.copy(checkpoints["gpt2"] / "tokenizer.json", tmp_path)
-    with pytest.raises(FormatError, match=r"config\.json"):
-        load(tmp_path, "null")
-
-
 @pytest.fixture
 def without_text(checkpoints, tmp_path):
     """Function: content of tokenizer.json -> a folder that the null engine runs, with that tokenizer."""
@@ -414,128 +251,6 @@ def test_generation_config_says_which_tokens_end_a_text(checkpoints, tmp_path, e
     with load(folder, "null") as session:
         result = session.generate("a", max_new_tokens=10)
     assert result.text == ("bcdefghijk" if eos is None else "bc")
-
-
-@needs_ort
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\x08\x08", b"\x08\x08 this is no graph", b"\x08\x08\x3a\x80", b"\x08\x08\x3a\x05 cut"],
-    ids=["empty", "version", "words", "endless", "cut"],
-)
-def test_a_file_that_is_no_graph_is_an_error_that_names_it(artifact, content):
-    path = artifact / "onnx/decoder.portable.onnx"
-    path.write_bytes(content)
-    from portlm.artifact import refresh_files
-
-    write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
-    with pytest.raises(FormatError, match=r"decoder\.portable\.onnx: .*; export again"):
-        load(artifact, "ort", profile="portable")
-
-
-# --- where nodes run --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def det(artifact):
-    """The artifact with a node that the WebGPU provider does not have."""
-    onnx = pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
-    from portlm.artifact import refresh_files
-
-    path = artifact / "onnx/decoder.portable.onnx"
-    model = onnx.load_model(path, load_external_data=False)
-    graph = model.graph
-    logits = next(node for node in graph.node if "logits" in node.output)
-    logits.output[list(logits.output).index("logits")] = "raw"
-    # The determinant of the 1 x 1 matrix of each logit is the logit.
-    graph.node.append(onnx.helper.make_node("Unsqueeze", ["raw", "where"], ["matrices"], name="lift"))
-    graph.node.append(onnx.helper.make_node("Det", ["matrices"], ["logits"], name="culprit"))
-    graph.initializer.append(onnx.helper.make_tensor("where", onnx.TensorProto.INT64, [2], [3, 4]))
-    path.write_bytes(model.SerializeToString())
-    write_manifest(artifact, refresh_files(artifact, read_manifest(artifact)))
-    return artifact
-
-
-def load_vulkan(folder, allow_fallback=False):
-    """A session on the engine itself, which takes graphs that `load` refuses because portlm never writes them."""
-    from portlm.engine import OpenRequest
-    from portlm.runtimes.session import Session
-    from portlm.tokenizer import Tokenizer
-
-    request = OpenRequest(folder, read_manifest(folder), "vulkan", "portable", allow_fallback)
-    try:
-        engine = engine_class("ort").open(request)
-    except EngineUnavailableError as error:
-        pytest.skip(str(error))
-    return Session(engine, Tokenizer.load(folder), frozenset())
-
-
-def test_a_node_that_the_device_lacks_is_an_error_that_names_it(det):
-    with pytest.raises(PlacementError, match=r"1 of \d+ nodes cannot run on vulkan.*culprit \(Det\)"):
-        load_vulkan(det)
-
-
-def test_with_allow_fallback_it_runs_on_the_cpu_and_is_reported(det, artifacts):
-    with load_vulkan(det, allow_fallback=True) as session:
-        placement = session.placement()
-        tokens = session.generate("hello", max_new_tokens=6).token_ids
-    assert placement.fallback == ("culprit (Det)",)
-    assert placement.nodes["cpu"] == 1
-    assert placement.nodes["vulkan"] > 50
-    with load(artifacts["gpt2"], "torch", "cpu") as session:
-        assert session.generate("hello", max_new_tokens=6).token_ids == tokens
-
-
-def test_a_software_device_is_said_to_be_one(artifacts):
-    from portlm.runtimes.vulkan import vulkan_devices
-
-    with load_vulkan(artifacts["gpt2"]) as session:
-        software = all(device.kind == "software" for device in vulkan_devices())
-        assert ("software device" in session.placement().note) == software
-
-
-@needs_ort
-def test_the_switch_for_software_devices_does_not_stay_in_the_environment(artifacts, monkeypatch):
-    import os
-
-    from portlm.runtimes.ort_devices import SOFTWARE_ADAPTER
-
-    monkeypatch.delenv(SOFTWARE_ADAPTER, raising=False)
-    load_vulkan(artifacts["gpt2"]).close()
-    assert SOFTWARE_ADAPTER not in os.environ
-
-
-@needs_ort
-@pytest.mark.parametrize(
-    ("said", "load_average", "spins", "microseconds"),
-    [
-        (None, 0.0, "1", "1000"),
-        (None, 1e3, "0", None),
-        ("0", 0.0, "0", None),
-        ("1", 1e3, "1", None),
-    ],
-)
-def test_threads_of_onnx_runtime_spin_for_a_bounded_time_unless_asked_or_crowded(
-    said, load_average, spins, microseconds, artifacts, monkeypatch
-):
-    import os
-
-    monkeypatch.setattr(os, "getloadavg", lambda: (load_average,) * 3)
-    monkeypatch.delenv("PORTLM_ORT_SPINNING", raising=False)
-    if said is not None:
-        monkeypatch.setenv("PORTLM_ORT_SPINNING", said)
-    with load(artifacts["gpt2"], "ort", threads=1) as session:
-        options = session.engine._session("decoder").get_session_options()
-    assert options.intra_op_num_threads == 1
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spins
-    duration = "session.intra_op.spin_duration_us"
-    if microseconds is None:
-        with pytest.raises(RuntimeError, match=duration):
-            options.get_session_config_entry(duration)
-    else:
-        assert options.get_session_config_entry(duration) == microseconds
-
-
-# --- torch ------------------------------------------------------------------------------------------
 
 
 def test_cuda_without_a_device_is_an_error_that_says_so(artifacts):

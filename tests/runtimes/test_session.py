@@ -1,78 +1,16 @@
-from dataclasses import fields
+"""What a session writes, streams and scores."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from scripted import BYTES, EOS, SCRIPT, Scripted, null
 
 from portlm import rows as rows_module
 from portlm.engine import Placement
-from portlm.errors import ContextLengthError, PortlmError, UsageError
-from portlm.runtimes.base import ArrayEngine
+from portlm.errors import ContextLengthError, UsageError
 from portlm.runtimes.decoding import Decoding
-from portlm.runtimes.null import DECODER, NullEngine
+from portlm.runtimes.null import NullEngine
 from portlm.runtimes.session import Session
-from portlm.runtimes.stopping import StopScanner
 from portlm.tokenizer import byte_tokenizer
-
-EOS = 256
-BYTES = byte_tokenizer(eos="<|endoftext|>")
-
-
-class Scripted(ArrayEngine):
-    """Answers each prompt with the tokens that a script has for it, whatever stands to its left or beside it.
-
-    It knows a row only by the tokens that the mask shows, so a wrong mask, position or order gives another answer.
-    """
-
-    name, device, profile, precision = "scripted", "cpu", "native", "fp32"
-
-    def __init__(self, script):
-        super().__init__({"decoder": DECODER}, 257, 64)
-        self.script = {
-            tuple(p.encode()): list(a.encode()) if isinstance(a, str) else a for p, a in script.items()
-        }
-        self.steps = []
-        self.closed = 0
-
-    def _call(self, role, inputs, tensors):
-        input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        self.steps.append(input_ids.shape)
-        ids = np.concatenate([tensors["past_ids"], input_ids], axis=1)
-        assert mask.shape == ids.shape
-        logits = np.zeros((*input_ids.shape, self.vocab_size), np.float32)
-        past = ids.shape[1] - input_ids.shape[1]
-        for b in range(len(ids)):
-            for t in range(input_ids.shape[1]):
-                seen = np.flatnonzero(mask[b, : past + t + 1])
-                if not mask[b, past + t]:
-                    continue
-                assert inputs["position_ids"][b, t] == len(seen) - 1
-                logits[b, t, self.next(tuple(ids[b, seen].tolist()))] = 9
-        return {"logits": logits[:, inputs["logits_to_keep"]]}, {"past_ids": ids}
-
-    def next(self, seen):
-        for prompt, answer in self.script.items():
-            if (
-                seen[: len(prompt)] == prompt
-                and list(seen[len(prompt) :]) == answer[: len(seen) - len(prompt)]
-            ):
-                rest = answer[len(seen) - len(prompt) :]
-                return rest[0] if rest else EOS
-        return 0
-
-    def placement(self):
-        return Placement({"cpu": 1})
-
-    def close(self):
-        self.closed += 1
-
-
-def null(context=64, tokenizer=None):
-    return Session(NullEngine(257, context), tokenizer or BYTES)
-
-
-# --- generate ---------------------------------------------------------------------------------------
 
 
 def test_generate_continues_the_prompt():
@@ -101,7 +39,6 @@ def test_eos_ids_beyond_the_tokenizers_own_end_a_text_too():
 
 
 PROMPTS = ["a", "hello", "xy", "q" * 20, "hel"]
-SCRIPT = {"a": "B", "hello": ", world", "xy": "", "q" * 20: "r" * 30, "hel": "icopter"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
@@ -269,118 +206,6 @@ def test_stats_count_tokens_and_time():
     assert stats.tokens_per_second == pytest.approx(8 / stats.decode_seconds)
 
 
-# --- stop strings and characters --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("stop", "text", "found"),
-    [
-        ("fg", "de", "fg"),
-        (["zz", "efg"], "d", "efg"),
-        ("zz", "defgh", None),
-        ("d", "", "d"),
-        ("ghi", "defgh", None),  # only begins: what was held back is part of the text
-        (["efgh", "fg"], "de", "fg"),  # complete first
-    ],
-)
-def test_a_stop_string_ends_the_text_before_it(stop, text, found):
-    result = null().generate("abc", max_new_tokens=5, stop=stop)
-    assert (result.text, result.stop) == (text, found)
-    assert result.finish_reason == ("stop" if found else "length")
-
-
-def test_a_character_is_never_cut():
-    text = "é漢🙂 ok"
-    session = Session(Scripted({"a": text}), BYTES)
-    assert list(session.stream("a", max_new_tokens=30)) == list(text)
-    for length in range(1, len(text.encode())):
-        result = session.generate("a", max_new_tokens=length)
-        assert result.text == text.encode()[:length].decode(errors="replace")
-
-
-@pytest.mark.parametrize("text", ["é漢🙂 ok", "🙂🙃", "a🙂", "\u0301é"])
-def test_the_joined_stream_is_what_generate_returns_for_a_text_cut_inside_a_character(text):
-    """The bytes that are left at the end become U+FFFD in both, and a piece holds back the rest of a character."""
-    session = Session(Scripted({"a": text}), BYTES)
-    for length in range(1, len(text.encode()) + 2):
-        for stop in ((), "🙃", "\ufffd"):
-            whole = session.generate("a", max_new_tokens=length, stop=stop)
-            stream = session.stream("a", max_new_tokens=length, stop=stop)
-            pieces = list(stream)
-            assert "".join(pieces) == whole.text
-            assert stream.generation.text == whole.text
-            assert (stream.generation.finish_reason, stream.generation.stop) == (
-                whole.finish_reason,
-                whole.stop,
-            )
-            assert all("\ufffd" not in piece for piece in pieces[:-1])
-
-
-def test_a_character_that_is_no_character_is_the_same_in_a_stream():
-    """Bytes that never were UTF-8, in the middle and at the end."""
-    raw = b"\xffa\xf0\x9f\x99b\xe6\xbc"
-    session = Session(Scripted({"a": list(raw)}), BYTES)
-    for length in range(1, len(raw) + 2):
-        assert (
-            "".join(session.stream("a", max_new_tokens=length))
-            == session.generate("a", max_new_tokens=length).text
-        )
-
-
-def test_a_stream_gives_token_ids_in_place_of_text_and_beside_it():
-    session = Session(Scripted({"a": "é!"}), BYTES)
-    stream = session.stream("a", max_new_tokens=9)
-    assert list(stream.ids()) == [*"é!".encode(), EOS]
-    assert stream.generation.text == "é!"
-    stream = session.stream("a", max_new_tokens=9)
-    assert next(stream) == "é"
-    assert list(stream.ids()) == [*"é!".encode(), EOS]
-    assert list(stream) == ["!"]
-
-
-def test_a_stop_string_may_be_longer_than_a_token_and_of_any_script():
-    session = Session(Scripted({"a": "問い。答え:🙂🙃"}), BYTES)
-    assert session.generate("a", max_new_tokens=60, stop="答え:").text == "問い。"
-    assert session.generate("a", max_new_tokens=60, stop="🙃").text == "問い。答え:🙂"
-
-
-def first_complete(text, stops):
-    """The definition: the end of the first stop string to be complete, character by character."""
-    for end in range(len(text) + 1):
-        whole = [s for s in stops if text[:end].endswith(s)]
-        if whole:
-            longest = max(whole, key=len)
-            return text[: end - len(longest)], longest
-    return text, None
-
-
-letters = st.text("ab", max_size=12)
-
-
-@settings(max_examples=400, deadline=None)
-@given(st.lists(letters, max_size=8), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
-def test_stopping_does_not_depend_on_how_the_text_is_cut(pieces, stops):
-    scanner = StopScanner(stops)
-    shown = [scanner.push(piece) for piece in pieces]
-    if scanner.found is None:
-        shown.append(scanner.flush())
-    assert ("".join(shown), scanner.found) == first_complete("".join(pieces), stops)
-
-
-@settings(max_examples=200, deadline=None)
-@given(letters, st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4))
-def test_text_is_held_back_no_longer_than_needed(text, stops):
-    scanner = StopScanner(stops)
-    shown = "".join(scanner.push(letter) for letter in text)
-    if scanner.found is None:
-        held = text[len(shown) :]
-        assert any(s.startswith(held) for s in stops)
-        assert all(not s.startswith(text[i:]) for s in stops for i in range(len(shown)))
-
-
-# --- stream -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"stop": "ghi"}, {"stop": ["i", "fz"]}, {"temperature": 2.0, "seed": 5}, {"max_new_tokens": 1}],
@@ -425,158 +250,12 @@ def test_errors_in_the_arguments_of_a_stream_are_raised_at_once():
         null().stream("a" * 65)
 
 
-# --- limits and errors ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("prompt", "new", "fits"), [(63, 1, True), (62, 2, True), (1, 63, True), (63, 2, False)]
-)
-def test_a_prompt_may_fill_the_context_to_the_last_token(prompt, new, fits):
-    if fits:
-        assert null().generate("a" * prompt, max_new_tokens=new).new_tokens == new
-    else:
-        with pytest.raises(ContextLengthError, match=r"= 2 has 65 tokens.* 64: .* at most 1,"):
-            null().generate("a" * prompt, max_new_tokens=new)
-
-
-@pytest.mark.parametrize("tokens", [65, 640])
-def test_a_prompt_longer_than_the_context_is_an_error_with_both_numbers(tokens):
-    with pytest.raises(ContextLengthError, match=f"prompt 1 has {tokens} tokens.*holds 64") as error:
-        null().generate(["a", "a" * tokens], max_new_tokens=1)
-    assert (error.value.tokens, error.value.limit) == (tokens, 64)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_new_tokens": 1.5}, "max_new_tokens"),
-        ({"max_new_tokens": True}, "max_new_tokens"), ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 258}, "top_k"), ({"top_p": 0}, "top_p"), ({"min_p": 2}, "min_p"),
-        ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"), ({"seed": [1, 2]}, "seed was given for 2 prompts"),
-        ({"seed": "1"}, "seed"), ({"stop": ""}, "stop string"), ({"stop": ["a"] * 17}, "16 stop strings"),
-        ({"stop": "é" * 129}, "256 bytes"), ({"stop": [3]}, "stop string"), ({"batch_size": 0}, "batch_size"),
-        ({"temperature": 10**400}, "temperature must be .* got a number of 1329 bits"),
-        ({"temperature": None}, "temperature must be a finite number"),
-        ({"stop": None}, "stop must be a text or a list of them, an empty one for none, got None"),
-        ({"repetition_penalty": 1e-320}, "repetition_penalty must be a finite number from 1e-06 to 1e"),
-        ({"early_stopping": np.array([1, 2])}, 'early_stopping must be True, False or "never"'),
-        ({"max_new_tokens": 10**9000}, "max_new_tokens must be .* got a number of 29898 bits"),
-        ({"do_sample": True}, "no option 'do_sample' of decoding: temperature 0 takes the most probable"),
-        ({"decoding": {"temperature": 1}}, "decoding must be a Decoding, got"), ({"decoding": "greedy"}, "a Decoding"),
-    ],
-)  # fmt: skip
-def test_an_argument_out_of_range_is_named(options, words):
-    with pytest.raises(UsageError, match=words):
-        null().generate(["a"], **{"max_new_tokens": 2, **options})
-
-
-@pytest.mark.parametrize(
-    ("prompts", "words"),
-    [
-        ([97, "a"], "prompt 0 is a number beside other prompts"), ([[97, 257]], "prompt 0 holds token 257"),
-        ([97, 257], "the prompt holds token 257"), ([[-1]], "holds token -1"), ([[2**9000]], "a number of 9001 bits"),
-        (b"abc", "a text, token ids"), ([b"abc"], "prompt 0 must be a text"), (7, "a text, token ids"),
-        ([[0.5]], "whole number"), ([0.5], "a token of the prompt must be a whole number"), (None, "a text, token ids"),
-        ([None], "prompt 0 must be a text"), ([[True]], "whole number, got True"), ([True], "whole number, got True"),
-        (np.array(3), "a text, token ids"), ([np.array(3)], "prompt 0 must be a text"),
-        (np.array([0.5]), r"the prompt must be whole numbers, got an array of float64 \(1,\)"),
-        (np.array([True]), "must be whole numbers"), (np.zeros((1, 1, 1), np.int64), "a text, token ids"),
-        ({"a": 1}, "a text, token ids"), ({97}, "a text, token ids"), (iter("ab"), "a text, token ids"),
-        ([["a"]], "whole number, got 'a'"), ([[[97]]], "whole number"), (np.array(["a"]), "whole numbers"),
-        (np.array([2**63], np.uint64), "holds token 9223372036854775808"), (object(), "a text, token ids"),
-    ],
-    ids=lambda value: repr(value).partition(" at 0x")[0],  # the same in every process
-)  # fmt: skip
-def test_a_prompt_of_another_kind_is_refused(prompts, words):
-    for ask in (null().generate, null().score):
-        with pytest.raises(
-            UsageError, match=words if ask.__name__ == "generate" else words.replace("prompt", "text")
-        ):
-            ask(prompts)
-    if not isinstance(prompts, list) or len(prompts) > 1:
-        with pytest.raises(UsageError, match=words):
-            null().stream(prompts)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_not_numbers_are_an_error_that_names_engine_and_place(bad):
-    class Broken(NullEngine):
-        def _call(self, role, inputs, tensors):
-            outputs, new = super()._call(role, inputs, tensors)
-            if inputs["input_ids"].shape[1] == 1:
-                outputs["logits"][-1, -1, 5] = bad
-            return outputs, new
-
-    with pytest.raises(PortlmError, match=r"null:cpu: new token 1: .*row 1: the logit of token 5 is"):
-        Session(Broken(257, 64), BYTES).generate(["ab", "cd"], max_new_tokens=3)
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused():
-    with pytest.raises(UsageError, match="257 tokens, but the model only 256"):
-        Session(NullEngine(256, 8), BYTES)
-
-
 def test_a_session_closes_its_engine():
     engine = Scripted({})
     with Session(engine, BYTES) as session:
         assert session.placement() == Placement({"cpu": 1})
         assert repr(session) == "<portlm.Session scripted:cpu native fp32>"
     assert engine.closed == 1
-
-
-ANYTHING = (
-    None, True, -1, 0, 2.5, float("nan"), float("inf"), 10**400, 10**9000, 2**64, 1j, "x", "", b"x", "\ud800", (), [],
-    [None], [[1]], [2.5], {}, {1}, {"a": 1}, object(), int, np.array(1), np.array([1, 2, 3]), np.array([0.5]),
-    np.zeros((2, 2)), range(10**12), range(2**99),
-    np.float32(0.5), np.int8(1), np.bool_(True), range(3), iter([1]), len,
-)  # fmt: skip
-
-
-class Unshowable:
-    """An object that cannot even be shown."""
-
-    def __repr__(self):
-        raise RuntimeError("no")
-
-
-@pytest.mark.parametrize("value", [*ANYTHING, Unshowable()], ids=lambda value: type(value).__name__)
-def test_whatever_is_handed_to_a_session_the_answer_is_right_or_a_usage_error_of_one_line(value):
-    """Every argument of generate, stream, score and Decoding, with values of every type in its place."""
-    session = null()
-    calls = [
-        session.generate,
-        session.stream,
-        session.score,
-        lambda v: session.generate([v]),
-        lambda v: session.score([v]),
-    ]
-    for name in (
-        "decoding",
-        "batch_size",
-        "add_special_tokens",
-        *(field.name for field in fields(Decoding)),
-        "no_such",
-    ):
-        calls.append(lambda v, name=name: session.generate("ab", **{"max_new_tokens": 2, name: v}))
-    calls.append(lambda v: Decoding.of(v, top_k=1))
-    calls += [
-        lambda v, name=name: Decoding(**{name: v}) for name in (field.name for field in fields(Decoding))
-    ]
-    calls += [
-        lambda v: session.score("ab", batch_size=v),
-        lambda v: session.score("ab", add_special_tokens=v),
-    ]
-    refused = []
-    for call in calls:
-        try:
-            call(value)
-        except UsageError as error:
-            refused.append(str(error))
-    assert refused
-    assert all("\n" not in message and len(message) < 400 for message in refused)
-
-
-# --- score ------------------------------------------------------------------------------------------
 
 
 def test_score_gives_the_log_softmax_of_each_next_token():

@@ -4,19 +4,17 @@ from functools import partial
 
 import numpy as np
 import pytest
-from engine_cases import OPTIONS, PROMPTS
+from engine_cases import OPTIONS, PROMPTS, open_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
-from portlm.artifact import read_manifest
-from portlm.engine import OpenRequest
-from portlm.errors import EngineUnavailableError, UsageError
+from portlm.errors import UsageError
 from portlm.models import FAMILIES
 from portlm.rows import Rows
-from portlm.runtimes import engine_class, pace
+from portlm.runtimes import pace
 from portlm.runtimes import session as sessions
 from portlm.runtimes.drafting import MATCHES, Draft, Lookup, SmallModel
 from portlm.runtimes.null import NullEngine
@@ -36,15 +34,7 @@ TARGETS = [
 
 
 def open_session(folder, engine, profile):
-    try:
-        opened = engine_class(engine).open(OpenRequest(folder, read_manifest(folder), "cpu", profile))
-    except EngineUnavailableError as error:
-        pytest.skip(str(error))
-    except UsageError as error:
-        if "compile" not in str(error):
-            raise
-        pytest.skip(f"{engine}: the {profile} graph could not be compiled here")
-    return Session(opened, BYTES)
+    return Session(open_or_skip(folder, engine, "cpu", profile), BYTES)
 
 
 @pytest.fixture(scope="module", params=TARGETS, ids=":".join)

@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from engine_cases import TARGETS
+from engine_cases import CUDA_TARGETS, TARGETS, open_or_skip
 
-from portlm.artifact import read_manifest
-from portlm.engine import OpenRequest, State
-from portlm.errors import EngineUnavailableError, UsageError
+from portlm.engine import State
+from portlm.errors import UsageError
 from portlm.models import FAMILIES
 from portlm.rows import Rows, pad
-from portlm.runtimes import engine_class
 from portlm.runtimes.null import NullEngine
 
 V = 257
@@ -22,21 +20,18 @@ TEXTS = [[5, 17, 200, 3, 77, 42, 9], [9, 8], [250, 1, 2, 3]]
 MORE = [11, 12, 13]
 
 
-@pytest.fixture(scope="module", params=[(f, *t) for f in (*FAMILIES, BYTES) for t in TARGETS], ids=":".join)
+@pytest.fixture(
+    scope="module",
+    params=[(f, *t) for f in (*FAMILIES, BYTES) for t in (*TARGETS, *CUDA_TARGETS)],
+    ids=":".join,
+)
 def engine(request):
     family, name, device, profile = request.param
     bytes_kept = family == BYTES
     folder = (
         request.getfixturevalue("byte_cache") if bytes_kept else request.getfixturevalue("compiled")[family]
     )
-    try:
-        engine = engine_class(name).open(OpenRequest(folder, read_manifest(folder), device, profile))
-    except EngineUnavailableError as error:
-        pytest.skip(str(error))
-    except UsageError as error:
-        if "compile" not in str(error):
-            raise
-        pytest.skip(f"{name}:{device}: the {profile} graph could not be compiled here")
+    engine = open_or_skip(folder, name, device, profile)
     yield engine
     engine.close()
 

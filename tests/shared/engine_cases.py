@@ -1,5 +1,18 @@
 """What the tests of engines ask all of them: which engines there are, and texts to write in many ways."""
 
+import importlib.util
+
+import pytest
+
+from portlm.artifact import read_manifest
+from portlm.engine import OpenRequest
+from portlm.errors import EngineUnavailableError, UsageError
+from portlm.runtimes import engine_class
+
+needs_ort = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is missing: pip install portlm[onnx]"
+)
+
 TARGETS = [
     ("torch", "cpu", "native"),
     ("torch", "cpu", "portable"),
@@ -13,6 +26,8 @@ TARGETS = [
     ("packed", "cpu", "fused"),
 ]
 """Engine, device and profile of every engine that needs no NVIDIA GPU."""
+CUDA_TARGETS = [("torch", "cuda", "native"), ("ort", "cuda", "portable")]
+"""Those that need one."""
 
 PROMPTS = ["The ", "", "a much longer prompt than the others", "12", "x"]
 OPTIONS = {
@@ -27,3 +42,15 @@ OPTIONS = {
     "penalties sampled": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "temperature": 1.0},
 }
 """How to write on from PROMPTS, by name: arguments of Session.generate."""
+
+
+def open_or_skip(folder, engine, device, profile):
+    """The engine of an artifact; the test is skipped where this machine has none, or could not compile for it."""
+    try:
+        return engine_class(engine).open(OpenRequest(folder, read_manifest(folder), device, profile))
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+    except UsageError as error:
+        if "compile" not in str(error):
+            raise
+        pytest.skip(f"{engine}:{device}: the {profile} graph could not be compiled here")

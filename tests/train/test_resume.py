@@ -20,14 +20,28 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
-    ("dropout", "accumulate", "precision"),
-    [(0.0, 1, "fp32"), (0.0, 2, "fp32"), (0.2, 1, "fp32"), (0.2, 2, "fp32"), (0.2, 2, "bf16")],
+    ("dropout", "accumulate", "precision", "optimizer"),
+    [
+        (0.0, 1, "fp32", "adamw"),
+        (0.0, 2, "fp32", "adamw"),
+        (0.2, 1, "fp32", "adamw"),
+        (0.2, 2, "fp32", "adamw"),
+        (0.2, 2, "bf16", "adamw"),
+        (0.0, 1, "fp32", "muon"),
+        (0.2, 2, "bf16", "muon"),
+    ],
 )
 def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
-    text, tmp_path, monkeypatch, dropout, accumulate, precision
+    text, tmp_path, monkeypatch, dropout, accumulate, precision, optimizer
 ):
     """Weights, moments, random state and every line of metrics but the clock's."""
-    config = tiny(text, model__dropout=dropout, data__accumulate=accumulate, precision=precision)
+    config = tiny(
+        text,
+        model__dropout=dropout,
+        data__accumulate=accumulate,
+        precision=precision,
+        optimizer__name=optimizer,
+    )
     straight = pretrain(config, tmp_path / "straight", quiet=True)
     broken = tmp_path / "broken"
     for step in sorted(random.Random(f"{dropout} {accumulate}").sample(range(1, 12), 3)):
@@ -48,12 +62,15 @@ def test_a_run_resumed_at_random_steps_is_the_uninterrupted_one_bit_for_bit(
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_threads_resume_bit_for_bit_as_well(text, tmp_path, monkeypatch, precision):
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon"), ("bf16", "muon")]
+)
+def test_two_threads_resume_bit_for_bit_as_well(text, tmp_path, monkeypatch, precision, optimizer):
     """Large enough that every kernel divides its work."""
     config = tiny(
         text,
         precision=precision,
+        optimizer__name=optimizer,
         threads=2,
         steps=6,
         model__width=64,
@@ -156,7 +173,8 @@ def test_a_second_run_does_not_overwrite_the_first(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["model.width=32", "data.batch_size=2", "seed=4", "data.tokenizer=bpe:280"]
+    "change",
+    ["model.width=32", "data.batch_size=2", "seed=4", "data.tokenizer=bpe:280", "optimizer.name=muon"],
 )
 def test_a_setting_that_decides_the_run_cannot_change_on_resume(text, tmp_path, change):
     run = pretrain(tiny(text), tmp_path / "run", quiet=True).run

@@ -18,6 +18,7 @@ from portlm.agreement import within
 from portlm.errors import EngineUnavailableError, ParityError
 from portlm.flows.race.contender import Array, Contender
 
+BYTE_CACHE = "f32, cache of 8 bits"
 PROMPT, STEPS = 64, 64  # tokens, less where the model's context is shorter
 
 
@@ -45,6 +46,11 @@ BARS = {
     "f32, GELU from a table": Bar(
         5e-3, 5e-3,
         "llama.cpp looks GELU up in a table of half precision, whatever its weights are: 2e-3 in GPT-2 and GPT-NeoX",
+    ),
+    BYTE_CACHE: Bar(
+        None, 0.03,
+        "a number of a key or value in 8 bits is off by 1/254 of its vector's largest at most, and layers add up; "
+        "weights of 4 bits move ten times as much",
     ),
     "f16": Bar(None, 0.03, "half precision has 8 or 11 bits, and some ten roundings lie behind each other"),
     "q8": Bar(None, 0.1, "a weight in 8 bits is off by 1/250 of its block's largest, activations as well"),

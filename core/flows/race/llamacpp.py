@@ -33,12 +33,12 @@ class LlamaCpp(Contender):
         {"cache": "f16", "flash": True}, {"cache": "f16", "flash": False}, {"cache": "q8_0", "flash": True},
     )  # fmt: skip
 
-    def __init__(self, file: str):
-        """Name the format: "f32", or one of FILES."""
+    def __init__(self, file: str, cache: str = ""):
+        """Name the format: "f32", or one of FILES, and for those perhaps the only cache to try, one of CACHES."""
         self._file = file
         self._choice: Choice = {"cache": "f32", "flash": False}
         if file != "f32":
-            self.choices = self._QUANTIZED
+            self.choices = [choice for choice in self._QUANTIZED if cache in ("", choice["cache"])]
             self._choice = self.choices[0]
         self._context: Any = None
 

@@ -9,9 +9,16 @@ from portlm.errors import UsageError
 from portlm.flows.race.contender import Array, Contender, Source
 
 if TYPE_CHECKING:
+    from portlm.artifact import Manifest
     from portlm.runtimes.session import Session
 
 GROUP = 32  # weights that share a scale, as in the formats of others
+
+
+def cache_item(manifest: Manifest) -> float:
+    """Bytes of one number of an artifact's key/value cache: 4, or 1 and its share of its vector's scale."""
+    widths = [s.shape[-1] for role in manifest.roles.values() for s in role.state if s.dtype == "int8"]
+    return 1 + 4 / int(widths[0]) if widths else 4.0
 
 
 class PortlmEngine(Contender):
@@ -19,25 +26,29 @@ class PortlmEngine(Contender):
 
     def __init__(
         self, engine: str, device: str = "cpu", profile: str = "auto", quantize: str = "",
-        activations: str | None = None,
+        activations: str | None = None, cache: str | None = None,
     ):  # fmt: skip
         """Name the target, and how its weights are quantized ("int8", "int4"; "" for as they are).
 
-        Its activations are those that PORTLM_ACTIVATIONS would name ("int8"; None for the engine's own).
+        Its activations are those that PORTLM_ACTIVATIONS would name ("int8"; None for the engine's own), and its keys
+        and values are kept in `cache` ("int8"; None for as the artifact has them).
         """
         self._engine, self._device, self._profile, self._quantize = engine, device, profile, quantize
-        self._activations = activations
+        self._activations, self._cache = activations, cache
 
     def _folder(self, source: Source) -> Path:
-        return source.work / f"portlm-{self._quantize}" if self._quantize else source.artifact
+        forms = [self._quantize, f"cache-{self._cache}" if self._cache else ""]
+        made = "-".join(filter(None, ("portlm", *forms)))
+        return source.work / made if any(forms) else source.artifact
 
     def prepare(self, source: Source) -> None:
-        """Export the quantized artifact, and open it once: what an engine needs compiled is compiled then."""
+        """Export the artifact in its form, and open it once: what an engine needs compiled is compiled then."""
         folder = self._folder(source)
-        if self._quantize and not folder.exists():
+        if folder != source.artifact and not folder.exists():
             from portlm.compile.export import export
 
-            export(source.hf, folder, quantize=self._quantize, group=GROUP)
+            quantize = self._quantize or None
+            export(source.hf, folder, quantize=quantize, group=GROUP if quantize else None, cache=self._cache)
         self._open(folder).close()
 
     def _open(self, folder: Path, threads: int | None = None) -> Session:
@@ -65,7 +76,11 @@ class PortlmEngine(Contender):
 
     def load(self, source: Source, threads: int | None) -> None:
         """Open a session."""
-        self.session = self._open(self._folder(source), threads)
+        from portlm.artifact import read_manifest
+
+        folder = self._folder(source)
+        self.session = self._open(folder, threads)
+        self.cache_item = cache_item(read_manifest(folder))
 
     def reset(self) -> None:
         """Start one empty row."""

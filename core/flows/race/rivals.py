@@ -11,11 +11,11 @@ from portlm.flows.race.contender import Entry
 _HERE = "portlm.flows.race"
 
 
-def llama_cpp(file: str, precision: str, note: str) -> Entry:
-    """A row of llama.cpp: one of its formats."""
-    name = f"llama.cpp {file.upper()}"
+def llama_cpp(file: str, precision: str, note: str, cache: str = "") -> Entry:
+    """A row of llama.cpp: one of its formats, with the fastest of its caches or with the one that is named."""
+    name = f"llama.cpp {file.upper()}" + (f" cache {cache}" if cache else "")
     return Entry(
-        name, precision, f"{_HERE}.llamacpp:LlamaCpp", {"file": file}, llamacpp.NEEDS, note=note,
+        name, precision, f"{_HERE}.llamacpp:LlamaCpp", {"file": file, "cache": cache}, llamacpp.NEEDS, note=note,
         bar="f32, GELU from a table" if precision == "f32" else "",
     )  # fmt: skip
 
@@ -74,12 +74,12 @@ def read_rivals(text: str) -> list[Entry]:
     return found
 
 
-def ours(targets: Sequence[object]) -> list[Entry]:
-    """A row for each of portlm's targets, which are named ENGINE:DEVICE:PROFILE."""
+def ours(targets: Sequence[object], bar: str = "") -> list[Entry]:
+    """A row for each of portlm's targets, which are named ENGINE:DEVICE:PROFILE; see Entry for their bar."""
     return [
         Entry(
             str(target), "f32", f"{_HERE}.portlm_engines:PortlmEngine",
-            dict(zip(("engine", "device", "profile"), str(target).split(":"), strict=False)), ours=True,
+            dict(zip(("engine", "device", "profile"), str(target).split(":"), strict=False)), ours=True, bar=bar,
         )
         for target in targets
     ]  # fmt: skip
