@@ -25,8 +25,10 @@ bool amx_in_use();
 #if defined(__AMX_TILE__) && defined(PORTLM_ISA)
 namespace portlm::PORTLM_ISA {
 
-// Gives the calling thread all eight tiles at their full size, zeros at first, or takes them from it. Loads and stores of tiles
-// are invisible to sanitizers: see watched.h.
+// Gives the calling thread all eight tiles, zeros at first, or takes them from it. They are of full size, but for products that are
+// less than 64 bytes deep: tiles 4 and 5 then have rows of so many, and 6 and 7 a row for every four. Loads and stores of tiles are
+// invisible to sanitizers: see watched.h.
+template <int kDepth = 64>
 inline void hold_tiles() {
   struct Layout {  // as LDTILECFG reads it
     uint8_t palette, start_row, reserved[14];
@@ -34,16 +36,17 @@ inline void hold_tiles() {
     uint8_t rows[8], no_rows[8];
   };
   static_assert(sizeof(Layout) == 64);
-  alignas(64) static constexpr Layout kAll = {
-      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {}, {16, 16, 16, 16, 16, 16, 16, 16}, {}};
-  _tile_loadconfig(&kAll);
+  alignas(64) static constexpr Layout kLayout = {
+      1, 0, {}, {64, 64, 64, 64, kDepth, kDepth, 64, 64}, {}, {16, 16, 16, 16, 16, 16, kDepth / 4, kDepth / 4}, {}};
+  _tile_loadconfig(&kLayout);
 }
 inline void release_tiles() { _tile_release(); }
 
 // Tiles are held while one lives. Never two at a time on one thread.
+template <int kDepth = 64>
 class HeldTiles {
  public:
-  HeldTiles() { hold_tiles(); }
+  HeldTiles() { hold_tiles<kDepth>(); }
   ~HeldTiles() { release_tiles(); }
   HeldTiles(const HeldTiles&) = delete;
   HeldTiles& operator=(const HeldTiles&) = delete;

@@ -191,7 +191,7 @@ constexpr int64_t kRate = 256;          // half of what the registers could: the
 
 extern const Bf16Tiles own_bf16_tiles;
 const Bf16Tiles own_bf16_tiles = {2, kRows, kSide, kColumns, kMostProducts, kRate,
-                                  hold_tiles, release_tiles, strip_bytes,   panel_bytes,      kPanelStep,
+                                  hold_tiles<>, release_tiles, strip_bytes,   panel_bytes,      kPanelStep,
                                   2 * kRows,  pack_strip,  pack_panel,    run_tile,         round_pairs,
                                   chains,     kTurnFlops};
 

@@ -137,8 +137,17 @@ const char* const* usable_isas() {
   return names;
 }
 
+#ifdef PORTLM_HAVE_AVX512_AMX
+namespace avx512_amx {
+uint64_t products_in_tiles();  // packed_linear.cpp
+}
+#endif
+
 void visit_calls(Visit visit, void* context) {
   for (const Isa& isa : kIsas) isa.visit(visit, context, isa.name);
+#ifdef PORTLM_HAVE_AVX512_AMX
+  visit(context, "packed_linear_tiles", "avx512_amx", avx512_amx::products_in_tiles());
+#endif
 }
 
 }  // namespace portlm

@@ -6,15 +6,18 @@
 // operations whatever else is computed beside it: results are the same, bit for bit, for any number of threads, and a
 // row's for any number of rows.
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <cstring>
-#include <limits>
 
 #include "cpu/gelu.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/packed_rounding.h"
 #include "cpu/packed_tiles.h"
 #include "cpu/parallel.h"
+#if defined(PORTLM_ISA_AVX512_AMX)
+#include "cpu/packed_amx.h"
+#endif
 
 namespace portlm::PORTLM_ISA {
 namespace {
@@ -36,60 +39,6 @@ struct Linear {
   int activation;
 };
 
-constexpr int64_t kMostColumns = 128;  // of a group
-
-// One group of one row in whole numbers X, which kernels take in one or two bytes: x is about X times scale.
-struct Whole {
-  int16_t x[kMostColumns];
-  int32_t total;
-  float scale;
-};
-
-// Any group. One with NaN in it becomes NaN, and of one with infinities only these remain, so that either reaches y.
-template <int width>
-__attribute__((noinline)) void take_odd(const float* x, int64_t group, Whole& to) {
-  constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
-  constexpr double kLargest = kLargestActivation<width>;
-  double largest = 0.0;
-  bool nan = false;
-  for (int64_t i = 0; i < group; ++i) {
-    nan |= x[i] != x[i];
-    largest = std::max(largest, std::abs(static_cast<double>(x[i])));
-  }
-  const double inverse = largest > 0.0 ? kLargest / largest : 0.0;
-  to.total = 0;
-  for (int64_t i = 0; i < group; ++i) {
-    const double whole = nan ? 0.0 : largest == kInf ? (x[i] == kInf) - (x[i] == -kInf) : std::nearbyint(x[i] * inverse);
-    to.x[i] = static_cast<int16_t>(whole);
-    to.total += to.x[i];
-  }
-  to.scale = nan ? kNan : largest == kInf ? kInf : static_cast<float>(largest / kLargest);
-}
-
-// The largest of a group, NaN aside.
-inline float largest_of(const float* x, int64_t group) {
-  Vec most(0.0f);
-  for (int64_t i = 0; i < group; i += Vec::N) most = max(abs(Vec::load(x + i)), most);
-  return hmax(most);
-}
-
-template <int width>
-inline void take_group(const float* x, int64_t group, float largest, Whole& to) {
-  constexpr float kLargest = kLargestActivation<width>;
-  if (!(largest > 1e-30f && largest < 1e38f)) return take_odd<width>(x, group, to);  // its inverse, or it, may be infinite
-  const Vec inverse(kLargest / largest);
-  Vec total(0.0f);
-  for (int64_t i = 0; i < group; i += Vec::N) {
-    const Vec whole = round(Vec::load(x + i) * inverse);
-    total += whole;
-    store_int16(whole, to.x + i);
-  }
-  const float sum_of_whole = sum(total);  // exact, for it is less than 2^24
-  if (sum_of_whole != sum_of_whole) return take_odd<width>(x, group, to);  // NaN
-  to.total = static_cast<int32_t>(sum_of_whole);
-  to.scale = largest * (1.0f / kLargest);
-}
-
 // Writes row r of a panel of `rows` rows. A single one is a case of its own: its words lie side by side.
 template <typename D, bool kSingle>
 void fill_row(const PackedMatrix& m, const float* x, uint32_t* panel, int64_t rows, int64_t r) {
@@ -99,7 +48,7 @@ void fill_row(const PackedMatrix& m, const float* x, uint32_t* panel, int64_t ro
   if (kSingle) r = 0;
   constexpr int64_t kAtOnce = 8;  // groups whose largest are sought together: each takes many steps, one after the other
   float largest[kAtOnce];
-  Whole whole;
+  WholeGroup whole;
   for (int64_t g = 0; g < m.groups; ++g, x += group) {
     if (g % kAtOnce == 0)
       for (int64_t i = 0; i < min(kAtOnce, m.groups - g); ++i) largest[i] = largest_of(x + i * group, group);
@@ -127,12 +76,12 @@ void fill_panel(const Linear& p, int64_t row, int64_t rows, uint32_t* words) {
 }
 
 template <typename Function>
-void apply(TileSums& sums, int64_t rows, Function function) {
-  for (int64_t i = 0; i < rows * kTileHeight; i += Vec::N) function(Vec::load(sums.v + i)).store(sums.v + i);
+void apply(float* sums, int64_t rows, Function function) {
+  for (int64_t i = 0; i < rows * kTileHeight; i += Vec::N) function(Vec::load(sums + i)).store(sums + i);
 }
 
 // Out of line, for it is long and most layers have none.
-__attribute__((noinline)) void activate(TileSums& sums, int64_t rows, int activation) {
+__attribute__((noinline)) void activate(float* sums, int64_t rows, int activation) {
   switch (activation) {
     case 1: return apply(sums, rows, [](Vec v) { return GeluExact::value(v); });
     case 2: return apply(sums, rows, [](Vec v) { return GeluTanh::value(v); });
@@ -141,18 +90,18 @@ __attribute__((noinline)) void activate(TileSums& sums, int64_t rows, int activa
   }
 }
 
-// Adds the bias to the sums of one tile, applies the activation and writes rows [row, row + rows) of y.
-inline void finish(const Linear& p, TileSums& sums, int64_t tile, int64_t row, int64_t rows) {
+// Adds the bias to the sums of one tile (rows, 16), applies the activation and writes rows [row, row + rows) of y.
+inline void finish(const Linear& p, float* sums, int64_t tile, int64_t row, int64_t rows) {
   const int64_t column = tile * kTileHeight, columns = min(kTileHeight, p.m.N - column);
   if (p.bias)
     for_lanes(columns, [&](int64_t j, auto lanes) {
       const Vec bias = load(p.bias + column + j, lanes);
-      for (int64_t r = 0; r < rows; ++r) (Vec::load(sums.v + r * kTileHeight + j) + bias).store(sums.v + r * kTileHeight + j);
+      for (int64_t r = 0; r < rows; ++r) (Vec::load(sums + r * kTileHeight + j) + bias).store(sums + r * kTileHeight + j);
     });
   if (p.activation) activate(sums, rows, p.activation);
   for (int64_t r = 0; r < rows; ++r)
     for_lanes(columns, [&](int64_t j, auto lanes) {
-      store(Vec::load(sums.v + r * kTileHeight + j), p.y + (row + r) * p.m.N + column + j, lanes);
+      store(Vec::load(sums + r * kTileHeight + j), p.y + (row + r) * p.m.N + column + j, lanes);
     });
 }
 
@@ -165,7 +114,7 @@ void multiply_slab(const Linear& p, const uint32_t* panel, int64_t row, int64_t 
     const uint8_t* tiles[T];
     for (int t = 0; t < T; ++t) tiles[t] = p.packed + (begin + t * part + i) * p.m.tile_bytes;
     multiply_tiles<D, R, T>(p.m, panel, tiles, sums);
-    for (int t = 0; t < T; ++t) finish(p, sums[t], begin + t * part + i, row, R);
+    for (int t = 0; t < T; ++t) finish(p, sums[t].v, begin + t * part + i, row, R);
   }
   if constexpr (T > 1)
     if (begin + T * part < end) multiply_slab<D, R, T / 2>(p, panel, row, begin + T * part, end);
@@ -240,10 +189,93 @@ void multiply_many(const Linear& p) {
   }
 }
 
+#if defined(PORTLM_ISA_AVX512_AMX)
+
+constexpr int64_t kChunkBytes = 36 << 10;  // of a block and of some tiles that stay in L1 while they are multiplied
+constexpr int64_t kBlocksBytes = 1 << 20;  // of blocks that stay in L2 while tiles pass
+constexpr int64_t kTilesTogether = 2;
+
+std::atomic<uint64_t> in_tiles{0};  // calls of multiply_in_tiles, for tests: fewer rows take another path of the same kernel
+
+// Blocks [first, last) of the activations at a, which begin with row `row`, times tiles [begin, end).
+template <typename T, int bits>
+void multiply_part(const Linear& p, const uint8_t* a, int64_t row, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  const PackedMatrix& m = p.m;
+  const auto multiply = bits == 8 && m.has_zeros ? multiply_blocks<T, bits == 8> : multiply_blocks<T, false>;
+  const int64_t block_bytes = m.groups * T::kBytesA, in_cache = kBlocksBytes / (block_bytes + 1) + 1;
+  const int64_t chunks = m.groups * (T::kBytesA + kTilesTogether * T::kBytesB) / kChunkBytes + 1;
+  const int64_t chunk = ceil_div(m.groups, chunks);
+  thread_local Scratch weights, floats;
+  uint8_t* const b = reinterpret_cast<uint8_t*>(weights.floats(kTilesTogether * chunk * T::kBytesB / 4));
+  float* const sums = floats.floats(in_cache * kTilesTogether * kBlockSums);
+  for (; first < last; first += in_cache) {
+    const int64_t blocks = min(in_cache, last - first);
+    for (int64_t tile = begin; tile < end; tile += kTilesTogether) {
+      const int64_t tiles = min(kTilesTogether, end - tile);
+      for (int64_t g = 0; g < m.groups; g += chunk) {
+        const int64_t groups = min(chunk, m.groups - g);
+        for (int64_t t = 0; t < tiles; ++t)
+          unpack_tile<T, bits>(m, p.packed + (tile + t) * m.tile_bytes + g * m.group_bytes, groups, b + t * groups * T::kBytesB);
+        multiply({a + first * block_bytes + g * T::kBytesA, block_bytes, blocks, b, tiles, groups, sums, g == 0});
+      }
+      for (int64_t i = 0; i < blocks; ++i)
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t r = row + (first + i) * kBlockRows;
+          finish(p, sums + (i * tiles + t) * kBlockSums, tile + t, r, min(kBlockRows, p.rows - r));
+        }
+    }
+  }
+}
+
+// As multiply_many.
+template <typename T, int bits>
+void multiply_in_tiles(const Linear& p) {
+  in_tiles.fetch_add(1, std::memory_order_relaxed);
+  thread_local Scratch scratch;
+  const int64_t tiles = p.m.tiles, block_bytes = p.m.groups * T::kBytesA;
+  for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
+    const int64_t rows = min(kRowsAtOnce, p.rows - row), count = ceil_div(rows, kBlockRows);
+    uint8_t* const a = reinterpret_cast<uint8_t*>(scratch.floats(count * block_bytes / 4));
+    parallel_for(count, kGrain / (kBlockRows * p.m.K) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        uint8_t* const block = a + i * block_bytes;
+        const int64_t first = i * kBlockRows, height = min(kBlockRows, rows - first);
+        if (height < kBlockRows) std::memset(block, 0, static_cast<size_t>(block_bytes));
+        for (int64_t r = 0; r < height; ++r)
+          fill_block_row<T>(p.x + (row + first + r) * p.m.K, p.m.groups, block, r);
+      }
+    });
+    const int64_t threads = threads_for(tiles * rows * p.m.K / 4, kGrain);
+    const int64_t columns = min(threads, tiles), parts = columns * min(threads / columns, count);
+    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t i = part % columns, j = part / columns, heights = parts / columns;
+        multiply_part<T, bits>(p, a, row, count * j / heights, count * (j + 1) / heights, tiles * i / columns,
+                               tiles * (i + 1) / columns);
+      }
+    });
+  }
+}
+
+template <typename D>
+void multiply(const Linear& p) {
+  constexpr int bits = D::kBits;
+  constexpr Numbers kNumbers = D::kWidth == 1 ? Numbers::kBytes : Numbers::kHalves;
+  if (p.rows <= kPanelRows) return multiply_few<D>(p);
+  // 32 * 15 * 16319 is less than 2^24. Of more columns, products with bfloat16 cost more than sums of their own.
+  if (p.m.group == 32) return multiply_in_tiles<GroupTiles<32, D::kWidth == 2 && bits == 4 ? Numbers::kFloats : kNumbers>, bits>(p);
+  if (p.m.group == 64) return multiply_in_tiles<GroupTiles<64, kNumbers>, bits>(p);
+  multiply_in_tiles<GroupTiles<128, kNumbers>, bits>(p);
+}
+
+#else
+
 template <typename D>
 void multiply(const Linear& p) {
   p.rows <= kPanelRows ? multiply_few<D>(p) : multiply_many<D>(p);
 }
+
+#endif
 
 // Activations of so many bytes.
 template <int width>
@@ -255,6 +287,10 @@ void linear(const float* x, const uint8_t* packed, const float* bias, float* y, 
 }
 
 }  // namespace
+
+#if defined(PORTLM_ISA_AVX512_AMX)
+uint64_t products_in_tiles() { return in_tiles.load(std::memory_order_relaxed); }
+#endif
 
 void packed_linear(const float* x, const uint8_t* packed, const float* bias, float* y, int64_t rows, int64_t N, int64_t K,
                    int64_t group, int64_t bits, int has_zeros, int activation) {

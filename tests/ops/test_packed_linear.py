@@ -178,10 +178,10 @@ def test_sums_of_the_largest_numbers_do_not_overflow(bits, group, zeros, linear)
         m = Matrix(
             bits, group, numbers, np.ones((N, 2), np.float32), np.full((N, 2), zero) if zeros else None
         )
-        for sign in (1, -1):
-            x = shifted(np.full((3, K), sign * linear.steps, np.float32))
+        for sign, rows in itertools.product((1, -1), (3, 20)):
+            x = shifted(np.full((rows, K), sign * linear.steps, np.float32))
             exact = x.astype(np.float64) @ m.w.T
-            assert (np.abs(linear(x, m) - exact) <= summing(x, m)).all(), (q, zero, sign)
+            assert (np.abs(linear(x, m) - exact) <= summing(x, m)).all(), (q, zero, sign, rows)
 
 
 @with_each
@@ -206,6 +206,29 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(bits, group, zeros, linear)
     for rows in range(1, 10):
         assert np.array_equal(linear(x[:rows], m, bias), whole[:rows])
     assert np.array_equal(linear(x[599:], m, bias), whole[599:])
+
+
+@with_each
+@pytest.mark.parametrize(("bits", "group", "zeros"), [(4, 32, False), (4, 64, True), (8, 32, False)])
+def test_a_row_of_many_columns_does_not_depend_on_the_rows_beside_it(bits, group, zeros, linear):
+    """As many columns and rows as go through the caches in parts, and a last tile that is alone."""
+    m = matrix(80, 88 * 32, bits, group, zeros)
+    x, bias = inputs(330, m)
+    whole = linear(x, m, bias)
+    for row in (0, 15, 16, 200, 329):
+        assert np.array_equal(linear(np.ascontiguousarray(x[row : row + 1]), m, bias)[0], whole[row])
+
+
+@with_each
+def test_products_of_many_rows_run_in_tile_registers_where_there_are_any(linear):
+    if kernels.isa() != "avx512_amx":
+        pytest.skip(f"{kernels.isa()} has no tile registers")
+    for bits, group, zeros in FORMS:
+        m = matrix(37, group, bits, group, zeros)
+        for rows, more in ((8, 0), (9, 1), (64, 1)):
+            before = kernels.kernel_calls()["packed_linear_tiles"]["avx512_amx"]
+            linear(inputs(rows, m)[0], m)
+            assert kernels.kernel_calls()["packed_linear_tiles"]["avx512_amx"] == before + more
 
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
@@ -338,7 +361,7 @@ for linear in t.KERNELS.values():
     for bits, group, zeros in t.FORMS:
         t.test_sums_of_the_largest_numbers_do_not_overflow(bits, group, zeros, linear)
         calls = t.kernels.kernel_calls()[linear.name][t.kernels.isa()]
-        for N, K, rows in [(70, 3 * group, 1), (70, 2 * group, 2), (33, group, 7), (33, group, 40)]:
+        for N, K, rows in [(70, 3 * group, 1), (70, 2 * group, 2), (33, group, 7), (33, 5 * group, 40)]:
             m = t.matrix(N, K, bits, group, zeros)
             x, bias = t.inputs(rows, m)
             y = results[f"{linear.name} {bits} {group} {zeros} {rows}"] = linear(x, m, bias)
