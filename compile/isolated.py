@@ -200,11 +200,14 @@ def _read(job: Job) -> None:
 
             raw, fused = lower_model(model, job.context_length, "cpu").SerializeToString(), False
     if importlib.util.find_spec("onnxruntime") is not None and not fused:
-        _call(raw, path.parent)
+        _call(raw, path.parent, job.context_length)
 
 
-def _call(raw: bytes, weights: Path) -> None:
-    """Open a graph as the ONNX Runtime engine does, and call it once on zeros of which nothing is masked."""
+def _call(raw: bytes, weights: Path, context_length: int) -> None:
+    """Open a graph as the ONNX Runtime engine does, and call it once on zeros of which nothing is masked.
+
+    Positions are those of new tokens behind a filled cache: a graph may count its slots by them.
+    """
     import numpy as np
 
     from portlm.ort_support import EXTERNAL_FOLDER, IN_PLACE, open_session, session_options
@@ -214,17 +217,23 @@ def _call(raw: bytes, weights: Path) -> None:
     session = open_session(raw, options, "cpu")
     # A cache in place takes several new tokens of one row alone.
     single = IN_PLACE.items() <= session.get_modelmeta().custom_metadata_map.items()
+    extents = {"batch": 1 if single else SIZE}
+    extents |= {"past": min(SIZE, context_length // 2), "sequence": min(SIZE, (context_length + 1) // 2)}
     inputs = {}
     for value in session.get_inputs():
         kind = {"tensor(int64)": np.int64, "tensor(int8)": np.int8}.get(value.type, np.float32)
-        shape = [1 if single and size == "batch" else _extent(size) for size in value.shape]
+        shape = [_extent(size, extents) for size in value.shape]
         inputs[value.name] = np.full(shape, value.name == "attention_mask", kind)
+        if value.name == "position_ids":
+            inputs[value.name] += np.arange(shape[-1]) + extents["past"]
     session.run(None, inputs)
 
 
-def _extent(size: int | str) -> int:
-    """A number for an extent: of a sum such as "past + sequence", each part is SIZE."""
-    return size if isinstance(size, int) else SIZE * len(size.split("+"))
+def _extent(size: int | str, extents: dict[str, int]) -> int:
+    """A number for an extent: of a sum such as "past + sequence", of each part; SIZE for what is in no table."""
+    if isinstance(size, int):
+        return size
+    return sum(extents.get(part.strip(), SIZE) for part in size.split("+"))
 
 
 if __name__ == "__main__":

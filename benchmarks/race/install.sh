@@ -41,8 +41,11 @@ install openvino "$OPENVINO"
 install nncf "$NNCF"
 if ! compgen -G "$folder/wheels/llama_cpp_python-*.whl" > /dev/null; then
   echo "== llama.cpp, compiled for this processor"
+  # gcc 12.2 takes _tile_loadconfig for a reader of eight bytes and drops what a function wrote of the other 56, and llama.cpp's own
+  # products on AMX end in a fault. Without the passes that drop it they are right, and everything else is as fast.
+  amx=""; grep -qsw amx_tile /proc/cpuinfo && amx="-fno-tree-dse -fno-dse"
   # Not from pip's cache: a wheel there may have been compiled for another processor.
-  CMAKE_ARGS="-DGGML_NATIVE=ON" "${pip[@]}" wheel -q --no-cache-dir --no-deps --no-binary llama-cpp-python \
+  CXXFLAGS="${CXXFLAGS:-} $amx" CMAKE_ARGS="-DGGML_NATIVE=ON" "${pip[@]}" wheel -q --no-cache-dir --no-deps --no-binary llama-cpp-python \
     -w "$folder/wheels" "$LLAMA" || failed+=("llama.cpp")
 fi
 compgen -G "$folder/wheels/llama_cpp_python-*.whl" > /dev/null && install llama-cpp-python "$folder"/wheels/llama_cpp_python-*.whl

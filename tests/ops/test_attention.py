@@ -36,6 +36,11 @@ SHAPES = [
     (2, 0, 2, 2, 8),
 ]
 
+# The kernel takes the mean of a row's dP, weighted by P, as dO . O (Dao et al. 2022), so in rows of few keys, where dP and
+# that mean nearly cancel, its roundings remain that eager's sum over the same dP loses. How many that are depends on
+# eager's product, which is another one on each make of processor: of 200 draws at (70, 9, 1, 1, 8) one needed 2.4.
+ROUNDINGS = 3
+
 
 def _inputs(shape: tuple[int, ...]) -> list[Tensor]:
     B, T, H, K, D = shape
@@ -49,6 +54,7 @@ def test_attention_and_its_gradients_are_as_accurate_as_pytorch(shape, causal, g
         lambda *t: attention(*t, causal=causal),
         lambda *t: attention_reference(*t, causal=causal),
         _inputs(shape),
+        ROUNDINGS,
     )
 
 
@@ -59,6 +65,7 @@ def test_attention_qkv_and_its_gradient_are_as_accurate_as_pytorch(shape, gradie
         lambda qkv: attention_qkv(qkv, H, K),
         lambda qkv: attention_qkv_reference(qkv, H, K),
         [torch.randn(B, T, (H + 2 * K) * D)],
+        ROUNDINGS,
     )
 
 
@@ -67,6 +74,7 @@ def test_attention_takes_another_scale(gradients_as_accurate):
         lambda *t: attention(*t, scale=0.3),
         lambda *t: attention_reference(*t, scale=0.3),
         _inputs((1, 20, 2, 2, 9)),
+        ROUNDINGS,
     )
 
 

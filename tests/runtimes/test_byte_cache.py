@@ -178,7 +178,7 @@ def test_a_model_without_a_cache_is_refused(tmp_path):
 
 
 def test_a_name_that_is_no_cache_is_refused(checkpoints, tmp_path):
-    with pytest.raises(UsageError, match="cache must be int8, or left out for float32, got 'int3'"):
+    with pytest.raises(UsageError, match="cache must be float32 or int8, got 'int3'"):
         export(checkpoints["gpt2"], tmp_path / "out", cache="int3")
     assert not (tmp_path / "out").exists()
 

