@@ -36,9 +36,9 @@ SHAPES = [
     (2, 0, 2, 2, 8),
 ]
 
-# The kernel takes the mean of a row's dP, weighted by P, as dO . O (Dao et al. 2022), so in rows of few keys, where dP and
-# that mean nearly cancel, its roundings remain that eager's sum over the same dP loses. How many that are depends on
-# eager's product, which is another one on each make of processor: of 200 draws at (70, 9, 1, 1, 8) one needed 2.4.
+# The kernel takes the mean of a row's dP, weighted by P, as dO . O (Dao et al. 2022), so in rows of few keys, where dP
+# and that mean nearly cancel, roundings remain that eager's sum over the same dP loses. How many depends on eager's
+# product, which is another one on each make of processor: of 200 draws at (70, 9, 1, 1, 8) one needed 2.4.
 ROUNDINGS = 3
 
 

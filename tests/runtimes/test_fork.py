@@ -64,7 +64,7 @@ child(lambda: (session.close(), globals().pop("session")))  # one that lets go o
 
 
 def state_goes_on():
-    # The child has one thread, and among several MKL divides a long sum of PyTorch's own products (the portable profile).
+    # The child has one thread; among several, MKL divides long sums of PyTorch's own products (the portable profile).
     tolerance = 1e-5 * np.abs(expected).max() if (engine, profile) == ("torch", "portable") else 0.0
     assert np.abs(other.next(steps) - expected).max() <= tolerance
 
