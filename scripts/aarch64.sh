@@ -50,6 +50,10 @@ mkdir -p "$build"
 if [ "${1:-}" = compile ]; then
   provide $compiler=g++-aarch64-linux-gnu || { say "nothing was compiled"; exit 0; }
   include=$("$host" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  # Debian's pyconfig.h includes the processor's own. For compiling alone this machine's will do, whose types are as long.
+  mkdir -p "$build/headers/aarch64-linux-gnu"
+  ln -sfn "/usr/include/$(uname -m)-linux-gnu/${include##*/}" "$build/headers/aarch64-linux-gnu/${include##*/}"
+  export CPLUS_INCLUDE_PATH=$build/headers
   compile "$host" "$include"
   say "everything compiles"
   exit 0
