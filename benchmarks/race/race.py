@@ -42,6 +42,13 @@ def passes(tokens: int, contexts: list[int]) -> tuple[Pass, ...]:
     return tuple(found)
 
 
+def positive(text: str) -> int:
+    """Read a whole number from 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
 def main() -> None:
     """Read the command line and race model by model."""
     parser = argparse.ArgumentParser(
@@ -53,18 +60,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders")
     parser.add_argument("--extra", nargs="+", default=[], metavar="NAME", help="these, too")
     parser.add_argument("--list", action="store_true", help="list the contenders")
-    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=7, help="that count (default: %(default)s)")
     parser.add_argument(
         "--loads",
-        type=int,
+        type=positive,
         default=3,
         help="processes per contender for the load time (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, help="default: portlm's own choice, one per core for the others"
+        "--threads", type=positive, help="default: portlm's own choice, one per core for the others"
     )
-    parser.add_argument("--tokens", type=int, default=64, help="decoded per sample (default: %(default)s)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024], help="(default: 128 1024)")
+    parser.add_argument("--tokens", type=positive, default=64, help="decoded per sample (default: %(default)s)")
+    parser.add_argument("--contexts", type=positive, nargs="+", default=[128, 1024], help="(default: 128 1024)")
     parser.add_argument(
         "--noise",
         type=float,
