@@ -70,8 +70,12 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=positive, help="default: portlm's own choice, one per core for the others"
     )
-    parser.add_argument("--tokens", type=positive, default=64, help="decoded per sample (default: %(default)s)")
-    parser.add_argument("--contexts", type=positive, nargs="+", default=[128, 1024], help="(default: 128 1024)")
+    parser.add_argument(
+        "--tokens", type=positive, default=64, help="decoded per sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--contexts", type=positive, nargs="+", default=[128, 1024], help="(default: 128 1024)"
+    )
     parser.add_argument(
         "--noise",
         type=float,
