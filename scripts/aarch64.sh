@@ -110,12 +110,7 @@ if [ ! -e "$site/complete" ]; then
 fi
 
 compile "$python" "$root/usr/include/python$version"
-rm -rf "$package"
-mkdir -p "$package/portlm"
-for entry in core/*; do
-  case $entry in *__pycache__ | *.so) ;; *) ln -s "$PWD/$entry" "$package/portlm/" ;; esac
-done
-ln -s "$PWD/compile" "$PWD/runtimes" "$package/portlm/"
+scripts/package_view.sh "$package"
 mv "$build/_C.so" "$package/portlm/"
 
 # emulated PROCESSOR INSTRUCTIONS COMMAND...

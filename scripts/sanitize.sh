@@ -19,12 +19,7 @@ print(*dict.fromkeys(["scalar", usable[-1].partition("_")[0], usable[-1]]), sep=
 if [ ! -d "$tools/pybind11" ]; then
   PIP_CONSTRAINT=constraints.txt "$python" -m pip install --quiet --target "$tools" cmake ninja pybind11
 fi
-rm -rf "$package"
-mkdir -p "$package/portlm"
-for entry in core/*; do
-  case $entry in *__pycache__ | *.so) ;; *) ln -s "$PWD/$entry" "$package/portlm/" ;; esac
-done
-ln -s "$PWD/compile" "$PWD/runtimes" "$package/portlm/"
+scripts/package_view.sh "$package"
 
 export PATH=$tools/cmake/data/bin:$tools/bin:$PATH
 cmake -S . -B "$build/objects" -G Ninja -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g1" \

@@ -3,12 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-view=build/types/portlm
-rm -rf build/types
-mkdir -p "$view"
-for entry in core/*; do
-  case $entry in *__pycache__ | *.so) ;; *) ln -s "$PWD/$entry" "$view/$(basename "$entry")" ;; esac
-done
-ln -s "$PWD/compile" "$view/compile"
-ln -s "$PWD/runtimes" "$view/runtimes"
+scripts/package_view.sh build/types
 MYPYPATH=build/types .venv/bin/mypy --package portlm --cache-dir build/mypy
