@@ -1,6 +1,7 @@
 """Every key of config.json: what is accepted is transformers' model, what is refused is named, and the page is true."""
 
 import contextlib
+import copy
 import io
 import runpy
 from pathlib import Path
@@ -29,6 +30,20 @@ BASE = {
     },
 }  # fmt: skip
 ROTARY = ("llama", "gpt_neox")
+# Every way in which transformers and portlm scale rotary positions, in both spellings of its name.
+SCALED = (
+    {"rope_type": "linear", "factor": 4.0},
+    {"type": "linear", "factor": 2.5},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    {"type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4, "beta_slow": 0.5,
+     "truncate": False, "attention_factor": 1.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7, "mscale_all_dim": 1.2},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7},
+)  # fmt: skip
 
 
 def cases(table):
@@ -54,7 +69,8 @@ def logits(transformers, data):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    given = {key: value for key, value in data.items() if value is not None}  # null counts as missing
+    # null counts as missing, and transformers writes into what it is given
+    given = {key: copy.deepcopy(value) for key, value in data.items() if value is not None}
     other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**given)).double()
     state = {}
     for name, p in model.named_parameters():
@@ -118,6 +134,9 @@ ACCEPTED = [
             {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
             {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}},
             {"attention_dropout": 0.2},
+            *({key: scaled} for scaled in SCALED for key in ("rope_scaling", "rope_parameters")),
+            {"rope_scaling": SCALED[0], "rope_parameters": {**SCALED[0], "rope_theta": 10000.0}},
+            {"rope_scaling": SCALED[2], "rope_parameters": {"rope_theta": 10000.0}},
         )
     ),
     *(
@@ -127,6 +146,7 @@ ACCEPTED = [
             {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}},
             {"rope_theta": 500, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
             {"partial_rotary_factor": 1.0, "head_dim": 8, "mlp_bias": False, "pretraining_tp": 2},
+            {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
             {"num_key_value_heads": None, "hidden_act": "swish"},
             {"tie_word_embeddings": True},
         )
@@ -215,7 +235,6 @@ CONTRADICTIONS = [
     (("gpt2",), {"num_attention_heads": 2}, "n_head is 4 and num_attention_heads is 2"),
     (("gpt2",), {"n_ctx": 16}, "n_ctx = 16 is not supported: only 32"),
     (("gpt2",), {"n_inner": 100}, "n_inner = 100 is not supported: only 96"),
-    (("llama",), {"head_dim": 16}, "head_dim = 16 is not supported: only 8"),
     (("llama",), {"num_key_value_heads": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
     (("llama",), {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
     (("llama",), {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
@@ -242,6 +261,14 @@ CONTRADICTIONS = [
     (ROTARY, {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": BOTH}, "rope_scaling = "),
     (ROTARY, {"rope_scaling": BOTH, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = "),
     (ROTARY, {"rope_scaling": {"rope_type": ["default"]}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "linear: factor must be from 1 to 1e+06, got 0.5"),
+    (ROTARY, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope_scaling = "),
+    (ROTARY, {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs low_freq_factor, high_freq"),
+    (ROTARY, {"rope_parameters": {**SCALED[3], "high_freq_factor": 1.0}}, "low_freq_factor 1 must be less than"),
+    (ROTARY, {"rope_parameters": {**SCALED[4], "truncate": 1}}, "yarn: truncate must be true or false"),
+    (ROTARY, {"rope_parameters": {**SCALED[4], "mscale": 0}}, "yarn: mscale must be from"),
+    (ROTARY, {"rope_scaling": SCALED[0], "rope_parameters": SCALED[2]}, "scale positions differently"),
     (ROTARY, {"rope_scaling": []}, "rope_scaling = "),
     # transformers reads rotary_emb_base and rotary_pct alone, whatever stands under the usual names.
     (("gpt_neox",), {"rope_theta": 500.0}, "rope_theta is 500, but rotary_emb_base is missing, which stands for 10000"),

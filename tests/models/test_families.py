@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from portlm.errors import ConfigError, ContextLengthError
-from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, save_model
+from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, rope, save_model
 
 
 class Entry(NamedTuple):
@@ -44,7 +44,9 @@ ENTRIES = {
         trains=("embedding_fwd", "embedding_bwd", "rms_norm_fwd", "rms_norm_bwd", "gemm", "linear_bwd", "rotary_fwd",
                 "attention_fwd", "attention_bwd", "swiglu_fwd", "swiglu_bwd", "linear_cross_entropy"),
         steps=("embedding_fwd", "rms_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "swiglu_fwd"),
-        variants=({"n_kv_head": 4, "rope_theta": 500.0}, {"n_kv_head": 1}, {"tie_embeddings": True}),
+        variants=({"n_kv_head": 4, "rope_theta": 500.0}, {"n_kv_head": 1}, {"tie_embeddings": True},
+                  {"head_width": 12, "attention_bias": True, "mlp_bias": True}, {"rope_scaling": rope.Linear(4.0)},
+                  {"rope_scaling": rope.Llama3(8.0, 1.0, 4.0, 16)}, {"rope_scaling": rope.Yarn(4.0, 8)}),
     ),
     "gpt_neox": Entry(
         trains=("embedding_fwd", "embedding_bwd", "layer_norm_fwd", "layer_norm_bwd", "gemm", "linear_bwd",
@@ -52,7 +54,7 @@ ENTRIES = {
         steps=("embedding_fwd", "layer_norm_fwd", "gemm", "rotary_fwd", "cached_attention", "gelu_mlp_fwd"),
         # of 0.6 x 8 elements transformers rotates 4
         variants=({"parallel_residual": False}, {"attention_bias": False}, {"rotary_pct": 1.0, "rope_theta": 500.0},
-                  {"rotary_pct": 0.6, "gelu": "tanh"}, {"tie_embeddings": True}),
+                  {"rotary_pct": 0.6, "gelu": "tanh"}, {"tie_embeddings": True}, {"rope_scaling": rope.Yarn(4.0, 8)}),
         renamed=("embed_out.", "lm_head."),
     ),
 }
