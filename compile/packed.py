@@ -35,6 +35,7 @@ from portlm.compile.packed_fusion import Joins, fuse, without_unread
 from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
+from portlm.extension import load_extension
 from portlm.files import safe_join
 from portlm.ops.narrow import ACTIVATIONS
 from portlm.ops.quantized import Layout, pack_array
@@ -76,9 +77,10 @@ def compile_packed(
     Raises:
         UsageError: the role has no graph of this profile.
         FormatError: a graph is not the one the manifest lists, or not one of ours.
-        EngineUnavailableError: a graph has a node that has no form in a packed file; the message names it.
+        EngineUnavailableError: a graph has a node without a form in a packed file; or portlm's kernels are not built.
         StorageError: the disk is full or refuses.
     """
+    load_extension()  # which packs the matrices, and without which the file could not be run here
     root = Path(folder)
     model, manifest = read_source(root, role, profile)
     note("graph", model)

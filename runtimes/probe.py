@@ -17,6 +17,7 @@ from typing import TypedDict
 
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError
+from portlm.extension import problem
 
 CHILD_SECONDS = 60  # a software driver compiles its first pipeline in a few
 
@@ -155,9 +156,10 @@ def tvm(engine: str, device: str) -> str:
 
 def packed(engine: str, device: str) -> str:
     """Probe portlm's own kernels, which the runner of packed files calls."""
+    if missing := problem():
+        reason, _, command = missing.partition(", try ")
+        raise _MissingError(reason, command)
     isa, _ = _instruction_sets()
-    if not isa:
-        raise _MissingError("portlm's kernels are not built", "pip install --force-reinstall portlm")
     return f"portlm kernels for {isa}"
 
 
