@@ -35,7 +35,6 @@ from portlm.compile.packed_fusion import Joins, fuse, without_unread
 from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
-from portlm.extension import load_extension
 from portlm.files import safe_join
 from portlm.ops.narrow import ACTIVATIONS
 from portlm.ops.quantized import Layout, pack_array
@@ -80,7 +79,6 @@ def compile_packed(
         EngineUnavailableError: a graph has a node without a form in a packed file; or portlm's kernels are not built.
         StorageError: the disk is full or refuses.
     """
-    load_extension()  # which packs the matrices, and without which the file could not be run here
     root = Path(folder)
     model, manifest = read_source(root, role, profile)
     note("graph", model)
