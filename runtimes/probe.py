@@ -150,15 +150,14 @@ def ort(engine: str, device: str) -> str:
 def tvm(engine: str, device: str) -> str:
     """Probe TVM and the binary interface of portlm's kernels."""
     version = _need("apache-tvm", "tvm", "tvm")
+    _need_kernels()
     note = _child(engine, device)
     return f"apache-tvm {version}" + (f", {note}" if note else "")
 
 
 def packed(engine: str, device: str) -> str:
     """Probe portlm's own kernels, which the runner of packed files calls."""
-    if missing := problem():
-        reason, _, command = missing.partition(", try ")
-        raise _MissingError(reason, command)
+    _need_kernels()
     isa, _ = _instruction_sets()
     return f"portlm kernels for {isa}"
 
@@ -174,6 +173,12 @@ def _need(package: str, module: str, extra: str) -> str:
     if version is None or importlib.util.find_spec(module) is None:
         raise _MissingError(f"{package} is not installed", f"pip install 'portlm[{extra}]'")
     return version
+
+
+def _need_kernels() -> None:
+    if missing := problem():
+        reason, _, command = missing.partition(", try ")
+        raise _MissingError(reason, command)
 
 
 def _version(package: str) -> str | None:
