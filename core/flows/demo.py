@@ -69,6 +69,7 @@ TARGETS = (
     Target("ort", "vulkan", "fused"),
     Target("tvm", "cpu", "portable"),
     Target("tvm", "cpu", "fused"),
+    Target("packed", "cpu", "fused"),
 )
 
 
