@@ -166,6 +166,9 @@ FAMILIES = {
     "gpt2": Family("portlm.models.gpt2", "GPT2Config", "GPT2"),
     "llama": Family("portlm.models.llama", "LlamaConfig", "Llama"),
     "gpt_neox": Family("portlm.models.gpt_neox", "GPTNeoXConfig", "GPTNeoX"),
+    "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
+    "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
+    "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
