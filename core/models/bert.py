@@ -22,7 +22,7 @@ from portlm.models.encoder_config import EncoderConfig
 _POOLED_HEADS = ("next_sentence", "classify")
 # What old files say of a pooler that was never published.
 _HARMLESS = (
-    "classifier_dropout", "directionality", "label2id", "pooler_fc_size", "pooler_num_attention_heads",
+    "classifier_dropout", "directionality", "pooler_fc_size", "pooler_num_attention_heads",
     "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
 )  # fmt: skip
 

@@ -67,7 +67,7 @@ class DistilBertConfig(EncoderConfig):
             **cls.common_from_hf(read),
         )
         # The positions are in the file, whatever they began as.
-        read.finish("label2id", "sinusoidal_pos_embds", "tie_weights_")
+        read.finish("sinusoidal_pos_embds", "tie_weights_")
         return config
 
     def to_hf(self) -> dict[str, Any]:

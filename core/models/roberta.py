@@ -74,7 +74,7 @@ class RobertaConfig(EncoderConfig):
                 f"max_position_embeddings = {rows} leaves no position behind those up to {pad} for padding"
             )
         config = cls(context_length=rows - pad - 1, **sizes, **common | {"pad_token_id": pad})
-        read.finish("classifier_dropout", "label2id")
+        read.finish("classifier_dropout")
         return config
 
     def to_hf(self) -> dict[str, Any]:
