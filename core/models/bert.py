@@ -11,8 +11,8 @@ are BERTs of another shape.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from portlm.models import config_json
@@ -173,3 +173,16 @@ class Bert(Encoder):
         }
         pooled = not config.heads or bool({*config.heads} & {*_POOLED_HEADS})
         super().__init__(config, {name: made[name]() for name in config.heads}, pooled=pooled, init=init)
+
+    @staticmethod
+    def hf_stored(config: BertConfig, names: Collection[str | None]) -> BertConfig:
+        """Return the configuration with the head for the next text, where a file for hidden tokens holds it whole.
+
+        The published files name one head in config.json and hold both: with the pooler, which fine-tuning starts from.
+        """
+        parts = ("bert.pooler.dense", "cls.seq_relationship")
+        if config.heads == ("masked_lm",) and {
+            f"{part}.{leaf}" for part in parts for leaf in ("weight", "bias")
+        } <= {*names}:
+            return replace(config, heads=("masked_lm", "next_sentence"))
+        return config
