@@ -264,12 +264,21 @@ class Encoder(nn.Module):
 
     @classmethod
     def hf_name(cls, name: str) -> tuple[str, bool]:
-        """Return the name of a parameter in Hugging Face's files, and False: none is stored transposed there."""
-        if found := re.fullmatch(r"layers\.(\d+)\.(\w+)\.(\w+)", name):
-            number, part, leaf = found.groups()
-            return f"{cls.NAMES['layers']}.{number}.{cls.LAYER_NAMES[part]}.{leaf}", False
-        whole, _, leaf = name.rpartition(".")
-        return f"{cls.NAMES[whole]}.{leaf}", False
+        """Return the name of a parameter in Hugging Face's files, and False: none is stored transposed there.
+
+        The paths of modules are renamed alike, for what a graph names after them.
+        """
+        first, _, rest = name.partition(".")
+        if first == "layers" and rest:
+            number, _, rest = rest.partition(".")
+            part, dot, leaf = rest.partition(".")
+            named = f"{cls.NAMES[first]}.{number}"
+            return (f"{named}.{cls.LAYER_NAMES.get(part, part)}{dot}{leaf}" if part else named), False
+        parts = name.split(".")
+        for count in range(len(parts), 0, -1):
+            if known := cls.NAMES.get(".".join(parts[:count])):
+                return ".".join((known, *parts[count:])), False
+        return name, False
 
     @classmethod
     def hf_alias(cls, name: str) -> str | None:
