@@ -170,7 +170,7 @@ def test_a_name_that_role_and_content_spell_together_is_the_templates(tmp_path):
 ENDLESS = {
     "loops in loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
     "a loop over text": "{% for a in range(9999) %}{% for b in 'x' * 9999 %}{% endfor %}{% endfor %}",
-    "a text that doubles": "{% set n = namespace(s='x') %}{% for i in range(80) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "a text that doubles": "{% set n = namespace(s='x') %}{% for i in range(80) %}{% set n.s=n.s~n.s %}{% endfor %}",
     "a sum that doubles": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "a text many times": "{{ 'x' * 99999999999 }}",
     "a power": "{{ 9 ** 9 ** 9 }}",
