@@ -10,13 +10,11 @@ from typing import Any, ClassVar, Self
 
 from portlm.errors import ConfigError
 from portlm.files import shown
+from portlm.labels import MAX_LABELS, PROBLEMS, check_problem, label_names
 from portlm.models import config_json
 
 LABELLED = ("classify", "tag")  # heads whose answers have names
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 NO_NAMES = ("LABEL_0", "LABEL_1")  # transformers' where nothing names them
-MAX_LABELS = 1 << 16
-MAX_LABEL_CHARS = 1024
 
 _BOUNDS = {
     "vocab_size": (1, config_json.MAX_VOCAB),
@@ -184,9 +182,7 @@ def _labels(read: config_json.Reader, heads: tuple[str, ...]) -> tuple[tuple[str
     """Return the names of labels and what kind of problem they are for; (), None for heads that have none."""
     named = read.raw("id2label", "a name for each of 0, 1, ..., LABEL_0 and LABEL_1 if missing")
     count = read.raw("num_labels", "as many as id2label has, if both are there")
-    problem = read.raw("problem_type", "null, " + ", ".join(PROBLEMS))
-    if problem is not None and problem not in PROBLEMS:
-        raise ConfigError(f"problem_type must be one of {', '.join(PROBLEMS)} or null, got {shown(problem)}")
+    problem = check_problem(read.raw("problem_type", "null, " + ", ".join(PROBLEMS)))
     if count is not None and (type(count) is not int or not 1 <= count <= MAX_LABELS):
         raise ConfigError(f"num_labels must be an integer from 1 to {MAX_LABELS}, got {shown(count)}")
     names = NO_NAMES if count is None else tuple(f"LABEL_{i}" for i in range(count))
@@ -199,17 +195,3 @@ def _labels(read: config_json.Reader, heads: tuple[str, ...]) -> tuple[tuple[str
             f"a head for spans has a start and an end, and id2label or num_labels says {len(names)}: portlm computes 2"
         )
     return (names, problem) if {*heads} & {*LABELLED} else ((), None)
-
-
-def label_names(named: Any) -> tuple[str, ...]:
-    """Return the names of id2label in order.
-
-    Raises:
-        ConfigError: It is no object from 0, 1, ... to texts.
-    """
-    by_id = {str(key): name for key, name in named.items()} if isinstance(named, dict) else {}
-    names = [by_id.get(str(i)) for i in range(len(by_id))]
-    wrong = [name for name in names if not isinstance(name, str) or not 1 <= len(name) <= MAX_LABEL_CHARS]
-    if not 1 <= len(names) <= MAX_LABELS or wrong:
-        raise ConfigError(f"id2label must name 0, 1, ... without a gap, each by a text, got {shown(named)}")
-    return tuple(str(name) for name in names)
