@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,7 @@ class Architecture:
         derived: makes the remaining keys of config.json, from the entries that are named in `used`.
         used: those entries.
         extra: makes the remaining entries, from a configuration.
+        shown: keys of config.json that are true if there is such a tensor.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Architecture:
     derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda entries: {}
     used: frozenset[str] = frozenset()
     extra: Callable[[Any], dict[str, Any]] = lambda config: {}
+    shown: dict[str, str] = field(default_factory=dict)
 
 
 def _rotary_share(entries: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +113,49 @@ def _head_width(entries: dict[str, Any]) -> dict[str, Any]:
     if len(set(said.values())) > 1:
         raise FormatError(f"has heads of different widths: {', '.join(f'{k} {v}' for k, v in said.items())}")
     return {"head_dim": next(iter(said.values()))} if said else {}
+
+
+def _grouped_keys(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys for heads, and for positions that are stretched evenly."""
+    kind, factor = entries.get("rope.scaling.type", "none"), entries.get("rope.scaling.factor", 1.0)
+    if kind not in ("none", "linear"):
+        raise FormatError(f"stretches positions by {shown(kind)}, and portlm reads linear")
+    scaling = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+    return _head_width(entries) | ({} if scaling is None else {"rope_scaling": scaling})
+
+
+def _grouped_entries(config: Any) -> dict[str, Any]:
+    """Return what is said of heads and of stretched positions."""
+    entries = dict.fromkeys(sorted(_WIDTHS), config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind == "llama3":  # that lies in a tensor
+        return entries
+    if scaling.kind != "linear":
+        raise UsageError(
+            f"llama.cpp: no GGUF is written for rotary positions that are stretched by {scaling.kind}"
+        )
+    return entries | {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
+
+
+def rotary_factors(width: int, theta: float, scaling: Any) -> Array:
+    """Return how many times more slowly each pair of a head turns (D/2,), as llama.cpp keeps Llama 3.1's positions."""
+    import torch
+
+    plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return (plain / scaling.slowed(plain, theta)).float().numpy()
+
+
+def rotary_scaling(factors: Array, width: int, theta: float) -> dict[str, Any] | None:
+    """Return the published scaling of Llama 3.1 or 3.2 that has these factors, as rope_scaling of config.json."""
+    from portlm.models.rope import Llama3
+
+    for factor in (8.0, 32.0):
+        scaling = Llama3(factor, 1.0, 4.0, 8192)
+        if factors.shape == (width // 2,) and np.allclose(
+            factors, rotary_factors(width, theta, scaling), rtol=1e-4
+        ):
+            return scaling.to_hf()
+    return None
 
 
 _GROUPED = {
@@ -155,9 +200,10 @@ ARCHITECTURES = {
         fixed={"model_type": "llama"},
         turns={"attn_q": _QUERY, "attn_k": _KEY},
         optional=frozenset(("attention.head_count_kv", "rope.freq_base")),
-        derived=_head_width,
+        derived=_grouped_keys,
         used=_WIDTHS,
-        extra=lambda config: {"rope.dimension_count": config.head_dim},
+        extra=_grouped_entries,
+        shown={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
     ),
     "gpt_neox": Architecture(
         name="gptneox",
@@ -185,11 +231,36 @@ ARCHITECTURES = {
         extra=lambda config: {"rope.dimension_count": config.rotary_dim},
     ),
 }  # fmt: skip
+_ROTATED = {
+    "llama": ARCHITECTURES["llama"],
+    "mistral": replace(ARCHITECTURES["llama"], fixed={"model_type": "mistral", "sliding_window": None}, shown={}),
+    "qwen2": replace(ARCHITECTURES["llama"], name="qwen2", fixed={"model_type": "qwen2"}, turns={}, shown={}),
+    "qwen3": replace(
+        ARCHITECTURES["llama"],
+        name="qwen3",
+        fixed={"model_type": "qwen3"},
+        modules=_GROUPED_MODULES | {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"},
+        turns={},
+        shown={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+    "olmo2": replace(
+        ARCHITECTURES["llama"],
+        name="olmo2",
+        fixed={"model_type": "olmo2"},
+        modules={name: part for name, part in _GROUPED_MODULES.items() if part not in ("attn_norm", "ffn_norm")}
+        | {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+           "post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
+        turns={},
+        shown={"attention_bias": "blk.0.attn_q.bias"},
+    ),
+}  # fmt: skip
+ARCHITECTURES |= _ROTATED
+ROTARY_FACTORS = "rope_freqs.weight"
 _OUTPUT = "output.weight"
 # Entries that say that nothing unusual is done.
 _NOTHING = {
-    "rope.scaling.type": "none", "attention.causal": True, "rope.scale_linear": 1.0, "attention.clamp_kqv": 0.0,
-    "attention.max_alibi_bias": 0.0, "expert_count": 0, "expert_used_count": 0, "tensor_data_layout": None,
+    "rope.scaling.type": None, "rope.scaling.factor": None, "attention.causal": True, "rope.scale_linear": 1.0,
+    "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "expert_count": 0, "expert_used_count": 0, "tensor_data_layout": None,
 }  # fmt: skip
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -294,7 +365,8 @@ def hf_config(entries: Mapping[str, Any], tensors: Mapping[str, Any], path: obje
     if "attention.head_count_kv" in known.used and own.get("attention.head_count_kv", heads) != heads:
         raise FormatError(f"{path}: {prefix}attention.head_count_kv must be the number of heads")
     tied = {} if family == "gpt2" else {"tie_word_embeddings": _OUTPUT not in tensors}
-    return known.fixed | config | derived | tied
+    flags = {key: tensor in tensors for key, tensor in known.shown.items()}
+    return known.fixed | config | derived | tied | flags
 
 
 def hf_names(tensors: Mapping[str, Any], family: str, path: object) -> dict[str, tuple[str, Turn | None]]:

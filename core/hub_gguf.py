@@ -18,7 +18,17 @@ from portlm.chat import TEMPLATE, ChatTemplate
 from portlm.errors import ConfigError, FormatError, UsageError
 from portlm.files import shown, write_atomic
 from portlm.gguf_file import GgufFile
-from portlm.gguf_models import Turn, architecture_of, gguf_name, gguf_settings, hf_config, hf_names
+from portlm.gguf_models import (
+    ROTARY_FACTORS,
+    Turn,
+    architecture_of,
+    gguf_name,
+    gguf_settings,
+    hf_config,
+    hf_names,
+    rotary_factors,
+    rotary_scaling,
+)
 from portlm.gguf_tokenizer import read_tokenizer, tokenizer_entries
 from portlm.gguf_writer import write_gguf
 from portlm.hub import Transfer, check_files, count_parameters, new_result
@@ -49,7 +59,8 @@ def import_gguf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Tra
     src, out, notes = Path(src), Path(out), list[str]()
     file = GgufFile.open(src)
     config = _config(file, notes)
-    names = hf_names(file.tensors, config.family, src)
+    tensors_of_model = {name: tensor for name, tensor in file.tensors.items() if name != ROTARY_FACTORS}
+    names = hf_names(tensors_of_model, config.family, src)
     tensors = _Tensors(file, names, config)
     shapes = expected_shapes(config)
     check_tensors(src, tensors.infos, shapes)
@@ -66,6 +77,14 @@ def import_gguf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Tra
 def _config(file: GgufFile, notes: list[str]) -> Any:
     """Return the configuration that the metadata stands for, with the tokens that begin and end a text."""
     data = hf_config(file.entries, file.tensors, file.path)
+    if ROTARY_FACTORS in file.tensors:
+        width = data.get("head_dim") or data["hidden_size"] // max(data["num_attention_heads"], 1)
+        scaling = rotary_scaling(file.numbers(ROTARY_FACTORS), width, data.get("rope_theta", 10000.0))
+        if scaling is None or "rope_scaling" in data:
+            raise FormatError(
+                f"{file.path}: {ROTARY_FACTORS} stretches positions, and not as Llama 3.1 or 3.2 do"
+            )
+        data["rope_scaling"] = scaling
     ids = {
         name: file.entries.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
     }
@@ -189,7 +208,14 @@ def export_gguf(
         turn = gguf_name(name, config.family)[1]
         return mapped[name] if turn is None else turn.there(mapped[name], config)
 
+    scaling = getattr(config, "rope_scaling", None)
+    factors = (
+        rotary_factors(config.head_dim, config.rope_theta, scaling) if scaling is not None else np.empty(0)
+    )
+
     def content(target: str) -> bytes:
+        if target == ROTARY_FACTORS:
+            return factors.astype("<f4").tobytes()
         name = places[target]
         values = turned(name)
         if kind_of(name) == "F32":  # a vector of 16 bits is widened
@@ -211,6 +237,10 @@ def export_gguf(
     if words is not None and (template := _template_of(checkpoint)) is not None:
         entries["tokenizer.chat_template"] = template
     tensors = {target: (kind_of(name), turned(name).shape) for target, name in places.items()}
+    if scaling is not None and scaling.kind == "llama3":
+        if rotary_scaling(factors, config.head_dim, config.rope_theta) != scaling.to_hf():
+            notes.append("positions are stretched in a way that portlm does not read back from the file")
+        tensors[ROTARY_FACTORS] = "F32", factors.shape
     write_gguf(out, entries, tensors, content)
     return Transfer(out, config.family, count_parameters(shapes), tuple(notes))
 

@@ -112,12 +112,54 @@ def test_a_tensor_without_a_name_is_an_error_and_not_left_out(written):
 def test_there_and_back_is_the_same_checkpoint(family, written):
     there, back = written[family] / "there", written[family] / "back"
     assert (there / WEIGHTS).read_bytes() == (back / WEIGHTS).read_bytes()
-    assert json.loads((there / CONFIG).read_text()) == json.loads((back / CONFIG).read_text())
+    config = json.loads((back / CONFIG).read_text())
+    if family == "mistral":  # is what llama.cpp calls llama
+        assert config["model_type"] == "llama"
+    else:
+        assert config == json.loads((there / CONFIG).read_text())
     file = GgufFile.open(written[family] / "model.gguf")
     wanted = gguf_tensors(load_numpy(there / WEIGHTS), load_config(there))
     assert file.tensors.keys() == wanted.keys()
     assert all(np.array_equal(file.numbers(name), wanted[name]) for name in wanted)
     assert {tensor.kind for tensor in file.tensors.values()} == {"F32"}
+
+
+SHAPES = {
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                "original_max_position_embeddings": 8192}, "rope_theta": 500000.0},
+    "wide heads and biases": {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
+    "untied": {"tie_word_embeddings": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SHAPES)
+def test_llamas_of_every_shape_come_through(what, tmp_path):
+    from portlm.models import build, save_model
+    from portlm.models.llama import LlamaConfig
+
+    data = LlamaConfig.tiny().to_hf()
+    data.pop("rope_parameters")
+    if "head_dim" not in SHAPES[what]:
+        data.pop("head_dim")
+    save_model(tmp_path / "there", build(data | SHAPES[what]))
+    export_gguf(tmp_path / "there", tmp_path / "model.gguf")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    assert load_config(tmp_path / "back") == load_config(tmp_path / "there")
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "there" / WEIGHTS).read_bytes()
+
+
+def test_positions_that_llama_cpp_cannot_be_told_are_refused(tmp_path):
+    from portlm.models import build, save_model
+    from portlm.models.llama import LlamaConfig
+
+    data = LlamaConfig.tiny().to_hf()
+    data.pop("rope_parameters")
+    data["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    save_model(tmp_path / "there", build(data))
+    with pytest.raises(UsageError, match="stretched by yarn"):
+        export_gguf(tmp_path / "there", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_matrices_of_16_bits_stay_so_and_vectors_are_widened(written, tmp_path):
@@ -255,13 +297,13 @@ REFUSED = {
     "layers that differ": ({"llama.attention.head_count": [4, 2]}, {}, "differs between layers"),
     "text for a number": ({"llama.block_count": "two"}, {}, "not a number"),
     "heads of two widths": ({"llama.attention.key_length": 16}, {}, "heads of different widths"),
-    "heads that do not divide": ({"llama.attention.head_count": 5}, {}, "head_dim"),
-    "a negative size": ({"llama.embedding_length": 0}, {}, "head_dim|hidden_size"),
+    "heads that do not divide": ({"llama.attention.head_count": 5}, {}, "multiple of n_head 5"),
+    "a negative size": ({"llama.embedding_length": 0}, {}, "width must be"),
     "more layers than there are": ({"llama.block_count": 3}, {}, r"model\.layers\.2\."),
     "fewer layers than there are": ({"llama.block_count": 1}, {}, r"model\.layers\.1\."),
     "a tensor too few": ({}, {"blk.0.attn_q.weight": None}, r"self_attn\.q_proj"),
     "a tensor too many": ({}, {"blk.0.attn_sinks.weight": np.zeros(4)}, r"'blk\.0\.attn_sinks\.weight' is none of"),
-    "rotary factors": ({}, {"rope_freqs.weight": np.ones(4)}, "'rope_freqs.weight' is none of the architecture llama"),
+    "rotary factors": ({}, {"rope_freqs.weight": np.ones(4)}, "not as Llama 3.1 or 3.2 do"),
     "no embedding": ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
     "another shape": ({}, {"blk.0.attn_q.weight": np.zeros((30, 32))}, "shape|q_proj"),
 }  # fmt: skip
