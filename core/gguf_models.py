@@ -260,7 +260,8 @@ _OUTPUT = "output.weight"
 # Entries that say that nothing unusual is done.
 _NOTHING = {
     "rope.scaling.type": None, "rope.scaling.factor": None, "attention.causal": True, "rope.scale_linear": 1.0,
-    "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "expert_count": 0, "expert_used_count": 0, "tensor_data_layout": None,
+    "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0, "expert_count": 0, "expert_used_count": 0,
+    "tensor_data_layout": None,
 }  # fmt: skip
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.(weight|bias)")
 
