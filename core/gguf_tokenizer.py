@@ -87,11 +87,11 @@ def read_tokenizer(entries: Mapping[str, Any], path: object) -> Tokenizer:
         else []
     )
     document["post_processor"] = _template(around, end, tokens) if around or end else None
-    names = [None if roles[name] is None else tokens[roles[name]] for name in ("eos", "bos")]
+    eos, bos = (None if index is None else tokens[index] for index in (roles["eos"], roles["bos"]))
     where = f"{path}: the tokenizer"
     if kind == "gpt2" and document["normalizer"] is None:
-        return Tokenizer(parse(document, where), *names)
-    return TextTokenizer(parse_text(document, where), *names)
+        return Tokenizer(parse(document, where), eos, bos)
+    return TextTokenizer(parse_text(document, where), eos, bos)
 
 
 def _document(tokens: list[str], types: list[int], model: dict[str, Any], **parts: Any) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _sentence_piece(
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": _MARK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}
     ]  # fmt: skip
-    normalizer = spaces
+    normalizer: dict[str, Any] = spaces
     if _flag(entries, "add_space_prefix", True, path):
         normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _MARK}, spaces]}
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})

@@ -193,7 +193,7 @@ def export_gguf(
     if out.exists():
         raise UsageError(f"{out} exists already and is left alone: choose another name or remove it")
     check_files(checkpoint)
-    config = load_config(checkpoint, notes)
+    config: Any = load_config(checkpoint, notes)
     architecture = architecture_of(config.family).name
     shapes, header = expected_shapes(config), read_header(checkpoint / WEIGHTS)
     check_tensors(checkpoint / WEIGHTS, header, shapes)
