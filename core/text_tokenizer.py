@@ -125,6 +125,15 @@ class TextTokenizer(Tokenizer):
             for encoding in encodings:
                 yield encoding.ids
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Return where in a text each of its tokens begins and ends, in characters.
+
+        Raises:
+            UsageError: the text is not Unicode.
+        """
+        found: list[tuple[int, int]] = self._plain.encode(_text_of(text), add_special_tokens=False).offsets
+        return found
+
     @cached_property
     def _cuts(self) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
         """Where a long text may be cut without changing its ids, if anywhere, without and with control tokens in it."""
