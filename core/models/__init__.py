@@ -171,6 +171,7 @@ FAMILIES = {
     "mistral": Family("portlm.models.mistral", "MistralConfig", "Mistral"),
     "phi3": Family("portlm.models.phi3", "Phi3Config", "Phi3"),
     "stablelm": Family("portlm.models.stablelm", "StableLMConfig", "StableLM"),
+    "opt": Family("portlm.models.opt", "OPTConfig", "OPT"),
     "smollm3": Family("portlm.models.smollm3", "SmolLM3Config", "SmolLM3"),
     "olmo2": Family("portlm.models.olmo2", "Olmo2Config", "Olmo2"),
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),

@@ -4,6 +4,7 @@ B batch, T time, C width, P slots already in the cache.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portlm.errors import ContextLengthError
@@ -85,3 +86,8 @@ def check_length(tokens: int, limit: int) -> None:
     """
     if not torch.compiler.is_exporting() and tokens > limit:
         raise ContextLengthError(tokens, limit, "the input")
+
+
+def drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Return x with a share ``rate`` of its entries zeroed and the rest scaled up, only in training."""
+    return F.dropout(x, rate) if training and rate > 0 else x

@@ -39,6 +39,10 @@ BASE = {
         "model_type": "gpt_neox", "vocab_size": 99, "max_position_embeddings": 32, "hidden_size": 32,
         "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_pct": 0.5,
     },
+    "opt": {
+        "model_type": "opt", "vocab_size": 99, "max_position_embeddings": 32, "hidden_size": 24, "ffn_dim": 44,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    },
     **{family: after_llama(family, **more) for family, more in {
         "qwen2": {}, "qwen3": {"head_dim": 12}, "mistral": {}, "phi3": {"partial_rotary_factor": 0.8},
         "stablelm": {"partial_rotary_factor": 0.5}, "smollm3": {"no_rope_layer_interval": 2}, "olmo2": {},
@@ -172,6 +176,14 @@ ACCEPTED = [
             {"rope_scaling": SCALED[4]},
             {"rope_parameters": {**SCALED[3], "rope_theta": 500.0}},
             {"tie_word_embeddings": True},
+        )
+    ),
+    *(
+        (("opt",), change)
+        for change in (
+            {"word_embed_proj_dim": 24, "enable_bias": True, "_remove_final_layer_norm": False},
+            {"word_embed_proj_dim": 20, "do_layer_norm_before": False},
+            {"dropout": 0.2, "attention_dropout": 0.1, "layerdrop": 0.1, "init_std": 0.1},
         )
     ),
     (SWITCHED, {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}),
@@ -323,6 +335,10 @@ CONTRADICTIONS = [
     (("gpt_neox",), {"rope_theta": 500.0}, "rope_theta is 500, but rotary_emb_base is missing, which stands for 10000"),
     (("gpt_neox",), {"partial_rotary_factor": 1.0}, "partial_rotary_factor is 1, but rotary_pct is 0.5"),
     (("gpt_neox",), {"rotary_emb_base": 500, "rope_theta": 10000.0}, "rope_theta is 10000, but rotary_emb_base is 500"),
+    (("opt",), {"activation_function": "gelu"}, "activation_function = 'gelu' is not supported"),
+    (("opt",), {"enable_bias": False}, "enable_bias = False is not supported"),
+    (("opt",), {"word_embed_proj_dim": 20}, "norm_first True and token_width 20 of width 24 do not go together"),
+    (("opt",), {"do_layer_norm_before": False}, "norm_first False and token_width 24 of width 24 do not go together"),
     (("mistral",), {"max_position_embeddings": 4097}, "sliding_window is missing, which stands for 4096"),
     (("phi3",), {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "rope_scaling = "),
     (("phi3",), {"rope_scaling": {"type": "su"}}, "rope_scaling = "),
