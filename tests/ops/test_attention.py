@@ -87,11 +87,12 @@ BOUNDS = [{"window": 1}, {"window": 5}, {"window": 64}, {"window": 200, "softcap
 )
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 def test_attention_and_its_gradients_keep_to_their_bounds(shape, bounds, gradients_as_accurate):
+    """To a query that sees one key its score is nothing: what is left of two equal sums are their roundings."""
     gradients_as_accurate(
         lambda *t: attention(*t, **bounds),
         lambda *t: attention_reference(*t, **bounds),
         _inputs(shape),
-        ROUNDINGS,
+        12 if bounds.get("window") == 1 else ROUNDINGS,
     )
 
 

@@ -41,7 +41,7 @@ ABSENT: dict[tuple[str, str], str] = {
     ("token_scores", "kernel"): "takes and gives numpy's arrays: test_token_scores.py compares them",
     ("token_selection", "kernel"): "chooses, to the bit: test_token_selection.py compares the choices",
 }
-GROUPED = (0, 2)  # variants of CachedAttention
+GROUPED = {"CachedAttention": (0, 2, 5), "QuantizedAttention": (0, 2)}  # their variants
 UNKNOWN = "ONNX Runtime cannot tell a size of -1 in a Reshape from the others if one of those is 0"
 NO_ROWS = "ONNX Runtime cannot broadcast a number for each of no rows"
 EMPTY = ("no rows", "no tokens")
@@ -50,9 +50,9 @@ NEVER_EMPTY = "an engine never gives a device an empty step"
 REFUSED: dict[tuple[str, str, int, str], str] = {
     **{
         (op, f"ort:cpu {p}", v, "no rows"): UNKNOWN
-        for op in ("CachedAttention", "QuantizedAttention")
+        for op, variants in GROUPED.items()
         for p in ("portable", "fused")
-        for v in GROUPED
+        for v in variants
     },
     **{
         ("MaskedAttention", f"ort:cpu {p}", v, "no rows"): UNKNOWN
