@@ -158,6 +158,13 @@ FAMILIES = {
     "gpt2": Family("portlm.models.gpt2", "GPT2Config", "GPT2"),
     "llama": Family("portlm.models.llama", "LlamaConfig", "Llama"),
     "gpt_neox": Family("portlm.models.gpt_neox", "GPTNeoXConfig", "GPTNeoX"),
+    "qwen2": Family("portlm.models.qwen2", "Qwen2Config", "Qwen2"),
+    "qwen3": Family("portlm.models.qwen3", "Qwen3Config", "Qwen3"),
+    "mistral": Family("portlm.models.mistral", "MistralConfig", "Mistral"),
+    "phi3": Family("portlm.models.phi3", "Phi3Config", "Phi3"),
+    "stablelm": Family("portlm.models.stablelm", "StableLMConfig", "StableLM"),
+    "smollm3": Family("portlm.models.smollm3", "SmolLM3Config", "SmolLM3"),
+    "olmo2": Family("portlm.models.olmo2", "Olmo2Config", "Olmo2"),
 }
 
 
