@@ -46,8 +46,9 @@ BASE = {
 }  # fmt: skip
 ROTARY = ("llama", "gpt_neox")
 SCALABLE = ("qwen2", "qwen3", "mistral", "stablelm", "smollm3", "olmo2")
+WINDOWED = ("mistral",)  # they compute a window
 SWITCHED = ("qwen2", "qwen3", "smollm3")  # they read sliding_window only if use_sliding_window is true
-UNSWITCHED = tuple(family for family in BASE if family not in SWITCHED)
+UNSWITCHED = tuple(family for family in BASE if family not in (*SWITCHED, *WINDOWED))
 # Every way in which transformers and portlm scale rotary positions, in both spellings of its name.
 SCALED = (
     {"rope_type": "linear", "factor": 4.0},
@@ -174,6 +175,8 @@ ACCEPTED = [
             {"tie_word_embeddings": True},
         )
     ),
+    (WINDOWED, {"sliding_window": 8}),
+    (WINDOWED, {"max_position_embeddings": 4097}),  # 4096 where it is missing
     (SWITCHED, {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}),
     (("qwen3", "smollm3", "olmo2"), {"attention_bias": True}),
     (("qwen2", "mistral", "smollm3", "olmo2"), {"head_dim": 12}),
@@ -323,7 +326,8 @@ CONTRADICTIONS = [
     (("gpt_neox",), {"rope_theta": 500.0}, "rope_theta is 500, but rotary_emb_base is missing, which stands for 10000"),
     (("gpt_neox",), {"partial_rotary_factor": 1.0}, "partial_rotary_factor is 1, but rotary_pct is 0.5"),
     (("gpt_neox",), {"rotary_emb_base": 500, "rope_theta": 10000.0}, "rope_theta is 10000, but rotary_emb_base is 500"),
-    (("mistral",), {"max_position_embeddings": 4097}, "sliding_window is missing, which stands for 4096"),
+    (WINDOWED, {"sliding_window": 0}, "sliding_window must be a positive integer or null, got 0"),
+    (WINDOWED, {"sliding_window": "all"}, "sliding_window must be a positive integer or null, got 'all'"),
     (("phi3",), {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "rope_scaling = "),
     (("phi3",), {"rope_scaling": {"type": "su"}}, "rope_scaling = "),
     (("phi3",), {"attention_bias": True}, "attention_bias = True is not supported"),
