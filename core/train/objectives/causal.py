@@ -22,7 +22,8 @@ class CausalObjective(TextObjective):
         family = self.config.model.family
         if FAMILIES[family].kind == "encoder":
             raise ConfigError(
-                f"objective causal is for models that continue a text, and {family} reads whole ones: masked"
+                f"objective causal is for models that continue a text, and a {family} reads whole ones: set "
+                "objective = masked"
             )
         prompt_ids(self.corpus.tokenizer, self.config.evaluation.prompt, self.context)
 
