@@ -14,10 +14,12 @@ from portlm import settings
 from portlm.models import FAMILIES
 from portlm.train import presets
 from portlm.train.config import PretrainConfig
+from portlm.train.objectives import OBJECTIVES
 from portlm.train.presets import PRESETS, preset_settings
 
 # flag: (setting it is short for, type, help)
 _SHORT: dict[str, tuple[str, Any, str]] = {
+    "objective": ("objective", click.Choice(list(OBJECTIVES)), "What is learned"),
     "tokenizer": ("data.tokenizer", str, "byte, bpe:SIZE (trained on TEXT) or a tokenizer.json"),
     "family": ("model.family", click.Choice(list(FAMILIES)), "Architecture"),
     "layers": ("model.n_layer", int, "Layers"),

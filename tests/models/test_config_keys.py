@@ -50,8 +50,9 @@ BASE = {
 }  # fmt: skip
 ROTARY = ("llama", "gpt_neox")
 SCALABLE = ("qwen2", "qwen3", "mistral", "stablelm", "smollm3", "olmo2")
+WINDOWED = ("mistral",)  # they compute a window
 SWITCHED = ("qwen2", "qwen3", "smollm3")  # they read sliding_window only if use_sliding_window is true
-UNSWITCHED = tuple(family for family in BASE if family not in SWITCHED)
+UNSWITCHED = tuple(family for family in BASE if family not in (*SWITCHED, *WINDOWED))
 # Every way in which transformers and portlm scale rotary positions, in both spellings of its name.
 SCALED = (
     {"rope_type": "linear", "factor": 4.0},
@@ -186,6 +187,8 @@ ACCEPTED = [
             {"dropout": 0.2, "attention_dropout": 0.1, "layerdrop": 0.1, "init_std": 0.1},
         )
     ),
+    (WINDOWED, {"sliding_window": 8}),
+    (WINDOWED, {"max_position_embeddings": 4097}),  # 4096 where it is missing
     (SWITCHED, {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}),
     (("qwen3", "smollm3", "olmo2"), {"attention_bias": True}),
     (("qwen2", "mistral", "smollm3", "olmo2"), {"head_dim": 12}),
@@ -339,7 +342,8 @@ CONTRADICTIONS = [
     (("opt",), {"enable_bias": False}, "enable_bias = False is not supported"),
     (("opt",), {"word_embed_proj_dim": 20}, "norm_first True and token_width 20 of width 24 do not go together"),
     (("opt",), {"do_layer_norm_before": False}, "norm_first False and token_width 24 of width 24 do not go together"),
-    (("mistral",), {"max_position_embeddings": 4097}, "sliding_window is missing, which stands for 4096"),
+    (WINDOWED, {"sliding_window": 0}, "sliding_window must be a positive integer or null, got 0"),
+    (WINDOWED, {"sliding_window": "all"}, "sliding_window must be a positive integer or null, got 'all'"),
     (("phi3",), {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "rope_scaling = "),
     (("phi3",), {"rope_scaling": {"type": "su"}}, "rope_scaling = "),
     (("phi3",), {"attention_bias": True}, "attention_bias = True is not supported"),
