@@ -165,6 +165,8 @@ FAMILIES = {
     "stablelm": Family("portlm.models.stablelm", "StableLMConfig", "StableLM"),
     "smollm3": Family("portlm.models.smollm3", "SmolLM3Config", "SmolLM3"),
     "olmo2": Family("portlm.models.olmo2", "Olmo2Config", "Olmo2"),
+    "gemma2": Family("portlm.models.gemma2", "Gemma2Config", "Gemma2"),
+    "gemma3_text": Family("portlm.models.gemma3", "Gemma3Config", "Gemma3"),
     "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3"),
     "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
 }

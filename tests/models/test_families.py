@@ -9,6 +9,7 @@ import torch
 
 from portlm.errors import ConfigError, ContextLengthError
 from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, rope, save_model
+from portlm.models.gemma2 import FULL, SLIDING
 
 
 class Entry(NamedTuple):
@@ -56,6 +57,14 @@ def after_gpt2(*variants: dict[str, object], banded: bool = False) -> Entry:
     )
 
 
+def after_gemma(*variants: dict[str, object]) -> Entry:
+    """Return the entry of a family that computes with LLaMA's kernels, but for its perceptron."""
+    entry = after_llama(*variants)
+    others = ("swiglu_fwd", "swiglu_bwd", "linear_cross_entropy")
+    trains, steps = ([kernel for kernel in ran if kernel not in others] for ran in (entry.trains, entry.steps))
+    return entry._replace(trains=tuple(trains), steps=tuple(steps))
+
+
 ENTRIES = {
     "gpt2": after_gpt2({"gelu": "none"}),
     "gpt3": after_gpt2({"window": 1, "gelu": "none"}, {"window": 0}, banded=True),
@@ -86,6 +95,8 @@ ENTRIES = {
                             norm="layer_norm"),
     "smollm3": after_llama({"attention_bias": True, "mlp_bias": True, "tie_embeddings": False},
                            {"unplaced_interval": 0}),
+    "gemma2": after_gemma({"score_cap": 0.0, "logit_cap": 0.0, "window": 2}, {"n_layer": 3, "layers": (SLIDING,) * 3}),
+    "gemma3_text": after_gemma({"rope_scaling": rope.Linear(4.0), "local_theta": 300.0}, {"layers": (FULL, SLIDING)}),
     "olmo2": after_llama({"attention_bias": True, "tie_embeddings": True}, {"n_kv_head": 4}),
 }
 # fmt: on
@@ -196,8 +207,14 @@ def test_every_family_has_an_entry_here():
 
 
 def exact_rms_norm(self, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in the precision of its input."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+    """RMSNorm in the precision of its input; Gemma's gain is 1 + weight."""
+    gain, eps = (1 + self.weight, self.eps) if hasattr(self, "eps") else (self.weight, self.variance_epsilon)
+    return gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def exact_softmax(x: torch.Tensor, dim: int, dtype: object = None) -> torch.Tensor:
+    """Softmax in the precision of its input."""
+    return torch.softmax(x, dim)
 
 
 def exact_neo_attention(self, query, key, value, attention_mask=None, *_: object):
@@ -212,11 +229,12 @@ def exact_neo_attention(self, query, key, value, attention_mask=None, *_: object
 @every_config
 def test_float64_logits_loss_and_gradients_are_those_of_transformers(transformers, monkeypatch, config):
     # The same formulas in float64: only the order of summation may differ, so 1e-9 leaves a margin of 1e5.
-    # transformers' RMSNorm and GPT-Neo's scores are float32 whatever they are given, unless told not to be.
+    # transformers' RMSNorm, softmax and GPT-Neo's scores are float32 whatever they are given, unless told not to be.
     model = random_model(config).double()
     other = theirs(transformers, model)
     for norm in {type(module) for module in other.modules() if "RMSNorm" in type(module).__name__}:
         monkeypatch.setattr(norm, "forward", exact_rms_norm)
+    monkeypatch.setattr(torch.nn.functional, "softmax", exact_softmax)
     for part in {type(m) for m in other.modules() if type(m).__name__ == "GPTNeoSelfAttention"}:
         monkeypatch.setattr(part, "_attn", exact_neo_attention)
     ids, targets = tokens(config, 3, 17), tokens(config, 3, 17, seed=2)
