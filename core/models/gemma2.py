@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -259,7 +260,7 @@ class Gemma2(Grouped):
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return embeddings (B, T, C) times sqrt(C), which is rounded to float32 as transformers has it."""
-        return super().embed(input_ids, position_ids) * torch.tensor(self.config.width**0.5).item()
+        return super().embed(input_ids, position_ids) * float(np.float32(self.config.width**0.5))
 
     def logits(self, y: Tensor) -> Tensor:
         """Return the logits (B, T, V) of normalised output y (B, T, C), bounded by the cap."""
