@@ -53,7 +53,8 @@ class Gemma3Config(Gemma2Config):
 
     @classmethod
     def own(cls, read: config_json.Reader, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what sets its attention apart, without an older name for layer_types."""
+        """Return what sets its attention apart; transformers does not look at a cap of its scores."""
+        read.require("attn_logit_softcapping")
         turn = read.integer("sliding_window_pattern", 6, also="_sliding_window_pattern")
         found = super().own(read, values)
         if turn != 6 and read.raw("layer_types", "see above") is None:

@@ -58,6 +58,7 @@ WINDOWED = ("mistral",)  # they compute a window
 GEMMA = ("gemma2", "gemma3_text")  # as do these, in some layers
 SWITCHED = ("qwen2", "qwen3", "smollm3")  # they read sliding_window only if use_sliding_window is true
 UNSWITCHED = tuple(family for family in BASE if family not in (*SWITCHED, *WINDOWED, *GEMMA))
+ALIKE = tuple(family for family in BASE if family not in GEMMA)  # their layers, in the words of layer_types
 # Every way in which transformers and portlm scale rotary positions, in both spellings of its name.
 SCALED = (
     {"rope_type": "linear", "factor": 4.0},
@@ -181,14 +182,9 @@ ACCEPTED = [
     ),  # not all can
     (WINDOWED, {"sliding_window": 8}),
     (GEMMA, {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3}),
-    (
-        GEMMA,
-        {
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": 3.0,
-            "use_bidirectional_attention": False,
-        },
-    ),
+    (GEMMA, {"use_bidirectional_attention": False, "attention_bias": False}),
+    (("gemma2",), {"attn_logit_softcapping": 20.0, "final_logit_softcapping": None}),
+    (("gemma3_text",), {"attn_logit_softcapping": None, "final_logit_softcapping": 3.0}),
     (("gemma3_text",), {"rope_theta": 500.0, "rope_local_base_freq": 100.0}),
     (("gpt_neo",), {"attention_types": [[["local"], 2]], "attention_layers": ["local", "local"]}),
     (WINDOWED, {"max_position_embeddings": 4097}),  # 4096 where it is missing
@@ -338,7 +334,8 @@ CONTRADICTIONS = [
     (("gpt_neox",), {"rope_theta": 500.0}, "rope_theta is 500, but rotary_emb_base is missing, which stands for 10000"),
     (("gpt_neox",), {"partial_rotary_factor": 1.0}, "partial_rotary_factor is 1, but rotary_pct is 0.5"),
     (("gpt_neox",), {"rotary_emb_base": 500, "rope_theta": 10000.0}, "rope_theta is 10000, but rotary_emb_base is 500"),
-    (GEMMA, {"layer_types": ["full_attention"]}, "layer_types must be sliding_attention or full_attention for 2 layers"),
+    (GEMMA, {"layer_types": ["full_attention"]}, "layer_types must be sliding_attention or full_attention for 2"),
+    (("gemma3_text",), {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
     (GEMMA, {"layer_types": ["chunked_attention"] * 2}, "layer_types must be"),
     (GEMMA, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
     (GEMMA, {"attention_bias": True}, "attention_bias = True is not supported"),
@@ -364,7 +361,7 @@ CONTRADICTIONS = [
     (BASE, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
     (UNSWITCHED, {"sliding_window": 31}, "sliding_window = 31 is not supported: portlm computes attention over all 32"),
     (UNSWITCHED, {"sliding_window": "all"}, "sliding_window = 'all' is not supported"),
-    ((*UNSWITCHED, *SWITCHED, *WINDOWED), {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is not supported"),
+    (ALIKE, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is not supported"),
     (BASE, {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
     (BASE, {"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
     (BASE, {"_attn_implementation": "someone/kernels"}, "_attn_implementation = 'someone/kernels' is not supported"),
