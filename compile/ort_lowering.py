@@ -299,7 +299,9 @@ def padded_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool
 
 
 def attention_products(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
-    """QuantizedAttention, and CachedAttention that no node of ONNX Runtime takes: their portable form, which casts the numbers and leaves their scales to scores and weights.
+    """QuantizedAttention, and CachedAttention that no node of ONNX Runtime takes: their portable forms.
+
+    That of bytes casts the numbers and leaves their scales to scores and weights.
 
     Heads are taken apart to the width that is known: with a size of -1, a step of no tokens would have no shape.
     """

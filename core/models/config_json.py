@@ -11,7 +11,7 @@ What a reader was asked for is kept, and docs/config-keys.md is written from tha
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from portlm.errors import ConfigError
@@ -137,6 +137,14 @@ def check_token_ids(config: Any) -> None:
 def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     """Return token ids as Hugging Face writes them: null, a number, or a list."""
     return None if not ids else ids[0] if len(ids) == 1 else list(ids)
+
+
+def in_turn(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return the shortest beginning of a list that, again and again, gives the whole list."""
+    for length in range(1, len(kinds)):
+        if all(kind == kinds[i % length] for i, kind in enumerate(kinds)):
+            return tuple(kinds[:length])
+    return tuple(kinds)
 
 
 def window(read: "Reader", key: str, default: int) -> int:
