@@ -1,8 +1,8 @@
 """GRU layer over a whole sequence (Cho et al. 2014), with the reset gate behind the recurrent product.
 
 r = sigmoid(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in + r (W_hn h + b_hn)), and
-h' = (1 - z) n + z h: torch.nn's formulas and order of gates, as cuDNN has them; ONNX calls this linear_before_reset. The
-input's products are one large `linear`; the kernel is what has to be done in order.
+h' = (1 - z) n + z h: torch.nn's formulas and order of gates, as cuDNN has them; ONNX calls this linear_before_reset.
+The input's products are one large `linear`; the kernel is what has to be done in order.
 
 B rows, T tokens, C width, H units. All float32 in the kernel. A graph, which reads one token at a time, has `gru_cell`
 instead.

@@ -1,7 +1,7 @@
 """LSTM layer over a whole sequence (Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000).
 
-i, f, g, o = W_ih x + b_ih + W_hh h + b_hh, c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c'): the formulas
-and the order of gates of torch.nn. The input's products are one large `linear`; the kernel is what has to be done in order.
+i, f, g, o = W_ih x + b_ih + W_hh h + b_hh, c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c'): torch.nn's
+formulas and order. The input's products are one large `linear`; the kernel is what has to be done in order.
 
 B rows, T tokens, C width, H units. All float32 in the kernel. benchmarks/bench_recurrent.py measures a training step
 against torch.nn.LSTM. A graph, which reads one token at a time, has `lstm_cell` instead.
