@@ -1,8 +1,8 @@
 """Model families, one file each, and the checkpoint folder they share.
 
 A checkpoint folder holds config.json, generation_config.json and model.safetensors exactly as Hugging Face's
-transformers would write them, so it opens there as it is. Names, orientations and keys are translated by the
-family's own file; this one reads, checks and writes.
+transformers would write them, so it opens there as it is if there are such models. Names, orientations and keys are
+translated by the family's own file; this one reads, checks and writes.
 
 Nothing here imports PyTorch until a model is asked for.
 """
@@ -133,7 +133,8 @@ class Family(NamedTuple):
         module: To import.
         config: The class of its configuration.
         model: The class of its model.
-        kind: "decoder" for one that continues a text, "encoder" for one that reads a whole text, with heads.
+        kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
+            fixed size, "encoder" for one that reads a whole text, with heads.
     """
 
     module: str
@@ -181,6 +182,8 @@ FAMILIES = {
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
     "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
     "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),
+    "recurrent": Family("portlm.models.recurrent", "RecurrentConfig", "Recurrent", kind="recurrent"),
+    "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", kind="recurrent"),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
@@ -293,7 +296,7 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
 
 
 def save_model(folder: str | os.PathLike[str], model: Model, tokenizer: SavesTokenizer | None = None) -> None:
-    """Write a checkpoint folder that transformers opens as it is. Each file is replaced atomically.
+    """Write a checkpoint folder. transformers opens it if it has such models. Each file is replaced atomically.
 
     Args:
         folder: Created if it does not exist.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from portlm.errors import ConfigError
-from portlm.models import FAMILIES, build, config_from_hf
+from portlm.models import DECODERS, FAMILIES, build, config_from_hf
 from portlm.models.config_json import HARMLESS, REFUSED, Reader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,7 +252,7 @@ def test_what_is_accepted_is_the_model_that_transformers_computes(transformers, 
     assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNKNOWN])
+@pytest.mark.parametrize("family", [family for family in (*BASE, *READERS) if family not in UNKNOWN])
 def test_every_attribute_that_transformers_may_write_is_known(transformers, family):
     base = (BASE | READERS)[family]
     config = transformers.AutoConfig.for_model(**base)
