@@ -22,7 +22,7 @@ _VIEWS = ("_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsquee
 # Operators that may be given extents which are only known when the graph runs: they are read from the shapes.
 SIZED = frozenset(f"aten::{name}" for name in (*_VIEWS, "chunk", "split", "split_with_sizes"))
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
-_UNARY = {"exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt"}
+_UNARY = {"exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt", "tanh": "Tanh"}
 
 # What to do instead of operators that models are known to use.
 INSTEAD = {
@@ -33,7 +33,7 @@ INSTEAD = {
     "aten::cumsum": "positions come in as position_ids",
     "aten::cos": "keep the angles of all positions in a buffer and look rows up with embedding(position_ids, table)",
     "aten::sin": "keep the angles of all positions in a buffer and look rows up with embedding(position_ids, table)",
-    "aten::slice": "torch.Tensor.split or unbind, or index_select with an input of the role",
+    "aten::slice": "torch.Tensor.split or unbind, or index_select with an input of the role; of a table, whole rows",
 }
 
 
@@ -101,6 +101,33 @@ def _index_select(e: "Emitter", node: fx.Node) -> "Value":
     x, axis, index = node.args
     names = (e.whole(x), e.whole(index))
     return e.result(node, e.g.op("Gather", names, e.name(node, "index_select"), axis=_axis(e, x, axis)))
+
+
+def _select(e: "Emitter", node: fx.Node) -> "Value":
+    """One place of an axis, counted from its beginning; the axis of length 1 that Gather leaves is not seen."""
+    from portlm.compile.capture import Value
+
+    x, axis, place = node.args
+    if not isinstance(place, int) or place < 0:
+        raise e.refuse(
+            node, "it counts from the end", "count from the beginning, or index_select with an input"
+        )
+    at, shape = _axis(e, x, axis), e.shape(node)
+    name = e.g.op(
+        "Gather", (e.whole(x), e.g.ints(place)), e.g.unique(f"{e.name(node, 'select')}.place"), axis=at
+    )
+    return Value(name, (*shape[:at], 1, *shape[at:]), shape, node.meta["val"].kind)
+
+
+def _rows_of_weight(e: "Emitter", node: fx.Node) -> Any:
+    """Rows of a parameter from one constant place to another, which are a smaller parameter."""
+    operand, axis, begin, end = (*node.args, *(0, None, None)[len(node.args) - 1 :])[:4]
+    step = node.args[4] if len(node.args) > 4 else 1
+    if node.target._schema.name == "aten::narrow":  # type: ignore[union-attr]
+        end = begin + end  # type: ignore[operator]
+    if (found := e.weight_rows(operand, begin, end)) is None or _axis(e, operand, axis) or step != 1:
+        raise e.refuse(node, "it is no row of a parameter", INSTEAD["aten::slice"])
+    return found
 
 
 def _embedding(e: "Emitter", node: fx.Node) -> "Value":
@@ -181,8 +208,11 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     "aten::index_select": _index_select,
     "aten::matmul": _matmul,
     "aten::mean": _mean,
+    "aten::narrow": _rows_of_weight,
     "aten::permute": _permute,
+    "aten::select": _select,
     "aten::silu": _silu,
+    "aten::slice": _rows_of_weight,
     "aten::softmax": _softmax,
     "aten::split": _split_sizes,
     "aten::split_with_sizes": _split_sizes,

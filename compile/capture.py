@@ -53,9 +53,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer that no node has read yet."""
+    """A parameter or buffer that no node has read yet, or some of its rows.
+
+    Attributes:
+        path: in the module.
+        rows: from where to where; None for all.
+    """
 
     path: str
+    rows: tuple[int, int] | None = None
 
 
 @dataclass
@@ -178,8 +184,7 @@ class Emitter:
                 value.value = self._spec_node(value.node, captured()["portlm::embedding"])
             return value.value
         if isinstance(value, Weight):
-            name = self.g.weight(self.weights.name(value.path))
-            return Value(name, self.shape(node), self.shape(node))
+            return Value(self._mention(value), self.shape(node), self.shape(node))
         if not isinstance(value, Value):
             raise self.refuse(node, "it gives several tensors")
         return value
@@ -229,7 +234,24 @@ class Emitter:
         advice = instead or aten.INSTEAD.get(target, "write it with the operators of portlm.ops")
         return FormatError(f"{target} in {place}{line} has no form in a graph, {why}: {advice}")
 
+    def weight_rows(self, node: Any, begin: Any, end: Any) -> Weight | None:
+        """Rows of a parameter, None for its ends; None if it is no parameter, or these are no numbers."""
+        weight, count = self._weight(node), self.shape(node)[0]
+        begin, end = 0 if begin is None else begin, count if end is None else end
+        if weight is None or weight.rows or not all(isinstance(place, int) for place in (begin, end)):
+            return None
+        begin, end, _ = slice(begin, end).indices(count)
+        return Weight(weight.path, (begin, end)) if begin < end else None
+
     # The rest is how an op's description becomes a node.
+
+    def _mention(self, weight: Weight) -> str:
+        """The name of a parameter or of some of its rows, which the graph then has."""
+        name = self.weights.name(weight.path)
+        if not weight.rows:
+            return self.g.weight(name)
+        begin, end = weight.rows
+        return self.g.weight_part(f"{name}.rows{begin}", name, begin, end)
 
     def _placeholder(self, node: fx.Node) -> Any:
         if node.name in self.recording.weights:
@@ -349,9 +371,12 @@ class Emitter:
             first = next(i.name for i in spec.inputs if i.rows_at == wanted.rows_at)
             if self._rows(node, arguments[first], first).ids is not found.ids:
                 raise self.refuse(node, f"{first} and {wanted.name} are not rows at the same positions")
-            name = self.g.weight(self.weights.name(found.table.path))
-            return name, self.weights.arrays[name].shape
-        if weight := self._weight(operand):
+            name = self._mention(found.table)
+            return name, self.g.weight_shape(name)
+        if (weight := self._weight(operand)) and weight.rows:
+            name = self._mention(weight)
+            return name, self.g.weight_shape(name)
+        if weight:
             name = self.weights.name(weight.path)
             if self.small and name in self.small.names:
                 shape = self.weights.arrays[name].shape

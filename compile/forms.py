@@ -142,6 +142,7 @@ PORTABLE_OPS: dict[str, Form] = {
     ),
     "Sqrt": _UNARY,
     "Sub": _BINARY,
+    "Tanh": _UNARY,
     "Transpose": Form((ANY,), attributes={"perm": Setting(tuple)}),
     "Unsqueeze": Form((ANY, AXES)),
 }

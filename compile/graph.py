@@ -195,6 +195,12 @@ class GraphBuilder:
             self._initializers[name] = tensor
         return name
 
+    def weight_part(self, name: str, whole: str, begin: int, end: int) -> str:
+        """Mention some rows of a parameter under a name of their own."""
+        if name not in self._weights:
+            self._weights = {**self._weights, name: self._weights[whole][begin:end]}
+        return self.weight(name)
+
     def ints(self, *values: int) -> str:
         """A one-dimensional int64 constant, stored in the graph: a shape, axes, split sizes."""
         return self._constant("ints." + "_".join(map(str, values)), np.array(values, dtype=np.int64))

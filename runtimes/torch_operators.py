@@ -366,6 +366,7 @@ _STANDARD = {
     ),
     "Sqrt": Operator(1, 1, _plain(torch.sqrt), _same),
     "Sub": Operator(2, 2, _plain(torch.sub), _broadcast),
+    "Tanh": Operator(1, 1, _plain(torch.tanh), _same),
     "Transpose": Operator(1, 1, _transpose, _shape_of_transpose, ("",), attributes={"perm": Attribute(tuple)}),
     "Unsqueeze": Operator(2, 2, _unsqueeze, _shape_of_unsqueeze, ("",), static=(1,)),
 }  # fmt: skip

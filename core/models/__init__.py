@@ -127,11 +127,19 @@ class Model(Protocol):
 
 
 class Family(NamedTuple):
-    """Where a family lives: its module, and the names of its two classes there."""
+    """Where a family lives: its module, and the names of its two classes there.
+
+    Attributes:
+        module: To import.
+        config: The class of its configuration.
+        model: The class of its model.
+        kind: "decoder" for one that continues a text, "encoder" for one that reads a whole text, with heads.
+    """
 
     module: str
     config: str
     model: str
+    kind: str = "decoder"
 
     def config_class(self) -> type[Config]:
         """Import and return the configuration class."""
@@ -159,6 +167,7 @@ FAMILIES = {
     "llama": Family("portlm.models.llama", "LlamaConfig", "Llama"),
     "gpt_neox": Family("portlm.models.gpt_neox", "GPTNeoXConfig", "GPTNeoX"),
 }
+DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
 
 class SavesTokenizer(Protocol):

@@ -17,6 +17,7 @@ from portlm.errors import FormatError, UsageError
 from portlm.models.layers import Embedding, LayerNorm, Linear
 from portlm.models.roles import Role, decoder
 from portlm.ops.cached_attention import cached_attention
+from portlm.ops.embedding import embedding
 from portlm.ops.linear import linear
 from portlm.roles import StateSpec, TensorSpec
 
@@ -164,6 +165,28 @@ def test_operators_between_the_ops_are_standard_ones(tmp_path):
     assert np.abs(logits - expected[0].detach().numpy()).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("spelling", [lambda table: table[2:], lambda table: table.narrow(0, 2, CONTEXT)])
+def test_a_table_may_be_read_from_a_later_row_on(tmp_path, spelling):
+    """The graph has the rows that are read, and no others."""
+    model = Tiny()
+    model.places = Embedding(CONTEXT + 2, C)
+    nn.init.normal_(model.places.weight, generator=torch.Generator().manual_seed(4))
+    model.embed = lambda ids, positions: (
+        model.tokens(ids) + embedding(positions, spelling(model.places.weight))
+    )
+    model.last = lambda h: torch.tanh(h + h.select(1, 0).unsqueeze(1) * h.select(-1, 2).unsqueeze(-1))
+    folder = portlm.export(model, tmp_path / "out")
+    expected = model.roles()["decoder"].function(*(torch.from_numpy(v) for v in example().values()))
+    for graph in ("onnx/decoder.portable.onnx", compile_graph(folder, "cpu").entry.files[0]):
+        found = run(folder, graph, example())[0]
+        assert np.abs(found - expected[0].detach().numpy()).max() < TOLERANCE
+    assert read_manifest(folder).roles["decoder"].inputs[2].below == CONTEXT
+    graph = onnx.load(folder / "onnx" / "decoder.fused.onnx", load_external_data=False).graph
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    assert sizes["places.weight.rows2"] == [CONTEXT, C]
+    assert "places.weight" not in sizes
+
+
 def branches(h):
     return h * 2 if h.sum() > 0 else h
 
@@ -202,6 +225,9 @@ def makes_a_tensor(h):
         (is_complex, r"aten::view_as_complex .* it is complex: keep the real and imaginary part"),
         (computes_on_integers, r"aten::(argmax|add) .*test_capture\.py"),
         (makes_a_tensor, r"a tensor that the model makes .*torch\.tensor.*: register it as a buffer"),
+        (lambda h: h[:, 1:], r"aten::slice .* it is no row of a parameter: .* of a table, whole rows"),
+        (lambda h: h * h[:, -1:], r"aten::slice .* it is no row of a parameter"),
+        (lambda h: h * h[:, -1].unsqueeze(1), r"aten::select .* it counts from the end: count from the beg"),
         (half_the_tokens, r"the decoder works for sequence = 3 of input_ids only"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
