@@ -73,7 +73,7 @@ def relative_bias(x: Tensor, keys: Tensor, table: Tensor, bidirectional: bool, m
         x: (B, T, C), of which only T is looked at.
         keys: (B, S) int64, an attention mask, of which only S is looked at.
         table: (N, H), a bias for each bucket and head.
-        bidirectional: queries see keys ahead of them; otherwise those get -1e30 times their distance, as good as unseen.
+        bidirectional: queries see keys ahead of them; otherwise those get -1e30 times their distance.
         max_distance: of the last bucket.
 
     Returns:
