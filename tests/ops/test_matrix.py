@@ -54,6 +54,11 @@ REFUSED: dict[tuple[str, str, int, str], str] = {
         for p in ("portable", "fused")
         for v in GROUPED
     },
+    **{
+        ("MaskedAttention", f"ort:cpu {p}", v, "no rows"): UNKNOWN
+        for p in ("portable", "fused")
+        for v in (0, 3)
+    },
 }
 
 

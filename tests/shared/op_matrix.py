@@ -31,13 +31,19 @@ CELLS = (
 )
 
 # Words for the extents that a graph leaves open, and its names for them.
-OPEN = {"batch": "batch", "sequence": "sequence", "past": "past", "total": "past + sequence"}
+OPEN = {
+    "batch": "batch",
+    "sequence": "sequence",
+    "past": "past",
+    "total": "past + sequence",
+    "source": "source",
+}
 # Those extents, in every variant of every node.
 BATCHES = {
-    "odd": {"batch": 3, "sequence": 5, "past": 7},
-    "single": {"batch": 1, "sequence": 1, "past": 0},
-    "no rows": {"batch": 0, "sequence": 3, "past": 2},
-    "no tokens": {"batch": 2, "sequence": 0, "past": 3},
+    "odd": {"batch": 3, "sequence": 5, "past": 7, "source": 6},
+    "single": {"batch": 1, "sequence": 1, "past": 0, "source": 3},
+    "no rows": {"batch": 0, "sequence": 3, "past": 2, "source": 4},
+    "no tokens": {"batch": 2, "sequence": 0, "past": 3, "source": 4},
 }
 
 
