@@ -20,19 +20,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError
 from portlm.models import config_json
-from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
-from portlm.models.roles import Role, decoder
+from portlm.models.causal import Causal, Parts
+from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear
 from portlm.ops.attention import attention_qkv
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
-from portlm.ops.linear import linear
-from portlm.ops.linear_cross_entropy import linear_cross_entropy
 
 _BOUNDS = {
     "vocab_size": (1, config_json.MAX_VOCAB),
@@ -279,7 +276,7 @@ class Block(nn.Module):
         return drop(self.mlp(y), self.dropout, self.training), h, present
 
 
-class GPT2(nn.Module):
+class GPT2(Causal):
     """A GPT-2 language model with randomly initialised weights.
 
     Args:
@@ -287,101 +284,32 @@ class GPT2(nn.Module):
         init: False leaves the parameters uninitialised, for a caller that fills them all.
     """
 
+    wte: Embedding
+    wpe: Embedding  # positions
+    PARTS = Parts("wte", "h", "ln_f", "lm_head", "transformer.")
+    CONSTANTS = (".attn.bias", ".attn.masked_bias")
+
     def __init__(self, config: GPT2Config, *, init: bool = True):
         super().__init__()
-        self.config = config
-        self.wte = Embedding(config.vocab_size, config.width)
-        self.wpe = Embedding(config.context_length, config.width)
-        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = LayerNorm(config.width, config.layer_norm_eps)
+        blocks: list[nn.Module] = [Block(config) for _ in range(config.n_layer)]
+        positions = Embedding(config.context_length, config.width)
+        self.assemble(config, blocks, LayerNorm(config.width, config.layer_norm_eps), ("wpe", positions))
         if init:
             self.init_weights()
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits (B, T, V), or the mean cross-entropy when targets are given.
-
-        Args:
-            input_ids: (B, T) int64.
-            targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
-
-        Raises:
-            ContextLengthError: T is larger than the context.
-        """
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return the sum of both tables' rows, (B, T, C)."""
         T = input_ids.shape[1]
-        check_length(T, self.config.context_length)
-        y, _ = self._decode(self.wte(input_ids) + self.wpe.weight[:T])
-        if targets is None:
-            return linear(y, self.wte.weight)
-        return linear_cross_entropy(y.flatten(0, 1), self.wte.weight, targets.flatten())
+        x = self.wte(input_ids) + (self.wpe.weight[:T] if position_ids is None else self.wpe(position_ids))
+        return drop(x, self.config.dropout, self.training)
 
-    @torch.no_grad()
-    def step(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        past: list[KeyValue] | None = None,
-        logits_to_keep: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Continue sequences whose P earlier slots are in the cache.
+    def carried(self, tokens: int, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        """Return nothing: positions are in the stream."""
+        return ()
 
-        Args:
-            input_ids: (B, T) int64, the new tokens.
-            position_ids: (B, T) int64, the position of each within its own row.
-            attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
-            past: For each layer (key, value), each (B, H, P, D); None stands for P = 0.
-            logits_to_keep: (kept,) int64, which of the T new tokens to give logits for; None for all.
-
-        Returns:
-            Logits (B, kept, V), and the cache with P + T slots.
-
-        Raises:
-            ContextLengthError: P + T is larger than the context.
-        """
-        check_length(attention_mask.shape[1], self.config.context_length)
-        if past is None:
-            empty = self.wte.weight.new_empty(len(input_ids), self.config.n_head, 0, self.config.head_dim)
-            past = [(empty, empty)] * self.config.n_layer
-        y, present = self._decode(self.wte(input_ids) + self.wpe(position_ids), attention_mask, past)
-        if logits_to_keep is not None:
-            y = y.index_select(1, logits_to_keep)
-        return linear(y, self.wte.weight), present
-
-    def roles(self) -> dict[str, Role]:
-        """Return what this model can be exported as: a decoder with a cache."""
-        config = self.config
-        caches = [(config.n_head, config.head_dim)] * config.n_layer
-        return {"decoder": decoder(self.step, vocab_size=config.vocab_size, caches=caches)}
-
-    def _decode(
-        self, x: Tensor, mask: Tensor | None = None, past: list[KeyValue] | None = None
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Run the blocks on embeddings (B, T, C); return the normalised output and each layer's new cache."""
-        x, h = drop(x, self.config.dropout, self.training), None
-        presents = []
-        for layer, block in enumerate(self.h):
-            x, h, present = block(x, h, mask, None if past is None else past[layer])
-            presents.append(present)
-        y, _ = self.ln_f(x, h)
-        return y, presents
-
-    def num_parameters(self) -> int:
-        """Return the number of parameters, the shared embedding counted once."""
-        return sum(p.numel() for p in self.parameters())
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw fresh weights from PyTorch's global generator, as ``config.init`` says."""
-        s, L = self.config.init_std, self.config.n_layer
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.dim() == 1:
-                p.fill_(1.0)
-            else:
-                p.normal_(0.0, self._std(name, p.shape[1], s, L))
-
-    def _std(self, name: str, n_in: int, s: float, L: int) -> float:
+    def std(self, name: str, parameter: Tensor) -> float:
+        """Return the spread of a fresh matrix (out, in), as ``config.init`` says."""
+        s, L, n_in = self.config.init_std, self.config.n_layer, parameter.shape[1]
         init, writes_to_stream = self.config.init, name.endswith("c_proj.weight")
         if name == "wte.weight":
             return s
@@ -391,28 +319,13 @@ class GPT2(nn.Module):
             return 1 / math.sqrt(n_in * L) if writes_to_stream else 1 / math.sqrt(n_in)
         return s / math.sqrt(2 * L) if init == "scaled" and writes_to_stream else s
 
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
+    @classmethod
+    def hf_name(cls, name: str) -> tuple[str, bool]:
         """Return the name of a parameter in Hugging Face's files, and whether it is stored transposed there.
 
         Their Conv1D keeps its matrices (in, out), as OpenAI's TensorFlow code did.
         """
         return f"transformer.{name}", bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file, or None for one that holds no parameter.
-
-        Files of the bare GPT2Model, OpenAI's own uploads among them, lack the prefix and hold causal masks.
-        """
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        return None if re.fullmatch(r"transformer\.h\.\d+\.attn\.(masked_)?bias", name) else name
-
-    @staticmethod
-    def hf_tied(config: GPT2Config) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice."""
-        return {"lm_head.weight": "transformer.wte.weight"}
 
 
 def drop(x: Tensor, rate: float, training: bool) -> Tensor:

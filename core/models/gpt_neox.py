@@ -22,15 +22,12 @@ from torch import Tensor, nn
 
 from portlm.errors import ConfigError
 from portlm.models import config_json
+from portlm.models.causal import Causal, Parts
 from portlm.models.config_rope import rotary as rotary_keys
-from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, check_length
-from portlm.models.roles import Role, decoder
+from portlm.models.layers import KeyValue, LayerNorm, Linear
 from portlm.ops.attention import attention
 from portlm.ops.cached_attention import cached_attention
-from portlm.ops.embedding import embedding
 from portlm.ops.gelu_mlp import gelu_mlp
-from portlm.ops.linear import linear
-from portlm.ops.linear_cross_entropy import linear_cross_entropy
 from portlm.ops.rotary import rotary
 
 _BOUNDS = {
@@ -326,7 +323,7 @@ class Block(nn.Module):
         return self.mlp(y), h, present
 
 
-class GPTNeoX(nn.Module):
+class GPTNeoX(Causal):
     """A GPT-NeoX language model with randomly initialised weights.
 
     Args:
@@ -334,142 +331,23 @@ class GPTNeoX(nn.Module):
         init: False leaves the parameters uninitialised, for a caller that fills them all.
     """
 
-    rotary_cos: Tensor  # (context, R/2), not saved: it follows from the configuration
-    rotary_sin: Tensor
+    PARTS = Parts("embed_in", "layers", "final_layer_norm", "embed_out", "gpt_neox.")
+    CONSTANTS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
     def __init__(self, config: GPTNeoXConfig, *, init: bool = True):
         super().__init__()
-        self.config = config
-        self.embed_in = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.final_layer_norm = LayerNorm(config.width, config.layer_norm_eps)
-        self.embed_out = (
-            None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
-        )
-        cos, sin = rotary_table(config)
-        self.register_buffer("rotary_cos", cos, persistent=False)
-        self.register_buffer("rotary_sin", sin, persistent=False)
+        blocks: list[nn.Module] = [Block(config) for _ in range(config.n_layer)]
+        self.assemble(config, blocks, LayerNorm(config.width, config.layer_norm_eps))
+        self.rotate_by(rotary_table(config))
         if init:
             self.init_weights()
 
-    @property
-    def head(self) -> Tensor:
-        """The output matrix (V, C)."""
-        return self.embed_in.weight if self.embed_out is None else self.embed_out.weight
-
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits (B, T, V), or the mean cross-entropy when targets are given.
-
-        Args:
-            input_ids: (B, T) int64.
-            targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
-
-        Raises:
-            ContextLengthError: T is larger than the context.
-        """
-        T = input_ids.shape[1]
-        check_length(T, self.config.context_length)
-        y, _ = self._decode(input_ids, self.rotary_cos[:T], self.rotary_sin[:T])
-        if targets is None:
-            return linear(y, self.head)
-        return linear_cross_entropy(y.flatten(0, 1), self.head, targets.flatten())
-
-    @torch.no_grad()
-    def step(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        past: list[KeyValue] | None = None,
-        logits_to_keep: Tensor | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Continue sequences whose P earlier slots are in the cache.
-
-        Args:
-            input_ids: (B, T) int64, the new tokens.
-            position_ids: (B, T) int64, the position of each within its own row.
-            attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
-            past: For each layer (key, value), each (B, H, P, D), keys already rotated; None stands for P = 0.
-            logits_to_keep: (kept,) int64, which of the T new tokens to give logits for; None for all.
-
-        Returns:
-            Logits (B, kept, V), and the cache with P + T slots.
-
-        Raises:
-            ContextLengthError: P + T is larger than the context.
-        """
-        check_length(attention_mask.shape[1], self.config.context_length)
-        if past is None:
-            empty = self.head.new_empty(len(input_ids), self.config.n_head, 0, self.config.head_dim)
-            past = [(empty, empty)] * self.config.n_layer
-        cos = embedding(position_ids, self.rotary_cos)  # (B, T, R/2)
-        sin = embedding(position_ids, self.rotary_sin)
-        y, present = self._decode(input_ids, cos, sin, attention_mask, past)
-        if logits_to_keep is not None:
-            y = y.index_select(1, logits_to_keep)
-        return linear(y, self.head), present
-
-    def roles(self) -> dict[str, Role]:
-        """Return what this model can be exported as: a decoder with a cache."""
-        config = self.config
-        caches = [(config.n_head, config.head_dim)] * config.n_layer
-        return {"decoder": decoder(self.step, vocab_size=config.vocab_size, caches=caches)}
-
-    def _decode(
-        self,
-        ids: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None = None,
-        past: list[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache.
-
-        cos and sin are the rotation at each token's position, (T, R/2) or (B, T, R/2), for all layers.
-        """
-        x, h = self.embed_in(ids), None
-        presents = []
-        for layer, block in enumerate(self.layers):
-            x, h, present = block(x, h, cos, sin, mask, None if past is None else past[layer])
-            presents.append(present)
-        y, _ = self.final_layer_norm(x, h)
-        return y, presents
-
-    def num_parameters(self) -> int:
-        """Return the number of parameters, a shared one counted once."""
-        return sum(p.numel() for p in self.parameters())
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw fresh weights from PyTorch's global generator: N(0, init_std²) for matrices, biases 0, gains 1."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.dim() == 1:
-                p.fill_(1.0)
-            else:
-                p.normal_(0.0, self.config.init_std)
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
-        return name if name.startswith("embed_out.") else f"gpt_neox.{name}", False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
+    @classmethod
+    def hf_alias(cls, name: str) -> str | None:
         """Return the usual name of a tensor in a foreign file, or None for one that holds no parameter.
 
-        Files of the bare GPTNeoXModel lack the prefix, newer ones call the head lm_head, and the published ones hold
-        causal masks and rotary frequencies.
+        Newer files call the head lm_head.
         """
-        if name.startswith("lm_head."):
-            return name.replace("lm_head.", "embed_out.")
-        if not name.startswith(("gpt_neox.", "embed_out.")):
-            name = f"gpt_neox.{name}"
-        constants = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-        return None if name.endswith(constants) else name
-
-    @staticmethod
-    def hf_tied(config: GPTNeoXConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice."""
-        return {"embed_out.weight": "gpt_neox.embed_in.weight"} if config.tie_embeddings else {}
+        return super().hf_alias(
+            name.replace("lm_head.", "embed_out.") if name.startswith("lm_head.") else name
+        )

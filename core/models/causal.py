@@ -1,0 +1,218 @@
+"""What all causal decoders share: from ids through embeddings and blocks to logits, at once or with a cache.
+
+A family is a configuration, a block and the names of its parts. The loop over the blocks, the loss, the step with a
+cache, the role and the names in Hugging Face's files are here, once.
+
+B batch, T time, C width, K key/value heads, D head width, R the rotated part of it, P slots already in the cache, V
+vocabulary.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from portlm.models.layers import Embedding, KeyValue, Linear, check_length
+from portlm.models.roles import Role, decoder
+from portlm.ops.embedding import embedding
+from portlm.ops.linear import linear
+from portlm.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class Parts(NamedTuple):
+    """What a family calls its parts, in Hugging Face's words.
+
+    Attributes:
+        embedding: The token table.
+        blocks: The list of blocks.
+        norm: The norm behind the last block.
+        head: The output layer, where it has a matrix of its own.
+        prefix: What stands before all names but the head's in a file.
+    """
+
+    embedding: str
+    blocks: str
+    norm: str
+    head: str
+    prefix: str
+
+
+class Causal(nn.Module):
+    """A causal decoder with a key/value cache and randomly initialised weights.
+
+    A family sets PARTS and builds its modules in ``__init__``; see :meth:`assemble`. Where there is more than tokens
+    and rotary positions it replaces :meth:`embed` and :meth:`carried`.
+
+    Attributes:
+        config: Its shape: vocab_size, context_length, n_layer, n_kv_head, head_dim, width, init_std.
+        PARTS: What its parts are called.
+        CONSTANTS: Ends of the names of tensors in foreign files that hold no parameter.
+        rotary_cos: (context, R/2), not saved: it follows from the configuration. Only with rotary positions.
+        rotary_sin: The same.
+    """
+
+    PARTS: ClassVar[Parts]
+    CONSTANTS: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+    config: Any
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def assemble(
+        self, config: Any, blocks: list[nn.Module], norm: nn.Module, *more: tuple[str, nn.Module]
+    ) -> None:
+        """Register the parts in the order in which their weights are drawn.
+
+        Args:
+            config: Its shape; a head of its own unless it has ``tie_embeddings`` that is true.
+            blocks: One for each layer: (x, h, *carried, mask, past) -> (x, h, present).
+            norm: The one behind the last block: (x, h) -> (y, h).
+            more: Names and modules that come after the token table.
+        """
+        self.config = config
+        parts = self.PARTS
+        self.add_module(parts.embedding, Embedding(config.vocab_size, config.width))
+        for name, module in more:
+            self.add_module(name, module)
+        self.add_module(parts.blocks, nn.ModuleList(blocks))
+        self.add_module(parts.norm, norm)
+        tied = getattr(config, "tie_embeddings", True)
+        head = None if tied else Linear(config.width, config.vocab_size, bias=False)
+        self.register_module(parts.head, head)
+
+    def rotate_by(self, tables: tuple[Tensor, Tensor]) -> None:
+        """Keep cosine and sine (context, R/2) of the rotation at each position for :meth:`carried`."""
+        for name, table in zip(("rotary_cos", "rotary_sin"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix (V, C)."""
+        own = getattr(self, self.PARTS.head)
+        weight: Tensor = (getattr(self, self.PARTS.embedding) if own is None else own).weight
+        return weight
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return what enters the first block, (B, T, C), for ids (B, T) at positions (B, T), None for 0 to T - 1."""
+        x: Tensor = getattr(self, self.PARTS.embedding)(input_ids)
+        return x
+
+    def carried(self, tokens: int, position_ids: Tensor | None) -> tuple[Tensor, ...]:
+        """Return what every block is given beside the stream: the rotation, (T, R/2) or (B, T, R/2) each."""
+        if position_ids is None:
+            return self.rotary_cos[:tokens], self.rotary_sin[:tokens]
+        return embedding(position_ids, self.rotary_cos), embedding(position_ids, self.rotary_sin)
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V), or the mean cross-entropy when targets are given.
+
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
+
+        Raises:
+            ContextLengthError: T is larger than the context.
+        """
+        check_length(input_ids.shape[1], self.config.context_length)
+        y, _ = self._decode(input_ids)
+        if targets is None:
+            return linear(y, self.head)
+        return linear_cross_entropy(y.flatten(0, 1), self.head, targets.flatten())
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[KeyValue] | None = None,
+        logits_to_keep: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Continue sequences whose P earlier slots are in the cache.
+
+        Args:
+            input_ids: (B, T) int64, the new tokens.
+            position_ids: (B, T) int64, the position of each within its own row.
+            attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row, 1 elsewhere.
+            past: For each layer (key, value), each (B, K, P, D), keys already rotated; None stands for P = 0.
+            logits_to_keep: (kept,) int64, which of the T new tokens to give logits for; None for all.
+
+        Returns:
+            Logits (B, kept, V), and the cache with P + T slots.
+
+        Raises:
+            ContextLengthError: P + T is larger than the context.
+        """
+        check_length(attention_mask.shape[1], self.config.context_length)
+        if past is None:
+            empty = self.head.new_empty(len(input_ids), self.config.n_kv_head, 0, self.config.head_dim)
+            past = [(empty, empty)] * self.config.n_layer
+        y, present = self._decode(input_ids, position_ids, attention_mask, past)
+        if logits_to_keep is not None:
+            y = y.index_select(1, logits_to_keep)
+        return linear(y, self.head), present
+
+    def roles(self) -> dict[str, Role]:
+        """Return what this model can be exported as: a decoder with a cache."""
+        config = self.config
+        caches = [(config.n_kv_head, config.head_dim)] * config.n_layer
+        return {"decoder": decoder(self.step, vocab_size=config.vocab_size, caches=caches)}
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache."""
+        carried = self.carried(input_ids.shape[1], position_ids)
+        x, h = self.embed(input_ids, position_ids), None
+        presents = []
+        for layer, block in enumerate(getattr(self, self.PARTS.blocks)):
+            x, h, present = block(x, h, *carried, mask, None if past is None else past[layer])
+            presents.append(present)
+        y, _ = getattr(self, self.PARTS.norm)(x, h)
+        return y, presents
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, a shared one counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights from PyTorch's global generator: N(0, std²) for matrices, biases 0, gains 1."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(1.0)
+            else:
+                p.normal_(0.0, self.std(name, p))
+
+    def std(self, name: str, parameter: Tensor) -> float:
+        """Return the spread of a fresh matrix (out, in)."""
+        spread: float = self.config.init_std
+        return spread
+
+    @classmethod
+    def hf_name(cls, name: str) -> tuple[str, bool]:
+        """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
+        return name if name.startswith(f"{cls.PARTS.head}.") else f"{cls.PARTS.prefix}{name}", False
+
+    @classmethod
+    def hf_alias(cls, name: str) -> str | None:
+        """Return the usual name of a tensor in a foreign file, or None for one that holds no parameter.
+
+        Files of a bare model, without a head, lack the prefix, and early ones hold causal masks and rotary frequencies.
+        """
+        head, prefix = cls.PARTS.head, cls.PARTS.prefix
+        if not name.startswith((prefix, f"{head}.")):
+            name = f"{prefix}{name}"
+        return None if name.endswith(cls.CONSTANTS) else name
+
+    @classmethod
+    def hf_tied(cls, config: Any) -> dict[str, str]:
+        """Return {name: the tensor it must equal} for what some files store twice."""
+        head, prefix, table = cls.PARTS.head, cls.PARTS.prefix, cls.PARTS.embedding
+        tied = getattr(config, "tie_embeddings", True)
+        return {f"{head}.weight": f"{prefix}{table}.weight"} if tied else {}
