@@ -6,6 +6,7 @@ functions of portlm.ops, so they run its kernels.
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -402,7 +403,11 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
     names = [i.name for i in node.inputs]
     counts = {i.heads for i in node.inputs} | {node.output_heads}
     looked_up = {i.rows_at for i in node.inputs}  # ids that only serve to look rows up
-    options = [a.name for a in node.attributes if a.name not in counts and a.name != "transposed"]
+    known = inspect.signature(
+        function
+    ).parameters  # other attributes are sizes, for engines that need to be told
+    names_of = {a.name: _ARGUMENTS.get(a.name, a.name) for a in node.attributes}
+    options = [name for name, argument in names_of.items() if name not in counts and argument in known]
     rows = _function("embedding")
 
     def derive(call: Call) -> Derived:

@@ -133,7 +133,8 @@ class Family(NamedTuple):
         module: To import.
         config: The class of its configuration.
         model: The class of its model.
-        kind: "decoder" for one that continues a text, "encoder" for one that reads a whole text, with heads.
+        kind: "decoder" for one that continues a text, "encoder" for one that reads a whole text, with heads,
+            "encoder-decoder" for one that reads a source and writes a target.
     """
 
     module: str
@@ -166,6 +167,7 @@ FAMILIES = {
     "gpt2": Family("portlm.models.gpt2", "GPT2Config", "GPT2"),
     "llama": Family("portlm.models.llama", "LlamaConfig", "Llama"),
     "gpt_neox": Family("portlm.models.gpt_neox", "GPTNeoXConfig", "GPTNeoX"),
+    "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
@@ -324,8 +326,8 @@ def write_config(folder: Path, config: Config) -> None:
     """Write config.json and generation_config.json."""
     data = config.to_hf()
     write_json(folder / CONFIG, data)
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {key: data[key] for key in keys if data[key] is not None}
+    keys = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: data[key] for key in keys if data.get(key) is not None}
     write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
 
 

@@ -1,7 +1,7 @@
 """T5: the Transformer of 2017 as one text-to-text model, with five changes.
 
-Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (arXiv:1910.10683), the
-code released with it, and for version 1.1 Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202).
+Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (arXiv:1910.10683),
+the code released with it, and for version 1.1 Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202).
 
 - RMSNorm in front of each sublayer instead of LayerNorm behind it, and one more after the last block of a stack
 - no biases anywhere
@@ -261,10 +261,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        if self.gated:
-            x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        else:
-            x = torch.relu(self.wi(x))
+        x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else torch.relu(self.wi(x))
         return self.wo(drop(x, self.dropout, self.training))
 
 
@@ -289,7 +286,7 @@ class Block(nn.Module):
         memory: KeyValue | None = None,
         source_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, KeyValue]:
-        """Map (x, h), both (B, T, C), to the same for the next layer, and return all keys and values (B, P + T, H, D)."""
+        """Map (x, h), both (B, T, C), to the same for the next layer, and return keys and values (B, P + T, H, D)."""
         y, h = self.attn_norm(x, h)
         seen = self.attn.keys_values(y)
         if past is not None:
@@ -402,20 +399,16 @@ class T5(EncoderDecoder):
     @staticmethod
     def hf_name(name: str) -> tuple[str, bool]:
         """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
-        if name.startswith(("shared.", "lm_head.")):
-            return name, False
-        stack, rest = name.split(".", 1)
-        if rest == "bias.weight":
-            return f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", False
-        if rest == "norm.weight":
-            return f"{stack}.final_layer_norm.weight", False
-        _, number, part, *matrix = rest.split(".")
-        last = 2 if stack == "decoder" else 1
-        sublayer, module = {"attn": (0, "SelfAttention"), "cross": (1, "EncDecAttention"), "mlp": (last, "DenseReluDense")}[
-            part.removesuffix("_norm")
-        ]
-        inner = "layer_norm" if part.endswith("_norm") else f"{module}.{matrix[0]}"
-        return f"{stack}.block.{number}.layer.{sublayer}.{inner}.weight", False
+        stack, last = name.partition(".")[0], 2 if name.startswith("decoder.") else 1
+        name = re.sub(r"^(\w+)\.bias\b", r"\1.block.0.layer.0.SelfAttention.relative_attention_bias", name)
+        name = re.sub(r"^(\w+)\.norm\b", r"\1.final_layer_norm", name)
+        for part, module, place in (
+            ("attn", "SelfAttention", 0), ("cross", "EncDecAttention", 1), ("mlp", "DenseReluDense", last)
+        ):  # fmt: skip
+            block = rf"^({stack}\.block\.\d+)"
+            name = re.sub(rf"{block}\.{part}_norm\b", rf"\1.layer.{place}.layer_norm", name)
+            name = re.sub(rf"{block}\.{part}\b", rf"\1.layer.{place}.{module}", name)
+        return name, False
 
     @staticmethod
     def hf_alias(name: str) -> str | None:
@@ -423,7 +416,9 @@ class T5(EncoderDecoder):
 
         Files of the first release hold a table of biases for the decoder's look at the source, which nobody reads.
         """
-        unread = re.fullmatch(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight", name)
+        unread = re.fullmatch(
+            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight", name
+        )
         return None if unread else name
 
     @staticmethod
