@@ -167,6 +167,8 @@ FAMILIES = {
     "gpt2": Family("portlm.models.gpt2", "GPT2Config", "GPT2"),
     "llama": Family("portlm.models.llama", "LlamaConfig", "Llama"),
     "gpt_neox": Family("portlm.models.gpt_neox", "GPTNeoXConfig", "GPTNeoX"),
+    "marian": Family("portlm.models.transformer", "TransformerConfig", "Transformer", "encoder-decoder"),
+    "bart": Family("portlm.models.bart", "BartConfig", "Bart", "encoder-decoder"),
     "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}

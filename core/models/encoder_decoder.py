@@ -96,7 +96,7 @@ class EncoderDecoder(nn.Module):
 
     @property
     def output_bias(self) -> Tensor | None:
-        """What is added to the logits, (V,); None for nothing."""
+        """What is added to the logits, (1, V); None for nothing."""
         return None
 
     def scaled(self, y: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, y: Tensor) -> Tensor:
         """Return logits (B, T, V) for the decoder's output (B, T, C)."""
-        return linear(self.scaled(y), self.head, self.output_bias)
+        logits = linear(self.scaled(y), self.head)
+        return logits if self.output_bias is None else logits + self.output_bias
 
     @torch.no_grad()
     def step(
@@ -180,11 +181,21 @@ class EncoderDecoder(nn.Module):
             logits_to_keep, source_mask, *flat = rest
             pairs = list(zip(flat[::2], flat[1::2], strict=True))
             logits, present = self.step.__wrapped__(  # type: ignore[attr-defined]
-                self, input_ids, position_ids, attention_mask, pairs[:L], source_mask, pairs[L:], logits_to_keep
+                self,
+                input_ids,
+                position_ids,
+                attention_mask,
+                pairs[:L],
+                source_mask,
+                pairs[L:],
+                logits_to_keep,
             )
             return logits, *(tensor for layer in present for tensor in layer)
 
-        inputs = [TensorSpec("input_ids", "int64", tokens), TensorSpec("attention_mask", "int64", ("batch", TOTAL))]
+        inputs = [
+            TensorSpec("input_ids", "int64", tokens),
+            TensorSpec("attention_mask", "int64", ("batch", TOTAL)),
+        ]
         if self.has_positions:
             inputs.append(TensorSpec("position_ids", "int64", tokens))
         inputs.append(TensorSpec("logits_to_keep", "int64", ("kept",)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from portlm.errors import ConfigError
-from portlm.models import FAMILIES, build, config_from_hf
+from portlm.models import DECODERS, FAMILIES, build, config_from_hf
 from portlm.models.config_json import HARMLESS, REFUSED, Reader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +153,7 @@ def test_what_is_accepted_is_the_model_that_transformers_computes(transformers, 
     assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_every_attribute_that_transformers_may_write_is_known(transformers, family):
     config = transformers.AutoConfig.for_model(**BASE[family])
     written = {**config.to_dict(), **{key: getattr(config, key) for key in config.attribute_map}}
@@ -296,6 +296,8 @@ def test_every_key_of_the_page_does_as_it_says(family):
         *(key for keys in HARMLESS.values() for key in keys),
         *(k for k, u in uses.items() if u.how == "harmless"),
     ):
+        if key in uses and uses[key].how != "harmless":  # another family reads it
+            continue
         for value in (None, True, "x", 3.5, {"a": []}):
             assert config_from_hf({**data, key: value}) == expected, key
     for key, use in uses.items():
