@@ -67,7 +67,7 @@ from portlm.compile.role_graphs import (
 )
 from portlm.compile.tables import table_limits, with_limits
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import check_space, free_bytes, read_json
+from portlm.files import check_is_folder, check_space, free_bytes, read_json
 from portlm.folders import FILE_OPS, new_folder
 from portlm.hub_files import (
     TOKENIZER,
@@ -145,6 +145,7 @@ def export(
     check_cache(cache)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(source, target)
+    check_is_folder(source)
     if not (source / CONFIG).exists() and (hint := instead(source)):
         raise FormatError(f"{source / CONFIG} does not exist: {hint}")
     check_folder(source)

@@ -76,7 +76,7 @@ def compile_packed(
     Raises:
         UsageError: the role has no graph of this profile.
         FormatError: a graph is not the one the manifest lists, or not one of ours.
-        EngineUnavailableError: a graph has a node that has no form in a packed file; the message names it.
+        EngineUnavailableError: a graph has a node without a form in a packed file; or portlm's kernels are not built.
         StorageError: the disk is full or refuses.
     """
     root = Path(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from portlm.artifact import FileEntry
+from portlm.extension import load_extension
 from portlm.files import atomic_file, check_space
 from portlm.large_parts import in_large_parts
 from portlm.ops.half import pack_array
@@ -138,14 +139,16 @@ def write_packed(
     """Write a packed file atomically; return size and sha256 of what was written.
 
     Raises:
+        ExtensionError: portlm's kernels, which pack the matrices and would run the file, are not built.
         StorageError: the disk is full or refuses.
     """
+    load_extension()
     tables = _Tables()
     for program in programs:
         tables.add_program(program)
     begins, end = tables.place(tensors)
     head = tables.to_bytes(end, begins, vocabulary, context)
-    check_space(path.parent, end)
+    check_space(path, end)
     digest, position = hashlib.sha256(head), len(head)
     with atomic_file(path, end) as file, in_large_parts(file) as parts:
         parts.write(head)

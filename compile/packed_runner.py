@@ -15,8 +15,6 @@ from onnx import helper
 from portlm.artifact import RoleSpec
 from portlm.compile.packed import Weights, lower, write_fused
 from portlm.compile.runners import Runner
-from portlm.errors import EngineUnavailableError
-from portlm.ops.compiled import kernels
 from portlm.roles import StateSpec, TensorSpec
 from portlm.trust import private_scratch
 
@@ -28,10 +26,10 @@ def packed_runner(device: str = "cpu", profile: str = "fused") -> Runner:
     """Run fused graphs as the packed engine does.
 
     Raises:
-        EngineUnavailableError: portlm's kernels are not built.
+        ExtensionError: portlm's kernels are not built.
     """
-    if kernels is None:
-        raise EngineUnavailableError("packed: portlm's kernels are not built: reinstall portlm")
+    from portlm import _C
+
     opened: dict[tuple[str, ...], tuple[RoleSpec, tuple[TensorSpec, ...], Any]] = {}
 
     def open_role(model: onnx.ModelProto, folder: Path) -> tuple[RoleSpec, tuple[TensorSpec, ...], Any]:
@@ -42,7 +40,7 @@ def packed_runner(device: str = "cpu", profile: str = "fused") -> Runner:
             path = scratch / "packed.portlm"
             write_fused(path, [program], weights, ANY, ANY)
             with path.open("rb") as file:  # it is mapped, and needs no name after this
-                return role, program.outputs, kernels.run.PackedFile(file.fileno()).open(0)
+                return role, program.outputs, _C.run.PackedFile(file.fileno()).open(0)
 
     def run(
         model: onnx.ModelProto, folder: Path, names: Sequence[str], inputs: Mapping[str, np.ndarray]

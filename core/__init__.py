@@ -22,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from portlm.flows.export import export
 
         return export
+    if name == "_C":  # asked for before it was imported, which sets it
+        from portlm.extension import load_extension
+
+        return load_extension()
     raise AttributeError(f"module 'portlm' has no attribute {name!r}")

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError
 from portlm.field_errors import explain
-from portlm.files import check_name, read_json, safe_join, sha256_file, shown, write_atomic
+from portlm.files import check_is_folder, check_name, read_json, safe_join, sha256_file, shown, write_atomic
 from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS, KeyValueCache, Quantization
 from portlm.roles import (
     DTYPES,
@@ -214,6 +214,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         FormatError: there is none, it is damaged, or it says something that cannot be.
     """
+    check_is_folder(Path(folder))
     path = Path(folder) / MANIFEST
     if not path.exists():
         raise FormatError(
@@ -238,8 +239,6 @@ def read_manifest(folder: str | Path) -> Manifest:
 def instead(folder: str | Path) -> str:
     """Say what to give in place of a folder without the file that was looked for, or "" if nothing can be guessed."""
     root = Path(folder)
-    if not root.is_dir():
-        return "there is no such folder"
     if (root / "final" / "config.json").is_file():
         return f"this is a run folder, the trained model is in {root / 'final'}"
     if (root / "config.json").is_file() and not (root / MANIFEST).exists():

@@ -40,6 +40,10 @@ class EngineUnavailableError(PortlmError):
     """An engine or device that this machine does not have. The message names the command that adds it."""
 
 
+class ExtensionError(EngineUnavailableError, ImportError):
+    """portlm's compiled extension is missing or cannot be loaded, so what needs its kernels cannot run."""
+
+
 class PlacementError(PortlmError):
     """A node would have run on another device than the one asked for."""
 

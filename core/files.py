@@ -50,6 +50,15 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     return os.fdopen(fd, "rb")
 
 
+def check_is_folder(path: Path) -> None:
+    """Raise FormatError unless a path is a folder. Of a file the message names the folder that it lies in."""
+    if path.is_dir():
+        return
+    if path.exists():
+        raise FormatError(f"{path} is a file: give the folder that holds it, {path.parent}")
+    raise FormatError(f"{path}: there is no such folder")
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the sha256 of a file's bytes in lower-case hexadecimal.
 

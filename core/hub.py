@@ -18,7 +18,16 @@ import numpy as np
 from portlm import generation_config
 from portlm.artifact import check_source
 from portlm.errors import FormatError, StorageError, UsageError
-from portlm.files import atomic_file, open_regular, parse_json, read_bytes, read_json, shown, write_atomic
+from portlm.files import (
+    atomic_file,
+    check_is_folder,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    shown,
+    write_atomic,
+)
 from portlm.folders import new_folder
 from portlm.hub_files import (
     INDEX,
@@ -128,6 +137,7 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
 
 def _check_files(folder: Path) -> None:
     """Look at where the files of a folder lie, and at what is in them if it is an artifact, whose manifest says it."""
+    check_is_folder(folder)
     check_folder(folder)
     texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
     check_source(folder, (CONFIG, WEIGHTS, *texts, *cards(folder)))

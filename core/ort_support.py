@@ -5,8 +5,10 @@ Both must run a graph in the very same way, or the search looks at something tha
 
 import contextlib
 import os
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,9 @@ EVEN = "-even.onnx"  # ends the name of a second graph, for calls in which nothi
 # Between two loops of a step lie microseconds, between two steps what Python does. Waking a thread up for every loop
 # made a step of 30 million parameters take twice as long.
 SPINNING_VARIABLE, SPIN_MICROSECONDS = "PORTLM_ORT_SPINNING", 1000
+# Looks at what runs now, seconds between two, and seconds for all together.
+LOOKS, BETWEEN_LOOKS, LONGEST_LOOK = 5, 5e-4, 3e-3
+LOADAVG = Path("/proc/loadavg")
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -76,11 +81,34 @@ def session_options(device: str, ep_device: Any, threads: int | None, allow_fall
 
 
 def _crowded() -> bool:
-    """Whether more threads wanted to run in the last minute than there are cores, as far as the system says.
+    """Whether more threads want to run now than there are cores, this one among them, as far as the system says.
 
-    There a thread that spins is set aside when it is needed: a step of 1.2 ms took 38 with it, and 11 without.
+    There a thread that spins is set aside when it is needed: a step of 1.2 ms took 38 with it, and 11 without. Where
+    nothing says what runs now, the load of the last minute stands for it, which forgets work slowly.
     """
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    running = _running()
+    if running is not None:
+        return running > cores
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > cores
+
+
+def _running() -> int | None:
+    """How many threads of the machine run or want to, the caller among them; None where the system does not say.
+
+    The median of a few looks over milliseconds, because a thread that wakes up for microseconds crowds nobody.
+    """
+    looks: list[int] = []
+    end = time.perf_counter() + LONGEST_LOOK
+    try:
+        while len(looks) < LOOKS and time.perf_counter() < end:
+            if looks:
+                time.sleep(BETWEEN_LOOKS)
+            looks.append(int(LOADAVG.read_text().split()[3].partition("/")[0]))
+    except (OSError, ValueError, IndexError):
+        return None
+    # The caller runs, so a system that counts nobody does not count.
+    return statistics.median_low(looks) or None
 
 
 def open_session(model: Path | bytes, options: Any, device: str) -> Any:

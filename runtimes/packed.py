@@ -61,16 +61,12 @@ class PackedEngine(EngineBase):
             request: profile "auto" or "fused". allow_fallback is ignored, there is nowhere else to run.
 
         Raises:
-            EngineUnavailableError: portlm's kernels are not built.
+            EngineUnavailableError: portlm's kernels are not built (ExtensionError), or the device is another one.
             UsageError: nothing was compiled, or the folder is a plain checkpoint.
             FormatError: the file is missing, altered, damaged, or of another model.
         """
-        try:
-            from portlm import _C
-        except ImportError as error:
-            raise EngineUnavailableError(
-                f"packed: portlm's kernels are not built ({error}): reinstall portlm"
-            ) from error
+        from portlm import _C
+
         folder, manifest = request.folder, request.manifest
         if manifest is None:
             raise UsageError(f"packed runs exported models: run portlm export {folder} first")

@@ -17,6 +17,7 @@ from typing import TypedDict
 
 from portlm.engines import ENGINES, resolve
 from portlm.errors import EngineUnavailableError
+from portlm.extension import problem
 
 CHILD_SECONDS = 60  # a software driver compiles its first pipeline in a few
 
@@ -149,15 +150,15 @@ def ort(engine: str, device: str) -> str:
 def tvm(engine: str, device: str) -> str:
     """Probe TVM and the binary interface of portlm's kernels."""
     version = _need("apache-tvm", "tvm", "tvm")
+    _need_kernels()
     note = _child(engine, device)
     return f"apache-tvm {version}" + (f", {note}" if note else "")
 
 
 def packed(engine: str, device: str) -> str:
     """Probe portlm's own kernels, which the runner of packed files calls."""
+    _need_kernels()
     isa, _ = _instruction_sets()
-    if not isa:
-        raise _MissingError("portlm's kernels are not built", "pip install --force-reinstall portlm")
     return f"portlm kernels for {isa}"
 
 
@@ -172,6 +173,12 @@ def _need(package: str, module: str, extra: str) -> str:
     if version is None or importlib.util.find_spec(module) is None:
         raise _MissingError(f"{package} is not installed", f"pip install 'portlm[{extra}]'")
     return version
+
+
+def _need_kernels() -> None:
+    if missing := problem():
+        reason, _, command = missing.partition(", try ")
+        raise _MissingError(reason, command)
 
 
 def _version(package: str) -> str | None:

@@ -63,7 +63,8 @@ def connect_kernels() -> None:
     """Register the kernels of portlm._C as TVM functions "portlm.<op>", once per process.
 
     Raises:
-        EngineUnavailableError: portlm was built without them, or for another version of TVM's binary interface.
+        EngineUnavailableError: portlm was built without them (ExtensionError), or for another version of TVM's binary
+            interface.
     """
     global _connected, _make_array
     if _connected:
@@ -72,12 +73,8 @@ def connect_kernels() -> None:
     import tvm_ffi
     from tvm_ffi import libinfo
 
-    try:
-        from portlm import _C
-    except ImportError as error:
-        raise EngineUnavailableError(
-            f"tvm: portlm's kernels are not built ({error}): reinstall portlm"
-        ) from error
+    from portlm import _C
+
     _make_array = tvm_ffi.get_global_func("ffi.Array")  # the kernels do not count their reference
     module = tvm_ffi.load_module(str(_C.__file__))
     runtime = ctypes.CDLL(libinfo.find_libtvm_ffi())

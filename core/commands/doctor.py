@@ -24,14 +24,13 @@ def command(as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Return what --json prints: engines, versions, machine and warnings."""
+    from portlm.extension import problem
     from portlm.runtimes.probe import conflicts, machine, probe, versions
 
     about = machine()
     warnings = conflicts()
-    if not about["kernels"]:
-        warnings.append(
-            "portlm's kernels are not built, so training and the torch engine are slow: reinstall portlm"
-        )
+    if missing := problem():
+        warnings.append(f"training and the torch engine are slow: {missing}")
     return {"engines": probe(), "versions": versions(), "machine": about, "warnings": warnings}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from portlm.errors import PortlmError, UsageError
+from portlm.extension import load_extension
 from portlm.flows.measuring import bootstrap, environment, spread
 from portlm.flows.targets import Target, default_targets
 from portlm.flows.worker_process import WorkerProcess
@@ -80,11 +81,13 @@ def measure(
         ``{"model", "settings", "environment", "limits", "rows": [Row as dict], "failed": [{"target", "reason"}]}``.
 
     Raises:
+        ExtensionError: portlm's kernels, which measure the limits, are not built.
         UsageError: a count below 1, or prompt + tokens beyond the context.
         FormatError: the folder is no artifact.
         PortlmError: not one target could be measured.
     """
     check_counts(model, prompt, tokens, rounds)
+    load_extension()  # for the limits
     processes: list[Process] = []
     loaded: dict[Target, dict[str, Any]] = {}
     failed = []

@@ -15,6 +15,7 @@ from typing import Any
 
 from portlm.artifact import ParityRow
 from portlm.errors import FormatError, ParityError, UsageError
+from portlm.extension import load_extension
 from portlm.files import write_atomic
 from portlm.flows.bench import measure
 from portlm.flows.targets import Target
@@ -68,6 +69,7 @@ TARGETS = (
     Target("ort", "vulkan", "fused"),
     Target("tvm", "cpu", "portable"),
     Target("tvm", "cpu", "fused"),
+    Target("packed", "cpu", "fused"),
 )
 
 
@@ -83,10 +85,12 @@ def run(out: Path, *, steps: int | None = None, progress: Progress = lambda mess
         What ``report.json`` holds.
 
     Raises:
+        ExtensionError: portlm's kernels are not built.
         UsageError: `out` exists and is not an earlier demonstration.
         PortlmError: whatever fails on the way.
     """
     begin = time.perf_counter()
+    load_extension()  # which measuring needs, and would miss after minutes of training without it
     _clear(out)
     progress("text: Python's docstrings, and the language reference behind its help()")
     text = _write_corpus(out)

@@ -17,6 +17,7 @@ from portlm import generation_config
 from portlm.arguments import flag, one_of, shown, whole
 from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import EngineUnavailableError, FormatError, StorageError, UsageError
+from portlm.files import check_is_folder
 from portlm.generation_config import GENERATION_CONFIG
 
 if TYPE_CHECKING:
@@ -149,8 +150,7 @@ def _manifest(folder: Path) -> Manifest | None:
         return None
     if problem is not None:
         raise problem
-    if not folder.is_dir():
-        raise FormatError(f"{folder}: there is no such folder; give an artifact or a checkpoint folder")
+    check_is_folder(folder)
     if not (folder / CONFIG).is_file():
         hint = instead(folder) or "give an artifact or a checkpoint folder"
         raise FormatError(f"{folder}: holds neither manifest.json nor config.json: {hint}")

@@ -249,15 +249,27 @@ class Reader:
                 f"{key} = {shown(value)} is not supported: only {expected} gives the model portlm computes"
             )
 
-    def require_full_attention(self, context_length: int) -> None:
-        """Accept only models in which every position may look back to the first: no sliding windows."""
+    def require_full_attention(self, context_length: int, *, switched: bool = False) -> None:
+        """Accept only models in which every position may look back to the first: no sliding windows.
+
+        Args:
+            context_length: How far back that may be.
+            switched: Whether the family reads sliding_window only where use_sliding_window is true.
+        """
         self.require("use_sliding_window", False)
+        if switched:
+            self.uses["sliding_window"] = Use("harmless")
+            self._require_full_layers()
+            return
         window = self.raw("sliding_window", "at least the longest sequence", "checked")
         if window is not None and (type(window) is not int or window < context_length):
             raise ConfigError(
                 f"sliding_window = {shown(window)} is not supported: portlm computes attention over all "
                 f"{context_length} positions"
             )
+        self._require_full_layers()
+
+    def _require_full_layers(self) -> None:
         layers = self.raw("layer_types", 'only "full_attention"', "checked")
         if layers is not None and (
             not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)
@@ -276,6 +288,10 @@ class Reader:
         """
         self.uses[key] = Use(how, what)
         return self._data.get(key)
+
+    def holds(self, key: str) -> bool:
+        """Say whether a key is there at all, if only as null."""
+        return key in self._data
 
     def finish(self, *harmless: str, encoder_decoder: bool = False) -> None:
         """Read what every family has, and raise ConfigError if a key is left that nobody asked for.

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError
-from portlm.models import config_json
+from portlm.models import config_json, config_rope
 from portlm.models.causal import Causal, Parts
-from portlm.models.config_rope import rotary as rotary_keys
 from portlm.models.layers import KeyValue, LayerNorm, Linear
+from portlm.models.rope import Scaling, tables
 from portlm.ops.attention import attention
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
@@ -73,6 +73,7 @@ class GPTNeoXConfig:
     hidden: int = 2048  # inner width of the MLP
     rotary_pct: float = 0.25  # R / D, rounded down to whole elements
     rope_theta: float = 10000.0
+    rope_scaling: Scaling | None = None
     parallel_residual: bool = True
     attention_bias: bool = True  # of the two matrices of attention; those of the MLP always have one
     layer_norm_eps: float = 1e-5
@@ -149,8 +150,8 @@ class GPTNeoXConfig:
         ):
             read.training(key, 0.0)  # nothing published used them
         read.require_full_attention(context)
-        rope_theta, rotary_pct = rotary_keys(
-            read, base="rotary_emb_base", share="rotary_pct", default_share=0.25
+        rotation = config_rope.rotary(
+            read, context, base="rotary_emb_base", share="rotary_pct", default_share=0.25
         )
         config = cls(
             vocab_size=vocab_size,
@@ -159,8 +160,9 @@ class GPTNeoXConfig:
             n_head=read.integer("num_attention_heads", 64),
             width=read.integer("hidden_size", 6144),
             hidden=read.integer("intermediate_size", 24576),
-            rotary_pct=rotary_pct,
-            rope_theta=rope_theta,
+            rotary_pct=rotation.share,
+            rope_theta=rotation.theta,
+            rope_scaling=rotation.scaling,
             parallel_residual=read.boolean("use_parallel_residual", True),
             attention_bias=read.boolean("attention_bias", True),
             layer_norm_eps=read.number("layer_norm_eps", 1e-5),
@@ -186,14 +188,13 @@ class GPTNeoXConfig:
             "hidden_size": self.width,
             "intermediate_size": self.hidden,
             "hidden_act": "gelu" if self.gelu == "none" else "gelu_new",
-            # Transformers 4 and most other engines read the first two of these, transformers 5 the third.
             "rotary_pct": self.rotary_pct,
-            "rotary_emb_base": self.rope_theta,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": self.rope_theta,
-                "partial_rotary_factor": self.rotary_pct,
-            },
+            **config_rope.to_hf(
+                self.rope_theta,
+                self.rope_scaling,
+                base="rotary_emb_base",
+                partial_rotary_factor=self.rotary_pct,
+            ),
             "use_parallel_residual": self.parallel_residual,
             "attention_bias": self.attention_bias,
             "layer_norm_eps": self.layer_norm_eps,
@@ -233,15 +234,6 @@ PARAMETERS = {  # as published
     "pythia-12b": 11_846_072_320,
     "gpt-neox-20b": 20_554_567_680,
 }
-
-
-def rotary_table(config: GPTNeoXConfig) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine (context, R/2) of the rotation at each position, from float32 angles."""
-    R = config.rotary_dim
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
-    angles = torch.arange(config.context_length)[:, None].float() * frequencies
-    dtype = torch.get_default_dtype()
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class Attention(nn.Module):
@@ -338,7 +330,9 @@ class GPTNeoX(Causal):
         super().__init__()
         blocks: list[nn.Module] = [Block(config) for _ in range(config.n_layer)]
         self.assemble(config, blocks, LayerNorm(config.width, config.layer_norm_eps))
-        self.rotate_by(rotary_table(config))
+        self.rotate_by(
+            tables(config.context_length, config.rotary_dim, config.rope_theta, config.rope_scaling)
+        )
         if init:
             self.init_weights()
 

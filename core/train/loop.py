@@ -20,6 +20,7 @@ from torch import Tensor
 import portlm
 from portlm import settings
 from portlm.errors import ConfigError, DivergenceError, PortlmError
+from portlm.extension import problem
 from portlm.ops.precision import products_in
 from portlm.train import checkpoint, state
 from portlm.train.config import RunConfig
@@ -111,6 +112,8 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
         progress = ProgressReport(config.steps, quiet=quiet)
+        if missing := problem():
+            progress.warn(f"training is slow: {missing}")
         found = folder.start_point(resume, progress.warn)
         saved = None if found is None else SavedRun.from_checkpoint(found)
         if saved is not None:

@@ -26,6 +26,32 @@ def test_a_run_folder_is_answered_with_the_model_in_it(verb, portlm, run_folder)
     assert f"this is a run folder, the trained model is in {run_folder / 'final'}" in outcome.error
 
 
+ARGUMENTS = {
+    "generate": ["hello"],
+    "bench": ["-e", "torch"],
+    "export": ["out"],
+    "import": ["out"],
+}  # after the folder
+
+
+@pytest.mark.parametrize("verb", ["engines", "export", "import", "compile", "verify", "generate", "bench"])
+@pytest.mark.parametrize("name", ["manifest.json", "config.json", "tokenizer.json"])
+def test_a_file_of_a_model_is_answered_with_its_folder(verb, name, portlm, artifacts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = portlm(verb, artifacts["gpt2"] / name, *ARGUMENTS.get(verb, []))
+    assert outcome.code == 1
+    file, folder = artifacts["gpt2"] / name, artifacts["gpt2"]
+    assert outcome.error == f"{file} is a file: give the folder that holds it, {folder}"
+
+
+@pytest.mark.parametrize("verb", ["engines", "export", "import", "compile", "verify", "generate", "bench"])
+def test_a_folder_that_is_not_there_is_said_so(verb, portlm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = portlm(verb, tmp_path / "nowhere", *ARGUMENTS.get(verb, []))
+    assert outcome.code == 1
+    assert outcome.error == f"{tmp_path / 'nowhere'}: there is no such folder"
+
+
 @pytest.mark.parametrize("verb", ["compile", "verify"])
 def test_a_checkpoint_where_an_artifact_is_needed_is_answered_with_the_command(verb, portlm, run_folder):
     outcome = portlm(verb, run_folder / "final")

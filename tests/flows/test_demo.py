@@ -1,23 +1,30 @@
-"""The demonstration from beginning to end, with little text, few steps and two engines."""
+"""The demonstration from beginning to end, with little text, few steps and three engines."""
 
 import json
 
 import pytest
 
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
-for package in ("onnx", "onnxruntime", "matplotlib"):
+for package in ("onnx", "onnxruntime", "matplotlib", "portlm._C"):
     pytest.importorskip(package, reason=f"{package} is missing: pip install portlm[all]")
 
 from portlm.data.python_topics import python_topics  # noqa: E402
+from portlm.engines import ENGINES  # noqa: E402
 from portlm.errors import UsageError  # noqa: E402
 from portlm.flows import demo  # noqa: E402
 from portlm.flows.targets import Target  # noqa: E402
+
+TRIED = (
+    Target("torch", "cpu", "native"),
+    Target("ort", "cpu", "portable"),
+    Target("packed", "cpu", "fused"),
+)
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(demo, "corpus", lambda: python_topics()[-20_000:])
-    monkeypatch.setattr(demo, "TARGETS", (Target("torch", "cpu", "native"), Target("ort", "cpu", "portable")))
+    monkeypatch.setattr(demo, "TARGETS", TRIED)
     monkeypatch.setattr(demo, "BENCH", {"prompt": 8, "tokens": 8, "rounds": 2})
     monkeypatch.setitem(demo.SETTINGS, "data", {**demo.SETTINGS["data"], "tokenizer": "bpe:300"})
     monkeypatch.setitem(demo.SETTINGS, "model", {**demo.SETTINGS["model"], "n_layer": 1, "width": 24})
@@ -32,6 +39,7 @@ def test_the_report_holds_what_was_learned_and_measured(small, tmp_path):
     assert [(row["engine"], row["profile"]) for row in report["engines"]] == [
         ("torch", "native"),
         ("ort", "portable"),
+        ("packed", "fused"),
     ]
     for row in report["engines"]:
         assert row["max_logit_error"] < 1e-4
@@ -44,6 +52,10 @@ def test_the_report_holds_what_was_learned_and_measured(small, tmp_path):
     assert "of the language reference alone" in page
     assert page.count("<svg") == 2
     assert any(line.startswith("verify") for line in said)
+
+
+def test_every_engine_that_computes_something_is_tried():
+    assert {target.engine for target in demo.TARGETS} == ENGINES.keys() - {"null"}
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):

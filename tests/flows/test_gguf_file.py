@@ -1,11 +1,15 @@
 """What llama.cpp is given is the same model: names, orientation, and the order of rows that its rotation expects."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from portlm.errors import UsageError
 from portlm.flows.race.gguf_file import apart, gguf_tensors, neighbours, write_gguf
 from portlm.models import WEIGHTS, load_config
+from portlm.models.llama import LlamaConfig
+from portlm.models.rope import Linear
 from portlm.weights import load_numpy
 
 RNG = np.random.default_rng(0)
@@ -51,6 +55,12 @@ def test_every_tensor_of_a_checkpoint_has_one_name_and_lies_out_by_in(family, ch
     assert found["blk.1.ffn_up.weight"].shape == (config.hidden, config.width)
     assert found["blk.1.ffn_down.weight"].shape == (config.width, config.hidden)
     assert all(t.flags.c_contiguous and t.dtype == np.float32 for t in found.values())
+
+
+@pytest.mark.parametrize("change", [{"head_width": 32}, {"rope_scaling": Linear(2.0)}], ids=str)
+def test_a_shape_that_would_not_be_written_whole_is_refused(change):
+    with pytest.raises(UsageError, match="no GGUF is written for scaled rotary positions or a head width"):
+        gguf_tensors({}, replace(LlamaConfig.tiny(), **change))
 
 
 def test_a_tensor_without_a_name_is_an_error_and_not_left_out(checkpoints):

@@ -1,6 +1,7 @@
 """Every key of config.json: what is accepted is transformers' model, what is refused is named, and the page is true."""
 
 import contextlib
+import copy
 import io
 import runpy
 from pathlib import Path
@@ -13,6 +14,17 @@ from portlm.models import DECODERS, FAMILIES, build, config_from_hf
 from portlm.models.config_json import HARMLESS, REFUSED, Reader
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def after_llama(family, **more):
+    """Return a small config.json of a family that has LLaMA's keys, with all ids that transformers has defaults for."""
+    return {
+        "model_type": family, "vocab_size": 99, "max_position_embeddings": 32, "hidden_size": 32,
+        "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **more,
+    }  # fmt: skip
+
+
 # As transformers would have them without any key that is missing; half of each head of GPT-NeoX is rotated.
 BASE = {
     "gpt2": {
@@ -27,8 +39,29 @@ BASE = {
         "model_type": "gpt_neox", "vocab_size": 99, "max_position_embeddings": 32, "hidden_size": 32,
         "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_pct": 0.5,
     },
+    **{family: after_llama(family, **more) for family, more in {
+        "qwen2": {}, "qwen3": {"head_dim": 12}, "mistral": {}, "phi3": {"partial_rotary_factor": 0.8},
+        "stablelm": {"partial_rotary_factor": 0.5}, "smollm3": {"no_rope_layer_interval": 2}, "olmo2": {},
+    }.items()},
 }  # fmt: skip
 ROTARY = ("llama", "gpt_neox")
+SCALABLE = ("qwen2", "qwen3", "mistral", "stablelm", "smollm3", "olmo2")
+SWITCHED = ("qwen2", "qwen3", "smollm3")  # they read sliding_window only if use_sliding_window is true
+UNSWITCHED = tuple(family for family in BASE if family not in SWITCHED)
+# Every way in which transformers and portlm scale rotary positions, in both spellings of its name.
+SCALED = (
+    {"rope_type": "linear", "factor": 4.0},
+    {"type": "linear", "factor": 2.5},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    {"type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4, "beta_slow": 0.5,
+     "truncate": False, "attention_factor": 1.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7, "mscale_all_dim": 1.2},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7},
+)  # fmt: skip
 
 
 def cases(table):
@@ -54,7 +87,8 @@ def logits(transformers, data):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    given = {key: value for key, value in data.items() if value is not None}  # null counts as missing
+    # null counts as missing, and transformers writes into what it is given
+    given = {key: copy.deepcopy(value) for key, value in data.items() if value is not None}
     other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**given)).double()
     state = {}
     for name, p in model.named_parameters():
@@ -118,8 +152,30 @@ ACCEPTED = [
             {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
             {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}},
             {"attention_dropout": 0.2},
+            *({key: scaled} for scaled in SCALED for key in ("rope_scaling", "rope_parameters")),
+            {"rope_scaling": SCALED[0], "rope_parameters": {**SCALED[0], "rope_theta": 10000.0}},
+            {"rope_scaling": SCALED[2], "rope_parameters": {"rope_theta": 10000.0}},
         )
     ),
+    *(
+        (SCALABLE, change)
+        for change in (
+            {"rope_theta": 500.0},
+            {"rope_scaling": SCALED[4]},
+            {"rope_parameters": {**SCALED[3], "rope_theta": 500.0}},
+            {"tie_word_embeddings": True},
+        )
+    ),
+    (SWITCHED, {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}),
+    (("qwen3", "smollm3", "olmo2"), {"attention_bias": True}),
+    (("qwen2", "mistral", "smollm3", "olmo2"), {"head_dim": 12}),
+    (("phi3",), {"head_dim": 10}),
+    (("phi3",), {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "original_max_position_embeddings": 8}),
+    (("phi3",), {"partial_rotary_factor": None}),
+    (("stablelm",), {"use_qkv_bias": True, "use_parallel_residual": True, "hidden_dropout": 0.1}),
+    (("stablelm",), {"partial_rotary_factor": None}),
+    (("smollm3",), {"no_rope_layer_interval": None, "no_rope_layers": [0, 0], "mlp_bias": True}),
+    (("smollm3",), {"no_rope_layers": [1, 1], "no_rope_layer_interval": 1}),
     *(
         (("llama",), change)
         for change in (
@@ -127,6 +183,7 @@ ACCEPTED = [
             {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}},
             {"rope_theta": 500, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
             {"partial_rotary_factor": 1.0, "head_dim": 8, "mlp_bias": False, "pretraining_tp": 2},
+            {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
             {"num_key_value_heads": None, "hidden_act": "swish"},
             {"tie_word_embeddings": True},
         )
@@ -176,7 +233,8 @@ def test_every_attribute_that_transformers_may_write_is_known(transformers, fami
         "sep_token_id": None, "decoder_start_token_id": None, "task_specific_params": None, "problem_type": None,
         "_name_or_path": "", "_attn_implementation_autoset": False, "gradient_checkpointing": False, "xla_device": None,
     }  # fmt: skip
-    assert config_from_hf({**BASE[family], **of_version_4}) == config_from_hf(BASE[family])
+    ids = {"pad_token_id": BASE[family].get("pad_token_id")}
+    assert config_from_hf({**BASE[family], **of_version_4, **ids}) == config_from_hf(BASE[family])
 
 
 def test_token_ids_and_dropout_that_are_kept_come_back():
@@ -215,7 +273,6 @@ CONTRADICTIONS = [
     (("gpt2",), {"num_attention_heads": 2}, "n_head is 4 and num_attention_heads is 2"),
     (("gpt2",), {"n_ctx": 16}, "n_ctx = 16 is not supported: only 32"),
     (("gpt2",), {"n_inner": 100}, "n_inner = 100 is not supported: only 96"),
-    (("llama",), {"head_dim": 16}, "head_dim = 16 is not supported: only 8"),
     (("llama",), {"num_key_value_heads": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
     (("llama",), {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
     (("llama",), {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
@@ -242,14 +299,32 @@ CONTRADICTIONS = [
     (ROTARY, {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": BOTH}, "rope_scaling = "),
     (ROTARY, {"rope_scaling": BOTH, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = "),
     (ROTARY, {"rope_scaling": {"rope_type": ["default"]}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_scaling = "),
+    (ROTARY, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "linear: factor must be from 1 to 1e+06, got 0.5"),
+    (ROTARY, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope_scaling = "),
+    (ROTARY, {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs low_freq_factor, high_freq"),
+    (ROTARY, {"rope_parameters": {**SCALED[3], "high_freq_factor": 1.0}}, "low_freq_factor 1 must be less than"),
+    (ROTARY, {"rope_parameters": {**SCALED[4], "truncate": 1}}, "yarn: truncate must be true or false"),
+    (ROTARY, {"rope_parameters": {**SCALED[4], "mscale": 0}}, "yarn: mscale must be from"),
+    (ROTARY, {"rope_scaling": SCALED[0], "rope_parameters": SCALED[2]}, "scale positions differently"),
     (ROTARY, {"rope_scaling": []}, "rope_scaling = "),
     # transformers reads rotary_emb_base and rotary_pct alone, whatever stands under the usual names.
     (("gpt_neox",), {"rope_theta": 500.0}, "rope_theta is 500, but rotary_emb_base is missing, which stands for 10000"),
     (("gpt_neox",), {"partial_rotary_factor": 1.0}, "partial_rotary_factor is 1, but rotary_pct is 0.5"),
     (("gpt_neox",), {"rotary_emb_base": 500, "rope_theta": 10000.0}, "rope_theta is 10000, but rotary_emb_base is 500"),
+    (("mistral",), {"max_position_embeddings": 4097}, "sliding_window is missing, which stands for 4096"),
+    (("phi3",), {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "rope_scaling = "),
+    (("phi3",), {"rope_scaling": {"type": "su"}}, "rope_scaling = "),
+    (("phi3",), {"attention_bias": True}, "attention_bias = True is not supported"),
+    (("stablelm",), {"qk_layernorm": True}, "qk_layernorm = True is not supported"),
+    (("stablelm",), {"head_dim": 12}, "'head_dim' is a key portlm does not know"),
+    (("smollm3",), {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers = [1, 0, 1, 1] is not"),
+    (("smollm3",), {"no_rope_layers": [1, 0, 1]}, "no_rope_layers = [1, 0, 1] is not supported: only 2 ones"),
+    (("smollm3",), {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1"),
+    ((*SWITCHED, "mistral", "stablelm"), {"num_key_value_heads": None}, "num_key_value_heads is missing"),
     (BASE, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
-    (BASE, {"sliding_window": 31}, "sliding_window = 31 is not supported: portlm computes attention over all 32"),
-    (BASE, {"sliding_window": "all"}, "sliding_window = 'all' is not supported"),
+    (UNSWITCHED, {"sliding_window": 31}, "sliding_window = 31 is not supported: portlm computes attention over all 32"),
+    (UNSWITCHED, {"sliding_window": "all"}, "sliding_window = 'all' is not supported"),
     (BASE, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is not supported"),
     (BASE, {"add_cross_attention": True}, "add_cross_attention = True is not supported"),
     (BASE, {"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),

@@ -118,7 +118,7 @@ def test_the_config_of_the_published_checkpoints_is_understood():
     ("change", "key"),
     [
         ({"hidden_act": "relu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_parameters"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

@@ -457,4 +457,4 @@ def test_a_card_that_is_too_large_is_left_out_and_noted(gpt2, tmp_path):
 
 def test_a_folder_that_does_not_exist_is_an_error_of_ours(tmp_path):
     check_folder(tmp_path / "nothing")  # what is not there leads nowhere
-    assert "does not exist" in refusal(tmp_path / "nothing", tmp_path / "out")
+    assert "there is no such folder" in refusal(tmp_path / "nothing", tmp_path / "out")

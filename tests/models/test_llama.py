@@ -8,7 +8,8 @@ import torch
 
 from portlm.errors import ConfigError
 from portlm.models import build, preset
-from portlm.models.llama import Llama, LlamaConfig, rotary_angles, rotary_frequencies
+from portlm.models.llama import Llama, LlamaConfig
+from portlm.models.rope import tables
 
 TINY = LlamaConfig(
     vocab_size=61, context_length=32, n_layer=3, n_head=4, n_kv_head=2, width=32, hidden=44, rope_theta=500.0
@@ -66,7 +67,7 @@ def test_rotary_angles_are_those_of_transformers_bit_for_bit(transformers):
     config = replace(TINY, context_length=2048, rope_theta=10000.0)
     module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf())).model.rotary_emb
     positions = torch.arange(config.context_length)
-    cos, sin = rotary_angles(positions, rotary_frequencies(config), torch.float32)
+    cos, sin = tables(config.context_length, config.rotary_dim, config.rope_theta)
     their_cos, their_sin = module(torch.empty(1), positions[None])
     assert torch.equal(torch.cat((cos, cos), dim=-1), their_cos[0])
     assert torch.equal(torch.cat((sin, sin), dim=-1), their_sin[0])
@@ -102,6 +103,9 @@ def test_initial_matrices_have_the_configured_spread_and_gains_are_one():
         ({"rope_theta": math.inf}, "rope_theta must be"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps must be"),
         ({"tie_embeddings": "no"}, "tie_embeddings must be true or false"),
+        ({"attention_bias": 1}, "attention_bias must be true or false"),
+        ({"head_width": 5}, "even head width"),
+        ({"head_width": -8}, "head_width must be"),
         ({"bos_token_id": -1}, "ids run from 0 to 60"),
     ],
     ids=str,
@@ -199,10 +203,10 @@ def test_the_config_of_transformers_4_is_understood():
             "partial_rotary_factor",
         ),
         ({"rope_interleaved": True}, "rope_interleaved"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"mlp_bias": "yes"}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"head_dim": 16}, "head_dim"),
+        ({"head_dim": 7}, "even head width"),
         ({"num_attention_heads": 0}, "head"),
         ({"num_key_value_heads": -2}, "n_kv_head"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),

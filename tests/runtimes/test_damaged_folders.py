@@ -144,7 +144,7 @@ def test_a_folder_that_is_no_model_is_an_error(tmp_path):
     with pytest.raises(FormatError, match=r"neither manifest\.json nor config\.json"):
         load(tmp_path, "null")
     (tmp_path / "file").write_text("")
-    with pytest.raises(FormatError, match="no such folder"):
+    with pytest.raises(FormatError, match="is a file: give the folder that holds it"):
         load(tmp_path / "file", "null")
 
 

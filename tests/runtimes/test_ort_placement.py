@@ -1,10 +1,15 @@
 """Where ONNX Runtime's nodes run, and how its threads wait: a node that a device lacks is an error that names it."""
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 from engine_cases import needs_ort
 
+from portlm import ort_support
 from portlm.artifact import read_manifest, refresh_files, write_manifest
 from portlm.errors import (
     EngineUnavailableError,
@@ -85,20 +90,18 @@ def test_the_switch_for_software_devices_does_not_stay_in_the_environment(artifa
 
 @needs_ort
 @pytest.mark.parametrize(
-    ("said", "load_average", "spins", "microseconds"),
+    ("said", "running", "spins", "microseconds"),
     [
-        (None, 0.0, "1", "1000"),
-        (None, 1e3, "0", None),
-        ("0", 0.0, "0", None),
-        ("1", 1e3, "1", None),
+        (None, 1, "1", "1000"),
+        (None, 1000, "0", None),
+        ("0", 1, "0", None),
+        ("1", 1000, "1", None),
     ],
 )
 def test_threads_of_onnx_runtime_spin_for_a_bounded_time_unless_asked_or_crowded(
-    said, load_average, spins, microseconds, artifacts, monkeypatch
+    said, running, spins, microseconds, artifacts, monkeypatch
 ):
-    import os
-
-    monkeypatch.setattr(os, "getloadavg", lambda: (load_average,) * 3)
+    monkeypatch.setattr(ort_support, "_running", lambda: running)
     monkeypatch.delenv("PORTLM_ORT_SPINNING", raising=False)
     if said is not None:
         monkeypatch.setenv("PORTLM_ORT_SPINNING", said)
@@ -112,3 +115,52 @@ def test_threads_of_onnx_runtime_spin_for_a_bounded_time_unless_asked_or_crowded
             options.get_session_config_entry(duration)
     else:
         assert options.get_session_config_entry(duration) == microseconds
+
+
+@pytest.mark.parametrize(
+    ("said", "crowded"),
+    [
+        ("17.00 9.00 4.00 1/128 99\n", False),  # what made the load has ended
+        ("0.00 0.00 0.00 3/128 99\n", True),  # it has only begun
+        ("17.00 9.00 4.00 2/128 99\n", False),  # a thread for each core, this one among them
+        ("17.00 9.00 4.00 0/0 0\n", True),  # a system that counts nobody: the load stands for it
+        ("17.00\n", True),
+        (None, True),
+    ],
+)
+def test_a_machine_is_crowded_by_what_runs_now_and_by_its_load_only_where_nothing_says_that(
+    said, crowded, tmp_path, monkeypatch
+):
+    path = tmp_path / "loadavg"
+    if said is not None:
+        path.write_text(said)
+    monkeypatch.setattr(ort_support, "LOADAVG", path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (17.0, 9.0, 4.0), raising=False)
+    assert ort_support._crowded() is crowded
+
+
+def test_a_thread_that_woke_up_for_a_moment_crowds_nobody(monkeypatch):
+    class Loadavg:
+        running = iter([1, 9, 1, 9, 1, 9, 9, 9])
+
+        def read_text(self):
+            return f"0.00 0.00 0.00 {next(self.running)}/128 99\n"
+
+    monkeypatch.setattr(ort_support, "LOADAVG", Loadavg())
+    monkeypatch.setattr(ort_support, "LONGEST_LOOK", 60.0)  # this machine may be slow
+    assert ort_support._running() == 1
+
+
+@pytest.mark.skipif(not ort_support.LOADAVG.exists(), reason="this system has no /proc/loadavg")
+def test_busy_programs_are_seen_as_soon_as_they_run():
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() + 1)]
+    try:
+        deadline = time.monotonic() + 30  # to start them, on a machine with other work
+        while not (seen := ort_support._crowded()) and time.monotonic() < deadline:
+            pass
+    finally:
+        for program in busy:
+            program.kill()
+            program.wait()
+    assert seen

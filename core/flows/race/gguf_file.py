@@ -73,12 +73,16 @@ def gguf_tensors(tensors: Mapping[str, Array], config: Any) -> dict[str, Array]:
     """The tensors of model.safetensors under GGUF's names, each (out, in) float32.
 
     Raises:
-        UsageError: a family or a tensor that has no name there.
+        UsageError: a family or a tensor that has no name there, or a shape that is not written.
     """
     family = config.family
     if family not in ARCHITECTURES:
         raise UsageError(
             f"llama.cpp: no GGUF is written for the family {family}, only {', '.join(ARCHITECTURES)}"
+        )
+    if getattr(config, "rope_scaling", None) is not None or getattr(config, "head_width", 0):
+        raise UsageError(
+            "llama.cpp: no GGUF is written for scaled rotary positions or a head width of its own"
         )
     turned: dict[str, Callable[[Array], Array]] = {
         "gpt_neox.attn_qkv": lambda x: apart(x, config.n_head),
