@@ -30,6 +30,7 @@ VERBS = {
     "engines": ("contents", "List the engines that run an exported model here, and what its weights are."),
     "verify": ("verify", "Prove that every engine gives the same answer here."),
     "generate": ("generate", "Continue a prompt."),
+    "translate": ("translate", "Write the target of each line, with a model that reads a source first."),
     "bench": ("bench", "Measure prefill, decode, load and memory of every engine."),
     "ops": ("ops", "Print the table of fused operations and the forms they have."),
 }
