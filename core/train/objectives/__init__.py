@@ -16,7 +16,8 @@ Stop = Callable[[], bool]
 """Asked in the middle of long work whether somebody is waiting for it to end."""
 
 # The objectives over texts, which `objective` of a pretraining run may name. Each class is called with the
-# PretrainConfig, the Corpus and the device; one that reads something else than plain text has an `open_corpus` of its own. Objectives with data of another kind bring their own entry point.
+# PretrainConfig, the Corpus and the device; one that reads something else than plain text has an `open_corpus` of its
+# own. Objectives with data of another kind bring their own entry point.
 OBJECTIVES = {
     "causal": "portlm.train.objectives.causal:CausalObjective",
     "masked": "portlm.train.objectives.masked:MaskedObjective",
