@@ -268,7 +268,9 @@ def divisible(tmp_path_factory):
     }
     folders = {}
     for family, entry in DECODERS.items():
-        model = build(replace(entry.config_class().tiny(), **sizes, **others.get(family, {"width": 64, "hidden": 96})))
+        model = build(
+            replace(entry.config_class().tiny(), **sizes, **others.get(family, {"width": 64, "hidden": 96}))
+        )
         randomise(model, 0.2, seed=1)
         folders[family] = tmp_path_factory.mktemp("divisible") / family
         save_model(folders[family], model, byte_tokenizer(EOS))
