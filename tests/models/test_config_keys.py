@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from portlm.errors import ConfigError
-from portlm.models import DECODERS, FAMILIES, build, config_from_hf
+from portlm.models import FAMILIES, build, config_from_hf
 from portlm.models.config_json import HARMLESS, REFUSED, Reader
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -434,6 +434,8 @@ def test_every_key_of_the_page_does_as_it_says(family):
         *(key for keys in HARMLESS.values() for key in keys if key not in uses),
         *(k for k, u in uses.items() if u.how == "harmless"),
     ):
+        if key in uses and uses[key].how != "harmless":  # another family reads it
+            continue
         for value in (None, True, "x", 3.5, {"a": []}):
             assert config_from_hf({**data, key: value}) == expected, key
     for key, use in uses.items():
