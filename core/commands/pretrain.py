@@ -19,7 +19,6 @@ from portlm.train.presets import PRESETS, preset_settings
 
 # flag: (setting it is short for, type, help)
 _SHORT: dict[str, tuple[str, Any, str]] = {
-    "objective": ("objective", click.Choice(list(OBJECTIVES)), "What is learned"),
     "tokenizer": ("data.tokenizer", str, "byte, bpe:SIZE (trained on TEXT) or a tokenizer.json"),
     "family": ("model.family", click.Choice(list(FAMILIES)), "Architecture"),
     "objective": ("objective", click.Choice(list(OBJECTIVES)), "What is learned"),
