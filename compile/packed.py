@@ -451,10 +451,14 @@ class _Lowering:
         width = states[0].shape[3]
         assert isinstance(width, int)
         inputs = [q[0], k[0], v[0], *(state.place for state in states), mask.place]
-        ints = (H, K, q[1], k[1], v[1])
+        ints: tuple[int, ...] = (H, K, q[1], k[1], v[1])
         output = (node.output[0], (B, T, H * width))
+        reals = [float(attributes["scale"])]
+        window, softcap = int(attributes.get("window", 0)), float(attributes.get("softcap", 0.0))
+        if window or softcap:
+            ints, reals = (*ints, window), [*reals, softcap]
         step = "attention" if node.op_type == "CachedAttention" else "quantized_attention"
-        self._step(node.name, step, inputs, [output], ints, [float(attributes["scale"])])
+        self._step(node.name, step, inputs, [output], ints, reals)
 
     def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         a, b = (self._whole(name) for name in node.input)

@@ -116,8 +116,14 @@ class Causal(nn.Module):
         """
         check_length(input_ids.shape[1], self.config.context_length)
         y, _ = self._decode(input_ids)
-        if targets is None:
-            return linear(y, self.head)
+        return self.logits(y) if targets is None else self.loss(y, targets)
+
+    def logits(self, y: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of normalised output y (B, T, C)."""
+        return linear(y, self.head)
+
+    def loss(self, y: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of targets (B, T), without the logits where those are all there is to it."""
         return linear_cross_entropy(y.flatten(0, 1), self.head, targets.flatten())
 
     @torch.no_grad()
@@ -151,7 +157,7 @@ class Causal(nn.Module):
         y, present = self._decode(input_ids, position_ids, attention_mask, past)
         if logits_to_keep is not None:
             y = y.index_select(1, logits_to_keep)
-        return linear(y, self.head), present
+        return self.logits(y), present
 
     def roles(self) -> dict[str, Role]:
         """Return what this model can be exported as: a decoder with a cache."""

@@ -79,6 +79,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual)
 
 
+def drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Return x with a share ``rate`` of its entries zeroed and the rest scaled up, only in training."""
+    return F.dropout(x, rate) if training and rate > 0 else x
+
+
 def check_length(tokens: int, limit: int) -> None:
     """Raise ContextLengthError when a sequence is longer than the model's context.
 
@@ -86,8 +91,3 @@ def check_length(tokens: int, limit: int) -> None:
     """
     if not torch.compiler.is_exporting() and tokens > limit:
         raise ContextLengthError(tokens, limit, "the input")
-
-
-def drop(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Return x with a share ``rate`` of its entries zeroed and the rest scaled up, only in training."""
-    return F.dropout(x, rate) if training and rate > 0 else x
