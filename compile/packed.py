@@ -412,7 +412,9 @@ class _Lowering:
         ):
             raise _NoFormError("only what a linear map gives can be cut at zero")
         if self.reads[node.input[0]] == 1:
-            self.steps.remove(before)
+            self.steps[self.steps.index(before)] = replace(before, ints=(RELU,))
+            self.known[node.output[0]] = self.known.pop(node.input[0])
+            return
         self._step(node.name, before.operation, before.inputs, [(node.output[0], x.shape)], ints=(RELU,))
 
     def _map(
