@@ -93,7 +93,7 @@ def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Trans
     """
     src, out, notes = Path(src), Path(out), list[str]()
     _check_files(src)
-    config = load_config(src, notes)
+    config = _with_stored_heads(src, load_config(src, notes), notes)
     shapes = expected_shapes(config)
     tensors = _parameters(src, config, shapes, notes)
     _check_tensors(src, tensors, shapes, notes)
@@ -203,13 +203,38 @@ def _rounded(values: np.ndarray, where: str) -> np.ndarray:
     return rounded
 
 
+def _with_stored_heads(src: Path, config: Any, notes: list[str]) -> Any:
+    """The configuration, with heads that config.json does not name and the weights hold, where a family has such."""
+    model = FAMILIES[config.family].model_class()
+    if not hasattr(model, "hf_stored"):
+        return config
+    names = {model.hf_alias(unwrapped(name)) for name in stored(src)}
+    found = model.hf_stored(config, names)
+    if found != config:
+        added = ", ".join(head for head in found.heads if head not in config.heads)
+        notes.append(
+            f"{CONFIG} names {config.architecture}, and the weights hold {added} as well, which was kept"
+        )
+    return found
+
+
 def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[str]) -> _Tensors:
     """Find the parameters in a folder's weight files, under the names a checkpoint uses."""
     model, where, originals = FAMILIES[config.family].model_class(), _weights_of(src), stored(src)
     tied: dict[str, str] = model.hf_tied(config)
     names = {original: unwrapped(original) for original in originals}
     usual = {original: model.hf_alias(name) for original, name in names.items()}
-    check_names(where, names.values(), lambda: sorted(shapes.keys() - usual.values() - set(tied.values())))
+    others = sorted(original for original, name in usual.items() if _is_spare(model, name, {*shapes, *tied}))
+    if others:
+        notes.append(
+            f"{shown(others[0])}{f' and {len(others) - 1} more' if len(others) > 1 else ''}: left out, they belong to "
+            f"heads that {config.architecture} in {CONFIG} does not have"
+        )
+        usual |= dict.fromkeys(others)
+    asked = (
+        name for original, name in names.items() if usual[original] not in shapes and original not in others
+    )
+    check_names(where, asked, lambda: sorted(shapes.keys() - usual.values() - set(tied.values())))
     if any(original != name for original, name in names.items()):
         notes.append(
             "the names of tensors held what torch.compile or parallel training adds, which was taken off"
@@ -223,7 +248,7 @@ def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[s
             )
         if name is not None:
             places[name] = place
-    if dropped := len(originals) - len(places):
+    if dropped := len(originals) - len(places) - len(others):
         notes.append(f"{dropped} tensors that hold no parameters (masks, rotary frequencies) were left out")
     for copy, name in tied.items():
         if copy in places and name not in places:
@@ -241,6 +266,12 @@ def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[s
             tensors = tensors.without(copy)
             notes.append(f"{copy} repeats {name} and was left out")
     return tensors
+
+
+def _is_spare(model: Any, name: str | None, wanted: set[str]) -> bool:
+    """Whether a tensor belongs to a part that other models of its family have, and this one has not."""
+    spare = getattr(model, "hf_spare", None)
+    return name is not None and spare is not None and name not in wanted and spare(name)
 
 
 def _weights_of(src: Path) -> Path:

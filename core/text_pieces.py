@@ -11,7 +11,7 @@ CHARS_AT_ONCE = 2**20  # encoded in parallel, in a call that no signal interrupt
 # visible character, before a newline that follows a letter or digit, and after a newline that stands alone. So the
 # pieces give the whole's ids.
 _CUT = re.compile(r"[!-~](?= )|[0-9A-Za-z](?=\n)|\S\n(?=\S)")
-_CUT_BEFORE_SPACE = re.compile(r"[!-~](?= )")  # where no space is put before what follows
+BETWEEN_WORDS = re.compile(r"[!-~](?= )")  # where no space is put before what follows
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
 
@@ -41,14 +41,15 @@ def segments(text: str | bytes) -> Iterator[str | bytes]:
             yield segment
 
 
-def cut(text: str, before_space: bool = False) -> Iterator[str]:
+def cut(text: str, pattern: re.Pattern[str] = _CUT) -> Iterator[str]:
     """Cut a long text where the cut does not show; a word that would take long and much memory is cut inside.
 
     Args:
         text: valid Unicode.
-        before_space: cut only before spaces, for a tokenizer that would put one before each piece.
+        pattern: where. With `BETWEEN_WORDS`, for a tokenizer that would put a space before each piece, words are
+            never cut, however long.
     """
-    pattern = _CUT_BEFORE_SPACE if before_space else _CUT
+    before_space = pattern is BETWEEN_WORDS
     start = 0
     while len(text) - start > PIECE_CHARS:
         longest = len(text) if before_space else start + CHARS_AT_ONCE

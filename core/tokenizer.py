@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, and plain bytes.
+"""Text to token ids and back: byte-level BPE, and plain bytes; text_tokenizer.py has the other kinds.
 
 Bytes in are bytes out. There is no unknown token and no normalisation; bytes that are not valid UTF-8 become their
 byte tokens. In a tokenizer made here every byte has a token; a byte that has none in a file from elsewhere is an error
@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import read_json, shown, write_atomic
-from portlm.text_pieces import cut, groups, segments
+from portlm.text_pieces import BETWEEN_WORDS, cut, groups, segments
 from portlm.tokenizer_file import (
     BYTE_TO_CHAR,
     MAX_FILE_BYTES,
@@ -35,7 +35,8 @@ from portlm.tokenizer_file import (
     TokenizerFile,
     parse,
 )
-from portlm.tokenizer_steps import byte_level, ids_around
+from portlm.tokenizer_kinds import TextFile, is_text_kind, parse_text
+from portlm.tokenizer_steps import around, byte_level, ids_around
 
 if TYPE_CHECKING:
     import tokenizers
@@ -74,7 +75,9 @@ class Tokenizer:
         self._without_token = re.compile(b"[" + re.escape(missing) + b"]") if missing else None
         # Without merges an id is a byte, and the library is not needed.
         plain_bytes = not file.merges and not file.ignore_merges and not file.prefixed
-        self._library: tokenizers.Tokenizer | None = None if plain_bytes else _build(file)
+        self._library: tokenizers.Tokenizer | None = (
+            None if plain_bytes else build_library(json.dumps(file.document(runnable=True)))
+        )
         self._added = _splitter(file.added)
         self._added_and_special = _splitter(file.added | file.special)
         self._eos, self._bos = eos, bos
@@ -83,6 +86,7 @@ class Tokenizer:
         self._control = frozenset(file.special.values())
         self.eos_id = None if eos is None else file.special[eos]
         self.bos_id = None if bos is None else file.special[bos]
+        self._post_processor = file.post_processor
         self.begin_ids, self.end_ids = ids_around(file.post_processor, file.special)
 
     @classmethod
@@ -95,18 +99,23 @@ class Tokenizer:
         text if it is a control token.
 
         Raises:
-            FormatError: a file is missing, malformed, contradictory, or no byte-level BPE.
+            FormatError: a file is missing, malformed, contradictory, or of a kind that portlm does not read.
         """
+        from portlm.text_tokenizer import TextTokenizer
+
         file = Path(path)
         if file.is_dir():
             file = file / "tokenizer.json"
-        checked = parse(read_json(file, MAX_FILE_BYTES, MAX_FILE_VALUES), str(file))
+        document = read_json(file, MAX_FILE_BYTES, MAX_FILE_VALUES)
+        of_text = is_text_kind(document)
+        checked = parse_text(document, str(file)) if of_text else parse(document, str(file))
         beside = file.with_name("tokenizer_config.json")
         config = _config(beside) if beside.exists() else {}
         eos, bos = _special_roles(config, checked.special, beside)
         if config.get("tokenizer_class") is None:
             config |= {"tokenizer_class": class_of_model(file.with_name("config.json"))}
-        return cls(_as_transformers(checked, config, beside), eos, bos)
+        changed = _as_transformers(checked, config, beside)
+        return TextTokenizer(changed, eos, bos) if isinstance(changed, TextFile) else cls(changed, eos, bos)
 
     def without_template(self) -> "Tokenizer":
         """Return the same tokenizer, which puts nothing around a text."""
@@ -196,6 +205,26 @@ class Tokenizer:
             ids += piece
         return ids + self.end_ids if add_special_tokens else ids
 
+    def encode_typed(
+        self, text: str | bytes, other: str | bytes | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Turn one text or a pair into ids, and tell which token belongs to which, as the file's template says.
+
+        Returns:
+            The ids, and as many types: usually 0 for the first text and what is around it, 1 for the other.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        texts = {"A": text} if other is None else {"A": text, "B": other}
+        ids: list[int] = []
+        types: list[int] = []
+        for piece, kind in around(self._post_processor, self.special, pair=other is not None):
+            new = [piece] if isinstance(piece, int) else self.encode(texts[piece], add_special_tokens=False)
+            ids += new
+            types += [kind] * len(new)
+        return ids, types
+
     def encode_batch(
         self, texts: Iterable[str | bytes], special: bool = False, add_special_tokens: bool = True
     ) -> list[list[int]]:
@@ -233,7 +262,7 @@ class Tokenizer:
             return
         if self._without_token is not None:  # the library would leave such a byte out, without a word
             self._refuse(text.encode())
-        for group in groups(cut(text, self._file.prefixed)):
+        for group in groups(cut(text, BETWEEN_WORDS) if self._file.prefixed else cut(text)):
             for encoding in self._library.encode_batch_fast(group, add_special_tokens=False):
                 yield encoding.ids
 
@@ -371,19 +400,23 @@ def _trained_file(
     return parse(file.document(), "the new tokenizer")
 
 
-def _build(file: TokenizerFile) -> "tokenizers.Tokenizer":
+def build_library(document: str) -> "tokenizers.Tokenizer":
     """Hand a checked file to the library."""
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(file.document(runnable=True)))
+        return tokenizers.Tokenizer.from_str(document)
     except BaseException as error:
-        # A panic of the Rust code arrives as a BaseException of a type that cannot be imported.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        if isinstance(error, Exception) or is_panic(error):
             raise FormatError(
                 f"tokenizer.json is refused by the tokenizers library: {shown(str(error))}"
             ) from error
         raise
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell a panic of the Rust code, which arrives as a BaseException of a type that cannot be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def _splitter(tokens: dict[str, int]) -> re.Pattern[str] | None:
@@ -422,7 +455,9 @@ def class_of_model(path: Path) -> str | None:
     return _CLASS_OF_MODEL.get(model) if isinstance(model, str) else None
 
 
-def _as_transformers(file: TokenizerFile, config: dict[str, Any], path: Path) -> TokenizerFile:
+def _as_transformers(
+    file: TokenizerFile | TextFile, config: dict[str, Any], path: Path
+) -> TokenizerFile | TextFile:
     """Change what transformers does not take from tokenizer.json, for the class that tokenizer_config.json names."""
     kind, space = config.get("tokenizer_class"), config.get("add_prefix_space")
     if not isinstance(kind, str | None) or not isinstance(space, bool | None):

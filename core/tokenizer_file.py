@@ -6,8 +6,8 @@ list of what is allowed, and written anew from the checked values.
 
 What is allowed is what keeps two promises: a text's bytes become tokens that stand for exactly these bytes (nothing
 rewrites the text; a file may add one space before it, and says so), and text alone never becomes a control token (no
-merge leads to one). That covers byte-level BPE as it is published today and what portlm trains (docs/tokenizer.md
-names files). Files of another kind are refused by their name; the model can still be given token ids.
+merge leads to one). That covers plain byte-level BPE as it is published and what portlm trains (docs/tokenizer.md
+names files); tokenizer_kinds.py reads the kinds that cannot keep the first promise.
 """
 
 import re
@@ -26,7 +26,6 @@ from portlm.tokenizer_steps import (
     check_pre_tokenizer,
     fields,
     flag,
-    kinds_of,
     steps_of,
 )
 
@@ -38,20 +37,18 @@ MAX_ADDED_BYTES = 256
 # Of JSON: an entry of the vocabulary is one, a merge written as a pair is three, and some lie inside the tokens.
 MAX_FILE_VALUES = 5 * MAX_VOCAB
 
-_TOP_KEYS = {
+TOP_KEYS = {
     "version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor",
     "decoder", "model",
 }  # fmt: skip
-_MODEL_KEYS = {
+MODEL_KEYS = {
     "type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
     "byte_fallback", "ignore_merges", "vocab", "merges",
 }  # fmt: skip
 _OTHER_KINDS = {
-    "WordPiece": "a WordPiece tokenizer, as BERT's",
-    "Unigram": "a Unigram tokenizer (SentencePiece), as T5's",
     "WordLevel": "a WordLevel tokenizer, a list of whole words",
 }
-_ADDED_KEYS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
+ADDED_KEYS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
 def _byte_alphabet() -> list[str]:
@@ -155,7 +152,7 @@ def parse(document: object, name: str) -> TokenizerFile:
     Raises:
         FormatError: anything outside the list of what is allowed, or a contradiction.
     """
-    top = fields(document, name, "the file", _TOP_KEYS)
+    top = fields(document, name, "the file", TOP_KEYS)
     if top.get("version") != "1.0":
         raise FormatError(f"{name}: version {shown(top.get('version'))} is unknown, this portlm reads 1.0")
     for key in ("truncation", "padding"):
@@ -168,12 +165,12 @@ def parse(document: object, name: str) -> TokenizerFile:
     decoder = fields(top.get("decoder"), name, "decoder", BYTE_LEVEL_KEYS)
     if decoder.get("type") != "ByteLevel":
         raise FormatError(f"{name}: the decoder is {shown(decoder.get('type'))}, only ByteLevel is supported")
-    model = fields(top["model"], name, "model", _MODEL_KEYS)
+    model = fields(top["model"], name, "model", MODEL_KEYS)
     ignore_merges = _check_model_options(model, name)
-    vocab = _vocab(model.get("vocab"), name)
-    merges = _merges(model.get("merges"), vocab, name)
+    vocab = check_vocab(model.get("vocab"), name)
+    merges = check_merges(model.get("merges"), vocab, name)
     special, added = _added_tokens(top.get("added_tokens", []), vocab, name)
-    _check_ids(vocab, special | added, name)
+    check_ids(vocab, special | added, name)
     _check_reach(vocab, merges, ignore_merges, special, added, name)
     return TokenizerFile(
         vocab=vocab,
@@ -188,20 +185,14 @@ def parse(document: object, name: str) -> TokenizerFile:
 
 def _check_kind(top: dict[str, Any], name: str) -> None:
     """Refuse a tokenizer of another kind by its name, before something is missed that only byte-level BPE has."""
-    kind = _kind_of(top["model"])
-    steps = {step for key in ("normalizer", "pre_tokenizer", "decoder") for step in kinds_of(top.get(key))}
-    if kind != "BPE":
-        what = _OTHER_KINDS.get(kind, f"a tokenizer of the kind {shown(kind)}")
-    elif steps & {"Metaspace", "ByteFallback"}:
-        what = "a SentencePiece tokenizer with BPE, as LLaMA 2's"
-    elif "ByteLevel" not in steps:
-        what = "BPE over characters, not over bytes"
-    else:
+    kind = kind_of(top["model"])
+    if kind == "BPE":
         return
-    raise FormatError(f"{name}: this is {what}, and portlm reads byte-level BPE only")
+    what = _OTHER_KINDS.get(kind, f"a tokenizer of the kind {shown(kind)}")
+    raise FormatError(f"{name}: this is {what}, and portlm reads BPE, WordPiece and Unigram only")
 
 
-def _kind_of(model: dict[str, Any]) -> str:
+def kind_of(model: dict[str, Any]) -> str:
     """Return the type of a model; files from before the library wrote one show it in what else they hold."""
     if "type" in model:
         return str(model["type"])
@@ -225,7 +216,7 @@ def _check_model_options(model: dict[str, Any], name: str) -> bool:
     return flag(model, "ignore_merges", False, name)
 
 
-def _vocab(value: object, name: str) -> dict[str, int]:
+def check_vocab(value: object, name: str) -> dict[str, int]:
     """Check the entries by themselves. Some of the 256 bytes may be missing, those that no text has."""
     if not isinstance(value, dict) or not 1 <= len(value) <= MAX_VOCAB:
         raise FormatError(f"{name}: vocab must be an object of 1 to {MAX_VOCAB} entries")
@@ -237,7 +228,7 @@ def _vocab(value: object, name: str) -> dict[str, int]:
     return value
 
 
-def _merges(value: object, vocab: dict[str, int], name: str) -> list[tuple[str, str]]:
+def check_merges(value: object, vocab: dict[str, int], name: str) -> list[tuple[str, str]]:
     """Check the merges, written as "a b" or ["a", "b"]: both sides and the result must be tokens."""
     if not isinstance(value, list) or len(value) > MAX_VOCAB:
         raise FormatError(f"{name}: merges must be a list of at most {MAX_VOCAB} pairs")
@@ -264,7 +255,7 @@ def _added_tokens(value: object, vocab: dict[str, int], name: str) -> tuple[dict
     special: dict[str, int] = {}
     added: dict[str, int] = {}
     for item in value:
-        token = fields(item, name, "an added token", _ADDED_KEYS)
+        token = fields(item, name, "an added token", ADDED_KEYS)
         content, index = token.get("content"), token.get("id")
         if not isinstance(content, str) or not 1 <= len(content.encode()) <= MAX_ADDED_BYTES:
             raise FormatError(f"{name}: an added token needs a content of 1 to {MAX_ADDED_BYTES} bytes")
@@ -276,7 +267,7 @@ def _added_tokens(value: object, vocab: dict[str, int], name: str) -> tuple[dict
             )
         if content in special or content in added:
             raise FormatError(f"{name}: added token {shown(content)} is listed twice")
-        flags = {key: flag(token, key, False, name) for key in sorted(_ADDED_KEYS - {"id", "content"})}
+        flags = {key: flag(token, key, False, name) for key in sorted(ADDED_KEYS - {"id", "content"})}
         if flags["special"]:
             special[content] = index
         elif flags["single_word"] or flags["lstrip"] or flags["rstrip"]:
@@ -287,7 +278,7 @@ def _added_tokens(value: object, vocab: dict[str, int], name: str) -> tuple[dict
     return special, added
 
 
-def _check_ids(vocab: dict[str, int], others: dict[str, int], name: str) -> None:
+def check_ids(vocab: dict[str, int], others: dict[str, int], name: str) -> None:
     """Check that ids are 0, 1, 2, ... and that each has one meaning."""
     ids = sorted((vocab | others).values())
     if len(ids) > MAX_VOCAB:

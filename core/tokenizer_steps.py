@@ -11,7 +11,9 @@ from portlm.files import shown
 # Splitting patterns by name, since an arbitrary one could backtrack for ever.
 SPLIT_PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "cl100k_base"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "cl100k_base",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
 }
 
 BYTE_LEVEL_KEYS = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
@@ -105,7 +107,7 @@ def _pre_tokenizer_step(value: object, name: str) -> dict[str, Any]:
         if not isinstance(pattern, str) or pattern not in SPLIT_PATTERNS:
             known = ", ".join(SPLIT_PATTERNS.values())
             raise FormatError(
-                f"{name}: the split pattern {shown(pattern)} is unknown, known is that of {known}"
+                f"{name}: the split pattern {shown(pattern)} is unknown, known are those of {known}"
             )
         if step.get("behavior") != "Isolated" or flag(step, "invert", False, name):
             raise FormatError(f"{name}: a split must be Isolated and not inverted")
@@ -114,7 +116,7 @@ def _pre_tokenizer_step(value: object, name: str) -> dict[str, Any]:
 
 
 def check_post_processor(value: object, special: dict[str, int], name: str) -> dict[str, Any] | None:
-    """Check what is put around a text: at most one template, and every token in it must be a control token."""
+    """Check what is put around a text: once at most, and every token there must be a control token."""
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, dict) else None
@@ -124,8 +126,8 @@ def check_post_processor(value: object, special: dict[str, int], name: str) -> d
     if not isinstance(steps, list) or len(steps) > 4:
         raise FormatError(f"{name}: a sequence of post-processors has at most 4 steps")
     checked = [_post_processor_step(step, special, name) for step in steps]
-    if [step["type"] for step in checked].count("TemplateProcessing") > 1:
-        raise FormatError(f"{name}: a sequence of post-processors has at most one template")
+    if len([step for step in checked if step["type"] != "ByteLevel"]) > 1:
+        raise FormatError(f"{name}: a sequence of post-processors puts something around a text once")
     return {"type": kind, "processors": checked} if checked else None
 
 
@@ -141,7 +143,30 @@ def _post_processor_step(value: object, special: dict[str, int], name: str) -> d
         return _template(
             fields(value, name, "post_processor", {"type", "single", "pair", "special_tokens"}), special, name
         )
-    raise FormatError(f"{name}: the post-processor {shown(kind)} is none of ByteLevel and TemplateProcessing")
+    if kind == "BertProcessing":
+        step = fields(value, name, "post_processor", {"type", "sep", "cls"})
+        return {"type": kind} | {key: _end(step.get(key), special, name) for key in ("sep", "cls")}
+    if kind == "RobertaProcessing":
+        step = fields(
+            value, name, "post_processor", {"type", "sep", "cls", "trim_offsets", "add_prefix_space"}
+        )
+        ends = {key: _end(step.get(key), special, name) for key in ("sep", "cls")}
+        return (
+            {"type": kind}
+            | ends
+            | {key: flag(step, key, True, name) for key in ("trim_offsets", "add_prefix_space")}
+        )
+    known = "ByteLevel, TemplateProcessing, BertProcessing and RobertaProcessing"
+    raise FormatError(f"{name}: the post-processor {shown(kind)} is none of {known}")
+
+
+def _end(value: object, special: dict[str, int], name: str) -> list[str | int]:
+    """Check a control token and its id, as a pair."""
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
+        raise FormatError(f"{name}: {shown(value)} is no pair of a control token and its id")
+    if type(value[1]) is not int or special.get(value[0]) != value[1]:
+        raise FormatError(f"{name}: {shown(value[0])} is not the control token {shown(value[1])}")
+    return value
 
 
 def _template(value: dict[str, Any], special: dict[str, int], name: str) -> dict[str, Any]:
@@ -166,14 +191,34 @@ def _template(value: dict[str, Any], special: dict[str, int], name: str) -> dict
     return result | {"special_tokens": declared}
 
 
-def ids_around(post_processor: dict[str, Any] | None, special: dict[str, int]) -> tuple[list[int], list[int]]:
-    """Return what a checked post-processor puts before and after one text."""
+def around(
+    post_processor: dict[str, Any] | None, special: dict[str, int], pair: bool = False
+) -> list[tuple[str | int, int]]:
+    """Return what a checked post-processor makes of one text or of two: "A", "B" and ids, each with its type."""
+    key = "pair" if pair else "single"
     for step in [] if post_processor is None else steps_of(post_processor, "processors"):
         if step["type"] == "TemplateProcessing":
-            names = [body["id"] for piece in step["single"] for body in piece.values()]
-            text = [next(iter(piece)) for piece in step["single"]].index("Sequence")
-            return [special[name] for name in names[:text]], [special[name] for name in names[text + 1 :]]
-    return [], []
+            bodies = [(kind, body) for piece in step[key] for kind, body in piece.items()]
+            return [
+                (body["id"] if kind == "Sequence" else special[body["id"]], body["type_id"])
+                for kind, body in bodies
+            ]
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            begin, end = step["cls"][1], step["sep"][1]
+            one: list[tuple[str | int, int]] = [(begin, 0), ("A", 0), (end, 0)]
+            if not pair:
+                return one
+            if step["type"] == "BertProcessing":
+                return [*one, ("B", 1), (end, 1)]
+            return [*one, (end, 0), ("B", 0), (end, 0)]
+    return [("A", 0), ("B", 1)] if pair else [("A", 0)]
+
+
+def ids_around(post_processor: dict[str, Any] | None, special: dict[str, int]) -> tuple[list[int], list[int]]:
+    """Return what a checked post-processor puts before and after one text."""
+    pieces = [piece for piece, _ in around(post_processor, special)]
+    text = pieces.index("A")
+    return [i for i in pieces[:text] if isinstance(i, int)], [i for i in pieces[text:] if isinstance(i, int)]
 
 
 def _template_piece(piece: object, declared: dict[str, Any], where: str) -> str | None:

@@ -33,6 +33,14 @@ class NoTokenizer:
         """
         raise UsageError(f"{self.why}: {INSTEAD}")
 
+    def encode_typed(self, text: str, other: str | None = None) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            UsageError: always.
+        """
+        self.encode(text)
+
     def stream_decoder(self, skip_special: bool = False) -> "NoTokenizer":
         """Return a decoder without words."""
         return self

@@ -21,6 +21,7 @@ from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
 from portlm.runtimes.drafting import Lookup, NewDrafter, SmallModel
 from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.prompts import Ids, Prompt, one_or_several, token_ids
+from portlm.runtimes.reading import Reading
 from portlm.runtimes.results import Generation, Score, Stats
 from portlm.runtimes.scheduler import PATIENCE, Scheduler
 from portlm.runtimes.speculation import MOST, MOST_GUESSED, Speculation
@@ -52,7 +53,7 @@ class TextCoder(Protocol):
         ...
 
 
-class Session:
+class Session(Reading):
     """A model on an engine, with its tokenizer.
 
     Use it as a context manager, or call close(), to free the device early.

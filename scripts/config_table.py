@@ -40,7 +40,13 @@ def harmless(found: Uses) -> None:
         if keys := tuple(key for key, use in family.items() if use.how == "harmless"):
             groups[f"only in `{name}`"] = keys
     for about, keys in groups.items():
-        print(f"| {about} | " + ", ".join(f"`{key}`" for key in keys) + " |")
+        print(f"| {about} | " + ", ".join(f"`{key}`{_save(key, found)}" for key in keys) + " |")
+
+
+def _save(key: str, found: Uses) -> str:
+    """Return which families look at a key that means nothing to the others, in brackets."""
+    names = [f"`{name}`" for name, family in found.items() if key in family and family[key].how != "harmless"]
+    return f" (not in {', '.join(names)})" if names else ""
 
 
 def main() -> None:

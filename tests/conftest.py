@@ -156,13 +156,13 @@ def checkpoints(tmp_path_factory):
     pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
     from random_weights import randomise
 
-    from portlm.models import FAMILIES, build, save_model
+    from portlm.models import DECODERS, build, save_model
     from portlm.tokenizer import byte_tokenizer
 
     sizes = {"vocab_size": 257, "context_length": 48, "eos_token_ids": (256,)}
     others = {"gpt2": {"width": 32}, "llama": {"hidden": 48}}  # what some tests count on
     folders = {}
-    for family, entry in FAMILIES.items():
+    for family, entry in DECODERS.items():
         model = build(replace(entry.config_class().tiny(), **sizes, **others.get(family, {})))
         randomise(model, 0.3, seed=1)
         folders[family] = tmp_path_factory.mktemp("checkpoints") / family
@@ -257,17 +257,18 @@ def divisible(tmp_path_factory):
     pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
     from random_weights import randomise
 
-    from portlm.models import FAMILIES, build, save_model
+    from portlm.models import DECODERS, build, save_model
     from portlm.tokenizer import byte_tokenizer
 
     sizes = {"vocab_size": 257, "context_length": 48, "eos_token_ids": (256,)}
     others = {
         "gpt2": {"width": 96},
+        "gpt3": {"width": 96},
         "llama": {"width": 64, "hidden": 96},
         "gpt_neox": {"width": 64, "hidden": 96},
     }
     folders = {}
-    for family, entry in FAMILIES.items():
+    for family, entry in DECODERS.items():
         model = build(
             replace(entry.config_class().tiny(), **sizes, **others.get(family, {"width": 64, "hidden": 96}))
         )

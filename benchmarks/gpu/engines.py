@@ -35,9 +35,9 @@ def make_models(context: Context) -> str:
     made, problems = [], []
     wanted: list[tuple[str, Any, float, tuple[str, ...]]] = [
         (name, replace(family.config_class().tiny(), context_length=CONTEXT), 0.3, ())
-        for name, family in models.FAMILIES.items()
+        for name, family in models.DECODERS.items()
     ]
-    sizes = replace(models.FAMILIES[KIND_FAMILY].config_class().tiny(), context_length=CONTEXT, **KIND_SIZES)
+    sizes = replace(models.DECODERS[KIND_FAMILY].config_class().tiny(), context_length=CONTEXT, **KIND_SIZES)
     wanted += [(kind, sizes, 0.2, options) for kind, options in KINDS.items()]
     if not context.dry:
         wanted.append((LARGE, models.preset(LARGE_PRESET), 0.0, ()))
@@ -74,20 +74,20 @@ def _folder(context: Context, name: str, kind: str) -> Path:
 
 def verify_torch(context: Context) -> str:
     """PyTorch's engine on CUDA against its answer on the CPU, by the models' code and by their graphs."""
-    said = [_verify(context, "torch", "native", models.FAMILIES)]
+    said = [_verify(context, "torch", "native", models.DECODERS)]
     for profile in ("fused", "portable"):
-        for name in models.FAMILIES:
+        for name in models.DECODERS:
             where = ("--engine", "torch", "--device", context.device, "--profile", profile)
             done = context.portlm("compile", _folder(context, name, "artifact"), *where)
             if done.returncode:
                 raise RuntimeError(f"{name}: {last_line(done.stderr)}")
-        said.append(_verify(context, "torch", profile, models.FAMILIES))
+        said.append(_verify(context, "torch", profile, models.DECODERS))
     return ", ".join(said)
 
 
 def verify_ort(context: Context) -> str:
     """ONNX Runtime on CUDA against eager PyTorch on the CPU."""
-    return _verify(context, "ort", "portable", models.FAMILIES)
+    return _verify(context, "ort", "portable", models.DECODERS)
 
 
 def verify_kinds_torch(context: Context) -> str:
@@ -144,7 +144,7 @@ def _require(context: Context, engine: str) -> None:
 def decode(context: Context) -> str:
     """Prefill and decode rates at batch 1, beside the rate at which the weights could be read once per token."""
     name, prompt, tokens, rounds = (
-        (LARGE, 512, 128, 5) if not context.dry else (next(iter(models.FAMILIES)), 16, 4, 1)
+        (LARGE, 512, 128, 5) if not context.dry else (next(iter(models.DECODERS)), 16, 4, 1)
     )
     targets = [f"{engine}:{context.device}" for engine in ("torch", "ort")]
     artifact = _folder(context, name, "artifact")

@@ -19,6 +19,7 @@ from portlm.engines import DEVICES, ENGINES, resolve
 from portlm.errors import EngineUnavailableError, FormatError, StorageError, UsageError
 from portlm.files import check_is_folder
 from portlm.generation_config import GENERATION_CONFIG
+from portlm.labels import read_labels
 
 if TYPE_CHECKING:
     from portlm.artifact import Manifest
@@ -101,7 +102,10 @@ def load(
         ensure_checked(folder, request.manifest, graphs)
     opened = implementation.open(request)
     try:
-        return _session(opened, tokenizer, config)
+        session = _session(opened, tokenizer, config)
+        if any(role.startswith("head:") for role in opened.roles):
+            session.labels = read_labels(folder)
+        return session
     except BaseException:
         opened.close()
         raise

@@ -127,11 +127,19 @@ class Model(Protocol):
 
 
 class Family(NamedTuple):
-    """Where a family lives: its module, and the names of its two classes there."""
+    """Where a family lives: its module, and the names of its two classes there.
+
+    Attributes:
+        module: To import.
+        config: The class of its configuration.
+        model: The class of its model.
+        kind: "decoder" for one that continues a text, "encoder" for one that reads a whole text, with heads.
+    """
 
     module: str
     config: str
     model: str
+    kind: str = "decoder"
 
     def config_class(self) -> type[Config]:
         """Import and return the configuration class."""
@@ -169,7 +177,11 @@ FAMILIES = {
     "gemma3_text": Family("portlm.models.gemma3", "Gemma3Config", "Gemma3"),
     "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3"),
     "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
+    "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
+    "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
+    "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),
 }
+DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
 
 class SavesTokenizer(Protocol):

@@ -14,7 +14,7 @@ from portlm.compile.moments import Reader, Site  # noqa: E402
 from portlm.compile.quantize import RoundToNearest, Scheme, dequantize  # noqa: E402
 from portlm.compile.sensitivity import sensitivities  # noqa: E402
 from portlm.errors import FormatError, UsageError  # noqa: E402
-from portlm.models import FAMILIES, build  # noqa: E402
+from portlm.models import DECODERS, build  # noqa: E402
 from portlm.tokenizer import byte_tokenizer  # noqa: E402
 
 INT4 = Scheme(4, 32)
@@ -29,7 +29,7 @@ CONTEXT = 32
 def tiny(family, **change):
     """A model whose widths groups of 32 divide, with weights that matter."""
     torch.manual_seed(0)
-    config = dataclasses.replace(FAMILIES[family].config_class().tiny(), **WIDTHS[family], **change)
+    config = dataclasses.replace(DECODERS[family].config_class().tiny(), **WIDTHS[family], **change)
     model = build(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -70,7 +70,7 @@ def divergence(model, other, ids) -> float:
 # ---- what is chosen ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("scheme", [INT4, Scheme(4, 32, False), Scheme(8, 32)], ids=str)
 def test_predictions_stay_nearer_than_by_rounding_on_text_that_was_not_seen(family, scheme):
     """Measured: 0.20 to 0.40 of the divergence of rounding, of models that have learned nothing."""

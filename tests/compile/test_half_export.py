@@ -15,7 +15,7 @@ from portlm.compile.export import export, export_module  # noqa: E402
 from portlm.compile.work import token_work  # noqa: E402
 from portlm.errors import FormatError, UsageError  # noqa: E402
 from portlm.hub import import_hf  # noqa: E402
-from portlm.models import FAMILIES, WEIGHTS, load_model  # noqa: E402
+from portlm.models import DECODERS, WEIGHTS, load_model  # noqa: E402
 from portlm.weights import load_numpy, load_torch, save_tensors  # noqa: E402
 
 KINDS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +43,7 @@ def weights_of(artifact, profile="fused"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_a_checkpoint_of_16_bits_stays_half_as_large(family, kind, checkpoints, artifacts, tmp_path):
     """Of the files that engines read the matrices are half, and what is small beside them float32."""
     checkpoint = halved(checkpoints[family], tmp_path, KINDS[kind])
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_16_bits_stays_half_as_large(family, kind, checkpoints, 
 
 
 @pytest.mark.parametrize("profile", ["portable", "fused"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_graphs_hold_the_numbers_of_the_checkpoint_to_the_bit(family, profile, checkpoints, tmp_path):
     checkpoint = halved(checkpoints[family], tmp_path, torch.bfloat16)
     artifact = export(checkpoint, tmp_path / "artifact")

@@ -11,7 +11,7 @@ from torch import nn
 
 from portlm.compile.moments import Reader
 from portlm.errors import PortlmError, UsageError
-from portlm.models import FAMILIES, build
+from portlm.models import DECODERS, build
 from portlm.models.roles import decoder
 
 EMBEDDINGS = {"wpe.weight", "embed_tokens.weight", "embed_in.weight"}  # tables that no linear map uses
@@ -19,7 +19,7 @@ EMBEDDINGS = {"wpe.weight", "embed_tokens.weight", "embed_in.weight"}  # tables 
 
 def tiny(family: str, **change):
     torch.manual_seed(0)
-    return build(dataclasses.replace(FAMILIES[family].config_class().tiny(), **change)).eval()
+    return build(dataclasses.replace(DECODERS[family].config_class().tiny(), **change)).eval()
 
 
 def reader(module) -> Reader:
@@ -39,7 +39,7 @@ def at(site_names: str, found):
     return next(value for site, value in found.items() if site_names in site.names)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_every_matrix_of_every_family_is_seen(family):
     module = tiny(family)
     assert {name for site in reader(module).sites for name in site.names} == matrices(module) - EMBEDDINGS
@@ -158,7 +158,7 @@ def test_no_tokens_are_refused():
         reader(tiny("gpt2")).moments([])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_the_module_is_left_as_it_was(family):
     module = tiny(family).train()
     before = {name: (p.data_ptr(), p.clone()) for name, p in module.named_parameters()}

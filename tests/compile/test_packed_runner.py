@@ -17,13 +17,13 @@ from portlm.compile.packed_runner import packed_runner
 from portlm.compile.parity import RELATIVE_TOLERANCE, ROUNDED_TOLERANCE
 from portlm.flows.targets import Target
 from portlm.flows.verify import verify_artifact
-from portlm.models import FAMILIES
+from portlm.models import DECODERS
 from portlm.ops.compiled import kernels
 
 GRAPH = "onnx/decoder.fused.onnx"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_nothing_is_found_where_nothing_is_wrong(family, artifacts):
     """In prompts and steps on a state that it is given, of one row and of several with padding."""
     before = kernels.kernel_calls()["panel_linear"]

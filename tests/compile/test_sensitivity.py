@@ -10,7 +10,7 @@ from torch import nn
 
 from portlm.compile.sensitivity import sensitivities
 from portlm.errors import PortlmError
-from portlm.models import FAMILIES, build
+from portlm.models import DECODERS, build
 from portlm.models.roles import decoder
 from portlm.roles import TensorSpec
 
@@ -19,7 +19,7 @@ TABLES = {"gpt2": "wte.weight", "llama": "embed_tokens.weight", "gpt_neox": "emb
 
 def tiny(family, **change):
     torch.manual_seed(0)
-    model = build(dataclasses.replace(FAMILIES[family].config_class().tiny(), n_layer=1, **change)).eval()
+    model = build(dataclasses.replace(DECODERS[family].config_class().tiny(), n_layer=1, **change)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -47,7 +47,7 @@ class Pairs(nn.Module):
         return {"decoder": decoder(self.step, vocab_size=self.config.vocab_size, caches=[])}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_the_token_table_of_every_family_is_found_and_no_table_of_positions(family):
     model = tiny(family)
     found = sensitivities(model, model.roles(), batches(model, 1, (2, 8)))

@@ -8,13 +8,13 @@ pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 from portlm.artifact import read_manifest
 from portlm.compile.export import export, export_module
 from portlm.compile.work import token_work
-from portlm.models import FAMILIES, build
+from portlm.models import DECODERS, build
 
 
 @pytest.mark.parametrize("profile", ["portable", "fused"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_every_weight_is_read_once_and_of_a_table_one_row(family, profile, tmp_path):
-    model = build(FAMILIES[family].config_class().tiny())
+    model = build(DECODERS[family].config_class().tiny())
     folder = export_module(model, tmp_path / "model", profiles=[profile])
     read, multiplies = token_work(folder, read_manifest(folder))
     tables, matrices, others = 0, 0, 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from portlm.data.python_topics import python_topics
 from portlm.data.shards import prepare
 from portlm.errors import FormatError, UsageError
-from portlm.models import FAMILIES
+from portlm.models import DECODERS
 from portlm.tokenizer import Tokenizer, train_bpe
 from portlm.tokenizer_steps import SPLIT_PATTERNS, byte_level
 
@@ -189,7 +189,7 @@ def test_without_a_class_or_a_model_the_config_may_ask_for_a_space(tmp_path):
 @pytest.mark.parametrize(
     "model",
     [
-        *({"model_type": name} for name in FAMILIES),
+        *({"model_type": name} for name in DECODERS),
         {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"},
     ],
     ids=str,

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="torch is missing: pip install portl
 from portlm.errors import PortlmError, UsageError  # noqa: E402
 from portlm.flows import quality as module  # noqa: E402
 from portlm.flows.quality import quality  # noqa: E402
-from portlm.models import FAMILIES, build  # noqa: E402
+from portlm.models import DECODERS, build  # noqa: E402
 from portlm.runtimes.eager import TorchEngine  # noqa: E402
 from portlm.runtimes.no_tokenizer import NoTokenizer  # noqa: E402
 from portlm.runtimes.null import NullEngine  # noqa: E402
@@ -21,7 +21,7 @@ from portlm.runtimes.session import Session  # noqa: E402
 def tiny(family="gpt2", seed=0, noise=0.3):
     """A model that has opinions: its logits differ from token to token."""
     torch.manual_seed(seed)
-    model = build(dataclasses.replace(FAMILIES[family].config_class().tiny(), n_layer=1)).eval()
+    model = build(dataclasses.replace(DECODERS[family].config_class().tiny(), n_layer=1)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(noise * torch.randn_like(p))
@@ -66,7 +66,7 @@ def oracle(model, other, ids, before, behind=0):
     return math.exp(nll), math.exp(other_nll), kl, same / tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize(("count", "before"), [(150, None), (150, 3), (33, None), (2, None), (1, 0)], ids=str)
 def test_the_numbers_are_those_of_float64(family, count, before):
     """Windows that the context divides, a last one that is shorter, one token. The bound is of logits in float32."""

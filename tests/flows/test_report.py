@@ -63,6 +63,8 @@ def test_the_page_loads_nothing_and_shows_errors_beside_the_scale_of_logits(tmp_
     assert page.count("<svg") == 2
     assert "7.6e-06" in page
     assert "19.2" in page
+    assert "18,533" in page
+    assert "prompt <code>while</code>" in page
     assert "Bars begin at zero" in page
     assert "tvm:cpu: is not installed" in page
     assert 'src="http' not in page

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from portlm.errors import ConfigError, ContextLengthError
-from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, rope, save_model
+from portlm.models import DECODERS, build, config_from_hf, load_model, preset, rope, save_model
 from portlm.models.gemma2 import FULL, SLIDING
 
 
@@ -116,9 +116,9 @@ def configs(kernels=None):
 every_config = pytest.mark.parametrize("config", configs(), indirect=True)
 every_config_training = pytest.mark.parametrize("config", configs("trains"), indirect=True)
 every_config_stepping = pytest.mark.parametrize("config", configs("steps"), indirect=True)
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", DECODERS)
 every_preset = pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family, entry in FAMILIES.items() for name in entry.presets()]
+    ("family", "name"), [(family, name) for family, entry in DECODERS.items() for name in entry.presets()]
 )
 
 
@@ -126,7 +126,7 @@ every_preset = pytest.mark.parametrize(
 def config(request):
     """A small configuration."""
     family, change = request.param
-    return dataclasses.replace(FAMILIES[family].config_class().tiny(), **change)
+    return dataclasses.replace(DECODERS[family].config_class().tiny(), **change)
 
 
 def random_model(config, seed: int = 0):
@@ -200,7 +200,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_family_has_an_entry_here():
-    assert ENTRIES.keys() == FAMILIES.keys()
+    assert ENTRIES.keys() == DECODERS.keys()
 
 
 # ---- the same model as transformers' -----------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_compiling_traces_without_a_break(config):
 
 @every_preset
 def test_presets_have_the_published_parameter_counts(family, name):
-    assert build(preset(name), device="meta").num_parameters() == FAMILIES[family].parameters()[name]
+    assert build(preset(name), device="meta").num_parameters() == DECODERS[family].parameters()[name]
 
 
 @every_preset
@@ -411,7 +411,7 @@ def test_a_saved_model_comes_back_equal(config, tmp_path):
 
 @every_family
 def test_the_settings_of_training_make_a_small_model_and_are_checked_by_the_family(family):
-    config = FAMILIES[family].config_class()
+    config = DECODERS[family].config_class()
     assert "context_length" in config.SETTINGS
     small = config.from_settings(vocab_size=300, eos_token_ids=(299,), **config.SETTINGS)
     assert (small.vocab_size, small.eos_token_ids, small.family) == (300, (299,), family)
@@ -424,7 +424,7 @@ def test_the_settings_of_training_make_a_small_model_and_are_checked_by_the_fami
 
 @every_family
 def test_tiny_is_small_and_holds_every_byte(family):
-    config = FAMILIES[family].config_class().tiny()
+    config = DECODERS[family].config_class().tiny()
     assert build(config).num_parameters() < 50_000
     assert config.vocab_size >= 259
     assert config.context_length >= 32

@@ -120,7 +120,7 @@ def test_a_config_that_asks_for_more_than_memory_is_refused_before_allocating(gp
         ("[]", "must hold a JSON object"),
         ("{", "not valid JSON"),
         ("{}", f"model_type must be one of {', '.join(FAMILIES)}, got None"),
-        ('{"model_type": "bert"}', "got 'bert'"),
+        ('{"model_type": "word2vec"}', "got 'word2vec'"),
         ('{"model_type": "portlm.models.gpt2"}', "model_type must be one of"),
         ('{"model_type": ["gpt2"]}', "model_type must be one of"),
         ('{"model_type": "gpt2", "n_layer": 4096}', "n_layer must be an integer from 1 to 1024"),

@@ -11,13 +11,13 @@ from engine_cases import OPTIONS, PROMPTS
 
 import portlm
 from portlm.errors import UsageError
-from portlm.models import FAMILIES
+from portlm.models import DECODERS
 from portlm.rows import Rows
 
 V = 257
 WAYS = OPTIONS | {"the largest seed": {"temperature": 0.8, "top_k": 20, "seed": 2**64 - 1}}
 PACKAGES = {"ort": "onnxruntime", "tvm": "tvm"}
-CASES = [*((name, family, "fused") for name in PACKAGES for family in FAMILIES), ("tvm", "gpt2", "portable")]
+CASES = [*((name, family, "fused") for name in PACKAGES for family in DECODERS), ("tvm", "gpt2", "portable")]
 
 
 @pytest.fixture(scope="module", params=PACKAGES)

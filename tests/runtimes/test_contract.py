@@ -5,7 +5,7 @@ import pytest
 from engine_cases import CUDA_TARGETS, TARGETS, open_or_skip
 
 from portlm.errors import PortlmError
-from portlm.models import FAMILIES
+from portlm.models import DECODERS
 from portlm.runtimes.session import Session
 from portlm.tokenizer import byte_tokenizer
 
@@ -15,7 +15,7 @@ CONTEXT = 48
 TOLERANCE = 1e-4  # of fp32 logits of size 10, over engines that add in different orders
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DECODERS)
 def folder(request, compiled):
     return compiled[request.param]
 

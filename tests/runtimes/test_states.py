@@ -6,7 +6,7 @@ from engine_cases import CUDA_TARGETS, TARGETS, open_or_skip
 
 from portlm.engine import State
 from portlm.errors import UsageError
-from portlm.models import FAMILIES
+from portlm.models import DECODERS
 from portlm.rows import Rows, pad
 from portlm.runtimes.null import NullEngine
 
@@ -22,7 +22,7 @@ MORE = [11, 12, 13]
 
 @pytest.fixture(
     scope="module",
-    params=[(f, *t) for f in (*FAMILIES, BYTES) for t in (*TARGETS, *CUDA_TARGETS)],
+    params=[(f, *t) for f in (*DECODERS, BYTES) for t in (*TARGETS, *CUDA_TARGETS)],
     ids=":".join,
 )
 def engine(request):

@@ -12,7 +12,7 @@ from tiny_runs import newest, pretrain, tiny  # noqa: E402
 from torch import nn  # noqa: E402
 
 from portlm.errors import ConfigError, FormatError  # noqa: E402
-from portlm.models import FAMILIES, build  # noqa: E402
+from portlm.models import DECODERS, build  # noqa: E402
 from portlm.models.layers import Linear  # noqa: E402
 from portlm.ops.adamw import AdamW  # noqa: E402
 from portlm.train import state  # noqa: E402
@@ -143,11 +143,11 @@ def test_settings_out_of_range_are_refused():
 
 def _model(family):
     torch.manual_seed(0)
-    return build(dataclasses.replace(FAMILIES[family].config_class().tiny(), context_length=50))
+    return build(dataclasses.replace(DECODERS[family].config_class().tiny(), context_length=50))
 
 
 @pytest.mark.no_kernel("it is about which parameter goes where")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_every_parameter_has_one_optimiser_and_muon_has_the_matrices_of_the_blocks(family):
     model = _model(family)
     optimizer = make_optimizer(model, OptimizerSettings(name="muon"))
@@ -262,7 +262,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_of_either(bad):
 @pytest.mark.parametrize(
     "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.runs_kernel("gemm_bf16"))]
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_every_family_learns_with_muon(text, tmp_path, family, precision):
     """40 steps at the default rate: enough that the held-out loss has fallen, and saved is what was trained."""
     config = tiny(

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch", reason="torch is missing: pip install portl
 from tiny_runs import digest, newest, pretrain, tiny  # noqa: E402
 
 from portlm import models  # noqa: E402
-from portlm.models import FAMILIES  # noqa: E402
+from portlm.models import DECODERS  # noqa: E402
 from portlm.train.recompute import recompute_blocks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,13 +28,13 @@ def test_a_run_is_the_same_bit_for_bit_with_recomputed_activations(text, tmp_pat
     assert runs[0].loss == runs[1].loss
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_every_family_keeps_less_for_backward(family):
     ids = torch.randint(100, (2, 16))
     kept = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = models.build(FAMILIES[family].config_class().tiny()).train()
+        model = models.build(DECODERS[family].config_class().tiny()).train()
         if recompute:
             recompute_blocks(model)
         sizes: dict[int, int] = {}

@@ -285,7 +285,7 @@ def test_a_file_with_the_keys_of_both_families_still_loads():
             "model.dropout does not apply to the family llama: leave it out",
         ),
         (["model.n_kv_head=2"], "model.n_kv_head does not apply to the family gpt2"),
-        (["model.family=bert"], f"model.family: expected one of {', '.join(FAMILIES)}, got 'bert'"),
+        (["model.family=word2vec"], f"model.family: expected one of {', '.join(FAMILIES)}, got 'word2vec'"),
         (["model.width=130"], "model.width 130 must be a multiple of n_head 4"),
         (["model.n_layer=0"], "model.n_layer must be an integer from 1 to 1024, got 0"),
         (["model.family=llama", "model.n_kv_head=3"], "model.n_head 4 must be a multiple of n_kv_head 3"),

@@ -1,0 +1,169 @@
+"""Texts through an encoder, and what it says of them through a head.
+
+Rows of like length are read together, padded on their right, so little is computed of padding, and neither it nor the
+neighbours change what a row says. A head whose inputs are called like outputs of the encoder reads those; one that
+takes tokens reads these.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from portlm.engine import Array, CallSpec, Engine, Ids
+from portlm.errors import PortlmError, UsageError
+from portlm.rows import LOGITS_PER_CALL
+
+ENCODER = "encoder"
+MADE_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+Outputs = dict[str, Array]
+
+
+class Row(NamedTuple):
+    """The tokens of one text, or of two.
+
+    Attributes:
+        ids: at least one.
+        types: as many, 0 for the first text and 1 for the second.
+    """
+
+    ids: Sequence[int]
+    types: Sequence[int]
+
+
+class Reader:
+    """A role of an engine that reads whole texts, and the encoder before it if it needs one.
+
+    Args:
+        engine: what computes.
+        role: "encoder" or a head.
+        to_do: what it is wanted for, for the error.
+
+    Raises:
+        UsageError: the model has no such role, or it takes what is not made of tokens.
+    """
+
+    def __init__(self, engine: Engine, role: str, to_do: str):
+        if role not in engine.roles:
+            known = ", ".join(engine.roles) or "nothing"
+            raise UsageError(
+                f"this model cannot {to_do}: that takes a model with {role}, and this one has {known}"
+            )
+        self._engine, self._role = engine, role
+        steps = [role] if _reads_tokens(engine.roles[role]) else [ENCODER, role]
+        if len(steps) == 2 and not _follows(engine, role):
+            raise UsageError(f"this model cannot {to_do}: its {role} takes what no encoder of it gives")
+        self._steps = steps
+        self.outputs = engine.roles[role].outputs
+
+    def read(self, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[int, Outputs]]:
+        """Read texts, the longest first.
+
+        Args:
+            rows: of at most as many tokens as the context holds.
+            batch_size: rows that are read together.
+
+        Yields:
+            The number of a row, and the role's outputs for it without padding.
+
+        Raises:
+            PortlmError: an output holds NaN or infinity.
+        """
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+        for begin in range(0, len(order), batch_size):
+            numbers = order[begin : begin + batch_size]
+            found = self._call([rows[i] for i in numbers])
+            for place, i in enumerate(numbers):
+                yield i, self._without_padding(found, place, len(rows[i].ids))
+
+    def read_places(
+        self, rows: Sequence[Row], places: Sequence[Sequence[int]], batch_size: int
+    ) -> Iterator[tuple[int, Array]]:
+        """Read texts, the longest first, and ask the head about some of the tokens alone.
+
+        Args:
+            rows: as of read.
+            places: of the tokens in each row, at least one.
+            batch_size: as of read.
+
+        Yields:
+            The number of a row, and the head's logits (places, N).
+
+        Raises:
+            PortlmError: an output holds NaN or infinity.
+        """
+        if len(self._steps) == 1:
+            for i, outputs in self.read(rows, batch_size):
+                yield i, outputs["logits"][list(places[i])]
+            return
+        name = self._engine.roles[self._role].inputs[0].name
+        width = self.outputs[0].shape[-1]
+        most = max(1, LOGITS_PER_CALL // (width if isinstance(width, int) else 1))
+        for i, outputs in Reader(self._engine, ENCODER, "read").read(rows, batch_size):
+            asked = outputs[name][list(places[i])][:, None]  # (places, 1, C)
+            parts = [
+                call(self._engine, self._role, {name: np.ascontiguousarray(asked[begin : begin + most])})[
+                    "logits"
+                ]
+                for begin in range(0, len(asked), most)
+            ]
+            yield i, np.concatenate(parts)[:, 0]
+
+    def _call(self, rows: Sequence[Row]) -> Outputs:
+        known = tensors_of(rows)
+        for role in self._steps:
+            known |= call(self._engine, role, known)
+        return {item.name: known[item.name] for item in self.outputs}
+
+    def _without_padding(self, found: Outputs, place: int, length: int) -> Outputs:
+        tokens = {
+            item.shape[1] for item in self._engine.roles[self._steps[0]].inputs if item.name == "input_ids"
+        }
+        return {
+            item.name: found[item.name][place, :length]
+            if {*item.shape[1:2]} & tokens
+            else found[item.name][place]
+            for item in self.outputs
+        }
+
+
+def call(engine: Engine, role: str, known: Outputs) -> Outputs:
+    """Call a role without state on those of the tensors that it takes.
+
+    Raises:
+        PortlmError: an output holds NaN or infinity.
+    """
+    wanted = {item.name: known[item.name] for item in engine.roles[role].inputs}
+    rows = len(next(iter(wanted.values())))
+    found, _ = engine.run(role, wanted, engine.start(role, rows))
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            raise PortlmError(
+                f"{engine.name}:{engine.device}: the {name} of {role} are not numbers: check the weights for NaN or "
+                "infinity"
+            )
+    return found
+
+
+def tensors_of(rows: Sequence[Row]) -> dict[str, Ids]:
+    """Return what a role may take for some rows, (B, T of the longest) each, padded on the right."""
+    B, T = len(rows), max(len(row.ids) for row in rows)
+    ids, types, mask = (np.zeros((B, T), np.int64) for _ in range(3))
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)] = row.ids
+        types[b, : len(row.types)] = row.types
+        mask[b, : len(row.ids)] = 1
+    positions = np.tile(np.arange(T), (B, 1))
+    return dict(zip(MADE_OF_TOKENS, (ids, mask, types, positions), strict=True))
+
+
+def _reads_tokens(spec: CallSpec) -> bool:
+    return not spec.state and {item.name for item in spec.inputs} <= {*MADE_OF_TOKENS}
+
+
+def _follows(engine: Engine, role: str) -> bool:
+    """Whether the encoder reads tokens, and gives all that the role takes."""
+    encoder, spec = engine.roles.get(ENCODER), engine.roles[role]
+    given = {item.name for item in encoder.outputs} if encoder and _reads_tokens(encoder) else set()
+    return not spec.state and {item.name for item in spec.inputs} <= given
