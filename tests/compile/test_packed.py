@@ -12,13 +12,14 @@ from packed_bytes import damage_everywhere, open_bytes, places
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 kernels = pytest.importorskip("portlm._C", reason="portlm._C was not built")
 
+from packable import PACKED, UNPACKED  # noqa: E402
+
 from portlm.artifact import read_manifest  # noqa: E402
 from portlm.compile.packed import FILE, Weights, compile_packed, lower  # noqa: E402
 from portlm.compile.packed_file import NONE, OPCODES, write_packed  # noqa: E402
 from portlm.compile.packed_fusion import Joins, fuse, without_unread  # noqa: E402
 from portlm.compile.source import read_source  # noqa: E402
 from portlm.errors import EngineUnavailableError  # noqa: E402
-from portlm.models import DECODERS  # noqa: E402
 from portlm.weights import load_numpy  # noqa: E402
 
 HEADER = 256
@@ -30,7 +31,7 @@ def written(packed):
     return (packed["gpt2"] / FILE).read_bytes()
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_a_file_describes_its_roles_as_the_manifest_does(family, packed):
     manifest = read_manifest(packed[family])
     file = open_bytes((packed[family] / FILE).read_bytes(), packed[family].parent)
@@ -44,7 +45,7 @@ def test_a_file_describes_its_roles_as_the_manifest_does(family, packed):
     assert (file.vocabulary, file.context) == (manifest.model.vocab_size, manifest.model.context_length)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_every_weight_is_there_once_and_can_be_read_by_the_document_alone(family, packed, checkpoints):
     """A tied table, too, and matrices that are one. The rotation's tables come on top, which no checkpoint holds."""
     raw = (packed[family] / FILE).read_bytes()
@@ -102,6 +103,14 @@ def test_a_node_without_a_form_is_named(tmp_path):
     made = build_choice(folder, device="cpu", profile="fused", note=said.append)
     assert "packed" not in {entry.engine for entry in made}
     assert any("packed:cpu:fused left out" in line for line in said)
+
+
+@pytest.mark.parametrize("family", UNPACKED)
+def test_a_family_with_other_steps_is_refused_by_the_first_of_them(family, artifacts):
+    with pytest.raises(
+        EngineUnavailableError, match=r"node 'model\.mul' \(Mul\) has no form in a packed file"
+    ):
+        compile_packed(artifacts[family], "cpu", "fused")
 
 
 # --- damage --------------------------------------------------------------------------------------------
@@ -164,7 +173,7 @@ def small(quantized, tmp_path_factory):
     return packed
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 @pytest.mark.parametrize("numbers", ["int4", "int8", "int8 asymmetric"])
 def test_a_quantized_file_holds_each_matrix_once_as_the_kernel_reads_it(family, numbers, small):
     """Group 32: half a byte or one for a weight, 2 for each scale, 1 for each zero point, in whole tiles of 16 rows."""
@@ -201,7 +210,7 @@ def test_numbers_of_a_quantized_matrix_that_do_not_fit_are_refused(at, value, sm
         open_bytes(bytes(raw), tmp_path)
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "llama int4", "gpt2 int8"])
+@pytest.mark.parametrize("family", [*PACKED, "llama int4", "gpt2 int8"])
 def test_damaged_headers_and_tables_are_refused_or_harmless(family, packed, small, tmp_path):
     """In a process of its own, which a read outside of memory would end."""
     path = tmp_path / FILE
