@@ -323,7 +323,8 @@ def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     for place, wanted in enumerate(spec.inputs):
         if wanted.heads:
             apart = g.ints(0, 0, attributes[wanted.heads], attributes.get("head_dim", -1))
-            names[place] = g.op("Reshape", (names[place], apart), f"{node.name}.{wanted.name}.heads")
+            heads = g.unique(f"{node.name}.{wanted.name}.heads")
+            names[place] = g.op("Reshape", (names[place], apart), heads)
     outputs = list(node.output)
     if spec.output_heads:
         outputs[0] = f"{node.output[0]}.apart"

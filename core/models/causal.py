@@ -63,20 +63,22 @@ class Causal(nn.Module):
         """Register the parts in the order in which their weights are drawn.
 
         Args:
-            config: Its shape; a head of its own unless it has ``tie_embeddings`` that is true.
+            config: Its shape; a head of its own where it has ``tie_embeddings`` that is false, a token table of another
+                width where it has ``embedding_width``.
             blocks: One for each layer: (x, h, *carried, mask, past) -> (x, h, present).
             norm: The one behind the last block: (x, h) -> (y, h).
             more: Names and modules that come after the token table.
         """
         self.config = config
         parts = self.PARTS
-        self.add_module(parts.embedding, Embedding(config.vocab_size, config.width))
+        width = getattr(config, "embedding_width", config.width)
+        self.add_module(parts.embedding, Embedding(config.vocab_size, width))
         for name, module in more:
             self.add_module(name, module)
         self.add_module(parts.blocks, nn.ModuleList(blocks))
         self.add_module(parts.norm, norm)
         tied = getattr(config, "tie_embeddings", True)
-        head = None if tied else Linear(config.width, config.vocab_size, bias=False)
+        head = None if tied else Linear(width, config.vocab_size, bias=False)
         self.register_module(parts.head, head)
 
     def rotate_by(self, tables: tuple[Tensor, Tensor]) -> None:

@@ -19,13 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.causal import Causal, Parts
-from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear
+from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, drop
 from portlm.ops.attention import attention_qkv
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
@@ -341,8 +340,3 @@ class GPT2(Causal):
         Their Conv1D keeps its matrices (in, out), as OpenAI's TensorFlow code did.
         """
         return f"transformer.{name}", bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))
-
-
-def drop(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Return x with a share ``rate`` of its entries zeroed and the rest scaled up, only in training."""
-    return F.dropout(x, rate) if training and rate > 0 else x

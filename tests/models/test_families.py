@@ -93,6 +93,12 @@ ENTRIES = {
     "phi3": after_llama({"rotary_pct": 0.8}, {"n_kv_head": 4, "tie_embeddings": True}),
     "stablelm": after_llama({"qkv_bias": True, "rotary_pct": 1.0, "tie_embeddings": True}, {"parallel_residual": True},
                             norm="layer_norm"),
+    "opt": Entry(
+        trains=("embedding_fwd", "embedding_bwd", "layer_norm_fwd", "layer_norm_bwd", "gemm", "linear_bwd",
+                "attention_fwd", "attention_bwd", "linear_cross_entropy"),
+        steps=("embedding_fwd", "layer_norm_fwd", "gemm", "cached_attention"),
+        variants=({"norm_first": False, "token_width": 20},),
+    ),
     "smollm3": after_llama({"attention_bias": True, "mlp_bias": True, "tie_embeddings": False},
                            {"unplaced_interval": 0}),
     "gemma2": after_gemma({"score_cap": 0.0, "logit_cap": 0.0, "window": 2}, {"n_layer": 3, "layers": (SLIDING,) * 3}),
