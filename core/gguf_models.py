@@ -126,6 +126,10 @@ def _grouped_keys(entries: dict[str, Any]) -> dict[str, Any]:
 
 def _grouped_entries(config: Any) -> dict[str, Any]:
     """Return what is said of heads and of stretched positions."""
+    if getattr(config, "window", 0):
+        raise UsageError(
+            f"llama.cpp: no GGUF is written for a sliding window, here of {config.window} positions"
+        )
     entries = dict.fromkeys(sorted(_WIDTHS), config.head_dim)
     scaling = config.rope_scaling
     if scaling is None or scaling.kind == "llama3":  # that lies in a tensor

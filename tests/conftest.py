@@ -227,14 +227,14 @@ def compiled(artifacts, compile_all, once):
 @pytest.fixture(scope="session")
 def packed(artifacts, once):
     """Folder of the artifact by family, compiled for the packed engine alone, which takes next to no time."""
+    from packable import PACKED
+
     from portlm.compile.build import build
 
     def make(artifact, folder):
         build(shutil.copytree(artifact, folder), [("packed", "cpu", "fused")])
 
-    return {
-        family: once(f"packed-{family}", partial(make, artifact)) for family, artifact in artifacts.items()
-    }
+    return {family: once(f"packed-{family}", partial(make, artifacts[family])) for family in PACKED}
 
 
 @pytest.fixture(scope="session")
@@ -263,6 +263,7 @@ def divisible(tmp_path_factory):
     sizes = {"vocab_size": 257, "context_length": 48, "eos_token_ids": (256,)}
     others = {
         "gpt2": {"width": 96},
+        "gpt3": {"width": 96},
         "llama": {"width": 64, "hidden": 96},
         "gpt_neox": {"width": 64, "hidden": 96},
     }

@@ -95,7 +95,7 @@ class Gemma2Config(GroupedConfig):
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time, with wide heads, and caps and windows that count."""
         caps = {"score_cap": 0.5 * bool(cls.CAPS[0]), "logit_cap": 2.0 * bool(cls.CAPS[1])}
-        return replace(super().tiny(), head_width=12, query_scalar=10, window=5, **caps)
+        return replace(super().tiny(), head_width=16, query_scalar=10, window=5, **caps)
 
     @classmethod
     def check_windows(cls, read: config_json.Reader, context_length: int) -> None:

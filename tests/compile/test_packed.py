@@ -12,13 +12,14 @@ from packed_bytes import damage_everywhere, open_bytes, places
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 kernels = pytest.importorskip("portlm._C", reason="portlm._C was not built")
 
+from packable import PACKED, UNPACKED  # noqa: E402
+
 from portlm.artifact import read_manifest  # noqa: E402
 from portlm.compile.packed import FILE, Weights, compile_packed, lower  # noqa: E402
 from portlm.compile.packed_file import NONE, OPCODES, write_packed  # noqa: E402
 from portlm.compile.packed_fusion import Joins, fuse, without_unread  # noqa: E402
 from portlm.compile.source import read_source  # noqa: E402
 from portlm.errors import EngineUnavailableError  # noqa: E402
-from portlm.models import DECODERS  # noqa: E402
 from portlm.ops.narrow import ACTIVATIONS  # noqa: E402
 from portlm.weights import load_numpy  # noqa: E402
 
@@ -31,7 +32,7 @@ def written(packed):
     return (packed["gpt2"] / FILE).read_bytes()
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_a_file_describes_its_roles_as_the_manifest_does(family, packed):
     manifest = read_manifest(packed[family])
     file = open_bytes((packed[family] / FILE).read_bytes(), packed[family].parent)
@@ -45,7 +46,7 @@ def test_a_file_describes_its_roles_as_the_manifest_does(family, packed):
     assert (file.vocabulary, file.context) == (manifest.model.vocab_size, manifest.model.context_length)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_every_weight_is_there_once_and_can_be_read_by_the_document_alone(family, packed, checkpoints):
     """A tied table, too, and matrices that are one. The rotation's tables come on top, which no checkpoint holds."""
     raw = (packed[family] / FILE).read_bytes()
@@ -118,6 +119,14 @@ def test_a_node_without_a_form_is_named(tmp_path):
     made = build_choice(folder, device="cpu", profile="fused", note=said.append)
     assert "packed" not in {entry.engine for entry in made}
     assert any("packed:cpu:fused left out" in line for line in said)
+
+
+@pytest.mark.parametrize("family", UNPACKED)
+def test_a_family_with_other_steps_is_refused_by_the_first_of_them(family, artifacts):
+    with pytest.raises(
+        EngineUnavailableError, match=r"node 'model\.mul' \(Mul\) has no form in a packed file"
+    ):
+        compile_packed(artifacts[family], "cpu", "fused")
 
 
 # --- damage --------------------------------------------------------------------------------------------
@@ -217,7 +226,7 @@ def test_numbers_of_a_quantized_matrix_that_do_not_fit_are_refused(at, value, sm
         open_bytes(bytes(raw), tmp_path)
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "llama int4", "gpt2 int8"])
+@pytest.mark.parametrize("family", [*PACKED, "llama int4", "gpt2 int8"])
 def test_damaged_headers_and_tables_are_refused_or_harmless(family, packed, small, tmp_path):
     """In a process of its own, which a read outside of memory would end."""
     path = tmp_path / FILE

@@ -9,11 +9,12 @@ import pytest
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 kernels = pytest.importorskip("portlm._C", reason="portlm._C was not built")
 
+from packable import PACKED  # noqa: E402
+
 from portlm.compile.packed import Weights, lower  # noqa: E402
 from portlm.compile.packed_file import write_packed  # noqa: E402
 from portlm.compile.packed_fusion import Joins, fuse, without_unread  # noqa: E402
 from portlm.compile.source import read_source  # noqa: E402
-from portlm.models import DECODERS  # noqa: E402
 from portlm.quantization import at_activations  # noqa: E402
 
 LENGTHS = (9, 4, 1)  # of the rows of a ragged batch, left-padded to the first
@@ -64,7 +65,7 @@ def folders(exported, quantized):
     return folder
 
 
-NAMES = [*DECODERS, "llama-one-kv-head", "llama-tied", "llama int4", "gpt_neox int8", "gpt2 int4"]
+NAMES = [*PACKED, "llama-one-kv-head", "llama-tied", "llama int4", "gpt_neox int8", "gpt2 int4"]
 
 
 @pytest.mark.runs_kernel("cached_attention")

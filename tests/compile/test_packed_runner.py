@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 pytest.importorskip("portlm._C", reason="portlm._C was not built")
 
+from packable import PACKED
+
 from portlm.artifact import read_manifest, refresh_files, write_manifest
 from portlm.compile.bisect import bisect, look_inside
 from portlm.compile.build import build
@@ -17,13 +19,12 @@ from portlm.compile.packed_runner import packed_runner
 from portlm.compile.parity import RELATIVE_TOLERANCE, ROUNDED_TOLERANCE
 from portlm.flows.targets import Target
 from portlm.flows.verify import verify_artifact
-from portlm.models import DECODERS
 from portlm.ops.compiled import kernels
 
 GRAPH = "onnx/decoder.fused.onnx"
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_nothing_is_found_where_nothing_is_wrong(family, artifacts):
     """In prompts and steps on a state that it is given, of one row and of several with padding."""
     before = kernels.kernel_calls()["panel_linear"]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,13 @@ def test_positions_that_llama_cpp_cannot_be_told_are_refused(tmp_path):
     with pytest.raises(UsageError, match="stretched by yarn"):
         export_gguf(tmp_path / "there", tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_window_that_llama_cpp_would_not_keep_to_is_refused():
+    from portlm.models.mistral import MistralConfig
+
+    with pytest.raises(UsageError, match="sliding window, here of 5 positions"):
+        gguf_settings(replace(MistralConfig.tiny(), window=5))
 
 
 def test_matrices_of_16_bits_stay_so_and_vectors_are_widened(written, tmp_path):

@@ -11,6 +11,7 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
 import torch
+from packable import PACKED
 
 from portlm.artifact import read_manifest, refresh_files, write_manifest
 from portlm.compile.build import build
@@ -20,7 +21,7 @@ from portlm.errors import FormatError, PortlmError, UsageError
 from portlm.flows.load import load
 from portlm.flows.targets import Target
 from portlm.flows.verify import verify_artifact
-from portlm.models import DECODERS, load_model, save_model
+from portlm.models import load_model, save_model
 from portlm.models.layers import Embedding, Linear
 from portlm.models.roles import Role
 from portlm.ops.linear import linear
@@ -36,7 +37,7 @@ BYTES = byte_tokenizer(eos="<|endoftext|>")
 V, EOS = 257, 256
 
 
-@pytest.fixture(scope="module", params=DECODERS)
+@pytest.fixture(scope="module", params=PACKED)
 def session(request, packed):
     folder = packed[request.param]
     with Session(PackedEngine.open(OpenRequest(folder, read_manifest(folder), "cpu")), BYTES) as session:
@@ -187,7 +188,7 @@ def test_logits_that_are_no_numbers_are_the_same_error_after_the_same_text(
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_the_certificate_holds_against_eager_pytorch(family, packed, tmp_path):
     folder = shutil.copytree(packed[family], tmp_path / family)
     (result,) = verify_artifact(folder, [Target.parse("packed:cpu:fused")])
@@ -198,7 +199,7 @@ def test_the_certificate_holds_against_eager_pytorch(family, packed, tmp_path):
 
 
 @pytest.mark.runs_kernel("panel_linear", "cached_attention")
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_logits_are_as_near_to_float64_as_eager_pytorchs(family, packed, checkpoints):
     ids = np.random.default_rng(5).integers(0, V, (3, 24))
     model = load_model(checkpoints[family])

@@ -13,14 +13,15 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
 import torch
+from packable import PACKED
 
 from portlm.compile.build import build
 from portlm.compile.export import export
 from portlm.engine import RowChoice
 from portlm.errors import PortlmError, UsageError
 from portlm.flows.load import load
-from portlm.models import DECODERS, load_model, save_model
 from portlm.models import build as make_model
+from portlm.models import load_model, save_model
 from portlm.models.gpt2 import GPT2Config
 from portlm.ops.compiled import kernels
 from portlm.ops.token_scores import token_scores_reference
@@ -101,7 +102,7 @@ def test_scores_are_what_the_logits_say_and_no_logits_are_made(form, forms, no_l
     assert 0 < floats < logits.size / 10
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_log_probabilities_are_as_near_to_float64_as_eager_pytorchs(family, packed, checkpoints):
     (text,) = ([token % 257 for token in text] for text in texts(40))
     model, ids = load_model(checkpoints[family]), torch.tensor([text[:-1]])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
+from packable import PACKED
+
 from portlm.errors import UsageError
-from portlm.models import DECODERS
 from portlm.rows import Rows
 from portlm.runtimes import pace
 from portlm.runtimes import session as sessions
@@ -27,7 +28,7 @@ BYTES = byte_tokenizer(eos="<|endoftext|>")
 V, CONTEXT = 257, 48
 # Every family on one engine, which has a loop of its own, and one family on the rest.
 TARGETS = [
-    *((family, "packed", "fused") for family in DECODERS),
+    *((family, "packed", "fused") for family in PACKED),
     *(("gpt2", "torch", profile) for profile in ("native", "fused")),
     *(("gpt2", engine, profile) for engine in ("ort", "tvm") for profile in ("portable", "fused")),
 ]
