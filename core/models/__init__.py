@@ -134,7 +134,8 @@ class Family(NamedTuple):
         config: The class of its configuration.
         model: The class of its model.
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
-            fixed size, "encoder" for one that reads a whole text, with heads.
+            fixed size, "encoder" for one that reads a whole text, with heads, "encoder-decoder" for one that reads a
+            source and writes a target.
     """
 
     module: str
@@ -172,11 +173,19 @@ FAMILIES = {
     "mistral": Family("portlm.models.mistral", "MistralConfig", "Mistral"),
     "phi3": Family("portlm.models.phi3", "Phi3Config", "Phi3"),
     "stablelm": Family("portlm.models.stablelm", "StableLMConfig", "StableLM"),
+    "opt": Family("portlm.models.opt", "OPTConfig", "OPT"),
     "smollm3": Family("portlm.models.smollm3", "SmolLM3Config", "SmolLM3"),
     "olmo2": Family("portlm.models.olmo2", "Olmo2Config", "Olmo2"),
+    "gemma2": Family("portlm.models.gemma2", "Gemma2Config", "Gemma2"),
+    "gemma3_text": Family("portlm.models.gemma3", "Gemma3Config", "Gemma3"),
+    "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3"),
+    "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
     "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
     "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),
+    "marian": Family("portlm.models.transformer", "TransformerConfig", "Transformer", "encoder-decoder"),
+    "bart": Family("portlm.models.bart", "BartConfig", "Bart", "encoder-decoder"),
+    "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
     "recurrent": Family("portlm.models.recurrent", "RecurrentConfig", "Recurrent", kind="recurrent"),
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", kind="recurrent"),
 }
@@ -337,8 +346,8 @@ def write_config(folder: Path, config: Config) -> None:
     """Write config.json and generation_config.json."""
     data = config.to_hf()
     write_json(folder / CONFIG, data)
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {key: data[key] for key in keys if data[key] is not None}
+    keys = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: data[key] for key in keys if data.get(key) is not None}
     write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
 
 
