@@ -299,7 +299,9 @@ def padded_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool
 
 
 def attention_products(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
-    """QuantizedAttention, and CachedAttention that no node of ONNX Runtime takes: their portable form, which casts the numbers and leaves their scales to scores and weights.
+    """QuantizedAttention, and CachedAttention that no node of ONNX Runtime takes: their portable forms.
+
+    That of bytes casts the numbers and leaves their scales to scores and weights.
 
     Heads are taken apart to the width that is known: with a size of -1, a step of no tokens would have no shape.
     """
@@ -321,7 +323,8 @@ def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     for place, wanted in enumerate(spec.inputs):
         if wanted.heads:
             apart = g.ints(0, 0, attributes[wanted.heads], attributes.get("head_dim", -1))
-            names[place] = g.op("Reshape", (names[place], apart), f"{node.name}.{wanted.name}.heads")
+            heads = g.unique(f"{node.name}.{wanted.name}.heads")
+            names[place] = g.op("Reshape", (names[place], apart), heads)
     outputs = list(node.output)
     if spec.output_heads:
         outputs[0] = f"{node.output[0]}.apart"

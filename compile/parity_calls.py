@@ -82,12 +82,12 @@ def meaningful(spec: CallSpec, name: str, inputs: Mapping[str, np.ndarray], valu
     """Return an output as (values that mean something, width): without what is said of padding."""
     shape = next(item.shape for item in spec.outputs if item.name == name)
     mask = inputs.get("attention_mask")
-    rows = value.reshape(-1, value.shape[-1])
+    width = value.shape[-1]
     tokens = next((item.shape[1] for item in spec.inputs if item.name == "input_ids"), None)
     if mask is None or value.ndim < 3 or shape[1] != tokens:
-        return rows
-    kept: np.ndarray = rows[mask[:, -value.shape[1] :].ravel() == 1]
-    return kept
+        return value.reshape(-1, width)
+    kept: np.ndarray = value[mask[:, -value.shape[1] :] == 1]
+    return kept.reshape(-1, width)
 
 
 @dataclass(frozen=True)

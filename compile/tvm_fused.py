@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 
 from portlm.compile.tvm_build import Graph, Lowering, dimensions, kernel_passes
 from portlm.compile.tvm_chain import Chain, Pending
+from portlm.compile.tvm_expand import expanded
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
 from portlm.ops.narrow import ACTIVATIONS
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def lower(graph: Graph) -> "tvm.IRModule":
     """The graph as a Relax module whose function main takes the graph's inputs and then its weights."""
     import_tvm()
-    return _Lowering(graph).run()
+    return _Lowering(expanded(graph, _Lowering(graph).emitters)).run()
 
 
 class _Lowering:
@@ -192,7 +193,7 @@ class _Lowering:
         if name in self.shapes:
             return list(self.shapes[name])
         if isinstance(value, _Columns):
-            return [*value.source.ty.shape[:-1], value.width]
+            return [*list(value.source.ty.shape)[:-1], value.width]
         if isinstance(value, _Heads):
             return value.shape
         return list(value.ty.shape)

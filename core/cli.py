@@ -35,6 +35,7 @@ VERBS = {
     "tag": ("tag", "Label each word of a text."),
     "span": ("span", "Find the part of a text that answers a question."),
     "fill": ("fill", "Guess what a mask in a text stands for."),
+    "translate": ("translate", "Write the target of each line, with a model that reads a source first."),
     "bench": ("bench", "Measure prefill, decode, load and memory of every engine."),
     "ops": ("ops", "Print the table of fused operations and the forms they have."),
 }

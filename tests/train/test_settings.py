@@ -289,7 +289,7 @@ def test_a_file_with_the_keys_of_both_families_still_loads():
         (["model.width=130"], "model.width 130 must be a multiple of n_head 4"),
         (["model.n_layer=0"], "model.n_layer must be an integer from 1 to 1024, got 0"),
         (["model.family=llama", "model.n_kv_head=3"], "model.n_head 4 must be a multiple of n_kv_head 3"),
-        (["model.family=llama", "model.n_head=128"], "model: rotary positions turn pairs: they need an even head width"),
+        (["model.family=llama", "model.n_head=128"], "model: rotary positions turn pairs: they need an even"),
         (["objective=guess"], "objective must be one of causal, masked, got 'guess'"),
     ],
 )
