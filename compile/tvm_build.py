@@ -17,6 +17,7 @@ from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.passes import Note, Pass, ignore, run_passes
 from portlm.compile.quantized_products import products_of_numbers
 from portlm.compile.source import read_source, specs
+from portlm.compile.weight_parts import part_weights
 from portlm.engines import ENGINES
 from portlm.errors import EngineUnavailableError
 from portlm.ops.registry import nodes
@@ -74,6 +75,7 @@ def read_graph(artifact: Path, role: str, profile: str) -> Graph:
         FormatError: as read_source.
     """
     proto, manifest = read_source(artifact, role, profile)
+    part_weights(proto)
     weights = []
     for tensor in proto.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:

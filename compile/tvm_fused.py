@@ -193,7 +193,7 @@ class _Lowering:
         if name in self.shapes:
             return list(self.shapes[name])
         if isinstance(value, _Columns):
-            return [*value.source.ty.shape[:-1], value.width]
+            return [*list(value.source.ty.shape)[:-1], value.width]
         if isinstance(value, _Heads):
             return value.shape
         return list(value.ty.shape)

@@ -306,12 +306,12 @@ def _environment(budget: list[_Budget]) -> "jinja2.Environment":
     class Generation(jinja2.ext.Extension):
         """The marks around what an assistant said, which change nothing in the text."""
 
-        tags = frozenset(("generation",))
+        tags = {"generation"}  # noqa: RUF012 as jinja declares it
 
         def parse(self, parser: "jinja2.parser.Parser") -> nodes.CallBlock:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("_body"), [], [], body, lineno=line)
 
         def _body(self, caller: Any) -> Any:
             return caller()
@@ -345,7 +345,7 @@ def _environment(budget: list[_Budget]) -> "jinja2.Environment":
     }
     environment.globals |= {
         "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": lambda form: datetime.now().strftime(str(form)),
     }
     return environment
 
@@ -361,10 +361,14 @@ def _is_small(left: Any, right: Any) -> bool:
 
 def _listed(templates: list[Any], name: str, path: Path) -> str:
     """Return one of several templates, {"name": ..., "template": ...}."""
-    found = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
-    if not isinstance(found.get(name), str):
+    found: dict[str, str] = {}
+    for entry in templates:
+        said = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if isinstance(said[0], str) and isinstance(said[1], str):
+            found[said[0]] = said[1]
+    if name not in found:
         raise FormatError(
-            f"{path} has no chat template {shown(name)}, only {', '.join(map(shown, sorted(map(str, found))))}"
+            f"{path} has no chat template {shown(name)}, only {', '.join(map(shown, sorted(found)))}"
         )
     return found[name]
 

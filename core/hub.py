@@ -92,18 +92,18 @@ def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Trans
         StorageError: The disk is full or refuses the write.
     """
     src, out, notes = Path(src), Path(out), list[str]()
-    _check_files(src)
+    check_files(src)
     config = _with_stored_heads(src, load_config(src, notes), notes)
     shapes = expected_shapes(config)
     tensors = _parameters(src, config, shapes, notes)
     _check_tensors(src, tensors, shapes, notes)
-    with _new_folder(out) as folder:
+    with new_result(out) as folder:
         save_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
         write_config(folder, config)
         _copy_generation_config(src, folder, notes)
         _copy_tokenizer(src, folder, config.vocab_size, notes)
         _copy_cards(src, folder, notes)
-    return Transfer(out, config.family, _count(shapes), tuple(notes))
+    return Transfer(out, config.family, count_parameters(shapes), tuple(notes))
 
 
 def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> Transfer:
@@ -114,17 +114,21 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         out: The folder to create. It appears when everything is in it. The weights are the same bytes.
 
     Raises:
-        FormatError: A file of the checkpoint is missing or damaged.
+        FormatError: A file of the checkpoint is missing or damaged, or transformers has no such model.
         UsageError: ``out`` exists and holds something.
         StorageError: The disk is full or refuses the write.
     """
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
-    _check_files(checkpoint)
+    check_files(checkpoint)
     config = load_config(checkpoint, notes)
+    if FAMILIES[config.family].kind == "recurrent":
+        raise FormatError(
+            f"{checkpoint}: transformers has no models of the family {config.family} to open it as"
+        )
     shapes = expected_shapes(config)
     header = read_header(checkpoint / WEIGHTS)
     check_tensors(checkpoint / WEIGHTS, header, shapes)
-    with _new_folder(out) as folder:
+    with new_result(out) as folder:
         size = max((info.end for info in header.values()), default=0)
         with open_regular(checkpoint / WEIGHTS) as source, atomic_file(folder / WEIGHTS, need=size) as target:
             shutil.copyfileobj(source, target, 1 << 22)
@@ -132,10 +136,10 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         _copy_generation_config(checkpoint, folder, notes)
         _copy_tokenizer(checkpoint, folder, config.vocab_size, notes)
         _copy_cards(checkpoint, folder, notes)
-    return Transfer(out, config.family, _count(shapes), tuple(notes))
+    return Transfer(out, config.family, count_parameters(shapes), tuple(notes))
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Look at where the files of a folder lie, and at what is in them if it is an artifact, whose manifest says it."""
     check_is_folder(folder)
     check_folder(folder)
@@ -338,7 +342,7 @@ def _copy_cards(src: Path, folder: Path, notes: list[str]) -> None:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_result(out: Path) -> Iterator[Path]:
     """Give a folder that becomes ``out``, which must not hold anything, when the block has ended well."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already and is left alone: choose another name or remove it")
@@ -349,5 +353,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise StorageError(f"{out} cannot be written: {error.strerror}") from error
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many numbers tensors of these shapes hold."""
     return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())

@@ -279,8 +279,8 @@ class PieceDecoder(StreamDecoder):
         self._begin()
 
     def _begin(self) -> None:
-        self._bytes, self._held, self._begun = bytearray(), None, False
-        self._held: str | None
+        self._bytes, self._begun = bytearray(), False
+        self._held: str | None = None
         self._strip = self._of.spelling.strip[1]
 
     def push(self, token: int) -> str:

@@ -7,7 +7,6 @@ file reaches the library unread: each part is checked against a list of what is 
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct
@@ -15,7 +14,6 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError
 from portlm.files import shown
-from portlm.tokenizer_charsmap import check_charsmap
 from portlm.tokenizer_file import (
     ADDED_KEYS,
     MAX_ADDED_BYTES,
@@ -28,26 +26,12 @@ from portlm.tokenizer_file import (
     check_vocab,
     kind_of,
 )
-from portlm.tokenizer_steps import (
-    BYTE_LEVEL_KEYS,
-    SPLIT_PATTERNS,
-    byte_level,
-    check_post_processor,
-    fields,
-    flag,
-    kinds_of,
-    steps_of,
-)
+from portlm.tokenizer_parts import NORMALIZERS, PRE_TOKENIZERS, checked_decoder, checked_steps, text_of
+from portlm.tokenizer_steps import check_post_processor, fields, flag, kinds_of, steps_of
 
 MAX_ADDED = 2**14  # the library looks for all of them at once
-MAX_STEPS = 16
-MAX_STEP_CHARS = 256
 KINDS = {"BPE", "WordPiece", "Unigram"}
 
-_SPLITS = {*SPLIT_PATTERNS, r"\s+", r"\d", r"\d{1,3}", r"[0-9]{1,3}", " ?[^(\\s|[.,!?…。，、।۔،])]+"}
-_REPLACED = {" {2,}", r"\s+"}  # patterns of normalizers, which take linear time
-_BEHAVIORS = {"Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"}
-_SCHEMES = {"always", "never", "first"}
 _SURROUNDED = ("single_word", "lstrip", "rstrip")  # the flags of a token that depends on the text around it
 
 
@@ -194,14 +178,14 @@ def parse_text(document: object, name: str) -> TextFile:
     unknown = model["unk_id"] if kind == "Unigram" else (vocab | others).get(model["unk_token"])
     if kind == "BPE":
         _check_reach(model, special, name)
-    pre_tokenizer = _optional(
-        top.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers", _PRE_TOKENIZERS, name
+    pre_tokenizer = checked_steps(
+        top.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers", PRE_TOKENIZERS, name
     )
     if kind == "WordPiece" and "BertPreTokenizer" not in kinds_of(pre_tokenizer):
         raise FormatError(f"{name}: WordPiece is read with the pre-tokenizer BertPreTokenizer alone")
     if kind == "Unigram" and "Metaspace" not in kinds_of(pre_tokenizer):
         raise FormatError(f"{name}: Unigram is read with the pre-tokenizer Metaspace alone")
-    decoder = _decoder(top.get("decoder"), name)
+    decoder = checked_decoder(top.get("decoder"), name)
     _check_bytes(model, pre_tokenizer, decoder, name)
     return TextFile(
         tokens=[entry for entry, _ in sorted((vocab | others).items(), key=lambda item: item[1])],
@@ -209,7 +193,7 @@ def parse_text(document: object, name: str) -> TextFile:
         special=special,
         unknown=unknown,
         model=model,
-        normalizer=_optional(top.get("normalizer"), "normalizer", "normalizers", _NORMALIZERS, name),
+        normalizer=checked_steps(top.get("normalizer"), "normalizer", "normalizers", NORMALIZERS, name),
         pre_tokenizer=pre_tokenizer,
         decoder=decoder,
         post_processor=check_post_processor(top.get("post_processor"), special, name),
@@ -226,7 +210,7 @@ def _bpe(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, in
     unknown = model.get("unk_token")
     if unknown is not None and (not isinstance(unknown, str) or unknown not in vocab):
         raise FormatError(f"{name}: unk_token is {shown(unknown)}, which is not in vocab")
-    suffix = _text(model, "end_of_word_suffix", name) if model.get("end_of_word_suffix") else None
+    suffix = text_of(model, "end_of_word_suffix", name) if model.get("end_of_word_suffix") else None
     return {
         "type": "BPE",
         "dropout": None,
@@ -253,7 +237,7 @@ def _word_piece(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[
     return {
         "type": "WordPiece",
         "unk_token": unknown,
-        "continuing_subword_prefix": _text(model, "continuing_subword_prefix", name),
+        "continuing_subword_prefix": text_of(model, "continuing_subword_prefix", name),
         "max_input_chars_per_word": longest,
         "vocab": _by_id(vocab),
     }, vocab
@@ -331,249 +315,3 @@ def _check_bytes(
         raise FormatError(f"{name}: ByteLevel must be the last pre-tokenizer, and no other, and the decoder")
     if model["type"] != "BPE" or model["byte_fallback"] or model["end_of_word_suffix"]:
         raise FormatError(f"{name}: byte-level BPE has no byte_fallback and no end_of_word_suffix")
-
-
-def _text(holder: dict[str, Any], key: str, name: str, least: int = 1) -> str:
-    """Return a short text."""
-    value = holder.get(key)
-    if not isinstance(value, str) or not least <= len(value) <= MAX_STEP_CHARS:
-        raise FormatError(
-            f"{name}: {key} is {shown(value)}, not a text of {least} to {MAX_STEP_CHARS} characters"
-        )
-    return value
-
-
-def _one_of(holder: dict[str, Any], key: str, allowed: set[str], default: str | None, name: str) -> str:
-    value = holder.get(key, default)
-    if not isinstance(value, str) or value not in allowed:
-        raise FormatError(f"{name}: {key} is {shown(value)}, none of {', '.join(sorted(allowed))}")
-    return value
-
-
-def _pattern(step: dict[str, Any], allowed: set[str], name: str) -> dict[str, str]:
-    """Check what is looked for: a text, or a regular expression that is known to take linear time."""
-    pattern = fields(step.get("pattern"), name, "a pattern", {"String", "Regex"})
-    if list(pattern) == ["String"]:
-        return {"String": _text(pattern, "String", name)}
-    regex = pattern.get("Regex")
-    if len(pattern) != 1 or not isinstance(regex, str) or regex not in allowed:
-        raise FormatError(f"{name}: the pattern {shown(regex)} is unknown, and others could take for ever")
-    return {"Regex": regex}
-
-
-Check = Callable[[dict[str, Any], str], dict[str, Any]]
-
-
-def _alone(step: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"type": fields(step, name, "a step", {"type"})["type"]}
-
-
-def _flags(what: str, **defaults: bool) -> Check:
-    def check(step: dict[str, Any], name: str) -> dict[str, Any]:
-        fields(step, name, what, {"type", *defaults})
-        return {"type": step["type"]} | {
-            key: flag(step, key, default, name) for key, default in defaults.items()
-        }
-
-    return check
-
-
-def _bert_normalizer(step: dict[str, Any], name: str) -> dict[str, Any]:
-    keys = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
-    fields(step, name, "the BertNormalizer", {"type", *keys})
-    result: dict[str, Any] = {"type": "BertNormalizer"}
-    for key, default in keys.items():
-        value = step.get(key, default)
-        if not isinstance(value, bool) and not (key == "strip_accents" and value is None):
-            raise FormatError(f"{name}: {key} is {shown(value)}, not true or false")
-        result[key] = value
-    return result
-
-
-def _prepend(step: dict[str, Any], name: str) -> dict[str, Any]:
-    return {
-        "type": "Prepend",
-        "prepend": _text(fields(step, name, "Prepend", {"type", "prepend"}), "prepend", name),
-    }
-
-
-def _replace(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "Replace", {"type", "pattern", "content"})
-    return {
-        "type": "Replace",
-        "pattern": _pattern(step, _REPLACED, name),
-        "content": _text(step, "content", name, least=0),
-    }
-
-
-def _precompiled(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "Precompiled", {"type", "precompiled_charsmap"})
-    return {
-        "type": "Precompiled",
-        "precompiled_charsmap": check_charsmap(step.get("precompiled_charsmap"), name),
-    }
-
-
-def _metaspace(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(
-        step,
-        name,
-        "Metaspace",
-        {"type", "replacement", "add_prefix_space", "prepend_scheme", "split", "str_rep"},
-    )
-    replacement = _text(step, "replacement", name) if "replacement" in step else "\u2581"
-    if len(replacement) != 1 or replacement == " " or step.get("str_rep", replacement) != replacement:
-        raise FormatError(
-            f"{name}: Metaspace replaces a space by {shown(replacement)}, not by one other character"
-        )
-    scheme = _one_of(step, "prepend_scheme", _SCHEMES, "always", name)
-    if not flag(step, "add_prefix_space", True, name):
-        scheme = "never"
-    return {
-        "type": "Metaspace",
-        "replacement": replacement,
-        "prepend_scheme": scheme,
-        "split": flag(step, "split", True, name),
-    }
-
-
-def _split(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "Split", {"type", "pattern", "behavior", "invert"})
-    return {
-        "type": "Split",
-        "pattern": _pattern(step, _SPLITS, name),
-        "behavior": _one_of(step, "behavior", _BEHAVIORS, None, name),
-        "invert": flag(step, "invert", False, name),
-    }
-
-
-def _punctuation(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "Punctuation", {"type", "behavior"})
-    return {"type": "Punctuation", "behavior": _one_of(step, "behavior", _BEHAVIORS, "Isolated", name)}
-
-
-def _byte_level(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "ByteLevel", BYTE_LEVEL_KEYS)
-    flag(step, "trim_offsets", True, name)
-    return byte_level(flag(step, "use_regex", True, name), flag(step, "add_prefix_space", True, name))
-
-
-_NORMALIZERS: dict[str, Check] = {
-    **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt"), _alone),
-    "BertNormalizer": _bert_normalizer,
-    "Prepend": _prepend,
-    "Replace": _replace,
-    "Strip": _flags("Strip", strip_left=True, strip_right=True),
-    "Precompiled": _precompiled,
-}
-_PRE_TOKENIZERS: dict[str, Check] = {
-    **dict.fromkeys(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"), _alone),
-    "ByteLevel": _byte_level,
-    "Digits": _flags("Digits", individual_digits=False),
-    "Metaspace": _metaspace,
-    "Punctuation": _punctuation,
-    "Split": _split,
-}
-
-
-def _steps(value: object, what: str, key: str, name: str) -> list[dict[str, Any]]:
-    """Return the steps of a sequence, or the one that stands for itself, each with its type."""
-    steps = [value]
-    if isinstance(value, dict) and value.get("type") == "Sequence":
-        steps = fields(value, name, what, {"type", key}).get(key)  # type: ignore[assignment]
-    if not isinstance(steps, list) or len(steps) > MAX_STEPS:
-        raise FormatError(f"{name}: the {what} has more than {MAX_STEPS} steps, or none that can be read")
-    for step in steps:
-        if not isinstance(step, dict) or not isinstance(step.get("type"), str):
-            raise FormatError(f"{name}: a step of the {what} is not an object with a type")
-    return steps
-
-
-def _optional(
-    value: object, what: str, key: str, known: dict[str, Check], name: str
-) -> dict[str, Any] | None:
-    """Check the steps of a part that may be missing."""
-    if value is None:
-        return None
-    checked = []
-    for step in _steps(value, what, key, name):
-        if step["type"] not in known:
-            raise FormatError(
-                f"{name}: the {what} {shown(step['type'])} is none of {', '.join(sorted(known))}"
-            )
-        checked.append(known[step["type"]](step, name))
-    if not checked:
-        return None
-    return checked[0] if len(checked) == 1 else {"type": "Sequence", key: checked}
-
-
-def _word_piece_decoder(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "the WordPiece decoder", {"type", "prefix", "cleanup"})
-    return {
-        "type": "WordPiece",
-        "prefix": _text(step, "prefix", name),
-        "cleanup": flag(step, "cleanup", True, name),
-    }
-
-
-def _bpe_decoder(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "the BPEDecoder", {"type", "suffix"})
-    return {"type": "BPEDecoder", "suffix": _text(step, "suffix", name)}
-
-
-def _strip(step: dict[str, Any], name: str) -> dict[str, Any]:
-    fields(step, name, "Strip", {"type", "content", "start", "stop"})
-    content, start = _text(step, "content", name), step.get("start")
-    if (
-        len(content) != 1
-        or type(start) is not int
-        or not 0 <= start <= MAX_STEP_CHARS
-        or step.get("stop") != 0
-    ):
-        raise FormatError(f"{name}: the decoder Strip takes one character from the beginning of a text alone")
-    return {"type": "Strip", "content": content, "start": start, "stop": 0}
-
-
-def _replace_text(step: dict[str, Any], name: str) -> dict[str, Any]:
-    checked = _replace(step, name)
-    if "Regex" in checked["pattern"]:
-        raise FormatError(f"{name}: the decoder Replace takes a text, not a pattern")
-    return checked
-
-
-_DECODERS: dict[str, Check] = {
-    "ByteLevel": _byte_level,
-    "WordPiece": _word_piece_decoder,
-    "Metaspace": _metaspace,
-    "BPEDecoder": _bpe_decoder,
-}
-_DECODER_STEPS: dict[str, Check] = {
-    "Replace": _replace_text,
-    "ByteFallback": _alone,
-    "Fuse": _alone,
-    "Strip": _strip,
-}
-_ORDER = list(_DECODER_STEPS)
-
-
-def _decoder(value: object, name: str) -> dict[str, Any] | None:
-    """Check how tokens become text: one decoder, or the steps of SentencePiece's in their order."""
-    if value is None:
-        return None
-    steps = _steps(value, "decoder", "decoders", name)
-    if len(steps) == 1 and steps[0]["type"] in _DECODERS:
-        return _DECODERS[steps[0]["type"]](steps[0], name)
-    for step in steps:
-        if step["type"] not in _DECODER_STEPS:
-            known = ", ".join(sorted({*_DECODERS, *_DECODER_STEPS}))
-            raise FormatError(
-                f"{name}: the decoder {shown(step['type'])}, alone or in its place, is none of {known}"
-            )
-    checked = [_DECODER_STEPS[step["type"]](step, name) for step in steps]
-    places = [_ORDER.index(step["type"]) for step in checked]
-    once = [place for place in places if place > 0]
-    if places != sorted(places) or len(set(once)) != len(once) or (3 in places and 2 not in places):
-        raise FormatError(
-            f"{name}: the decoder's steps are not Replace, ByteFallback, Fuse and Strip in this order"
-        )
-    return {"type": "Sequence", "decoders": checked}

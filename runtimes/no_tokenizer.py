@@ -1,13 +1,13 @@
 """A model without a tokenizer: token ids in, token ids out.
 
-Not every tokenizer is a byte-level BPE that portlm can use, and a model can be run, measured and verified without.
+Not every tokenizer is one that portlm can use, and a model can be run, measured and verified without.
 """
 
 from typing import NoReturn
 
 from portlm.errors import UsageError
 
-NONE = "this model has no tokenizer (portlm uses byte-level BPE in tokenizer.json and no other kind; docs/tokenizer.md)"
+NONE = "this model has no tokenizer (portlm reads tokenizer.json; docs/tokenizer.md says which kinds)"
 INSTEAD = "give token ids: a list of them, or --ids on the command line"
 
 

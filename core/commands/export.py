@@ -17,10 +17,11 @@ from portlm.errors import UsageError
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["onnx", "hf"]),
+    type=click.Choice(["onnx", "hf", "gguf"]),
     default="onnx",
     show_default=True,
-    help="onnx: an artifact for 'portlm compile' and portlm.load; hf: a folder that transformers opens.",
+    help="onnx: an artifact for 'portlm compile' and portlm.load; hf: a folder that transformers opens; gguf: a "
+    "file that llama.cpp opens.",
 )
 @click.option(
     "--profile",
@@ -67,7 +68,7 @@ def command(
     checkpoint: Path, out: Path, form: str, profiles: tuple[str, ...], weights: str, quantize: str | None,
     group: str | None, asymmetric: bool, calibrate: Path | None, cache: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Export CHECKPOINT (from pretrain or import) to the folder OUT, and print OUT.
+    """Export CHECKPOINT (from pretrain or import) to the folder or file OUT, and print OUT.
 
     The same checkpoint always gives the same bytes.
     """
@@ -76,20 +77,27 @@ def command(
     kept = cache[0] if cache else None
     if quantize is None and (group is not None or asymmetric):
         raise UsageError("--group and --asymmetric say how to quantize: give --quantize int8 or int4 as well")
-    if form == "hf":
+    if form in ("hf", "gguf"):
         from portlm.hub import export_hf
+        from portlm.hub_gguf import export_gguf
 
         if profiles:
-            raise UsageError("--profile chooses ONNX graphs, and --to hf writes none: leave it out")
+            raise UsageError(f"--profile chooses ONNX graphs, and --to {form} writes none: leave it out")
         if quantize is not None:
-            raise UsageError("--quantize is for ONNX graphs, and --to hf writes plain numbers: leave it out")
+            raise UsageError(
+                f"--quantize is for ONNX graphs, and --to {form} writes plain numbers: leave it out"
+            )
         if calibrate is not None:
-            raise UsageError("--calibrate is for ONNX graphs, and --to hf copies the weights: leave it out")
+            raise UsageError(
+                f"--calibrate is for ONNX graphs, and --to {form} copies the weights: leave it out"
+            )
         if weights != "auto":
-            raise UsageError("--weights is for ONNX graphs, and --to hf copies the weights: leave it out")
+            raise UsageError(
+                f"--weights is for ONNX graphs, and --to {form} copies the weights: leave it out"
+            )
         if kept is not None:
-            raise UsageError("--cache is for ONNX graphs, and --to hf writes none: leave it out")
-        for note in export_hf(checkpoint, out).notes:
+            raise UsageError(f"--cache is for ONNX graphs, and --to {form} writes none: leave it out")
+        for note in (export_hf if form == "hf" else export_gguf)(checkpoint, out).notes:
             click.echo(f"export: {note}", err=True)
     else:
         from portlm.artifact import read_manifest

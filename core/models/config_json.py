@@ -11,7 +11,7 @@ What a reader was asked for is kept, and docs/config-keys.md is written from tha
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from portlm.errors import ConfigError
@@ -139,6 +139,28 @@ def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     return None if not ids else ids[0] if len(ids) == 1 else list(ids)
 
 
+def in_turn(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return the shortest beginning of a list that, again and again, gives the whole list."""
+    for length in range(1, len(kinds)):
+        if all(kind == kinds[i % length] for i, kind in enumerate(kinds)):
+            return tuple(kinds[:length])
+    return tuple(kinds)
+
+
+def window(read: "Reader", key: str, default: int) -> int:
+    """Return how many positions each sees, 0 for all: null, or what transformers takes for a missing key.
+
+    Raises:
+        ConfigError: It is no positive integer.
+    """
+    value = read.raw(key, f"a positive integer; null for all, {default} if missing")
+    if value is None:
+        return 0 if read.holds(key) else default
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{key} must be a positive integer or null, got {shown(value)}")
+    return value
+
+
 class Reader:
     """One config.json, of which every key must be asked for before :meth:`finish`.
 
@@ -259,7 +281,7 @@ class Reader:
         self.require("use_sliding_window", False)
         if switched:
             self.uses["sliding_window"] = Use("harmless")
-            self._require_full_layers()
+            self.require_full_layers()
             return
         window = self.raw("sliding_window", "at least the longest sequence", "checked")
         if window is not None and (type(window) is not int or window < context_length):
@@ -267,9 +289,10 @@ class Reader:
                 f"sliding_window = {shown(window)} is not supported: portlm computes attention over all "
                 f"{context_length} positions"
             )
-        self._require_full_layers()
+        self.require_full_layers()
 
-    def _require_full_layers(self) -> None:
+    def require_full_layers(self) -> None:
+        """Accept only models whose layers are all alike in what they see."""
         layers = self.raw("layer_types", 'only "full_attention"', "checked")
         if layers is not None and (
             not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)

@@ -24,7 +24,7 @@ KINDS = tokenizer_files.KINDS
 def without_pieces(text, ours):
     """The text without the names of control tokens, which the library's Unigram makes of it (see below)."""
     for name in ours.special:
-        text = text.replace(name, name[1:])
+        text = text.replace(name, "|")
     return text
 
 

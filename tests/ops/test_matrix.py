@@ -32,7 +32,7 @@ AFTER = "runs outside the graph, on its logits"
 ABSENT: dict[tuple[str, str], str] = {
     **{
         (op, cell): NO_NODE
-        for op in ("adamw", "attention", "linear_cross_entropy", "newton_schulz")
+        for op in ("adamw", "attention", "gru", "linear_cross_entropy", "lstm", "newton_schulz", "rnn")
         for cell in CELLS[1:]
     },
     **{(op, cell): AFTER for op in ("token_scores", "token_selection") for cell in CELLS[1:]},

@@ -197,7 +197,7 @@ OTHER_KIND = json.dumps({"version": "1.0", "model": {"type": "Unigram", "vocab":
 @pytest.mark.parametrize(
     ("tokenizer", "why"),
     [
-        (None, r"this model has no tokenizer \(portlm uses byte-level BPE"),
+        (None, r"this model has no tokenizer \(portlm reads tokenizer"),
         (OTHER_KIND, r"this model's tokenizer cannot be used: .*tokenizer\.json"),
         ("{", r"this model's tokenizer cannot be used: .*tokenizer\.json"),
         (

@@ -47,12 +47,12 @@ class LlamaCpp(Contender):
 
     def prepare(self, source: Source) -> None:
         """Write the F32 file, and have llama.cpp quantize it."""
-        from portlm.flows.race.gguf_file import write_gguf
+        from portlm.hub_gguf import export_gguf
 
         plain = self._path(source, "f32")
         if not plain.exists():
             with new_file(plain) as path:
-                write_gguf(source.hf, path)
+                export_gguf(source.hf, path, tokenizer=False)
         target = self._path(source)
         if target.exists():
             return
