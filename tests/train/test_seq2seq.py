@@ -14,7 +14,9 @@ from portlm.data.pairs import POOL, PairSampler, padded, read_pairs  # noqa: E40
 from portlm.errors import ConfigError, FormatError, UsageError  # noqa: E402
 from portlm.models import load_model  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
+from portlm.train.corpus import open_corpus  # noqa: E402
 from portlm.train.objectives.seq2seq import Seq2SeqObjective, open_pairs  # noqa: E402
+from portlm.train.objectives.span import SpanObjective  # noqa: E402
 from portlm.train.pretrain import pretrain  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -200,3 +202,68 @@ def test_settings_that_contradict_each_other_are_refused(files, change, words):
 def test_smoothing_is_for_pairs_alone():
     with pytest.raises(ConfigError, match="label_smoothing is for objective seq2seq"):
         PretrainConfig(label_smoothing=0.1)
+
+
+# ---- span corruption on plain text -------------------------------------------------------------------------------
+
+
+def span_config(tmp_path, **more):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    values = {
+        "objective": "span", "data.texts": [str(tmp_path / "text.txt")], "model.family": "t5", "model.n_layer": 1,
+        "model.n_head": 2, "model.width": 32, "model.context_length": 32, "data.batch_size": 8, "steps": 40,
+        "optimizer.lr": 3e-3, "evaluation.interval": 20, "checkpoint.interval": 20,
+        **{key.replace("__", "."): value for key, value in more.items()},
+    }  # fmt: skip
+    return settings.load(PretrainConfig, overrides=list(values.items()))
+
+
+def span_objective(tmp_path, **more):
+    config = span_config(tmp_path, **more)
+    corpus = open_corpus(config.data, tmp_path / "data", fresh=True, note=lambda text: None)
+    torch.manual_seed(0)
+    return SpanObjective(config, corpus, torch.device("cpu"))
+
+
+def test_what_was_taken_out_and_what_is_left_are_the_text(tmp_path):
+    objective = span_objective(tmp_path)
+    ids, _ = objective.sampler.batch(0)
+    (part,) = objective.batches()
+    V, config = objective.corpus.tokenizer.vocab_size, objective.model.config
+    assert (objective.start, objective.end, objective.first) == (V, V + 1, config.vocab_size - 1)
+    assert part.source.shape[1] <= config.context_length
+    for text, source, read, target in zip(ids, part.source, part.read, part.targets, strict=True):
+        said, spans = target[target != -100].tolist(), {}
+        assert read[: len(said)].tolist() == [V, *said[:-1]]
+        for token in said[:-1]:
+            if token > V + 1:
+                spans[number := token] = []
+            else:
+                spans[number].append(token)
+        again = [
+            t for token in source.tolist() if token < V or token > V + 1 for t in spans.get(token, [token])
+        ]
+        assert again == text.tolist()
+
+
+def test_parts_of_a_corrupted_batch_have_the_gradient_of_the_whole(tmp_path):
+    gradients = []
+    for rows, parts in ((8, 1), (2, 4)):
+        objective = span_objective(tmp_path, data__batch_size=rows, data__accumulate=parts)
+        objective.model.double()
+        sum(objective.loss(part) for part in objective.batches()).backward()
+        gradients.append([p.grad for p in objective.model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+
+
+def test_t5_learns_to_fill_holes_and_a_resumed_run_is_the_same(tmp_path):
+    whole = pretrain(span_config(tmp_path), tmp_path / "whole", quiet=True, plot=False)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "eval"]
+    assert whole.loss == losses[-1] < losses[0] - 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for folder in sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(folder)
+    again = pretrain(span_config(tmp_path), tmp_path / "cut", resume="auto", quiet=True, plot=False)
+    assert again.loss == whole.loss
