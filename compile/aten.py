@@ -88,6 +88,8 @@ def _binary(e: "Emitter", node: fx.Node) -> "Value":
         raise e.refuse(node, f"on {node.meta['val'].kind}", "compute in float32")
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         raise e.refuse(node, "with a factor", "multiply first")
+    if kind == "add" and (folded := e.weight_plus(*node.args)):
+        return folded  # type: ignore[return-value]
     names = [e.whole(x) if isinstance(x, fx.Node) else e.g.scalar(float(x)) for x in node.args]  # type: ignore[arg-type]
     return e.result(node, e.g.op(_BINARY[kind], names, e.name(node, kind)))
 

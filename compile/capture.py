@@ -58,10 +58,12 @@ class Weight:
     Attributes:
         path: in the module.
         rows: from where to where; None for all.
+        plus: what is added to each of its numbers.
     """
 
     path: str
     rows: tuple[int, int] | None = None
+    plus: float = 0.0
 
 
 @dataclass
@@ -238,16 +240,30 @@ class Emitter:
         """Rows of a parameter, None for its ends; None if it is no parameter, or these are no numbers."""
         weight, count = self._weight(node), self.shape(node)[0]
         begin, end = 0 if begin is None else begin, count if end is None else end
-        if weight is None or weight.rows or not all(isinstance(place, int) for place in (begin, end)):
+        if (
+            weight is None
+            or weight.rows
+            or weight.plus
+            or not all(isinstance(place, int) for place in (begin, end))
+        ):
             return None
         begin, end, _ = slice(begin, end).indices(count)
         return Weight(weight.path, (begin, end)) if begin < end else None
+
+    def weight_plus(self, node: Any, number: Any) -> Weight | None:
+        """A vector that is a parameter with a number added to it; None if it is no such sum."""
+        weight = self._weight(node)
+        if weight is None or weight.rows or len(self.shape(node)) != 1 or not isinstance(number, int | float):
+            return None
+        return Weight(weight.path, plus=weight.plus + number)
 
     # The rest is how an op's description becomes a node.
 
     def _mention(self, weight: Weight) -> str:
         """The name of a parameter or of some of its rows, which the graph then has."""
         name = self.weights.name(weight.path)
+        if weight.plus:
+            return self.g.weight_plus(f"{name}.plus{weight.plus:g}", name, weight.plus)
         if not weight.rows:
             return self.g.weight(name)
         begin, end = weight.rows
@@ -373,7 +389,7 @@ class Emitter:
                 raise self.refuse(node, f"{first} and {wanted.name} are not rows at the same positions")
             name = self._mention(found.table)
             return name, self.g.weight_shape(name)
-        if (weight := self._weight(operand)) and weight.rows:
+        if (weight := self._weight(operand)) and (weight.rows or weight.plus):
             name = self._mention(weight)
             return name, self.g.weight_shape(name)
         if weight:

@@ -182,8 +182,10 @@ CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered f
         {
             "do_rotary": Setting(int, (0, 1), required=False),
             "kv_num_heads": COUNT,
+            "local_window_size": Setting(int, (1, MAX_DIMENSION), required=False),
             "num_heads": COUNT,
             "scale": NUMBER,
+            "softcap": Setting(float, required=False),
         },
     ),
     # input, weight, scales, zero points, no order of the groups, bias
@@ -192,11 +194,11 @@ CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered f
         (FLOAT,),
         {"K": COUNT, "N": COUNT, "accuracy_level": Setting(int, (0, 4)), "bits": BITS, "block_size": COUNT},
     ),
-    # query, key, value, no bias and no padding mask, attention bias, past key and value
+    # query, key, value, no bias, padding mask, attention bias, past key and value
     "MultiHeadAttention": Form(
-        (FLOAT, FLOAT, FLOAT, ABSENT, ABSENT, FLOAT, FLOAT, FLOAT),
-        (FLOAT,) * 3,
-        {"num_heads": COUNT, "scale": NUMBER},
+        (FLOAT, FLOAT, FLOAT, ABSENT, Operand("int32", optional=True), OPTIONAL, OPTIONAL, OPTIONAL),
+        (FLOAT, OPTIONAL, OPTIONAL),
+        {"mask_filter_value": Setting(float, required=False), "num_heads": COUNT, "scale": NUMBER},
     ),
     "QuickGelu": Form((FLOAT,), (FLOAT,), {"alpha": NUMBER}),
     "RotaryEmbedding": Form((FLOAT, INDEX, FLOAT, FLOAT), (FLOAT,)),

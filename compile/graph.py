@@ -195,6 +195,15 @@ class GraphBuilder:
             self._initializers[name] = tensor
         return name
 
+    def weight_plus(self, name: str, whole: str, number: float) -> str:
+        """Mention a parameter with a number added to it under a name of its own, in float32."""
+        if name not in self._weights:
+            self._weights = {
+                **self._weights,
+                name: self._weights[whole].astype(np.float32) + np.float32(number),
+            }
+        return self.weight(name)
+
     def weight_part(self, name: str, whole: str, begin: int, end: int) -> str:
         """Mention some rows of a parameter under a name of their own."""
         if name not in self._weights:

@@ -134,10 +134,11 @@ def _write(g: GraphBuilder, node: onnx.NodeProto, absorbed: Absorbed) -> None:
     if absorbed.products:
         qkv = (_product(g, absorbed.products, f"{name}.qkv"), "", "")
     inputs = [*qkv, *node.input[3:5], rows, total, *absorbed.tables]
+    bounds = {"local_window_size": attributes["window"], "softcap": attributes["softcap"]}
     g.split_op(
         "GroupQueryAttention", inputs, name, node.output, domain=CONTRIB, scale=attributes["scale"],
         num_heads=attributes["num_heads"], kv_num_heads=attributes["num_kv_heads"],
-        do_rotary=int(bool(absorbed.tables)),
+        do_rotary=int(bool(absorbed.tables)), **{key: bound for key, bound in bounds.items() if bound},
     )  # fmt: skip
 
 

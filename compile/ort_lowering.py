@@ -34,7 +34,8 @@ from portlm.compile.ort_quantized import gather_block_quantized, matmul_nbits
 from portlm.compile.passes import Note, ignore, run_passes
 from portlm.compile.source import read_source
 from portlm.errors import EngineUnavailableError
-from portlm.ops.cached_attention import attention_bias
+from portlm.ops.cached_attention import MASKED, attention_bias
+from portlm.ops.masked_attention import rows_with_keys
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN, DOMAIN_VERSION
 from portlm.ort_support import EVEN, IN_PLACE, ROUNDED, ROUNDED_TARGET, UNREAD, accuracy_level
@@ -200,7 +201,7 @@ def group_query_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) ->
         return False
     attributes = attributes_of(node)
     q, k, v, past_key, past_value, mask = node.input
-    bias = attention_bias(g, mask, 1)
+    bias = attention_bias(g, mask, 1, attributes["window"])
 
     def last() -> str:
         before = g.op("Sub", ("slots", g.ints(1)), "slots.before")
@@ -211,10 +212,17 @@ def group_query_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) ->
 
     total = _slot_count(g, mask)
     inputs = (q, k, v, past_key, past_value, g.shared("slots.last", last), total, "", "", "", bias)
-    heads = {"num_heads": attributes["num_heads"], "kv_num_heads": attributes["num_kv_heads"]}
+    settings = {"num_heads": attributes["num_heads"], "kv_num_heads": attributes["num_kv_heads"]}
+    settings |= {"softcap": attributes["softcap"]} if attributes["softcap"] else {}
     name = node.output[0]
     g.split_op(
-        "GroupQueryAttention", inputs, name, node.output, domain=CONTRIB, scale=attributes["scale"], **heads
+        "GroupQueryAttention",
+        inputs,
+        name,
+        node.output,
+        domain=CONTRIB,
+        scale=attributes["scale"],
+        **settings,
     )
     return True
 
@@ -232,17 +240,18 @@ def _slot_count(g: GraphBuilder, mask: str) -> str:
 def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     """CachedAttention: MultiHeadAttention over the key/value heads, with the portable profile's mask as its bias.
 
+    It knows no soft cap.
     Not on Vulkan: from 32 queries on, WebGPU's MultiHeadAttention is its flash attention, which plugin 0.4 computes
     wrongly where a subgroup has 8 lanes: from the ninth query on, logits are off by 1. No option or input keeps it from
     that, so there attention stays in plain products.
     """
-    if node.op_type != "CachedAttention" or device == "vulkan":
+    if node.op_type != "CachedAttention" or device == "vulkan" or attributes_of(node)["softcap"]:
         return False
     attributes, name = attributes_of(node), node.output[0]
     q, k, v, past_key, past_value, mask = node.input
     H, K, D = attributes["num_heads"], attributes["num_kv_heads"], int(g.input_shape(past_key)[3])
     G = H // K
-    bias = attention_bias(g, mask, G)
+    bias = attention_bias(g, mask, G, attributes["window"])
     if G > 1:
         q = g.op("Reshape", (q, g.ints(0, 0, K, G, D)), f"{name}.stacked_heads")  # (B, T, K, G, D)
         q = g.op("Transpose", (q,), f"{name}.stacked_groups", perm=[0, 3, 1, 2, 4])  # (B, G, T, K, D)
@@ -258,12 +267,45 @@ def multi_head_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> 
     return True
 
 
-def byte_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
-    """QuantizedAttention: its portable form, which casts the numbers and leaves their scales to scores and weights.
+def padded_attention(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """MaskedAttention: MultiHeadAttention, which hides keys by numbers far below any score.
+
+    To a query that sees nothing it gives the mean of all values, which becomes 0. It has no grouped heads.
+    """
+    if node.op_type != "MaskedAttention" or device != "cpu":
+        return False
+    attributes, name = attributes_of(node), node.output[0]
+    q, k, v, mask, bias = (*node.input, "", "")[:5]
+    if attributes["num_heads"] != attributes["num_kv_heads"]:
+        return False
+
+    def shown() -> str:
+        return g.op("Cast", (mask,), g.unique("keys.shown"), to=onnx.TensorProto.INT32)
+
+    def one_row() -> str:
+        return g.op("Unsqueeze", (bias, g.ints(0)), g.unique(f"{bias}.row"))
+
+    row = g.shared(f"row of {bias}", one_row) if bias and attributes["bias_rank"] == 3 else bias
+    inputs = [q, k, v, "", g.shared(f"shown keys of {mask}", shown) if mask else "", row]
+    while not inputs[-1]:
+        inputs.pop()
+    options = {"num_heads": attributes["num_heads"], "scale": attributes["scale"]}
+    options |= {"mask_filter_value": MASKED} if mask else {}
+    out = f"{name}.seen" if mask else name
+    g.op("MultiHeadAttention", inputs, out, domain=CONTRIB, **options)
+    if mask:
+        g.op("Mul", (out, rows_with_keys(g, mask)), name)
+    return True
+
+
+def attention_products(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
+    """QuantizedAttention, and CachedAttention that no node of ONNX Runtime takes: their portable forms.
+
+    That of bytes casts the numbers and leaves their scales to scores and weights.
 
     Heads are taken apart to the width that is known: with a size of -1, a step of no tokens would have no shape.
     """
-    if node.op_type != "QuantizedAttention":
+    if node.op_type not in ("CachedAttention", "QuantizedAttention"):
         return False
     attributes, inputs = attributes_of(node), list(node.input)
     D = int(g.input_shape(inputs[3])[3])
@@ -280,8 +322,9 @@ def portable_form(g: GraphBuilder, node: onnx.NodeProto, device: str) -> bool:
     names = [*node.input, *[""] * (len(spec.inputs) - len(node.input))]
     for place, wanted in enumerate(spec.inputs):
         if wanted.heads:
-            apart = g.ints(0, 0, attributes[wanted.heads], -1)
-            names[place] = g.op("Reshape", (names[place], apart), f"{node.name}.{wanted.name}.heads")
+            apart = g.ints(0, 0, attributes[wanted.heads], attributes.get("head_dim", -1))
+            heads = g.unique(f"{node.name}.{wanted.name}.heads")
+            names[place] = g.op("Reshape", (names[place], apart), heads)
     outputs = list(node.output)
     if spec.output_heads:
         outputs[0] = f"{node.output[0]}.apart"
@@ -304,7 +347,8 @@ PASSES: tuple[Rewrite, ...] = (
     gather_block_quantized,
     group_query_attention,
     multi_head_attention,
-    byte_attention,
+    padded_attention,
+    attention_products,
     portable_form,
 )
 """In order; each walks the whole graph. A new op needs none: the last one takes its portable form."""

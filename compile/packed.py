@@ -34,6 +34,7 @@ from portlm.compile.packed_file import (
 from portlm.compile.packed_fusion import Joins, fuse, without_unread
 from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
+from portlm.compile.weight_parts import part_weights
 from portlm.errors import EngineUnavailableError
 from portlm.files import safe_join
 from portlm.ops.narrow import ACTIVATIONS
@@ -124,7 +125,7 @@ class Weights:
             return array.T if turned else array
 
         made = Tensor(tensor.name, shape[::-1] if turned else shape, read, panels)
-        return self._add((file, offset, f"{panels} {turned}"), made)
+        return self._add((file, offset, f"{shape} {panels} {turned}"), made)
 
     def place_half(self, tensor: TensorProto, folder: str) -> int:
         """Return the place of a matrix (out, in) of 16 bits, which is in panels."""
@@ -180,6 +181,7 @@ def lower(
     Raises:
         EngineUnavailableError: a node has no form in a packed file.
     """
+    part_weights(model)
     return _Lowering(model, role, weights).program(name, exposed)
 
 
@@ -431,10 +433,14 @@ class _Lowering:
         width = states[0].shape[3]
         assert isinstance(width, int)
         inputs = [q[0], k[0], v[0], *(state.place for state in states), mask.place]
-        ints = (H, K, q[1], k[1], v[1])
+        ints: tuple[int, ...] = (H, K, q[1], k[1], v[1])
         output = (node.output[0], (B, T, H * width))
+        reals = [float(attributes["scale"])]
+        window, softcap = int(attributes.get("window", 0)), float(attributes.get("softcap", 0.0))
+        if window or softcap:
+            ints, reals = (*ints, window), [*reals, softcap]
         step = "attention" if node.op_type == "CachedAttention" else "quantized_attention"
-        self._step(node.name, step, inputs, [output], ints, [float(attributes["scale"])])
+        self._step(node.name, step, inputs, [output], ints, reals)
 
     def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         a, b = (self._whole(name) for name in node.input)

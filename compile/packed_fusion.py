@@ -137,7 +137,7 @@ class _Fusion:
         width = self._width(step.outputs[0]) // H
         parts = [
             self._columns(place, first, heads, width)
-            for place, first, heads in zip(step.inputs[:3], step.ints[2:], (H, K, K), strict=True)
+            for place, first, heads in zip(step.inputs[:3], step.ints[2:5], (H, K, K), strict=True)
         ]
         sources = list(dict.fromkeys(part.source for part in parts))
         path = frozenset[int]().union(*(part.path for part in parts))
@@ -163,7 +163,7 @@ class _Fusion:
                 Step(f"{step.name}.heads", "heads", (source, *rotations.pop()), (gathered,), tuple(ints))
             )
         inputs = (*(place for place, _ in places), *step.inputs[3:])
-        new.append(replace(step, inputs=inputs, ints=(H, K, *(first for _, first in places))))
+        new.append(replace(step, inputs=inputs, ints=(H, K, *(first for _, first in places), *step.ints[5:])))
         for i in path:
             self.steps[i] = []
         self.steps[at] = new

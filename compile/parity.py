@@ -1,13 +1,15 @@
 """Measures whether an engine gives the answer of the model, and writes the result into the artifact.
 
 The model's answer is eager PyTorch in float32 on a probe of each role. A decoder reads a ragged, left-padded batch in
-several steps (a prefill, some tokens at once on a filled cache, single tokens) and continues it greedily; any other
-role is called once or twice (parity_calls.py). Probe and answer are kept (parity_file.py), so a machine without PyTorch
-can measure its engines against them.
+several steps (a prefill, some tokens at once on a filled cache, single tokens) and continues it greedily, after the
+encoder has read sources if it is given what that makes of them; any other role is called once or twice
+(parity_calls.py). Probe and answer are kept (parity_file.py), so a machine without PyTorch can measure its engines
+against them.
 
 No engine is imported here. They are objects with the attributes and methods of portlm.engine.Engine.
 """
 
+import dataclasses
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from portlm.compile.parity_calls import Calls, answer_calls, continues_text, mak
 from portlm.compile.parity_file import DECODER, REFERENCE, Probe, Reference, load_reference, save_reference
 from portlm.engine import Engine
 from portlm.errors import FormatError, ParityError
+from portlm.memory import ENCODER, reads_sources, remembered
 from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS
 from portlm.rows import Rows
 
@@ -122,13 +125,15 @@ def make_reference(
     Raises:
         ParityError: its answer holds NaN or infinity, with which nothing can agree.
     """
-    spec = engine.roles[role]
-    if not continues_text(spec):
+    spec, source = engine.roles[role], {}
+    if role == DECODER and reads_sources(engine.roles):
+        source = make_calls(engine.roles[ENCODER], vocab_size, context_length).inputs[0]
+    elif not continues_text(spec):
         calls = make_calls(spec, vocab_size, context_length)
         answers = answer_calls(engine, role, calls)
         _check_finite(engine, role, *(value for answer in answers for value in answer.values()))
         return Calls(calls.given, calls.inputs, answers)
-    probe = make_probe(vocab_size, context_length)
+    probe = dataclasses.replace(make_probe(vocab_size, context_length), source=source)
     steps = min(GREEDY_TOKENS, context_length - probe.input_ids.shape[1])
     logits, greedy, margins = _answer(engine, probe, steps, role)
     _check_finite(engine, role, logits, margins)
@@ -301,7 +306,8 @@ def _answer(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits of the probe's tokens (N, V), then greedy tokens (B, steps) and by how much each won (B, steps)."""
     mask, parts, start = probe.attention_mask, [], 0
-    rows = Rows(engine, len(mask), role)
+    given = remembered(engine, probe.source) if probe.source else None
+    rows = Rows(engine, len(mask), role, given)
     for end in probe.cuts:
         ids = np.ascontiguousarray(probe.input_ids[:, start:end])
         logits = rows.read(ids, np.ascontiguousarray(mask[:, start:end]), every=True)

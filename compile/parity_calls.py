@@ -82,12 +82,12 @@ def meaningful(spec: CallSpec, name: str, inputs: Mapping[str, np.ndarray], valu
     """Return an output as (values that mean something, width): without what is said of padding."""
     shape = next(item.shape for item in spec.outputs if item.name == name)
     mask = inputs.get("attention_mask")
-    rows = value.reshape(-1, value.shape[-1])
+    width = value.shape[-1]
     tokens = next((item.shape[1] for item in spec.inputs if item.name == "input_ids"), None)
     if mask is None or value.ndim < 3 or shape[1] != tokens:
-        return rows
-    kept: np.ndarray = rows[mask[:, -value.shape[1] :].ravel() == 1]
-    return kept
+        return value.reshape(-1, width)
+    kept: np.ndarray = value[mask[:, -value.shape[1] :] == 1]
+    return kept.reshape(-1, width)
 
 
 @dataclass(frozen=True)
@@ -130,4 +130,5 @@ def _value(spec: TensorSpec, tokens: _Tokens, vocab_size: int) -> np.ndarray:
         return (
             np.arange(count, dtype=np.int64).reshape(extents) * 7919 % vocab_size
         )  # a prime: no short repetition
-    return np.zeros(extents, np.int64)
+    # Of a small table that is no more known of, such as kinds of tokens: each row in turn.
+    return np.arange(count, dtype=np.int64).reshape(extents) % (spec.below or 1)

@@ -1,7 +1,7 @@
 """parity.safetensors: what every engine is asked, and the answer of eager PyTorch, for machines that do not have it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from portlm.artifact import Manifest, check_files
 from portlm.compile.parity_calls import Calls, continues_text
 from portlm.engine import CallSpec, call_specs
 from portlm.errors import FormatError, UsageError
+from portlm.memory import ENCODER, reads_sources
 from portlm.weights import load_numpy, save_tensors
 
 REFERENCE = "parity.safetensors"
 DECODER = "decoder"  # the role whose answer has no prefix in the file, as in files of one role
+SOURCE = "source/"  # before what the encoder is called with
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,13 @@ class Probe:
     """What every engine is asked.
 
     input_ids (B, T) int64 and attention_mask (B, T) int64, 0 on the padding at the left; cuts are the ends of the
-    steps in which the T tokens are read.
+    steps in which the T tokens are read; source is what the encoder is called with first, nothing without one.
     """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
     cuts: tuple[int, ...]
+    source: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def position_ids(self) -> np.ndarray:
@@ -71,6 +74,7 @@ def _tensors(reference: Reference | Calls) -> dict[str, np.ndarray]:
         "logits": reference.logits,
         "greedy": reference.greedy,
         "margins": reference.margins,
+        **{f"{SOURCE}{name}": value for name, value in reference.probe.source.items()},
     }
 
 
@@ -102,8 +106,12 @@ def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Ca
     for role, tensors in by_role.items():
         if role not in specs:
             raise FormatError(f"{path}: holds the answer of a {role}, which the model does not have")
-        read = _read_decoder if continues_text(specs[role]) else _read_calls
-        found[role] = read(path, tensors, specs[role], manifest)
+        if continues_text(specs[role]):
+            found[role] = _read_decoder(path, tensors, {}, manifest)
+        elif role == DECODER and "cuts" in tensors and reads_sources(specs):
+            found[role] = _read_decoder(path, tensors, _take_source(path, tensors, specs), manifest)
+        else:
+            found[role] = _read_calls(path, tensors, specs[role], manifest)
     if missing := [role for role in specs if role not in found]:
         raise FormatError(
             f"{path}: holds no answer of the model as {missing[0]}, so nothing can be compared with it"
@@ -131,8 +139,20 @@ def _read_calls(path: Path, tensors: dict[str, np.ndarray], spec: CallSpec, mani
     return Calls(below("given/"), inputs, tuple(below(f"answer{i}/") for i in range(count)))
 
 
+def _take_source(
+    path: Path, tensors: dict[str, np.ndarray], specs: Mapping[str, CallSpec]
+) -> dict[str, np.ndarray]:
+    """Take what the encoder is called with out of the tensors. The engine checks it, as it checks any call."""
+    names = [name for name in tensors if name.startswith(SOURCE)]
+    source = {name.removeprefix(SOURCE): tensors.pop(name) for name in names}
+    wanted = {item.name: item.dtype for item in specs[ENCODER].inputs}
+    if {name: value.dtype.name for name, value in source.items()} != wanted:
+        raise FormatError(f"{path}: its sources are not what the encoder of this model takes")
+    return source
+
+
 def _read_decoder(
-    path: Path, tensors: dict[str, np.ndarray], spec: CallSpec, manifest: Manifest
+    path: Path, tensors: dict[str, np.ndarray], source: dict[str, np.ndarray], manifest: Manifest
 ) -> Reference:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
@@ -164,4 +184,4 @@ def _read_decoder(
         or cuts[-1] != ids.shape[1]
     ):
         raise FormatError(f"{path}: its tensors do not fit each other or this model")
-    return Reference(Probe(ids, mask, cuts), tensors["logits"], tensors["greedy"], tensors["margins"])
+    return Reference(Probe(ids, mask, cuts, source), tensors["logits"], tensors["greedy"], tensors["margins"])

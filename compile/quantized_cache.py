@@ -81,7 +81,9 @@ def write_attention(
     )
     spec = nodes()["QuantizedAttention"]
     if fused:
-        g.split_op(spec.op_type, [*fresh, *cache, mask], out, [out, *grown], domain=DOMAIN, **attributes)
+        default = {a.name: a.default for a in spec.attributes}
+        written = {name: value for name, value in attributes.items() if value != default[name]}
+        g.split_op(spec.op_type, [*fresh, *cache, mask], out, [out, *grown], domain=DOMAIN, **written)
     else:
         spec.portable(g, [*fresh, *cache, mask], [out, *grown], attributes)
 

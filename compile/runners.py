@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from portlm.compile.weight_parts import part_weights
 from portlm.errors import EngineUnavailableError
 from portlm.ops.half import pack_array
 from portlm.ops.quantized import pack_array as pack_matrix
@@ -93,6 +94,7 @@ def tvm_runner(device: str, profile: str) -> Runner:
 
     def open_machine(model: onnx.ModelProto, folder: Path) -> Callable[..., Any]:
         weights, arrays = [], {}
+        part_weights(model)
         for tensor in model.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")

@@ -17,6 +17,7 @@ from portlm.artifact import Compiled, CompiledEntry, store_file
 from portlm.compile.passes import Note, Pass, ignore, run_passes
 from portlm.compile.quantized_products import products_of_numbers
 from portlm.compile.source import read_source, specs
+from portlm.compile.weight_parts import part_weights
 from portlm.engines import ENGINES
 from portlm.errors import EngineUnavailableError
 from portlm.ops.registry import nodes
@@ -74,6 +75,7 @@ def read_graph(artifact: Path, role: str, profile: str) -> Graph:
         FormatError: as read_source.
     """
     proto, manifest = read_source(artifact, role, profile)
+    part_weights(proto)
     weights = []
     for tensor in proto.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -139,6 +141,7 @@ def _panels(proto: onnx.ModelProto, places: dict[str, Weight]) -> tuple[Panels, 
     )
 
 
+CACHES = ("CachedAttention", "QuantizedAttention")  # which read and grow a cache
 MLPS = ("GeluMlp", "ReluSquaredMlp")  # whose two matrices are (in, out)
 
 
@@ -234,6 +237,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         panels=graph.panels,
         nodes=len(graph.proto.graph.node),
         versions=VERSIONS,
+        compact=_compact(graph.proto),
     )
     folder = folder_name("cpu", lowering.profile, role)
     contents = {f"{folder}/{LIBRARY}": code, f"{folder}/{SIGNATURE}": signature.to_bytes()}
@@ -242,6 +246,17 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
     target, versions = target_at(f"llvm {processor}", rounds), dict(VERSIONS)
     entry = CompiledEntry("tvm", "cpu", lowering.profile, target, tuple(contents), versions, role=role)
     return Compiled(entry, {name: store_file(artifact, name, data) for name, data in contents.items()})
+
+
+def _compact(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """The inputs of a graph that not only attention over a cache reads, whose kernels take any strides."""
+    read = {
+        name
+        for node in proto.graph.node
+        if node.domain != DOMAIN or node.op_type not in CACHES
+        for name in node.input
+    }
+    return tuple(value.name for value in proto.graph.input if value.name in read)
 
 
 def kernel_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":

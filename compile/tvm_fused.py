@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 
 from portlm.compile.tvm_build import Graph, Lowering, dimensions, kernel_passes
 from portlm.compile.tvm_chain import Chain, Pending
+from portlm.compile.tvm_expand import expanded
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import FormatError
 from portlm.ops.narrow import ACTIVATIONS
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def lower(graph: Graph) -> "tvm.IRModule":
     """The graph as a Relax module whose function main takes the graph's inputs and then its weights."""
     import_tvm()
-    return _Lowering(graph).run()
+    return _Lowering(expanded(graph, _Lowering(graph).emitters)).run()
 
 
 class _Lowering:
@@ -192,7 +193,7 @@ class _Lowering:
         if name in self.shapes:
             return list(self.shapes[name])
         if isinstance(value, _Columns):
-            return [*value.source.ty.shape[:-1], value.width]
+            return [*list(value.source.ty.shape)[:-1], value.width]
         if isinstance(value, _Heads):
             return value.shape
         return list(value.ty.shape)
@@ -299,7 +300,7 @@ class _Lowering:
         batch, _, _, width = past_key.ty.shape
         sequence = q.source.ty.shape[1]
         heads = int(attributes["num_heads"])
-        sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]
+        sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"]), *_bounds(attributes)]
         present_key, present_value = (
             self._append("append_cache", cache, new) for cache, new in ((past_key, k), (past_value, v))
         )
@@ -328,7 +329,7 @@ class _Lowering:
         *cache, mask = (self.values[name] for name in node.input[3:])
         batch, _, _, width = cache[0].ty.shape
         heads = int(attributes["num_heads"])
-        sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"])]
+        sizes = [heads, int(attributes["num_kv_heads"]), float(attributes["scale"]), *_bounds(attributes)]
         present = []
         for new, numbers, scales in ((k, *cache[:2]), (v, *cache[2:])):
             present.append(self._append("append_bytes", numbers, new))
@@ -427,6 +428,12 @@ class _Heads:
     def shape(self) -> list[Any]:
         """Its sizes, (B, T, heads, width)."""
         return [*(self.source.ty.shape[i] for i in range(2)), self.heads, self.width]
+
+
+def _bounds(attributes: Mapping[str, Any]) -> list[Any]:
+    """What an attention's function takes behind the scale: a window and a soft cap, if it has one of them."""
+    window, softcap = int(attributes.get("window", 0)), float(attributes.get("softcap", 0.0))
+    return [window, softcap] if window or softcap else []
 
 
 def _value(node: onnx.NodeProto, attribute: Attribute, given: Mapping[str, Any]) -> Any:

@@ -39,6 +39,12 @@ def _mean(x: Any, attributes: Attributes, axes: Any = None) -> Any:
     return op.mean(x, where, bool(attributes.get("keepdims", 1)))
 
 
+def _largest(x: Any, attributes: Attributes, axes: Any) -> Any:
+    from tvm.relax import op
+
+    return op.max(x, _axes(axes), bool(attributes.get("keepdims", 1)))
+
+
 def _layer_norm(x: Any, attributes: Attributes, scale: Any, bias: Any) -> Any:
     from tvm.relax import op
 
@@ -65,6 +71,7 @@ def emitters() -> dict[str, Callable[[Values, Attributes], Any]]:
         "Mul": lambda v, a: op.multiply(*v),
         "Neg": lambda v, a: op.negative(v[0]),
         "Pow": lambda v, a: op.power(*v),
+        "ReduceMax": lambda v, a: _largest(v[0], a, v[1]),
         "ReduceMean": lambda v, a: _mean(v[0], a, v[1] if len(v) > 1 else None),
         "Relu": lambda v, a: op.nn.relu(v[0]),
         "Sigmoid": lambda v, a: op.sigmoid(v[0]),
@@ -78,5 +85,5 @@ def emitters() -> dict[str, Callable[[Values, Attributes], Any]]:
     }
 
 
-STRUCTURAL = {"CumSum": (1,), "ReduceMean": (1,), "Squeeze": (1,), "Unsqueeze": (1,)}
+STRUCTURAL = {"CumSum": (1,), "ReduceMax": (1,), "ReduceMean": (1,), "Squeeze": (1,), "Unsqueeze": (1,)}
 """Operator -> which of its inputs are axes, and so must be constants."""

@@ -30,6 +30,12 @@ VERBS = {
     "engines": ("contents", "List the engines that run an exported model here, and what its weights are."),
     "verify": ("verify", "Prove that every engine gives the same answer here."),
     "generate": ("generate", "Continue a prompt."),
+    "embed": ("embed", "Turn texts into vectors."),
+    "classify": ("classify", "Say which label a text has."),
+    "tag": ("tag", "Label each word of a text."),
+    "span": ("span", "Find the part of a text that answers a question."),
+    "fill": ("fill", "Guess what a mask in a text stands for."),
+    "translate": ("translate", "Write the target of each line, with a model that reads a source first."),
     "bench": ("bench", "Measure prefill, decode, load and memory of every engine."),
     "ops": ("ops", "Print the table of fused operations and the forms they have."),
 }

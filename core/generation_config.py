@@ -82,7 +82,8 @@ _USED: dict[str, Callable[[str, Any], Any]] = {
     "stop_strings": check_stops,
     "do_sample": flag,
 }
-_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
+_FIRST = "forced_bos_token_id"  # of models with an encoder, behind the token that starts what they write
 _SAID_AGAIN = ("_from_model_config", "transformers_version")  # of no effect here, and kept for the way back
 
 # Keys that change how transformers works, or what it returns beside the tokens, not the tokens.
@@ -116,6 +117,7 @@ class GenerationConfig(Struct, frozen=True):
         options: settings of generation by name, as far as the file says them. max_length, which bounds the prompt and
             the new tokens together where nothing bounds the new ones, is among them.
         eos_ids: tokens that end a text.
+        start_ids: tokens that begin what a model with an encoder writes, as far as the file says them.
         kept: what of the file is in these, and the tokens that begin and pad a text, under the file's own keys.
         unused: keys that change what transformers writes, and nothing here.
         refused: of each key whose value cannot be used, why.
@@ -123,6 +125,7 @@ class GenerationConfig(Struct, frozen=True):
 
     options: Mapping[str, Any] = {}
     eos_ids: frozenset[int] = frozenset()
+    start_ids: tuple[int, ...] = ()
     kept: Mapping[str, Any] = {}
     unused: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
@@ -147,8 +150,9 @@ def parse(data: Mapping[str, Any]) -> GenerationConfig:
     kept: dict[str, Any] = {}
     refused: dict[str, str] = {}
     unused = []
+    tokens = (*_TOKENS, _FIRST) if data.get("decoder_start_token_id") is not None else _TOKENS
     for key, value in data.items():
-        if key in _TOKENS:
+        if key in tokens:
             if not _are_tokens(value):
                 refused[key] = f"{key} must be a token id, a list of them or null, got {shown(value)}"
                 continue
@@ -168,7 +172,7 @@ def parse(data: Mapping[str, Any]) -> GenerationConfig:
         kept[key] = value
     eos = kept.get("eos_token_id")
     eos_ids = frozenset([] if eos is None else eos if isinstance(eos, list) else [eos])
-    return GenerationConfig(_options(said), eos_ids, kept, tuple(sorted(unused)), refused)
+    return GenerationConfig(_options(said), eos_ids, _start(kept), kept, tuple(sorted(unused)), refused)
 
 
 def find(folder: Path) -> tuple[Path, GenerationConfig]:
@@ -190,7 +194,9 @@ def find(folder: Path) -> tuple[Path, GenerationConfig]:
         raise FormatError(f"{path} must hold a JSON object")
     if old:
         data = {
-            key: value for key, value in data.items() if key in _USED or key in _TOKENS or key in _NEUTRAL
+            key: value
+            for key, value in data.items()
+            if key in _USED or key in (*_TOKENS, _FIRST) or key in _NEUTRAL
         }
     return path, parse(data)
 
@@ -220,6 +226,13 @@ def _options(said: dict[str, Any]) -> dict[str, Any]:
     if "stop_strings" in said:
         said["stop"] = said.pop("stop_strings")
     return said
+
+
+def _start(kept: Mapping[str, Any]) -> tuple[int, ...]:
+    """The token before the first one that is written, and the first one itself where it is not chosen."""
+    start = kept.get("decoder_start_token_id", kept.get("bos_token_id"))
+    forced = kept.get(_FIRST)
+    return tuple(token for token in (start, forced) if isinstance(token, int))
 
 
 def _are_tokens(value: Any) -> bool:

@@ -114,13 +114,17 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         out: The folder to create. It appears when everything is in it. The weights are the same bytes.
 
     Raises:
-        FormatError: A file of the checkpoint is missing or damaged.
+        FormatError: A file of the checkpoint is missing or damaged, or transformers has no such model.
         UsageError: ``out`` exists and holds something.
         StorageError: The disk is full or refuses the write.
     """
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
     check_files(checkpoint)
     config = load_config(checkpoint, notes)
+    if FAMILIES[config.family].kind == "recurrent":
+        raise FormatError(
+            f"{checkpoint}: transformers has no models of the family {config.family} to open it as"
+        )
     shapes = expected_shapes(config)
     header = read_header(checkpoint / WEIGHTS)
     check_tensors(checkpoint / WEIGHTS, header, shapes)

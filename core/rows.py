@@ -2,7 +2,8 @@
 
 All rows end at the same slot. A shorter one is padded on its left, where the mask is 0, so a row's mask follows from
 its number of tokens alone. A role without state is asked for everything again at each call; its rows then begin
-together and are padded on the right, because nothing tells it where they end.
+together and are padded on the right, because nothing tells it where they end. A role that takes one token of each row
+per call, as a recurrent one whose graph has no loop, is called once for each.
 
 B rows, T new tokens, V vocabulary.
 """
@@ -55,9 +56,11 @@ class Rows:
         self.keeps = "logits_to_keep" in self._inputs
         self._state = engine.start(role, batch, given)
         self.lengths = np.zeros(batch, np.int64)
+        self._singly = any(item.name == "input_ids" and item.shape[1:] == (1,) for item in spec.inputs)
         self._texts: list[Ids] | None = None if spec.state else [np.zeros(0, np.int64)] * batch
         can_score = getattr(engine, "can_score", None)
-        self.scores = self._texts is None and can_score is not None and bool(can_score(role))
+        scores = self._texts is None and not self._singly
+        self.scores = scores and can_score is not None and bool(can_score(role))
         self._mask_grows = any("past" in str(i.shape) for i in spec.inputs if i.name == "attention_mask")
 
     @property
@@ -85,6 +88,8 @@ class Rows:
         self._check_read(ids, real)
         if self._texts is not None:
             return self._read_whole(self._texts, ids, real, every)
+        if self._singly and ids.shape[1] > 1:
+            return self._read_singly(ids, real, every)
         inputs, lengths = self._inputs_of(ids, real, every)
         outputs, self._state = self._engine.run(self._role, inputs, self._state)
         self.lengths = lengths
@@ -147,6 +152,25 @@ class Rows:
         if self.keeps:
             inputs["logits_to_keep"] = np.arange(T) if every else np.array([T - 1])
         return inputs, lengths
+
+    def _read_singly(self, ids: Ids, real: Ids | None, every: bool) -> Logits:
+        """Read T tokens in as many calls."""
+        B, T = ids.shape
+        answers: Logits | None = None
+        for t in range(T):
+            one = slice(t, t + 1)
+            logits = self.read(
+                np.ascontiguousarray(ids[:, one]),
+                None if real is None else np.ascontiguousarray(real[:, one]),
+            )
+            if not every:
+                answers = logits
+                continue
+            if answers is None:
+                answers = np.empty((B, T, logits.shape[2]), np.float32)
+            answers[:, one] = logits
+        assert answers is not None
+        return answers
 
     def _read_whole(self, texts: list[Ids], ids: Ids, real: Ids | None, every: bool) -> Logits:
         """Read everything again, with the new tokens at the end of their rows."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from portlm.engine import Engine, Logits
 from portlm.errors import PortlmError
+from portlm.memory import read_sources
 from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
 from portlm.runtimes.penalties import nothing_left, penalise
@@ -35,6 +36,7 @@ class Search:
 
     Attributes:
         prompt: its tokens.
+        source: what an encoder reads before, () for a model without one.
         decoding: of this prompt; max_new_tokens is one number.
         eos_ids: tokens that end a text.
         running: beams that go on, best first.
@@ -48,6 +50,7 @@ class Search:
     running: list[Hypothesis] = field(default_factory=lambda: [Hypothesis((), 0.0)])
     finished: list[Hypothesis] = field(default_factory=list)
     done: bool = False
+    source: tuple[int, ...] = ()
 
     def advance(self, logits: npt.NDArray[np.floating]) -> list[int]:
         """Take the logits (n, V) that follow the running beams; return which beam each new one continues."""
@@ -122,7 +125,8 @@ def search(engine: Engine, searches: Sequence[Search], vocabulary: int) -> int:
     Raises:
         PortlmError: the logits are not numbers.
     """
-    rows = Rows(engine, len(searches))
+    given = read_sources(engine, [search.source for search in searches])
+    rows = Rows(engine, len(searches), given=given)
     logits = _allowed(rows.read_texts([search.prompt for search in searches]), vocabulary)
     active, starts, calls = list(searches), list(range(len(searches))), 0
     while True:

@@ -15,6 +15,7 @@ import numpy as np
 
 from portlm.engine import Engine, Ids, Logits, RowChoice
 from portlm.errors import PortlmError, UsageError
+from portlm.memory import read_sources
 from portlm.ops.token_selection import select_tokens
 from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
@@ -34,6 +35,7 @@ class Row(Protocol):
     """What the scheduler needs of a row. `push` takes its next token and may set finish_reason, which ends it."""
 
     prompt: tuple[int, ...]
+    source: tuple[int, ...]
     tokens: list[int]
     decoding: Decoding
     eos_ids: frozenset[int]
@@ -48,7 +50,7 @@ class Scheduler:
     """Rows that wait, and rows that run together.
 
     Args:
-        engine: with a role "decoder".
+        engine: with a role "decoder", which may be given what a role "encoder" makes of each row's source.
         batch_size: rows that run together at most.
         vocabulary: ids from here on stand for no token and are never drawn.
         stats: counts tokens and time.
@@ -78,7 +80,7 @@ class Scheduler:
         for row in rows:
             self._waiting.append(row)
             self._stats.rows += 1
-            self._stats.prompt_tokens += len(row.prompt)
+            self._stats.prompt_tokens += len(row.source or row.prompt)
 
     @property
     def busy(self) -> bool:
@@ -195,9 +197,10 @@ class Scheduler:
     def _admit(self, rows: Sequence[Row]) -> None:
         """Read the prompts of rows, give each its first token, and let those that go on join."""
         parts = [] if self._rows is None else [self._rows]
-        for group in groups([len(row.prompt) for row in rows]):
+        for group in groups([len(row.source or row.prompt) for row in rows]):
             members = [rows[i] for i in group]
-            part = Rows(self._engine, len(members))
+            given = read_sources(self._engine, [row.source for row in members])
+            part = Rows(self._engine, len(members), given=given)
             staying = self._choose(members, part.read_texts([row.prompt for row in members]))
             if not staying:
                 continue

@@ -27,6 +27,7 @@ from portlm.runtimes.scheduler import PATIENCE, Scheduler
 from portlm.runtimes.speculation import MOST, MOST_GUESSED, Speculation
 from portlm.runtimes.stopping import StopScanner
 from portlm.runtimes.stream import Row, StreamDecoder, TextStream
+from portlm.runtimes.translation import Translates, refuse_sources, start_of
 
 PIECE_SECONDS = 0.02  # after which what a stream has is shown: faster than anybody reads
 
@@ -53,7 +54,7 @@ class TextCoder(Protocol):
         ...
 
 
-class Session(Reading):
+class Session(Translates, Reading):
     """A model on an engine, with its tokenizer.
 
     Use it as a context manager, or call close(), to free the device early.
@@ -62,6 +63,7 @@ class Session(Reading):
         engine: what computes.
         tokenizer: what turns text into token ids and back.
         eos_ids: tokens that end a text.
+        start_ids: tokens that begin what a model with an encoder writes, () for any other.
         defaults: options of generate that hold where a call says nothing, as the model's generation_config.json has
             them; and max_length, which bounds prompt and new tokens together where nothing says max_new_tokens.
     """
@@ -72,6 +74,7 @@ class Session(Reading):
         tokenizer: TextCoder,
         eos_ids: Iterable[int] = (),
         defaults: Mapping[str, Any] | None = None,
+        start_ids: Sequence[int] = (),
     ):
         """Put a model together.
 
@@ -82,6 +85,7 @@ class Session(Reading):
         self.tokenizer = tokenizer
         own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.eos_ids = frozenset(whole("one of eos_ids", token, 0) for token in (*eos_ids, *own))
+        self.start_ids = tuple(start_ids)
         self.defaults = dict(defaults or {})
         for name, value in self.defaults.items():
             Decoding.of(**{"max_new_tokens" if name == "max_length" else name: value})
@@ -128,7 +132,7 @@ class Session(Reading):
         draft: "Session | NewDrafter | None" = None,
         **options: Unpack[Options],
     ) -> Generation | list[Generation]:
-        """Continue one prompt or several.
+        """Continue one prompt or several; a model with an encoder reads them, and writes what belongs to them.
 
         Args:
             prompts: a text, or several; in place of a text, a list or an array of token ids. An empty text starts
@@ -265,6 +269,7 @@ class Session(Reading):
             PortlmError: the model gave logits that are not numbers.
         """
         batch_size = whole("batch_size", batch_size, 1)
+        refuse_sources(self.engine, "a score is of a text that a model continues")
         several, single = one_or_several("text", texts)
         ids: dict[str, tuple[int, ...]] = {}
         for i, text in enumerate(several):
@@ -323,14 +328,18 @@ class Session(Reading):
         bounds = self.defaults if of_model else {}
         eos_ids = frozenset() if decoding.ignore_eos else self.eos_ids
         settings = zip(prompts, decoding.draws(len(prompts)), decoding.per_row(len(prompts)), strict=True)
-        rows = []
+        rows, start = [], start_of(self.engine, self.start_ids)
         for i, (prompt, (seed, stream), own) in enumerate(settings):
             name = "the prompt" if single else f"prompt {i}"
             tokens = self._encode(name, prompt, add_special_tokens) or self._start(name)
+            source = tokens if start else ()
+            tokens = start or tokens
             count = self._room(name, len(tokens), own.max_new_tokens, bounds)
             own = own if own.max_new_tokens == count else replace(own, max_new_tokens=count)
             decoder = self.tokenizer.stream_decoder(skip_special=True)
-            rows.append(Row(tokens, own, eos_ids, seed, stream, decoder, StopScanner(own.stop)))
+            rows.append(
+                Row(tokens, own, eos_ids, seed, stream, decoder, StopScanner(own.stop), source=source)
+            )
         return rows
 
     def _room(self, name: str, tokens: int, asked: Any, bounds: Mapping[str, Any]) -> int:
@@ -384,6 +393,8 @@ class Session(Reading):
             drafter: NewDrafter = lambda row: Lookup()  # noqa: E731
             first = Lookup.first_seconds
         elif isinstance(draft, Session):
+            for each in (self, draft):
+                refuse_sources(each.engine, "a draft model continues what the model continues")
             drafter = draft._drafter(self.tokenizer)
         elif callable(draft):
             drafter = draft
@@ -433,13 +444,13 @@ class Session(Reading):
         prompts = max(1, batch_size // rows[0].decoding.num_beams) if rows else 1
         for begin in range(0, len(rows), prompts):
             batch = rows[begin : begin + prompts]
-            searches = [Search(row.prompt, row.decoding, row.eos_ids) for row in batch]
+            searches = [Search(row.prompt, row.decoding, row.eos_ids, source=row.source) for row in batch]
             search(self.engine, searches, self.tokenizer.vocab_size)
             for row, found in zip(batch, searches, strict=True):
                 for token in found.best.tokens:
                     row.push(token)
                 stats.rows += 1
-                stats.prompt_tokens += len(row.prompt)
+                stats.prompt_tokens += len(row.source or row.prompt)
                 stats.new_tokens += len(row.tokens)
         stats.decode_seconds += time.perf_counter() - began
 

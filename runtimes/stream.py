@@ -24,7 +24,11 @@ class StreamDecoder(Protocol):
 
 
 class Row(Struct):
-    """One prompt and what has been said to it."""
+    """One prompt and what has been said to it.
+
+    Attributes:
+        source: what an encoder reads before; () for a model without one. The prompt then begins the target.
+    """
 
     prompt: tuple[int, ...]
     decoding: Decoding  # of this row: max_new_tokens is one number
@@ -36,6 +40,7 @@ class Row(Struct):
     tokens: list[int] = []
     pieces: list[str] = []
     finish_reason: str | None = None
+    source: tuple[int, ...] = ()
 
     def push(self, token: int) -> None:
         """Take the next token, and notice whether it is the last."""
@@ -58,7 +63,12 @@ class Row(Struct):
         assert self.finish_reason is not None
         text = "".join(self.pieces)
         return Generation(
-            text, tuple(self.tokens), self.finish_reason, self.scanner.found, len(self.prompt), stats
+            text,
+            tuple(self.tokens),
+            self.finish_reason,
+            self.scanner.found,
+            len(self.source or self.prompt),
+            stats,
         )
 
 

@@ -6,6 +6,7 @@ functions of portlm.ops, so they run its kernels.
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -402,7 +403,12 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
     names = [i.name for i in node.inputs]
     counts = {i.heads for i in node.inputs} | {node.output_heads}
     looked_up = {i.rows_at for i in node.inputs}  # ids that only serve to look rows up
-    options = [a.name for a in node.attributes if a.name not in counts and a.name != "transposed"]
+    # Other attributes are sizes, for engines that need to be told.
+    known = inspect.signature(function).parameters
+    names_of = {a.name: _ARGUMENTS.get(a.name, a.name) for a in node.attributes}
+    options = [name for name, argument in names_of.items() if name not in counts and argument in known]
+    # An attribute that is not written means what the function does by itself: no window is None there, and 0 in a node.
+    defaults = {a.name: a.default for a in node.attributes if a.default is not None}
     rows = _function("embedding")
 
     def derive(call: Call) -> Derived:
@@ -423,7 +429,12 @@ def _portlm(function: Function, node: spec.Node) -> Operator:
         ]
         if node.packed:
             taken.append(("packed", 0, False))
-        given = {_ARGUMENTS.get(name, name): call.attributes[name] for name in options}
+        said = {name: call.attributes[name] for name in options}
+        given = {
+            _ARGUMENTS.get(name, name): value
+            for name, value in said.items()
+            if name not in defaults or value != defaults[name]
+        }
         apart, single = bool(node.inputs[0].heads), len(node.outputs) == 1
 
         def run(*values: Tensor | None) -> Any:

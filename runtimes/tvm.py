@@ -148,6 +148,7 @@ class TvmEngine(ArrayEngine):
         self._request, self._manifest, self._libraries = request, manifest, dict(libraries)
         self._opened: dict[str, _Library] = {}
         self._generated = profile == "portable"  # TVM's own code reads the inputs: it trusts them
+        self._compact: set[str] = set()  # names of inputs that it reads in a library that calls kernels, too
         self._threads = StepThreads(_use_threads, request.threads)
         # A virtual machine runs one call at a time, and calls release Python's own lock.
         self._lock = threading.Lock()
@@ -250,6 +251,7 @@ class TvmEngine(ArrayEngine):
             self._opened[role] = _open(
                 self._request, self._manifest, role, self._libraries[role], self.profile
             )
+            self._compact.update(self._opened[role].compact)
         return self._opened[role]
 
     def _ready(self, role: str) -> None:
@@ -259,7 +261,7 @@ class TvmEngine(ArrayEngine):
         return np.from_dlpack(tensor)
 
     def _settle(self, tensor: Any, spec: StateSpec) -> Any:
-        if spec.update == "append" and not self._generated:
+        if spec.update == "append" and not self._generated and spec.name not in self._compact:
             # Kernels take any strides: the next call copies the cache into a buffer of its own, with room to grow.
             return _tensor(tensor)
         return _aligned(np.array(tensor, order="C"))
@@ -280,13 +282,17 @@ class TvmEngine(ArrayEngine):
 
 
 class _Library(NamedTuple):
-    """An opened library: what it takes and returns in which order, how many nodes its graph had, how it goes on."""
+    """An opened library: what it takes and returns in which order, how many nodes its graph had, how it goes on.
+
+    Of what it takes, TVM's own code reads `compact`.
+    """
 
     step: Callable[..., Any]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: int
     plan: Plan | None
+    compact: tuple[str, ...]
 
 
 def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profile: str) -> _Library:
@@ -330,7 +336,7 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
         ) from error
     inputs, outputs = (tuple(item.name for item in items) for items in (signature.inputs, signature.outputs))
     plan = Plan.of(CallSpec(spec.inputs, spec.outputs, spec.state), inputs, outputs)
-    return _Library(machine["portlm_step"], inputs, outputs, signature.nodes, plan)
+    return _Library(machine["portlm_step"], inputs, outputs, signature.nodes, plan, signature.compact)
 
 
 def _use_threads(count: int) -> int:

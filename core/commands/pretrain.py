@@ -14,12 +14,21 @@ from portlm import settings
 from portlm.models import FAMILIES
 from portlm.train import presets
 from portlm.train.config import PretrainConfig
+from portlm.train.objectives import OBJECTIVES
 from portlm.train.presets import PRESETS, preset_settings
 
 # flag: (setting it is short for, type, help)
 _SHORT: dict[str, tuple[str, Any, str]] = {
     "tokenizer": ("data.tokenizer", str, "byte, bpe:SIZE (trained on TEXT) or a tokenizer.json"),
     "family": ("model.family", click.Choice(list(FAMILIES)), "Architecture"),
+    "objective": ("objective", click.Choice(list(OBJECTIVES)), "What is learned"),
+    "source": ("data.source", str, "Of pairs, for objective seq2seq: a file of lines"),
+    "target": ("data.target", str, "A file with as many lines"),
+    "label-smoothing": (
+        "label_smoothing",
+        float,
+        "Share of a target that all tokens have in equal parts, of seq2seq",
+    ),
     "layers": ("model.n_layer", int, "Layers"),
     "heads": ("model.n_head", int, "Attention heads per layer"),
     "width": ("model.width", int, "Numbers per token inside the model"),
@@ -127,6 +136,9 @@ def resolve(
         config = out / "config.toml"
     given = {flag: short.get(flag.replace("-", "_")) for flag in _SHORT}
     values = [(_SHORT[flag][0], value) for flag, value in given.items() if value is not None]
+    for side in ("source", "target"):  # absolute, for the same reason
+        if short.get(side):
+            values.append((f"data.{side}", str(Path(short[side]).absolute())))
     if texts:
         # Absolute, so that the config saved with the run works from any folder.
         values.append(("data.texts", [str(Path(text).absolute()) for text in texts]))

@@ -188,11 +188,11 @@ def _session(engine: Engine, tokenizer: Tokenizer | str | None, config: Generati
         defaults["top_k"] = min(defaults["top_k"], V)
     if tokenizer is not None and not isinstance(tokenizer, str):
         try:
-            return Session(engine, tokenizer.within(V), config.eos_ids, defaults)
+            return Session(engine, tokenizer.within(V), config.eos_ids, defaults, config.start_ids)
         except FormatError as error:
             tokenizer = f"this model's tokenizer cannot be used: {error}"
     defaults.pop("stop", None)  # nothing is written that it could be in
-    return Session(engine, NoTokenizer(V, tokenizer or NONE), config.eos_ids, defaults)
+    return Session(engine, NoTokenizer(V, tokenizer or NONE), config.eos_ids, defaults, config.start_ids)
 
 
 def _choose(folder: Path, manifest: Manifest | None, device: str, profile: str) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """Model families, one file each, and the checkpoint folder they share.
 
 A checkpoint folder holds config.json, generation_config.json and model.safetensors exactly as Hugging Face's
-transformers would write them, so it opens there as it is. Names, orientations and keys are translated by the
-family's own file; this one reads, checks and writes.
+transformers would write them, so it opens there as it is if there are such models. Names, orientations and keys are
+translated by the family's own file; this one reads, checks and writes.
 
 Nothing here imports PyTorch until a model is asked for.
 """
@@ -133,7 +133,9 @@ class Family(NamedTuple):
         module: To import.
         config: The class of its configuration.
         model: The class of its model.
-        kind: "decoder" for one that continues a text, "encoder" for one that reads a whole text, with heads.
+        kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
+            fixed size, "encoder" for one that reads a whole text, with heads, "encoder-decoder" for one that reads a
+            source and writes a target.
     """
 
     module: str
@@ -171,11 +173,21 @@ FAMILIES = {
     "mistral": Family("portlm.models.mistral", "MistralConfig", "Mistral"),
     "phi3": Family("portlm.models.phi3", "Phi3Config", "Phi3"),
     "stablelm": Family("portlm.models.stablelm", "StableLMConfig", "StableLM"),
+    "opt": Family("portlm.models.opt", "OPTConfig", "OPT"),
     "smollm3": Family("portlm.models.smollm3", "SmolLM3Config", "SmolLM3"),
     "olmo2": Family("portlm.models.olmo2", "Olmo2Config", "Olmo2"),
+    "gemma2": Family("portlm.models.gemma2", "Gemma2Config", "Gemma2"),
+    "gemma3_text": Family("portlm.models.gemma3", "Gemma3Config", "Gemma3"),
+    "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3"),
+    "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
     "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
     "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),
+    "marian": Family("portlm.models.transformer", "TransformerConfig", "Transformer", "encoder-decoder"),
+    "bart": Family("portlm.models.bart", "BartConfig", "Bart", "encoder-decoder"),
+    "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
+    "recurrent": Family("portlm.models.recurrent", "RecurrentConfig", "Recurrent", kind="recurrent"),
+    "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", kind="recurrent"),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
@@ -288,7 +300,7 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
 
 
 def save_model(folder: str | os.PathLike[str], model: Model, tokenizer: SavesTokenizer | None = None) -> None:
-    """Write a checkpoint folder that transformers opens as it is. Each file is replaced atomically.
+    """Write a checkpoint folder. transformers opens it if it has such models. Each file is replaced atomically.
 
     Args:
         folder: Created if it does not exist.
@@ -334,8 +346,8 @@ def write_config(folder: Path, config: Config) -> None:
     """Write config.json and generation_config.json."""
     data = config.to_hf()
     write_json(folder / CONFIG, data)
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {key: data[key] for key in keys if data[key] is not None}
+    keys = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: data[key] for key in keys if data.get(key) is not None}
     write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
 
 

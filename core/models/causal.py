@@ -63,20 +63,22 @@ class Causal(nn.Module):
         """Register the parts in the order in which their weights are drawn.
 
         Args:
-            config: Its shape; a head of its own unless it has ``tie_embeddings`` that is true.
+            config: Its shape; a head of its own where it has ``tie_embeddings`` that is false, a token table of another
+                width where it has ``embedding_width``.
             blocks: One for each layer: (x, h, *carried, mask, past) -> (x, h, present).
             norm: The one behind the last block: (x, h) -> (y, h).
             more: Names and modules that come after the token table.
         """
         self.config = config
         parts = self.PARTS
-        self.add_module(parts.embedding, Embedding(config.vocab_size, config.width))
+        width = getattr(config, "embedding_width", config.width)
+        self.add_module(parts.embedding, Embedding(config.vocab_size, width))
         for name, module in more:
             self.add_module(name, module)
         self.add_module(parts.blocks, nn.ModuleList(blocks))
         self.add_module(parts.norm, norm)
         tied = getattr(config, "tie_embeddings", True)
-        head = None if tied else Linear(config.width, config.vocab_size, bias=False)
+        head = None if tied else Linear(width, config.vocab_size, bias=False)
         self.register_module(parts.head, head)
 
     def rotate_by(self, tables: tuple[Tensor, Tensor]) -> None:
@@ -114,8 +116,14 @@ class Causal(nn.Module):
         """
         check_length(input_ids.shape[1], self.config.context_length)
         y, _ = self._decode(input_ids)
-        if targets is None:
-            return linear(y, self.head)
+        return self.logits(y) if targets is None else self.loss(y, targets)
+
+    def logits(self, y: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of normalised output y (B, T, C)."""
+        return linear(y, self.head)
+
+    def loss(self, y: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of targets (B, T), without the logits where those are all there is to it."""
         return linear_cross_entropy(y.flatten(0, 1), self.head, targets.flatten())
 
     @torch.no_grad()
@@ -149,7 +157,7 @@ class Causal(nn.Module):
         y, present = self._decode(input_ids, position_ids, attention_mask, past)
         if logits_to_keep is not None:
             y = y.index_select(1, logits_to_keep)
-        return linear(y, self.head), present
+        return self.logits(y), present
 
     def roles(self) -> dict[str, Role]:
         """Return what this model can be exported as: a decoder with a cache."""

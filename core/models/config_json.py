@@ -11,7 +11,7 @@ What a reader was asked for is kept, and docs/config-keys.md is written from tha
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from portlm.errors import ConfigError
@@ -125,9 +125,9 @@ def check_bounds(config: Any, bounds: Mapping[str, tuple[float, float]]) -> None
             raise ConfigError(f"{name} must be {what} from {low:g} to {high:g}, got {shown(value)}")
 
 
-def check_token_ids(config: Any) -> None:
-    """Raise ConfigError unless bos_token_id, eos_token_ids and pad_token_id lie inside the vocabulary."""
-    for name in ("bos_token_id", "eos_token_ids", "pad_token_id"):
+def check_token_ids(config: Any, *more: str) -> None:
+    """Raise ConfigError unless bos_token_id, eos_token_ids, pad_token_id and others lie inside the vocabulary."""
+    for name in ("bos_token_id", "eos_token_ids", "pad_token_id", *more):
         ids = getattr(config, name)
         for token in ids if isinstance(ids, tuple) else () if ids is None else (ids,):
             if type(token) is not int or not 0 <= token < config.vocab_size:
@@ -137,6 +137,28 @@ def check_token_ids(config: Any) -> None:
 def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     """Return token ids as Hugging Face writes them: null, a number, or a list."""
     return None if not ids else ids[0] if len(ids) == 1 else list(ids)
+
+
+def in_turn(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return the shortest beginning of a list that, again and again, gives the whole list."""
+    for length in range(1, len(kinds)):
+        if all(kind == kinds[i % length] for i, kind in enumerate(kinds)):
+            return tuple(kinds[:length])
+    return tuple(kinds)
+
+
+def window(read: "Reader", key: str, default: int) -> int:
+    """Return how many positions each sees, 0 for all: null, or what transformers takes for a missing key.
+
+    Raises:
+        ConfigError: It is no positive integer.
+    """
+    value = read.raw(key, f"a positive integer; null for all, {default} if missing")
+    if value is None:
+        return 0 if read.holds(key) else default
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{key} must be a positive integer or null, got {shown(value)}")
+    return value
 
 
 class Reader:
@@ -259,7 +281,7 @@ class Reader:
         self.require("use_sliding_window", False)
         if switched:
             self.uses["sliding_window"] = Use("harmless")
-            self._require_full_layers()
+            self.require_full_layers()
             return
         window = self.raw("sliding_window", "at least the longest sequence", "checked")
         if window is not None and (type(window) is not int or window < context_length):
@@ -267,9 +289,10 @@ class Reader:
                 f"sliding_window = {shown(window)} is not supported: portlm computes attention over all "
                 f"{context_length} positions"
             )
-        self._require_full_layers()
+        self.require_full_layers()
 
-    def _require_full_layers(self) -> None:
+    def require_full_layers(self) -> None:
+        """Accept only models whose layers are all alike in what they see."""
         layers = self.raw("layer_types", 'only "full_attention"', "checked")
         if layers is not None and (
             not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)
@@ -293,13 +316,16 @@ class Reader:
         """Say whether a key is there at all, if only as null."""
         return key in self._data
 
-    def finish(self, *harmless: str) -> None:
+    def finish(self, *harmless: str, encoder_decoder: bool = False) -> None:
         """Read what every family has, and raise ConfigError if a key is left that nobody asked for.
 
         Args:
             harmless: Keys that change nothing in this family.
+            encoder_decoder: Whether it has an encoder and a decoder, each with weights of its own.
         """
-        self.require("is_encoder_decoder", False)
+        self.require("is_encoder_decoder", encoder_decoder)
+        if encoder_decoder:
+            self.require("tie_encoder_decoder", False)
         self.require("add_cross_attention", False)
         self.require("pruned_heads", {})
         for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):

@@ -10,8 +10,7 @@ Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and
 
 B batch, T time, C width, H heads, D = C / H head width, P slots already in the cache, V vocabulary.
 
-The presets are the four published sizes. GPT-3's sizes are not among them: its layers alternate with banded
-sparse attention of an unpublished window, which this file does not compute.
+The presets are the four published sizes. GPT-3's are in gpt3.py: every other of its layers sees a window.
 """
 
 import math
@@ -20,13 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.causal import Causal, Parts
-from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear
+from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, drop
 from portlm.ops.attention import attention_qkv
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
@@ -65,6 +63,7 @@ class GPT2Config:
     """
 
     family: ClassVar[str] = "gpt2"
+    ARCHITECTURE: ClassVar[str] = "GPT2LMHeadModel"
     # What [model] of a training run may set, and what it is for a small model on a CPU.
     SETTINGS: ClassVar[dict[str, Any]] = {
         "n_layer": 4,
@@ -135,7 +134,7 @@ class GPT2Config:
             ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
         """
         read = config_json.Reader.of(data)
-        read.require("model_type", "gpt2")
+        read.require("model_type", cls.family)
         vocab_size = read.integer("vocab_size", 50257)
         width = read.integer("n_embd", 768, also="hidden_size")
         context = read.integer("n_positions", 1024, also="max_position_embeddings")
@@ -162,6 +161,7 @@ class GPT2Config:
             bos_token_id=read.token_id("bos_token_id", vocab_size),
             eos_token_ids=read.token_ids("eos_token_id", vocab_size),
             pad_token_id=read.token_id("pad_token_id", vocab_size),
+            **cls.own(read),
         )
         # The summary keys belong to GPT2DoubleHeadsModel, and the upcast matters in half precision only.
         read.finish(
@@ -174,11 +174,16 @@ class GPT2Config:
         )
         return config
 
+    @classmethod
+    def own(cls, read: config_json.Reader) -> dict[str, Any]:
+        """Return the fields that a descendant reads in its own way."""
+        return {}
+
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a config.json that transformers opens as GPT2LMHeadModel."""
         data = {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
+            "architectures": [self.ARCHITECTURE],
+            "model_type": self.family,
             "vocab_size": self.vocab_size,
             "n_positions": self.context_length,
             "n_layer": self.n_layer,
@@ -215,11 +220,11 @@ PARAMETERS = {  # as published, the shared embedding counted once
 
 
 class Attention(nn.Module):
-    """Masked self-attention: position t looks at positions 0..t."""
+    """Masked self-attention: position t looks at positions 0..t, or at the last of them that a window shows."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, window: int | None = None):
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.n_head, self.head_dim, self.window = config.n_head, config.head_dim, window
         self.c_attn = Linear(config.width, 3 * config.width, bias=True, maps=3)
         self.c_proj = Linear(config.width, config.width, bias=True)
 
@@ -230,16 +235,17 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3 C)
         if past is None:
-            return self.c_proj(attention_qkv(qkv, self.n_head).reshape(B, T, C)), None
+            y = attention_qkv(qkv, self.n_head, window=self.window)
+            return self.c_proj(y.reshape(B, T, C)), None
         q, k, v = qkv.view(B, T, 3, self.n_head, self.head_dim).unbind(2)  # each (B, T, H, D)
-        y, key, value = cached_attention(q, k, v, *past, mask)
+        y, key, value = cached_attention(q, k, v, *past, mask, window=self.window)
         return self.c_proj(y.reshape(B, T, C)), (key, value)
 
 
 class MLP(nn.Module):
     """Two linear maps with GELU between them, position by position."""
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: Any):
         super().__init__()
         self.c_fc = Linear(config.width, config.hidden, bias=True)
         self.c_proj = Linear(config.hidden, config.width, bias=True)
@@ -256,12 +262,16 @@ class Block(nn.Module):
     """One layer. The residual stream h and the sublayer output x still to be added to it travel side by side.
 
     So each addition happens inside the next LayerNorm, which has to read both anyway.
+
+    Args:
+        config: The shape, of GPT-2 or a descendant.
+        attention: (x, mask, past) -> (y, present).
     """
 
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: Any, attention: nn.Module):
         super().__init__()
         self.ln_1 = LayerNorm(config.width, config.layer_norm_eps)
-        self.attn = Attention(config)
+        self.attn = attention
         self.ln_2 = LayerNorm(config.width, config.layer_norm_eps)
         self.mlp = MLP(config)
         self.dropout = config.dropout
@@ -289,13 +299,17 @@ class GPT2(Causal):
     PARTS = Parts("wte", "h", "ln_f", "lm_head", "transformer.")
     CONSTANTS = (".attn.bias", ".attn.masked_bias")
 
-    def __init__(self, config: GPT2Config, *, init: bool = True):
+    def __init__(self, config: Any, *, init: bool = True):
         super().__init__()
-        blocks: list[nn.Module] = [Block(config) for _ in range(config.n_layer)]
+        blocks: list[nn.Module] = [Block(config, self.attention(config, i)) for i in range(config.n_layer)]
         positions = Embedding(config.context_length, config.width)
         self.assemble(config, blocks, LayerNorm(config.width, config.layer_norm_eps), ("wpe", positions))
         if init:
             self.init_weights()
+
+    def attention(self, config: Any, layer: int) -> nn.Module:
+        """Return a layer's attention."""
+        return Attention(config)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return the sum of both tables' rows, (B, T, C)."""
@@ -326,8 +340,3 @@ class GPT2(Causal):
         Their Conv1D keeps its matrices (in, out), as OpenAI's TensorFlow code did.
         """
         return f"transformer.{name}", bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))
-
-
-def drop(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Return x with a share ``rate`` of its entries zeroed and the rest scaled up, only in training."""
-    return F.dropout(x, rate) if training and rate > 0 else x

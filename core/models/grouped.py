@@ -37,11 +37,12 @@ class Attention(nn.Module):
         config: The shape.
         bias: Whether queries, keys and values have one.
         out_bias: Whether the output has one.
+        bounds: What portlm.ops.attention may be told beside queries, keys and values: scale, window, softcap.
     """
 
-    def __init__(self, config: GroupedConfig, *, bias: bool = False, out_bias: bool = False):
+    def __init__(self, config: GroupedConfig, *, bias: bool = False, out_bias: bool = False, **bounds: Any):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.bounds = config.head_dim, bounds
         self.q_proj = Linear(config.width, config.n_head * config.head_dim, bias=bias)
         self.k_proj = Linear(config.width, config.n_kv_head * config.head_dim, bias=bias)
         self.v_proj = Linear(config.width, config.n_kv_head * config.head_dim, bias=bias)
@@ -60,18 +61,24 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeyValue | None]:
         """Attend from x (B, T, C), within x alone or, given a cache, to its P slots as well."""
         q, k, v = self.project(x)
-        return attend(self.o_proj, turned(q, cos, sin), turned(k, cos, sin), v, mask, past)
+        return attend(self.o_proj, turned(q, cos, sin), turned(k, cos, sin), v, mask, past, **self.bounds)
 
 
 def attend(
-    out: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: KeyValue | None
+    out: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    past: KeyValue | None,
+    **bounds: Any,
 ) -> tuple[Tensor, KeyValue | None]:
     """Return the output (B, T, C) for queries (B, T, H, D), keys and values (B, T, K, D), and the next cache."""
     present = None
     if past is None:
-        y = attention(q, k, v)
+        y = attention(q, k, v, **bounds)
     else:
-        y, key, value = cached_attention(q, k, v, *past, mask)
+        y, key, value = cached_attention(q, k, v, *past, mask, **bounds)
         present = (key, value)
     return out(y.flatten(2)), present
 

@@ -38,6 +38,7 @@ class GroupedConfig:
         THETA: The base of the rotary frequencies where config.json has none.
         SCALINGS: How rotary positions may be stretched.
         HARMLESS: Keys of config.json that change nothing in this family.
+        ACTIVATIONS: The names that config.json may have for that of the perceptron.
         EPS: The key of the norms' epsilon, here and in config.json, which a family has as a field.
 
     Raises:
@@ -50,6 +51,7 @@ class GroupedConfig:
     THETA: ClassVar[float] = 10000.0
     SCALINGS: ClassVar[tuple[str, ...]] = tuple(KINDS)
     HARMLESS: ClassVar[tuple[str, ...]] = ()
+    ACTIVATIONS: ClassVar[tuple[str, ...]] = ("silu", "swish")
     EPS: ClassVar[str] = "rms_norm_eps"
     # What [model] of a training run may set, and what it is for a small model on a CPU.
     SETTINGS: ClassVar[dict[str, Any]] = {
@@ -150,7 +152,7 @@ class GroupedConfig:
         context = read.integer("max_position_embeddings", defaults["context_length"])
         n_head = read.integer("num_attention_heads", defaults["n_head"])
         width = read.integer("hidden_size", defaults["width"])
-        read.require("hidden_act", "silu", "swish")
+        read.require("hidden_act", *cls.ACTIVATIONS)
         cls.check_windows(read, context)
         read.training("attention_dropout", 0.0)
         heads, says = (None, "") if cls.NEEDS_KV_HEADS else (n_head, "num_attention_heads")
@@ -205,7 +207,7 @@ class GroupedConfig:
             "num_key_value_heads": self.n_kv_head,
             "hidden_size": self.width,
             "intermediate_size": self.hidden,
-            "hidden_act": "silu",
+            "hidden_act": self.ACTIVATIONS[0],
             self.EPS: getattr(self, self.EPS),
             "initializer_range": self.init_std,
             "tie_word_embeddings": self.tie_embeddings,

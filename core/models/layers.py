@@ -4,6 +4,7 @@ B batch, T time, C width, P slots already in the cache.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portlm.errors import ContextLengthError
@@ -76,6 +77,11 @@ class RMSNorm(nn.Module):
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
         return rms_norm(x, self.weight, self.eps, residual)
+
+
+def drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Return x with a share ``rate`` of its entries zeroed and the rest scaled up, only in training."""
+    return F.dropout(x, rate) if training and rate > 0 else x
 
 
 def check_length(tokens: int, limit: int) -> None:

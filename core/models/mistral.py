@@ -4,16 +4,16 @@ Jiang et al., "Mistral 7B", 2023 (arXiv:2310.06825).
 
 - 8 key/value heads, and a head width that need not be width / n_head (Mistral Nemo)
 - the first version looked back 4096 positions; later ones look back to the first
-
-A window that is smaller than the context is refused.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from portlm.errors import ConfigError
+from torch import nn
+
 from portlm.models import config_json
-from portlm.models.grouped import Grouped
+from portlm.models.grouped import Attention, Grouped
 from portlm.models.grouped_config import GroupedConfig
 
 _WINDOW = 4096  # what transformers takes where config.json has no sliding_window, not even null
@@ -35,20 +35,28 @@ class MistralConfig(GroupedConfig):
     n_kv_head: int = 8
     hidden: int = 14336
     rms_norm_eps: float = 1e-6
+    window: int = 0  # how many positions each sees, its own among them; 0 for all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config_json.check_bounds(self, {"window": (0, config_json.MAX_CONTEXT)})
+        if self.window >= self.context_length:  # one spelling of one model
+            object.__setattr__(self, "window", 0)
 
     @classmethod
     def check_windows(cls, read: config_json.Reader, context_length: int) -> None:
-        """Accept only models in which every position may look back to the first, and say so."""
-        if not read.holds("sliding_window") and context_length > _WINDOW:
-            raise ConfigError(
-                f"sliding_window is missing, which stands for {_WINDOW} in transformers, and portlm computes attention "
-                f"over all {context_length} positions: write null if the model does"
-            )
-        read.require_full_attention(context_length)
+        """Look at what says of layers how far they look back; ``own`` reads the window that all have."""
+        read.require("use_sliding_window", False)
+        read.require_full_layers()
+
+    @classmethod
+    def own(cls, read: config_json.Reader, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the window, and what all descendants have."""
+        return super().own(read, values) | {"window": config_json.window(read, "sliding_window", _WINDOW)}
 
     def own_to_hf(self) -> dict[str, Any]:
-        """Return the keys of config.json for what ``own`` reads, and that there is no window."""
-        return super().own_to_hf() | {"sliding_window": None}
+        """Return the keys of config.json for what ``own`` reads."""
+        return super().own_to_hf() | {"sliding_window": self.window or None}
 
 
 def _sized(
@@ -66,12 +74,14 @@ def _sized(
 
 
 PRESETS = {
+    "mistral-7b-v0.1": _sized(32000, 32, 4096, 14336, 1e4, context_length=32768, window=4096),
     "mistral-7b-v0.2": _sized(32000, 32, 4096, 14336, 1e6, context_length=32768),
     "mistral-7b-v0.3": _sized(32768, 32, 4096, 14336, 1e6, context_length=32768),
     "mistral-nemo-12b": _sized(131072, 40, 5120, 14336, 1e6, head_width=128),
     "mistral-small-24b": _sized(131072, 40, 5120, 32768, 1e8, head_width=128, context_length=32768),
 }
 PARAMETERS = {  # of the published files
+    "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b-v0.2": 7_241_732_096,
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-nemo-12b": 12_247_782_400,
@@ -81,3 +91,7 @@ PARAMETERS = {  # of the published files
 
 class Mistral(Grouped):
     """A Mistral language model."""
+
+    def attention(self, config: MistralConfig, layer: int) -> nn.Module:
+        """Return a layer's attention."""
+        return Attention(config, window=config.window or None)

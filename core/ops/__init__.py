@@ -24,6 +24,7 @@ _TOOLS = {
     "narrow",
     "precision",
     "quantized",
+    "recurrent",
     "registry",
     "spec",
 }

@@ -1,10 +1,11 @@
-"""Attention, softmax(q k^T / sqrt(D)) v, causal or full.
+"""Attention, softmax(q k^T / sqrt(D)) v, causal or full; causal attention may see a window of the last positions alone.
 
 Shapes: B sequences, T positions, H query heads, K key/value heads (K divides H: query head h uses h // (H / K)), D
 the width of a head.
 
 The kernels follow FlashAttention (Dao et al. 2022): the T x T scores exist in blocks that fit the cache. Where one
-linear map yields q, k and v together, `attention_qkv` takes its output as it is, and writes one gradient for it. Inside
+linear map yields q, k and v together, `attention_qkv` takes its output as it is, and writes one gradient for it. A
+window (Beltagy et al. 2020, arXiv:2004.05150) hides keys, and a soft cap bounds scores (arXiv:2408.00118). Inside
 ``precision.products_in("bf16")`` the operands of all products are rounded to bfloat16; the softmax is float32.
 """
 
@@ -28,7 +29,13 @@ __all__ = ["attention", "attention_qkv", "attention_qkv_reference", "attention_r
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
     T, H, K = q.shape[1], q.shape[2], k.shape[2]
@@ -37,13 +44,24 @@ def attention_reference(
     product = rounded_matmul_reference if rounds_products() else torch.matmul
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = product(q, k.transpose(-1, -2)) * scale  # (B, H, T, T)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
         visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        visible = visible.triu(1 - window) if window else visible
         scores = scores.masked_fill(~visible, float("-inf"))
     return product(torch.softmax(scores, dim=-1), v).transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Return softmax(q k^T scale) v, where query t sees keys 0 .. t if causal, else all.
 
     Views are read where they lie, as long as the last dimension is contiguous.
@@ -54,34 +72,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float
         v: (B, T, K, D).
         causal: hide later positions.
         scale: of the scores; 1 / sqrt(D) if None.
+        window: query t sees keys t - window + 1 .. t alone; only with causal.
+        softcap: c makes a scaled score s to c tanh(s / c).
 
     Returns:
         (B, T, H, D).
 
     Raises:
-        ValueError: the shapes do not fit; the message names them.
+        ValueError: the shapes or bounds do not fit; the message names them.
     """
     _check(q, k, v)
+    check_bounds("attention", window, softcap, causal)
     D = q.shape[3]
     if D == 0 or not has_kernel(q, k, v):
-        return attention_reference(q, k, v, causal, scale)
-    return _fused(
-        _rows(q), _rows(k), _rows(v), causal, D**-0.5 if scale is None else scale, rounds_products()
-    )[0]
+        return attention_reference(q, k, v, causal, scale, window, softcap)
+    scale = D**-0.5 if scale is None else scale
+    bounds = rounds_products(), window or 0, softcap or 0.0
+    return _fused(rows_of(q), rows_of(k), rows_of(v), causal, scale, *bounds)[0]
 
 
 def attention_qkv_reference(
-    qkv: Tensor, n_head: int, n_kv_head: int | None = None, causal: bool = True, scale: float | None = None
+    qkv: Tensor,
+    n_head: int,
+    n_kv_head: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute the definition of attention_qkv in plain PyTorch."""
     H, K = n_head, n_kv_head or n_head
     B, T, width = qkv.shape
     q, k, v = qkv.view(B, T, H + 2 * K, width // (H + 2 * K)).split((H, K, K), dim=2)
-    return attention_reference(q, k, v, causal, scale)
+    return attention_reference(q, k, v, causal, scale, window, softcap)
 
 
 def attention_qkv(
-    qkv: Tensor, n_head: int, n_kv_head: int | None = None, causal: bool = True, scale: float | None = None
+    qkv: Tensor,
+    n_head: int,
+    n_kv_head: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the attention of queries, keys and values that lie side by side, as one linear map yields them.
 
@@ -91,12 +124,14 @@ def attention_qkv(
         n_kv_head: K; H if None.
         causal: hide later positions.
         scale: of the scores; 1 / sqrt(D) if None.
+        window: query t sees keys t - window + 1 .. t alone; only with causal.
+        softcap: c makes a scaled score s to c tanh(s / c).
 
     Returns:
         (B, T, H, D).
 
     Raises:
-        ValueError: the shapes do not fit; the message names them.
+        ValueError: the shapes or bounds do not fit; the message names them.
     """
     H, K = n_head, n_head if n_kv_head is None else n_kv_head
     if qkv.dim() != 3 or K < 1 or H < 1 or H % K or qkv.shape[2] % (H + 2 * K):
@@ -104,12 +139,21 @@ def attention_qkv(
             f"[attention_qkv] qkv must be (B, T, (H + 2 K) D) with K a divisor of H, "
             f"got {tuple(qkv.shape)} with H = {H}, K = {K}"
         )
+    check_bounds("attention_qkv", window, softcap, causal)
     D = qkv.shape[2] // (H + 2 * K)
     if D == 0 or not has_kernel(qkv):
-        return attention_qkv_reference(qkv, H, K, causal, scale)
-    return _fused_qkv(qkv.contiguous(), H, K, causal, D**-0.5 if scale is None else scale, rounds_products())[
-        0
-    ]
+        return attention_qkv_reference(qkv, H, K, causal, scale, window, softcap)
+    scale = D**-0.5 if scale is None else scale
+    bounds = rounds_products(), window or 0, softcap or 0.0
+    return _fused_qkv(qkv.contiguous(), H, K, causal, scale, *bounds)[0]
+
+
+def check_bounds(op: str, window: int | None, softcap: float | None, causal: bool = True) -> None:
+    """Raise ValueError for a window or a soft cap that no attention can have."""
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"[{op}] a window needs at least one position and causal attention, got {window}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"[{op}] softcap must be a positive number, got {softcap}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -121,7 +165,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """Return x, copied only if the elements of a head are not side by side."""
     return x if x.stride(3) == 1 else x.contiguous()
 
@@ -130,7 +174,8 @@ def _rows(x: Tensor) -> Tensor:
 _Where = tuple[tuple[int, int, int], "array[int]"]
 
 
-def _where(q: Tensor, k: Tensor, v: Tensor) -> _Where:
+def where(q: Tensor, k: Tensor, v: Tensor) -> _Where:
+    """Return where three tensors lie whose last dimensions are contiguous."""
     strides = array("q", (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]))
     return (q.data_ptr(), k.data_ptr(), v.data_ptr()), strides
 
@@ -150,40 +195,60 @@ def _empty_results(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor
 
 
 def _attend(
-    where: _Where, out: Tensor, stats: Tensor, K: int, causal: bool, scale: float, rounds: bool
+    place: _Where,
+    out: Tensor,
+    stats: Tensor,
+    K: int,
+    causal: bool,
+    scale: float,
+    rounds: bool,
+    window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    addresses, strides = where
+    addresses, strides = place
     B, T, H, D = out.shape
     (kernels.attention_bf16_fwd if rounds else kernels.attention_fwd)(
-        *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(), B, T, H, K, D, causal, scale
-    )
+        *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(), B, T, H, K, D, causal, scale,
+        window, softcap,
+    )  # fmt: skip
     return out, stats
 
 
 def _differentiate(
     dout: Tensor,
-    where: _Where,
+    place: _Where,
     out: Tensor,
     stats: Tensor,
     grads: _Where,
     K: int,
     causal: bool,
     scale: float,
-    rounds: bool = False,
+    rounds: bool,
+    window: int,
+    softcap: float,
 ) -> None:
-    addresses, strides = where
+    addresses, strides = place
     grad_addresses, grad_strides = grads
     B, T, H, D = out.shape
     (kernels.attention_bf16_bwd if rounds else kernels.attention_bwd)(
         dout.data_ptr(), *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(),
         *grad_addresses, grad_strides.buffer_info()[0], B, T, H, K, D, causal, scale,
+        window, softcap,
     )  # fmt: skip
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, rounds: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    rounds: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return _attend(_where(q, k, v), *_empty_results(q, q.shape), k.shape[2], causal, scale, rounds)
+    results = _empty_results(q, q.shape)
+    return _attend(where(q, k, v), *results, k.shape[2], causal, scale, rounds, window, softcap)
 
 
 def _empty_gradients(
@@ -196,6 +261,8 @@ def _empty_gradients(
     causal: bool,
     scale: float,
     rounds: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -210,9 +277,12 @@ def _gradients(
     causal: bool,
     scale: float,
     rounds: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _empty_gradients(dout, q, k, v, out, stats, causal, scale, rounds)
-    _differentiate(dout, _where(q, k, v), out, stats, _where(*grads), k.shape[2], causal, scale, rounds)
+    grads = _empty_gradients(dout, q, k, v, out, stats, causal, scale)
+    places = where(q, k, v), out, stats, where(*grads)
+    _differentiate(dout, *places, k.shape[2], causal, scale, rounds, window, softcap)
     return grads
 
 
@@ -227,32 +297,47 @@ _fused_gradients = KernelOp("attention_backward", _gradients, fake=_empty_gradie
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    settings = ctx.settings
     if dout is None:
-        return (None,) * 6
-    return *_fused_gradients(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None, None
+        return (None,) * (3 + len(settings))
+    return *_fused_gradients(dout.contiguous(), *ctx.saved_tensors, *settings), *[None] * len(settings)
 
 
 _fused = KernelOp(
     "attention",
     _forward,
-    fake=lambda q, k, v, causal, scale, rounds=False: _empty_results(q, q.shape),
+    fake=lambda q, k, v, causal, scale, rounds=False, window=0, softcap=0.0: _empty_results(q, q.shape),
     backward=_backward,
     setup_context=_save,
 )
 
 
 def _empty_results_qkv(
-    qkv: Tensor, H: int, K: int, causal: bool, scale: float, rounds: bool = False
+    qkv: Tensor,
+    H: int,
+    K: int,
+    causal: bool,
+    scale: float,
+    rounds: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     B, T, width = qkv.shape
     return _empty_results(qkv, (B, T, H, width // (H + 2 * K)))
 
 
 def _forward_qkv(
-    qkv: Tensor, H: int, K: int, causal: bool, scale: float, rounds: bool = False
+    qkv: Tensor,
+    H: int,
+    K: int,
+    causal: bool,
+    scale: float,
+    rounds: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    results = _empty_results_qkv(qkv, H, K, causal, scale, rounds)
-    return _attend(_where_in(qkv, H, K), *results, K, causal, scale, rounds)
+    results = _empty_results_qkv(qkv, H, K, causal, scale)
+    return _attend(_where_in(qkv, H, K), *results, K, causal, scale, rounds, window, softcap)
 
 
 def _gradient_qkv(
@@ -265,23 +350,27 @@ def _gradient_qkv(
     causal: bool,
     scale: float,
     rounds: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     dqkv = torch.empty_like(qkv)
-    _differentiate(dout, _where_in(qkv, H, K), out, stats, _where_in(dqkv, H, K), K, causal, scale, rounds)
+    places = _where_in(qkv, H, K), out, stats, _where_in(dqkv, H, K)
+    _differentiate(dout, *places, K, causal, scale, rounds, window, softcap)
     return dqkv
 
 
 _fused_gradient_qkv = KernelOp(
     "attention_qkv_backward",
     _gradient_qkv,
-    fake=lambda dout, qkv, out, stats, H, K, causal, scale, rounds=False: torch.empty_like(qkv),
+    fake=lambda dout, qkv, *_, **__: torch.empty_like(qkv),
 )
 
 
 def _backward_qkv(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    settings = ctx.settings
     if dout is None:
-        return (None,) * 6
-    return _fused_gradient_qkv(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * 5
+        return (None,) * (1 + len(settings))
+    return _fused_gradient_qkv(dout.contiguous(), *ctx.saved_tensors, *settings), *[None] * len(settings)
 
 
 _fused_qkv = KernelOp(

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
+from portlm.ops.attention import check_bounds
 from portlm.ops.byte_cache import is_rounded, kept
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels, needs_gradient
 from portlm.ops.spec import FAR, Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -31,16 +32,21 @@ def cached_attention_reference(
     past_value: Tensor,
     mask: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
     T, P, G = q.shape[1], past_key.shape[2], q.shape[2] // k.shape[2]
     key = torch.cat((past_key, k.transpose(1, 2)), dim=2)  # (B, K, P+T, D)
     value = torch.cat((past_value, v.transpose(1, 2)), dim=2)
     visible = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P)
+    visible = visible.triu(P + 1 - window) if window else visible
     if mask is not None:
         visible = visible & (mask != 0)[:, None, None, :]  # (B, 1, T, P+T)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q.transpose(1, 2) @ key.repeat_interleave(G, dim=1).transpose(-1, -2) * scale  # (B, H, T, P+T)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
     weights = torch.where(visible.any(-1, keepdim=True), weights, 0.0)  # a query that sees nothing gives 0
     return (weights @ value.repeat_interleave(G, dim=1)).transpose(1, 2), key, value
@@ -54,8 +60,12 @@ def cached_attention(
     past_value: Tensor,
     mask: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Append k and v to a cache and attend to all of it: query i sees slot j if j <= P + i and mask[b, j] != 0.
+
+    With a window, only if j > P + i - window, too. In a graph padding stands in front of what is seen alone.
 
     Args:
         q: (B, T, H, D) queries of the new tokens.
@@ -65,25 +75,26 @@ def cached_attention(
         past_value: (B, K, P, D).
         mask: (B, P+T) int64, 0 where a slot holds padding; None if none does.
         scale: of the scores; None means 1 / sqrt(D).
+        window: how many slots a query sees, its own the last of them; None means all.
+        softcap: c makes a scaled score s to c tanh(s / c).
 
     Returns:
         The attended values (B, T, H, D), and the grown cache: keys and values (B, K, P+T, D). A query that sees
         nothing gives 0.
 
     Raises:
-        ValueError: the shapes do not fit; the message names them.
+        ValueError: the shapes or bounds do not fit; the message names them.
     """
     _check(q, k, v, past_key, past_value, mask)
+    check_bounds("cached_attention", window, softcap)
     if is_rounded():
         k, v = kept(k), kept(v)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, past_key, past_value))
-    if needs_gradient or not has_kernel(q, k, v, past_key, past_value):
-        return cached_attention_reference(q, k, v, past_key, past_value, mask, scale)
-    q, k, v, past_key, past_value = (t.contiguous() for t in (q, k, v, past_key, past_value))
+    tensors = q, k, v, past_key, past_value
+    if needs_gradient(*tensors) or not has_kernel(*tensors):
+        return cached_attention_reference(*tensors, mask, scale, window, softcap)
     mask = None if mask is None else mask.contiguous()
-    out, key, value = _fused(
-        q, k, v, past_key, past_value, mask, q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, key, value = _fused(*(t.contiguous() for t in tensors), mask, scale, window or 0, softcap or 0.0)
     return out, key, value
 
 
@@ -108,7 +119,15 @@ def _check(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, D = q.shape
     K, P = past_key.shape[1:3]
@@ -118,13 +137,21 @@ def _forward(
         kernels.append_cache(past.data_ptr(), fresh.data_ptr(), present.data_ptr(), B, K, P, T, D)
     kernels.cached_attention(
         q.data_ptr(), key.data_ptr(), value.data_ptr(), K * S * D, S * D,
-        0 if mask is None else mask.data_ptr(), scale, out.data_ptr(), B, T, S, H, K, D,
+        0 if mask is None else mask.data_ptr(), scale, out.data_ptr(), B, T, S, H, K, D, window, softcap,
     )  # fmt: skip
     return out, key, value
 
 
 def _empty(
-    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, K, D = k.shape
     shape = (B, K, past_key.shape[2] + T, D)
@@ -137,8 +164,10 @@ _fused = KernelOp("cached_attention", _forward, fake=_empty)
 MASKED = -1e30  # times a whole number of positions: far below any score, and still finite in float32
 
 
-def attention_bias(g: Builder, attention_mask: str, group: int) -> str:
+def attention_bias(g: Builder, attention_mask: str, group: int, window: int = 0) -> str:
     """Return the attention bias (B, 1, group*T, P+T): 0 where a query may look, at most -1e30 where not.
+
+    With a window that is not 0, a query may not look at slots so far behind it, or further.
 
     The queries' places are the graph's position_ids. With left padding the position of slot j is the number of mask
     ones before it, so it need not be given: cumsum(mask)[j] - 1. Masked slots are put FAR away. All are float32, exact
@@ -162,13 +191,30 @@ def attention_bias(g: Builder, attention_mask: str, group: int) -> str:
         hidden = g.op("Relu", (ahead,), "mask.hidden")
         return g.op("Mul", (hidden, g.scalar(MASKED)), "mask.bias")
 
-    bias = g.shared(f"bias of {attention_mask}", single)
+    def inside() -> str:
+        behind = g.op("Sub", (g.scalar(1.0 - window), "mask.ahead"), f"mask.behind{window}")
+        hidden = g.op("Relu", (behind,), f"mask.past{window}")
+        return g.op(
+            "Add", (bias, g.op("Mul", (hidden, g.scalar(MASKED)), f"{hidden}.bias")), f"mask.window{window}"
+        )
+
+    bias, kind = g.shared(f"bias of {attention_mask}", single), ""
+    if window:
+        bias, kind = g.shared(f"bias of {attention_mask} in {window}", inside), f".window{window}"
     if group == 1:
         return bias
     return g.shared(
-        f"bias of {attention_mask} x {group}",
-        lambda: g.op("Concat", [bias] * group, f"mask.grouped{group}", axis=2),
+        f"bias of {attention_mask} x {group}{kind}",
+        lambda: g.op("Concat", [bias] * group, f"mask.grouped{group}{kind}", axis=2),
     )
+
+
+def capped(g: Builder, scores: str, softcap: float, name: str) -> str:
+    """Write the soft cap of scores, if it is not 0."""
+    if not softcap:
+        return scores
+    share = g.op("Mul", (scores, g.scalar(1 / softcap)), f"{name}.share")
+    return g.op("Mul", (g.op("Tanh", (share,), f"{name}.tanh"), g.scalar(softcap)), f"{name}.capped")
 
 
 def stacked_heads(g: Builder, q: str, name: str, H: int, K: int, D: int) -> str:
@@ -202,7 +248,7 @@ def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attribu
     out, present_key, present_value = outputs
     H, K, D = attributes["num_heads"], attributes["num_kv_heads"], int(g.input_shape(past_key)[3])
     group = H // K
-    bias = attention_bias(g, mask, group)
+    bias = attention_bias(g, mask, group, attributes["window"])
     keys = g.op("Transpose", (k,), f"{out}.keys", perm=[0, 2, 1, 3])  # (B, K, T, D)
     values = g.op("Transpose", (v,), f"{out}.values", perm=[0, 2, 1, 3])
     keys = g.op("Concat", (past_key, keys), present_key, axis=2)
@@ -212,6 +258,7 @@ def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attribu
     q = stacked_heads(g, q, out, H, K, D)
     across = g.op("Transpose", (keys,), f"{out}.keys_across", perm=[0, 1, 3, 2])  # (B, K, D, P+T)
     scores = g.op("MatMul", (q, across), f"{out}.scores")  # (B, K, G*T, P+T)
+    scores = capped(g, scores, attributes["softcap"], out)
     biased = g.op("Add", (scores, bias), f"{out}.biased")
     shares = g.op("Softmax", (biased,), f"{out}.shares", axis=-1)
     context = g.op("MatMul", (shares, values), f"{out}.context")  # (B, K, G*T, D)
@@ -222,7 +269,7 @@ def _read(arguments: Mapping[str, Any]) -> Attributes:
     if arguments["mask"] is None:
         raise ValueError("give it the attention mask, so that rows of different lengths can be told apart")
     heads = {"num_heads": arguments["q"].shape[2], "num_kv_heads": arguments["k"].shape[2]}
-    return {**heads, "scale": arguments["scale"]}
+    return {**heads, **{name: arguments[name] for name in ("scale", "window", "softcap")}}
 
 
 def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:
@@ -230,6 +277,14 @@ def _shapes(shapes: Sequence[Any], attributes: Attributes) -> Sequence[Shape]:
     present = (B, K, P + shapes[0][1], D)
     return [shapes[0], present, present]
 
+
+ATTRIBUTES = (
+    Attribute("num_heads", int),
+    Attribute("num_kv_heads", int),
+    Attribute("scale", float),
+    Attribute("window", int, 0),  # 0 for none
+    Attribute("softcap", float, 0.0),
+)
 
 SPEC = OpSpec(
     name="cached_attention",
@@ -248,11 +303,7 @@ SPEC = OpSpec(
                 Input("mask", dtype="int64"),
             ),
             outputs=("y", "present_key", "present_value"),
-            attributes=(
-                Attribute("num_heads", int),
-                Attribute("num_kv_heads", int),
-                Attribute("scale", float),
-            ),
+            attributes=ATTRIBUTES,
             read=_read,
             shapes=_shapes,
             portable=_portable,

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["KernelOp", "available", "exporting", "has_kernel", "is_traced", "kernels", "without_kernels"]
+__all__ = [
+    "KernelOp",
+    "available",
+    "exporting",
+    "has_kernel",
+    "is_traced",
+    "kernels",
+    "needs_gradient",
+    "without_kernels",
+]
 
 _PLAIN: tuple[type, ...] = ()
 _exporting = False
@@ -70,7 +79,8 @@ def is_traced(first: Tensor) -> bool:
     )
 
 
-def _needs_grad(args: tuple[Any, ...]) -> bool:
+def needs_gradient(*args: Any) -> bool:
+    """Say whether autograd wants to differentiate what is made of these, tensors among them."""
     if torch.is_grad_enabled():
         for a in args:
             if getattr(a, "requires_grad", False):
@@ -125,7 +135,7 @@ class KernelOp:
         """Run the op on contiguous tensors, by the short way if nothing traces."""
         if is_traced(args[0]):
             return self.op(*args)
-        if _needs_grad(args):
+        if needs_gradient(*args):
             # Without a backward the short way would drop the gradient in silence; the registered op refuses it.
             return self.direct(*args) if self.differentiable else self.op(*args)
         return self.forward(*args)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import kernel_op, lazy
+from portlm.ops import lazy
+from portlm.ops.attention import rows_of, where
 from portlm.ops.cached_attention import MASKED, stacked_heads, unstacked_heads
-from portlm.ops.kernel_op import KernelOp
+from portlm.ops.kernel_op import KernelOp, has_kernel, kernels, needs_gradient
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ def masked_attention(
     """
     _check(q, k, v, mask, bias)
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-    if not kernel_op._exporting:
+    if q.shape[3] == 0 or not has_kernel(q, k, v, bias):
         return masked_attention_reference(q, k, v, mask, bias, scale)
-    return _fused(q, k, v, mask, bias, scale)
+    mask, bias = (None if t is None else t.contiguous() for t in (mask, bias))
+    return _fused(rows_of(q), rows_of(k), rows_of(v), mask, bias, scale, needs_gradient(q, k, v, bias))[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
@@ -101,36 +103,146 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | 
         raise wrong(f"bias must be ({H} or 1, {T}, {S}), got {tuple(bias.shape)}")
 
 
+def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
+    """Return the floats from row to row of the batch and from head to head, 0 where all have the same bias."""
+    if bias is None:
+        return 0, 0
+    T, S = bias.shape[-2:]
+    rows, heads = (1, *bias.shape[:-2])[-2:]
+    return heads * T * S if rows > 1 else 0, T * S if heads > 1 else 0
+
+
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float
-) -> Tensor:
-    return masked_attention_reference(q, k, v, mask, bias, scale).contiguous()
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    differentiable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    out, stats = _empty(q, k, v, mask, bias, scale, differentiable)
+    (B, T, H, D), S, K = q.shape, *k.shape[1:3]
+    addresses, strides = where(q, k, v)
+    kernels.masked_attention_fwd(
+        *addresses, strides.buffer_info()[0], 0 if mask is None else mask.data_ptr(),
+        0 if bias is None else bias.data_ptr(), *_bias_strides(bias), out.data_ptr(),
+        stats.data_ptr() if differentiable else 0, B, T, S, H, K, D, scale,
+    )  # fmt: skip
+    return out, stats
 
 
-def _empty(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    return q.new_empty(q.shape)
+def _empty(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    differentiable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the result (B, T, H, D), and what backward needs of each query, (B, H, T, 2), or nothing of it."""
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T, 2) if differentiable else (0,))
 
 
-_fused = KernelOp("masked_attention", _forward, fake=_empty)
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dbias = _empty_gradients(dout, q, k, v, out, stats, mask, bias, scale, of_bias)
+    (B, T, H, D), S, K = q.shape, *k.shape[1:3]
+    rows = of_bias and bias is not None and bias.dim() == 4 and bias.shape[0] != 1
+    dscores = q.new_zeros((B if rows else 1, H, T, S)) if of_bias else dbias
+    addresses, strides = where(q, k, v)
+    grad_addresses, grad_strides = where(dq, dk, dv)
+    kernels.masked_attention_bwd(
+        dout.data_ptr(), *addresses, strides.buffer_info()[0], 0 if mask is None else mask.data_ptr(),
+        0 if bias is None else bias.data_ptr(), *_bias_strides(bias), out.data_ptr(), stats.data_ptr(),
+        *grad_addresses, grad_strides.buffer_info()[0], dscores.data_ptr() if of_bias else 0,
+        H * T * S if rows else 0, B, T, S, H, K, D, scale,
+    )  # fmt: skip
+    if of_bias:
+        assert bias is not None
+        dbias = dscores.sum_to_size(bias.shape if bias.dim() == 4 else (1, *bias.shape)).reshape(bias.shape)
+    return dq, dk, dv, dbias
 
 
-def _hidden_keys(g: Builder, mask: str) -> tuple[str, str]:
-    """Return what is added to scores (B, 1, 1, S): 0, or -1e30 where the mask hides; and (B, 1, 1): 0 if all are."""
+def _empty_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = bias.shape if of_bias and bias is not None else (0,)
+    empty = q.new_empty if q.numel() and k.numel() else q.new_zeros  # what no kernel writes
+    return empty(q.shape), empty(k.shape), empty(v.shape), empty(shape)
 
-    def seen() -> str:
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, mask, bias, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, mask, bias)
+
+
+_fused_gradients = KernelOp("masked_attention_backward", _gradients, fake=_empty_gradients)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
+    of_bias = ctx.needs_input_grad[4]
+    dq, dk, dv, dbias = _fused_gradients(dout.contiguous(), *ctx.saved_tensors, ctx.scale, of_bias)
+    return dq, dk, dv, None, dbias if of_bias else None, None, None
+
+
+_fused = KernelOp("masked_attention", _forward, fake=_empty, backward=_backward, setup_context=_save)
+
+
+def _shown_keys(g: Builder, mask: str) -> str:
+    """Return a mask (B, S) in float32."""
+
+    def shown() -> str:
         return g.op("Gather", (g.floats("mask.values", range(2)), mask), g.unique("keys.seen"), axis=0)
 
+    return g.shared(f"keys that {mask} shows", shown)
+
+
+def _hidden_keys(g: Builder, mask: str) -> str:
+    """Return what is added to scores, (B, 1, 1, S): 0, or -1e30 where the mask hides."""
+
     def added() -> str:
-        hidden = g.op("Sub", (g.scalar(1.0), ones), g.unique("keys.hidden"))  # (B, S)
+        hidden = g.op("Sub", (g.scalar(1.0), _shown_keys(g, mask)), g.unique("keys.hidden"))
         bias = g.op("Mul", (hidden, g.scalar(MASKED)), g.unique("keys.masked"))
         return g.op("Unsqueeze", (bias, g.ints(1, 2)), g.unique("keys.bias"))
 
-    def any_seen() -> str:
-        most = g.op("ReduceMax", (ones, g.ints(-1)), g.unique("keys.any"), keepdims=1)  # (B, 1)
+    return g.shared(f"bias of keys by {mask}", added)
+
+
+def rows_with_keys(g: Builder, mask: str) -> str:
+    """Return which rows see anything, (B, 1, 1): 1, or 0 where the mask hides all keys."""
+
+    def any_shown() -> str:
+        most = g.op(
+            "ReduceMax", (_shown_keys(g, mask), g.ints(-1)), g.unique("keys.any"), keepdims=1
+        )  # (B, 1)
         return g.op("Unsqueeze", (most, g.ints(2)), g.unique("keys.rows"))
 
-    ones = g.shared(f"keys that {mask} shows", seen)
-    return g.shared(f"bias of keys by {mask}", added), g.shared(f"rows with keys by {mask}", any_seen)
+    return g.shared(f"rows with keys by {mask}", any_shown)
 
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:
@@ -149,28 +261,30 @@ def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attribu
         if H != K:
             scores = g.op("Reshape", (scores, g.ints(0, K, -1, 0)), f"{out}.stacked")
     if mask:
-        hidden, rows = _hidden_keys(g, mask)
-        scores = g.op("Add", (scores, hidden), f"{out}.biased")
+        scores = g.op("Add", (scores, _hidden_keys(g, mask)), f"{out}.biased")
     shares = g.op("Softmax", (scores,), f"{out}.shares", axis=-1)
     context = g.op("MatMul", (shares, values), f"{out}.context")  # (B, K, G*T, D)
     unstacked_heads(g, context, f"{out}.seen" if mask else out, H, K, D)
     if mask:
-        g.op("Mul", (f"{out}.seen", rows), out)
+        g.op("Mul", (f"{out}.seen", rows_with_keys(g, mask)), out)
 
 
 def _read(arguments: Mapping[str, Any]) -> Attributes:
-    _, _, H, D = arguments["q"].shape
-    return {
+    (_, _, H, D), K, bias = arguments["q"].shape, arguments["k"].shape[2], arguments["bias"]
+    sizes = {
         "num_heads": H,
-        "num_kv_heads": arguments["k"].shape[2],
+        "num_kv_heads": K,
         "head_dim": D,
-        "scale": arguments["scale"],
+        "bias_rank": 3 if bias is None else len(bias.shape),
     }
+    return {**sizes, "scale": arguments["scale"]}
 
 
 SPEC = OpSpec(
     name="masked_attention",
     summary="attention to every key that a mask shows, with a bias",
+    forward=("masked_attention_fwd",),
+    backward=("masked_attention_bwd",),
     nodes=(
         Node(
             op_type="MaskedAttention",
@@ -187,11 +301,14 @@ SPEC = OpSpec(
                 Attribute("num_heads", int),
                 Attribute("num_kv_heads", int),
                 Attribute("head_dim", int),
+                Attribute("bias_rank", int, 3),
                 Attribute("scale", float),
             ),
             read=_read,
             shapes=lambda shapes, attributes: [shapes[0]],
             portable=_portable,
+            tvm="masked_attention",
         ),
     ),
+    functions=("masked_attention_no_mask_no_bias",),
 )

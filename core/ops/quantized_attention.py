@@ -15,15 +15,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
+from portlm.ops.attention import check_bounds
 from portlm.ops.byte_cache import LEVELS, SMALLEST, to_bytes
 from portlm.ops.cached_attention import (
+    ATTRIBUTES,
     attention_bias,
     cached_attention_reference,
+    capped,
     stacked_heads,
     unstacked_heads,
 )
 from portlm.ops.kernel_op import has_kernel, kernels
-from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
+from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +49,8 @@ def quantized_attention_reference(
     past_value_scale: Tensor,
     mask: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
     present, means = [], []
@@ -57,7 +62,9 @@ def quantized_attention_reference(
     P = past_key.shape[2]
     keys, values = (x[:, :, P:].transpose(1, 2) for x in means)
     past_keys, past_values = (x[:, :, :P] for x in means)
-    out, _, _ = cached_attention_reference(q, keys, values, past_keys, past_values, mask, scale)
+    out, _, _ = cached_attention_reference(
+        q, keys, values, past_keys, past_values, mask, scale, window, softcap
+    )
     return (out, *present)  # type: ignore[return-value]
 
 
@@ -71,6 +78,8 @@ def quantized_attention(
     past_value_scale: Tensor,
     mask: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Append k and v to a cache of 8 bits and attend to all of it, as cached_attention does.
 
@@ -84,20 +93,23 @@ def quantized_attention(
         past_value_scale: (B, K, P, 1) float32.
         mask: (B, P+T) int64, 0 where a slot holds padding; None if none does.
         scale: of the scores; None means 1 / sqrt(D).
+        window: how many slots a query sees, its own the last of them; None means all.
+        softcap: c makes a scaled score s to c tanh(s / c).
 
     Returns:
         The attended values (B, T, H, D), and the grown cache in the order of the arguments, with P+T slots. A query
         that sees nothing gives 0.
 
     Raises:
-        ValueError: the shapes or types do not fit; the message names them.
+        ValueError: the shapes, types or bounds do not fit; the message names them.
     """
     cache = past_key, past_key_scale, past_value, past_value_scale
     _check(q, k, v, cache, mask)
+    check_bounds("quantized_attention", window, softcap)
     if not has_kernel(q, k, v, past_key_scale, past_value_scale) or not (
         past_key.is_cpu and past_value.is_cpu
     ):
-        return quantized_attention_reference(q, k, v, *cache, mask, scale)
+        return quantized_attention_reference(q, k, v, *cache, mask, scale, window, softcap)
     q, k, v = (t.contiguous() for t in (q, k, v))
     mask = None if mask is None else mask.contiguous()
     B, T, H, D = q.shape
@@ -127,6 +139,7 @@ def quantized_attention(
     kernels.quantized_attention(
         q.data_ptr(), *(t.data_ptr() for t in present), K * S * D, S * D, K * S, S,
         0 if mask is None else mask.data_ptr(), D**-0.5 if scale is None else scale, out.data_ptr(), B, T, S, H, K, D,
+        window or 0, softcap or 0.0,
     )  # fmt: skip
     return out, keys, key_scales, values, value_scales
 
@@ -181,8 +194,9 @@ def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attribu
     q = stacked_heads(g, g.op("Mul", (q, g.scalar(attributes["scale"])), f"{out}.scaled"), out, H, K, D)
     across = g.op("Transpose", (numbers[0],), f"{out}.keys_across", perm=[0, 1, 3, 2])  # (B, K, D, P+T)
     scores = g.op("MatMul", (q, across), f"{out}.products")  # (B, K, G*T, P+T)
-    scores = g.op("Mul", (scores, scales[0]), f"{out}.scores")
-    biased = g.op("Add", (scores, attention_bias(g, mask, H // K)), f"{out}.biased")
+    scores = capped(g, g.op("Mul", (scores, scales[0]), f"{out}.scores"), attributes["softcap"], out)
+    bias = attention_bias(g, mask, H // K, attributes["window"])
+    biased = g.op("Add", (scores, bias), f"{out}.biased")
     shares = g.op("Softmax", (biased,), f"{out}.shares", axis=-1)
     weights = g.op("Mul", (shares, scales[1]), f"{out}.weights")
     unstacked_heads(g, g.op("MatMul", (weights, numbers[1]), f"{out}.context"), out, H, K, D)
@@ -214,11 +228,7 @@ SPEC = OpSpec(
             ),
             outputs=("y", "present_key", "present_key_scale", "present_value", "present_value_scale"),
             kinds=("float32", "int8", "float32", "int8", "float32"),
-            attributes=(
-                Attribute("num_heads", int),
-                Attribute("num_kv_heads", int),
-                Attribute("scale", float),
-            ),
+            attributes=ATTRIBUTES,
             shapes=_shapes,
             portable=_portable,
         ),

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from portlm.errors import ConfigError
+from portlm.models import FAMILIES
 from portlm.ops.precision import Precision
 from portlm.settings import require_range
 from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
+
+OF_PAIRS = ("seq2seq",)  # objectives that train an encoder and a decoder
+SEQ2SEQ = [name for name, family in FAMILIES.items() if family.kind == "encoder-decoder"]
 
 __all__ = [
     "CheckpointSettings",
@@ -31,6 +35,8 @@ class DataSettings:
     """What the model reads."""
 
     texts: tuple[str, ...] = ()  # UTF-8 text files, or one folder of prepared shards
+    source: str = ""  # of pairs: a file of lines
+    target: str = ""  # a file with as many
     tokenizer: str = "byte"  # "byte", "bpe:2048" (train one of that size), or a tokenizer.json
     validation_fraction: float = 0.1  # the last part of the text, never trained on
     batch_size: int = 12  # sequences per forward pass
@@ -43,6 +49,8 @@ class DataSettings:
         kind, separator, size = self.tokenizer.partition(":")
         if kind == "bpe" and not (separator and size.isascii() and size.isdigit()):
             raise ConfigError(f"data.tokenizer {self.tokenizer!r}: write bpe:SIZE, for example bpe:2048")
+        if bool(self.source) != bool(self.target):
+            raise ConfigError("data.source and data.target are two sides of pairs: give both, or neither")
         if not self.tokenizer:
             raise ConfigError("data.tokenizer is empty: write byte, bpe:SIZE or the path of a tokenizer.json")
 
@@ -179,11 +187,14 @@ class PretrainConfig(RunConfig):
     """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
 
     # The text may lie elsewhere now: its tokens are compared by content.
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "model.", "data.")
-    FREE: ClassVar[tuple[str, ...]] = ("data.texts",)
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "label_smoothing", "model.", "data.")
+    FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.source", "data.target")
 
     objective: str = (
         "causal"  # what is predicted: "causal" the next token, "masked" hidden ones (a key of OBJECTIVES)
+    )
+    label_smoothing: float = (
+        0.0  # share of a target's probability that all tokens have in equal parts; of seq2seq
     )
     model: ModelSettings = field(default_factory=default_model)
     data: DataSettings = field(default_factory=DataSettings)
@@ -192,6 +203,16 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        require_range("label_smoothing", self.label_smoothing, 0, 0.99)
+        pairs = self.objective in OF_PAIRS
+        if pairs != (FAMILIES[self.model.family].kind == "encoder-decoder"):
+            wanted = "objective = seq2seq" if not pairs else f"model.family = {' or '.join(SEQ2SEQ)}"
+            raise ConfigError(
+                f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
+            )
+        if not pairs and (self.label_smoothing or self.data.source):
+            what = "label_smoothing" if self.label_smoothing else "data.source"
+            raise ConfigError(f"{what} is for objective seq2seq: leave it out")
 
     @property
     def tokens_per_step(self) -> int:

@@ -61,8 +61,10 @@ def pretrain(
     """
 
     def make_objective(start: Start) -> Objective:
-        corpus = open_corpus(config.data, start.folder.data, fresh=start.fresh, note=start.note)
-        objective: Objective = objective_class(config.objective)(config, corpus, start.device)
+        made = objective_class(config.objective)
+        read = getattr(made, "open_corpus", open_corpus)
+        corpus = read(config.data, start.folder.data, fresh=start.fresh, note=start.note)
+        objective: Objective = made(config, corpus, start.device)
         return objective
 
     done = train(config, out, make_objective, resume=resume, quiet=quiet, plot=plot)

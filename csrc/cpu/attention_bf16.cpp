@@ -1,5 +1,7 @@
 // attention.cpp with the operands of every product rounded to bfloat16: queries, keys, values, weights and gradients. The
 // softmax, its statistics and all sums are float32, and so is what is returned.
+#include <initializer_list>
+
 #include "cpu/attention_parts.h"
 #include "cpu/gemm_bf16.h"
 #include "cpu/kernels.h"
@@ -79,26 +81,28 @@ void attend(const Bf16Tiles& tiles, const Shape& s, const float* q, int64_t q_ro
             int64_t out_row, float* stats, int64_t first, int64_t last) {
   constexpr int64_t kMostRows = 32;
   const int64_t panels = ceil_div(last - first, tiles.rows);
+  const bool hides = s.may_hide_rows();
   for (int64_t p = 0; p < panels; ++p) {
     const Range rows = share(last - first, p, panels);
     const int64_t i0 = first + rows.begin, R = rows.size(), end = s.end(i0 + R);
     float top[kMostRows], total[kMostRows], shrink[kMostRows];
     for (int64_t r = 0; r < R; ++r) top[r] = kHidden, total[r] = 0.0f;
     pack_scaled(tiles, q + i0 * q_row, q_row, R, s.D, scale, w.scaled, w.query_strip);
-    for (int64_t j0 = 0; j0 < end; j0 += kKeys) {
+    const int64_t start = s.begin(i0) / kKeys * kKeys;
+    for (int64_t j0 = start; j0 < end; j0 += kKeys) {
       const int64_t n = min(kKeys, end - j0), width = round_up(n, Vec::N);
       times_columns(tiles, R, s.D, w.query_strip, w.keys, j0, n, w.scores, kKeys);
       for (int64_t r = 0; r < R; ++r) {
-        const int64_t visible = max(0, min(n, s.end(i0 + r + 1) - j0));
-        fill(kHidden, w.scores + r * kKeys + visible, width - visible);
+        if (s.softcap != 0.0f) cap(s.softcap, w.scores + r * kKeys, n);
+        hide(s, i0 + r, j0, n, width, kHidden, w.scores + r * kKeys);
       }
       int64_t r = 0;
-      for (; r + 4 <= R; r += 4) exponentials<4>(w.scores + r * kKeys, width, false, top + r, total + r, shrink + r);
-      for (; r < R; ++r) exponentials<1>(w.scores + r * kKeys, width, false, top + r, total + r, shrink + r);
-      if (j0 > 0)
+      for (; r + 4 <= R; r += 4) exponentials<4>(w.scores + r * kKeys, width, hides, top + r, total + r, shrink + r);
+      for (; r < R; ++r) exponentials<1>(w.scores + r * kKeys, width, hides, top + r, total + r, shrink + r);
+      if (j0 > start)
         for (r = 0; r < R; ++r) scale_by(shrink[r], out + (i0 + r) * out_row, s.D);
       tiles.pack_strip(rows_of(w.scores, kKeys), R, n, w.weight_strip);
-      times_rows(tiles, R, n, w.weight_strip, false, w.values, j0, out + i0 * out_row, out_row, s.D, j0 > 0);
+      times_rows(tiles, R, n, w.weight_strip, false, w.values, j0, out + i0 * out_row, out_row, s.D, j0 > start);
     }
     for (int64_t r = 0; r < R; ++r) {
       const float inverse = 1.0f / total[r];
@@ -122,8 +126,8 @@ struct BackwardSpace {
 
 void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const BackwardSpace& w, float scale,
                    const BackwardPart& part) {
-  for (int64_t i0 = part.first_query(s.causal); i0 < part.queries.end; i0 += kBlock) {
-    const int64_t queries = min(kBlock, s.T - i0), panels = ceil_div(queries, tiles.rows);
+  for (int64_t i0 = part.first_query(s.causal), stop = part.last_query(s.window); i0 < stop; i0 += kBlock) {
+    const int64_t queries = min(kBlock, s.T - i0), panels = ceil_div(queries, tiles.rows), start = first_block(s, i0, part);
     if (part.for_keys) {
       pack_as_rows(tiles, h.q + i0 * h.q_row, h.q_row, queries, s.D, w.queries);
       pack_as_rows(tiles, h.dout + i0 * h.out_row, h.out_row, queries, s.D, w.grads);
@@ -142,7 +146,7 @@ void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const 
       delta[i] = dot(w.scaled, h.out + (i0 + i) * h.out_row, s.D);
     }
     const int64_t end = min(s.end(i0 + queries), part.keys.end);
-    for (int64_t j0 = part.keys.begin; j0 < end; j0 += kBlock) {
+    for (int64_t j0 = start; j0 < end; j0 += kBlock) {
       const int64_t keys = min(kBlock, end - j0);
       for (int64_t p = 0; p < panels; ++p) {
         const Range rows = share(queries, p, panels);
@@ -151,19 +155,12 @@ void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const 
         float *weights = w.weights + i * kBlock, *dscores = w.dscores + i * kBlock;
         times_columns(tiles, R, s.D, w.query_strips + p * w.strip_size, w.keys_as_columns, j0, n, weights, kBlock);
         times_columns(tiles, R, s.D, w.grad_strips + p * w.strip_size, w.values_as_columns, j0, n, dscores, kBlock);
-        int64_t r = 0;
-        for (; r + 4 <= R; r += 4)
-          weigh<4>(weights + r * kBlock, dscores + r * kBlock, n, h.stats + 2 * (i0 + i + r), delta + i + r, scale);
-        for (; r < R; ++r)
-          weigh<1>(weights + r * kBlock, dscores + r * kBlock, n, h.stats + 2 * (i0 + i + r), delta + i + r, scale);
-        for (r = 0; r < R; ++r) {  // to the end of the row, because what follows takes products in pairs
-          const int64_t visible = max(0, min(n, s.end(i0 + i + r + 1) - j0));
-          fill(0.0f, weights + r * kBlock + visible, kBlock - visible);
-          fill(0.0f, dscores + r * kBlock + visible, kBlock - visible);
-        }
+        weigh(R, weights, dscores, n, h.stats + 2 * (i0 + i), delta + i, scale, s.softcap);
+        for (int64_t r = 0; r < R; ++r)  // to the end of the row, because what follows takes products in pairs
+          for (float* const row : {weights + r * kBlock, dscores + r * kBlock}) hide(s, i0 + i + r, j0, n, kBlock, 0.0f, row);
         if (!part.for_queries) continue;
         tiles.pack_strip(rows_of(dscores, kBlock), R, n, w.strip);
-        times_rows(tiles, R, n, w.strip, false, w.keys_as_rows, j0, h.dq + (i0 + i) * h.dq_row, h.dq_row, s.D, j0 > 0);
+        times_rows(tiles, R, n, w.strip, false, w.keys_as_rows, j0, h.dq + (i0 + i) * h.dq_row, h.dq_row, s.D, j0 > start);
       }
       const int64_t key_panels = part.for_keys ? ceil_div(keys, tiles.rows) : 0;
       for (int64_t p = 0; p < key_panels; ++p) {
@@ -182,7 +179,8 @@ void differentiate(const Bf16Tiles& tiles, const Shape& s, const Head& h, const 
 }  // namespace
 
 void attention_bf16_fwd(const float* q, const float* k, const float* v, const int64_t* strides, float* out, float* stats,
-                        int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int causal, float scale) {
+                        int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int causal, float scale, int64_t window,
+                        float softcap) {
   if (B <= 0 || T <= 0 || H <= 0 || D <= 0) return;
   const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
   const Bf16Tiles& tiles = bf16_tiles();
@@ -203,7 +201,7 @@ void attention_bf16_fwd(const float* q, const float* k, const float* v, const in
     pieces.allocate();
     const ForwardSpace w{{pieces.at(at_keys), keys.size}, {pieces.at(at_values), values.size}, pieces.at(at_query),
                          pieces.at(at_weight),            pieces.floats(at_scores),            pieces.floats(at_scaled)};
-    const Shape shape{T, T, D, causal != 0, nullptr};
+    const Shape shape{T, T, D, causal != 0, nullptr, window, softcap};
     const HeldBf16Tiles held(tiles);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / chunks, c = task % chunks, b = head / K, kv = head % K;
@@ -220,12 +218,13 @@ void attention_bf16_fwd(const float* q, const float* k, const float* v, const in
 
 void attention_bf16_bwd(const float* dout, const float* q, const float* k, const float* v, const int64_t* strides,
                         const float* out, const float* stats, float* dq, float* dk, float* dv, const int64_t* grad_strides,
-                        int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int causal, float scale) {
+                        int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int causal, float scale, int64_t window,
+                        float softcap) {
   if (B <= 0 || T <= 0 || H <= 0 || D <= 0) return;
   const Layout ql = layout(strides, 0), kl = layout(strides, 1), vl = layout(strides, 2);
   const Layout dql = layout(grad_strides, 0), dkl = layout(grad_strides, 1), dvl = layout(grad_strides, 2);
   const Bf16Tiles& tiles = bf16_tiles();
-  const Shape shape{T, T, D, causal != 0, nullptr};
+  const Shape shape{T, T, D, causal != 0, nullptr, window, softcap};
   const int64_t chunks = backward_chunks(B * K, T, threads_for(INT64_MAX, 1)), parts = chunks == 1 ? 1 : 2 * chunks;
   parallel_for(B * K * parts, 1, [=, &tiles](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
@@ -257,7 +256,7 @@ void attention_bf16_bwd(const float* dout, const float* q, const float* k, const
     const HeldBf16Tiles held(tiles);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, b = head / K, kv = head % K;
-      const BackwardPart part = backward_part(task % parts, chunks, T);
+      const BackwardPart part = backward_part(task % parts, chunks, T, T);
       const int64_t j0 = part.keys.begin, seen = min(shape.end(part.queries.end), part.keys.end) - j0;
       const int64_t skipped = j0 / tiles.columns * columns;
       const float *key = k + b * kl.batch + kv * kl.head, *value = v + b * vl.batch + kv * vl.head;

@@ -65,25 +65,87 @@ inline void exponentials(float* rows, int64_t width, bool masked, float* top, fl
   for (int g = 0; g < G; ++g) total[g] = total[g] * shrink[g] + sum(s[g]);
 }
 
-// T queries of width D and S keys, of which the last query is the last; mask (S) hides keys where it is 0, or is nullptr.
+// T queries of width D and S keys, of which the last query is the last. What a query sees of them: if causal, nothing behind
+// its own place, and of that only the last `window` if there is one; nothing where mask (S) is 0, if there is one.
+// softcap c, if not 0, makes a score s to c tanh(s / c), and bias, where there is one, is added to it: row t of it begins at
+// bias + t * S.
 struct Shape {
   int64_t T, S, D;
   bool causal;
-  const int64_t* mask;
-  int64_t end(int64_t queries) const { return causal ? S - T + queries : S; }  // keys that so many queries see
+  const int64_t* mask = nullptr;
+  int64_t window = 0;
+  float softcap = 0.0f;
+  const float* bias = nullptr;
+  int64_t end(int64_t queries) const { return causal ? S - T + queries : S; }  // keys before which so many queries see
+  int64_t begin(int64_t query) const { return window ? max(0, S - T + query - window + 1) : 0; }  // the first key it sees
+  bool may_hide_rows() const { return mask || window || bias; }
 };
 
+// Replaces what a query does not see among its scores of keys [j0, j0 + n), and what lies behind them up to `width`.
+inline void hide(const Shape& s, int64_t query, int64_t j0, int64_t n, int64_t width, float value, float* row) {
+  const int64_t visible = max(0, min(n, s.end(query + 1) - j0));
+  fill(value, row + visible, width - visible);
+  if (s.window) fill(value, row, max(0, min(visible, s.begin(query) - j0)));
+}
+
+// Which of the keys [j0, j0 + n) the mask hides: their number, and their places among these.
+struct HiddenKeys {
+  int64_t count = 0;
+  int64_t places[kKeys];
+  HiddenKeys(const int64_t* mask, int64_t j0, int64_t n) {
+    if (mask)
+      for (int64_t j = 0; j < n; ++j)
+        if (mask[j0 + j] == 0) places[count++] = j;
+  }
+  void fill(float value, float* row) const {
+    for (int64_t i = 0; i < count; ++i) row[places[i]] = value;
+  }
+};
+
+// Scores of a row, n of them, with the soft cap; they are followed by room up to a whole vector.
+inline void cap(float softcap, float* row, int64_t n) {
+  for (int64_t j = 0; j < n; j += Vec::N) (tanh(Vec::load(row + j) * Vec(1.0f / softcap)) * Vec(softcap)).store(row + j);
+}
+
+inline void add(const float* x, float* row, int64_t n) {
+  for_lanes(n, [=](int64_t j, auto lanes) { store(load(row + j, lanes) + load(x + j, lanes), row + j, lanes); });
+}
+
 // Turns G rows of scores, kBlock apart, into weights, and the gradients of the weights into those of the scores before
-// scaling. stats holds two numbers per row, see kernels.def, and delta the row's sum of weight times gradient.
-template <int G>
-inline void weigh(float* weights, float* dscores, int64_t n, const float* stats, const float* delta, float scale) {
+// the soft cap and before scaling. stats holds two numbers per row, see kernels.def, and delta the row's sum of weight times
+// gradient.
+template <int G, bool kCapped>
+inline void weigh_rows(float* weights, float* dscores, int64_t n, const float* stats, const float* delta, float scale,
+                       float softcap) {
   for (int64_t j = 0; j < n; j += Vec::N)
     for (int g = 0; g < G; ++g) {
       float *const weight = weights + g * kBlock + j, *const dscore = dscores + g * kBlock + j;
-      const Vec e = exp(Vec::load(weight) - Vec(stats[2 * g])) * Vec(stats[2 * g + 1]);
+      Vec score = Vec::load(weight), factor(scale);
+      if constexpr (kCapped) {
+        const Vec t = tanh(score * Vec(1.0f / softcap));
+        score = t * Vec(softcap);
+        factor = (Vec(1.0f) - t * t) * factor;
+      }
+      const Vec e = exp(score - Vec(stats[2 * g])) * Vec(stats[2 * g + 1]);
       e.store(weight);
-      (e * (Vec::load(dscore) - Vec(delta[g])) * Vec(scale)).store(dscore);
+      (e * (Vec::load(dscore) - Vec(delta[g])) * factor).store(dscore);
     }
+}
+
+// The same for R rows.
+template <bool kCapped>
+inline void weigh_all(int64_t R, float* weights, float* dscores, int64_t n, const float* stats, const float* delta, float scale,
+                      float softcap) {
+  int64_t r = 0;
+  for (; r + 4 <= R; r += 4)
+    weigh_rows<4, kCapped>(weights + r * kBlock, dscores + r * kBlock, n, stats + 2 * r, delta + r, scale, softcap);
+  for (; r < R; ++r)
+    weigh_rows<1, kCapped>(weights + r * kBlock, dscores + r * kBlock, n, stats + 2 * r, delta + r, scale, softcap);
+}
+inline void weigh(int64_t R, float* weights, float* dscores, int64_t n, const float* stats, const float* delta, float scale,
+                  float softcap) {
+  if (softcap != 0.0f) return weigh_all<true>(R, weights, dscores, n, stats, delta, scale, softcap);
+  weigh_all<false>(R, weights, dscores, n, stats, delta, scale, softcap);
 }
 
 // One query head's part of the gradients: dq is overwritten, dk and dv are added to. All pointers are of that head.
@@ -91,6 +153,7 @@ struct Head {
   const float *q, *out, *dout, *stats;
   float *dq, *dk, *dv;
   int64_t q_row, out_row, dq_row, dk_row, dv_row;
+  float* dbias = nullptr;  // (T, S), added to
 };
 
 // What of a head's gradients a task of the backward pass makes, from the scores of these queries and keys: dq of all the
@@ -99,7 +162,16 @@ struct BackwardPart {
   Range queries, keys;
   bool for_queries, for_keys;
   int64_t first_query(bool causal) const { return causal && keys.begin > queries.begin ? keys.begin : queries.begin; }
+  // Behind the last query that sees one of the keys: a window is there for causal attention alone, in which T = S.
+  int64_t last_query(int64_t window) const {
+    return window ? min(queries.end, keys.end - 1 + window) : queries.end;
+  }
 };
+
+// The first key of those that a block of queries from i0 on sees, or the block of keys that holds it.
+inline int64_t first_block(const Shape& s, int64_t i0, const BackwardPart& part) {
+  return max(part.keys.begin, s.begin(i0) / kBlock * kBlock);
+}
 
 // How many chunks of queries, and as many of keys, the backward pass of each head is cut into: 1 where there are heads for
 // all threads, and then one task makes all gradients of a head and computes its scores once. With more, each score is
@@ -111,12 +183,13 @@ inline int64_t backward_chunks(int64_t heads, int64_t T, int64_t threads) {
 
 // Task t of the 2 chunks of one head, or the only one: a chunk of queries, which sees the more keys the later it is, and then
 // the same of keys, which are seen by the fewer queries.
-inline BackwardPart backward_part(int64_t t, int64_t chunks, int64_t T) {
-  if (chunks == 1) return {{0, T}, {0, T}, true, true};
-  const Range blocks = share(ceil_div(T, kBlock), t / 2, chunks);
-  const Range some{blocks.begin * kBlock, min(T, blocks.end * kBlock)}, all{0, T};
-  if (t % 2) return {all, some, false, true};
-  return {some, all, true, false};
+inline BackwardPart backward_part(int64_t t, int64_t chunks, int64_t T, int64_t S) {
+  if (chunks == 1) return {{0, T}, {0, S}, true, true};
+  const int64_t all = t % 2 ? S : T;  // of those that are cut
+  const Range blocks = share(ceil_div(all, kBlock), t / 2, chunks);
+  const Range some{min(all, blocks.begin * kBlock), min(all, blocks.end * kBlock)};
+  if (t % 2) return {{0, T}, some, false, true};
+  return {some, {0, S}, true, false};
 }
 
 }  // namespace portlm::PORTLM_ISA

@@ -34,16 +34,19 @@ struct Cache {
   const int64_t* mask;        // (S), or nullptr
   int64_t D;
   float scale;
+  float softcap;  // 0 for none
+  int64_t row;    // numbers from slot to slot
 };
 
 template <typename T>
 constexpr bool kScaled = std::is_same_v<T, int8_t>;
 
-// One query: where it is, where its result goes, and the number of positions before which it sees.
+// One query: where it is, where its result goes, the positions [begin, limit) that it sees, and what is added to their scores.
 struct Query {
   const float* q;
   float* out;
-  int64_t limit;
+  int64_t begin, limit;
+  const float* bias;  // (S), or nullptr
 };
 
 // Slots that are scored together: with R queries as many products as a vector has lanes, so that one transposition adds
@@ -59,7 +62,7 @@ void score_slots(const Cache<T>& cache, const Query (&query)[R], int64_t first, 
   constexpr int kProducts = (R * J + Vec::N - 1) / Vec::N * Vec::N;
   const int64_t D = cache.D;
   const T* keys[J];
-  for (int i = 0; i < J; ++i) keys[i] = cache.keys + (first + std::min(j + i, count - 1)) * D;
+  for (int i = 0; i < J; ++i) keys[i] = cache.keys + (first + std::min(j + i, count - 1)) * cache.row;
   Vec dot[kProducts];
 #pragma GCC unroll 16
   for (int i = 0; i < kProducts; ++i) dot[i] = Vec(0.0f);
@@ -84,6 +87,13 @@ void score_slots(const Cache<T>& cache, const Query (&query)[R], int64_t first, 
   for (int r = 0; r < R; ++r) std::copy(totals + r * J, totals + (r + 1) * J, scores[r] + j);
 }
 
+// cap tanh(score / cap) for each of a row of scores.
+inline void cap(float softcap, float* row, int64_t count) {
+  for_lanes(count, [=](int64_t j, auto lanes) {
+    store(tanh(load(row + j, lanes) * Vec(1.0f / softcap)) * Vec(softcap), row + j, lanes);
+  });
+}
+
 // scores[r][j] = q_r . key_(first + j) * scale for j < count, or -inf where query r must not look.
 template <int R, typename T>
 void score(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_t count, float (&scores)[R][kSlots]) {
@@ -94,6 +104,10 @@ void score(const Cache<T>& cache, const Query (&query)[R], int64_t first, int64_
       for (int64_t j = 0; j < count; ++j) row[j] *= cache.scale * cache.key_scales[first + j];
     else
       for (int64_t j = 0; j < count; ++j) row[j] *= cache.scale;
+    if (cache.softcap != 0.0f) cap(cache.softcap, row, count);
+    if (query[r].bias)
+      for (int64_t j = 0; j < count; ++j) row[j] += query[r].bias[first + j];
+    for (int64_t j = std::min(count, query[r].begin - first); j > 0; --j) row[j - 1] = kHidden;
     for (int64_t j = std::max<int64_t>(0, query[r].limit - first); j < count; ++j) row[j] = kHidden;
     if (cache.mask)
       for (int64_t j = 0; j < count; ++j) row[j] = cache.mask[first + j] ? row[j] : kHidden;
@@ -133,14 +147,14 @@ float exponentials(float* row, int64_t count, float max) {
 
 // V vectors of columns of add_values. Each is a chain of additions, slot after slot, and V of them hide each other.
 template <int R, int V, typename T, typename Lanes>
-void add_columns(const T* values, int64_t D, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
+void add_columns(const T* values, int64_t row, int64_t D, int64_t count, const float (&weights)[R][kSlots], const float (&shrink)[R],
                  float* sums, Lanes lanes) {
   Vec a[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) a[r][v] = load(sums + r * D + v * Vec::N, lanes) * Vec(shrink[r]);
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < V; ++v) {
-      const Vec value = load(values + j * D + v * Vec::N, lanes);
+      const Vec value = load(values + j * row + v * Vec::N, lanes);
       for (int r = 0; r < R; ++r) a[r][v] = fma(Vec(weights[r][j]), value, a[r][v]);
     }
   for (int r = 0; r < R; ++r)
@@ -153,27 +167,28 @@ void add_values(const Cache<T>& cache, int64_t first, int64_t count, const float
                 float* sums) {
   constexpr int V = std::max<int>(1, std::min<int>(64 / Vec::N, kSums / R));
   const int64_t D = cache.D;
-  const T* values = cache.values + first * D;
+  const T* values = cache.values + first * cache.row;
   int64_t d = 0;
   for (; d + V * Vec::N <= D; d += V * Vec::N)
-    add_columns<R, V>(values + d, D, count, weights, shrink, sums + d, Whole{});
+    add_columns<R, V>(values + d, cache.row, D, count, weights, shrink, sums + d, Whole{});
   for_lanes(D - d, [&](int64_t i, auto lanes) {
-    add_columns<R, 1>(values + d + i, D, count, weights, shrink, sums + d + i, lanes);
+    add_columns<R, 1>(values + d + i, cache.row, D, count, weights, shrink, sums + d + i, lanes);
   });
 }
 
 template <int R, typename T>
 void attend(const Cache<T>& cache, const Query* queries, float* sums) {
   Query query[R];
-  int64_t end = 0;
+  int64_t start = std::numeric_limits<int64_t>::max(), end = 0;
   for (int r = 0; r < R; ++r) {
     query[r] = queries[r];
+    start = std::min(start, query[r].begin);
     end = std::max(end, query[r].limit);
   }
   float max[R], total[R], scores[R][kSlots];
   for (int r = 0; r < R; ++r) max[r] = kHidden, total[r] = 0.0f;
   std::fill(sums, sums + R * cache.D, 0.0f);
-  for (int64_t first = 0; first < end; first += kSlots) {
+  for (int64_t first = start; first < end; first += kSlots) {
     const int64_t count = std::min(kSlots, end - first);
     score<R, T>(cache, query, first, count, scores);
     float shrink[R];
@@ -211,10 +226,20 @@ void attend(const Cache<T>& cache, const Query* queries, int64_t count, float* s
   }
 }
 
-// T queries of H heads against S slots of K heads; cache_of(b, k) is what one head of one row looks at.
-template <typename T, typename CacheOf>
-void attend_in_blocks(const float* q, float* out, int64_t B, int64_t queries_each, int64_t S, int64_t H, int64_t K, int64_t D,
-                      CacheOf cache_of) {
+// Queries (B, T, H, D) that are the last T of S positions: each sees what is not behind it, and of that the last `window` if
+// that is not 0.
+inline auto last_queries(const float* q, float* out, int64_t T, int64_t S, int64_t H, int64_t D, int64_t window) {
+  return [=](int64_t b, int64_t t, int64_t h) {
+    const int64_t at = ((b * T + t) * H + h) * D, limit = S - T + t + 1;
+    return Query{q + at, out + at, window ? std::max<int64_t>(0, limit - window) : 0, limit, nullptr};
+  };
+}
+
+// Queries of H heads against S slots of K heads; cache_of(b, k) is what one head of one row looks at, and query_of(b, t, h)
+// one query.
+template <typename T, typename CacheOf, typename QueryOf>
+void attend_in_blocks(int64_t B, int64_t queries_each, int64_t S, int64_t H, int64_t K, int64_t D, CacheOf cache_of,
+                      QueryOf query_of) {
   const int64_t G = H / K, rows = queries_each * G, blocks = (rows + kRows - 1) / kRows;  // of one key/value head
   const int64_t work = 2 * kRows * S * D;
   parallel_for(B * K * blocks, kWorkPerThread / (work + 1) + 1, [=](int64_t begin, int64_t end) {
@@ -226,8 +251,7 @@ void attend_in_blocks(const float* q, float* out, int64_t B, int64_t queries_eac
       const int64_t first = block * kRows, count = std::min<int64_t>(kRows, rows - first);
       for (int64_t r = 0; r < count; ++r) {
         const int64_t t = (first + r) / G, h = k * G + (first + r) % G;
-        const int64_t at = ((b * queries_each + t) * H + h) * D;
-        queries[r] = {q + at, out + at, S - queries_each + t + 1};
+        queries[r] = query_of(b, t, h);
       }
       attend<T>(cache, queries, count, sums.data());
     }

@@ -43,15 +43,23 @@ void append_bytes(const float* fresh, int64_t fresh_stride, int8_t* cache, int64
 void quantized_attention(const float* q, const int8_t* keys, const float* key_scales, const int8_t* values,
                          const float* value_scales, int64_t batch_stride, int64_t head_stride, int64_t scales_batch_stride,
                          int64_t scales_head_stride, const int64_t* mask, float scale, float* out, int64_t B, int64_t T,
-                         int64_t S, int64_t H, int64_t K, int64_t D) {
+                         int64_t S, int64_t H, int64_t K, int64_t D, int64_t window, float softcap) {
   if (B == 0 || T == 0 || H == 0 || D == 0) return;
-  if (T < kTiledQueries)
-    return attend_in_blocks<int8_t>(q, out, B, T, S, H, K, D, [=](int64_t b, int64_t k) {
+  if (T < kTiledQueries) {
+    const auto cache_of = [=](int64_t b, int64_t k) {
       const int64_t head = b * batch_stride + k * head_stride, slot = b * scales_batch_stride + k * scales_head_stride;
-      return Cache<int8_t>{keys + head,         values + head,                  key_scales + slot,
-                           value_scales + slot, mask ? mask + b * S : nullptr, D,
-                           scale};
-    });
+      return Cache<int8_t>{keys + head,
+                           values + head,
+                           key_scales + slot,
+                           value_scales + slot,
+                           mask ? mask + b * S : nullptr,
+                           D,
+                           scale,
+                           softcap,
+                           D};
+    };
+    return attend_in_blocks<int8_t>(B, T, S, H, K, D, cache_of, last_queries(q, out, T, S, H, D, window));
+  }
   // The tiles take floats: one row of the batch at a time, so that they are few beside the cache.
   const std::unique_ptr<float[]> wide(new float[static_cast<size_t>(2 * K * S * D)]);
   float *const wide_keys = wide.get(), *const wide_values = wide_keys + K * S * D;
@@ -60,7 +68,7 @@ void quantized_attention(const float* q, const int8_t* keys, const float* key_sc
     widen(keys + row, key_scales + slots, head_stride, scales_head_stride, wide_keys, K, S, D);
     widen(values + row, value_scales + slots, head_stride, scales_head_stride, wide_values, K, S, D);
     attend_to_cache(q + at, wide_keys, wide_values, K * S * D, S * D, mask ? mask + b * S : nullptr, scale, out + at, 1, T, S, H,
-                    K, D);
+                    K, D, window, softcap);
   }
 }
 

@@ -239,9 +239,15 @@ void expect_state(const Call& call, size_t i, Dtype dtype, int64_t K, int64_t D)
   need(fits, "cannot keep its slots in " + found.name);
 }
 
-// Queries, keys and values, then the states that take them, each of bytes with its scales, then a mask.
+// Queries, keys and values, then the states that take them, each of bytes with its scales, then a mask. A window and a soft cap
+// come together, 0 for none.
 void attention(const Call& call, bool quantized) {
-  call.counts(quantized ? 8 : 6, 1, 5, 1);
+  const bool bounded = call.step().ints.size() == 6;
+  call.counts(quantized ? 8 : 6, 1, bounded ? 6 : 5, bounded ? 2 : 1);
+  if (bounded) {
+    call.number(5, 0, int64_t{1} << 31);
+    need(call.step().reals[1] >= 0, "has a negative soft cap");
+  }
   const Value& keys = call.value(3);
   need(keys.kind == Kind::state, "needs states");
   const int64_t K = keys.shape[1].size, D = keys.shape[3].size;

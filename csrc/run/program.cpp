@@ -61,6 +61,10 @@ void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_
     std::memcpy(to + row * to_stride, from + row * from_stride, static_cast<size_t>(width) * sizeof(float));
 }
 
+// What attention may have beside its scale, 0 for none.
+int64_t window(const Step& step) { return step.ints.size() > 5 ? step.ints[5] : 0; }
+float softcap(const Step& step) { return step.reals.size() > 1 ? static_cast<float>(step.reals[1]) : 0.0f; }
+
 }  // namespace
 
 std::unique_ptr<Program> Program::make(const PackedFile& file, size_t role, Status& status) {
@@ -378,7 +382,8 @@ Status Program::attend(const Step& step, float* gathered, const Extents& extents
   const float* const q = queries(step, gathered, extents, H * D);
   const int64_t* const mask = step.inputs[5] == kNone ? nullptr : integers(step.inputs[5]);
   kernels().cached_attention(q, cache.floats(tensors[0]), cache.floats(tensors[1]), batch_stride, head_stride, mask,
-                             static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D);
+                             static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D, window(step),
+                             softcap(step));
   return {};
 }
 
@@ -397,7 +402,8 @@ Status Program::attend_to_bytes(const Step& step, float* gathered, const Extents
   const int64_t* const mask = step.inputs[7] == kNone ? nullptr : integers(step.inputs[7]);
   kernels().quantized_attention(queries(step, gathered, extents, H * D), cache.bytes(tensors[0]), cache.floats(tensors[1]),
                                 cache.bytes(tensors[2]), cache.floats(tensors[3]), row, head, scales_row, scales_head, mask,
-                                static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D);
+                                static_cast<float>(step.reals[0]), floats(step.outputs[0]), B, T, P + T, H, K, D, window(step),
+                                softcap(step));
   return {};
 }
 

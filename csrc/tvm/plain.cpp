@@ -2,8 +2,8 @@
 // kernel gets it as it is.
 //
 // PORTLM_TVM_CALL(function, kernel, "x (rows... C), weight (C), eps, y (rows... C)") lists the arguments: tensors with
-// their sizes, and numbers. A size is called alike wherever it has to be equal; one with dots is any number of axes in
-// front, and their product. The kernel's parameters get the argument or the size of their name, and 0 or nullptr if
+// their sizes, and numbers. A size is called alike wherever it has to be equal, 4H is four times that; one with dots is any
+// number of axes in front, and their product. The kernel's parameters get the argument or the size of their name, and 0 or nullptr if
 // there is none.
 #include <algorithm>
 #include <array>
@@ -79,9 +79,13 @@ class Plan {
     for (const std::string& part : split(text)) {
       const size_t open = part.find('(');
       Argument argument{words(part.substr(0, open)).at(0), open != std::string::npos, part.find("...") != std::string::npos,
-                        0, {}};
+                        0, {}, {}};
       if (argument.tensor)
-        for (const std::string& size : words(part.substr(open))) argument.sizes.push_back(place(size));
+        for (const std::string& size : words(part.substr(open))) {
+          const size_t name = size.find_first_not_of("0123456789");
+          argument.times.push_back(name == 0 ? 1 : std::stol(size.substr(0, name)));
+          argument.sizes.push_back(place(size.substr(name)));
+        }
       arguments_.push_back(argument);
     }
     std::vector<std::string> parameters;
@@ -133,8 +137,9 @@ class Plan {
       }
       for (int32_t k = 0; fits && k < named; ++k) {
         int64_t& size = bound[argument.sizes[k + argument.many]];
-        if (size == kAny) size = tensor.size(axes + k);
-        fits = tensor.size(axes + k) == size;
+        const int64_t times = argument.times[k + argument.many];
+        if (size == kAny) size = tensor.size(axes + k) / times;
+        fits = tensor.size(axes + k) == times * size;
       }
       if (!fits) call.fail(wanted(argument, bound) + ", got " + shape_text(tensor.raw().shape, tensor.ndim()));
       value.pointer = tensor.data<void>();
@@ -150,6 +155,7 @@ class Plan {
     bool many;  // its first size is of any number of axes
     size_t parameter;
     std::vector<size_t> sizes;
+    std::vector<int64_t> times;  // how often each is taken
   };
 
   size_t place(const std::string& size) {
@@ -163,9 +169,10 @@ class Plan {
   // "weight must be (C) with C 8"
   std::string wanted(const Argument& argument, const Bound& bound) const {
     std::string shape, known;
-    for (const size_t s : argument.sizes) {
-      const bool many = argument.many && s == argument.sizes[0];
-      shape += (shape.empty() ? "" : ", ") + sizes_[s] + (many ? "..." : "");
+    for (size_t k = 0; k < argument.sizes.size(); ++k) {
+      const size_t s = argument.sizes[k];
+      const std::string times = argument.times[k] == 1 ? "" : std::to_string(argument.times[k]);
+      shape += (shape.empty() ? "" : ", ") + times + sizes_[s] + (argument.many && k == 0 ? "..." : "");
       if (bound[s] != kAny) known += (known.empty() ? " with " : ", ") + sizes_[s] + " " + std::to_string(bound[s]);
     }
     return argument.name + " must be (" + shape + ")" + known;

@@ -9,6 +9,7 @@ import torch
 
 from portlm.errors import ConfigError, ContextLengthError
 from portlm.models import DECODERS, build, config_from_hf, load_model, preset, rope, save_model
+from portlm.models.gemma2 import FULL, SLIDING
 
 
 class Entry(NamedTuple):
@@ -18,6 +19,7 @@ class Entry(NamedTuple):
         trains: The kernels that a training step runs in float32, which is where it has to be fast.
         steps: Those that a step with a cache runs.
         variants: Changes of its tiny() configuration that make another computation.
+        banded: Whether transformers' GPT-2 with a band drawn into its masks stands for a class that it does not have.
         renamed: What the names of tensors in its files begin with, and what in transformers' class, where they differ.
     """
 
@@ -25,6 +27,7 @@ class Entry(NamedTuple):
     steps: tuple[str, ...]
     variants: tuple[dict[str, object], ...] = ()
     renamed: tuple[str, str] = ("", "")
+    banded: bool = False
 
     def their_name(self, name: str) -> str:
         """Return what transformers' class calls a tensor of a file."""
@@ -43,13 +46,29 @@ def after_llama(*variants: dict[str, object], norm: str = "rms_norm") -> Entry:
     )
 
 
-ENTRIES = {
-    "gpt2": Entry(
+def after_gpt2(*variants: dict[str, object], banded: bool = False) -> Entry:
+    """Return the entry of a family that computes with GPT-2's kernels."""
+    return Entry(
         trains=("embedding_fwd", "embedding_bwd", "layer_norm_fwd", "layer_norm_bwd", "gemm", "linear_bwd",
                 "attention_fwd", "attention_bwd", "gelu_mlp_fwd", "gelu_mlp_bwd", "linear_cross_entropy"),
         steps=("embedding_fwd", "layer_norm_fwd", "gemm", "cached_attention", "gelu_mlp_fwd"),
-        variants=({"gelu": "none"},),
-    ),
+        variants=variants,
+        banded=banded,
+    )
+
+
+def after_gemma(*variants: dict[str, object]) -> Entry:
+    """Return the entry of a family that computes with LLaMA's kernels, but for its perceptron."""
+    entry = after_llama(*variants)
+    others = ("swiglu_fwd", "swiglu_bwd", "linear_cross_entropy")
+    trains, steps = ([kernel for kernel in ran if kernel not in others] for ran in (entry.trains, entry.steps))
+    return entry._replace(trains=tuple(trains), steps=tuple(steps))
+
+
+ENTRIES = {
+    "gpt2": after_gpt2({"gelu": "none"}),
+    "gpt3": after_gpt2({"window": 1, "gelu": "none"}, {"window": 0}, banded=True),
+    "gpt_neo": after_gpt2({"gelu": "none", "window": 1}, {"layers": ("local", "local", "global"), "n_layer": 4}),
     "llama": Entry(
         trains=("embedding_fwd", "embedding_bwd", "rms_norm_fwd", "rms_norm_bwd", "gemm", "linear_bwd", "rotary_fwd",
                 "attention_fwd", "attention_bwd", "swiglu_fwd", "swiglu_bwd", "linear_cross_entropy"),
@@ -69,13 +88,21 @@ ENTRIES = {
     ),
     "qwen2": after_llama({"tie_embeddings": True, "n_kv_head": 4}, {"rope_scaling": rope.Yarn(4.0, 8)}),
     "qwen3": after_llama({"tie_embeddings": True, "attention_bias": True}, {"head_width": 0}),
-    "mistral": after_llama({"head_width": 12}, {"tie_embeddings": True, "rope_theta": 500.0}),
+    "mistral": after_llama({"head_width": 12}, {"tie_embeddings": True, "rope_theta": 500.0}, {"window": 5}),
     # of 0.8 x 8 elements transformers rotates 6
     "phi3": after_llama({"rotary_pct": 0.8}, {"n_kv_head": 4, "tie_embeddings": True}),
     "stablelm": after_llama({"qkv_bias": True, "rotary_pct": 1.0, "tie_embeddings": True}, {"parallel_residual": True},
                             norm="layer_norm"),
+    "opt": Entry(
+        trains=("embedding_fwd", "embedding_bwd", "layer_norm_fwd", "layer_norm_bwd", "gemm", "linear_bwd",
+                "attention_fwd", "attention_bwd", "linear_cross_entropy"),
+        steps=("embedding_fwd", "layer_norm_fwd", "gemm", "cached_attention"),
+        variants=({"norm_first": False, "token_width": 20},),
+    ),
     "smollm3": after_llama({"attention_bias": True, "mlp_bias": True, "tie_embeddings": False},
                            {"unplaced_interval": 0}),
+    "gemma2": after_gemma({"score_cap": 0.0, "logit_cap": 0.0, "window": 2}, {"n_layer": 3, "layers": (SLIDING,) * 3}),
+    "gemma3_text": after_gemma({"rope_scaling": rope.Linear(4.0), "local_theta": 300.0}, {"layers": (FULL, SLIDING)}),
     "olmo2": after_llama({"attention_bias": True, "tie_embeddings": True}, {"n_kv_head": 4}),
 }
 # fmt: on
@@ -120,10 +147,13 @@ def random_model(config, seed: int = 0):
 
 def theirs(transformers, model):
     """Return transformers' model with a copy of our weights."""
-    other = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**model.config.to_hf())
-    )
     entry, state = ENTRIES[model.config.family], {}
+    if entry.banded:
+        other = banded_gpt2(transformers, model.config)
+    else:
+        other = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**model.config.to_hf())
+        )
     for name, p in model.named_parameters():
         hf_name, transposed = model.hf_name(name)
         state[entry.their_name(hf_name)] = (p.t() if transposed else p).detach().clone()
@@ -132,6 +162,26 @@ def theirs(transformers, model):
     assert not unexpected
     other.tie_weights()
     return other.to(next(model.parameters()).dtype)
+
+
+def banded_gpt2(transformers, config):
+    """Return transformers' GPT-2 in which the second, the fourth and so on of the layers sees a window."""
+
+    def hide(module, args, kwargs):
+        queries, keys = kwargs["attention_mask"].shape[-2:]
+        places = torch.arange(keys)
+        behind = places[None] <= (places[keys - queries :, None] - config.window)
+        lowest = torch.finfo(kwargs["attention_mask"].dtype).min
+        kwargs["attention_mask"] = kwargs["attention_mask"].masked_fill(behind, lowest)
+        return args, kwargs
+
+    shape = {**config.to_hf(), "model_type": "gpt2"}
+    other = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**shape), attn_implementation="eager"
+    )
+    for block in other.transformer.h[1::2] if config.window else ():
+        block.attn.register_forward_pre_hook(hide, with_kwargs=True)
+    return other
 
 
 def their_gradients(other, model):
@@ -163,18 +213,36 @@ def test_every_family_has_an_entry_here():
 
 
 def exact_rms_norm(self, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in the precision of its input."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+    """RMSNorm in the precision of its input; Gemma's gain is 1 + weight."""
+    gain, eps = (1 + self.weight, self.eps) if hasattr(self, "eps") else (self.weight, self.variance_epsilon)
+    return gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def exact_softmax(x: torch.Tensor, dim: int, dtype: object = None) -> torch.Tensor:
+    """Softmax in the precision of its input."""
+    return torch.softmax(x, dim)
+
+
+def exact_neo_attention(self, query, key, value, attention_mask=None, *_: object):
+    """GPT-Neo's attention in the precision of its input, behind the masks that transformers made."""
+    T, S = query.shape[-2], key.shape[-2]
+    scores = query @ key.transpose(-1, -2)
+    scores = scores.masked_fill(~self.bias[:, :, S - T : S, :S], torch.finfo(scores.dtype).min)
+    scores = scores if attention_mask is None else scores + attention_mask
+    return torch.softmax(scores, -1) @ value, None
 
 
 @every_config
 def test_float64_logits_loss_and_gradients_are_those_of_transformers(transformers, monkeypatch, config):
     # The same formulas in float64: only the order of summation may differ, so 1e-9 leaves a margin of 1e5.
-    # transformers' RMSNorm computes in float32 whatever it is given (6e-8 each), unless it is told not to.
+    # transformers' RMSNorm, softmax and GPT-Neo's scores are float32 whatever they are given, unless told not to be.
     model = random_model(config).double()
     other = theirs(transformers, model)
     for norm in {type(module) for module in other.modules() if "RMSNorm" in type(module).__name__}:
         monkeypatch.setattr(norm, "forward", exact_rms_norm)
+    monkeypatch.setattr(torch.nn.functional, "softmax", exact_softmax)
+    for part in {type(m) for m in other.modules() if type(m).__name__ == "GPTNeoSelfAttention"}:
+        monkeypatch.setattr(part, "_attn", exact_neo_attention)
     ids, targets = tokens(config, 3, 17), tokens(config, 3, 17, seed=2)
     targets[0, :5] = -100
     logits = other(ids).logits
@@ -331,6 +399,8 @@ def test_config_json_holds_the_whole_configuration_of_a_preset(family, name):
 def test_config_json_holds_the_whole_configuration_and_transformers_keeps_it(transformers, config):
     config = dataclasses.replace(config, bos_token_id=1, eos_token_ids=(2, 3))
     assert config_from_hf(config.to_hf()) == config
+    if ENTRIES[config.family].banded:
+        return  # transformers does not know it
     written = transformers.AutoConfig.for_model(**config.to_hf()).to_dict()
     assert config_from_hf(written) == config
 

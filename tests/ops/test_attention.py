@@ -78,6 +78,71 @@ def test_attention_takes_another_scale(gradients_as_accurate):
     )
 
 
+# A window of one key, of some, as wide as a block of keys, and wider than all; a cap that bends most scores; both.
+BOUNDS = [{"window": 1}, {"window": 5}, {"window": 64}, {"window": 200, "softcap": 0.7}, {"softcap": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (2, 33, 4, 2, 17), (1, 130, 2, 1, 20), (70, 9, 1, 1, 8)], ids=str
+)
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+def test_attention_and_its_gradients_keep_to_their_bounds(shape, bounds, gradients_as_accurate):
+    """To a query that sees one key its score is nothing: what is left of two equal sums are their roundings."""
+    gradients_as_accurate(
+        lambda *t: attention(*t, **bounds),
+        lambda *t: attention_reference(*t, **bounds),
+        _inputs(shape),
+        12 if bounds.get("window") == 1 else ROUNDINGS,
+    )
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+def test_attention_qkv_and_its_gradient_keep_to_their_bounds(bounds, gradients_as_accurate):
+    gradients_as_accurate(
+        lambda qkv: attention_qkv(qkv, 4, 2, **bounds),
+        lambda qkv: attention_qkv_reference(qkv, 4, 2, **bounds),
+        [torch.randn(1, 300, 8 * 9)],
+        ROUNDINGS,
+    )
+
+
+@pytest.mark.no_kernel("it is about the reference")
+def test_a_window_shows_the_last_keys_and_a_cap_bounds_scores():
+    q, k, v = (t.double() for t in _inputs((1, 9, 2, 2, 4)))
+    windowed, capped = (
+        attention_reference(q, k, v, window=3),
+        attention_reference(q, k, v, scale=1e6, softcap=5.0),
+    )
+    last = attention_reference(q[:, 6:], k[:, 6:], v[:, 6:], causal=True)
+    assert torch.allclose(windowed[:, 8], last[:, 2], rtol=0, atol=1e-14)  # a few roundings of values near 1
+    scores = 5.0 * torch.tanh(1e6 * torch.einsum("bthd,bshd->bhts", q, k))  # all of them 5 or -5
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
+    assert torch.allclose(capped, torch.einsum("bhts,bshd->bthd", weights, v), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+def test_gradients_in_bounds_do_not_depend_on_the_number_of_threads(bounds, same_on_all_thread_counts):
+    inputs = _inputs((1, 333, 2, 1, 20))
+
+    def gradients() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        return list(torch.autograd.grad(attention(*leaves, **bounds).square().sum(), leaves))
+
+    assert same_on_all_thread_counts(gradients)
+
+
+@pytest.mark.no_kernel("refused before a kernel is called")
+@pytest.mark.parametrize(
+    "bounds",
+    [{"window": 0}, {"window": -1}, {"window": 3, "causal": False}, {"softcap": 0.0}, {"softcap": -1.0}],
+    ids=str,
+)
+def test_bounds_that_cannot_be_are_refused(bounds):
+    with pytest.raises(ValueError, match=r"\[attention\] (a window needs|softcap must be)"):
+        attention(*_inputs((1, 4, 2, 2, 4)), **bounds)
+
+
 def test_attention_reads_views_where_they_lie():
     """Views of one fused projection, and heads in front of positions: same bits as their contiguous copies."""
     fused = torch.randn(2, 30, 8, 12).split((4, 2, 2), dim=2)

@@ -22,6 +22,9 @@ MATRIX = {
             {"num_heads": 6, "num_kv_heads": 2, "D": 5, "scale": 0.3},
             {"num_heads": 4, "num_kv_heads": 4, "D": 8, "scale": 0.35},
             {"num_heads": 3, "num_kv_heads": 1, "D": 7, "scale": 0.4},
+            {"num_heads": 4, "num_kv_heads": 4, "D": 5, "scale": 0.4, "window": 4},
+            {"num_heads": 4, "num_kv_heads": 4, "D": 8, "scale": 0.4, "window": 3, "softcap": 1.5},
+            {"num_heads": 6, "num_kv_heads": 2, "D": 16, "scale": 0.4, "softcap": 0.5},
         ],
         "fill": padded_rows,
     }
@@ -64,6 +67,28 @@ def test_what_is_masked_does_not_matter(T):
     past_value[:, :, :2] = 1e4
     after, _, _ = cached_attention(q, k, v, past_key, past_value, mask)
     assert torch.equal(before, after)
+
+
+BOUNDS = [{"window": 1}, {"window": 6}, {"window": 100, "softcap": 0.7}, {"softcap": 2.0}]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cached_attention_keeps_to_its_bounds(shape, bounds, as_accurate):
+    tensors = _inputs(*shape)
+    B, T, P = shape[:3]
+    mask = (torch.rand(B, P + T) > 0.3).long()
+    ours = cached_attention(*tensors, mask, **bounds)
+    eager = cached_attention_reference(*tensors, mask, **bounds)
+    oracle = cached_attention_reference(*(t.double() for t in tensors), mask, **bounds)
+    as_accurate(ours[0], eager[0], oracle[0])
+
+
+@pytest.mark.no_kernel("refused before a kernel is called")
+@pytest.mark.parametrize("bounds", [{"window": 0}, {"softcap": -1.0}], ids=str)
+def test_bounds_that_cannot_be_are_refused(bounds):
+    with pytest.raises(ValueError, match=r"\[cached_attention\] (a window needs|softcap must be)"):
+        cached_attention(*_inputs(1, 2, 3, 2, 2, 4), **bounds)
 
 
 def test_an_empty_cache_gives_causal_attention(as_accurate):

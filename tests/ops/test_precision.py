@@ -116,6 +116,15 @@ def test_attention_is_its_definition_with_rounded_products(sizes, causal):
     assert torch.equal(joined[1], torch.cat([t.flatten(2) for t in mine[1:]], dim=2))
 
 
+@pytest.mark.runs_kernel(*ATTENTION)
+@pytest.mark.parametrize("bounds", [{"window": 5}, {"window": 70, "softcap": 0.7}, {"softcap": 2.0}], ids=str)
+def test_attention_in_bounds_is_its_definition_with_rounded_products(bounds):
+    q, k, v, upstream = (torch.randn(1, 131, heads, 20) for heads in (2, 1, 1, 2))
+    mine = gradients(lambda *t: attention(*t, **bounds), [q, k, v], upstream, torch.float32)
+    wide = gradients(lambda *t: attention_reference(*t, **bounds), [q, k, v], upstream, torch.float64)
+    assert_close(mine, wide, 2.0**-7)
+
+
 @pytest.mark.runs_kernel("linear_cross_entropy_bf16")
 @pytest.mark.parametrize(
     ("N", "C", "V"), [(1, 3, 2), (33, 40, 70), (300, 32, 1000), (1100, 16, 257)], ids=str

@@ -37,6 +37,7 @@ MATRIX = {
             {"num_heads": 6, "num_kv_heads": 2, "D": 5, "scale": 0.3, "one": 1},
             {"num_heads": 4, "num_kv_heads": 4, "D": 8, "scale": 0.35, "one": 1},
             {"num_heads": 3, "num_kv_heads": 1, "D": 7, "scale": 0.4, "one": 1},
+            {"num_heads": 4, "num_kv_heads": 4, "D": 8, "scale": 0.4, "one": 1, "window": 3, "softcap": 1.5},
         ],
         "fill": _fill,
     }
@@ -50,6 +51,19 @@ def _inputs(B, T, P, H, K, D):
 
 def _double(tensors):
     return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"window": 6}, {"window": 100, "softcap": 0.7}, {"softcap": 2.0}], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantized_attention_keeps_to_its_bounds(shape, bounds, as_accurate):
+    tensors = _inputs(*shape)
+    mask = (torch.rand(shape[0], shape[2] + shape[1]) > 0.3).long()
+    ours = quantized_attention(*tensors, mask, **bounds)
+    eager = quantized_attention_reference(*tensors, mask, **bounds)
+    oracle = quantized_attention_reference(*_double(tensors), mask, **bounds)
+    as_accurate(ours[0], eager[0], oracle[0])
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 Stop = Callable[[], bool]
 """Asked in the middle of long work whether somebody is waiting for it to end."""
 
-# The objectives over plain text, which `objective` of a pretraining run may name. Each class is called with the
-# PretrainConfig, the Corpus and the device. Objectives with data of their own bring their own entry point.
+# The objectives over texts, which `objective` of a pretraining run may name. Each class is called with the
+# PretrainConfig, the Corpus and the device; one that reads something else than plain text has an `open_corpus` of its
+# own. Objectives with data of another kind bring their own entry point.
 OBJECTIVES = {
     "causal": "portlm.train.objectives.causal:CausalObjective",
     "masked": "portlm.train.objectives.masked:MaskedObjective",
+    "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
 }
 
 

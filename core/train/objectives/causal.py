@@ -4,6 +4,8 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from portlm.errors import ConfigError
+from portlm.models import FAMILIES
 from portlm.runtimes.decoding import Decoding
 from portlm.train.evaluation import evaluate, prompt_ids, sample
 from portlm.train.objectives import Stop
@@ -16,7 +18,13 @@ class CausalObjective(TextObjective):
     kind = "causal"
 
     def check(self) -> None:
-        """Refuse a prompt of the samples that is longer than the context."""
+        """Refuse a family that does not continue texts, and a prompt of the samples that is longer than the context."""
+        family = self.config.model.family
+        if FAMILIES[family].kind == "encoder":
+            raise ConfigError(
+                f"objective causal is for models that continue a text, and a {family} reads whole ones: set "
+                "objective = masked"
+            )
         prompt_ids(self.corpus.tokenizer, self.config.evaluation.prompt, self.context)
 
     def loss(self, batch: Batch) -> Tensor:

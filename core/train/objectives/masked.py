@@ -3,13 +3,15 @@
 A share of the tokens is chosen; of these 80 % are replaced by a mask token, 10 % by a random one, and 10 % stay as
 they are, so that the model cannot rely on any token being what it says. Only the chosen ones count in the loss.
 
-The mask is an id of its own behind those of the tokenizer. Any family can be trained so; one that hides later
-positions from earlier ones guesses from what is left of a gap alone.
+An encoder reads each window between the control tokens of its tokenizer (portlm.control_tokens), and is saved with
+them. Any other family can be trained so as well: its mask is an id of its own behind those of the tokenizer, and where
+it hides later positions from earlier ones it guesses from what is left of a gap alone.
 
 B rows, T tokens, V vocabulary of the tokenizer.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portlm.data.batches import IGNORE, evaluation_batches
+from portlm import models
+from portlm.control_tokens import for_reading
+from portlm.data.batches import IGNORE, BatchSampler, evaluation_batches
+from portlm.errors import ConfigError
+from portlm.models import FAMILIES
 from portlm.train.config import PretrainConfig
 from portlm.train.corpus import Corpus
 from portlm.train.evaluation import evaluating
@@ -48,14 +54,32 @@ class MaskedObjective(TextObjective):
     kind = "masked"
 
     def __init__(self, config: PretrainConfig, corpus: Corpus, device: torch.device):
-        super().__init__(config, corpus, device, extra_tokens=1)
-        self.vocab_size = self.mask_id = corpus.tokenizer.vocab_size
+        own = corpus.tokenizer.vocab_size
+        self.tokenizer, self.vocab_size, self.mask_id, extra = corpus.tokenizer, own, own, 1
+        self.begin, self.end = list[int](), list[int]()
+        if FAMILIES[config.model.family].kind == "encoder":
+            self.tokenizer, self.mask_id = for_reading(corpus.tokenizer)
+            self.begin, self.end = self.tokenizer.begin_ids, self.tokenizer.end_ids
+            extra = self.tokenizer.vocab_size - own
+        super().__init__(config, corpus, device, extra_tokens=extra)
+        self.window = self.context - len(self.begin) - len(self.end)
+        rows = config.data.batch_size * self.parts
+        self.sampler = BatchSampler(corpus.train, rows, self.window, config.seed)
+
+    def check(self) -> None:
+        """Refuse a context that holds control tokens alone."""
+        if self.context <= len(self.begin) + len(self.end):
+            raise ConfigError(f"model.context_length {self.context} holds no token beside [CLS] and [SEP]")
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint folder with the tokenizer."""
+        models.save_model(folder, self.model, self.tokenizer)
 
     def batches(self) -> Sequence[Part]:
         """Return windows of the text with holes in them; parts without a hole are left out."""
         step = self.sampler.step
         ids, _ = next(self.sampler)
-        inputs, targets = hide(ids, self.config.seed, step, self.vocab_size, self.mask_id)
+        inputs, targets = self._hide(ids, step)
         total = int((targets != IGNORE).sum())
         rows = len(ids) // self.parts
         parts = []
@@ -88,13 +112,15 @@ class MaskedObjective(TextObjective):
 
     def sample(self, stop: Stop) -> str | None:
         """Return the beginning of the held-out text with holes, and below it what the model puts there."""
-        length = min(self.config.evaluation.sample_tokens, self.context, len(self.corpus.validation))
+        length = min(self.config.evaluation.sample_tokens, self.window, len(self.corpus.validation))
         if not length or stop():
             return None
         ids = self.corpus.validation[:length].astype(np.int64)[None]
         corrupted, targets = self._hide_held_out(ids, 0)
         with evaluating(self.model), torch.no_grad():
             guessed = self.model(self._tensor(corrupted))[0, :, : self.vocab_size].argmax(-1).cpu().numpy()
+        inside = slice(len(self.begin), len(self.begin) + length)
+        corrupted, targets, guessed = corrupted[:, inside], targets[:, inside], guessed[inside]
         filled = np.where(targets[0] == IGNORE, ids[0], guessed)
         decode = self.corpus.tokenizer.decode
         holes = np.flatnonzero(corrupted[0] == self.mask_id)
@@ -106,11 +132,18 @@ class MaskedObjective(TextObjective):
         """Yield the held-out tokens in windows, (B, T) each; -100 behind their end."""
         held_out = self.corpus.held_out(self.config.evaluation.max_tokens)
         rows = self.config.data.batch_size
-        for _, targets in evaluation_batches(held_out.tokens, rows, self.context, held_out.before):
+        for _, targets in evaluation_batches(held_out.tokens, rows, self.window, held_out.before):
             yield targets
 
     def _hide_held_out(self, ids: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        return hide(ids, self.config.seed, _LAST_STEP - number, self.vocab_size, self.mask_id)
+        return self._hide(ids, _LAST_STEP - number)
+
+    def _hide(self, ids: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows (B, window) with holes and what was there, both (B, T) with the control tokens around them."""
+        inputs, targets = hide(ids, self.config.seed, step, self.vocab_size, self.mask_id)
+        before, behind = (np.tile(np.array(part, np.int64), (len(ids), 1)) for part in (self.begin, self.end))
+        nothing = [np.full_like(part, IGNORE) for part in (before, behind)]
+        return np.hstack((before, inputs, behind)), np.hstack((nothing[0], targets, nothing[1]))
 
     def _tensor(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
