@@ -250,7 +250,8 @@ class _Lowering:
             *((INPUT, spec) for spec in self.role.inputs), *((STATE, spec) for spec in self.role.state)
         ]  # fmt: skip
         self.reads = Counter(value for node in self.model.graph.node for value in node.input)
-        self.reads.update((*exposed, *(spec.name for spec in (*self.role.outputs, *self.role.state))))
+        self.reads.update((*exposed, *(spec.name for spec in self.role.outputs)))
+        self.reads.update(spec.output for spec in self.role.state if spec.output)
         for spec in (*(spec for _, spec in given), *self.role.outputs):
             if problem := unwritable(spec):
                 raise EngineUnavailableError(
