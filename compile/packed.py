@@ -57,6 +57,7 @@ PLAIN = {
 }
 NO_ACTIVATION, RELU_SQUARED = ACTIVATIONS.index("none"), ACTIVATIONS.index("relu_squared")
 HALVES: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+RELU = ACTIVATIONS.index("relu")
 GELU = {b"none": ACTIVATIONS.index("gelu"), b"tanh": ACTIVATIONS.index("gelu_tanh")}
 
 Shape = tuple[int | str, ...]
@@ -239,6 +240,7 @@ class _Lowering:
             ("", "Add"): self._add,
             ("", "Concat"): self._concat,
             ("", "Gather"): self._gather,
+            ("", "Relu"): self._relu,
             ("", "Reshape"): self._reshape,
             ("", "Split"): self._split,
         }
@@ -247,6 +249,8 @@ class _Lowering:
         given: list[tuple[int, TensorSpec | StateSpec]] = [
             *((INPUT, spec) for spec in self.role.inputs), *((STATE, spec) for spec in self.role.state)
         ]  # fmt: skip
+        self.reads = Counter(value for node in self.model.graph.node for value in node.input)
+        self.reads.update((*exposed, *(spec.name for spec in (*self.role.outputs, *self.role.state))))
         for spec in (*(spec for _, spec in given), *self.role.outputs):
             if problem := unwritable(spec):
                 raise EngineUnavailableError(
@@ -396,6 +400,22 @@ class _Lowering:
         up, down = (self._weight(name, panels=True, turned=True) for name in (w1, w2))
         hidden = self._map(inner, self._whole(x), up, b1, inner, activation)
         self._map(node.name, hidden, down, b2, node.output[0], NO_ACTIVATION)
+
+    def _relu(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
+        """The linear map in front of it with an activation, in place of that without one if nothing else reads that."""
+        x = self._whole(node.input[0])
+        before = next((step for step in reversed(self.steps) if x.place in step.outputs), None)
+        if (
+            before is None
+            or before.operation not in ("linear", "linear_a8")
+            or before.ints != (NO_ACTIVATION,)
+        ):
+            raise _NoFormError("only what a linear map gives can be cut at zero")
+        if self.reads[node.input[0]] == 1:
+            self.steps[self.steps.index(before)] = replace(before, ints=(RELU,))
+            self.known[node.output[0]] = self.known.pop(node.input[0])
+            return
+        self._step(node.name, before.operation, before.inputs, [(node.output[0], x.shape)], ints=(RELU,))
 
     def _map(
         self,

@@ -43,11 +43,15 @@ def token_work(
     path = Path(folder) / name
     graph = examine(read_graph(path), path).graph
     read: set[str] = set()
-    meant: dict[str, str] = {}  # what a weight of 16 bits is called where it is widened -> that weight
+    meant: dict[str, str] = {}  # what a weight is called where it is widened or cut in parts -> that weight
+    weights = {tensor.name for tensor in graph.initializer}
     halves = {tensor.name for tensor in graph.initializer if tensor.data_type in (FLOAT16, BFLOAT16)}
     for node in graph.node:
         if node.op_type == "Cast" and node.input[0] in halves:
             meant[node.output[0]] = node.input[0]
+            continue
+        if node.op_type == "Split" and node.input[0] in weights:
+            meant |= dict.fromkeys(node.output, node.input[0])
             continue
         tables = ROWS.get((node.domain, node.op_type), ())
         read |= {meant.get(name, name) for place, name in enumerate(node.input) if place not in tables}

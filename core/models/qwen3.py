@@ -42,7 +42,7 @@ class Qwen3Config(GroupedConfig):
     @classmethod
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time, whose heads are wider than their share of the width."""
-        return replace(super().tiny(), head_width=12)
+        return replace(super().tiny(), head_width=24)
 
     @classmethod
     def check_windows(cls, read: config_json.Reader, context_length: int) -> None:

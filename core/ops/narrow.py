@@ -31,7 +31,7 @@ __all__ = [
     "write_linear",
 ]
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu_squared")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu_squared", "relu")
 
 
 def linear_reference(x: Tensor, matrix: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -39,6 +39,8 @@ def linear_reference(x: Tensor, matrix: Tensor, bias: Tensor | None, activation:
     y = F.linear(x, matrix, bias)
     if activation == "relu_squared":
         return F.relu(y).square()
+    if activation == "relu":
+        return F.relu(y)
     return (
         y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     )
@@ -114,5 +116,7 @@ def write_activation(g: Builder, total: str, activation: str, y: str) -> None:
     if activation == "relu_squared":
         positive = g.op("Relu", (total,), f"{y}.relu")
         g.op("Mul", (positive, positive), y)
+    elif activation == "relu":
+        g.op("Relu", (total,), y)
     elif activation != "none":
         g.op("Gelu", (total,), y, approximate="tanh" if activation == "gelu_tanh" else "none")

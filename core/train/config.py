@@ -16,7 +16,7 @@ from portlm.settings import require_range
 from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
 
-OF_PAIRS = ("seq2seq",)  # objectives that train an encoder and a decoder
+OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
 SEQ2SEQ = [name for name, family in FAMILIES.items() if family.kind == "encoder-decoder"]
 
 __all__ = [
@@ -204,9 +204,13 @@ class PretrainConfig(RunConfig):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
-        pairs = self.objective in OF_PAIRS
-        if pairs != (FAMILIES[self.model.family].kind == "encoder-decoder"):
-            wanted = "objective = seq2seq" if not pairs else f"model.family = {' or '.join(SEQ2SEQ)}"
+        translates, pairs = self.objective in OF_TWO, self.objective == "seq2seq"
+        if translates != (FAMILIES[self.model.family].kind == "encoder-decoder"):
+            wanted = (
+                f"objective = {' or '.join(OF_TWO)}"
+                if not translates
+                else f"model.family = {' or '.join(SEQ2SEQ)}"
+            )
             raise ConfigError(
                 f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
             )

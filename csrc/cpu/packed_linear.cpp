@@ -86,6 +86,7 @@ __attribute__((noinline)) void activate(float* sums, int64_t rows, int activatio
     case 1: return apply(sums, rows, [](Vec v) { return GeluExact::value(v); });
     case 2: return apply(sums, rows, [](Vec v) { return GeluTanh::value(v); });
     case 3: return apply(sums, rows, [](Vec v) { return v = max(Vec(0.0f), v), v * v; });  // NaN stays NaN
+    case 4: return apply(sums, rows, [](Vec v) { return max(Vec(0.0f), v); });
     default: return;
   }
 }

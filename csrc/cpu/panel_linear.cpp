@@ -46,7 +46,7 @@ constexpr int kTall = 4;
 constexpr int vectors(int rows) { return rows == 1 ? 8 : 4; }
 #endif
 
-enum Activation { kNone, kGelu, kGeluTanh, kReluSquared };
+enum Activation { kNone, kGelu, kGeluTanh, kReluSquared, kRelu };
 
 Vec activated(Vec x, int activation) {
   switch (activation) {
@@ -56,6 +56,7 @@ Vec activated(Vec x, int activation) {
       const Vec r = max(Vec(0.0f), x);  // NaN stays NaN
       return r * r;
     }
+    case kRelu: return max(Vec(0.0f), x);
     default: return x;
   }
 }

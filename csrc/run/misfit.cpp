@@ -165,7 +165,7 @@ void rows(const Call& call) {
 
 void linear(const Call& call, bool quantized) {
   call.counts(3, 1, 1);
-  call.number(0, 0, 3);
+  call.number(0, 0, 4);
   const Shape& x = call.rowwise(0);
   int64_t N = 0, K = x.back().size;
   const Dtype dtype = call.value(1).dtype;

@@ -20,7 +20,7 @@ struct Product {
 inline Product product(const Call& call, const Tensor* bias, int32_t at, int64_t N, int64_t K) {
   const auto x = call.f32(0, "x"), y = call.f32(at + 1, "y");
   const int64_t activation = call.integer(at, "activation");
-  if (activation < 0 || activation > 3) call.fail("activation must be 0 to 3, got " + std::to_string(activation));
+  if (activation < 0 || activation > 4) call.fail("activation must be 0 to 4, got " + std::to_string(activation));
   call.expect_last(x, K);
   call.expect_last(y, N);
   if (bias) call.expect_shape(*bias, {N});

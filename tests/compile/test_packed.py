@@ -20,6 +20,7 @@ from portlm.compile.packed_file import NONE, OPCODES, write_packed  # noqa: E402
 from portlm.compile.packed_fusion import Joins, fuse, without_unread  # noqa: E402
 from portlm.compile.source import read_source  # noqa: E402
 from portlm.errors import EngineUnavailableError  # noqa: E402
+from portlm.ops.narrow import ACTIVATIONS  # noqa: E402
 from portlm.weights import load_numpy  # noqa: E402
 
 HEADER = 256
@@ -63,8 +64,23 @@ def test_every_weight_is_there_once_and_can_be_read_by_the_document_alone(family
             array = panels.transpose(0, 2, 1).reshape(-1, shape[1])[: shape[0]]
         if "rotary_" not in name:
             found.append(array.ravel())
-    stored = [array.ravel() for array in load_numpy(checkpoints[family] / "model.safetensors").values()]
+    unread = {"model.decoder.embed_positions.weight": 2}  # OPT's first rows, which no position has
+    weights = load_numpy(checkpoints[family] / "model.safetensors")
+    stored = [array[unread.get(name, 0) :].ravel() for name, array in weights.items()]
     np.testing.assert_array_equal(*(np.sort(np.concatenate(arrays)) for arrays in (found, stored)))
+
+
+@pytest.mark.parametrize("exposed", [False, True])
+def test_relu_goes_into_the_map_before_it_unless_that_is_asked_for(exposed, artifacts):
+    folder = artifacts["opt"]
+    (model, manifest), weights = read_source(folder, "decoder", "fused"), Weights(folder)
+    sums = [node.input[0] for node in model.graph.node if node.op_type == "Relu"]
+    program = lower(model, "decoder", manifest.roles["decoder"], weights, sums if exposed else ())
+    maps = [step.ints for step in program.steps if step.operation == "linear"]
+    assert maps.count((ACTIVATIONS.index("relu"),)) == len(sums) == 2
+    assert len(maps) == 6 * 2 + 1 + (
+        2 if exposed else 0
+    )  # four of attention, two of the perceptron, and the head
 
 
 def test_the_same_artifact_gives_the_same_bytes(artifacts, tmp_path):
@@ -282,7 +298,7 @@ WRONG = {
     "an input as output": lambda p: changed(p, "rms_norm", outputs=lambda s: (0,)),
     "a weight as output": lambda p: changed(p, "rms_norm", outputs=lambda s: (value(p, 3),)),
     "no epsilon": lambda p: changed(p, "rms_norm", reals=lambda s: ()),
-    "an activation that there is not": lambda p: changed(p, "linear", ints=lambda s: (4,)),
+    "an activation that there is not": lambda p: changed(p, "linear", ints=lambda s: (5,)),
     "a matrix that is not in panels": lambda p: changed(
         p, "linear", inputs=lambda s: (s.inputs[0], p.steps[1].inputs[1], NONE)
     ),

@@ -378,6 +378,6 @@ def test_the_packed_engine_says_that_it_keeps_no_such_state(artifact):
     from portlm.compile.build import build as compile_for
 
     with pytest.raises(
-        FormatError, match=r"past_hidden\.0 of decoder begins zeros and has the update replace"
+        EngineUnavailableError, match=r"past_hidden\.0 of decoder begins zeros and has the update replace"
     ):
         compile_for(artifact("lstm"), [("packed", "cpu", "fused")])

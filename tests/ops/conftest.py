@@ -51,10 +51,11 @@ def assert_gradients_as_accurate(
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: list[Tensor],
     roundings: int = 1,
+    value_roundings: int = 1,
 ) -> None:
     """Assert as_accurate for the values, and for every floating input's gradient under random upstream gradients.
 
-    `roundings` are those of gradients; values get one.
+    `roundings` are those of gradients, `value_roundings` those of values.
     """
     upstream: list[Tensor] = []
 
@@ -73,7 +74,7 @@ def assert_gradients_as_accurate(
 
     results = (run(ours, torch.float32), run(reference, torch.float32), run(reference, torch.float64))
     for i, (o, e, r) in enumerate(zip(*results, strict=True)):
-        assert_as_accurate(o, e, r, roundings if i >= len(upstream) else 1)
+        assert_as_accurate(o, e, r, roundings if i >= len(upstream) else value_roundings)
 
 
 @pytest.fixture

@@ -243,8 +243,9 @@ def relu_squared(x: torch.Tensor) -> torch.Tensor:
         (1, torch.nn.functional.gelu),
         (2, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
         (3, relu_squared),
+        (4, torch.relu),
     ],
-    ids=["gelu", "gelu_tanh", "relu_squared"],
+    ids=["gelu", "gelu_tanh", "relu_squared", "relu"],
 )
 def test_the_activation_is_that_of_the_sum_with_its_bias(rows, activation, function, linear):
     m = matrix(83, 256, 4, 32, True)

@@ -12,7 +12,7 @@ from portlm.panels import in_panels  # noqa: E402
 pytestmark = pytest.mark.runs_kernel("panel_linear")
 DEPTH = 256  # products in one sum before it joins the total
 EPSILON = 2.0**-24
-NAMES = ("none", "gelu", "gelu_tanh", "relu_squared")
+NAMES = ("none", "gelu", "gelu_tanh", "relu_squared", "relu")
 CANARY = np.float32(12345.0)
 
 
@@ -38,7 +38,7 @@ def exact(x, W, bias, activation):
         return z * 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
     if activation == 2:
         return z * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-    return np.maximum(z, 0) ** 2 if activation == 3 else z
+    return np.maximum(z, 0) ** 2 if activation == 3 else np.maximum(z, 0) if activation == 4 else z
 
 
 def sample(rows, N, K, seed=0):
@@ -59,7 +59,7 @@ def test_it_is_as_near_to_float64_as_sums_of_this_length_can_be(N, K, rows, has_
     assert (np.abs(run(x, W, bias) - exact(x, W, bias, 0)) <= bound).all()
 
 
-@pytest.mark.parametrize("activation", [1, 2, 3], ids=NAMES[1:])
+@pytest.mark.parametrize("activation", [1, 2, 3, 4], ids=NAMES[1:])
 @pytest.mark.parametrize(("rows", "N", "K"), [(1, 100, 33), (9, 64, 300)])
 def test_activations_are_those_of_their_names(activation, rows, N, K):
     """Slopes are small here, and the polynomials add some units in the last place to what the sums have."""
@@ -69,7 +69,7 @@ def test_activations_are_those_of_their_names(activation, rows, N, K):
     np.testing.assert_allclose(run(x, W, bias, activation), wanted, rtol=1e-5, atol=2e-6, equal_nan=False)
 
 
-@pytest.mark.parametrize("activation", range(4), ids=NAMES)
+@pytest.mark.parametrize("activation", range(5), ids=NAMES)
 def test_a_row_is_the_same_bits_alone_and_among_others(activation):
     x, W, bias = sample(23, 130, 517)
     together = run(x, W, bias, activation)
@@ -99,7 +99,7 @@ def test_it_is_the_same_bits_on_any_number_of_threads(rows):
         kernels.set_threads(before)
 
 
-@pytest.mark.parametrize("activation", range(4), ids=NAMES)
+@pytest.mark.parametrize("activation", range(5), ids=NAMES)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_reaches_its_row_and_no_other(activation, value):
     x, W, bias = sample(8, 70, 40)

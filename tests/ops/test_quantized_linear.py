@@ -82,6 +82,7 @@ def test_quantized_linear_is_a_linear_map_of_what_the_exporter_means(scheme, act
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
         "relu_squared": lambda y: y.clamp(min=0) ** 2,
+        "relu": torch.relu,
     }[activation]
     eager = after(x @ wide.T + bias)
     oracle = after(x.double() @ wide.double().T + bias.double())
