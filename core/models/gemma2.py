@@ -94,8 +94,10 @@ class Gemma2Config(GroupedConfig):
     @classmethod
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time, with wide heads, and caps and windows that count."""
-        caps = {"score_cap": 0.5 * bool(cls.CAPS[0]), "logit_cap": 2.0 * bool(cls.CAPS[1])}
-        return replace(super().tiny(), head_width=16, query_scalar=10, window=5, **caps)
+        score_cap, logit_cap = 0.5 * bool(cls.CAPS[0]), 2.0 * bool(cls.CAPS[1])
+        return replace(
+            super().tiny(), head_width=16, query_scalar=10, window=5, score_cap=score_cap, logit_cap=logit_cap
+        )
 
     @classmethod
     def check_windows(cls, read: config_json.Reader, context_length: int) -> None:
@@ -223,6 +225,11 @@ class Block(nn.Module):
         turn: Which of the rotations it takes, where there are several.
     """
 
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+    pre_feedforward_layernorm: Norm
+    post_feedforward_layernorm: Norm
+
     def __init__(self, config: Gemma2Config, attention: nn.Module, turn: int = 0):
         super().__init__()
         self.self_attn, self.turn = attention, turn
@@ -254,7 +261,7 @@ class Gemma2(Grouped):
         window = config.window if config.kinds[layer] == SLIDING else None
         return {"scale": config.query_scalar**-0.5, "softcap": config.score_cap or None, "window": window}
 
-    def block(self, config: Gemma2Config, layer: int) -> nn.Module:
+    def block(self, config: Any, layer: int) -> nn.Module:
         """Return a layer."""
         return Block(config, Attention(config, **self.bounds(config, layer)))
 

@@ -163,7 +163,7 @@ class Gemma3(Gemma2):
             return *super().carried(tokens, position_ids), *(table[:tokens] for table in near)
         return *super().carried(tokens, position_ids), *(embedding(position_ids, table) for table in near)
 
-    def block(self, config: Gemma3Config, layer: int) -> nn.Module:
+    def block(self, config: Any, layer: int) -> nn.Module:
         """Return a layer."""
         attention = NormedAttention(config, **self.bounds(config, layer))
         return Block(config, attention, int(config.kinds[layer] == SLIDING))

@@ -203,8 +203,9 @@ def _layers(read: config_json.Reader, n_layer: int) -> tuple[str, ...]:
     )
     kinds = read.raw("attention_layers", "the same, layer by layer")
     found: list[Any] = []
+    pairs: Any = [[[GLOBAL, LOCAL], 12]] if groups is None else groups
     try:
-        for turn, times in [[[GLOBAL, LOCAL], 12]] if groups is None else groups:
+        for turn, times in pairs:
             found += turn * (times if type(times) is int and 0 < times <= config_json.MAX_LAYERS else 0)
     except (TypeError, ValueError) as error:
         raise ConfigError(
@@ -285,7 +286,8 @@ class GPTNeo(GPT2):
 
     def std(self, name: str, parameter: Tensor) -> float:
         """Return the spread of a fresh matrix, the same for all."""
-        return self.config.init_std  # type: ignore[no-any-return]
+        std: float = self.config.init_std
+        return std
 
     @classmethod
     def hf_name(cls, name: str) -> tuple[str, bool]:

@@ -200,6 +200,7 @@ class NPLM(nn.Module):
             return self._logits(words)
         # One product for everything that reaches the output: the bias is a column whose input is 1.
         inputs = [torch.tanh(self.hidden(words)), words.new_ones(*words.shape[:-1], 1)]
+        assert self.output.bias is not None
         columns = [self.output.weight, self.output.bias[:, None]]
         if self.direct is not None:
             inputs.append(words)

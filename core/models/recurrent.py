@@ -16,7 +16,8 @@ The presets are the three of Zaremba et al.; their paper writes a cell as one af
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,20 +193,20 @@ class Layer(nn.Module):
         return y, tuple(after)
 
     def _layer(self) -> Any:
-        if self.cell == "rnn_relu":
-            return lambda *arguments: rnn(*arguments, activation="relu")
-        return {"rnn": rnn, "lstm": lstm, "gru": gru}[self.cell]
+        found = {"rnn": rnn, "rnn_relu": partial(rnn, activation="relu"), "lstm": lstm, "gru": gru}
+        return found[self.cell]
 
     def _one(self, x: Tensor, states: States, mask: Tensor | None) -> tuple[Tensor, States]:
         """The same for one token, whose products an engine can do in its own way."""
         old = tuple(state.unsqueeze(1) for state in states)  # (B, 1, C)
-        products = self.input(x), self.recurrent(old[0])  # (B, 1, G C)
+        projected, recurrent = self.input(x), self.recurrent(old[0])  # (B, 1, G C)
         if self.cell == "lstm":
-            new: States = lstm_cell(*products, *old, mask)
+            new: States = lstm_cell(projected, recurrent, old[0], old[1], mask)
         elif self.cell == "gru":
-            new = (gru_cell(*products, *old, mask),)
+            new = (gru_cell(projected, recurrent, old[0], mask),)
         else:
-            new = (rnn_cell(*products, *old, mask, "relu" if self.cell == "rnn_relu" else "tanh"),)
+            activation = "relu" if self.cell == "rnn_relu" else "tanh"
+            new = (rnn_cell(projected, recurrent, old[0], mask, activation),)
         return new[0], tuple(state.squeeze(1) for state in new)
 
 
@@ -330,7 +331,9 @@ class Recurrent(nn.Module):
         for p in self.parameters():
             p.uniform_(-self.config.init_range, self.config.init_range)
         if self.config.cell == "lstm":
-            for layer in self.layers:
+            for module in self.layers:
+                layer = cast(Layer, module)
+                assert layer.input.bias is not None
                 layer.input.bias.chunk(4)[1].add_(self.config.forget_bias)
 
     @staticmethod
