@@ -93,11 +93,9 @@ class StableLMConfig(GroupedConfig):
 
 PRESETS = {
     "stablelm-3b-4e1t": StableLMConfig(),
-    "stablelm2-1.6b": StableLMConfig(vocab_size=100352, n_layer=24, width=2048, hidden=5632, qkv_bias=True),
 }
 PARAMETERS = {  # of the published files
     "stablelm-3b-4e1t": 2_795_443_200,
-    "stablelm2-1.6b": 1_644_515_328,
 }
 
 
