@@ -154,7 +154,9 @@ class Reading:
         return found[0] if single else found
 
     @overload
-    def tag(self, texts: str, *, words: bool = ..., batch_size: int = ...) -> list[Tag]: ...
+    def tag(  # type: ignore[overload-overlap]
+        self, texts: str, *, words: bool = ..., batch_size: int = ...
+    ) -> list[Tag]: ...
 
     @overload
     def tag(self, texts: Sequence[str], *, words: bool = ..., batch_size: int = ...) -> list[list[Tag]]: ...
@@ -201,7 +203,7 @@ class Reading:
         return found[0] if single else found
 
     @overload
-    def span(
+    def span(  # type: ignore[overload-overlap]
         self,
         question: str,
         text: str,
@@ -268,7 +270,8 @@ class Reading:
                 raise UsageError(
                     f"{'the text' if single else f'text {i}'} is empty, so nothing in it is an answer"
                 )
-            start, end, best, none = best_passage(*outputs["logits"].T, allowed, longest)
+            starts, ends = outputs["logits"].T
+            start, end, best, none = best_passage(starts, ends, allowed, longest)
             if threshold is not None and none - best > threshold:
                 found[i] = Passage("", 0, 0, float(np.exp(none)))
                 continue
@@ -277,7 +280,9 @@ class Reading:
         return found[0] if single else found
 
     @overload
-    def fill(self, texts: str, *, top_k: int = ..., batch_size: int = ...) -> list[list[Filling]]: ...
+    def fill(  # type: ignore[overload-overlap]
+        self, texts: str, *, top_k: int = ..., batch_size: int = ...
+    ) -> list[list[Filling]]: ...
 
     @overload
     def fill(

@@ -1,18 +1,15 @@
 """What sessions of encoder-decoders do beside others: a prompt is a source that is read, and what is written is new."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack, overload
 
 from portlm.arguments import shown
 from portlm.engine import Engine
 from portlm.errors import UsageError
 from portlm.memory import reads_sources
 from portlm.runtimes.decoding import Decoding, Options
-from portlm.runtimes.prompts import Prompt
+from portlm.runtimes.prompts import Ids, Prompt
 from portlm.runtimes.results import Generation
-
-if TYPE_CHECKING:
-    from portlm.runtimes.session import Session
 
 
 def start_of(engine: Engine, start_ids: Sequence[int]) -> tuple[int, ...]:
@@ -38,10 +35,40 @@ def refuse_sources(engine: Engine, what: str) -> None:
 
 
 class Translates:
-    """The verb `translate` of a Session."""
+    """The verb `translate` of a Session.
+
+    Attributes:
+        engine: what computes.
+        generate: the verb of the session that writes.
+    """
+
+    engine: Engine
+    generate: Callable[..., Any]
+
+    @overload
+    def translate(  # type: ignore[overload-overlap]
+        self,
+        sources: str | Ids,
+        *,
+        prefix: str = ...,
+        decoding: Decoding | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[Options],
+    ) -> Generation: ...
+
+    @overload
+    def translate(
+        self,
+        sources: Sequence[Prompt],
+        *,
+        prefix: str = ...,
+        decoding: Decoding | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[Options],
+    ) -> list[Generation]: ...
 
     def translate(
-        self: "Session",
+        self,
         sources: Prompt | Sequence[Prompt],
         *,
         prefix: str = "",

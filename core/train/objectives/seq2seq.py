@@ -243,5 +243,5 @@ class Seq2SeqObjective:
         )
         read = padded([[self.start, *target] for _, target in pairs], self.start)
         arrays = source, mask, read, padded(targets, IGNORE)
-        tensors = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return Part(*tensors, sum(map(len, targets)) / total)
+        text, there, begun, wanted = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return Part(text, there, begun, wanted, sum(map(len, targets)) / total)

@@ -128,5 +128,5 @@ class SpanObjective(TextObjective):
         mask = (source != self.start).astype(np.int64)
         read = padded([[self.start, *target[:-1]] for _, target in pairs], self.start)
         arrays = source, mask, read, padded([target for _, target in pairs], IGNORE)
-        tensors = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return Part(*tensors, sum(len(target) for _, target in pairs) / total)
+        text, there, begun, wanted = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return Part(text, there, begun, wanted, sum(len(target) for _, target in pairs) / total)
