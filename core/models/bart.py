@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from portlm.models.layers import Embedding, LayerNorm
-from portlm.models.post_norm import EPSILON, Activation, PostNorm, PostNormConfig
+from portlm.models.post_norm import EPSILON, PostNorm, Stack
+from portlm.models.post_norm_config import Activation, PostNormConfig
 from portlm.ops.embedding import embedding
 
 FIRST_ROW = 2  # of position 0: fairseq keeps one for padding and counts from 1
@@ -64,10 +65,8 @@ PARAMETERS = {  # as published, the shared embedding counted once
 }
 
 
-class Entrance(nn.Module):
+class Entrance(Stack):
     """Adds where a token stands to what it is, and normalises the sum."""
-
-    layers: nn.ModuleList
 
     def __init__(self, config: BartConfig):
         super().__init__()
@@ -85,7 +84,7 @@ class Entrance(nn.Module):
 class Bart(PostNorm):
     """A BART model with randomly initialised weights."""
 
-    def stack(self) -> nn.Module:
+    def stack(self) -> Stack:
         """Return what adds positions and normalises."""
         return Entrance(self.config)
 

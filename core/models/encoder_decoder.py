@@ -138,7 +138,8 @@ class EncoderDecoder(nn.Module):
         """
         check_length(attention_mask.shape[1], self.config.context_length)
         if past is None:
-            shape = [len(input_ids) if d == "batch" else 0 if d == "past" else d for d in self.cache_shape()]
+            sizes = {"batch": len(input_ids), "past": 0}
+            shape = [sizes[d] if isinstance(d, str) else d for d in self.cache_shape()]
             empty = self.head.new_empty(shape)
             past = [(empty, empty)] * self.config.n_decoder_layer
         y, present = self.decode(input_ids, attention_mask, position_ids, past, memory, source_mask)

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from portlm.models.post_norm import Activation, PostNorm, PostNormConfig
+from portlm.models.post_norm import PostNorm, Stack
+from portlm.models.post_norm_config import Activation, PostNormConfig
 from portlm.ops.embedding import embedding
 
 
@@ -68,11 +69,10 @@ def sinusoids(count: int, width: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=1).float()
 
 
-class Entrance(nn.Module):
+class Entrance(Stack):
     """Adds where a token stands to what it is."""
 
     positions: Tensor  # (context, C), not saved: it follows from the configuration
-    layers: nn.ModuleList
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -89,7 +89,7 @@ class Entrance(nn.Module):
 class Transformer(PostNorm):
     """A Transformer with randomly initialised weights."""
 
-    def stack(self) -> nn.Module:
+    def stack(self) -> Stack:
         """Return what adds positions."""
         return Entrance(self.config)
 
