@@ -121,7 +121,7 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
     checkpoint, out, notes = Path(checkpoint), Path(out), list[str]()
     check_files(checkpoint)
     config = load_config(checkpoint, notes)
-    if FAMILIES[config.family].kind == "recurrent":
+    if not FAMILIES[config.family].foreign:
         raise FormatError(
             f"{checkpoint}: transformers has no models of the family {config.family} to open it as"
         )

@@ -136,12 +136,14 @@ class Family(NamedTuple):
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
             fixed size, "encoder" for one that reads a whole text, with heads, "encoder-decoder" for one that reads a
             source and writes a target.
+        foreign: Whether transformers has such models, too.
     """
 
     module: str
     config: str
     model: str
     kind: str = "decoder"
+    foreign: bool = True
 
     def config_class(self) -> type[Config]:
         """Import and return the configuration class."""
@@ -178,7 +180,7 @@ FAMILIES = {
     "olmo2": Family("portlm.models.olmo2", "Olmo2Config", "Olmo2"),
     "gemma2": Family("portlm.models.gemma2", "Gemma2Config", "Gemma2"),
     "gemma3_text": Family("portlm.models.gemma3", "Gemma3Config", "Gemma3"),
-    "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3"),
+    "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3", foreign=False),
     "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
     "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
@@ -186,8 +188,10 @@ FAMILIES = {
     "marian": Family("portlm.models.transformer", "TransformerConfig", "Transformer", "encoder-decoder"),
     "bart": Family("portlm.models.bart", "BartConfig", "Bart", "encoder-decoder"),
     "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
-    "recurrent": Family("portlm.models.recurrent", "RecurrentConfig", "Recurrent", kind="recurrent"),
-    "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", kind="recurrent"),
+    "recurrent": Family(
+        "portlm.models.recurrent", "RecurrentConfig", "Recurrent", "recurrent", foreign=False
+    ),
+    "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 

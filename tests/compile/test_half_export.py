@@ -7,6 +7,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
+from packable import PACKED  # noqa: E402
+
 from portlm.artifact import half_weights, read_manifest  # noqa: E402
 from portlm.compile import halves  # noqa: E402
 from portlm.compile.build import build  # noqa: E402
@@ -15,7 +17,7 @@ from portlm.compile.export import export, export_module  # noqa: E402
 from portlm.compile.work import token_work  # noqa: E402
 from portlm.errors import FormatError, UsageError  # noqa: E402
 from portlm.hub import import_hf  # noqa: E402
-from portlm.models import DECODERS, WEIGHTS, load_model  # noqa: E402
+from portlm.models import WEIGHTS, load_model  # noqa: E402
 from portlm.weights import load_numpy, load_torch, save_tensors  # noqa: E402
 
 KINDS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +45,7 @@ def weights_of(artifact, profile="fused"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", PACKED)
 def test_a_checkpoint_of_16_bits_stays_half_as_large(family, kind, checkpoints, artifacts, tmp_path):
     """Of the files that engines read the matrices are half, and what is small beside them float32."""
     checkpoint = halved(checkpoints[family], tmp_path, KINDS[kind])

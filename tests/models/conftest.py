@@ -9,7 +9,7 @@ import torch
 from portlm.models import DECODERS, build
 
 # Of every family, and those whose head is their embedding.
-TINY = {name: family.config_class().tiny() for name, family in DECODERS.items()}
+TINY = {name: family.config_class().tiny() for name, family in DECODERS.items() if family.foreign}
 TINY["llama-tied"] = replace(TINY["llama"], n_layer=1, n_head=2, width=8, hidden=12, tie_embeddings=True)
 TINY["gpt_neox-tied"] = replace(TINY["gpt_neox"], n_layer=1, tie_embeddings=True)
 

@@ -466,7 +466,7 @@ def test_a_library_is_not_given_a_matrix_of_another_size(kernel):
             with pytest.raises(ValueError, match=r"\[packed_"):
                 call()
     for arguments in (
-        (x, packed, *layout, 4, y), (x, packed, *layout, -1, y), (y, packed, *layout, 0, y), (x, packed, *layout, 0, x),
+        (x, packed, *layout, 5, y), (x, packed, *layout, -1, y), (y, packed, *layout, 0, y), (x, packed, *layout, 0, x),
         (x, bias, *layout, 0, y), (rows, packed, *layout, 0, x), (x, packed, *layout, 0),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"\[{kernel}_no_bias\]"):

@@ -118,7 +118,8 @@ def test_a_text_that_fills_the_context_is_the_same_to_its_end(session):
     text = (*prompt, *plain.token_ids, *range(9))  # it knows even more than the context holds
     found = session.generate(prompt, max_new_tokens=CONTEXT - 4, draft=partial(Foreknowing, [text], 50))
     assert found.token_ids == plain.token_ids
-    assert found.stats.passes < len(plain.token_ids) / 3
+    # At first one token is tried, and more after each success: a text that ends early has had fewer of those.
+    assert found.stats.passes < len(plain.token_ids) / (3 if len(plain.token_ids) > 9 else 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 2}], ids=str)

@@ -158,7 +158,7 @@ BAD_CALLS = {
         "panel_linear_no_bias", x, lambda: tensor(1, 8, 64), 65, 8, 0, lambda: tensor(2, 3, 65),
     ),
     "panel_linear: no such activation": (
-        "panel_linear_no_bias", x, lambda: tensor(1, 8, 64), 5, 8, 4, lambda: tensor(2, 3, 5),
+        "panel_linear_no_bias", x, lambda: tensor(1, 8, 64), 5, 8, 5, lambda: tensor(2, 3, 5),
     ),
     "panel_rows: id too large": (
         "panel_rows", lambda: tensor(2, 3, dtype=np.int64, fill=5), lambda: tensor(1, 8, 64), 5, 8, x,
