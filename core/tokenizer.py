@@ -35,7 +35,7 @@ from portlm.tokenizer_file import (
     TokenizerFile,
     parse,
 )
-from portlm.tokenizer_kinds import TextFile, is_text_kind, parse_text
+from portlm.tokenizer_kinds import TextFile, is_text_kind, parse_text, qwen2
 from portlm.tokenizer_steps import around, byte_level, ids_around
 
 if TYPE_CHECKING:
@@ -49,9 +49,11 @@ _SPACE_FROM_CONFIG = {"GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"}
 _NO_TEMPLATE = {"GPTNeoXTokenizer"}  # and the template of this one, without any control token
 # The class that it takes for a model_type of config.json where no file names one.
 _CLASS_OF_MODEL = {
-    "gpt2": "GPT2Tokenizer",
+    **dict.fromkeys(("gpt2", "gpt_neo", "opt"), "GPT2Tokenizer"),
     "gpt_neox": "GPTNeoXTokenizer",
-    "llama": "PreTrainedTokenizerFast",
+    **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("gemma2", "gemma3_text"), "GemmaTokenizer"),
+    **dict.fromkeys(("llama", "mistral", "olmo2", "phi3", "smollm3", "stablelm"), "PreTrainedTokenizerFast"),
 }
 
 
@@ -463,6 +465,8 @@ def _as_transformers(
     if not isinstance(kind, str | None) or not isinstance(space, bool | None):
         raise FormatError(f"{path}: tokenizer_class must be text, add_prefix_space true or false")
     kind = None if kind is None else kind.removesuffix("Fast")
+    if kind == "Qwen2Tokenizer":
+        return qwen2(file, bool(space), str(path))
     if kind in _SPACE_FROM_CONFIG:
         file = file.with_prefix_space(bool(space))
     elif kind is None and space is not None:

@@ -21,13 +21,22 @@ from portlm.tokenizer_file import (
     MAX_VOCAB,
     MODEL_KEYS,
     TOP_KEYS,
+    TokenizerFile,
     check_ids,
     check_merges,
     check_vocab,
     kind_of,
 )
 from portlm.tokenizer_parts import NORMALIZERS, PRE_TOKENIZERS, checked_decoder, checked_steps, text_of
-from portlm.tokenizer_steps import check_post_processor, fields, flag, kinds_of, steps_of
+from portlm.tokenizer_steps import (
+    SPLIT_PATTERNS,
+    byte_level,
+    check_post_processor,
+    fields,
+    flag,
+    kinds_of,
+    steps_of,
+)
 
 MAX_ADDED = 2**14  # the library looks for all of them at once
 KINDS = {"BPE", "WordPiece", "Unigram"}
@@ -198,6 +207,28 @@ def parse_text(document: object, name: str) -> TextFile:
         decoder=decoder,
         post_processor=check_post_processor(top.get("post_processor"), special, name),
     )
+
+
+def qwen2(file: TokenizerFile | TextFile, add_prefix_space: bool, name: str) -> TokenizerFile | TextFile:
+    """Return a byte-level file as transformers' Qwen2Tokenizer makes it anew: tokens, merges and template stay.
+
+    Args:
+        file: a checked file; one that is not byte-level is returned as it is.
+        add_prefix_space: put a space before each piece that does not begin with one.
+        name: what to call the file in an error.
+    """
+    if isinstance(file, TextFile) and not (file.byte_level and file.model["type"] == "BPE"):
+        return file
+    document = file.document()
+    pattern = next(pattern for pattern, kind in SPLIT_PATTERNS.items() if kind == "qwen2")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    document |= {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level(False, add_prefix_space)]},
+        "decoder": byte_level(),
+        "model": document["model"] | {"ignore_merges": False},
+    }
+    return parse_text(document, name)
 
 
 def _bpe(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, int]]:

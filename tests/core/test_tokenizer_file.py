@@ -337,7 +337,7 @@ def mutate(data, value):
             continue
         action = data.draw(st.sampled_from(["replace", "remove", "copy", "rename"]))
         if action == "replace":
-            value[key] = data.draw(REPLACEMENTS)
+            value[key] = copy.deepcopy(data.draw(REPLACEMENTS))  # the next mutation may go into it
         elif action == "remove":
             del value[key]
         elif action == "copy":
