@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
+import numpy as np
 import onnx
 from op_matrix import CONTEXT, ROWS, Case, build, compare, feeds, ort_run
 
@@ -11,11 +12,16 @@ from portlm.compile import ort_lowering
 from portlm.compile.graph import GraphBuilder
 from portlm.ops.spec import DOMAIN
 
+ZEROS = ("bias.nothing", "bias.flat")  # no sign shows in them
+# Values of which only the number counts, not what they are.
+COUNTED = {"RelativeBias": ["bias.row", "bias.column"]}  # the tokens of x, multiplied by 0
+
 
 def flipping(target: int, values: list[str]) -> type[GraphBuilder]:
     """A builder that appends the name of every value to `values`, and flips the sign of the target-th.
 
-    What is squared next would not show that, so it is an eighth too large as well. Bytes have no sign.
+    What is squared next would not show that, so it is an eighth too large as well. A whole number has its sign flipped
+    alone, and a value that is 0 becomes 1.125. Bytes have no sign.
     """
     small = set[str]()  # values that are bytes
 
@@ -34,7 +40,12 @@ def flipping(target: int, values: list[str]) -> type[GraphBuilder]:
             super().split_op(op_type, inputs, name, written, domain=domain, **attributes)
             for right, value in zip(written, outputs, strict=True):
                 if right != value:
-                    super().split_op("Mul", (right, self.scalar(-1.125)), f"{value}.flipped", (value,))
+                    whole = op_type == "Cast" and attributes["to"] == onnx.TensorProto.INT32
+                    minus = (
+                        self._constant("minus.one", np.array(-1, np.int32)) if whole else self.scalar(-1.125)
+                    )
+                    kind, number = ("Add", self.scalar(1.125)) if value in ZEROS else ("Mul", minus)
+                    super().split_op(kind, (right, number), f"{value}.flipped", (value,))
             return tuple(outputs)
 
         def _is_small(self, name):
@@ -69,7 +80,10 @@ def sees_a_fault(case: Case, model: onnx.ModelProto, profile: str) -> bool:
 @pytest.mark.parametrize("profile", ["portable", "fused"])
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.node and row.entry])
 def test_a_form_with_one_sign_flipped_fails_its_cell(name, profile):
-    """Whichever value of the form it is, in every variant; with nothing flipped the same comparison passes."""
+    """Whichever value of the form it is, in every variant; with nothing flipped the same comparison passes.
+
+    Those of which only the number counts are the ones that are not seen.
+    """
     for variant in range(len(ROWS[name].entry["variants"])):
         case = Case(ROWS[name], variant, "odd")
         values: list[str] = []
@@ -80,4 +94,4 @@ def test_a_form_with_one_sign_flipped_fails_its_cell(name, profile):
             for target, value in enumerate(values)
             if not sees_a_fault(case, form(case, profile, flipping(target, [])), profile)
         ]
-        assert unseen == []
+        assert unseen == COUNTED.get(name, [])

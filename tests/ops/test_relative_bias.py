@@ -7,14 +7,15 @@ from portlm.ops.relative_bias import _ranges, buckets_of, relative_bias, relativ
 SIZES = {"width": 3, "buckets": 32, "heads": 3, "max_distance": 128}
 MATRIX = {
     "RelativeBias": {
-        "shapes": {"x": "batch sequence width", "keys": "batch sequence", "table": "buckets heads"},
+        # more keys than queries, which came later
+        "shapes": {"x": "batch sequence width", "keys": "batch source", "table": "buckets heads"},
         "variants": [
             {**SIZES, "bidirectional": 1},
             # so few buckets that all of their ends are among the distances of a test
             {**SIZES, "bidirectional": 1, "buckets": 8, "max_distance": 6},
             {**SIZES, "bidirectional": 0, "buckets": 8, "max_distance": 6},
         ],
-        "fill": lambda sizes, rng: {"keys": np.ones((sizes["batch"], sizes["sequence"]), np.int64)},
+        "fill": lambda sizes, rng: {"keys": np.ones((sizes["batch"], sizes["source"]), np.int64)},
     }
 }
 
