@@ -175,7 +175,7 @@ def test_unknown_profile_is_refused(checkpoint, tmp_path):
     [
         ({"model_type": "mamba"}, "model_type must be one of .*, got 'mamba'"),
         ({"model_type": ["gpt2"]}, "model_type must be one of"),
-        ({"num_attention_heads": 5}, "n_head 5 must be a multiple of n_kv_head 2"),
+        ({"num_attention_heads": 5}, "width 32 must be a multiple of n_head 5"),
         ({"num_attention_heads": 0}, "n_head must be an integer from 1"),
         ({"num_key_value_heads": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
         ({"num_key_value_heads": 0}, "n_kv_head must be an integer from 1"),
