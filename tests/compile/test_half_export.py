@@ -17,7 +17,7 @@ from portlm.compile.export import export, export_module  # noqa: E402
 from portlm.compile.work import token_work  # noqa: E402
 from portlm.errors import FormatError, UsageError  # noqa: E402
 from portlm.hub import import_hf  # noqa: E402
-from portlm.models import WEIGHTS, load_model  # noqa: E402
+from portlm.models import DECODERS, WEIGHTS, load_model  # noqa: E402
 from portlm.weights import load_numpy, load_torch, save_tensors  # noqa: E402
 
 KINDS = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,7 +14,13 @@ from portlm.models import DECODERS, build
 from portlm.models.roles import decoder
 from portlm.roles import TensorSpec
 
-TABLES = {"gpt2": "wte.weight", "gpt_neox": "embed_in.weight"}  # of all others it is embed_tokens.weight
+# Of all others it is embed_tokens.weight.
+TABLES = dict.fromkeys(("gpt2", "gpt3", "gpt_neo"), "wte.weight") | {"gpt_neox": "embed_in.weight"}
+
+
+def table(family):
+    """The name of a family's token table."""
+    return TABLES.get(family, "embed_tokens.weight")
 
 
 def tiny(family, **change):
@@ -51,9 +57,7 @@ class Pairs(nn.Module):
 def test_the_token_table_of_every_family_is_found_and_no_table_of_positions(family):
     model = tiny(family)
     found = sensitivities(model, model.roles(), batches(model, 1, (2, 8)))
-    assert {name: value.shape for name, value in found.items()} == {
-        TABLES.get(family, "embed_tokens.weight"): (model.config.width,) * 2
-    }
+    assert {name: value.shape for name, value in found.items()} == {table(family): (model.config.width,) * 2}
 
 
 def test_the_closed_form_is_met():
@@ -77,10 +81,10 @@ def test_the_divergence_of_small_errors_in_a_table_is_half_their_square_in_it(fa
     given = batches(model, 40, (4, 16))
     (F,) = sensitivities(model, model.roles(), given).values()
     errors = 0.01 * torch.randn(
-        other.get_parameter(TABLES[family]).shape, generator=torch.Generator().manual_seed(3)
+        other.get_parameter(table(family)).shape, generator=torch.Generator().manual_seed(3)
     )
     with torch.no_grad():
-        other.get_parameter(TABLES[family]).add_(errors)
+        other.get_parameter(table(family)).add_(errors)
         windows = torch.from_numpy(np.concatenate(given))
         p, q = (each.double()(windows).log_softmax(-1) for each in (model, other))
         measured = (p.exp() * (p - q)).sum(-1).mean().item()
