@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -26,19 +25,17 @@ from portlm.compile.packed_file import (
     WEIGHT,
     Program,
     Step,
-    Tensor,
     Value,
     unwritable,
     write_packed,
 )
 from portlm.compile.packed_fusion import Joins, fuse, without_unread
+from portlm.compile.packed_weights import Weights
 from portlm.compile.passes import Note, ignore
 from portlm.compile.source import read_source
 from portlm.compile.weight_parts import part_weights
 from portlm.errors import EngineUnavailableError
-from portlm.files import safe_join
 from portlm.ops.narrow import ACTIVATIONS
-from portlm.ops.quantized import Layout, pack_array
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
 from portlm.quantization import BYTES, activations, target_at
@@ -56,7 +53,6 @@ PLAIN = {
     "SwiGlu": "swiglu",
 }
 NO_ACTIVATION, RELU_SQUARED = ACTIVATIONS.index("none"), ACTIVATIONS.index("relu_squared")
-HALVES: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 RELU = ACTIVATIONS.index("relu")
 GELU = {b"none": ACTIVATIONS.index("gelu"), b"tanh": ACTIVATIONS.index("gelu_tanh")}
 
@@ -97,7 +93,7 @@ def compile_packed(
 
 
 def write_fused(
-    path: Path, programs: Sequence[Program], weights: "Weights", vocabulary: int, context: int
+    path: Path, programs: Sequence[Program], weights: Weights, vocabulary: int, context: int
 ) -> FileEntry:
     """Write a packed file of programs, in as few steps as they can have; return size and sha256 of what was written.
 
@@ -107,64 +103,6 @@ def write_fused(
     joins = Joins(weights.tensors)
     fused, tensors = without_unread([fuse(program, joins) for program in programs], joins.tensors)
     return write_packed(path, fused, tensors, vocabulary, context)
-
-
-class Weights:
-    """The tensors of a packed file, each once however many steps and roles read it."""
-
-    def __init__(self, root: Path):
-        self.tensors: list[Tensor] = []
-        self._root = root
-        self._places: dict[tuple[str, int, str], int] = {}
-
-    def place(self, tensor: TensorProto, folder: str, panels: bool, turned: bool) -> int:
-        """Return the place of a weight of a graph, in panels or not; (in, out) becomes (out, in) if it is turned."""
-        file, offset, shape = _located(tensor, folder)
-
-        def read() -> np.ndarray:
-            array = self._read(file, offset, shape, "<f4")
-            return array.T if turned else array
-
-        made = Tensor(tensor.name, shape[::-1] if turned else shape, read, panels)
-        return self._add((file, offset, f"{shape} {panels} {turned}"), made)
-
-    def place_half(self, tensor: TensorProto, folder: str) -> int:
-        """Return the place of a matrix (out, in) of 16 bits, which is in panels."""
-        file, offset, shape = _located(tensor, folder)
-        read = lambda: self._read(file, offset, shape, "<u2")  # noqa: E731
-        made = Tensor(tensor.name, shape, read, panels=True, dtype=HALVES[tensor.data_type])
-        return self._add((file, offset, "half"), made)
-
-    def place_quantized(self, parts: Sequence[TensorProto | None], folder: str, bits: int) -> int:
-        """Return the place of a quantized matrix, of weight, scale and zero points or None."""
-        places = [None if part is None else _located(part, folder) for part in parts]
-        weight, scale, zero = places
-        assert weight is not None
-        assert scale is not None
-
-        def read() -> np.ndarray:
-            numbers, scales = self._read(*weight, "u1"), self._read(*scale, "<f4")
-            return pack_array(numbers, scales, None if zero is None else self._read(*zero, "u1"), bits)
-
-        layout = Layout.of(weight[2], bits, zero is not None)
-        assert parts[0] is not None
-        made = Tensor(parts[0].name, (layout.N, layout.K), read, layout=layout)
-        return self._add((*weight[:2], f"{bits} {zero} {scale}"), made)
-
-    def _add(self, key: tuple[str, int, str], tensor: Tensor) -> int:
-        if key not in self._places:
-            self._places[key] = len(self.tensors)
-            self.tensors.append(tensor)
-        return self._places[key]
-
-    def _read(self, file: str, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        return np.fromfile(safe_join(self._root, file), dtype, math.prod(shape), offset=offset).reshape(shape)
-
-
-def _located(tensor: TensorProto, folder: str) -> tuple[str, int, tuple[int, ...]]:
-    """File, offset and shape of a weight."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    return f"{folder}/{entries['location']}", int(entries["offset"]), tuple(tensor.dims)
 
 
 def lower(

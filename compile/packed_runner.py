@@ -13,7 +13,8 @@ import onnx
 from onnx import helper
 
 from portlm.artifact import RoleSpec
-from portlm.compile.packed import Weights, lower, write_fused
+from portlm.compile.packed import lower, write_fused
+from portlm.compile.packed_weights import Weights
 from portlm.compile.runners import Runner
 from portlm.roles import StateSpec, TensorSpec
 from portlm.trust import private_scratch

@@ -15,9 +15,10 @@ kernels = pytest.importorskip("portlm._C", reason="portlm._C was not built")
 from packable import PACKED, UNPACKED  # noqa: E402
 
 from portlm.artifact import read_manifest  # noqa: E402
-from portlm.compile.packed import FILE, Weights, compile_packed, lower  # noqa: E402
+from portlm.compile.packed import FILE, compile_packed, lower  # noqa: E402
 from portlm.compile.packed_file import NONE, OPCODES, write_packed  # noqa: E402
 from portlm.compile.packed_fusion import Joins, fuse, without_unread  # noqa: E402
+from portlm.compile.packed_weights import Weights  # noqa: E402
 from portlm.compile.source import read_source  # noqa: E402
 from portlm.errors import EngineUnavailableError  # noqa: E402
 from portlm.ops.narrow import ACTIVATIONS  # noqa: E402

@@ -11,9 +11,10 @@ kernels = pytest.importorskip("portlm._C", reason="portlm._C was not built")
 
 from packable import PACKED  # noqa: E402
 
-from portlm.compile.packed import Weights, lower  # noqa: E402
+from portlm.compile.packed import lower  # noqa: E402
 from portlm.compile.packed_file import write_packed  # noqa: E402
 from portlm.compile.packed_fusion import Joins, fuse, without_unread  # noqa: E402
+from portlm.compile.packed_weights import Weights  # noqa: E402
 from portlm.compile.source import read_source  # noqa: E402
 from portlm.quantization import at_activations  # noqa: E402
 
