@@ -101,7 +101,7 @@ def _running() -> int | None:
     looks: list[int] = []
     end = time.perf_counter() + LONGEST_LOOK
     try:
-        while len(looks) < LOOKS and time.perf_counter() < end:
+        while len(looks) < LOOKS and (not looks or time.perf_counter() < end):
             if looks:
                 time.sleep(BETWEEN_LOOKS)
             looks.append(int(LOADAVG.read_text().split()[3].partition("/")[0]))

@@ -152,6 +152,13 @@ def test_a_thread_that_woke_up_for_a_moment_crowds_nobody(monkeypatch):
     assert ort_support._running() == 1
 
 
+def test_a_process_that_is_set_aside_for_longer_than_it_may_look_looks_once(tmp_path, monkeypatch):
+    (tmp_path / "loadavg").write_text("0.00 0.00 0.00 7/128 99\n")
+    monkeypatch.setattr(ort_support, "LOADAVG", tmp_path / "loadavg")
+    monkeypatch.setattr(ort_support, "LONGEST_LOOK", -1.0)  # over before the first look
+    assert ort_support._running() == 7
+
+
 @pytest.mark.skipif(not ort_support.LOADAVG.exists(), reason="this system has no /proc/loadavg")
 def test_busy_programs_are_seen_as_soon_as_they_run():
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() + 1)]
