@@ -253,7 +253,11 @@ class Reading:
         """
         from portlm.token_spans import token_spans
 
-        reader = Reader(self.engine, "head:span", "find passages")
+        reader, ends_of_each = self._answering("head:span", "find passages", 3)
+        if ends_of_each != 2:
+            raise UsageError(
+                f"this model cannot find passages: its head:span gives {ends_of_each} numbers for each token, not 2"
+            )
         longest = whole("longest", longest, 1)
         threshold = None if no_answer is None else real("no_answer", no_answer)
         (questions, single), (contexts, _) = _texts(question), _texts(text)
@@ -342,18 +346,24 @@ class Reading:
 
     def _labelled(self, role: str, to_do: str, rank: int) -> tuple[Reader, tuple[str, ...], str | None]:
         """A reader of a head, the names of its answers, and how their numbers are meant."""
-        reader = Reader(self.engine, role, to_do)
-        logits = next((item for item in reader.outputs if item.name == "logits"), None)
-        if logits is None or len(logits.shape) != rank or not isinstance(logits.shape[-1], int):
-            raise UsageError(f"this model cannot {to_do}: its {role} gives no logits of that shape")
+        reader, count = self._answering(role, to_do, rank)
         if role == "head:next_sentence":
             return reader, NEXT, None
-        names = names_for(self.labels, logits.shape[-1])
+        names = names_for(self.labels, count)
         if names is None:
             raise UsageError(
-                f"{role} gives {logits.shape[-1]} answers, and id2label in config.json names {len(self.labels.names)}"
+                f"{role} gives {count} answers, and id2label in config.json names {len(self.labels.names)}"
             )
         return reader, names, self.labels.problem
+
+    def _answering(self, role: str, to_do: str, rank: int) -> tuple[Reader, int]:
+        """A reader of a head whose logits have so many axes, and how many numbers the last of them holds."""
+        reader = Reader(self.engine, role, to_do)
+        logits = next((item for item in reader.outputs if item.name == "logits"), None)
+        count = logits.shape[-1] if logits is not None and len(logits.shape) == rank else None
+        if not isinstance(count, int):
+            raise UsageError(f"this model cannot {to_do}: its {role} gives no logits of that shape")
+        return reader, count
 
     def _encoded(
         self, texts: Sequence[Prompt], single: bool, others: Sequence[str | None] = (), truncate: bool = False

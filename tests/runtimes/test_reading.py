@@ -16,10 +16,13 @@ import tokenizer_files  # noqa: E402
 from encoders import ENCODERS, labelled, random_model  # noqa: E402
 
 import portlm  # noqa: E402
+from portlm.engine import CallSpec  # noqa: E402
 from portlm.errors import ContextLengthError, FormatError, PortlmError, UsageError  # noqa: E402
 from portlm.labels import Labels  # noqa: E402
 from portlm.models import load_model, save_model  # noqa: E402
+from portlm.roles import TensorSpec  # noqa: E402
 from portlm.runtimes.answers import best_passage, pooled, scores_of  # noqa: E402
+from portlm.runtimes.reading import Reading  # noqa: E402
 from portlm.token_spans import token_spans, words  # noqa: E402
 from portlm.tokenizer import Tokenizer  # noqa: E402
 
@@ -435,3 +438,29 @@ def test_random_texts_of_any_length_are_read_in_any_order(opened):
     alone = [session.tag(text) for text in texts]
     for found, expected in zip(session.tag(texts, batch_size=7), alone, strict=True):
         assert [(t.text, t.label) for t in found] == [(t.text, t.label) for t in expected]
+
+
+def refusing(role, *shape):
+    """A session on an engine that says that a head gives logits of this shape, and computes nothing."""
+
+    class Engine:
+        roles = {  # noqa: RUF012
+            role: CallSpec(
+                (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+                (TensorSpec("logits", "float32", shape),),
+            )
+        }
+
+    session = Reading()
+    session.engine = Engine()
+    return session
+
+
+def test_a_head_whose_numbers_are_not_what_its_verb_reads_is_refused_before_anything_is_read():
+    verbs = {"classify": ("x",), "tag": ("x",), "span": ("x", "y")}
+    shapes = {"classify": ("batch", "sequence", 2), "tag": ("batch", 2), "span": ("batch", 2)}
+    for verb, texts in verbs.items():
+        with pytest.raises(UsageError, match=f"its head:{verb} gives no logits of that shape"):
+            getattr(refusing(f"head:{verb}", *shapes[verb]), verb)(*texts)
+    with pytest.raises(UsageError, match="its head:span gives 3 numbers for each token, not 2"):
+        refusing("head:span", "batch", "sequence", 3).span("x", "y")
