@@ -172,22 +172,31 @@ PARAMETERS = {  # by the paper's equations for its vocabulary of 10 000; later p
 
 
 class Layer(nn.Module):
-    """One recurrent layer; gates in the order of torch.nn."""
+    """One recurrent layer; gates in the order of torch.nn.
 
-    def __init__(self, config: RecurrentConfig):
+    Args:
+        cell: What its units are.
+        inputs: The width of what it reads.
+        width: C, of its state and its output.
+        bias: Whether its gates have biases.
+        reverse: Whether it reads the last token first.
+    """
+
+    def __init__(self, cell: Cell, inputs: int, width: int, *, bias: bool = True, reverse: bool = False):
         super().__init__()
-        self.cell, C = config.cell, config.width
-        rows = GATES[config.cell] * C
+        self.cell, self.reverse = cell, reverse
+        rows = GATES[cell] * width
         # The biases of both products are only ever added, save in a GRU, where the reset gate is between them.
-        self.input = Linear(C, rows, bias=True)
-        self.recurrent = Linear(C, rows, bias=config.cell == "gru")
+        self.input = Linear(inputs, rows, bias=bias)
+        self.recurrent = Linear(width, rows, bias=bias and cell == "gru")
 
     def forward(self, x: Tensor, states: States, mask: Tensor | None) -> tuple[Tensor, States]:
-        """Read x (B, T, C) from the states (B, C) on; return the output (B, T, C) and the next states."""
+        """Read x (B, T, inputs) from the states (B, C) on; return the output (B, T, C) and the next states."""
         if x.shape[1] == 1 and not torch.is_grad_enabled():  # the cells have no gradient
             return self._one(x, states, mask)
         arguments = (
-            x, self.input.weight, self.recurrent.weight, self.input.bias, self.recurrent.bias, *states, mask
+            x, self.input.weight, self.recurrent.weight, self.input.bias, self.recurrent.bias, *states, mask,
+            self.reverse,
         )  # fmt: skip
         y, *after = self._layer()(*arguments)
         return y, tuple(after)
@@ -222,7 +231,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.n_layer)])
+        self.layers = nn.ModuleList([Layer(config.cell, config.width, config.width) for _ in range(config.n_layer)])
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
         if init:
