@@ -192,6 +192,7 @@ FAMILIES = {
         "portlm.models.recurrent", "RecurrentConfig", "Recurrent", "recurrent", foreign=False
     ),
     "awd_lstm": Family("portlm.models.awd_lstm", "AWDLSTMConfig", "AWDLSTM", "recurrent", foreign=False),
+    "elmo": Family("portlm.models.elmo", "ElmoConfig", "Elmo", "bidirectional", foreign=False),
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
