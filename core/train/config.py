@@ -17,7 +17,8 @@ from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
 
 OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
-SEQ2SEQ = [name for name, family in FAMILIES.items() if family.kind == "encoder-decoder"]
+# Kinds of families that are trained in ways of their own, and by these alone.
+OF_KIND = {"encoder-decoder": OF_TWO, "bidirectional": ("bidirectional",)}
 
 __all__ = [
     "CheckpointSettings",
@@ -204,16 +205,8 @@ class PretrainConfig(RunConfig):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
-        translates, pairs = self.objective in OF_TWO, self.objective == "seq2seq"
-        if translates != (FAMILIES[self.model.family].kind == "encoder-decoder"):
-            wanted = (
-                f"objective = {' or '.join(OF_TWO)}"
-                if not translates
-                else f"model.family = {' or '.join(SEQ2SEQ)}"
-            )
-            raise ConfigError(
-                f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
-            )
+        pairs = self.objective == "seq2seq"
+        _check_kind(self.objective, self.model.family)
         if not pairs and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
@@ -222,3 +215,17 @@ class PretrainConfig(RunConfig):
     def tokens_per_step(self) -> int:
         """Tokens that one optimiser step learns from."""
         return self.data.batch_size * self.data.accumulate * self.model.context_length
+
+
+def _check_kind(objective: str, family: str) -> None:
+    """Refuse an objective that is not for the kind of a family."""
+    kind = FAMILIES[family].kind
+    takes = next((kind for kind, own in OF_KIND.items() if objective in own), None)
+    if takes == kind or (takes is None and kind not in OF_KIND):
+        return
+    if kind in OF_KIND:
+        wanted = f"objective = {' or '.join(OF_KIND[kind])}"
+    else:
+        families = [name for name, row in FAMILIES.items() if row.kind == takes]
+        wanted = f"model.family = {' or '.join(families)}"
+    raise ConfigError(f"objective {objective} is not for the family {family}: set {wanted}")
