@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # name -> "module:class", in the order of history; modules load when their experiment is asked for
 EXPERIMENTS = {
     "gradients": "portlm.flows.lab.gradients:Gradients",
+    "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
 }
 
 
