@@ -191,7 +191,8 @@ class AWDLSTM(RecurrentDecoder):
 
     def read(self, ids: Tensor) -> Tensor:
         """Return the embedding (B, T, E) of ids (B, T), as the first layer gets it."""
-        table, rate = self.embed.weight, self.config.embedding_dropout
+        table: Tensor = self.embed.weight
+        rate = self.config.embedding_dropout
         if self.training and rate > 0:
             table = table * drop(table.new_ones(len(table), 1), rate, self.training)
         return self._locked(embedding(ids, table), self.config.input_dropout)

@@ -194,9 +194,9 @@ class Elmo(nn.Module):
         No graph has a loop; who calls it gives one direction the tokens from the last to the first (portlm.memory).
         """
         C, M = self.config.width, self.config.cells
-        read, more = ("character_ids", (self.config.word_length,))
-        if self.config.input == "tokens":
-            read, more = "input_ids", ()
+        of_tokens = self.config.input == "tokens"
+        read = "input_ids" if of_tokens else "character_ids"
+        more: tuple[int, ...] = () if of_tokens else (self.config.word_length,)
         inputs = tuple(
             TensorSpec(f"{prefix}{name}", "int64", ("batch", 1, *each))
             for prefix in ("", BACKWARD)
