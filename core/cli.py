@@ -30,6 +30,7 @@ VERBS = {
     "engines": ("contents", "List the engines that run an exported model here, and what its weights are."),
     "verify": ("verify", "Prove that every engine gives the same answer here."),
     "generate": ("generate", "Continue a prompt."),
+    "score": ("score", "Say how probable a text is: log-probability, perplexity, bits per byte."),
     "embed": ("embed", "Turn texts into vectors."),
     "classify": ("classify", "Say which label a text has."),
     "tag": ("tag", "Label each word of a text."),
