@@ -29,6 +29,7 @@ VERBS = {
     "compile": ("compile", "Compile an exported model for an engine and a device."),
     "engines": ("contents", "List the engines that run an exported model here, and what its weights are."),
     "verify": ("verify", "Prove that every engine gives the same answer here."),
+    "matrix": ("matrix", "Compare small models of every family on every engine here with eager PyTorch."),
     "generate": ("generate", "Continue a prompt."),
     "score": ("score", "Say how probable a text is: log-probability, perplexity, bits per byte."),
     "embed": ("embed", "Turn texts into vectors."),

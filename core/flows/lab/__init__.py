@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "brackets": "portlm.flows.lab.brackets:Brackets",
     "gradients": "portlm.flows.lab.gradients:Gradients",
     "retrieval": "portlm.flows.lab.retrieval:Retrieval",
+    "ladder": "portlm.flows.lab.ladder:Ladder",
 }
 
 
