@@ -203,10 +203,10 @@ def targets(only: Sequence[Choice] = ()) -> tuple[list[Target], dict[str, str]]:
             for profile in dict.fromkeys((*own, *profiles.get((engine, device), ())))
         ]
         for target in each:
-            if not row["available"]:
-                absent[str(target)] = row["reason"]
-            elif only and target != REFERENCE and not any(choice.fits(target) for choice in only):
+            if only and target != REFERENCE and not any(choice.fits(target) for choice in only):
                 absent[str(target)] = "not asked for"
+            elif not row["available"]:
+                absent[str(target)] = row["reason"]
             else:
                 here.append(target)
     return sorted(here, key=lambda target: target != REFERENCE), absent
@@ -317,7 +317,8 @@ def _cell(target: Target, result: Result) -> Cell:
     row = result.row
     assert row is not None
     allowed = allowed_error(row.logit_scale or 0.0, row.precision)
-    verdict, reason = ("agrees", "") if result.problem is None else ("differs", result.problem)
+    reason = result.problem or ("" if row.profile == target.profile else f"it ran the profile {row.profile}")
+    verdict = "differs" if reason else "agrees"
     greedy = (row.greedy_match, row.greedy_total)
     return Cell(
         str(target), row.role, verdict, row.max_logit_error, allowed, greedy,
@@ -357,11 +358,20 @@ def _kept(path: Path, empty: Variant) -> Variant:
     return variant if variant.key == empty.key else empty
 
 
+_HEAD = """# The matrix of families, roles and engines
+
+By `portlm matrix`: a small model of every family with random weights, exported in both profiles and run on every engine.
+A number is the largest difference from eager PyTorch with its own operators; "greedy" and "beams" are how many tokens of
+all engines together agree, of greedy decoding and of a search with three beams. Whatever is not a number says why below
+the table. No node ran off the device that was asked for, unless a cell says "differs".
+""".splitlines()
+
+
 def markdown(matrix: Matrix) -> str:
     """Return the matrix as a page: one row for each model and role, one column for each target, reasons beneath."""
     columns = list(dict.fromkeys(cell.target for variant in matrix.variants for cell in variant.cells))
     reasons: dict[str, int] = {}
-    lines = [f"| model | role | {' | '.join(f'`{name}`' for name in columns)} | greedy | beams |"]
+    lines = [*_HEAD, "", f"| model | role | {' | '.join(f'`{name}`' for name in columns)} | greedy | beams |"]
     lines.append("|---" * (len(columns) + 4) + "|")
     for variant in matrix.variants:
         for role in dict.fromkeys(cell.role for cell in variant.cells):

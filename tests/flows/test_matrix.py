@@ -20,8 +20,25 @@ from portlm.models import FAMILIES
 ORT, PACKED = Choice("ort", "cpu", "portable"), Choice("packed")
 
 
+def probed():
+    """What trying every device in processes of their own would say of a plain machine."""
+    rows = [("torch", "cpu", ""), ("torch", "cuda", "no NVIDIA driver"), ("ort", "cpu", ""), ("packed", "cpu", ""),
+            ("null", "cpu", "")]  # fmt: skip
+    return [
+        {"engine": engine, "device": device, "available": not reason, "reason": reason}
+        for engine, device, reason in rows
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _machine():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("portlm.runtimes.probe.probe", probed)
+        yield
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, _machine):
     """The folder and the matrix of a GPT-2 on ONNX Runtime, and the lines that were told."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install portlm[onnx]")
     out, told = tmp_path_factory.mktemp("matrix"), []
@@ -42,6 +59,9 @@ def test_cells_hold_what_verify_measures_beside_a_beam_search(measured):
         assert cell.beams == (3 * matrix.BEAM_TOKENS, 3 * matrix.BEAM_TOKENS)
     assert found.wrong == []
     assert found.absent["packed:cpu:fused"] == "not asked for"
+    assert matrix.targets()[1] == dict.fromkeys(
+        ("torch:cuda:native", "torch:cuda:fused", "torch:cuda:portable"), "no NVIDIA driver"
+    )
     assert told[-1] == (1, 1, "gpt2: done")
     assert found.versions["portlm"]
 
