@@ -360,10 +360,10 @@ def _kept(path: Path, empty: Variant) -> Variant:
 
 _HEAD = """# The matrix of families, roles and engines
 
-By `portlm matrix`: a small model of every family with random weights, exported in both profiles and run on every engine.
-A number is the largest difference from eager PyTorch with its own operators; "greedy" and "beams" are how many tokens of
-all engines together agree, of greedy decoding and of a search with three beams. Whatever is not a number says why below
-the table. No node ran off the device that was asked for, unless a cell says "differs".
+By `portlm matrix`: a small model of every family with random weights, exported in both profiles and run on every
+engine. A number is the largest difference from eager PyTorch with its own operators; "greedy" and "beams" are how many
+tokens of all engines together agree, of greedy decoding and of a search with three beams. Whatever is not a number says
+why below the table. No node ran off the device that was asked for, unless a cell says "differs".
 """.splitlines()
 
 
