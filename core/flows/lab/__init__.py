@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 # name -> "module:class", in the order of history; modules load when their experiment is asked for
 EXPERIMENTS = {
+    "unseen-pairs": "portlm.flows.lab.unseen_pairs:UnseenPairs",
+    "brackets": "portlm.flows.lab.brackets:Brackets",
     "gradients": "portlm.flows.lab.gradients:Gradients",
+    "retrieval": "portlm.flows.lab.retrieval:Retrieval",
     "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
+    "ladder": "portlm.flows.lab.ladder:Ladder",
 }
 
 
