@@ -182,6 +182,7 @@ FAMILIES = {
     "gemma3_text": Family("portlm.models.gemma3", "Gemma3Config", "Gemma3"),
     "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3", foreign=False),
     "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
+    "openai-gpt": Family("portlm.models.gpt1", "GPT1Config", "GPT1"),
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
     "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
     "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),

@@ -37,6 +37,14 @@ class Parts(NamedTuple):
     prefix: str
 
 
+class NoNorm(nn.Module):
+    """What follows the last block of a family whose blocks end with a norm of their own."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return both as they are."""
+        return x, residual
+
+
 class Causal(nn.Module):
     """A causal decoder with a key/value cache and randomly initialised weights.
 
