@@ -2,7 +2,8 @@
 
 Rows of like length are read together, padded on their right, so little is computed of padding, and neither it nor the
 neighbours change what a row says. A head whose inputs are called like outputs of the encoder reads those; one that
-takes tokens reads these.
+takes tokens reads these. A head of a decoder continues texts as the decoder does (portlm.rows) and is asked at the last
+token of each, which alone has seen all others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,8 @@ import numpy as np
 
 from portlm.engine import Array, CallSpec, Engine, Ids
 from portlm.errors import PortlmError, UsageError
-from portlm.rows import LOGITS_PER_CALL
+from portlm.roles import TensorSpec
+from portlm.rows import KNOWN, LOGITS_PER_CALL, Rows
 
 ENCODER = "encoder"
 MADE_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -51,11 +53,16 @@ class Reader:
                 f"this model cannot {to_do}: that takes a model with {role}, and this one has {known}"
             )
         self._engine, self._role = engine, role
+        self.outputs = engine.roles[role].outputs
+        self._causal = _continues_texts(engine.roles[role])
+        if self._causal:
+            self._steps, (logits,) = [role], self.outputs
+            self.outputs = (TensorSpec(logits.name, logits.dtype, (logits.shape[0], logits.shape[2])),)
+            return
         steps = [role] if _reads_tokens(engine.roles[role]) else [ENCODER, role]
         if len(steps) == 2 and not _follows(engine, role):
             raise UsageError(f"this model cannot {to_do}: its {role} takes what no encoder of it gives")
         self._steps = steps
-        self.outputs = engine.roles[role].outputs
 
     def read(self, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[int, Outputs]]:
         """Read texts, the longest first.
@@ -73,6 +80,9 @@ class Reader:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
+            if self._causal:
+                yield from zip(numbers, self._continue([rows[i] for i in numbers]), strict=True)
+                continue
             found = self._call([rows[i] for i in numbers])
             for place, i in enumerate(numbers):
                 yield i, self._without_padding(found, place, len(rows[i].ids))
@@ -110,6 +120,12 @@ class Reader:
             ]
             yield i, np.concatenate(parts)[:, 0]
 
+    def _continue(self, rows: Sequence[Row]) -> Iterator[Outputs]:
+        """What a role that continues texts says at the last token of each row."""
+        logits = Rows(self._engine, len(rows), self._role).read_texts([row.ids for row in rows])
+        check_finite(self._engine, self._role, {"logits": logits})
+        return ({"logits": row} for row in logits)
+
     def _call(self, rows: Sequence[Row]) -> Outputs:
         known = tensors_of(rows)
         for role in self._steps:
@@ -137,13 +153,18 @@ def call(engine: Engine, role: str, known: Outputs) -> Outputs:
     wanted = {item.name: known[item.name] for item in engine.roles[role].inputs}
     rows = len(next(iter(wanted.values())))
     found, _ = engine.run(role, wanted, engine.start(role, rows))
+    check_finite(engine, role, found)
+    return found
+
+
+def check_finite(engine: Engine, role: str, found: Outputs) -> None:
+    """Raise PortlmError if an output of a role holds NaN or infinity."""
     for name, value in found.items():
         if not np.isfinite(value).all():
             raise PortlmError(
                 f"{engine.name}:{engine.device}: the {name} of {role} are not numbers: check the weights for NaN or "
                 "infinity"
             )
-    return found
 
 
 def tensors_of(rows: Sequence[Row]) -> dict[str, Ids]:
@@ -160,6 +181,16 @@ def tensors_of(rows: Sequence[Row]) -> dict[str, Ids]:
 
 def _reads_tokens(spec: CallSpec) -> bool:
     return not spec.state and {item.name for item in spec.inputs} <= {*MADE_OF_TOKENS}
+
+
+def _continues_texts(spec: CallSpec) -> bool:
+    """Whether a role takes tokens and a state that they grow, and gives logits for each."""
+    return (
+        bool(spec.state)
+        and all(state.initial != "given" for state in spec.state)
+        and {item.name for item in spec.inputs} <= {*KNOWN}
+        and [(item.name, len(item.shape)) for item in spec.outputs] == [("logits", 3)]
+    )
 
 
 def _follows(engine: Engine, role: str) -> bool:

@@ -235,7 +235,12 @@ def config_from_hf(data: Mapping[str, Any] | Reader) -> Config:
     family = read.raw("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {shown(family)}")
-    return FAMILIES[family].config_class().from_hf(read)
+    kind = FAMILIES[family].config_class()
+    if FAMILIES[family].kind == "decoder":
+        from portlm.models.heads import headed, heads_of
+
+        kind = headed(kind) if heads_of(read) else kind
+    return kind.from_hf(read)
 
 
 def build(config: Config | Mapping[str, Any], device: "str | torch.device" = "cpu") -> Model:

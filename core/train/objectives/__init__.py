@@ -23,6 +23,7 @@ OBJECTIVES = {
     "masked": "portlm.train.objectives.masked:MaskedObjective",
     "span": "portlm.train.objectives.span:SpanObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
+    "classify": "portlm.train.objectives.classify:ClassifyObjective",
 }
 
 
