@@ -1,7 +1,7 @@
 """Control tokens and a template for a tokenizer that has none: what texts are put between that are read as a whole.
 
-Of an encoder: Devlin et al. 2018 put [CLS] before a text, whose place stands for the whole, and [SEP] behind each of one
-or two; [MASK] hides a token, and [PAD] fills a batch. Of a decoder: Radford et al. 2018 put _start_ before a text,
+Of an encoder: Devlin et al. 2018 put [CLS] before a text, whose place stands for the whole, and [SEP] behind each of
+one or two; [MASK] hides a token, and [PAD] fills a batch. Of a decoder: Radford et al. 2018 put _start_ before a text,
 _delimiter_ between two, and _classify_ behind, where the whole has been seen.
 """
 

@@ -69,7 +69,9 @@ def _short_options(function: Any) -> Any:
     "--out", "-o", type=click.Path(path_type=Path), default=Path("finetuned"), show_default=True,
     help="Run folder: checkpoints, metrics, and the trained model in OUT/final.",
 )  # fmt: skip
-@click.option("--epochs", type=float, default=3, show_default=True, help="How often each text is learned from.")
+@click.option(
+    "--epochs", type=float, default=3, show_default=True, help="How often each text is learned from."
+)
 @click.option("--steps", type=int, help="Optimiser steps in all, instead of epochs.")
 @click.option("--gradual", is_flag=True, help="Let one more layer learn in each epoch, from the top.")
 @_short_options
@@ -90,13 +92,14 @@ def _short_options(function: Any) -> Any:
 )
 def command(
     data: tuple[str, ...], init: Path | None, held_out: Path | None, out: Path, epochs: float, steps: int | None,
-    gradual: bool, resume: str, config: Path | None, overrides: tuple[str, ...], quiet: bool, as_json: bool, **short: Any,
+    gradual: bool, resume: str, config: Path | None, overrides: tuple[str, ...], quiet: bool, as_json: bool,
+    **short: Any,
 ) -> None:  # fmt: skip
     """Train a classifier on the texts with labels in DATA and print the path of its checkpoint.
 
-    DATA are .tsv files of a label, a tab and a text (for pairs another tab and text), or .jsonl with "label", "text" and
-    "text_pair". Settings not given are those that GPT-1 was fine-tuned with.
-    For example: portlm finetune reviews.tsv --init gpt --out sentiment; portlm classify sentiment/final "what a day"
+    DATA are .tsv files of a label, a tab and a text (for pairs another tab and text), or .jsonl with "label", "text"
+    and "text_pair". Settings not given are those that GPT-1 was fine-tuned with.
+    For example: portlm finetune reviews.tsv --init gpt --out sentiment
     """
     from portlm.train.allocator import keep_freed_memory
     from portlm.train.finetune import finetune

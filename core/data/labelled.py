@@ -69,7 +69,9 @@ def labels_in(rows: Sequence[Labelled], where: str) -> tuple[str, ...]:
     if len(labels) < 2:
         raise UsageError(f"{where} has one label alone ({', '.join(labels)}): there is nothing to tell apart")
     if len(labels) > MAX_LABELS:
-        raise UsageError(f"{where} has {len(labels)} labels, more than {MAX_LABELS}: is the label the first column?")
+        raise UsageError(
+            f"{where} has {len(labels)} labels, more than {MAX_LABELS}: is the label the first column?"
+        )
     return labels
 
 

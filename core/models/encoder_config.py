@@ -184,9 +184,7 @@ def labels_to_hf(labels: tuple[str, ...], problem: str | None) -> dict[str, Any]
     return data
 
 
-def labels_from_hf(
-    read: config_json.Reader, heads: tuple[str, ...]
-) -> tuple[tuple[str, ...], str | None]:
+def labels_from_hf(read: config_json.Reader, heads: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
     """Return the names of labels and what kind of problem they are for; (), None for heads that have none.
 
     Raises:

@@ -224,9 +224,7 @@ class GPT1(Causal):
     def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return the sum of both tables' rows, (B, T, C)."""
         table, T = self.positions_embed, input_ids.shape[1]
-        x = self.tokens_embed(input_ids) + (
-            table.weight[:T] if position_ids is None else table(position_ids)
-        )
+        x = self.tokens_embed(input_ids) + (table.weight[:T] if position_ids is None else table(position_ids))
         return drop(x, self.config.dropout, self.training)
 
     def carried(self, tokens: int, position_ids: Tensor | None) -> tuple[Tensor, ...]:

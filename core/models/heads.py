@@ -76,11 +76,15 @@ class Headed:
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         if len(self.heads) > 1 or not {*KINDS}.issuperset(self.heads):
-            raise ConfigError(f"heads of {self.family} are one of {', '.join(KINDS)}, got {shown(self.heads)}")
+            raise ConfigError(
+                f"heads of {self.family} are one of {', '.join(KINDS)}, got {shown(self.heads)}"
+            )
         if bool(self.labels) != (CLASSIFY in self.heads):
             raise ConfigError(f"labels belong to the head {CLASSIFY}, which has some, and to no other")
         if len(self.labels) > self.vocab_size:
-            raise ConfigError(f"{len(self.labels)} labels are more than the {self.vocab_size} ids of the model")
+            raise ConfigError(
+                f"{len(self.labels)} labels are more than the {self.vocab_size} ids of the model"
+            )
         check_problem(self.problem)
 
     @property

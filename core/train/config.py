@@ -107,7 +107,9 @@ class ScheduleSettings:
         if self.shape == "slanted" and self.min_lr != ScheduleSettings.min_lr:
             raise ConfigError("schedule.min_lr is not read with schedule.shape = slanted: set schedule.ratio")
         if self.shape != "slanted" and self.ratio != ScheduleSettings.ratio:
-            raise ConfigError("schedule.ratio is read with schedule.shape = slanted alone: set schedule.min_lr")
+            raise ConfigError(
+                "schedule.ratio is read with schedule.shape = slanted alone: set schedule.min_lr"
+            )
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ConfigError(
                 f"schedule.warmup {self.warmup} must be a share below 1 or a whole number of steps"
@@ -119,7 +121,9 @@ class LayerSettings:
     """Which layers learn, and how fast (portlm.train.layers), counted from the top: heads, blocks, embeddings."""
 
     freeze: Literal["none", "backbone"] = "none"  # "backbone" trains what is on top of the blocks alone
-    decay: float = 1.0  # the learning rate of a layer is that of the layer above it divided by this; ULMFiT's is 2.6
+    decay: float = (
+        1.0  # the learning rate of a layer is that of the layer above it divided by this; ULMFiT's is 2.6
+    )
     unfreeze: int = 0  # steps after which one more layer learns, from the top; 0 for all at once
 
     def __post_init__(self) -> None:
@@ -127,7 +131,9 @@ class LayerSettings:
         require_range("layers.unfreeze", self.unfreeze, 0)
         if self.freeze == "backbone" and (self.unfreeze or self.decay != 1):
             what = "layers.unfreeze" if self.unfreeze else "layers.decay"
-            raise ConfigError(f"{what} is for layers that learn, and layers.freeze = backbone leaves one: leave it out")
+            raise ConfigError(
+                f"{what} is for layers that learn, and layers.freeze = backbone leaves one: leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,14 @@ class PretrainConfig(RunConfig):
     """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
 
     # The text may lie elsewhere now: its tokens are compared by content.
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "label_smoothing", "lm_coef", "model.", "data.")
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *RunConfig.FIXED,
+        "objective",
+        "label_smoothing",
+        "lm_coef",
+        "model.",
+        "data.",
+    )
     FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.held_out", "data.source", "data.target")
 
     objective: str = (

@@ -41,11 +41,14 @@ def begun_from(folder: str | Path, change: Callable[[Config], Config]) -> tuple[
     config = change(old.config)
     if config.vocab_size < old.config.vocab_size:
         raise ConfigError(
-            f"{folder} has {old.config.vocab_size} ids and its tokenizer {config.vocab_size}: they do not belong together"
+            f"{folder} has {old.config.vocab_size} ids and its tokenizer {config.vocab_size}: they do not belong "
+            "together"
         )
     model: Any = models.build(config)
     known, fresh = dict(old.named_parameters()), []
-    if getattr(old.config, "labels", ()) != getattr(config, "labels", ()):  # a head for others says nothing of these
+    if getattr(old.config, "labels", ()) != getattr(
+        config, "labels", ()
+    ):  # a head for others says nothing of these
         known = {name: p for name, p in known.items() if not name.startswith("heads.")}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -28,8 +28,8 @@ def layer_groups(model: nn.Module) -> list[list[nn.Parameter]]:
     lists = [name for name, part in parts.items() if isinstance(part, nn.ModuleList) and len(part)]
     if len(lists) != 1:
         raise ConfigError(
-            "layers.freeze, layers.decay and layers.unfreeze are for a model with one stack of blocks, and this one has "
-            f"{len(lists)}: leave them out"
+            "layers.freeze, layers.decay and layers.unfreeze are for a model with one stack of blocks, and this one "
+            f"has {len(lists)}: leave them out"
         )
     blocks = parts[lists[0]]
     assert isinstance(blocks, nn.ModuleList)

@@ -10,15 +10,19 @@ from portlm.data.labelled import EpochSampler, Labelled, labels_in, parted, read
 from portlm.errors import FormatError, UsageError
 from portlm.tokenizer import Tokenizer, byte_tokenizer
 
-ROWS = [Labelled("a", "one text"), Labelled("b", "another, with \"quotes\""), Labelled("a", "Ä")]
+ROWS = [Labelled("a", "one text"), Labelled("b", 'another, with "quotes"'), Labelled("a", "Ä")]
 PAIRS = [Labelled("same", "one", "two"), Labelled("other", "three", "four")]
 
 
 @pytest.mark.parametrize("rows", [ROWS, PAIRS], ids=["single", "pairs"])
 def test_a_table_and_json_say_the_same(tmp_path, rows):
-    (tmp_path / "a.tsv").write_text("".join("\t".join(filter(None, row)) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "a.tsv").write_text(
+        "".join("\t".join(filter(None, row)) + "\n" for row in rows), encoding="utf-8"
+    )
     lines = [
-        json.dumps({"label": row.label, "text": row.text, "n": 3} | ({"text_pair": row.other} if row.other else {}))
+        json.dumps(
+            {"label": row.label, "text": row.text, "n": 3} | ({"text_pair": row.other} if row.other else {})
+        )
         for row in rows
     ]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
@@ -57,7 +61,9 @@ def test_a_damaged_line_is_named(tmp_path, name, content, message):
 
 
 def test_another_kind_of_file_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"a.csv: texts with labels come from a file that ends in .tsv or .jsonl"):
+    with pytest.raises(
+        UsageError, match=r"a.csv: texts with labels come from a file that ends in .tsv or .jsonl"
+    ):
         read_labelled(tmp_path / "a.csv")
 
 
@@ -65,7 +71,9 @@ def test_one_label_alone_and_too_many_are_refused():
     assert labels_in(ROWS, "x") == ("a", "b")
     with pytest.raises(UsageError, match=r"x has one label alone \(a\): there is nothing to tell apart"):
         labels_in(ROWS[:1], "x")
-    with pytest.raises(UsageError, match="x has 65537 labels, more than 65536: is the label the first column"):
+    with pytest.raises(
+        UsageError, match="x has 65537 labels, more than 65536: is the label the first column"
+    ):
         labels_in([Labelled(str(i), "t") for i in range(65537)], "x")
 
 

@@ -8,7 +8,15 @@ import torch
 
 from portlm import hub
 from portlm.errors import ConfigError, FormatError, UsageError
-from portlm.models import DECODERS, build, config_from_hf, expected_shapes, load_config, load_model, save_model
+from portlm.models import (
+    DECODERS,
+    build,
+    config_from_hf,
+    expected_shapes,
+    load_config,
+    load_model,
+    save_model,
+)
 from portlm.models.heads import headed, with_labels
 from portlm.models.t5 import T5Config
 
@@ -27,7 +35,9 @@ def labelled(family):
 def choosing(family):
     """Return the tiny configuration of a family, with the language model and a number for each text."""
     plain = DECODERS[family].config_class()
-    return headed(plain)(**{f.name: getattr(plain.tiny(), f.name) for f in dataclasses.fields(plain)}, heads=("choose",))
+    return headed(plain)(
+        **{f.name: getattr(plain.tiny(), f.name) for f in dataclasses.fields(plain)}, heads=("choose",)
+    )
 
 
 def random_model(config, seed: int = 0):
@@ -191,7 +201,9 @@ def test_a_classifier_with_an_output_matrix_of_its_own_keeps_none():
     shapes = expected_shapes(labelled("llama"))
     assert "lm_head.weight" not in shapes
     assert shapes["score.weight"] == (3, DECODERS["llama"].config_class().tiny().width)
-    with pytest.raises(UsageError, match="head for labels in the place of its output matrix, so it predicts no"):
+    with pytest.raises(
+        UsageError, match="head for labels in the place of its output matrix, so it predicts no"
+    ):
         build(labelled("llama"))(torch.zeros(1, 2, dtype=torch.int64))
 
 
@@ -205,7 +217,7 @@ def test_a_head_that_a_model_lacks_is_named():
 
 
 def test_only_encoders_and_decoders_take_labels():
-    with pytest.raises(ConfigError, match="a t5 has no head for labels: .* of kind encoder-decoder"):
+    with pytest.raises(ConfigError, match=r"a t5 has no head for labels: .* of kind encoder-decoder"):
         with_labels(T5Config.tiny(), LABELS)
 
 
@@ -232,7 +244,10 @@ def test_heads_and_labels_that_do_not_go_together_are_refused(change, message):
         ({"num_labels": 2}, "num_labels is 2, but id2label names 3"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label must name 0, 1, ... without a gap"),
         ({"summary_type": "mean", "architectures": ["GPT2DoubleHeadsModel"]}, "summary_type = 'mean'"),
-        ({"summary_activation": "tanh", "architectures": ["GPT2DoubleHeadsModel"]}, "summary_activation = 'tanh'"),
+        (
+            {"summary_activation": "tanh", "architectures": ["GPT2DoubleHeadsModel"]},
+            "summary_activation = 'tanh'",
+        ),
     ],
     ids=str,
 )

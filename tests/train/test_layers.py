@@ -49,7 +49,9 @@ def test_groups_are_embeddings_then_each_block_then_what_is_on_top(family):
 
 def test_a_model_of_two_stacks_has_no_order_of_layers():
     model = build(FAMILIES["t5"].config_class().tiny())
-    with pytest.raises(ConfigError, match="for a model with one stack of blocks, and this one has 0: leave them out"):
+    with pytest.raises(
+        ConfigError, match="for a model with one stack of blocks, and this one has 0: leave them out"
+    ):
         Layers(model, LayerSettings(decay=2.6))
     Layers(model, LayerSettings())  # which asks for none
 
@@ -73,7 +75,10 @@ def test_a_layer_learns_at_the_rate_of_the_one_above_it_divided_by_decay(name):
 def test_without_decay_all_learn_alike_in_as_many_groups_as_before():
     model = classifier("gpt2")
     optimizer = make_optimizer(model, OptimizerSettings(), Layers(model, LayerSettings()).scale)
-    assert [group["scale"] for group in optimizer.param_groups] == [1.0, 1.0]  # matrices decay, vectors do not
+    assert [group["scale"] for group in optimizer.param_groups] == [
+        1.0,
+        1.0,
+    ]  # matrices decay, vectors do not
 
 
 def test_a_frozen_backbone_takes_no_gradient_and_no_room_in_the_optimizer():
@@ -86,7 +91,9 @@ def test_a_frozen_backbone_takes_no_gradient_and_no_room_in_the_optimizer():
 
 def test_nothing_on_top_of_the_blocks_is_refused_to_be_trained_alone():
     model = build(FAMILIES["gpt2"].config_class().tiny())  # its output matrix is the token table
-    with pytest.raises(ConfigError, match="trains what is on top of the blocks, and this model has nothing there"):
+    with pytest.raises(
+        ConfigError, match="trains what is on top of the blocks, and this model has nothing there"
+    ):
         Layers(model, LayerSettings(freeze="backbone"))
 
 
@@ -153,8 +160,10 @@ def test_a_line_falls_evenly_to_its_floor():
 
 
 def test_a_setting_of_another_shape_is_refused():
-    with pytest.raises(ConfigError, match="schedule.min_lr is not read with schedule.shape = slanted"):
+    with pytest.raises(ConfigError, match=r"schedule.min_lr is not read with schedule.shape = slanted"):
         ScheduleSettings(shape="slanted", min_lr=0.0)
-    with pytest.raises(ConfigError, match="schedule.ratio is read with schedule.shape = slanted alone"):
+    with pytest.raises(ConfigError, match=r"schedule.ratio is read with schedule.shape = slanted alone"):
         ScheduleSettings(ratio=8.0)
-    RunConfig(optimizer=OptimizerSettings(lr=1e-5), schedule=ScheduleSettings(shape="slanted"))  # below min_lr
+    RunConfig(
+        optimizer=OptimizerSettings(lr=1e-5), schedule=ScheduleSettings(shape="slanted")
+    )  # below min_lr

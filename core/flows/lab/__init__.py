@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # name -> "module:class", in the order of history; modules load when their experiment is asked for
 EXPERIMENTS = {
     "gradients": "portlm.flows.lab.gradients:Gradients",
+    "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
 }
 
 

@@ -1,10 +1,10 @@
 """Pretraining pays where labels are few: the same model, fine-tuned, with its head trained alone, or trained afresh.
 
-A text is 24 of 64 letters. Each of six topics has a map from a letter to the one that usually follows it; a text has one
-topic and follows its map, but for a letter now and then. Its label is whether the topic is of the first three or else
-the first letter is an even one, and not both: neither the topic nor the letter says anything of it alone. Texts without
-labels teach what topics are, which a few hundred labels cannot; that the two belong together only labels can teach, so
-a head on what the model knows already is not enough.
+A text is 24 of 64 letters. Each of six topics has a map from a letter to the one that usually follows it; a text has
+one topic and follows its map, but for a letter now and then. Its label is whether the topic is of the first three or
+else the first letter is an even one, and not both: neither the topic nor the letter says anything of it alone. Texts
+without labels teach what topics are, which a few hundred labels cannot; that the two belong together only labels can
+teach, so a head on what the model knows already is not enough.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LETTERS = np.array([*string.ascii_letters, *string.digits, "+", "/"])
 _TOPICS, _LENGTH = 6, 24
 _FOLLOWS = 0.85  # how often a letter is the one that the topic's map says
 _UNLABELLED, _JUDGED = 20_000, 500
-_STEPS = {300: 200, 2000: 400}  # by number of labels
-_PRETRAINING = 800
-_SHAPE = {"family": "openai-gpt", "n_layer": 3, "n_head": 4, "width": 64, "context_length": 28}
+_STEPS = {300: 150, 2000: 300}  # by number of labels
+_PRETRAINING = 500
+_SHAPE = {"family": "gpt2", "n_layer": 3, "n_head": 4, "width": 64, "context_length": 28}
 _WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "head": {"layers.freeze": "backbone", "optimizer.lr": 1e-2},

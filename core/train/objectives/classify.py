@@ -1,9 +1,9 @@
 """Say which label a text has: how a pretrained model is put to a task.
 
 Radford et al., "Improving Language Understanding by Generative Pre-Training", 2018, for decoders; Devlin et al., 2018
-(arXiv:1810.04805), for encoders. The loss is the cross-entropy of the label and, of a decoder, ``lm_coef`` times that of
-the text's own tokens, which keeps it a language model (``L3 = L2 + lambda L1`` in section 3.2 of the first). Both are
-means, over the texts and over the tokens of a batch.
+(arXiv:1810.04805), for encoders. The loss is the cross-entropy of the label and, of a decoder, ``lm_coef`` times that
+of the text's own tokens, which keeps it a language model (``L3 = L2 + lambda L1`` in section 3.2 of the first). Both
+are means, over the texts and over the tokens of a batch.
 
 A decoder reads ``_start_ text _classify_`` and answers at the last token, of pairs ``_start_ text _delimiter_ other
 _classify_``; an encoder reads ``[CLS] text [SEP]`` and so on (portlm.control_tokens). These tokens are added to a
@@ -82,7 +82,9 @@ def open_labelled(
     labels = labels_in(rows, " and ".join(data.texts))
     held_out = read_labelled(data.held_out) if data.held_out else None
     if others := sorted({row.label for row in held_out or ()} - {*labels}):
-        raise UsageError(f"{data.held_out} has the label {others[0]}, of which there is no text to learn from")
+        raise UsageError(
+            f"{data.held_out} has the label {others[0]}, of which there is no text to learn from"
+        )
     kinds = {row.other is None for row in (*rows, *(held_out or ()))}
     if len(kinds) > 1:
         raise UsageError(f"{' and '.join(files)}: some hold pairs and some single texts")
@@ -159,14 +161,12 @@ class ClassifyObjective:
         self.encoder = FAMILIES[family].kind == "encoder"
         if self.encoder and config.lm_coef not in (0, PretrainConfig.lm_coef):
             raise ConfigError(f"lm_coef is for decoders, and {family} is an encoder: leave it out")
-        self.tokenizer = (
-            for_reading(corpus.tokenizer)[0] if self.encoder else for_labelling(corpus.tokenizer)
-        )
+        self.tokenizer = for_reading(corpus.tokenizer)[0] if self.encoder else for_labelling(corpus.tokenizer)
         self.model: Any = self._model().to(device)
         if config.lm_coef and not self.encoder and not self.model.generates:
             raise ConfigError(
-                f"lm_coef {config.lm_coef:g} has the model predict its text, and a {family} with an output matrix of its "
-                "own has none beside labels: set lm_coef = 0"
+                f"lm_coef {config.lm_coef:g} has the model predict its text, and a {family} with an output matrix of "
+                "its own has none beside labels: set lm_coef = 0"
             )
         self.context, self.parts = self.model.config.context_length, config.data.accumulate
         if self.context <= len(self.tokenizer.begin_ids) + len(self.tokenizer.end_ids) + 1:
@@ -214,7 +214,7 @@ class ClassifyObjective:
         return max(1, total // self.sampler.steps_per_epoch)
 
     def facts(self) -> dict[str, int]:
-        """Return the sizes of vocabulary and data, and how many of the held-out texts have their most frequent label."""
+        """Return the sizes of vocabulary and data, and how many held-out texts have their most frequent label."""
         return {
             "vocab_size": self.model.config.vocab_size,
             "labels": len(self.labels),
@@ -233,7 +233,7 @@ class ClassifyObjective:
         return [self._part(chosen[i : i + size], len(chosen), tokens) for i in range(0, len(chosen), size)]
 
     def loss(self, batch: Part) -> Tensor:
-        """Return the mean over the texts of a part, weighted by how many of the batch they are, and lm_coef's share."""
+        """Return the mean over the texts of a part, weighted by their share in the batch, and what lm_coef adds."""
         if self.encoder or not self.config.lm_coef:
             return F.cross_entropy(self._logits(batch), batch.labels) * batch.share
         y = self.model.encode(batch.ids)
