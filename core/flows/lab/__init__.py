@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "gradients": "portlm.flows.lab.gradients:Gradients",
     "retrieval": "portlm.flows.lab.retrieval:Retrieval",
     "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
+    "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
     "ladder": "portlm.flows.lab.ladder:Ladder",
 }
 
