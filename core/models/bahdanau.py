@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Embedding, Linear
-from portlm.models.recurrent import Layer
+from portlm.models.recurrent import CellLayer
 from portlm.models.recurrent_encoder_decoder import (
     Memory,
     PairConfig,
@@ -162,8 +162,8 @@ class Encoder(nn.Module):
         super().__init__()
         E, C, A = config.embed_width, config.width, config.alignment
         self.embed = Embedding(config.vocab_size, E)
-        self.forwards = Layer("gru", E, C)
-        self.backwards = Layer("gru", E, C, reverse=True)
+        self.forwards = CellLayer("gru", E, C)
+        self.backwards = CellLayer("gru", E, C, reverse=True)
         # U_a, by the half of h_j that it is multiplied with.
         self.forward_keys = Linear(C, A, bias=False)
         self.backward_keys = Linear(C, A, bias=False)
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         self.embed = Embedding(config.vocab_size, E)
         self.query = Linear(C, A, bias=False)  # W_a
         self.score = nn.Parameter(torch.empty(A))  # v_a
-        self.cell = Layer("gru", E + 2 * C, C)
+        self.cell = CellLayer("gru", E + 2 * C, C)
         # U_o, V_o and C_o side by side; the two rows that a maxout unit chooses between are R apart.
         self.deep = Linear(C + E + 2 * C, 2 * config.maxout, bias=True)
 

@@ -171,7 +171,7 @@ PARAMETERS = {  # by the paper's equations for its vocabulary of 10 000; later p
 }
 
 
-class Layer(nn.Module):
+class CellLayer(nn.Module):
     """One recurrent layer; gates in the order of torch.nn.
 
     Args:
@@ -219,6 +219,13 @@ class Layer(nn.Module):
         return new[0], tuple(state.squeeze(1) for state in new)
 
 
+class Layer(CellLayer):
+    """One layer of a recurrent language model."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config.cell, config.width, config.width)
+
+
 class Recurrent(nn.Module):
     """A recurrent language model with randomly initialised weights.
 
@@ -231,7 +238,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList([Layer(config.cell, config.width, config.width) for _ in range(config.n_layer)])
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.n_layer)])
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
         if init:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Embedding, Linear
-from portlm.models.recurrent import STATES, Layer
+from portlm.models.recurrent import STATES, CellLayer
 from portlm.models.recurrent_encoder_decoder import (
     Memory,
     PairConfig,
@@ -172,7 +172,7 @@ class Stack(nn.Module):
         C, self.dropout = config.width, config.dropout
         self.embed = Embedding(vocabulary, C)
         self.layers = nn.ModuleList(
-            [Layer(config.cell, C, C, bias=config.bias, reverse=reverse) for _ in range(config.n_layer)]
+            [CellLayer(config.cell, C, C, bias=config.bias, reverse=reverse) for _ in range(config.n_layer)]
         )
 
     def forward(self, ids: Tensor, mask: Tensor | None, states: Memory) -> tuple[Tensor, Memory]:
