@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # name -> "module:class", in the order of history; modules load when their experiment is asked for
 EXPERIMENTS = {
     "gradients": "portlm.flows.lab.gradients:Gradients",
+    "source-reversal": "portlm.flows.lab.source_reversal:SourceReversal",
+    "alignment": "portlm.flows.lab.alignment:Alignment",
 }
 
 
