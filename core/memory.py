@@ -43,7 +43,7 @@ def reads_singly(encoder: CallSpec) -> bool:
 
 
 def source_inputs(spec: CallSpec, sources: Sequence[Sequence[int]]) -> dict[str, Array]:
-    """Return the inputs of an encoder for token ids of B sources, each (B, S), also where it takes one token per call."""
+    """Return the inputs of an encoder for token ids of B sources, each (B, S), also where a call takes one token."""
     ids, mask = pad(sources)
     every = {
         "input_ids": ids,

@@ -43,8 +43,10 @@ if TYPE_CHECKING:
 @click.option("--threads", type=int, help="CPU threads (default: what suits each step).")
 @click.option("--allow-fallback", is_flag=True, help="Let the CPU run what the device cannot.")
 @click.option(
-    "--attention", type=click.Path(path_type=Path, dir_okay=False), metavar="PICTURE.png",
-    help="Draw what of the source was looked at for each token of the target: PNG, SVG or PDF. --json has it in figures.",
+    "--attention",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="PICTURE.png",
+    help="Draw what of the source each token of the target looks at: PNG, SVG or PDF. --json has the figures.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the texts.")
 def command(

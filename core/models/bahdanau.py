@@ -150,7 +150,7 @@ class BahdanauConfig(PairConfig):
 
 
 PRESETS = {"rnnsearch": BahdanauConfig()}
-# The paper prints no count: this is by the equations of appendix A, whose biases it leaves out, with those of torch.nn's
+# The paper prints no count: this is by the equations of its appendix, which leave biases out, with those of torch.nn's
 # GRU and of the maxout layer.
 PARAMETERS = {"rnnsearch": 80_420_000}
 

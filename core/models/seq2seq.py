@@ -90,7 +90,9 @@ class Seq2SeqConfig(PairConfig):
             )
         for token in (self.decoder_start_token_id, *self.eos_token_ids):
             if token >= self.target_vocab:
-                raise ConfigError(f"token {token} begins or ends targets, whose ids are below {self.target_vocab}")
+                raise ConfigError(
+                    f"token {token} begins or ends targets, whose ids are below {self.target_vocab}"
+                )
 
     @property
     def target_vocab(self) -> int:

@@ -70,7 +70,10 @@ def torch_layer(layer, bidirectional=False):
     }
     return lambda x, state: torch.func.functional_call(
         theirs,
-        {name: torch.zeros_like(p) if parts[name] is None else parts[name] for name, p in theirs.named_parameters()},
+        {
+            name: torch.zeros_like(p) if parts[name] is None else parts[name]
+            for name, p in theirs.named_parameters()
+        },
         (x, state),
     )
 
@@ -144,7 +147,7 @@ def test_float64_logits_loss_and_gradients_are_those_of_torch_nn(config):
     theirs = torch.autograd.grad(loss, list(model.parameters()))
     ours = model(source, target, wanted)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-12)
-    for (name, p), a, b in zip(
+    for (name, _), a, b in zip(
         model.named_parameters(), torch.autograd.grad(ours, list(model.parameters())), theirs, strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
@@ -172,14 +175,20 @@ def test_a_weighted_sum_of_pairs_is_the_loss_of_a_padded_batch(config):
         read, wanted = torch.full((3, 6), 5), torch.full((3, 6), -100)
         alone = []
         for row, (S, T) in enumerate(zip(lengths, targets, strict=True)):
-            one = tokens(config, 1, S, seed=row), tokens(config, 1, T, seed=row + 9), tokens(config, 1, T, seed=row + 20)
+            one = (
+                tokens(config, 1, S, seed=row),
+                tokens(config, 1, T, seed=row + 9),
+                tokens(config, 1, T, seed=row + 20),
+            )
             place = slice(7 - S, 7) if left else slice(0, S)
             source[row, place], mask[row, place] = one[0][0], 1
             read[row, :T], wanted[row, :T] = one[1][0], one[2][0]
             alone.append(model(*one) * T)
         together, apart = model(source, read, wanted, mask), sum(alone) / sum(targets)
         assert together.item() == pytest.approx(apart.item(), rel=1e-12)
-        for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (together, apart)), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(x, list(model.parameters())) for x in (together, apart)), strict=True
+        ):
             torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 
 
@@ -263,7 +272,7 @@ def test_seq2seq_begins_uniform_between_minus_and_plus_008():
     model = build(FAMILIES["seq2seq"].config_class()(vocab_size=300, width=50))
     values = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert values.abs().max() <= 0.08
-    # The deviation of a uniform distribution is its half width by the square root of 3; of 10^5 values it is within 1 %.
+    # A uniform distribution deviates by its half width over the square root of 3; of 10^5 values within 1 %.
     assert values.std().item() == pytest.approx(0.08 / 3**0.5, rel=0.01)
 
 
@@ -283,7 +292,9 @@ def test_bahdanau_begins_as_published_or_scaled():
         for name in ("decoder.query.weight", "encoder.forward_keys.weight", "encoder.backward_keys.weight"):
             assert parts[name].std().item() == pytest.approx(queries, rel=0.1)
         assert parts["decoder.score"].any().item() == (scheme == "scaled")
-        assert parts["lm_head.weight"].std().item() == pytest.approx(0.01 if scheme == "published" else 30**-0.5, rel=0.1)
+        assert parts["lm_head.weight"].std().item() == pytest.approx(
+            0.01 if scheme == "published" else 30**-0.5, rel=0.1
+        )
 
 
 @every_config

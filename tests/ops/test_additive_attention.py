@@ -14,7 +14,9 @@ from portlm.ops.additive_attention import (
 
 def ragged(sizes, rng):
     """Rows of sources that are padded on the left by different lengths, none of them wholly."""
-    return {"mask": (np.arange(sizes["S"]) >= np.arange(sizes["batch"])[:, None] % sizes["S"]).astype(np.int64)}
+    return {
+        "mask": (np.arange(sizes["S"]) >= np.arange(sizes["batch"])[:, None] % sizes["S"]).astype(np.int64)
+    }
 
 
 MATRIX = {
@@ -43,7 +45,9 @@ def left_mask(B, S):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(3, 2, 7, 21, 18), (1, 1, 1, 1, 1), (2, 5, 33, 130, 65), (0, 1, 3, 4, 5), (2, 0, 3, 4, 5)], ids=str
+    "sizes",
+    [(3, 2, 7, 21, 18), (1, 1, 1, 1, 1), (2, 5, 33, 130, 65), (0, 1, 3, 4, 5), (2, 0, 3, 4, 5)],
+    ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 def test_additive_attention_is_as_accurate_as_pytorch(sizes, masked, as_accurate):
@@ -84,13 +88,13 @@ def test_the_gradient_of_one_result_alone_is_that_of_the_reference(place):
     given = [t.requires_grad_() for t in arguments()]
     exact = [t.detach().double().requires_grad_() for t in given]
     wanted = [0, 1, 2, 3] if place == 0 else [0, 1, 3]
-    ours = torch.autograd.grad(
-        additive_attention(*given)[place].square().sum(), [given[i] for i in wanted]
-    )
+    ours = torch.autograd.grad(additive_attention(*given)[place].square().sum(), [given[i] for i in wanted])
     theirs = torch.autograd.grad(
         additive_attention_reference(*exact)[place].square().sum(), [exact[i] for i in wanted]
     )
-    for a, b in zip(ours, theirs, strict=True):  # float32 against float64: sums of some hundred terms of order 1
+    for a, b in zip(
+        ours, theirs, strict=True
+    ):  # float32 against float64: sums of some hundred terms of order 1
         torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
 
 

@@ -234,7 +234,9 @@ def test_a_manifest_says_what_the_decoder_is_given(artifacts, family):
         assert all(s.update == "replace" for s in given)
     elif family == "bahdanau":
         assert {s.name for s in given if s.update == "replace"} == {"hidden"}
-        assert {s.name for s in given if s.update == "constant"} == made - {"hidden"} | {"encoder_attention_mask"}
+        assert {s.name for s in given if s.update == "constant"} == made - {"hidden"} | {
+            "encoder_attention_mask"
+        }
     else:
         assert names[0] == "encoder_attention_mask"
         assert all(s.update == "constant" for s in given)
@@ -253,8 +255,10 @@ def test_an_empty_source_and_none_are_refused(open_on, family):
     session = open_on(family, "torch:cpu:native")
     with pytest.raises(UsageError, match="reads a source before it writes, and it was given none"):
         read_sources(session.engine, [()])
-    with pytest.raises(UsageError, match="no end-of-text|needs|empty|prompt"):
-        session.translate([[]])
+    for given, words in (([[]], "prompt 0"), (["x", ""], "prompt 1"), ("", "the prompt")):
+        for verb in (session.translate, session.generate):
+            with pytest.raises(UsageError, match=f"{words} is empty, and this model reads a source"):
+                verb(given)
 
 
 # ---- what a model looks at ----------------------------------------------------------------------------------------
@@ -293,7 +297,9 @@ def test_the_command_draws_what_was_looked_at_and_says_it_in_figures(checkpoints
     pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install portlm[report]")
     picture, folder = tmp_path / "alignment.png", str(checkpoints["bahdanau"])
     given = [folder, "-e", "torch", "-n", "5", "--attention", str(picture), "--json"]
-    answer = json.loads(CliRunner().invoke(command, given, input="A house.\n$x_\n", catch_exceptions=False).stdout)
+    answer = json.loads(
+        CliRunner().invoke(command, given, input="A house.\n$x_\n", catch_exceptions=False).stdout
+    )
     assert picture.read_bytes()[:4] == b"\x89PNG"
     session = open_on("bahdanau", "torch:cpu:native")
     for source, found in zip(("A house.", "$x_"), answer["translations"], strict=True):

@@ -1,8 +1,8 @@
 """Attention against one vector: strings of symbols, to be written in reverse.
 
-Without attention, all that the decoder has of a source is a state of fixed size, and long strings do not fit in it. With
-it, the decoder looks at what it needs, and where it looks is the alignment: for a string that is written in reverse, the
-anti-diagonal of the matrix.
+Without attention, all that the decoder has of a source is a state of fixed size, and long strings do not fit in it.
+With it, the decoder looks at what it needs, and where it looks is the alignment: for a string that is written in
+reverse, the anti-diagonal of the matrix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _STEPS, _ROWS = 700, 64
 _JUDGED = 200  # strings of each length
 _LENGTHS = (12, 18)
 
-Pairs = tuple[Tensor, Tensor, Tensor, Tensor]  # source, what is read and what is to be said of the target, mask of the source
+Pairs = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # source, what is read and what is to be said of the target, mask of the source
 
 
 def pairs(rng: np.random.Generator, lengths: np.ndarray, *, reverse: bool) -> Pairs:
@@ -79,7 +81,9 @@ class Alignment:
     """Two encoder-decoders of GRUs, with and without attention, that learn to reverse strings."""
 
     name: ClassVar[str] = "alignment"
-    shows: ClassVar[str] = "A decoder that looks back at its source reverses strings that one vector cannot hold."
+    shows: ClassVar[str] = (
+        "A decoder that looks back at its source reverses strings that one vector cannot hold."
+    )
     source: ClassVar[str] = "Bahdanau, Cho and Bengio, 2015"
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)
     bars: ClassVar[tuple[Bar, ...]] = (
@@ -98,12 +102,19 @@ class Alignment:
         }
         models: dict[str, Any] = {
             "attention": fresh(
-                BahdanauConfig(**shared, embed_width=96, width=96, alignment=96, maxout=96, init="scaled"), seed
+                BahdanauConfig(**shared, embed_width=96, width=96, alignment=96, maxout=96, init="scaled"),
+                seed,
             ),
             # As many parameters, and the order in which the first symbol to write is the last that was read.
             "plain": fresh(
                 Seq2SeqConfig(
-                    **shared, cell="gru", n_layer=1, width=192, bias=True, reverse_source=False, init_range=0.08
+                    **shared,
+                    cell="gru",
+                    n_layer=1,
+                    width=192,
+                    bias=True,
+                    reverse_source=False,
+                    init_range=0.08,
                 ),
                 seed,
             ),
@@ -112,7 +123,12 @@ class Alignment:
         for name, model in models.items():
             data = batches(seeded(seed), _ROWS, _SHORTEST, _LONGEST, reverse=True)
             losses = fit(
-                model, data, _STEPS, weight_decay=0.0, loss=lambda batch, model=model: model(*batch), tell=tell
+                model,
+                data,
+                _STEPS,
+                weight_decay=0.0,
+                loss=lambda batch, model=model: model(*batch),
+                tell=tell,
             )
             found["curves"][name] = mean_curve(losses)
             found[f"parameters_{name}"] = parameters(model)

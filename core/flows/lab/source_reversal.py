@@ -1,8 +1,8 @@
 """Reading a source from its end: what Sutskever et al. found to help an encoder-decoder without attention.
 
-The task is to copy a string. In its own order, every symbol is as far from its copy as the string is long. Read from its
-end, the average distance is the same, but the first symbols are near to their copies: short dependencies, from which
-training finds its way to the long ones.
+The task is to copy a string. In its own order, every symbol is as far from its copy as the string is long. Read from
+its end, the average distance is the same, but the first symbols are near to their copies: short dependencies, from
+which training finds its way to the long ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class SourceReversal:
     """The same LSTM encoder-decoder, which reads its sources in either order, learns to copy strings."""
 
     name: ClassVar[str] = "source-reversal"
-    shows: ClassVar[str] = "An encoder-decoder without attention learns faster if it reads its source from the end."
+    shows: ClassVar[str] = (
+        "An encoder-decoder without attention learns faster if it reads its source from the end."
+    )
     source: ClassVar[str] = "Sutskever, Vinyals and Le, 2014"
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)
     bars: ClassVar[tuple[Bar, ...]] = (Bar("gain", ">", 0.0),)
@@ -47,7 +49,12 @@ class SourceReversal:
             model: Any = fresh(config, seed)
             data = batches(seeded(seed), _ROWS, _SHORTEST, _LONGEST, reverse=False)
             losses = fit(
-                model, data, _STEPS, weight_decay=0.0, loss=lambda batch, model=model: model(*batch), tell=tell
+                model,
+                data,
+                _STEPS,
+                weight_decay=0.0,
+                loss=lambda batch, model=model: model(*batch),
+                tell=tell,
             )
             found["curves"][name] = mean_curve(losses)
             with torch.no_grad():
