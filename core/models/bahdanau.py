@@ -289,7 +289,7 @@ class Bahdanau(RecurrentEncoderDecoder):
         also says what it looked at, alpha.
         """
         C, A, V = self.config.width, self.config.alignment, self.config.vocab_size
-        widths = {"forward": C, "backward": C, "forward_keys": A, "backward_keys": A}
+        widths = {"forward_states": C, "backward_states": C, "forward_keys": A, "backward_keys": A}
         state = ("batch", C)
 
         def encode(
