@@ -195,6 +195,10 @@ FAMILIES = {
     "awd_lstm": Family("portlm.models.awd_lstm", "AWDLSTMConfig", "AWDLSTM", "recurrent", foreign=False),
     "elmo": Family("portlm.models.elmo", "ElmoConfig", "Elmo", "bidirectional", foreign=False),
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
+    "seq2seq": Family("portlm.models.seq2seq", "Seq2SeqConfig", "Seq2Seq", "encoder-decoder", foreign=False),
+    "bahdanau": Family(
+        "portlm.models.bahdanau", "BahdanauConfig", "Bahdanau", "encoder-decoder", foreign=False
+    ),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
