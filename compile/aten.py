@@ -21,7 +21,7 @@ IDENTITIES = frozenset(
 _VIEWS = ("_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view", "view_as")
 # Operators that may be given extents which are only known when the graph runs: they are read from the shapes.
 SIZED = frozenset(f"aten::{name}" for name in (*_VIEWS, "chunk", "split", "split_with_sizes"))
-_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
+_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "Max"}
 _UNARY = {"exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt", "tanh": "Tanh"}
 
 # What to do instead of operators that models are known to use.

@@ -3,7 +3,8 @@
 Rows of like length are read together, padded on their right, so little is computed of padding, and neither it nor the
 neighbours change what a row says. A head whose inputs are called like outputs of the encoder reads those; one that
 takes tokens reads these. An encoder whose graph has no loop takes one token per call (portlm.memory); what it says of a
-token in each direction is put side by side: `backward_x` behind `x`, under the name x.
+token in each direction is put side by side: `backward_x` behind `x`, under the name x. A head of a decoder continues
+texts as the decoder does (portlm.rows) and is asked at the last token of each, which alone has seen all others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from portlm.engine import Array, CallSpec, Engine, Ids
 from portlm.errors import PortlmError, UsageError
 from portlm.memory import BACKWARD, ENCODER, read_singly, reads_singly
 from portlm.roles import TensorSpec
-from portlm.rows import LOGITS_PER_CALL
+from portlm.rows import KNOWN, LOGITS_PER_CALL, Rows
 
 MADE_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -53,6 +54,12 @@ class Reader:
                 f"this model cannot {to_do}: that takes a model with {role}, and this one has {known}"
             )
         self._engine, self._role = engine, role
+        self.outputs = engine.roles[role].outputs
+        self._causal = _continues_texts(engine.roles[role])
+        if self._causal:
+            self._steps, (logits,) = [role], self.outputs
+            self.outputs = (TensorSpec(logits.name, logits.dtype, (logits.shape[0], logits.shape[2])),)
+            return
         steps = [role] if _reads_tokens(engine.roles[role]) else [ENCODER, role]
         if len(steps) == 2 and not _follows(engine, role):
             raise UsageError(f"this model cannot {to_do}: its {role} takes what no encoder of it gives")
@@ -75,6 +82,9 @@ class Reader:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
+            if self._causal:
+                yield from zip(numbers, self._continue([rows[i] for i in numbers]), strict=True)
+                continue
             found = self._call([rows[i] for i in numbers])
             for place, i in enumerate(numbers):
                 yield i, self._without_padding(found, place, len(rows[i].ids))
@@ -112,6 +122,12 @@ class Reader:
             ]
             yield i, np.concatenate(parts)[:, 0]
 
+    def _continue(self, rows: Sequence[Row]) -> Iterator[Outputs]:
+        """What a role that continues texts says at the last token of each row."""
+        logits = Rows(self._engine, len(rows), self._role).read_texts([row.ids for row in rows])
+        check_finite(self._engine, self._role, {"logits": logits})
+        return ({"logits": row} for row in logits)
+
     def _call(self, rows: Sequence[Row]) -> Outputs:
         known = tensors_of(rows)
         for role in self._steps:
@@ -144,13 +160,18 @@ def call(engine: Engine, role: str, known: Outputs) -> Outputs:
     else:
         rows = len(next(iter(wanted.values())))
         found, _ = engine.run(role, wanted, engine.start(role, rows))
+    check_finite(engine, role, found)
+    return found
+
+
+def check_finite(engine: Engine, role: str, found: Outputs) -> None:
+    """Raise PortlmError if an output of a role holds NaN or infinity."""
     for name, value in found.items():
         if not np.isfinite(value).all():
             raise PortlmError(
                 f"{engine.name}:{engine.device}: the {name} of {role} are not numbers: check the weights for NaN or "
                 "infinity"
             )
-    return found
 
 
 def tensors_of(rows: Sequence[Row]) -> dict[str, Ids]:
@@ -171,6 +192,16 @@ def _reads_tokens(spec: CallSpec) -> bool:
     names = {item.name.removeprefix(BACKWARD) for item in spec.inputs}
     singly = reads_singly(spec) and all(item.initial == "zeros" for item in spec.state)
     return names <= {*MADE_OF_TOKENS} and (singly or not spec.state)
+
+
+def _continues_texts(spec: CallSpec) -> bool:
+    """Whether a role takes tokens and a state that they grow, and gives logits for each."""
+    return (
+        bool(spec.state)
+        and all(state.initial != "given" for state in spec.state)
+        and {item.name for item in spec.inputs} <= {*KNOWN}
+        and [(item.name, len(item.shape)) for item in spec.outputs] == [("logits", 3)]
+    )
 
 
 def _follows(engine: Engine, role: str) -> bool:

@@ -24,6 +24,7 @@ OBJECTIVES = {
     "bidirectional": "portlm.train.objectives.bidirectional:BidirectionalObjective",
     "span": "portlm.train.objectives.span:SpanObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
+    "classify": "portlm.train.objectives.classify:ClassifyObjective",
 }
 
 
