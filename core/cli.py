@@ -24,6 +24,7 @@ VERBS = {
     "doctor": ("doctor", "List every engine and device: available, or why not and what adds it."),
     "tokenizer": ("tokenizer", "Train a tokenizer."),
     "pretrain": ("pretrain", "Train a language model on text files."),
+    "finetune": ("finetune", "Train a classifier on texts with labels, from a checkpoint or afresh."),
     "import": ("import_", "Turn a Hugging Face folder into a portlm checkpoint."),
     "export": ("export", "Write a checkpoint as ONNX or as a Hugging Face folder."),
     "compile": ("compile", "Compile an exported model for an engine and a device."),
