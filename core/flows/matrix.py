@@ -221,7 +221,7 @@ def variants(family: str) -> list[Config]:
     from portlm.models.encoder_config import LABELLED
 
     return [
-        replace(config, heads=heads, labels=("a", "b", "c") if {*heads} & {*LABELLED} else ())  # type: ignore[type-var]
+        replace(config, heads=heads, labels=("a", "b", "c") if {*heads} & {*LABELLED} else ())
         for heads in dict.fromkeys(architectures.values())
     ]
 
