@@ -221,7 +221,7 @@ def variants(family: str) -> list[Config]:
     from portlm.models.encoder_config import LABELLED
 
     return [
-        replace(config, heads=heads, labels=("a", "b", "c") if {*heads} & {*LABELLED} else ())  # type: ignore[type-var]
+        replace(config, heads=heads, labels=("a", "b", "c") if {*heads} & {*LABELLED} else ())
         for heads in dict.fromkeys(architectures.values())
     ]
 
@@ -247,11 +247,13 @@ def random_model(config: Config, seed: int) -> Model:
 
 def presets(family: str) -> Iterator[Preset]:
     """Count the parameters of every published size of a family, without allocating any."""
-    from portlm.models import build as make
+    import torch
 
-    expected = FAMILIES[family].parameters()
-    for name, config in FAMILIES[family].presets().items():
-        yield Preset(family, name, make(config, "meta").num_parameters(), expected[name])
+    entry, expected = FAMILIES[family], FAMILIES[family].parameters()
+    for name, config in entry.presets().items():
+        with torch.device("meta"):
+            model = entry.model_class()(config, init=False)
+        yield Preset(family, name, model.num_parameters(), expected[name])
 
 
 def _measured(

@@ -1,5 +1,6 @@
 """The matrix measures every role on every engine, keeps what it has, and hides neither a refusal nor a difference."""
 
+import dataclasses
 import json
 
 import pytest
@@ -103,14 +104,14 @@ def test_what_a_compiler_refuses_is_shown_with_its_reason(tmp_path, monkeypatch)
 
 
 def test_an_engine_that_gives_another_answer_differs(tmp_path, monkeypatch):
-    """A weight is moved in the answer's file alone: what was right before is a difference then."""
+    """What the model answered is moved for one engine: what it gives is a difference then."""
     from portlm.compile import parity
 
     measure_engine = parity.measure
 
     def moved(engine, answer, role="decoder"):
         if engine.name == "packed":
-            answer.logits[:] += 1
+            answer = dataclasses.replace(answer, logits=answer.logits + 1)
         return measure_engine(engine, answer, role)
 
     monkeypatch.setattr(parity, "measure", moved)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from portlm.flows.lab.experiment import Bar
-from portlm.flows.lab.fitting import bits_per_token, fit, fresh, mean_curve, rows_of, seeded, windows
+from portlm.flows.lab.fitting import bits_per_token, fit, fresh, mean_curve, named, rows_of, seeded, windows
 from portlm.flows.lab.kneser_ney import KneserNey
 from portlm.models import Config
 from portlm.models.gpt2 import GPT2Config
@@ -40,7 +40,8 @@ _MODELS: dict[str, Config] = {
 
 def brackets(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a text (count,) and the bits of each of its tokens under what generates it, (count,)."""
-    tokens, bits, stack = np.empty(count, np.int64), np.empty(count), []
+    tokens, bits = np.empty(count, np.int64), np.empty(count)
+    stack: list[int] = []
     draws = generator.random((count, 2))
     kinds = generator.integers(0, KINDS, count)
     for t in range(count):
@@ -93,7 +94,7 @@ class Brackets:
             network = fresh(config, seed)
             losses = fit(
                 network, windows(generator, train, 48, _LENGTH), _STEPS, lr=4e-3,
-                tell=lambda text, name=name: tell(f"{name}: {text}"),
+                tell=named(tell, name),
             )  # fmt: skip
             figures[name] = bits_per_token(network, inputs, targets)
             figures["curves"][name] = [value / math.log(2) for value in mean_curve(losses)]

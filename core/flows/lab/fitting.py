@@ -145,6 +145,11 @@ def accuracy(model: Model, inputs: Tensor, targets: Tensor, rows: int = 64) -> f
     return right / count
 
 
+def named(tell: Callable[[str], None], name: str) -> Callable[[str], None]:
+    """Return what takes a line and tells it with a name before it."""
+    return lambda text: tell(f"{name}: {text}")
+
+
 def parameters(model: nn.Module | Model) -> int:
     """Return the number of parameters, a shared one counted once."""
     return sum(p.numel() for p in model.parameters())

@@ -22,6 +22,7 @@ from portlm.flows.lab.fitting import (
     fit,
     fresh,
     mean_curve,
+    named,
     parameters,
     rows_of,
     seeded,
@@ -91,7 +92,7 @@ class Ladder:
             figures["parameters"][name] = parameters(model)
             losses = fit(
                 model, windows(generator, train, _ROWS, _LENGTH), _STEPS, lr=lr,
-                tell=lambda text, name=name: tell(f"{name}: {text}"),
+                tell=named(tell, name),
             )  # fmt: skip
             figures[name] = bits_per_token(model, inputs, targets)
             figures["curves"][name] = [value / math.log(2) for value in mean_curve(losses)]

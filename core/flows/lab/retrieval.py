@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from portlm.flows.lab.experiment import Bar
-from portlm.flows.lab.fitting import Batch, accuracy, fit, fresh, mean_curve, parameters, seeded
+from portlm.flows.lab.fitting import Batch, accuracy, fit, fresh, mean_curve, named, parameters, seeded
 from portlm.models import Config
 from portlm.models.llama import LlamaConfig
 from portlm.models.recurrent import RecurrentConfig
@@ -72,13 +72,13 @@ class Retrieval:
     def run(self, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
         """Measure how often the next token is right in each turn of the block, on 1000 rows that none has seen."""
         tokens, turns = repeats(seeded(seed, stream=1), 1000)
-        inputs, figures = tokens[:, :-1], {"curves": {}}
-        sizes = {}
+        inputs, sizes = tokens[:, :-1], {}
+        figures: dict[str, Any] = {"curves": {}}
         for name, (config, lr) in _MODELS.items():
             model = fresh(config, seed)
             sizes[name] = parameters(model)
             losses = fit(
-                model, _batches(seeded(seed)), _STEPS, lr=lr, warmup=100, tell=lambda text, n=name: tell(f"{n}: {text}")
+                model, _batches(seeded(seed)), _STEPS, lr=lr, warmup=100, tell=named(tell, name)
             )  # fmt: skip
             for turn, what in enumerate(("1st", "2nd", "3rd")):
                 asked = torch.where(turns[:, 1:] == turn, tokens[:, 1:], -100)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from portlm.flows.lab.experiment import Bar
-from portlm.flows.lab.fitting import fit, fresh, seeded, windows
+from portlm.flows.lab.fitting import fit, fresh, named, seeded, windows
 from portlm.flows.lab.kneser_ney import KneserNey
 from portlm.models import Config, Model
 from portlm.models.nplm import NPLMConfig
@@ -105,7 +105,7 @@ class UnseenPairs:
             model = fresh(config, seed)
             fit(
                 model, windows(generator, text, 32, _LENGTH), _STEPS, lr=lr, weight_decay=0.3,
-                tell=lambda text, name=name: tell(f"{name}: {text}"),
+                tell=named(tell, name),
             )  # fmt: skip
             figures[name] = _right(_ask(model, questions), classes)
             figures[f"{name}_lead"] = figures[name] - figures["kn5"]
