@@ -2,8 +2,9 @@
 
 Rows of like length are read together, padded on their right, so little is computed of padding, and neither it nor the
 neighbours change what a row says. A head whose inputs are called like outputs of the encoder reads those; one that
-takes tokens reads these. A head of a decoder continues texts as the decoder does (portlm.rows) and is asked at the last
-token of each, which alone has seen all others.
+takes tokens reads these. An encoder whose graph has no loop takes one token per call (portlm.memory); what it says of a
+token in each direction is put side by side: `backward_x` behind `x`, under the name x. A head of a decoder continues
+texts as the decoder does (portlm.rows) and is asked at the last token of each, which alone has seen all others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,10 @@ import numpy as np
 
 from portlm.engine import Array, CallSpec, Engine, Ids
 from portlm.errors import PortlmError, UsageError
+from portlm.memory import BACKWARD, ENCODER, read_singly, reads_singly
 from portlm.roles import TensorSpec
 from portlm.rows import KNOWN, LOGITS_PER_CALL, Rows
 
-ENCODER = "encoder"
 MADE_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 Outputs = dict[str, Array]
@@ -63,6 +64,7 @@ class Reader:
         if len(steps) == 2 and not _follows(engine, role):
             raise UsageError(f"this model cannot {to_do}: its {role} takes what no encoder of it gives")
         self._steps = steps
+        self.outputs = _joined_specs(engine.roles[role].outputs)
 
     def read(self, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[int, Outputs]]:
         """Read texts, the longest first.
@@ -129,12 +131,14 @@ class Reader:
     def _call(self, rows: Sequence[Row]) -> Outputs:
         known = tensors_of(rows)
         for role in self._steps:
-            known |= call(self._engine, role, known)
+            known |= _joined(call(self._engine, role, known))
         return {item.name: known[item.name] for item in self.outputs}
 
     def _without_padding(self, found: Outputs, place: int, length: int) -> Outputs:
+        taken = [item for role in self._steps for item in self._engine.roles[role].inputs]
+        given = {item.name for item in self._engine.roles[self._steps[0]].outputs if len(item.shape) > 2}
         tokens = {
-            item.shape[1] for item in self._engine.roles[self._steps[0]].inputs if item.name == "input_ids"
+            item.shape[1] for item in taken if item.name in {"input_ids", *given} and len(item.shape) > 1
         }
         return {
             item.name: found[item.name][place, :length]
@@ -145,14 +149,17 @@ class Reader:
 
 
 def call(engine: Engine, role: str, known: Outputs) -> Outputs:
-    """Call a role without state on those of the tensors that it takes.
+    """Call a role on those of the tensors that it takes; one with a state goes through them token by token.
 
     Raises:
         PortlmError: an output holds NaN or infinity.
     """
     wanted = {item.name: known[item.name] for item in engine.roles[role].inputs}
-    rows = len(next(iter(wanted.values())))
-    found, _ = engine.run(role, wanted, engine.start(role, rows))
+    if engine.roles[role].state:
+        found = read_singly(engine, role, wanted)
+    else:
+        rows = len(next(iter(wanted.values())))
+        found, _ = engine.run(role, wanted, engine.start(role, rows))
     check_finite(engine, role, found)
     return found
 
@@ -168,7 +175,7 @@ def check_finite(engine: Engine, role: str, found: Outputs) -> None:
 
 
 def tensors_of(rows: Sequence[Row]) -> dict[str, Ids]:
-    """Return what a role may take for some rows, (B, T of the longest) each, padded on the right."""
+    """Return what a role may take for some rows, (B, T of the longest) each, padded on the right; and all backwards."""
     B, T = len(rows), max(len(row.ids) for row in rows)
     ids, types, mask = (np.zeros((B, T), np.int64) for _ in range(3))
     for b, row in enumerate(rows):
@@ -176,11 +183,15 @@ def tensors_of(rows: Sequence[Row]) -> dict[str, Ids]:
         types[b, : len(row.types)] = row.types
         mask[b, : len(row.ids)] = 1
     positions = np.tile(np.arange(T), (B, 1))
-    return dict(zip(MADE_OF_TOKENS, (ids, mask, types, positions), strict=True))
+    known = dict(zip(MADE_OF_TOKENS, (ids, mask, types, positions), strict=True))
+    return known | {BACKWARD + name: np.ascontiguousarray(value[:, ::-1]) for name, value in known.items()}
 
 
 def _reads_tokens(spec: CallSpec) -> bool:
-    return not spec.state and {item.name for item in spec.inputs} <= {*MADE_OF_TOKENS}
+    """Whether a role takes what is made of tokens alone: all of them, or one per call from an empty state on."""
+    names = {item.name.removeprefix(BACKWARD) for item in spec.inputs}
+    singly = reads_singly(spec) and all(item.initial == "zeros" for item in spec.state)
+    return names <= {*MADE_OF_TOKENS} and (singly or not spec.state)
 
 
 def _continues_texts(spec: CallSpec) -> bool:
@@ -196,5 +207,29 @@ def _continues_texts(spec: CallSpec) -> bool:
 def _follows(engine: Engine, role: str) -> bool:
     """Whether the encoder reads tokens, and gives all that the role takes."""
     encoder, spec = engine.roles.get(ENCODER), engine.roles[role]
-    given = {item.name for item in encoder.outputs} if encoder and _reads_tokens(encoder) else set()
+    reads = encoder is not None and _reads_tokens(encoder)
+    given = {item.name for item in _joined_specs(encoder.outputs)} if encoder and reads else set()
     return not spec.state and {item.name for item in spec.inputs} <= given
+
+
+def _joined(found: Outputs) -> Outputs:
+    """Put what was read backwards behind what has its name without the prefix."""
+    return {
+        name: np.concatenate((value, found[BACKWARD + name]), axis=-1) if BACKWARD + name in found else value
+        for name, value in found.items()
+        if name.removeprefix(BACKWARD) == name or name.removeprefix(BACKWARD) not in found
+    }
+
+
+def _joined_specs(outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The same of their descriptions."""
+    widths = {item.name: item.shape[-1] for item in outputs}
+    joined = []
+    for item in outputs:
+        other, width = widths.get(BACKWARD + item.name), item.shape[-1]
+        if item.name.startswith(BACKWARD) and item.name.removeprefix(BACKWARD) in widths:
+            continue
+        if isinstance(other, int) and isinstance(width, int):
+            item = TensorSpec(item.name, item.dtype, (*item.shape[:-1], width + other))
+        joined.append(item)
+    return tuple(joined)

@@ -17,8 +17,9 @@ from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
 
 OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
+# Kinds of families that are trained in ways of their own, and by these alone.
+OF_KIND = {"encoder-decoder": OF_TWO, "bidirectional": ("bidirectional",)}
 BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
-SEQ2SEQ = [name for name, family in FAMILIES.items() if family.kind == "encoder-decoder"]
 
 __all__ = [
     "CheckpointSettings",
@@ -251,16 +252,8 @@ class PretrainConfig(RunConfig):
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
         require_range("lm_coef", self.lm_coef, 0)
         self._check_init()
-        translates, pairs = self.objective in OF_TWO, self.objective == "seq2seq"
-        if translates != (FAMILIES[self.model.family].kind == "encoder-decoder"):
-            wanted = (
-                f"objective = {' or '.join(OF_TWO)}"
-                if not translates
-                else f"model.family = {' or '.join(SEQ2SEQ)}"
-            )
-            raise ConfigError(
-                f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
-            )
+        pairs = self.objective == "seq2seq"
+        _check_kind(self.objective, self.model.family)
         if not pairs and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
@@ -281,3 +274,17 @@ class PretrainConfig(RunConfig):
     def tokens_per_step(self) -> int:
         """Tokens that one optimiser step learns from."""
         return self.data.batch_size * self.data.accumulate * self.model.context_length
+
+
+def _check_kind(objective: str, family: str) -> None:
+    """Refuse an objective that is not for the kind of a family."""
+    kind = FAMILIES[family].kind
+    takes = next((kind for kind, own in OF_KIND.items() if objective in own), None)
+    if takes == kind or (takes is None and kind not in OF_KIND):
+        return
+    if kind in OF_KIND:
+        wanted = f"objective = {' or '.join(OF_KIND[kind])}"
+    else:
+        families = [name for name, row in FAMILIES.items() if row.kind == takes]
+        wanted = f"model.family = {' or '.join(families)}"
+    raise ConfigError(f"objective {objective} is not for the family {family}: set {wanted}")
