@@ -107,9 +107,11 @@ def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Ca
         if role not in specs:
             raise FormatError(f"{path}: holds the answer of a {role}, which the model does not have")
         if continues_text(specs[role]):
-            found[role] = _read_decoder(path, tensors, {}, manifest)
+            found[role] = _read_decoder(path, tensors, {}, specs[role], manifest)
         elif role == DECODER and "cuts" in tensors and reads_sources(specs):
-            found[role] = _read_decoder(path, tensors, _take_source(path, tensors, specs), manifest)
+            found[role] = _read_decoder(
+                path, tensors, _take_source(path, tensors, specs), specs[role], manifest
+            )
         else:
             found[role] = _read_calls(path, tensors, specs[role], manifest)
     if missing := [role for role in specs if role not in found]:
@@ -152,8 +154,13 @@ def _take_source(
 
 
 def _read_decoder(
-    path: Path, tensors: dict[str, np.ndarray], source: dict[str, np.ndarray], manifest: Manifest
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    source: dict[str, np.ndarray],
+    spec: CallSpec,
+    manifest: Manifest,
 ) -> Reference:
+    """The answer of a role that continues a text: of each token, or of what a head says of it."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
     if dtypes != dict.fromkeys(("input_ids", "attention_mask", "cuts", "greedy"), "int64") | {
@@ -167,13 +174,15 @@ def _read_decoder(
         tuple(int(cut) for cut in tensors["cuts"].ravel()),
     )
     vocab, context = manifest.model.vocab_size, manifest.model.context_length
+    width = next(item.shape[-1] for item in spec.outputs if item.name == "logits")
+    answers = width if isinstance(width, int) else vocab
     if (
         ids.ndim != 2
         or shapes["attention_mask"] != ids.shape
         or not np.isin(mask, (0, 1)).all()
         or not ((ids >= 0) & (ids < vocab)).all()
         or not (tensors["margins"] >= 0).all()
-        or shapes["logits"] != (int(mask.sum()), vocab)
+        or shapes["logits"] != (int(mask.sum()), answers)
         or tensors["greedy"].ndim != 2
         or len(tensors["greedy"]) != len(ids)
         or shapes["margins"] != shapes["greedy"]

@@ -1,6 +1,6 @@
 """Pretraining pays where labels are few: the same model, fine-tuned, with its head trained alone, or trained afresh.
 
-A text is 24 of 64 letters. Each of six topics has a map from a letter to the one that usually follows it; a text has
+A text is 16 of 32 letters. Each of six topics has a map from a letter to the one that usually follows it; a text has
 one topic and follows its map, but for a letter now and then. Its label is whether the topic is of the first three or
 else the first letter is an even one, and not both: neither the topic nor the letter says anything of it alone. Texts
 without labels teach what topics are, which a few hundred labels cannot; that the two belong together only labels can
@@ -23,13 +23,13 @@ from portlm.train.config import PretrainConfig
 from portlm.train.finetune import PRESET, finetune
 from portlm.train.pretrain import pretrain
 
-_LETTERS = np.array([*string.ascii_letters, *string.digits, "+", "/"])
-_TOPICS, _LENGTH = 6, 24
-_FOLLOWS = 0.85  # how often a letter is the one that the topic's map says
+_LETTERS = np.array([*string.ascii_lowercase, *string.digits][:32])
+_TOPICS, _LENGTH = 6, 16
+_FOLLOWS = 0.95  # how often a letter is the one that the topic's map says
 _UNLABELLED, _JUDGED = 20_000, 500
-_STEPS = {300: 150, 2000: 300}  # by number of labels
-_PRETRAINING = 500
-_SHAPE = {"family": "gpt2", "n_layer": 3, "n_head": 4, "width": 64, "context_length": 28}
+_STEPS = {300: 300, 2000: 700}  # by number of labels
+_PRETRAINING = 800
+_SHAPE = {"family": "gpt2", "n_layer": 2, "n_head": 4, "width": 64, "context_length": 20}
 _WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "head": {"layers.freeze": "backbone", "optimizer.lr": 1e-2},
@@ -38,7 +38,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 
 
 class Pretraining:
-    """A GPT of three layers on 300 and on 2000 labels: fine-tuned, frozen under a new head, and from scratch."""
+    """A GPT of two layers on 300 and on 2000 labels: fine-tuned, frozen under a new head, and from scratch."""
 
     name: ClassVar[str] = "pretraining-pays"
     shows: ClassVar[str] = (
@@ -132,7 +132,7 @@ def _pretraining(texts: Path, seed: int) -> PretrainConfig:
         PretrainConfig,
         overrides=[
             *(("model." + key, value) for key, value in _SHAPE.items()),
-            ("data.texts", [str(texts)]), ("data.batch_size", 32), ("data.validation_fraction", 0.02),
+            ("data.texts", [str(texts)]), ("data.batch_size", 48), ("data.validation_fraction", 0.02),
             ("steps", _PRETRAINING), ("seed", seed), ("optimizer.lr", 3e-3), ("threads", 1),
             ("evaluation.interval", _PRETRAINING), ("evaluation.max_tokens", 5_000), ("evaluation.sample_tokens", 0),
             ("checkpoint.interval", _PRETRAINING),
@@ -149,6 +149,7 @@ def _tuning(
         overrides=[
             ("data.texts", [str(labelled)]), ("data.held_out", str(judged)),
             ("steps", steps), ("seed", seed), ("optimizer.lr", 1e-3), ("schedule.warmup", 0.1), ("threads", 1),
+            ("lm_coef", 0.0),
             ("evaluation.interval", steps), ("evaluation.sample_tokens", 0), ("checkpoint.interval", steps),
             *changes.items(),
         ],
