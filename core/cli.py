@@ -37,6 +37,7 @@ VERBS = {
     "fill": ("fill", "Guess what a mask in a text stands for."),
     "translate": ("translate", "Write the target of each line, with a model that reads a source first."),
     "bench": ("bench", "Measure prefill, decode, load and memory of every engine."),
+    "lab": ("lab", "Repeat what papers claim at a size of minutes, each figure beside its bar."),
     "ops": ("ops", "Print the table of fused operations and the forms they have."),
 }
 
