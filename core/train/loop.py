@@ -31,7 +31,7 @@ from portlm.train.plot import plot_loss
 from portlm.train.progress import ProgressReport, duration
 from portlm.train.recompute import recompute_blocks
 from portlm.train.run_folder import RunFolder, SavedRun, check_same_run
-from portlm.train.schedule import WarmupCosine
+from portlm.train.schedule import SCHEDULES
 from portlm.train.setup import make_optimizer, training_device
 from portlm.weights import load_torch, save_tensors
 
@@ -173,7 +173,7 @@ class Trainer:
         if config.recompute:
             recompute_blocks(objective.model)
         self.optimizer = make_optimizer(objective.model, config.optimizer)
-        self.schedule = WarmupCosine(
+        self.schedule = SCHEDULES[config.schedule.shape](
             config.optimizer.lr, config.schedule.min_lr, config.warmup_steps, config.steps
         )
         self.step = 0

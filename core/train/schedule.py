@@ -1,6 +1,7 @@
-"""The learning rate of each step: linear warm-up, then half a cosine down to a floor.
+"""The learning rate of each step: linear warm-up, then half a cosine or a straight line down to a floor.
 
-The shape is that of SGDR without restarts (Loshchilov and Hutter 2017), as GPT-3 (Brown et al. 2020) used it.
+The cosine is that of SGDR without restarts (Loshchilov and Hutter 2017), as GPT-3 (Brown et al. 2020) used it; the
+line is word2vec's (Mikolov et al. 2013).
 """
 
 import math
@@ -29,4 +30,21 @@ class WarmupCosine:
         start = max(self.warmup - 1, 0)
         span = self.steps - 1 - start
         done = min((step - start) / span, 1.0) if span > 0 else 1.0
-        return self.floor + 0.5 * (self.peak - self.floor) * (1.0 + math.cos(math.pi * done))
+        return self.floor + (self.peak - self.floor) * self._left(done)
+
+    @staticmethod
+    def _left(done: float) -> float:
+        """The share of the way down that is left when a share of the time is over."""
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class WarmupLinear(WarmupCosine):
+    """The same with a straight line in place of the cosine."""
+
+    @staticmethod
+    def _left(done: float) -> float:
+        return 1.0 - done
+
+
+SCHEDULES = {"cosine": WarmupCosine, "linear": WarmupLinear}

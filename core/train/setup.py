@@ -8,11 +8,12 @@ from torch import Tensor
 
 from portlm.errors import ConfigError, EngineUnavailableError
 from portlm.ops.adamw import AdamW
+from portlm.train.adagrad import AdaGrad
 from portlm.train.config import OptimizerSettings
 from portlm.train.muon import Muon, MuonWithAdamW, hidden_groups
 
 
-def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW | MuonWithAdamW:
+def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW | MuonWithAdamW | AdaGrad:
     """Return the optimiser of all parameters of a model that are trained, as the settings say.
 
     Raises:
@@ -21,6 +22,9 @@ def make_optimizer(model: torch.nn.Module, options: OptimizerSettings) -> AdamW 
     clip, parameters = options.clip or None, [p for p in model.parameters() if p.requires_grad]
     if options.name == "adamw":
         return _adamw(parameters, options, clip)
+    if options.name == "adagrad":
+        groups = decay_groups(parameters, options.weight_decay)
+        return AdaGrad(groups, lr=options.lr, eps=options.eps, max_grad_norm=clip)
     hidden = hidden_groups(model)
     if not hidden:
         raise ConfigError(
