@@ -135,7 +135,7 @@ class Family(NamedTuple):
         model: The class of its model.
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
             fixed size, "encoder" for one that reads a whole text, with heads, "encoder-decoder" for one that reads a
-            source and writes a target.
+            source and writes a target, "vectors" for a table of them that is looked up.
         foreign: Whether transformers has such models, too.
     """
 
@@ -192,6 +192,9 @@ FAMILIES = {
         "portlm.models.recurrent", "RecurrentConfig", "Recurrent", "recurrent", foreign=False
     ),
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
+    "word_vectors": Family(
+        "portlm.models.word_vectors", "WordVectorsConfig", "WordVectors", "vectors", foreign=False
+    ),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 

@@ -15,9 +15,11 @@ from portlm.ops.precision import Precision
 from portlm.settings import require_range
 from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
+from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
-OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
-SEQ2SEQ = [name for name, family in FAMILIES.items() if family.kind == "encoder-decoder"]
+TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
+# Kinds of models that have objectives of their own, which train no other kind.
+OWN = {"encoder-decoder": ("span", "seq2seq"), "vectors": ("skipgram", "glove")}
 
 __all__ = [
     "CheckpointSettings",
@@ -37,7 +39,7 @@ class DataSettings:
     texts: tuple[str, ...] = ()  # UTF-8 text files, or one folder of prepared shards
     source: str = ""  # of pairs: a file of lines
     target: str = ""  # a file with as many
-    tokenizer: str = "byte"  # "byte", "bpe:2048" (train one of that size), or a tokenizer.json
+    tokenizer: str = "byte"  # "byte", "bpe:2048" or "word:2048" (train one of that size), or a tokenizer.json
     validation_fraction: float = 0.1  # the last part of the text, never trained on
     batch_size: int = 12  # sequences per forward pass
     accumulate: int = 1  # forward passes per optimiser step
@@ -47,22 +49,27 @@ class DataSettings:
         require_range("data.batch_size", self.batch_size, 1, 1 << 20)
         require_range("data.accumulate", self.accumulate, 1, 1 << 20)
         kind, separator, size = self.tokenizer.partition(":")
-        if kind == "bpe" and not (separator and size.isascii() and size.isdigit()):
-            raise ConfigError(f"data.tokenizer {self.tokenizer!r}: write bpe:SIZE, for example bpe:2048")
+        if kind in TRAINED and not (separator and size.isascii() and size.isdigit()):
+            raise ConfigError(
+                f"data.tokenizer {self.tokenizer!r}: write {kind}:SIZE, for example {kind}:2048"
+            )
         if bool(self.source) != bool(self.target):
             raise ConfigError("data.source and data.target are two sides of pairs: give both, or neither")
         if not self.tokenizer:
-            raise ConfigError("data.tokenizer is empty: write byte, bpe:SIZE or the path of a tokenizer.json")
+            raise ConfigError(
+                "data.tokenizer is empty: write byte, bpe:SIZE, word:SIZE or the path of a tokenizer.json"
+            )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) where a model has hidden matrices.
+    """AdamW (Loshchilov and Hutter 2019), Muon (Jordan et al. 2024) where a model has hidden matrices, or AdaGrad.
 
-    Weight decay is on matrices only. All but ``momentum`` holds for both; beta1, beta2 and eps for what Muon leaves.
+    Weight decay is on matrices only. ``momentum`` is Muon's; beta1, beta2 and eps hold for what Muon leaves, eps for
+    AdaGrad (Duchi et al. 2011), too.
     """
 
-    name: Literal["adamw", "muon"] = (
+    name: Literal["adamw", "muon", "adagrad"] = (
         "adamw"  # "muon" takes the matrices inside the blocks, and leaves all else to AdamW
     )
     lr: float = 1e-3  # peak learning rate
@@ -81,13 +88,15 @@ class OptimizerSettings:
         require_range("optimizer.weight_decay", self.weight_decay, 0)
         require_range("optimizer.clip", self.clip, 0)
         require_range("optimizer.momentum", self.momentum, 0, 0.999999)
-        if self.name == "adamw" and self.momentum != OptimizerSettings.momentum:
+        if self.name != "muon" and self.momentum != OptimizerSettings.momentum:
             raise ConfigError("optimizer.momentum is Muon's: leave it out, or set optimizer.name = muon")
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Linear warm-up, then a cosine down to a floor that is reached at the last step."""
+    """Linear warm-up, then a cosine or a straight line down to a floor that is reached at the last step."""
+
+    shape: Literal["cosine", "linear"] = "cosine"
 
     warmup: float = 0.05  # below 1: share of all steps; from 1: a number of steps
     min_lr: float = 1e-4  # the floor
@@ -187,7 +196,9 @@ class PretrainConfig(RunConfig):
     """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
 
     # The text may lie elsewhere now: its tokens are compared by content.
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "label_smoothing", "model.", "data.")
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *RunConfig.FIXED, "objective", "label_smoothing", "skipgram.", "glove.", "model.", "data.",
+    )  # fmt: skip
     FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.source", "data.target")
 
     objective: str = (
@@ -196,6 +207,8 @@ class PretrainConfig(RunConfig):
     label_smoothing: float = (
         0.0  # share of a target's probability that all tokens have in equal parts; of seq2seq
     )
+    skipgram: SkipgramSettings = field(default_factory=SkipgramSettings)
+    glove: GloveSettings = field(default_factory=GloveSettings)
     model: ModelSettings = field(default_factory=default_model)
     data: DataSettings = field(default_factory=DataSettings)
 
@@ -204,17 +217,22 @@ class PretrainConfig(RunConfig):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
-        translates, pairs = self.objective in OF_TWO, self.objective == "seq2seq"
-        if translates != (FAMILIES[self.model.family].kind == "encoder-decoder"):
-            wanted = (
-                f"objective = {' or '.join(OF_TWO)}"
-                if not translates
-                else f"model.family = {' or '.join(SEQ2SEQ)}"
-            )
-            raise ConfigError(
-                f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
-            )
-        if not pairs and (self.label_smoothing or self.data.source):
+        for kind, objectives in OWN.items():
+            own = self.objective in objectives
+            if own != (FAMILIES[self.model.family].kind == kind):
+                families = [name for name, family in FAMILIES.items() if family.kind == kind]
+                wanted = (
+                    f"model.family = {' or '.join(families)}"
+                    if own
+                    else f"objective = {' or '.join(objectives)}"
+                )
+                raise ConfigError(
+                    f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
+                )
+        for name, default in (("skipgram", SkipgramSettings()), ("glove", GloveSettings())):
+            if self.objective != name and getattr(self, name) != default:
+                raise ConfigError(f"the settings of [{name}] are for objective {name}: leave them out")
+        if self.objective != "seq2seq" and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
 

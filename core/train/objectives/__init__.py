@@ -22,6 +22,8 @@ OBJECTIVES = {
     "causal": "portlm.train.objectives.causal:CausalObjective",
     "masked": "portlm.train.objectives.masked:MaskedObjective",
     "span": "portlm.train.objectives.span:SpanObjective",
+    "skipgram": "portlm.train.objectives.skipgram:SkipgramObjective",
+    "glove": "portlm.train.objectives.glove:GloveObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
 }
 
