@@ -134,9 +134,9 @@ class Family(NamedTuple):
         config: The class of its configuration.
         model: The class of its model.
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
-            fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so with
-            a state in each direction, "encoder-decoder" for one that reads a source and writes a target, "vectors" for a
-            table of them that is looked up.
+            fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so
+            with a state in each direction, "encoder-decoder" for one that reads a source and writes a target, "vectors"
+            for a table of them that is looked up.
         foreign: Whether transformers has such models, too.
     """
 
