@@ -34,6 +34,8 @@ VERBS = {
     "generate": ("generate", "Continue a prompt."),
     "score": ("score", "Say how probable a text is: log-probability, perplexity, bits per byte."),
     "embed": ("embed", "Turn texts into vectors."),
+    "neighbours": ("neighbours", "List the words whose vectors are near that of a word."),
+    "analogy": ("analogy", "Complete an analogy of words by their vectors."),
     "classify": ("classify", "Say which label a text has."),
     "tag": ("tag", "Label each word of a text."),
     "span": ("span", "Find the part of a text that answers a question."),

@@ -1,4 +1,4 @@
-"""Tokenizers that read text and not bytes: WordPiece, Unigram, SentencePiece's BPE, and byte-level BPE that normalizes.
+"""Tokenizers of text, not bytes: WordPiece, whole words, Unigram, SentencePiece's BPE, byte-level BPE that normalizes.
 
 The `tokenizers` library turns text into ids, with a file that was checked in full (tokenizer_kinds.py). What it cannot
 do is here: ids become text token by token, in one way whether they come all at once or as they are generated, and text
@@ -9,7 +9,7 @@ What such a tokenizer rewrites is lost: `decode(encode(text))` is its normal for
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,14 @@ from portlm.errors import FormatError, UsageError
 from portlm.files import shown
 from portlm.text_pieces import BETWEEN_WORDS, cut, groups
 from portlm.tokenizer import StreamDecoder, Tokenizer, build_library, is_panic
-from portlm.tokenizer_file import CHAR_TO_BYTE
-from portlm.tokenizer_kinds import TextFile, parse_text
+from portlm.tokenizer_file import CHAR_TO_BYTE, MAX_VOCAB
+from portlm.tokenizer_kinds import AT_SPACES, TextFile, parse_text
 from portlm.tokenizer_steps import SPLIT_PATTERNS, ids_around, steps_of
 
 if TYPE_CHECKING:
     import tokenizers
 
+UNKNOWN = "[UNK]"  # what stands for a word that a vocabulary lacks
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CLEANED = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
@@ -35,7 +36,9 @@ _CLEANED = (
 
 
 class TextTokenizer(Tokenizer):
-    """A tokenizer of text. Made by `Tokenizer.load`; its attributes are those of `Tokenizer`, and one more.
+    """A tokenizer of text. Made by `Tokenizer.load` or from words (below).
+
+    Its attributes are those of `Tokenizer`, and one more.
 
     Attributes:
         unknown_id: the id of what has no token, or None.
@@ -140,7 +143,7 @@ class TextTokenizer(Tokenizer):
         file, where = self._text_file, None
         steps = [] if file.pre_tokenizer is None else steps_of(file.pre_tokenizer, "pretokenizers")
         normal = None if file.normalizer is None else file.normalizer["type"]
-        by_words = any(step["type"] == "BertPreTokenizer" for step in steps) and normal in (
+        by_words = any(step["type"] in AT_SPACES for step in steps) and normal in (
             None,
             "BertNormalizer",
         )
@@ -353,3 +356,56 @@ def _text_of(text: str | bytes) -> str:
             "only a byte-level tokenizer takes any bytes"
         ) from error
     return text
+
+
+def train_words(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Take the most frequent words of some texts as a vocabulary. The same texts give the same tokenizer.
+
+    Letters, digits and underscores that stand together are a word, and so are other visible characters that do. Case
+    counts. Id 0 is [UNK], which stands for every word that is left out; then come the words, the most frequent first,
+    those that are equally frequent in the order of their characters.
+
+    Args:
+        texts: what to count in.
+        vocab_size: V, [UNK] included.
+
+    Raises:
+        UsageError: the vocabulary is too small, or larger than the texts have words.
+    """
+    import tokenizers
+
+    if not 2 <= vocab_size <= MAX_VOCAB:
+        raise UsageError(f"a vocabulary of {vocab_size} words is not possible: give 2 to {MAX_VOCAB}")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=0, special_tokens=[UNKNOWN], show_progress=False
+    )
+    pieces = (piece for text in texts for piece in cut(_text_of(text), BETWEEN_WORDS))
+    library.train_from_iterator(pieces, trainer)
+    if (found := library.get_vocab_size()) < vocab_size:
+        raise UsageError(
+            f"a vocabulary of {vocab_size} words is more than this text has, which is {found} with {UNKNOWN}: ask for "
+            f"at most {found} or give more text"
+        )
+    return TextTokenizer(parse_text(json.loads(library.to_str()), "the new tokenizer"))
+
+
+def words_at_spaces(words: Sequence[str]) -> TextTokenizer:
+    """Make a tokenizer of words that a text has between its spaces, whatever characters they are made of.
+
+    Args:
+        words: each once, without spaces, in the order of their ids; [UNK] among them, which stands for all others.
+
+    Raises:
+        FormatError: words are too many or too long, or [UNK] is not among them.
+    """
+    vocab = {word: index for index, word in enumerate(words)}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    document = {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab.get(UNKNOWN, 0), "content": UNKNOWN, **plain}],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "unk_token": UNKNOWN, "vocab": vocab},
+    }
+    return TextTokenizer(parse_text(document, "the new tokenizer"))

@@ -45,9 +45,6 @@ MODEL_KEYS = {
     "type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
     "byte_fallback", "ignore_merges", "vocab", "merges",
 }  # fmt: skip
-_OTHER_KINDS = {
-    "WordLevel": "a WordLevel tokenizer, a list of whole words",
-}
 ADDED_KEYS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
@@ -188,8 +185,10 @@ def _check_kind(top: dict[str, Any], name: str) -> None:
     kind = kind_of(top["model"])
     if kind == "BPE":
         return
-    what = _OTHER_KINDS.get(kind, f"a tokenizer of the kind {shown(kind)}")
-    raise FormatError(f"{name}: this is {what}, and portlm reads BPE, WordPiece and Unigram only")
+    raise FormatError(
+        f"{name}: this is a tokenizer of the kind {shown(kind)}, and portlm reads BPE, WordPiece, WordLevel and "
+        "Unigram only"
+    )
 
 
 def kind_of(model: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """What a tokenizer.json of another kind than plain byte-level BPE may say: how text is rewritten, cut and put together.
 
 These are the tokenizers that lose something of a text or spell it in pieces that are no bytes: SentencePiece's BPE
-(LLaMA 2, Gemma) and Unigram (T5), WordPiece (BERT), BPE with an end of word (GPT), and byte-level BPE that normalizes
-(Qwen, GPT-NeoX) or whose added tokens look at what stands around them (RoBERTa). As in tokenizer_file.py nothing of a
-file reaches the library unread: each part is checked against a list of what is allowed and written anew.
+(LLaMA 2, Gemma) and Unigram (T5), WordPiece (BERT), WordLevel (whole words), BPE with an end of word (GPT), and
+byte-level BPE that normalizes (Qwen, GPT-NeoX) or whose added tokens look at what stands around them (RoBERTa). As in
+tokenizer_file.py nothing of a file reaches the library unread: each part is checked against a list of what is allowed
+and written anew.
 """
 
 import math
@@ -39,7 +40,12 @@ from portlm.tokenizer_steps import (
 )
 
 MAX_ADDED = 2**14  # the library looks for all of them at once
-KINDS = {"BPE", "WordPiece", "Unigram"}
+KINDS = {"BPE", "WordPiece", "Unigram", "WordLevel"}
+AT_SPACES = (
+    "BertPreTokenizer",
+    "Whitespace",
+    "WhitespaceSplit",
+)  # pre-tokenizers that leave no space in a word
 
 _SURROUNDED = ("single_word", "lstrip", "rstrip")  # the flags of a token that depends on the text around it
 
@@ -99,8 +105,8 @@ class TextFile(Struct, frozen=True):
     def plain_document(self) -> dict[str, Any]:
         """Return the file for the library to run on text that may spell control tokens but holds none.
 
-        WordPiece and Unigram look up whole pieces of text, so the names of control tokens get a space in front, which
-        no piece has: text is cut at spaces or they are replaced.
+        WordPiece, WordLevel and Unigram look up whole pieces of text, so the names of control tokens get a space in
+        front, which no piece has: text is cut at spaces or they are replaced.
         """
         kind, hidden = self.model["type"], self.special.keys() & set(self._vocabulary())
         whole = self.document() | {"post_processor": None}
@@ -179,7 +185,8 @@ def parse_text(document: object, name: str) -> TextFile:
         if not isinstance(top.get(key), dict | None):
             raise FormatError(f"{name}: {key} is neither an object nor null")
     kind = kind_of(top["model"])
-    model, vocab = {"BPE": _bpe, "WordPiece": _word_piece, "Unigram": _unigram}[kind](top["model"], name)
+    readers = {"BPE": _bpe, "WordPiece": _word_piece, "WordLevel": _word_level, "Unigram": _unigram}
+    model, vocab = readers[kind](top["model"], name)
     added = _added_tokens(top.get("added_tokens", []), vocab, name)
     special = {token["content"]: token["id"] for token in added if token["special"]}
     others = {token["content"]: token["id"] for token in added}
@@ -192,6 +199,10 @@ def parse_text(document: object, name: str) -> TextFile:
     )
     if kind == "WordPiece" and "BertPreTokenizer" not in kinds_of(pre_tokenizer):
         raise FormatError(f"{name}: WordPiece is read with the pre-tokenizer BertPreTokenizer alone")
+    if kind == "WordLevel" and not {*AT_SPACES} & {*kinds_of(pre_tokenizer)}:
+        raise FormatError(
+            f"{name}: WordLevel is read with one of the pre-tokenizers {', '.join(AT_SPACES)} alone"
+        )
     if kind == "Unigram" and "Metaspace" not in kinds_of(pre_tokenizer):
         raise FormatError(f"{name}: Unigram is read with the pre-tokenizer Metaspace alone")
     decoder = checked_decoder(top.get("decoder"), name)
@@ -259,9 +270,7 @@ def _bpe(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, in
 def _word_piece(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, int]]:
     keys = {"type", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word", "vocab"}
     model = fields(value, name, "model", keys)
-    vocab, unknown = check_vocab(model.get("vocab"), name), model.get("unk_token")
-    if not isinstance(unknown, str) or unknown not in vocab:
-        raise FormatError(f"{name}: unk_token is {shown(unknown)}, which is not in vocab")
+    vocab, unknown = _words(model, name)
     longest = model.get("max_input_chars_per_word", 100)
     if type(longest) is not int or not 1 <= longest <= MAX_TOKEN_CHARS:
         raise FormatError(f"{name}: max_input_chars_per_word is {shown(longest)}")
@@ -272,6 +281,20 @@ def _word_piece(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[
         "max_input_chars_per_word": longest,
         "vocab": _by_id(vocab),
     }, vocab
+
+
+def _word_level(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, int]]:
+    model = fields(value, name, "model", {"type", "unk_token", "vocab"})
+    vocab, unknown = _words(model, name)
+    return {"type": "WordLevel", "unk_token": unknown, "vocab": _by_id(vocab)}, vocab
+
+
+def _words(model: dict[str, Any], name: str) -> tuple[dict[str, int], str]:
+    """Return a vocabulary of words and the one that stands for all others."""
+    vocab, unknown = check_vocab(model.get("vocab"), name), model.get("unk_token")
+    if not isinstance(unknown, str) or unknown not in vocab:
+        raise FormatError(f"{name}: unk_token is {shown(unknown)}, which is not in vocab")
+    return vocab, unknown
 
 
 def _unigram(value: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, int]]:

@@ -28,6 +28,7 @@ from portlm.runtimes.speculation import MOST, MOST_GUESSED, Speculation
 from portlm.runtimes.stopping import StopScanner
 from portlm.runtimes.stream import Row, StreamDecoder, TextStream
 from portlm.runtimes.translation import Translates, refuse_sources, start_of
+from portlm.runtimes.words import Words
 
 PIECE_SECONDS = 0.02  # after which what a stream has is shown: faster than anybody reads
 
@@ -54,7 +55,7 @@ class TextCoder(Protocol):
         ...
 
 
-class Session(Translates, Reading):
+class Session(Translates, Reading, Words):
     """A model on an engine, with its tokenizer.
 
     Use it as a context manager, or call close(), to free the device early.

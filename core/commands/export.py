@@ -1,4 +1,4 @@
-"""``portlm export``: a checkpoint as ONNX or as a Hugging Face folder."""
+"""``portlm export``: a checkpoint as ONNX, as a Hugging Face folder, or as a file of another program."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from portlm.errors import UsageError
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["onnx", "hf", "gguf"]),
+    type=click.Choice(["onnx", "hf", "gguf", "word2vec"]),
     default="onnx",
     show_default=True,
     help="onnx: an artifact for 'portlm compile' and portlm.load; hf: a folder that transformers opens; gguf: a "
-    "file that llama.cpp opens.",
+    "file that llama.cpp opens; word2vec: a text file of word vectors that gensim opens.",
 )
 @click.option(
     "--profile",
@@ -77,9 +77,10 @@ def command(
     kept = cache[0] if cache else None
     if quantize is None and (group is not None or asymmetric):
         raise UsageError("--group and --asymmetric say how to quantize: give --quantize int8 or int4 as well")
-    if form in ("hf", "gguf"):
+    if form != "onnx":
         from portlm.hub import export_hf
         from portlm.hub_gguf import export_gguf
+        from portlm.hub_word2vec import export_word2vec
 
         if profiles:
             raise UsageError(f"--profile chooses ONNX graphs, and --to {form} writes none: leave it out")
@@ -97,7 +98,8 @@ def command(
             )
         if kept is not None:
             raise UsageError(f"--cache is for ONNX graphs, and --to {form} writes none: leave it out")
-        for note in (export_hf if form == "hf" else export_gguf)(checkpoint, out).notes:
+        write = {"hf": export_hf, "gguf": export_gguf, "word2vec": export_word2vec}[form]
+        for note in write(checkpoint, out).notes:
             click.echo(f"export: {note}", err=True)
     else:
         from portlm.artifact import read_manifest

@@ -1,4 +1,4 @@
-"""``portlm import``: a Hugging Face folder or a GGUF file becomes a portlm checkpoint."""
+"""``portlm import``: a Hugging Face folder, a GGUF file or a file of word vectors becomes a portlm checkpoint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ import click
 def command(source: Path, out: Path, as_json: bool) -> None:
     """Import the model in SOURCE, of a family that portlm has, into the checkpoint folder OUT.
 
-    SOURCE is a Hugging Face folder, of which safetensors, config.json and tokenizer.json are read, or a GGUF file;
-    never a pickle, never code. Prints the path of OUT, and on stderr what was changed or left out.
+    SOURCE is a Hugging Face folder, of which safetensors, config.json and tokenizer.json are read, a GGUF file, or a
+    text file (.vec, .txt) of word vectors as word2vec and GloVe write them; never a pickle, never code. Prints the path
+    of OUT, and on stderr what was changed or left out.
     """
     from portlm.hub import import_hf
     from portlm.hub_gguf import SUFFIX, import_gguf
+    from portlm.hub_word2vec import SUFFIXES, import_word2vec
 
-    done = import_gguf(source, out) if source.suffix == SUFFIX else import_hf(source, out)
+    if source.suffix in SUFFIXES and not source.is_dir():
+        done = import_word2vec(source, out)
+    else:
+        done = import_gguf(source, out) if source.suffix == SUFFIX else import_hf(source, out)
     for note in done.notes:
         click.echo(f"import: {note}", err=True)
     click.echo(json.dumps({"path": str(out), "notes": done.notes}) if as_json else out)

@@ -19,7 +19,11 @@ from portlm.train.presets import PRESETS, preset_settings
 
 # flag: (setting it is short for, type, help)
 _SHORT: dict[str, tuple[str, Any, str]] = {
-    "tokenizer": ("data.tokenizer", str, "byte, bpe:SIZE (trained on TEXT) or a tokenizer.json"),
+    "tokenizer": (
+        "data.tokenizer",
+        str,
+        "byte, bpe:SIZE or word:SIZE (trained on TEXT), or a tokenizer.json",
+    ),
     "family": ("model.family", click.Choice(list(FAMILIES)), "Architecture"),
     "objective": ("objective", click.Choice(list(OBJECTIVES)), "What is learned"),
     "init": ("init", str, "A checkpoint to begin with, whose model and tokenizer are taken"),
@@ -40,8 +44,8 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
     "steps": ("steps", int, "Optimiser steps in all"),
     "optimizer": (
         "optimizer.name",
-        click.Choice(["adamw", "muon"]),
-        "Of the matrices inside the blocks; all else takes adamw",
+        click.Choice(["adamw", "muon", "adagrad"]),
+        "muon is for the matrices inside the blocks, and all else takes adamw",
     ),
     "lr": ("optimizer.lr", float, "Peak learning rate"),
     "min-lr": ("schedule.min_lr", float, "Learning rate of the last step"),

@@ -27,16 +27,21 @@ _OPTIONS = (
     click.option("--profile", "-p", default="auto", show_default=True, help="portable, fused, native or auto."),
     click.option("--threads", type=int, help="CPU threads (default: what suits each step)."),
     click.option("--allow-fallback", is_flag=True, help="Let the CPU run what the device cannot."),
-    click.option("--batch-size", default=32, show_default=True, help="Texts that are computed together."),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
 )  # fmt: skip
+_BATCH = click.option("--batch-size", default=32, show_default=True, help="Texts that are computed together.")
 
 
-def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what runs the model, --batch-size and --json."""
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what runs the model, and --json."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `engine_options`, and --batch-size."""
+    return engine_options(_BATCH(function))
 
 
 @contextmanager

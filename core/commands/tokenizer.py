@@ -1,4 +1,4 @@
-"""``portlm tokenizer train``: a byte-level BPE tokenizer from text files."""
+"""``portlm tokenizer train``: a tokenizer from text files, of byte sequences or of whole words."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ def command() -> None:
 @click.option(
     "--vocab-size", default=8192, show_default=True, help="Tokens, the 256 bytes and specials included."
 )
+@click.option(
+    "--kind", type=click.Choice(["bpe", "word"]), default="bpe", show_default=True,
+    help="bpe: byte-level BPE; word: the most frequent words, whole.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
-def train(text: tuple[Path, ...], out: Path, vocab_size: int, as_json: bool) -> None:
-    """Train a byte-level BPE tokenizer on UTF-8 TEXT files and write OUT/tokenizer.json.
+def train(text: tuple[Path, ...], out: Path, vocab_size: int, kind: str, as_json: bool) -> None:
+    """Train a tokenizer on UTF-8 TEXT files and write OUT/tokenizer.json.
 
-    Any bytes encode, and decode to the same bytes. Prints the path of the tokenizer.
+    With byte-level BPE any bytes encode, and decode to the same bytes; of whole words those that are too rare for the
+    vocabulary become [UNK]. Prints the path of the tokenizer.
     """
     from portlm.data.text import read_text
+    from portlm.text_tokenizer import train_words
     from portlm.tokenizer import train_bpe
 
     texts = [read_text(path) for path in text]
-    tokenizer = train_bpe(texts, vocab_size=vocab_size)
+    tokenizer = (train_words if kind == "word" else train_bpe)(texts, vocab_size=vocab_size)
     tokenizer.save(out)
     if as_json:
         size = sum(len(t.encode()) for t in texts)

@@ -134,8 +134,9 @@ class Family(NamedTuple):
         config: The class of its configuration.
         model: The class of its model.
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
-            fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so with
-            a state in each direction, "encoder-decoder" for one that reads a source and writes a target.
+            fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so
+            with a state in each direction, "encoder-decoder" for one that reads a source and writes a target, "vectors"
+            for a table of them that is looked up.
         foreign: Whether transformers has such models, too.
     """
 
@@ -195,6 +196,9 @@ FAMILIES = {
     "awd_lstm": Family("portlm.models.awd_lstm", "AWDLSTMConfig", "AWDLSTM", "recurrent", foreign=False),
     "elmo": Family("portlm.models.elmo", "ElmoConfig", "Elmo", "bidirectional", foreign=False),
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
+    "word_vectors": Family(
+        "portlm.models.word_vectors", "WordVectorsConfig", "WordVectors", "vectors", foreign=False
+    ),
     "seq2seq": Family("portlm.models.seq2seq", "Seq2SeqConfig", "Seq2Seq", "encoder-decoder", foreign=False),
     "bahdanau": Family(
         "portlm.models.bahdanau", "BahdanauConfig", "Bahdanau", "encoder-decoder", foreign=False

@@ -15,10 +15,12 @@ from portlm.ops.precision import Precision
 from portlm.settings import require_range
 from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
+from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
+TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
 OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
 # Kinds of families that are trained in ways of their own, and by these alone.
-OF_KIND = {"encoder-decoder": OF_TWO, "bidirectional": ("bidirectional",)}
+OF_KIND = {"encoder-decoder": OF_TWO, "bidirectional": ("bidirectional",), "vectors": ("skipgram", "glove")}
 BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
 
 __all__ = [
@@ -41,7 +43,7 @@ class DataSettings:
     held_out: str = ""  # of texts with labels: a file of others to judge by, instead of a part of them
     source: str = ""  # of pairs: a file of lines
     target: str = ""  # a file with as many
-    tokenizer: str = "byte"  # "byte", "bpe:2048" (train one of that size), or a tokenizer.json
+    tokenizer: str = "byte"  # "byte", "bpe:2048" or "word:2048" (train one of that size), or a tokenizer.json
     validation_fraction: float = 0.1  # the last part of the text, never trained on
     batch_size: int = 12  # sequences per forward pass
     accumulate: int = 1  # forward passes per optimiser step
@@ -51,22 +53,27 @@ class DataSettings:
         require_range("data.batch_size", self.batch_size, 1, 1 << 20)
         require_range("data.accumulate", self.accumulate, 1, 1 << 20)
         kind, separator, size = self.tokenizer.partition(":")
-        if kind == "bpe" and not (separator and size.isascii() and size.isdigit()):
-            raise ConfigError(f"data.tokenizer {self.tokenizer!r}: write bpe:SIZE, for example bpe:2048")
+        if kind in TRAINED and not (separator and size.isascii() and size.isdigit()):
+            raise ConfigError(
+                f"data.tokenizer {self.tokenizer!r}: write {kind}:SIZE, for example {kind}:2048"
+            )
         if bool(self.source) != bool(self.target):
             raise ConfigError("data.source and data.target are two sides of pairs: give both, or neither")
         if not self.tokenizer:
-            raise ConfigError("data.tokenizer is empty: write byte, bpe:SIZE or the path of a tokenizer.json")
+            raise ConfigError(
+                "data.tokenizer is empty: write byte, bpe:SIZE, word:SIZE or the path of a tokenizer.json"
+            )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) where a model has hidden matrices.
+    """AdamW (Loshchilov and Hutter 2019), Muon (Jordan et al. 2024) where a model has hidden matrices, or AdaGrad.
 
-    Weight decay is on matrices only. All but ``momentum`` holds for both; beta1, beta2 and eps for what Muon leaves.
+    Weight decay is on matrices only. ``momentum`` is Muon's; beta1, beta2 and eps hold for what Muon leaves, eps for
+    AdaGrad (Duchi et al. 2011), too.
     """
 
-    name: Literal["adamw", "muon"] = (
+    name: Literal["adamw", "muon", "adagrad"] = (
         "adamw"  # "muon" takes the matrices inside the blocks, and leaves all else to AdamW
     )
     lr: float = 1e-3  # peak learning rate
@@ -85,7 +92,7 @@ class OptimizerSettings:
         require_range("optimizer.weight_decay", self.weight_decay, 0)
         require_range("optimizer.clip", self.clip, 0)
         require_range("optimizer.momentum", self.momentum, 0, 0.999999)
-        if self.name == "adamw" and self.momentum != OptimizerSettings.momentum:
+        if self.name != "muon" and self.momentum != OptimizerSettings.momentum:
             raise ConfigError("optimizer.momentum is Muon's: leave it out, or set optimizer.name = muon")
 
 
@@ -229,6 +236,8 @@ class PretrainConfig(RunConfig):
         "objective",
         "label_smoothing",
         "lm_coef",
+        "skipgram.",
+        "glove.",
         "model.",
         "data.",
     )
@@ -242,6 +251,8 @@ class PretrainConfig(RunConfig):
     )
     init: str = ""  # a checkpoint to begin with, whose model and tokenizer stand in the place of [model]
     lm_coef: float = 0.5  # of classify with a decoder: how much predicting the text counts beside its label
+    skipgram: SkipgramSettings = field(default_factory=SkipgramSettings)
+    glove: GloveSettings = field(default_factory=GloveSettings)
     model: ModelSettings = field(default_factory=default_model)
     data: DataSettings = field(default_factory=DataSettings)
 
@@ -254,6 +265,9 @@ class PretrainConfig(RunConfig):
         self._check_init()
         pairs = self.objective == "seq2seq"
         _check_kind(self.objective, self.model.family)
+        for name, default in (("skipgram", SkipgramSettings()), ("glove", GloveSettings())):
+            if self.objective != name and getattr(self, name) != default:
+                raise ConfigError(f"the settings of [{name}] are for objective {name}: leave them out")
         if not pairs and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")

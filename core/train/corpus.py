@@ -16,8 +16,9 @@ from portlm.data.shards import TokenShards, prepare
 from portlm.data.text import read_text, split_text
 from portlm.errors import ConfigError, FormatError, UsageError
 from portlm.files import read_json, sha256_file, write_atomic
+from portlm.text_tokenizer import train_words
 from portlm.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from portlm.train.config import DataSettings
+from portlm.train.config import TRAINED, DataSettings
 from portlm.train.evaluation import HeldOut
 
 TEXTS = "texts.json"
@@ -166,7 +167,7 @@ def _size(name: str) -> int | None:
 
 def _check_tokenizer(name: str, own: Tokenizer) -> None:
     """Raise ConfigError if the settings name a tokenizer file that has changed since the run made its tokens."""
-    is_file = name != "byte" and not name.startswith("bpe:") and Path(name).exists()
+    is_file = name != "byte" and name.partition(":")[0] not in TRAINED and Path(name).exists()
     if is_file and Tokenizer.load(Path(name)).sha256 != own.sha256:
         raise ConfigError(
             f"{name} is not the tokenizer that the run was begun with: restore it, or start anew with another --out"
@@ -194,16 +195,20 @@ def _corpus(tokenizer: Tokenizer, train: TokenShards, validation: TokenShards) -
 
 def _tokenizer(data: DataSettings, text: str, note: Callable[[str], None]) -> Tokenizer:
     kind, _, size = data.tokenizer.partition(":")
-    if kind != "bpe":
+    if kind not in TRAINED:
         return _given_tokenizer(data.tokenizer)
-    note(f"training a byte-pair tokenizer of {size} tokens")
     # Only on what the model will train on: the held-out text must stay unseen.
-    return train_bpe([split_text(text, data.validation_fraction)[0]], int(size))
+    seen = [split_text(text, data.validation_fraction)[0]]
+    if kind == "word":
+        note(f"counting words for a vocabulary of {size}")
+        return train_words(seen, int(size))
+    note(f"training a byte-pair tokenizer of {size} tokens")
+    return train_bpe(seen, int(size))
 
 
 def _given_tokenizer(name: str) -> Tokenizer:
     if name == "byte":
         return byte_tokenizer()
-    if name.startswith("bpe:"):
+    if name.partition(":")[0] in TRAINED:
         raise ConfigError("prepared shards come with a tokenizer: name its tokenizer.json")
     return Tokenizer.load(Path(name))

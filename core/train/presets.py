@@ -33,6 +33,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # LLaMA's block at the size of nanogpt-cpu, with two query heads per key/value head.
     "llama-tiny": {"model": {"family": "llama", "n_head": 4, "n_kv_head": 2}},
+    # word2vec.c's defaults (Mikolov et al. 2013), with AdaGrad in place of a step of gradient descent for every word.
+    "word2vec": {
+        "objective": "skipgram",
+        "model": {"family": "word_vectors", "width": 100, "context_length": 64},
+        "data": {"tokenizer": "word:5000", "batch_size": 12},
+        "optimizer": {"name": "adagrad", "lr": 0.1, "weight_decay": 0.0, "clip": 0.0},
+        "schedule": {"shape": "linear", "warmup": 0.0, "min_lr": 1e-5},
+    },
+    # GloVe (Pennington et al. 2014), at the width of word2vec above; a step is 768 pairs.
+    "glove": {
+        "objective": "glove",
+        "model": {"family": "word_vectors", "width": 100, "context_length": 64},
+        "data": {"tokenizer": "word:5000", "batch_size": 12},
+        "optimizer": {"name": "adagrad", "lr": 0.05, "weight_decay": 0.0, "clip": 0.0},
+        "schedule": {"shape": "linear", "warmup": 0.0, "min_lr": 0.05},
+    },
     # GPT-2 small (Radford et al. 2019); the batch is for one accelerator, use data.accumulate for more.
     "gpt2": {
         "steps": 100_000,

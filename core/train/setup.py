@@ -8,6 +8,7 @@ from torch import Tensor
 
 from portlm.errors import ConfigError, EngineUnavailableError
 from portlm.ops.adamw import AdamW
+from portlm.train.adagrad import AdaGrad
 from portlm.train.config import OptimizerSettings, RunConfig
 from portlm.train.muon import Muon, MuonWithAdamW, hidden_groups
 from portlm.train.schedule import SlantedTriangle, WarmupCosine, WarmupLinear
@@ -33,7 +34,7 @@ def alike(parameter: Tensor) -> float:
 
 def make_optimizer(
     model: torch.nn.Module, options: OptimizerSettings, scale: Scale = alike
-) -> AdamW | MuonWithAdamW:
+) -> AdamW | MuonWithAdamW | AdaGrad:
     """Return the optimiser of all parameters of a model that are trained, as the settings say.
 
     Args:
@@ -47,6 +48,9 @@ def make_optimizer(
     clip, parameters = options.clip or None, [p for p in model.parameters() if p.requires_grad]
     if options.name == "adamw":
         return _adamw(parameters, options, clip, scale)
+    if options.name == "adagrad":
+        groups = by_scale(decay_groups(parameters, options.weight_decay), scale)
+        return AdaGrad(groups, lr=options.lr, eps=options.eps, max_grad_norm=clip)
     hidden = hidden_groups(model)
     if not hidden:
         raise ConfigError(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from portlm.errors import FormatError
 from portlm.ops.adamw import AdamW
+from portlm.train.adagrad import AdaGrad
 from portlm.train.muon import MuonWithAdamW
 
-Optimizer = AdamW | MuonWithAdamW
+Optimizer = AdamW | MuonWithAdamW | AdaGrad
 
 _CPU, _CUDA = "torch.cpu", "torch.cuda"
 

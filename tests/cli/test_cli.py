@@ -8,6 +8,7 @@ import pytest
 
 from portlm.cli import VERBS
 from portlm.engines import DEVICES, ENGINES
+from portlm.tokenizer import Tokenizer
 
 
 def test_help_names_every_engine_and_device(portlm):
@@ -70,6 +71,12 @@ def test_tokenizer_train_prints_the_path_or_json(portlm, text, tmp_path):
     facts = json.loads(outcome.out)
     assert facts["vocab_size"] == 300
     assert facts["bytes"] == text.stat().st_size
+
+
+def test_tokenizer_train_takes_whole_words(portlm, text, tmp_path):
+    outcome = portlm("tokenizer", "train", text, "--kind", "word", "--vocab-size", 5, "--out", tmp_path / "t")
+    assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path / "t" / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path / "t").token_name(0) == "[UNK]"
 
 
 def test_the_whole_path_from_text_to_every_engine(portlm, text, tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def test_import_says_what_it_left_out(portlm, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("tokenizer", "words"),
     [
-        ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "this is a WordLevel tokenizer, a list of whole"),
+        ({"model": {"type": "Morse", "vocab": {"a": 0}}}, "this is a tokenizer of the kind 'Morse'"),
         ({"model": {"vocab": {chr(33 + i): i for i in range(90)}, "merges": []}}, "has 90 tokens and the model 80"),
     ],
     ids=["another kind", "more tokens than the model"],

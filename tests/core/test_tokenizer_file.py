@@ -271,10 +271,6 @@ def test_a_file_that_is_too_large_or_no_json_is_refused(tmp_path, monkeypatch):
 
 
 OTHER_KINDS = {
-    "a WordLevel tokenizer, a list of whole words": {
-        "pre_tokenizer": {"type": "Whitespace"}, "decoder": None,
-        "model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0}},
-    },
     "a tokenizer of the kind 'Morse'": {"model": {"type": "Morse"}},
 }  # fmt: skip
 
@@ -285,7 +281,7 @@ def test_a_tokenizer_of_another_kind_is_refused_by_its_name(tmp_path, what):
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(FormatError) as caught:
         Tokenizer.load(tmp_path)
-    assert f"this is {what}, and portlm reads BPE, WordPiece and Unigram only" in str(caught.value)
+    assert f"this is {what}, and portlm reads BPE, WordPiece, WordLevel and Unigram only" in str(caught.value)
 
 
 def test_a_normalizer_is_refused_by_its_name():

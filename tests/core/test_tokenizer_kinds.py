@@ -1,10 +1,12 @@
 """Tokenizers of every kind against the library that defines them: ids, text, and text as it grows."""
 
 import base64
+import collections
 import itertools
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import tokenizer_files
 import tokenizers
 
 from portlm.errors import FormatError, UsageError
-from portlm.text_tokenizer import TextTokenizer
+from portlm.text_tokenizer import TextTokenizer, train_words
 from portlm.tokenizer import Tokenizer
 from portlm.tokenizer_charsmap import check_charsmap
 from portlm.tokenizer_kinds import parse_text
@@ -146,7 +148,7 @@ def test_a_long_text_gives_the_ids_of_the_whole(opened, kind):
     pieces = list(ours.encode_pieces(text))
     assert list(itertools.chain(*pieces)) == theirs.encode(text, add_special_tokens=False).ids
     assert (len(pieces) > 1) == (
-        kind in ("gpt2", "llama 3", "qwen 2", "gpt-neox", "bert", "bert, cased", "gpt")
+        kind in ("gpt2", "llama 3", "qwen 2", "gpt-neox", "bert", "bert, cased", "gpt", "words")
     )
 
 
@@ -204,6 +206,13 @@ BROKEN = {
         (("normalizer", "normalizers", 0, "precompiled_charsmap"), "%%", "no base64"),
         (("normalizer", "normalizers", 2, "pattern", "Regex"), "(a+)+$", "could take for ever"),
         (("normalizer", "normalizers"), [{"type": "NFC"}] * 17, "more than 16 steps"),
+    ],
+    "words": [
+        (("model", "unk_token"), "[NONE]", "unk_token is '\\[NONE\\]', which is not in vocab"),
+        (("model", "unk_token"), None, "unk_token is None"),
+        (("model", "vocab", "the"), 1, "id 1 is given twice"),
+        (("model", "fuse_unk"), True, "model has the unknown entry 'fuse_unk'"),
+        (("pre_tokenizer",), {"type": "Digits"}, "WordLevel is read with one of the pre-tokenizers BertPre"),
     ],
     "llama 2": [
         (("model", "dropout"), 0.1, "other ids each time"),
@@ -313,7 +322,7 @@ def test_a_file_keeps_its_kind_through_a_mutation_or_is_refused():
         {"type": "NFC"},
         "ByteLevel",
     ]
-    for kind in ("bert", "t5", "llama 2", "qwen 2", "gpt", "roberta"):
+    for kind in ("bert", "t5", "llama 2", "qwen 2", "gpt", "roberta", "words"):
         for _ in range(60):
             document = tokenizer_files.document(kind)
             place = document
@@ -326,6 +335,7 @@ def test_a_file_keeps_its_kind_through_a_mutation_or_is_refused():
             if not isinstance(document.get("model"), dict) or document["model"].get("type") not in (
                 "BPE",
                 "WordPiece",
+                "WordLevel",
                 "Unigram",
             ):
                 continue
@@ -339,3 +349,28 @@ def test_a_file_keeps_its_kind_through_a_mutation_or_is_refused():
                 tokenizer.decode(tokenizer.encode("some text, with words </s> 漢"))
     assert len(messages) > 100
     assert all(message.isprintable() for message in messages)
+
+
+def test_words_are_counted_and_numbered_by_how_often_they_stand_there(tmp_path):
+    """By a count in Python; equally frequent ones follow in the order of their characters."""
+    text = "the cat, the dog. The cat saw; the dog saw the Cat!\nthe end " * 3
+    wanted = collections.Counter(re.findall(r"\w+|[^\w\s]+", text))
+    order = sorted(wanted, key=lambda word: (-wanted[word], word))
+    tokenizer = train_words([text], len(order) - 1)
+    names = [tokenizer.token_name(i) for i in range(tokenizer.vocab_size)]
+    assert names == ["[UNK]", *order[: len(order) - 2]]
+    assert (tokenizer.unknown_id, tokenizer.eos_id) == (0, None)
+    ids = tokenizer.encode("the cat saw a unicorn")
+    assert tokenizer.decode(ids) == "the cat saw [UNK] [UNK]"
+    assert tokenizer.encode("[UNK]") == [0, 0, 0]
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).sha256 == tokenizer.sha256 == train_words([text], len(order) - 1).sha256
+
+
+def test_a_vocabulary_of_words_that_the_text_does_not_have_is_refused():
+    with pytest.raises(UsageError, match=r"which is 3 with \[UNK\]: ask for at most 3"):
+        train_words(["a b a"], 4)
+    with pytest.raises(UsageError, match="a vocabulary of 1 words is not possible"):
+        train_words(["a b a"], 1)
+    with pytest.raises(UsageError, match="no Unicode"):
+        train_words(["a \ud800"], 2)

@@ -200,6 +200,18 @@ def _unigram(byte_fallback=False):
     return document
 
 
+def _word_level():
+    """The most frequent words, [UNK] for the others, between two control tokens."""
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=500, show_progress=False, special_tokens=["[UNK]", "[CLS]", "[SEP]"]
+    )
+    document = _trained(
+        models.WordLevel(unk_token="[UNK]"), trainer, pre_tokenizer=pre_tokenizers.Whitespace()
+    )
+    document["post_processor"] = _template(["[CLS]"], ["[SEP]"], {"[CLS]": 1, "[SEP]": 2})
+    return document
+
+
 def _gpt():
     trainer = trainers.BpeTrainer(
         vocab_size=600, show_progress=False, special_tokens=["<unk>"], end_of_word_suffix="</w>"
@@ -223,6 +235,7 @@ _MAKERS = {
     "t5": _unigram,
     "t5 with bytes": lambda: _unigram(byte_fallback=True),
     "gpt": _gpt,
+    "words": _word_level,
 }
 KINDS = list(_MAKERS)
 

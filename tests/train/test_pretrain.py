@@ -174,6 +174,18 @@ def test_the_llama_family_and_a_trained_tokenizer_work(text, tmp_path):
     assert result.bits_per_byte < result.loss / math.log(2)  # tokens are longer than a byte
 
 
+def test_a_run_on_whole_words_makes_its_vocabulary_and_resumes(tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 120)
+    config = tiny(text, data__tokenizer="word:11", model__context_length=8, evaluation__prompt="one")
+    result = pretrain(config, tmp_path / "run", quiet=True)
+    with portlm.load(result.checkpoint, engine="torch") as session:
+        assert session.tokenizer.encode("nine eleven") == [session.tokenizer.encode("nine")[0], 0]
+        assert {*session.generate("one", max_new_tokens=5).text.split()} <= {*text.read_text().split()}
+    assert pretrain(tiny(text, **{"data__tokenizer": "word:11", "model__context_length": 8, "evaluation__prompt": "one",
+                                  "steps": 32}), tmp_path / "run", resume="auto", quiet=True).steps == 32  # fmt: skip
+
+
 def test_prepared_shards_are_read_in_place(text, tmp_path):
     prepare(TEXT, byte_tokenizer(), tmp_path / "shards")
     from_text = pretrain(tiny(text), tmp_path / "a", quiet=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portlm.train.schedule import WarmupCosine
+from portlm.train.schedule import WarmupCosine, WarmupLinear
 
 
 def test_the_corners_are_exact():
@@ -22,6 +22,13 @@ def test_half_way_down_is_half_way_between():
     rate = WarmupCosine(peak=1.0, floor=0.5, warmup=0, steps=101)
     assert rate(0) == 1.0
     assert math.isclose(rate(50), 0.75, rel_tol=1e-15)
+
+
+def test_a_line_falls_by_the_same_each_step():
+    rate = WarmupLinear(peak=1.0, floor=0.2, warmup=2, steps=11)
+    assert [rate(step) for step in range(12)] == pytest.approx(
+        [0.5, 1.0, *(1.0 - 0.8 * i / 9 for i in range(1, 10)), 0.2], rel=1e-12
+    )
 
 
 def test_the_cosine_is_that_of_pytorch():

@@ -15,6 +15,7 @@ from portlm.errors import ConfigError
 from portlm.models import FAMILIES
 from portlm.train import presets
 from portlm.train.config import PretrainConfig
+from portlm.train.objectives import OBJECTIVES
 from portlm.train.presets import PRESETS, preset_settings
 
 
@@ -251,9 +252,9 @@ def test_an_unknown_preset_lists_the_known_ones():
     [
         "steps=0", "seed=-1", "threads=-1", "log_interval=0", "model.width=130", "model.n_kv_head=2",
         "model.hidden=5", "model.dropout=1", "data.validation_fraction=0", "data.batch_size=0",
-        "data.tokenizer=bpe", "data.tokenizer=bpe:x", "data.tokenizer=", "optimizer.lr=0", "optimizer.lr=nan",
-        "optimizer.lr=inf", "optimizer.beta1=1", "optimizer.clip=-1", "schedule.min_lr=1", "schedule.warmup=1.5",
-        "evaluation.interval=0", "checkpoint.keep=1", "model.n_head=0", "model.family=word2vec",
+        "data.tokenizer=bpe", "data.tokenizer=bpe:x", "data.tokenizer=word", "data.tokenizer=", "optimizer.lr=0",
+        "optimizer.lr=nan", "optimizer.lr=inf", "optimizer.beta1=1", "optimizer.clip=-1", "schedule.min_lr=1",
+        "schedule.warmup=1.5", "evaluation.interval=0", "checkpoint.keep=1", "model.n_head=0", "model.family=word2vec",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(override):
@@ -290,7 +291,7 @@ def test_a_file_with_the_keys_of_both_families_still_loads():
         (["model.n_layer=0"], "model.n_layer must be an integer from 1 to 1024, got 0"),
         (["model.family=llama", "model.n_kv_head=3"], "model.n_head 4 must be a multiple of n_kv_head 3"),
         (["model.family=llama", "model.n_head=128"], "model: rotary positions turn pairs: they need an even"),
-        (["objective=guess"], "objective must be one of causal, masked, span, seq2seq, got 'guess'"),
+        (["objective=guess"], f"objective must be one of {', '.join(OBJECTIVES)}, got 'guess'"),
     ],
 )
 def test_the_family_checks_its_own_settings_and_names_them(overrides, message):

@@ -23,6 +23,8 @@ OBJECTIVES = {
     "masked": "portlm.train.objectives.masked:MaskedObjective",
     "bidirectional": "portlm.train.objectives.bidirectional:BidirectionalObjective",
     "span": "portlm.train.objectives.span:SpanObjective",
+    "skipgram": "portlm.train.objectives.skipgram:SkipgramObjective",
+    "glove": "portlm.train.objectives.glove:GloveObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
     "classify": "portlm.train.objectives.classify:ClassifyObjective",
 }

@@ -86,9 +86,13 @@ class TextObjective:
             FormatError: The state is damaged, or the weights do not fit this model.
             ConfigError: It was trained on other text, or with other batches.
         """
+        self.restore_place(folder, state)
+        self.model.load_state_dict(models.load_model(folder).state_dict())
+
+    def restore_place(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Continue with the batches where a checkpoint stood; the errors are those of `restore`."""
         sampler = state.get("sampler")
         if not isinstance(sampler, dict) or not all(type(value) is int for value in sampler.values()):
             raise FormatError(f"the state in {folder} says nothing of the sampler of batches")
         self.corpus.check_digest(state.get("data"))
-        self.model.load_state_dict(models.load_model(folder).state_dict())
         self.sampler.load_state_dict(sampler)
