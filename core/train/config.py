@@ -9,20 +9,19 @@ may hold is up to the model's family (:mod:`portlm.train.model_settings`).
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from portlm.data.noising import NOISES
 from portlm.errors import ConfigError
 from portlm.models import FAMILIES
 from portlm.ops.precision import Precision
 from portlm.settings import require_range
 from portlm.train.model_settings import ModelSettings, default_model
-from portlm.train.objectives import OBJECTIVES
-
-OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
-SEQ2SEQ = [name for name, family in FAMILIES.items() if family.kind == "encoder-decoder"]
+from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 
 __all__ = [
     "CheckpointSettings",
     "DataSettings",
     "EvaluationSettings",
+    "NoiseSettings",
     "OptimizerSettings",
     "PretrainConfig",
     "RunConfig",
@@ -53,6 +52,37 @@ class DataSettings:
             raise ConfigError("data.source and data.target are two sides of pairs: give both, or neither")
         if not self.tokenizer:
             raise ConfigError("data.tokenizer is empty: write byte, bpe:SIZE or the path of a tokenizer.json")
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """What a text loses before it is to be said again.
+
+    Attributes:
+        READERS: Which objectives each setting is for.
+    """
+
+    READERS: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("kinds", "share", "span"), ("denoise",)),
+        "fragment": ("mass",),
+    }
+
+    kinds: tuple[str, ...] = ("infilling", "permutation")  # keys of portlm.data.noising.NOISES
+    share: float = 0.3  # of the tokens that masking, deletion and infilling take
+    span: float = 3.0  # tokens of a span of infilling on average
+    fragment: float = 0.5  # share of a text that mass hides, in one piece
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ConfigError(f"noise.kinds is empty: name some of {', '.join(NOISES)}")
+        for name in self.kinds:
+            if name not in NOISES:
+                raise ConfigError(f"noise.kinds must be of {', '.join(NOISES)}, got {name!r}")
+            if self.kinds.count(name) > 1:
+                raise ConfigError(f"noise.kinds names {name} twice: each noise is applied once")
+        require_range("noise.share", self.share, 0, 0.95, open_low=True)
+        require_range("noise.span", self.span, 0.1, 1000)
+        require_range("noise.fragment", self.fragment, 0, 1, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -187,7 +217,7 @@ class PretrainConfig(RunConfig):
     """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
 
     # The text may lie elsewhere now: its tokens are compared by content.
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "label_smoothing", "model.", "data.")
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "label_smoothing", "model.", "noise.", "data.")
     FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.source", "data.target")
 
     objective: str = (
@@ -197,6 +227,7 @@ class PretrainConfig(RunConfig):
         0.0  # share of a target's probability that all tokens have in equal parts; of seq2seq
     )
     model: ModelSettings = field(default_factory=default_model)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
     data: DataSettings = field(default_factory=DataSettings)
 
     def __post_init__(self) -> None:
@@ -204,19 +235,29 @@ class PretrainConfig(RunConfig):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
-        translates, pairs = self.objective in OF_TWO, self.objective == "seq2seq"
-        if translates != (FAMILIES[self.model.family].kind == "encoder-decoder"):
-            wanted = (
-                f"objective = {' or '.join(OF_TWO)}"
-                if not translates
-                else f"model.family = {' or '.join(SEQ2SEQ)}"
-            )
-            raise ConfigError(
-                f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
-            )
-        if not pairs and (self.label_smoothing or self.data.source):
+        self._check_family()
+        if self.objective != "seq2seq" and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
+        for name in vars(self.noise):
+            said = getattr(self.noise, name) != getattr(NoiseSettings, name)
+            if said and self.objective not in NoiseSettings.READERS[name]:
+                raise ConfigError(
+                    f"noise.{name} is for objective {' or '.join(NoiseSettings.READERS[name])}: leave it out"
+                )
+
+    def _check_family(self) -> None:
+        """Refuse an objective that the family cannot learn; the message says which it can, or who can."""
+        family = self.model.family
+        kind = FAMILIES[family].kind
+        if learns(kind, self.objective):
+            return
+        wanted = (
+            f"model.family = {' or '.join(n for n, f in FAMILIES.items() if learns(f.kind, self.objective))}"
+            if self.objective in LEARNERS
+            else f"objective = {' or '.join(name for name in OBJECTIVES if learns(kind, name))}"
+        )
+        raise ConfigError(f"objective {self.objective} is not for the family {family}: set {wanted}")
 
     @property
     def tokens_per_step(self) -> int:

@@ -23,7 +23,27 @@ OBJECTIVES = {
     "masked": "portlm.train.objectives.masked:MaskedObjective",
     "span": "portlm.train.objectives.span:SpanObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
+    "denoise": "portlm.train.objectives.denoise:DenoiseObjective",
+    "mass": "portlm.train.objectives.mass:MassObjective",
+    "bert": "portlm.train.objectives.bert:BertObjective",
 }
+
+# The kinds of families that can learn an objective (portlm.models.Family), where it is not for all that read one text.
+LEARNERS = {
+    "span": ("encoder-decoder",),
+    "seq2seq": ("encoder-decoder",),
+    "denoise": ("encoder-decoder",),
+    "mass": ("encoder-decoder",),
+    "bert": ("encoder",),
+}
+
+
+def learns(kind: str, objective: str) -> bool:
+    """Say whether families of a kind can learn an objective by its name in OBJECTIVES.
+
+    One that LEARNERS does not name is for all but those with two stacks; it refuses single families itself.
+    """
+    return kind in LEARNERS[objective] if objective in LEARNERS else kind != "encoder-decoder"
 
 
 def objective_class(name: str) -> Any:

@@ -32,13 +32,17 @@ class TextObjective:
         self.config, self.corpus, self.device = config, corpus, device
         tokenizer = corpus.tokenizer
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        shape = config.model.config(tokenizer.vocab_size + extra_tokens, eos)
+        shape = self.shape(config.model.config(tokenizer.vocab_size + extra_tokens, eos))
         self.context, self.parts = shape.context_length, config.data.accumulate
         self.check()
         self.model: Any = models.build(shape).to(device)
         self.sampler = BatchSampler(
             corpus.train, config.data.batch_size * self.parts, self.context, config.seed
         )
+
+    def shape(self, config: models.Config) -> models.Config:
+        """Return what the settings describe, as this objective needs it."""
+        return config
 
     def check(self) -> None:
         """Refuse settings that would fail at the first evaluation, before any work is done."""
