@@ -18,11 +18,15 @@ NAMES = (("[CLS]", "[SEP]", "[MASK]"), ("<s>", "</s>", "<mask>"))
 PADDING = "[PAD]"
 
 
-def for_reading(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
+def for_reading(tokenizer: Tokenizer, *, closed: bool = True) -> tuple[Tokenizer, int]:
     """Return a tokenizer that puts a text between control tokens and can hide tokens, and the id that hides one.
 
     A tokenizer that has such tokens keeps them; to another they are added, behind all that it has. No text has other
     ids than before.
+
+    Args:
+        tokenizer: any.
+        closed: put a token behind a text as well as before it.
 
     Raises:
         FormatError: the tokenizer has some of the tokens, and not all.
@@ -36,7 +40,7 @@ def for_reading(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
             if name not in tokenizer.special:
                 document["added_tokens"].append(_added(name, tokenizer, document))
     ids = dict(tokenizer.special) | {t["content"]: t["id"] for t in document["added_tokens"] if t["special"]}
-    document["post_processor"] = _template(names[0], names[1], ids)
+    document["post_processor"] = _template(names[0], names[1], ids, closed=closed)
     by_id = {index: name for name, index in tokenizer.special.items()}
     eos, bos = (None if index is None else by_id[index] for index in (tokenizer.eos_id, tokenizer.bos_id))
     where = "the tokenizer of the encoder"
@@ -52,17 +56,19 @@ def _added(name: str, tokenizer: Tokenizer, document: dict[str, Any]) -> dict[st
     return {"id": max([tokenizer.vocab_size - 1, *taken]) + 1, "content": name, **plain}
 
 
-def _template(begin: str, end: str, ids: dict[str, int]) -> dict[str, Any]:
-    """A post-processor: begin, text, end, and for a pair another text of type 1, and end."""
+def _template(begin: str, end: str, ids: dict[str, int], *, closed: bool) -> dict[str, Any]:
+    """A post-processor: begin, text, end, and for a pair another text of type 1, and end; without ends if not closed."""
 
     def token(name: str, kind: int) -> dict[str, Any]:
         return {"SpecialToken": {"id": name, "type_id": kind}}
 
     first, second = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
-    single = [token(begin, 0), first, token(end, 0)]
+    single = [token(begin, 0), first, *[token(end, 0)] * closed]
     return {
         "type": "TemplateProcessing",
         "single": single,
-        "pair": [*single, second, token(end, 1)],
-        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (begin, end)},
+        "pair": [*single, second, *[token(end, 1)] * closed],
+        "special_tokens": {
+            name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (begin, end)[: 1 + closed]
+        },
     }

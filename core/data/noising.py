@@ -1,8 +1,9 @@
-"""What a text loses before a model says it again: BART's five noises and the fragment of MASS.
+"""What a text loses before a model says it again: BART's five noises, the fragment of MASS and UniLM's short spans.
 
 Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language Generation, Translation, and
 Comprehension", 2019 (arXiv:1910.13461), section 2.2, and Song et al., "MASS: Masked Sequence to Sequence Pre-training
-for Language Generation", 2019 (arXiv:1905.02450), section 3. Everything is a function of the tokens and of a generator.
+for Language Generation", 2019 (arXiv:1905.02450), section 3, and Dong et al., "Unified Language Model Pre-training for
+Natural Language Understanding and Generation", 2019 (arXiv:1905.03197), section 2.3. Everything is a function of the tokens and of a generator.
 
 n tokens of a text.
 """
@@ -190,3 +191,49 @@ def fragment(
     targets = np.full(n, nothing, np.int64)
     targets[inside] = tokens[inside]
     return Fragment(source, read, targets)
+
+
+def hide_spans(
+    tokens: np.ndarray,
+    free: np.ndarray,
+    random: np.random.Generator,
+    *,
+    mask: int,
+    vocab_size: int,
+    share: float = 0.15,
+    single: float = 0.8,
+    masked: float = 0.8,
+    swapped: float = 0.1,
+    nothing: int = -100,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hide tokens of a text as UniLM does: one by one, or two or three side by side.
+
+    Args:
+        tokens: (n,) int64.
+        free: (n,) bool, what may be hidden; a span ends before what may not.
+        random: what is random.
+        mask: the id that hides.
+        vocab_size: random tokens are below this.
+        share: of what may be hidden, rounded, and one token at least.
+        single: share of the choices that are one token; the others are two or three, alike.
+        masked: share of the hidden tokens that are read as masks.
+        swapped: share that is read as random tokens; the rest stay as they are.
+        nothing: target of all tokens that are not hidden.
+
+    Returns:
+        What is read and what is to be said, both (n,) int64.
+    """
+    wanted = max(round(int(free.sum()) * share), 1)
+    chosen = np.zeros(len(tokens), bool)
+    for place in random.permutation(np.flatnonzero(free)).tolist():
+        length = 1 if random.random() < single else int(random.integers(2, 4))
+        for at in range(place, min(place + length, len(tokens))):
+            if not free[at] or chosen.sum() == wanted:
+                break
+            chosen[at] = True
+        if chosen.sum() == wanted:
+            break
+    how, other = random.random(len(tokens)), random.integers(vocab_size, size=len(tokens))
+    read = np.where(chosen & (how < masked), mask, tokens)
+    read = np.where(chosen & (how >= masked) & (how < masked + swapped), other, read)
+    return read, np.where(chosen, tokens, nothing)

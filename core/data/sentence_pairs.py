@@ -26,12 +26,18 @@ class SentencePair(NamedTuple):
     random: bool
 
 
+def sentence_cut(window: np.ndarray, ends: np.ndarray, random: np.random.Generator) -> int:
+    """Return how many tokens of a window (n,) the first of two texts has: up to one of its sentences, or half."""
+    cuts = np.flatnonzero(ends[window[:-1]]) + 1
+    return int(random.choice(cuts)) if len(cuts) else len(window) // 2
+
+
 def sentence_pair(
     window: np.ndarray, elsewhere: np.ndarray, ends: np.ndarray, random: np.random.Generator
 ) -> SentencePair:
     """Cut a window of a text in two behind a sentence, and replace the second part with probability 1/2.
 
-    A window in which no sentence ends is cut in the middle. What replaces the second part begins with a sentence of the
+    What replaces the second part begins with a sentence of the
     other window where enough is left behind that.
 
     Args:
@@ -40,8 +46,7 @@ def sentence_pair(
         ends: (V,) bool, which tokens end a sentence.
         random: what is random.
     """
-    cuts = np.flatnonzero(ends[window[:-1]]) + 1
-    cut = int(random.choice(cuts)) if len(cuts) else len(window) // 2
+    cut = sentence_cut(window, ends, random)
     if random.random() < 0.5:
         return SentencePair(window[:cut], window[cut:], random=False)
     wanted = len(window) - cut

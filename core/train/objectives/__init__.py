@@ -26,6 +26,7 @@ OBJECTIVES = {
     "denoise": "portlm.train.objectives.denoise:DenoiseObjective",
     "mass": "portlm.train.objectives.mass:MassObjective",
     "bert": "portlm.train.objectives.bert:BertObjective",
+    "prefix": "portlm.train.objectives.prefix:PrefixObjective",
 }
 
 # The kinds of families that can learn an objective (portlm.models.Family), where it is not for all that read one text.
@@ -35,15 +36,18 @@ LEARNERS = {
     "denoise": ("encoder-decoder",),
     "mass": ("encoder-decoder",),
     "bert": ("encoder",),
+    "prefix": ("prefix",),
 }
 
 
 def learns(kind: str, objective: str) -> bool:
     """Say whether families of a kind can learn an objective by its name in OBJECTIVES.
 
-    One that LEARNERS does not name is for all but those with two stacks; it refuses single families itself.
+    One that LEARNERS does not name is for all that do not read a source; it refuses single families itself.
     """
-    return kind in LEARNERS[objective] if objective in LEARNERS else kind != "encoder-decoder"
+    if objective in LEARNERS:
+        return kind in LEARNERS[objective]
+    return kind not in ("encoder-decoder", "prefix")
 
 
 def objective_class(name: str) -> Any:

@@ -149,11 +149,8 @@ class BertObjective(MaskedObjective):
 
     def _judged(self) -> Iterator[Pairs]:
         """Yield pairs of held-out windows, whole ones, or all of the text as one; always the same."""
-        tokens = self.corpus.held_out(self.config.evaluation.max_tokens).tokens
-        n, size = min(self.window, len(tokens)), self.config.data.batch_size
-        windows = np.asarray(tokens[: len(tokens) // n * n]).astype(np.int64).reshape(-1, n)
-        for number, begin in enumerate(range(0, len(windows), size)):
-            arrays = self._pairs(windows[begin : begin + size], _LAST_STEP - number)
+        for number, windows in enumerate(self.held_out_windows(self.window)):
+            arrays = self._pairs(windows, _LAST_STEP - number)
             tensors = (self._tensor(array) for array in arrays)
             yield Pairs(*tensors, int((arrays[2] != IGNORE).sum()), len(arrays[3]))
 

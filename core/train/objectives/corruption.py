@@ -7,7 +7,7 @@ B rows, S source tokens, T target tokens, n tokens of a text before it is corrup
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ class CorruptionObjective(TextObjective):
         """Return ``loss`` in nats per target token."""
         total, count = 0.0, 0
         with evaluating(self.model), torch.no_grad():
-            for number, ids in enumerate(self._held_out()):
+            for number, ids in enumerate(self.held_out_windows(self.tokens)):
                 if stop():
                     return None
                 part = self._part(self._corrupted(ids, _LAST_STEP - number), 1)
@@ -114,14 +114,6 @@ class CorruptionObjective(TextObjective):
     def sample(self, stop: Stop) -> str | None:
         """Return nothing."""
         return None
-
-    def _held_out(self) -> Iterator[np.ndarray]:
-        """Yield whole windows of the held-out tokens, (B, n) each; all of it as one where it is shorter."""
-        held_out = self.corpus.held_out(self.config.evaluation.max_tokens).tokens
-        n = min(self.tokens, len(held_out))
-        windows = np.asarray(held_out[: len(held_out) // n * n]).astype(np.int64).reshape(-1, n)
-        for begin in range(0, len(windows), self.config.data.batch_size):
-            yield windows[begin : begin + self.config.data.batch_size]
 
     def _corrupted(self, ids: np.ndarray, step: int) -> list[Corrupted]:
         """Corrupt texts, as a function of the seed and the step alone."""

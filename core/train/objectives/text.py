@@ -1,9 +1,10 @@
 """What objectives over plain text share: one model, windows of a corpus, and held-out text to judge by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,18 @@ class TextObjective:
         if self.parts == 1:
             return [(inputs, targets)]
         return list(zip(inputs.chunk(self.parts), targets.chunk(self.parts), strict=True))
+
+    def held_out_windows(self, tokens: int) -> Iterator[np.ndarray]:
+        """Yield whole windows of the held-out tokens, (B, n) int64 each; all of it as one where it is shorter.
+
+        Args:
+            tokens: n.
+        """
+        held_out = self.corpus.held_out(self.config.evaluation.max_tokens).tokens
+        n, size = min(tokens, len(held_out)), self.config.data.batch_size
+        windows = np.asarray(held_out[: len(held_out) // n * n]).astype(np.int64).reshape(-1, n)
+        for begin in range(0, len(windows), size):
+            yield windows[begin : begin + size]
 
     def metrics(self) -> dict[str, float]:
         """Return nothing further."""
