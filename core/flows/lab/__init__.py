@@ -17,6 +17,8 @@ EXPERIMENTS = {
     "brackets": "portlm.flows.lab.brackets:Brackets",
     "gradients": "portlm.flows.lab.gradients:Gradients",
     "retrieval": "portlm.flows.lab.retrieval:Retrieval",
+    "cloze-needs-both-sides": "portlm.flows.lab.cloze:Cloze",
+    "objectives": "portlm.flows.lab.objectives:Objectives",
 }
 
 
