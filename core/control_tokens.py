@@ -57,7 +57,7 @@ def _added(name: str, tokenizer: Tokenizer, document: dict[str, Any]) -> dict[st
 
 
 def _template(begin: str, end: str, ids: dict[str, int], *, closed: bool) -> dict[str, Any]:
-    """A post-processor: begin, text, end, and for a pair another text of type 1, and end; without ends if not closed."""
+    """A post-processor: begin, text, end, and for a pair another text of type 1, and end; no ends if not closed."""
 
     def token(name: str, kind: int) -> dict[str, Any]:
         return {"SpecialToken": {"id": name, "type_id": kind}}

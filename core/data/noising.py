@@ -1,9 +1,10 @@
 """What a text loses before a model says it again: BART's five noises, the fragment of MASS and UniLM's short spans.
 
 Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training for Natural Language Generation, Translation, and
-Comprehension", 2019 (arXiv:1910.13461), section 2.2, and Song et al., "MASS: Masked Sequence to Sequence Pre-training
-for Language Generation", 2019 (arXiv:1905.02450), section 3, and Dong et al., "Unified Language Model Pre-training for
-Natural Language Understanding and Generation", 2019 (arXiv:1905.03197), section 2.3. Everything is a function of the tokens and of a generator.
+Comprehension", 2019 (arXiv:1910.13461), section 2.2; Song et al., "MASS: Masked Sequence to Sequence Pre-training for
+Language Generation", 2019 (arXiv:1905.02450), section 3; Dong et al., "Unified Language Model Pre-training for Natural
+Language Understanding and Generation", 2019 (arXiv:1905.03197), section 2.3. Everything is a function of the tokens and
+of a generator.
 
 n tokens of a text.
 """
@@ -114,9 +115,7 @@ NOISES: dict[str, Callable[[np.ndarray, np.random.Generator, Noise], np.ndarray]
 """By name, in the order in which several are applied: sentences are moved while they still have their ends."""
 
 
-def noised(
-    tokens: np.ndarray, kinds: Sequence[str], random: np.random.Generator, noise: Noise
-) -> np.ndarray:
+def noised(tokens: np.ndarray, kinds: Sequence[str], random: np.random.Generator, noise: Noise) -> np.ndarray:
     """Return a text with noise of several kinds.
 
     Args:
@@ -164,7 +163,7 @@ def fragment(
 
     The decoder has a place for each token of the text, so that places are kept; outside of the fragment it reads the
     mask, so it cannot lean on tokens that the encoder sees as well. Its first token inside the fragment is the one
-    before the fragment in the paper's shifted decoder; that is hidden, too, save for the start of the text.
+    before it, and that is hidden, too; at the beginning of a text it is the start.
 
     Args:
         tokens: (n,) int64.

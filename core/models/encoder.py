@@ -49,7 +49,7 @@ class Layer(nn.Module):
         self.norm = LayerNorm(C, eps)
 
     def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
-        """Map (B, T, C) to the same; mask (B, T) int64 is 0 on padding, bias (B or 1, 1, T, T) is added to the scores."""
+        """Map (B, T, C) to the same; mask (B, T) is 0 on padding, bias (B or 1, 1, T, T) is added to the scores."""
         B, T, _ = x.shape
         q, k, v = (
             part(x).view(B, T, self.n_head, self.head_dim) for part in (self.query, self.key, self.value)

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from portlm.errors import ConfigError
@@ -47,7 +46,7 @@ MODES = ("bidirectional", "seq2seq", "left_to_right", "right_to_left")
 class UniLMConfig(BertConfig):
     """The shape of a UniLM.
 
-    The table of positions has 2 context_length + 2 rows: a source and a target, each as long as the context, and a mask.
+    The table of positions has 2 context_length + 2 rows, for a source and a target as long as the context and a mask.
 
     Raises:
         ConfigError: As of BertConfig, or other heads or segments than BERT's for hidden tokens.
@@ -247,9 +246,7 @@ class UniLM(Bert):
             ContextLengthError: P + T is larger than the context.
         """
         check_length(attention_mask.shape[1], self.config.context_length)
-        return self._step(
-            input_ids, position_ids, attention_mask, memory, source_mask, past, logits_to_keep
-        )
+        return self._step(input_ids, position_ids, attention_mask, memory, source_mask, past, logits_to_keep)
 
     def _step(
         self,
@@ -298,7 +295,7 @@ class UniLM(Bert):
         return torch.relu(off * -1.0 + 1.0) @ self.positions.weight
 
     def _biases(self, x: Tensor, mask: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what tokens (B, T, C) see: (B, 1, T, S + P + T), and the masks behind them, with T keys of their own."""
+        """Return what tokens (B, T, C) see, (B, 1, T, S + P + T), and the masks behind them, with T more keys."""
         every = torch.cat((source_mask, mask), dim=1)  # (B, S + P + T)
         hidden = embedding(every, self.hiding)  # (B, S + P + T, 1)
         hidden = hidden.transpose(1, 2).unsqueeze(1)  # (B, 1, 1, S + P + T)

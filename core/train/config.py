@@ -217,7 +217,14 @@ class PretrainConfig(RunConfig):
     """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
 
     # The text may lie elsewhere now: its tokens are compared by content.
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "label_smoothing", "model.", "noise.", "data.")
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *RunConfig.FIXED,
+        "objective",
+        "label_smoothing",
+        "model.",
+        "noise.",
+        "data.",
+    )
     FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.source", "data.target")
 
     objective: str = (

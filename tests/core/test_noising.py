@@ -75,7 +75,7 @@ def test_infilling_has_one_mask_for_each_span_and_hides_exactly_its_share(seed, 
 
 
 def test_lengths_of_spans_follow_poissons_distribution():
-    """Over 2000 spans the share of each length is within 3 standard deviations, 3 sqrt(p (1 - p) / n), of Poisson(3)."""
+    """Over 2000 spans each share is within 3 standard deviations, 3 sqrt(p (1 - p) / n), of Poisson(3)."""
     text, lengths = np.arange(1000, 1300), list[int]()
     for seed in range(80):
         lengths += unfilled(infill(text, generator(seed), of(0.3)), text)
@@ -94,7 +94,9 @@ def test_short_texts_are_infilled_too(tokens, share):
     text = np.arange(1000, 1000 + tokens)
     for seed in range(20):
         for span in (0.1, 3.0):
-            assert sum(unfilled(infill(text, generator(seed), of(share, span)), text)) == round(tokens * share)
+            assert sum(unfilled(infill(text, generator(seed), of(share, span)), text)) == round(
+                tokens * share
+            )
 
 
 @seeds

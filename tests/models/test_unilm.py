@@ -77,7 +77,9 @@ def test_what_each_mode_shows_is_the_papers():
 
 
 def test_a_mode_that_there_is_not_is_named_with_those_there_are():
-    with pytest.raises(ConfigError, match="must be one of bidirectional, seq2seq, left_to_right, right_to_left"):
+    with pytest.raises(
+        ConfigError, match="must be one of bidirectional, seq2seq, left_to_right, right_to_left"
+    ):
         seen("sideways", torch.zeros(1, 3, dtype=torch.int64))
 
 
@@ -85,7 +87,9 @@ def test_without_a_bias_it_is_bert(model):
     """The same weights under the same names: bit for bit."""
     config = BertConfig.tiny()
     bert = build(dataclasses.replace(config, context_length=CONFIG.longest)).eval()
-    bert.load_state_dict({n: p for n, p in model.state_dict().items() if not n.startswith("pooler")}, strict=False)
+    bert.load_state_dict(
+        {n: p for n, p in model.state_dict().items() if not n.startswith("pooler")}, strict=False
+    )
     ids = tokens(2, 9)
     assert torch.equal(bert(ids), model(ids))
     names = [bert.hf_name(name) for name, _ in bert.named_parameters() if not name.startswith("pooler")]
@@ -185,7 +189,9 @@ def test_a_saved_model_comes_back_equal(model, tmp_path):
 
 
 def test_a_bert_becomes_one_by_the_type_in_its_config_json(tmp_path):
-    bert = build(dataclasses.replace(BertConfig.tiny(), context_length=66, heads=("masked_lm", "next_sentence")))
+    bert = build(
+        dataclasses.replace(BertConfig.tiny(), context_length=66, heads=("masked_lm", "next_sentence"))
+    )
     tokenizer, _ = for_reading(byte_tokenizer())
     save_model(tmp_path / "bert", bert, tokenizer)
     path = tmp_path / "bert" / "config.json"
@@ -231,12 +237,18 @@ def test_every_engine_writes_what_masks_say(model, tmp_path):
         source = torch.tensor([tokenizer.encode(text)])
         written = torch.tensor([[SEP]])
         for _ in range(6):
-            following = by_masks(model, source, written)[:, -1, : tokenizer.vocab_size].argmax(-1, keepdim=True)
+            following = by_masks(model, source, written)[:, -1, : tokenizer.vocab_size].argmax(
+                -1, keepdim=True
+            )
             written = torch.cat((written, following), dim=1)
             if following == SEP:
                 break
-        expected.append([token for token in written[0, 1:].tolist()])
-    for engine, device, profile in (("torch", "cpu", "auto"), ("ort", "cpu", "portable"), ("tvm", "cpu", "fused")):
+        expected.append(written[0, 1:].tolist())
+    for engine, device, profile in (
+        ("torch", "cpu", "auto"),
+        ("ort", "cpu", "portable"),
+        ("tvm", "cpu", "fused"),
+    ):
         try:
             if engine == "tvm":
                 build_choice(tmp_path / "model", engine, device, profile, note=lambda text: None)

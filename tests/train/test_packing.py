@@ -49,9 +49,7 @@ def test_no_gradient_goes_from_one_packed_text_into_another():
     which = torch.from_numpy(packed.texts)
     for number in range(5):
         probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(number)).double()
-        (gradient,) = torch.autograd.grad(
-            (logits * probe)[which == number].sum(), x, retain_graph=True
-        )
+        (gradient,) = torch.autograd.grad((logits * probe)[which == number].sum(), x, retain_graph=True)
         reached = gradient.abs().amax(-1) > 0
         assert torch.equal(reached, which == number)
 

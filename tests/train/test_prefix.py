@@ -61,7 +61,9 @@ def test_80_percent_of_the_choices_are_single_tokens():
         edges = np.flatnonzero(np.diff(np.concatenate(([0], (said != -100).astype(int), [0]))))
         lengths += (edges[1::2] - edges[::2]).tolist()
     share = np.bincount(lengths, minlength=4)[1:4] / len(lengths)
-    assert np.abs(share - [0.8, 0.1, 0.1]).max() < 0.06  # touching spans and the cut of the last one move some
+    assert (
+        np.abs(share - [0.8, 0.1, 0.1]).max() < 0.06
+    )  # touching spans and the cut of the last one move some
 
 
 def test_of_hidden_tokens_80_percent_are_masks_10_random_and_10_as_they_were():
@@ -76,7 +78,12 @@ def test_steps_have_the_modes_in_their_shares(text, tmp_path):
     """Of 300 steps the standard deviation of each count is at most 8.2."""
     objective = objective_of(config_of(text, data__batch_size=1), tmp_path / "data")
     modes = [objective.batches()[0].mode for _ in range(300)]
-    for mode, share in (("bidirectional", 100), ("seq2seq", 100), ("left_to_right", 50), ("right_to_left", 50)):
+    for mode, share in (
+        ("bidirectional", 100),
+        ("seq2seq", 100),
+        ("left_to_right", 50),
+        ("right_to_left", 50),
+    ):
         assert abs(modes.count(mode) - share) < 33
 
 

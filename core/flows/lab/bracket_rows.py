@@ -44,7 +44,7 @@ def walk(generator: np.random.Generator, count: int) -> tuple[list[int], list[in
     return tokens, stack
 
 
-def row(generator: np.random.Generator, longest: int = 10) -> Row:
+def row(generator: np.random.Generator, longest: int = 6) -> Row:
     """Return a row of at most 2 longest + 5 tokens."""
     before, stack = list[int](), list[int]()
     while not stack:

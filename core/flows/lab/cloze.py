@@ -18,7 +18,7 @@ from portlm.train.evaluation import evaluating
 from portlm.train.objectives.masked import hide
 
 MASK = VOCAB
-_LENGTH = 32
+_LENGTH = 16
 _STEPS = {"masked": 1500, "causal": 600}
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB + 1, "context_length": _LENGTH, "n_layer": 3, "n_head": 4, "width": 64
@@ -75,7 +75,7 @@ class Cloze:
         curves = {}
         for kind, model, batches in (("masked", encoder, hidden()), ("causal", decoder, following())):
             losses = fit(
-                model, batches, _STEPS[kind], lr=2e-3, tell=lambda text, kind=kind: tell(f"{kind}: {text}")
+                model, batches, _STEPS[kind], lr=3e-3, tell=lambda text, kind=kind: tell(f"{kind}: {text}")
             )
             curves[kind] = mean_curve(losses)
         judged = texts(seeded(seed, stream=1), 500)

@@ -31,7 +31,7 @@ LAST = VOCAB + 4  # the sentinel behind the last span
 _IDS = VOCAB + 5
 _STEPS = 900
 _ASKED = 400
-_SHAPE: dict[str, Any] = {"vocab_size": _IDS, "context_length": 40, "n_layer": 2, "n_head": 4, "width": 64}
+_SHAPE: dict[str, Any] = {"vocab_size": _IDS, "context_length": 24, "n_layer": 2, "n_head": 4, "width": 64}
 _TWO: dict[str, Any] = {**_SHAPE, "n_decoder_layer": 2, "hidden": 256, "decoder_start_token_id": SEP}
 
 Asked = tuple[list[int], list[int], list[int]]  # what is read, what the decoder reads, what it says
@@ -135,7 +135,7 @@ class Objectives:
                 return torch.nn.functional.cross_entropy(logits.flatten(0, 1), said.flatten())
 
             losses = fit(
-                model, batches(), _STEPS, lr=2e-3, loss=loss, tell=lambda text, name=name: tell(f"{name}: {text}")
+                model, batches(), _STEPS, lr=3e-3, loss=loss, tell=lambda text, name=name: tell(f"{name}: {text}")
             )  # fmt: skip
             figures[name] = filled(model, [task(text) for text in judged])
             figures["curves"][name] = mean_curve(losses)
