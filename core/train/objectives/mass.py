@@ -1,8 +1,8 @@
 """Say the fragment that is hidden from the encoder: MASS (Song et al., 2019, arXiv:1905.02450).
 
 Half of each text, in one piece, is hidden: of its tokens the encoder reads 80 % as masks, 10 % as random tokens and
-10 % as they are. The decoder predicts that fragment alone. It has a place for every token of the text, so that places are
-kept, and reads masks outside of the fragment, so that it must ask the encoder for what is there.
+10 % as they are. The decoder predicts that fragment alone. It has a place for every token of the text, so that places
+are kept, and reads masks outside of the fragment, so that it must ask the encoder for what is there.
 """
 
 import numpy as np
