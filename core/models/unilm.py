@@ -174,6 +174,7 @@ class UniLM(Bert):
         init: False leaves the parameters uninitialised, for a caller that fills them all.
     """
 
+    config: UniLMConfig
     # Not saved, as they follow from the configuration: a graph reads numbers of positions from tables.
     numbers: Tensor  # (context, 1), the number of each place of a target
     kinds: Tensor  # (context, 1), its segment
@@ -328,6 +329,6 @@ class UniLM(Bert):
         )
 
     @staticmethod
-    def hf_stored(config: UniLMConfig, names: Collection[str | None]) -> UniLMConfig:
+    def hf_stored(config: BertConfig, names: Collection[str | None]) -> BertConfig:
         """Return the configuration as it is: a file's head for the next text is not kept."""
         return config

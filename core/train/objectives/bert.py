@@ -94,14 +94,11 @@ class BertObjective(MaskedObjective):
         ids, _ = next(self.sampler)
         inputs, kinds, targets, labels = self._pairs(ids, step)
         total, rows = int((targets != IGNORE).sum()), len(ids) // self.parts
-        return [
-            Pairs(
-                *(self._tensor(array[i : i + rows]) for array in (inputs, kinds, targets, labels)),
-                total,
-                len(ids),
-            )
-            for i in range(0, len(ids), rows)
-        ]
+        parts = []
+        for i in range(0, len(ids), rows):
+            a, b, c, d = (self._tensor(array[i : i + rows]) for array in (inputs, kinds, targets, labels))
+            parts.append(Pairs(a, b, c, d, total, len(ids)))
+        return parts
 
     def loss(self, batch: Any) -> Tensor:
         """Return a part's share in the mean over the hidden tokens plus the mean over the pairs."""
@@ -151,8 +148,8 @@ class BertObjective(MaskedObjective):
         """Yield pairs of held-out windows, whole ones, or all of the text as one; always the same."""
         for number, windows in enumerate(self.held_out_windows(self.window)):
             arrays = self._pairs(windows, _LAST_STEP - number)
-            tensors = (self._tensor(array) for array in arrays)
-            yield Pairs(*tensors, int((arrays[2] != IGNORE).sum()), len(arrays[3]))
+            a, b, c, d = (self._tensor(array) for array in arrays)
+            yield Pairs(a, b, c, d, int((arrays[2] != IGNORE).sum()), len(windows))
 
     def _pairs(self, ids: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
         """Make inputs, kinds, targets and labels of windows (B, n), as a function of the seed and the step alone."""

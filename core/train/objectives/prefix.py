@@ -99,10 +99,11 @@ class PrefixObjective(TextObjective):
         mode = MODES[int(random.choice(len(MODES), p=[*SHARES.values()]))]
         arrays = self._hidden(ids, mode, random)
         holes, rows = int((arrays[-1] != IGNORE).sum()), len(ids) // self.parts
-        return [
-            Part(mode, *(self._tensor(array[i : i + rows]) for array in arrays), holes)
-            for i in range(0, len(ids), rows)
-        ]
+        parts = []
+        for i in range(0, len(ids), rows):
+            a, b, c, d = (self._tensor(array[i : i + rows]) for array in arrays)
+            parts.append(Part(mode, a, b, c, d, holes))
+        return parts
 
     def loss(self, batch: Part) -> Tensor:
         """Return a part's share in the mean over the hidden tokens."""
@@ -119,8 +120,8 @@ class PrefixObjective(TextObjective):
                     if stop():
                         return None
                     arrays = self._hidden(ids, mode, self._random(_LAST_STEP - number))
-                    part = Part(mode, *(self._tensor(array) for array in arrays), 1)
-                    logits, wanted = self._logits(part)
+                    a, b, c, d = (self._tensor(array) for array in arrays)
+                    logits, wanted = self._logits(Part(mode, a, b, c, d, 1))
                     total += F.cross_entropy(logits.float(), wanted, reduction="sum").item()
                     count += len(wanted)
                 losses[f"{mode}_loss"] = total / count
