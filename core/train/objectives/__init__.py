@@ -21,8 +21,10 @@ Stop = Callable[[], bool]
 OBJECTIVES = {
     "causal": "portlm.train.objectives.causal:CausalObjective",
     "masked": "portlm.train.objectives.masked:MaskedObjective",
+    "bidirectional": "portlm.train.objectives.bidirectional:BidirectionalObjective",
     "span": "portlm.train.objectives.span:SpanObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
+    "classify": "portlm.train.objectives.classify:ClassifyObjective",
     "denoise": "portlm.train.objectives.denoise:DenoiseObjective",
     "mass": "portlm.train.objectives.mass:MassObjective",
     "bert": "portlm.train.objectives.bert:BertObjective",
@@ -31,6 +33,7 @@ OBJECTIVES = {
 
 # The kinds of families that can learn an objective (portlm.models.Family), where it is not for all that read one text.
 LEARNERS = {
+    "bidirectional": ("bidirectional",),
     "span": ("encoder-decoder",),
     "seq2seq": ("encoder-decoder",),
     "denoise": ("encoder-decoder",),
@@ -43,11 +46,12 @@ LEARNERS = {
 def learns(kind: str, objective: str) -> bool:
     """Say whether families of a kind can learn an objective by its name in OBJECTIVES.
 
-    One that LEARNERS does not name is for all that do not read a source; it refuses single families itself.
+    One that LEARNERS does not name is for all that LEARNERS names nothing of its own for; it refuses single
+    families itself.
     """
     if objective in LEARNERS:
         return kind in LEARNERS[objective]
-    return kind not in ("encoder-decoder", "prefix")
+    return kind not in ("encoder-decoder", "prefix", "bidirectional")
 
 
 def objective_class(name: str) -> Any:
