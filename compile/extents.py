@@ -14,8 +14,9 @@ from typing import Any
 
 # For each symbol in order of appearance, its number while recording: once each column. All are different primes, so
 # that the two values of a product tell which it is, and those of a sum of two are in no other ratio either; and small,
-# for models that compare lengths with their context.
-NUMBERS = ((2, 19), (3, 11), (5, 13), (7, 17), (47, 23), (53, 29), (59, 31), (61, 37))
+# for models that compare lengths with their context. The fifth, an encoder-decoder's source, grows as well: added to
+# its past and twice its new tokens it must not give the same number in both, which would be taken for a number.
+NUMBERS = ((2, 19), (3, 11), (5, 13), (7, 17), (23, 47), (53, 29), (59, 31), (61, 37))
 
 Term = tuple[str, ...]  # the symbols of a product, sorted; () for a number
 
@@ -77,6 +78,12 @@ class Extents:
         self._units: list[tuple[int, int, int | Extent]] = []
         for (one, a), (other, b) in itertools.combinations(zip(symbols, values, strict=True), 2):
             self._units.append((a[0] + b[0], a[1] + b[1], one + other))
+        triples = [
+            (a[0] + b[0] + c[0], a[1] + b[1] + c[1], one + other + third)
+            for (one, a), (other, b), (third, c) in itertools.combinations(
+                zip(symbols, values, strict=True), 3
+            )
+        ]
         places: Iterable[tuple[int, ...]] = itertools.chain.from_iterable(
             itertools.combinations_with_replacement(range(len(symbols)), degree) for degree in (1, 2, 3)
         )
@@ -88,7 +95,7 @@ class Extents:
             first, second = (math.prod(values[place][side] for place in chosen) for side in (0, 1))
             products.append((first, second, product))
         sums = [(m * a, n * b, s * t) for m, n, s in self._units for a, b, t in products[: len(symbols)]]
-        self._units = [*products[: len(symbols)], *self._units, *products[len(symbols) :], *sums]
+        self._units = [*products[: len(symbols)], *self._units, *products[len(symbols) :], *sums, *triples]
 
     def find(self, first: int, second: int) -> int | Extent:
         """Return a number if both are the same, else the simplest expression.

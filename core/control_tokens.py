@@ -20,11 +20,15 @@ PADDING = "[PAD]"
 START, DELIMITER, CLASSIFY = "_start_", "_delimiter_", "_classify_"
 
 
-def for_reading(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
+def for_reading(tokenizer: Tokenizer, *, closed: bool = True) -> tuple[Tokenizer, int]:
     """Return a tokenizer that puts a text between control tokens and can hide tokens, and the id that hides one.
 
     A tokenizer that has such tokens keeps them; to another they are added, behind all that it has. No text has other
     ids than before.
+
+    Args:
+        tokenizer: any.
+        closed: put a token behind a text as well as before it.
 
     Raises:
         FormatError: the tokenizer has some of the tokens, and not all.
@@ -38,7 +42,7 @@ def for_reading(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
             if name not in tokenizer.special:
                 document["added_tokens"].append(_added(name, tokenizer, document))
     ids = dict(tokenizer.special) | {t["content"]: t["id"] for t in document["added_tokens"] if t["special"]}
-    document["post_processor"] = _template(names[0], names[1], names[1], ids)
+    document["post_processor"] = _template(names[0], names[1], names[1], ids, closed=closed)
     return _made(document, tokenizer, "the tokenizer of the encoder"), ids[names[2]]
 
 
@@ -74,10 +78,13 @@ def _added(name: str, tokenizer: Tokenizer, document: dict[str, Any]) -> dict[st
     return {"id": max([tokenizer.vocab_size - 1, *taken]) + 1, "content": name, **plain}
 
 
-def _template(begin: str, between: str, end: str, ids: dict[str, int], kinds: int = 2) -> dict[str, Any]:
+def _template(
+    begin: str, between: str, end: str, ids: dict[str, int], *, kinds: int = 2, closed: bool = True
+) -> dict[str, Any]:
     """A post-processor: begin, text, end; and for a pair begin, text, between, another text and end.
 
-    With two kinds the other text and its end are of type 1.
+    With two kinds the other text and its end are of type 1; a text that is not closed
+    has no end, nor a pair anything between.
     """
     last = kinds - 1
 
@@ -85,10 +92,16 @@ def _template(begin: str, between: str, end: str, ids: dict[str, int], kinds: in
         return {"SpecialToken": {"id": name, "type_id": kind}}
 
     first, second = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", last)))
-    names = dict.fromkeys((begin, between, end))
+    names = dict.fromkeys((begin, between, end) if closed else (begin,))
     return {
         "type": "TemplateProcessing",
-        "single": [token(begin, 0), first, token(end, 0)],
-        "pair": [token(begin, 0), first, token(between, 0), second, token(end, last)],
+        "single": [token(begin, 0), first, *[token(end, 0)] * closed],
+        "pair": [
+            token(begin, 0),
+            first,
+            *[token(between, 0)] * closed,
+            second,
+            *[token(end, last)] * closed,
+        ],
         "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names},
     }

@@ -134,9 +134,9 @@ class Family(NamedTuple):
         config: The class of its configuration.
         model: The class of its model.
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
-            fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so
-            with a state in each direction, "encoder-decoder" for one that reads a source and writes a target, "vectors"
-            for a table of them that is looked up.
+            fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so with
+            a state in each direction, "encoder-decoder" for one that reads a source and writes a target, "prefix" for
+            one that does so in a single stack, "vectors" for a table of them that is looked up.
         foreign: Whether transformers has such models, too.
     """
 
@@ -190,6 +190,7 @@ FAMILIES = {
     "marian": Family("portlm.models.transformer", "TransformerConfig", "Transformer", "encoder-decoder"),
     "bart": Family("portlm.models.bart", "BartConfig", "Bart", "encoder-decoder"),
     "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
+    "unilm": Family("portlm.models.unilm", "UniLMConfig", "UniLM", "prefix", foreign=False),
     "recurrent": Family(
         "portlm.models.recurrent", "RecurrentConfig", "Recurrent", "recurrent", foreign=False
     ),

@@ -21,7 +21,7 @@ from portlm.models.encoder_config import EncoderConfig
 
 _POOLED_HEADS = ("next_sentence", "classify")
 # What old files say of a pooler that was never published.
-_HARMLESS = (
+HARMLESS = (
     "classifier_dropout", "directionality", "pooler_fc_size", "pooler_num_attention_heads",
     "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
 )  # fmt: skip
@@ -60,7 +60,7 @@ class BertConfig(EncoderConfig):
             **sizes,
             **cls.common_from_hf(read),
         )
-        read.finish(*_HARMLESS)
+        read.finish(*HARMLESS)
         return config
 
     def to_hf(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from portlm.errors import UsageError
 from portlm.models.encoder_config import EncoderConfig
-from portlm.models.layers import Embedding, LayerNorm, Linear, check_length
+from portlm.models.layers import Embedding, LayerNorm, Linear, check_length, drop
 from portlm.models.roles import Role
 from portlm.ops.embedding import embedding
 from portlm.ops.gelu_mlp import gelu_mlp
@@ -48,13 +48,17 @@ class Layer(nn.Module):
         self.up, self.down = Linear(C, config.hidden, bias=True), Linear(config.hidden, C, bias=True)
         self.norm = LayerNorm(C, eps)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Map (B, T, C) to the same; mask (B, T) int64 is 0 on padding."""
-        B, T, C = x.shape
+    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """Map (B, T, C) to the same; mask (B, T) is 0 on padding, bias (B or 1, 1, T, T) is added to the scores."""
+        B, T, _ = x.shape
         q, k, v = (
             part(x).view(B, T, self.n_head, self.head_dim) for part in (self.query, self.key, self.value)
         )
-        y = self.out(masked_attention(q, k, v, mask).reshape(B, T, C))
+        return self.added(x, masked_attention(q, k, v, mask, bias))
+
+    def added(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Return what the layer makes of x (B, T, C) and of what its queries have seen, (B, T, H, D)."""
+        y = self.out(seen.reshape(x.shape))
         x, _ = self.attention_norm(self._drop(y), x)
         y = gelu_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, approximate=self.gelu)
         return self.norm(self._drop(y), x)[0]
@@ -139,7 +143,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, C = config, config.width
         self.tokens = Embedding(config.vocab_size, C)
-        self.positions = Embedding(config.context_length + config.first_position, C)
+        self.positions = Embedding(config.longest + config.first_position, C)
         self.segments = Embedding(config.segments, C) if config.segments else None
         self.norm = LayerNorm(C, config.layer_norm_eps)
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.n_layer)])
@@ -149,7 +153,13 @@ class Encoder(nn.Module):
             self.init_weights()
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Return what the head for hidden tokens says: logits (B, T, V), or the mean cross-entropy of targets.
 
@@ -157,12 +167,15 @@ class Encoder(nn.Module):
             input_ids: (B, T) int64, with mask tokens where something is hidden.
             targets: (B, T) int64, what is hidden; -100 where nothing is. Only those positions go through the head.
             attention_mask: (B, T) int64, 0 on padding; None if there is none.
+            token_type_ids: As of :meth:`encode`, like the next two.
+            position_ids: See there.
+            bias: See there.
 
         Raises:
             ContextLengthError: T is larger than the context.
             UsageError: the model has no such head.
         """
-        hidden, _ = self.encode(input_ids, attention_mask)
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids, position_ids, bias)
         if targets is None:
             return self.apply_head("masked_lm", hidden)
         wanted = targets.flatten()
@@ -176,6 +189,7 @@ class Encoder(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the hidden state of every token (B, T, C), and the pooled first one (B, C) if there is a pooler.
 
@@ -184,24 +198,35 @@ class Encoder(nn.Module):
             attention_mask: (B, T) int64, 0 on padding; None if there is none.
             token_type_ids: (B, T) int64, which text a token belongs to; None for the first one throughout.
             position_ids: (B, T) int64, from 0 on; None for 0, 1, ...
+            bias: (B or 1, 1, T, T), added to the scores of all heads, so that a model learns which tokens see which:
+                -1e30 where one is not to see another.
 
         Raises:
             ContextLengthError: T is larger than the context.
         """
+        x = self.embed(input_ids, token_type_ids, position_ids)
+        for layer in self.layers:
+            x = layer(x, attention_mask, bias)
+        return x, None if self.pooler is None else torch.tanh(self.pooler(x.select(1, 0)))
+
+    def embed(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return what the first layer reads, (B, T, C), for arguments as of :meth:`encode`."""
         T = input_ids.shape[1]
-        check_length(T, self.config.context_length)
+        check_length(T, self.config.longest)
         places = self.positions.weight[self.config.first_position :]
         x = self.tokens(input_ids)
         x = x + (places[:T] if position_ids is None else embedding(position_ids, places))
         if self.segments is not None:
             first = token_type_ids is None or self.config.segments == 1
             x = x + (self.segments.weight[:1] if first else self.segments(token_type_ids))
+        return self.entered(x)
+
+    def entered(self, x: Tensor) -> Tensor:
+        """Return the sum of embeddings (B, T, C) as the first layer reads it."""
         x, _ = self.norm(x, None)
-        if self.training and self.config.dropout > 0:
-            x = F.dropout(x, self.config.dropout)
-        for layer in self.layers:
-            x = layer(x, attention_mask)
-        return x, None if self.pooler is None else torch.tanh(self.pooler(x.select(1, 0)))
+        return drop(x, self.config.dropout, self.training)
 
     def apply_head(self, name: str, x: Tensor) -> Tensor:
         """Return the logits of a head for what it reads: (..., N), or (B, N) of one that looks at the first token.

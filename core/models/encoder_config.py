@@ -95,6 +95,11 @@ class EncoderConfig:
         return self.width // self.n_head
 
     @property
+    def longest(self) -> int:
+        """The longest sequence that there are positions for."""
+        return self.context_length
+
+    @property
     def first_position(self) -> int:
         """The row of the table of positions that the first token has."""
         return 0

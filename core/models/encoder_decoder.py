@@ -8,7 +8,8 @@ B batch, S source tokens, T target tokens, P slots already in the cache, C width
 L decoder layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,68 +159,77 @@ class EncoderDecoder(nn.Module):
         A given state of the decoder is the encoder's output of the same name, and encoder_attention_mask the mask that
         the encoder was called with (portlm.memory). Names are those of Hugging Face's optimum.
         """
-        return {"encoder": self._encoder(), "decoder": self._decoder()}
+        config = self.config
 
-    def _encoder(self) -> Role:
-        config, source = self.config, ("batch", "source")
+        def read(ids: Tensor, mask: Tensor, places: Tensor | None) -> tuple[Tensor, list[KeyValue]]:
+            encoded = self.encode(ids, mask, places)
+            return encoded, self.memory(encoded)
 
-        def function(input_ids: Tensor, attention_mask: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
-            encoded = self.encode(input_ids, attention_mask, places[0] if places else None)
-            return encoded, *(tensor for layer in self.memory(encoded) for tensor in layer)
-
-        names = ("input_ids", "attention_mask", *["position_ids"] * self.has_positions)
-        made = (TensorSpec(state.name, state.dtype, state.shape) for state in self._memory_states()[1:])
-        outputs = (TensorSpec("last_hidden_state", "float32", (*source, config.width)), *made)
-        return Role(function, tuple(TensorSpec(name, "int64", source) for name in names), outputs)
-
-    def _decoder(self) -> Role:
-        config, L = self.config, self.config.n_decoder_layer
-        tokens = ("batch", "sequence")
-
-        def function(*given: Tensor) -> tuple[Tensor, ...]:
-            input_ids, attention_mask, *rest = given
-            position_ids = rest.pop(0) if self.has_positions else None
-            logits_to_keep, source_mask, *flat = rest
-            pairs = list(zip(flat[::2], flat[1::2], strict=True))
-            logits, present = self.step.__wrapped__(  # type: ignore[attr-defined]
-                self,
-                input_ids,
-                position_ids,
-                attention_mask,
-                pairs[:L],
-                source_mask,
-                pairs[L:],
-                logits_to_keep,
-            )
-            return logits, *(tensor for layer in present for tensor in layer)
-
-        inputs = [
-            TensorSpec("input_ids", "int64", tokens),
-            TensorSpec("attention_mask", "int64", ("batch", TOTAL)),
-        ]
-        if self.has_positions:
-            inputs.append(TensorSpec("position_ids", "int64", tokens))
-        inputs.append(TensorSpec("logits_to_keep", "int64", ("kept",)))
-        own = tuple(
-            StateSpec(
-                f"past_key_values.{layer}.decoder.{kind}", f"present.{layer}.decoder.{kind}", "float32",
-                self.cache_shape(), "empty", "append",
-            )
-            for layer in range(L) for kind in ("key", "value")
-        )  # fmt: skip
-        outputs = (TensorSpec("logits", "float32", ("batch", "kept", config.vocab_size)),)
-        return Role(function, tuple(inputs), outputs, (*self._memory_states(), *own))
-
-    def _memory_states(self) -> tuple[StateSpec, ...]:
-        """What the decoder is given: the source's mask, and each layer's keys and values."""
-        source, heads = ("batch", "source"), (self.config.n_head, self.config.head_dim)
-        mask = StateSpec("encoder_attention_mask", "", "int64", source, "given", "constant")
-        memory = (
-            StateSpec(f"past_key_values.{layer}.encoder.{kind}", "", "float32", (*source, *heads), "given", "constant")
-            for layer in range(self.config.n_decoder_layer) for kind in ("key", "value")
-        )  # fmt: skip
-        return mask, *memory
+        return source_roles(
+            read,
+            partial(self.step.__wrapped__, self),  # type: ignore[attr-defined]
+            sizes=(config.vocab_size, config.width, config.n_decoder_layer, config.n_head, config.head_dim),
+            cache_shape=self.cache_shape(),
+            has_positions=self.has_positions,
+        )
 
     def num_parameters(self) -> int:
         """Return the number of parameters, a shared embedding counted once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def source_roles(
+    read: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, list[KeyValue]]],
+    step: Callable[..., tuple[Tensor, list[KeyValue]]],
+    *,
+    sizes: tuple[int, int, int, int, int],
+    cache_shape: tuple[int | str, ...],
+    has_positions: bool,
+) -> dict[str, Role]:
+    """Return the roles of a model that reads a source and writes a target.
+
+    Args:
+        read: Source ids, their mask and positions -> what the encoder made, (B, S, C), and the memory of each layer.
+        step: As EncoderDecoder.step, without a wrapper.
+        sizes: V, C, L, H and D.
+        cache_shape: Of keys and values of the target's own tokens.
+        has_positions: Whether tokens are looked up by position as well as by id.
+    """
+    V, C, L, H, D = sizes
+    source, tokens = ("batch", "source"), ("batch", "sequence")
+    memory = tuple(
+        StateSpec(f"past_key_values.{layer}.encoder.{kind}", "", "float32", (*source, H, D), "given", "constant")
+        for layer in range(L) for kind in ("key", "value")
+    )  # fmt: skip
+    own = tuple(
+        StateSpec(
+            f"past_key_values.{layer}.decoder.{kind}", f"present.{layer}.decoder.{kind}", "float32",
+            cache_shape, "empty", "append",
+        )
+        for layer in range(L) for kind in ("key", "value")
+    )  # fmt: skip
+
+    def encode(input_ids: Tensor, attention_mask: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
+        encoded, layers = read(input_ids, attention_mask, places[0] if places else None)
+        return encoded, *(tensor for layer in layers for tensor in layer)
+
+    def decode(*given: Tensor) -> tuple[Tensor, ...]:
+        input_ids, attention_mask, *rest = given
+        position_ids = rest.pop(0) if has_positions else None
+        logits_to_keep, source_mask, *flat = rest
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))
+        logits, present = step(
+            input_ids, position_ids, attention_mask, pairs[:L], source_mask, pairs[L:], logits_to_keep
+        )
+        return logits, *(tensor for layer in present for tensor in layer)
+
+    names = ("input_ids", "attention_mask", *["position_ids"] * has_positions)
+    made = (TensorSpec(state.name, state.dtype, state.shape) for state in memory)
+    outputs = (TensorSpec("last_hidden_state", "float32", (*source, C)), *made)
+    encoder = Role(encode, tuple(TensorSpec(name, "int64", source) for name in names), outputs)
+    shapes = {"input_ids": tokens, "attention_mask": ("batch", TOTAL), "position_ids": tokens}
+    inputs = [TensorSpec(name, "int64", shapes[name]) for name in names]
+    inputs.append(TensorSpec("logits_to_keep", "int64", ("kept",)))
+    mask = StateSpec("encoder_attention_mask", "", "int64", source, "given", "constant")
+    logits = (TensorSpec("logits", "float32", ("batch", "kept", V)),)
+    return {"encoder": encoder, "decoder": Role(decode, tuple(inputs), logits, (mask, *memory, *own))}

@@ -9,18 +9,16 @@ may hold is up to the model's family (:mod:`portlm.train.model_settings`).
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from portlm.data.noising import NOISES
 from portlm.errors import ConfigError
 from portlm.models import FAMILIES
 from portlm.ops.precision import Precision
 from portlm.settings import require_range
 from portlm.train.model_settings import ModelSettings, default_model
-from portlm.train.objectives import OBJECTIVES
+from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
 TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
-OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
-# Kinds of families that are trained in ways of their own, and by these alone.
-OF_KIND = {"encoder-decoder": OF_TWO, "bidirectional": ("bidirectional",), "vectors": ("skipgram", "glove")}
 BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
 
 __all__ = [
@@ -28,6 +26,7 @@ __all__ = [
     "DataSettings",
     "EvaluationSettings",
     "LayerSettings",
+    "NoiseSettings",
     "OptimizerSettings",
     "PretrainConfig",
     "RunConfig",
@@ -63,6 +62,37 @@ class DataSettings:
             raise ConfigError(
                 "data.tokenizer is empty: write byte, bpe:SIZE, word:SIZE or the path of a tokenizer.json"
             )
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """What a text loses before it is to be said again.
+
+    Attributes:
+        READERS: Which objectives each setting is for.
+    """
+
+    READERS: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("kinds", "share", "span"), ("denoise",)),
+        "fragment": ("mass",),
+    }
+
+    kinds: tuple[str, ...] = ("infilling", "permutation")  # keys of portlm.data.noising.NOISES
+    share: float = 0.3  # of the tokens that masking, deletion and infilling take
+    span: float = 3.0  # tokens of a span of infilling on average
+    fragment: float = 0.5  # share of a text that mass hides, in one piece
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ConfigError(f"noise.kinds is empty: name some of {', '.join(NOISES)}")
+        for name in self.kinds:
+            if name not in NOISES:
+                raise ConfigError(f"noise.kinds must be of {', '.join(NOISES)}, got {name!r}")
+            if self.kinds.count(name) > 1:
+                raise ConfigError(f"noise.kinds names {name} twice: each noise is applied once")
+        require_range("noise.share", self.share, 0, 0.95, open_low=True)
+        require_range("noise.span", self.span, 0.1, 1000)
+        require_range("noise.fragment", self.fragment, 0, 1, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -239,6 +269,7 @@ class PretrainConfig(RunConfig):
         "skipgram.",
         "glove.",
         "model.",
+        "noise.",
         "data.",
     )
     FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.held_out", "data.source", "data.target")
@@ -254,6 +285,7 @@ class PretrainConfig(RunConfig):
     skipgram: SkipgramSettings = field(default_factory=SkipgramSettings)
     glove: GloveSettings = field(default_factory=GloveSettings)
     model: ModelSettings = field(default_factory=default_model)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
     data: DataSettings = field(default_factory=DataSettings)
 
     def __post_init__(self) -> None:
@@ -263,14 +295,32 @@ class PretrainConfig(RunConfig):
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
         require_range("lm_coef", self.lm_coef, 0)
         self._check_init()
-        pairs = self.objective == "seq2seq"
-        _check_kind(self.objective, self.model.family)
+        self._check_family()
         for name, default in (("skipgram", SkipgramSettings()), ("glove", GloveSettings())):
             if self.objective != name and getattr(self, name) != default:
                 raise ConfigError(f"the settings of [{name}] are for objective {name}: leave them out")
-        if not pairs and (self.label_smoothing or self.data.source):
+        if self.objective != "seq2seq" and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
+        for name in vars(self.noise):
+            said = getattr(self.noise, name) != getattr(NoiseSettings, name)
+            if said and self.objective not in NoiseSettings.READERS[name]:
+                raise ConfigError(
+                    f"noise.{name} is for objective {' or '.join(NoiseSettings.READERS[name])}: leave it out"
+                )
+
+    def _check_family(self) -> None:
+        """Refuse an objective that the family cannot learn; the message says which it can, or who can."""
+        family = self.model.family
+        kind = FAMILIES[family].kind
+        if learns(kind, self.objective):
+            return
+        wanted = (
+            f"model.family = {' or '.join(n for n, f in FAMILIES.items() if learns(f.kind, self.objective))}"
+            if self.objective in LEARNERS
+            else f"objective = {' or '.join(name for name in OBJECTIVES if learns(kind, name))}"
+        )
+        raise ConfigError(f"objective {self.objective} is not for the family {family}: set {wanted}")
 
     def _check_init(self) -> None:
         """Refuse settings that a checkpoint to begin with decides, and those of labels without any."""
@@ -288,17 +338,3 @@ class PretrainConfig(RunConfig):
     def tokens_per_step(self) -> int:
         """Tokens that one optimiser step learns from."""
         return self.data.batch_size * self.data.accumulate * self.model.context_length
-
-
-def _check_kind(objective: str, family: str) -> None:
-    """Refuse an objective that is not for the kind of a family."""
-    kind = FAMILIES[family].kind
-    takes = next((kind for kind, own in OF_KIND.items() if objective in own), None)
-    if takes == kind or (takes is None and kind not in OF_KIND):
-        return
-    if kind in OF_KIND:
-        wanted = f"objective = {' or '.join(OF_KIND[kind])}"
-    else:
-        families = [name for name, row in FAMILIES.items() if row.kind == takes]
-        wanted = f"model.family = {' or '.join(families)}"
-    raise ConfigError(f"objective {objective} is not for the family {family}: set {wanted}")

@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
     "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
     "ladder": "portlm.flows.lab.ladder:Ladder",
+    "cloze-needs-both-sides": "portlm.flows.lab.cloze:Cloze",
+    "objectives": "portlm.flows.lab.objectives:Objectives",
 }
 
 

@@ -27,7 +27,35 @@ OBJECTIVES = {
     "glove": "portlm.train.objectives.glove:GloveObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
     "classify": "portlm.train.objectives.classify:ClassifyObjective",
+    "denoise": "portlm.train.objectives.denoise:DenoiseObjective",
+    "mass": "portlm.train.objectives.mass:MassObjective",
+    "bert": "portlm.train.objectives.bert:BertObjective",
+    "prefix": "portlm.train.objectives.prefix:PrefixObjective",
 }
+
+# The kinds of families that can learn an objective (portlm.models.Family), where it is not for all that read one text.
+LEARNERS = {
+    "bidirectional": ("bidirectional",),
+    "span": ("encoder-decoder",),
+    "skipgram": ("vectors",),
+    "glove": ("vectors",),
+    "seq2seq": ("encoder-decoder",),
+    "denoise": ("encoder-decoder",),
+    "mass": ("encoder-decoder",),
+    "bert": ("encoder",),
+    "prefix": ("prefix",),
+}
+
+
+def learns(kind: str, objective: str) -> bool:
+    """Say whether families of a kind can learn an objective by its name in OBJECTIVES.
+
+    One that LEARNERS does not name is for all that LEARNERS names nothing of its own for; it refuses single
+    families itself.
+    """
+    if objective in LEARNERS:
+        return kind in LEARNERS[objective]
+    return kind not in ("encoder-decoder", "prefix", "bidirectional", "vectors")
 
 
 def objective_class(name: str) -> Any:

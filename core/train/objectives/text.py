@@ -1,10 +1,11 @@
 """What objectives over plain text share: one model, windows of a corpus, and held-out text to judge by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,13 +37,17 @@ class TextObjective:
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         vocab_size = tokenizer.vocab_size + extra_tokens
         begun = begun_from(config.init, partial(with_ids, vocab_size))[0] if config.init else None
-        shape = config.model.config(vocab_size, eos) if begun is None else begun.config
+        shape = self.shape(config.model.config(vocab_size, eos)) if begun is None else begun.config
         self.family, self.context, self.parts = shape.family, shape.context_length, config.data.accumulate
         self.check()
         self.model: Any = (models.build(shape) if begun is None else begun).to(device)
         self.sampler = BatchSampler(
             corpus.train, config.data.batch_size * self.parts, self.context, config.seed
         )
+
+    def shape(self, config: models.Config) -> models.Config:
+        """Return what the settings describe, as this objective needs it."""
+        return config
 
     def check(self) -> None:
         """Refuse settings that would fail at the first evaluation, before any work is done."""
@@ -66,6 +71,18 @@ class TextObjective:
         if self.parts == 1:
             return [(inputs, targets)]
         return list(zip(inputs.chunk(self.parts), targets.chunk(self.parts), strict=True))
+
+    def held_out_windows(self, tokens: int) -> Iterator[np.ndarray]:
+        """Yield whole windows of the held-out tokens, (B, n) int64 each; all of it as one where it is shorter.
+
+        Args:
+            tokens: n.
+        """
+        held_out = self.corpus.held_out(self.config.evaluation.max_tokens).tokens
+        n, size = min(tokens, len(held_out)), self.config.data.batch_size
+        windows = np.asarray(held_out[: len(held_out) // n * n]).astype(np.int64).reshape(-1, n)
+        for begin in range(0, len(windows), size):
+            yield windows[begin : begin + size]
 
     def metrics(self) -> dict[str, float]:
         """Return nothing further."""
