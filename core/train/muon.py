@@ -131,7 +131,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _each_map(matrix: Tensor, maps: int, turns: int, across: bool) -> Tensor:
-    """Return a matrix (maps turns rows, in), or (rows, maps in) across, as a view of its maps, (maps, turns, rows, in)."""
+    """Return a view (maps, turns, rows, in) of a matrix (maps turns rows, in), or across of one (rows, maps in)."""
     if across:
         return matrix.view(len(matrix), maps, -1).transpose(0, 1)[:, None]
     return matrix.view(turns, maps, -1, matrix.shape[1]).transpose(0, 1)
