@@ -88,8 +88,13 @@ class Qwen3MoeConfig(MixtureConfig):
     def own(cls, read: config_json.Reader, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return which layers have experts, and what all mixtures have."""
         layers = read.raw("mlp_only_layers", "a list of layers without experts")
-        if layers is not None and not isinstance(layers, list):
-            raise ConfigError(f"mlp_only_layers must be a list of layers, got {shown(layers)}")
+        last = values["n_layer"] - 1
+        if layers is not None and (
+            not isinstance(layers, list) or any(type(n) is not int or not 0 <= n <= last for n in layers)
+        ):
+            raise ConfigError(
+                f"mlp_only_layers must be a list of layers from 0 to {last}, got {shown(layers)}"
+            )
         return super().own(read, values) | {
             "expert_hidden": read.integer("moe_intermediate_size", 768),
             "norm_topk_prob": read.boolean("norm_topk_prob", False),

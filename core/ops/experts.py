@@ -12,6 +12,7 @@ has, computes all experts and weighs those that were not chosen with 0: E / k ti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -252,32 +253,37 @@ def write_weights(g: Builder, x: str, router: str, count: int, top_k: int, norma
     """
     turned = g.op("Transpose", (router,), f"{name}.turned", perm=[1, 0])
     logits = g.op("MatMul", (x, turned), f"{name}.logits")
-    one = g.scalar(1.0)
+    places = np.arange(count)
 
-    def not_above(one_value: str, other: str, kind: str) -> str:
+    def not_above(one: str, other: str, kind: str) -> str:
         """1 where a value is not above another, else 0."""
-        by = g.op("Sub", (one_value, other), f"{name}.{kind}.by")
-        excess = g.op("Relu", (by,), f"{name}.{kind}.excess")
-        steep = g.op("Mul", (excess, g.scalar(_STEEP)), f"{name}.{kind}.steep")
-        return g.op("Relu", (g.op("Sub", (one, steep), f"{name}.{kind}.rest"),), f"{name}.{kind}")
+        excess = g.op("Relu", (g.op("Sub", (one, other), f"{kind}.by"),), f"{kind}.excess")
+        steep = g.op("Mul", (excess, g.scalar(_STEEP)), f"{kind}.steep")
+        return g.op("Relu", (g.op("Sub", (g.scalar(1.0), steep), f"{kind}.rest"),), kind)
 
+    def placed(kind: str) -> str:
+        """1 where the number of the other (column) is at most that of an expert (row), or at least."""
+        other = g.floats(f"experts.places.{count}", places.astype(np.float32))
+        own = g.op("Unsqueeze", (other, g.ints(1)), f"{kind}.own")
+        return not_above(*((other, own) if "most" in kind else (own, other)), kind)
+
+    at_most, at_least = (
+        g.shared(kind, functools.partial(placed, kind))
+        for kind in (f"experts.at_most.{count}", f"experts.at_least.{count}")
+    )
     own = g.op("Unsqueeze", (logits, g.ints(3)), f"{name}.own")  # (B, T, E, 1)
     others = g.op("Unsqueeze", (logits, g.ints(2)), f"{name}.others")  # (B, T, 1, E)
-    places = np.arange(count)
-    earlier = (places[None, :] < places[:, None]).astype(np.float32)
-    later = (places[None, :] > places[:, None]).astype(np.float32)
-    # Before an expert are: of those with a smaller number all that it is not above, of the others all above it.
-    ahead = not_above(own, others, "ahead")
-    ahead = g.op("Mul", (ahead, g.floats(f"experts.earlier.{count}", earlier)), f"{name}.ahead.earlier")
-    behind = not_above(others, own, "behind")
-    behind = g.op("Mul", (behind, g.floats(f"experts.later.{count}", later)), f"{name}.behind.later")
+    # Before an expert are: of those with a smaller number all that it is not above, of the others all above it. It is
+    # neither before nor behind itself, for which both sums count 1.
+    ahead = g.op("Mul", (not_above(own, others, f"{name}.ahead"), at_most), f"{name}.ahead.counted")
+    behind = g.op("Mul", (not_above(others, own, f"{name}.behind"), at_least), f"{name}.behind.counted")
     found = g.op("Sub", (ahead, behind), f"{name}.found")
     share = g.op("ReduceMean", (found, g.ints(3)), f"{name}.share", keepdims=0)  # (B, T, E)
-    # rank = E * share + the number of later ones, and chosen is what has a rank below k - 0.5
+    # An expert's rank is E times this and how many have a larger number; chosen is what has a rank below k - 0.5.
     limits = ((top_k - 0.5 - (count - 1 - places)) / count).astype(np.float32)
     limit = g.floats(f"experts.limits.{count}.{top_k}", limits)
-    unchosen = not_above(limit, share, "unchosen")
-    chosen = g.op("Sub", (one, unchosen), f"{name}.chosen")
+    unchosen = not_above(limit, share, f"{name}.unchosen")
+    chosen = g.op("Sub", (g.scalar(1.0), unchosen), f"{name}.chosen")
     probabilities = g.op("Softmax", (logits,), f"{name}.softmax", axis=-1)
     if not normalize:
         return g.op("Mul", (probabilities, chosen), f"{name}.weights")

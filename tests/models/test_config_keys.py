@@ -48,7 +48,7 @@ BASE = {
     **{family: after_llama(family, **more) for family, more in {
         "qwen2": {}, "qwen3": {"head_dim": 12}, "mistral": {}, "phi3": {"partial_rotary_factor": 0.8},
         "stablelm": {"partial_rotary_factor": 0.5}, "smollm3": {"no_rope_layer_interval": 2}, "olmo2": {},
-        "mixtral": {"num_local_experts": 4},
+        "mixtral": {"num_local_experts": 4, "head_dim": 8},  # without it, transformers cannot scale positions
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [0]},
         "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 5},
         "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 5},
@@ -124,6 +124,7 @@ def logits(transformers, data):
     other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**given)).double()
     state = {}
     if isinstance(model, Mixture):
+        other.set_experts_implementation("eager")  # the default has no float64
         state = as_in_memory(model, {name: p.detach().clone() for name, p in model.named_parameters()})
     else:
         for name, p in model.named_parameters():

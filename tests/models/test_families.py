@@ -169,6 +169,7 @@ def theirs(transformers, model):
             transformers.AutoConfig.for_model(**model.config.to_hf())
         )
     if isinstance(model, Mixture):
+        other.set_experts_implementation("eager")  # the default has no float64
         state = as_in_memory(model, {name: p.detach().clone() for name, p in model.named_parameters()})
     else:
         for name, p in model.named_parameters():
