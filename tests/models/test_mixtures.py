@@ -117,11 +117,6 @@ def test_the_balancing_loss_and_its_gradients_are_those_of_transformers(family, 
     # Two float32 computations; gradients of the router are small beside their parts.
     changes = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     model = tiny(family, **changes).train()
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    other = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**model.config.to_hf())
-    ).train()
-    gates = {f"model.{name}": p for name, p in state.items() if name.endswith("mlp.gate.weight")}
     ids, targets = batch(model.config)
     plain = dataclasses.replace(model.config, output_router_logits=False)
     without = build(plain)
@@ -136,8 +131,6 @@ def test_the_balancing_loss_and_its_gradients_are_those_of_transformers(family, 
     flat = tuple(layer.flatten(0, 1) for layer in logits)
     expected = module.load_balancing_loss_func(flat, model.config.n_expert, model.config.experts_per_token)
     torch.testing.assert_close(found, 0.5 * expected, atol=1e-6, rtol=1e-5)
-    assert other.router_aux_loss_coef == 0.5
-    assert gates
     expected.backward(retain_graph=True)
     theirs = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
