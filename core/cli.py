@@ -24,12 +24,15 @@ VERBS = {
     "doctor": ("doctor", "List every engine and device: available, or why not and what adds it."),
     "tokenizer": ("tokenizer", "Train a tokenizer."),
     "pretrain": ("pretrain", "Train a language model on text files."),
+    "finetune": ("finetune", "Train a classifier on texts with labels, from a checkpoint or afresh."),
     "import": ("import_", "Turn a Hugging Face folder into a portlm checkpoint."),
     "export": ("export", "Write a checkpoint as ONNX or as a Hugging Face folder."),
     "compile": ("compile", "Compile an exported model for an engine and a device."),
     "engines": ("contents", "List the engines that run an exported model here, and what its weights are."),
     "verify": ("verify", "Prove that every engine gives the same answer here."),
+    "matrix": ("matrix", "Compare small models of every family on every engine here with eager PyTorch."),
     "generate": ("generate", "Continue a prompt."),
+    "score": ("score", "Say how probable a text is: log-probability, perplexity, bits per byte."),
     "embed": ("embed", "Turn texts into vectors."),
     "classify": ("classify", "Say which label a text has."),
     "tag": ("tag", "Label each word of a text."),
@@ -37,6 +40,7 @@ VERBS = {
     "fill": ("fill", "Guess what a mask in a text stands for."),
     "translate": ("translate", "Write the target of each line, with a model that reads a source first."),
     "bench": ("bench", "Measure prefill, decode, load and memory of every engine."),
+    "lab": ("lab", "Repeat what papers claim at a size of minutes, each figure beside its bar."),
     "ops": ("ops", "Print the table of fused operations and the forms they have."),
 }
 
