@@ -77,7 +77,16 @@ from portlm.hub_files import (
     check_folder,
     usable_tokenizer,
 )
-from portlm.models import CONFIG, FAMILIES, HALVES, WEIGHTS, check_tensors, expected_shapes, load_config
+from portlm.models import (
+    CONFIG,
+    FAMILIES,
+    HALVES,
+    WEIGHTS,
+    check_tensors,
+    expected_shapes,
+    load_config,
+    stored_parameter,
+)
 from portlm.ops.spec import DOMAIN_VERSION
 from portlm.quantization import KeyValueCache, Quantization
 from portlm.seen_graphs import record_written
@@ -327,12 +336,10 @@ def open_mapped(folder: str | Path, widened: bool = True) -> "tuple[nn.Module, M
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch would warn that the file cannot be written to: nobody does
         for name, parameter in model.named_parameters():
-            hf_name, transposed = model.hf_name(name)
-            array = mapped.arrays[hf_name]
+            array = stored_parameter(model, name, mapped.arrays)
             if not widened and array.itemsize == 2 and array.ndim == 2:
                 continue
-            tensor = torch.from_numpy(array.astype(np.float32, copy=False))
-            parameter.data = tensor.t() if transposed else tensor
+            parameter.data = torch.from_numpy(array.astype(np.float32, copy=False))
     return model.eval(), mapped
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from portlm.compile.mapped import BFLOAT16, MappedFile
 from portlm.errors import FormatError, UsageError
+from portlm.models import stored_parameter
 from portlm.weights import load_numpy, read_header, save_tensors
 
 if TYPE_CHECKING:
@@ -128,10 +129,10 @@ def of_checkpoint(module: Any, file: MappedFile | None, weights: "Weights") -> M
     assert file is not None
     found = {}
     for path, parameter in module.named_parameters():
-        name, transposed = module.hf_name(path)
-        array = file.arrays[name]
+        name, _ = module.hf_name(path)
+        array = stored_parameter(module, path, file.arrays)
         if array.itemsize == 2 and parameter.dim() == 2:
-            found[name] = array.T if transposed else array
+            found[name] = array
     return found
 
 

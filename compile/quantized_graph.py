@@ -18,6 +18,7 @@ from portlm.compile.module_weights import Use, Weights, uses
 from portlm.compile.quantize import Quantizer, pack, pack_zeros, quantize
 from portlm.compile.trace import Recording
 from portlm.models.roles import Role
+from portlm.ops.experts import write_weighted, write_weights
 from portlm.ops.registry import captured, nodes
 from portlm.ops.spec import DOMAIN, Node, module_of
 
@@ -91,6 +92,18 @@ class _Writer:
         }
         return g.op(op_type, names, output, domain=DOMAIN, **written)
 
+    def plain(self, op_type: str, inputs: Sequence[str], output: str) -> str:
+        """Write one node that reads no weights and has no attributes; return its output."""
+        if self._fused:
+            return self.g.op(op_type, inputs, output, domain=DOMAIN)
+        nodes()[op_type].portable(self.g, inputs, (output,), {})
+        return output
+
+    def rows(self, parameter: str) -> int:
+        """How many rows a matrix (out, in) has."""
+        found = (self._weights.arrays.get(parameter + part) for part in self._weights.parts)
+        return len(next(array for array in found if array is not None))
+
     def linear(self, x: str, parameter: str, bias: str, output: str, activation: str = "none") -> str:
         return self.node("Linear", x, parameter, output, bias, activation=activation)
 
@@ -114,6 +127,24 @@ def _relu_squared_mlp(write: _Writer, inputs: Sequence[str], output: str, attrib
     _perceptron(write, inputs, output, "relu_squared")
 
 
+def _experts(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
+    """All experts, those that are not chosen with the weight 0; the router stays as it is."""
+    g, (x, router, gate, up, down) = write.g, inputs
+    weights = write_weights(
+        g,
+        x,
+        router,
+        count := int(g.weight_shape(router)[0]),
+        attributes["top_k"],
+        bool(attributes["normalize"]),
+        output,
+    )
+    gates, ups = write.linear(x, gate, "", f"{output}.gate"), write.linear(x, up, "", f"{output}.up")
+    hidden = write.plain("SwiGlu", (gates, ups), f"{output}.hidden")
+    inner = write.rows(gate) // count
+    write.linear(write_weighted(g, hidden, weights, count, inner, output), down, "", output)
+
+
 def _embedding(write: _Writer, inputs: Sequence[str], output: str, attributes: Attributes) -> None:
     ids, table = inputs
     write.node("Embedding", ids, table, output)
@@ -121,6 +152,7 @@ def _embedding(write: _Writer, inputs: Sequence[str], output: str, attributes: A
 
 REWRITES: dict[str, Callable[[_Writer, Sequence[str], str, Attributes], None]] = {
     "Embedding": _embedding,
+    "Experts": _experts,
     "GeluMlp": _gelu_mlp,
     "Linear": _linear,
     "ReluSquaredMlp": _relu_squared_mlp,

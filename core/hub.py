@@ -5,11 +5,12 @@ weights instead of several, none of them wider than float32, nothing that is no 
 every key was understood. Pickles (pytorch_model.bin) are never opened: reading one runs whatever it contains.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +225,8 @@ def _with_stored_heads(src: Path, config: Any, notes: list[str]) -> Any:
 
 def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[str]) -> _Tensors:
     """Find the parameters in a folder's weight files, under the names a checkpoint uses."""
-    model, where, originals = FAMILIES[config.family].model_class(), _weights_of(src), stored(src)
+    model, where = FAMILIES[config.family].model_class(), _weights_of(src)
+    originals = _apart(model, config, stored(src))
     tied: dict[str, str] = model.hf_tied(config)
     names = {original: unwrapped(original) for original in originals}
     usual = {original: model.hf_alias(name) for original, name in names.items()}
@@ -270,6 +272,26 @@ def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[s
             tensors = tensors.without(copy)
             notes.append(f"{copy} repeats {name} and was left out")
     return tensors
+
+
+def _apart(model: Any, config: Any, places: Places) -> Places:
+    """The tensors of a folder, in place of each that holds several of a family's the parts that those are of it."""
+    if not hasattr(model, "hf_apart"):
+        return places
+    found: Places = {}
+    for name, (path, info) in places.items():
+        parts = model.hf_apart(config, unwrapped(name), info.shape)
+        if parts is None:
+            found[name] = path, info
+            continue
+        width = info.nbytes // max(1, math.prod(info.shape[:-1]))  # bytes of a row
+        for part, first, rows in parts:
+            start = info.start + first * width
+            found[part] = (
+                path,
+                replace(info, shape=(rows, info.shape[-1]), start=start, end=start + rows * width),
+            )
+    return found
 
 
 def _is_spare(model: Any, name: str | None, wanted: set[str]) -> bool:

@@ -123,7 +123,11 @@ class Model(Protocol):
 
     @staticmethod
     def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
+        """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there.
+
+        A model may also have ``hf_split(name)``: the names of several tensors that a parameter is there, in order, and
+        the axis along which they lie in it; None for one that is a single tensor.
+        """
 
 
 class Family(NamedTuple):
@@ -173,7 +177,9 @@ FAMILIES = {
     "gpt_neox": Family("portlm.models.gpt_neox", "GPTNeoXConfig", "GPTNeoX"),
     "qwen2": Family("portlm.models.qwen2", "Qwen2Config", "Qwen2"),
     "qwen3": Family("portlm.models.qwen3", "Qwen3Config", "Qwen3"),
+    "qwen3_moe": Family("portlm.models.qwen3_moe", "Qwen3MoeConfig", "Qwen3Moe"),
     "mistral": Family("portlm.models.mistral", "MistralConfig", "Mistral"),
+    "mixtral": Family("portlm.models.mixtral", "MixtralConfig", "Mixtral"),
     "phi3": Family("portlm.models.phi3", "Phi3Config", "Phi3"),
     "stablelm": Family("portlm.models.stablelm", "StableLMConfig", "StableLM"),
     "opt": Family("portlm.models.opt", "OPTConfig", "OPT"),
@@ -314,9 +320,7 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
     mapped = load_numpy(path)  # so that memory never holds the model twice
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            hf_name, transposed = model.hf_name(name)
-            tensor = torch.from_numpy(np.array(mapped[hf_name]))
-            parameter.copy_(tensor.t() if transposed else tensor)
+            parameter.copy_(torch.from_numpy(np.array(stored_parameter(model, name, mapped))))
     return model.to(device).eval()
 
 
@@ -383,10 +387,31 @@ def hf_tensors(model: Model) -> "dict[str, torch.Tensor]":
 
     tensors = {}
     for name, parameter in model.named_parameters():
-        hf_name, transposed = model.hf_name(name)
-        tensor = parameter.detach().to("cpu", torch.float32)
-        tensors[hf_name] = tensor.t() if transposed else tensor
+        names, axis, transposed = _places(model, name)
+        whole = parameter.detach().to("cpu", torch.float32)
+        for hf_name, tensor in zip(names, whole.chunk(len(names), axis), strict=True):
+            tensors[hf_name] = tensor.t() if transposed else tensor
     return tensors
+
+
+def stored_parameter(model: Any, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return a parameter in its own orientation: a view of the one tensor that it is in the files, or several joined.
+
+    Args:
+        model: whose it is.
+        name: of it there.
+        arrays: the tensors of the files.
+    """
+    names, axis, transposed = _places(model, name)
+    parts = [arrays[hf_name].T if transposed else arrays[hf_name] for hf_name in names]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+
+def _places(model: Any, name: str) -> tuple[tuple[str, ...], int, bool]:
+    """The tensors that a parameter is in files, the axis along which they lie in it, and whether each is transposed."""
+    hf_name, transposed = model.hf_name(name)
+    split = model.hf_split(name) if hasattr(model, "hf_split") else None
+    return (*(split or ((hf_name,), 0)), transposed)
 
 
 def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -395,10 +420,13 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         model = FAMILIES[config.family].model_class()(config, init=False)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
-        hf_name, transposed = model.hf_name(name)
-        shapes[hf_name] = tuple(parameter.shape[::-1] if transposed else parameter.shape)
+        names, axis, transposed = _places(model, name)
+        shape = list(parameter.shape)
+        if len(names) > 1:
+            shape[axis] //= len(names)
+        shapes |= dict.fromkeys(names, tuple(shape[::-1] if transposed else shape))
     return shapes
 
 

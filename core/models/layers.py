@@ -35,11 +35,14 @@ class Linear(nn.Module):
         maps: How many maps of equal size W holds: 3 for queries, keys and values together.
         turns: In how many turns their rows come. 1: all rows of the first map, then all of the second. H: as many rows
             of each map as a head has, head by head. What computes y does not ask; an optimiser may.
+        across: Whether the maps lie side by side in W's columns instead, in one turn.
     """
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, maps: int = 1, turns: int = 1):
+    def __init__(
+        self, n_in: int, n_out: int, *, bias: bool, maps: int = 1, turns: int = 1, across: bool = False
+    ):
         super().__init__()
-        self.maps, self.turns = maps, turns
+        self.maps, self.turns, self.across = maps, turns, across
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 

@@ -95,7 +95,7 @@ PARAMETERS = {  # of the published files
 class NormedAttention(Attention):
     """Attention with a norm on each head of queries and keys."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Any):
         super().__init__(config, bias=config.attention_bias, out_bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)

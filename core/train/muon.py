@@ -29,15 +29,17 @@ def hidden_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return Muon's parameter groups: the weights of every ``Linear`` inside the blocks of a model.
 
     Blocks are the elements of its ``nn.ModuleList``, as in :mod:`portlm.train.recompute`, so heads are not among them.
-    What a weight holds is what its layer says: one group per number of maps.
+    What a weight holds is what its layer says: one group per number of maps and how they lie.
     """
-    weights: dict[tuple[int, int], dict[Tensor, None]] = {}  # ordered sets: a layer may be in two lists
+    # ordered sets: a layer may be in two lists
+    weights: dict[tuple[int, int, bool], dict[Tensor, None]] = {}
     for blocks in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for layer in blocks.modules():
             if isinstance(layer, Linear) and layer.weight.requires_grad:
-                weights.setdefault((layer.maps, layer.turns), {})[layer.weight] = None
+                weights.setdefault((layer.maps, layer.turns, layer.across), {})[layer.weight] = None
     return [
-        {"params": list(params), "maps": maps, "turns": turns} for (maps, turns), params in weights.items()
+        {"params": list(params), "maps": maps, "turns": turns, "across": across}
+        for (maps, turns, across), params in weights.items()
     ]
 
 
@@ -48,18 +50,20 @@ class Muon(torch.optim.Optimizer):
     alone, and a parameter may hold several maps.
 
     Args:
-        params: matrices or parameter groups; each group may set its own lr, momentum, weight_decay, and maps and turns
-            as in :class:`portlm.models.layers.Linear`.
+        params: matrices or parameter groups; each group may set its own lr, momentum, weight_decay, and maps, turns
+            and across as in :class:`portlm.models.layers.Linear`.
         lr: learning rate, times 0.2 root(longer side of a map) for the step, as it is for the decay.
         momentum: how much of the running mean of the gradients is kept at each step.
         weight_decay: fraction of a weight, times lr, that is subtracted at each step.
 
     Raises:
-        ValueError: a setting out of range, a parameter that is no matrix, or rows that its maps do not divide.
+        ValueError: a setting out of range, a parameter that is no matrix, or rows, or columns, that its maps do not
+            divide.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maps": 1, "turns": 1}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults |= {"maps": 1, "turns": 1, "across": False}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -76,7 +80,8 @@ class Muon(torch.optim.Optimizer):
         if not 0.0 <= group["momentum"] < 1.0:
             raise ValueError(f"[muon] momentum must be in [0, 1), got {group['momentum']}")
         for param in group["params"]:
-            if param.dim() != 2 or param.shape[0] % (group["maps"] * group["turns"]):
+            side = 1 if group["across"] else 0
+            if param.dim() != 2 or param.shape[side] % (group["maps"] * group["turns"]):
                 raise ValueError(
                     f"[muon] a parameter must be a matrix of {group['maps']} maps in {group['turns']} turns, "
                     f"got {tuple(param.shape)}"
@@ -114,19 +119,21 @@ class Muon(torch.optim.Optimizer):
                     self._update(param, param.grad, group)
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, maps, turns = self.state[param], group["maps"], group["turns"]
+        state, form = self.state[param], (group["maps"], group["turns"], group["across"])
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
         mean = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        ahead = _each_map(grad.lerp(mean, group["momentum"]), maps, turns)  # (maps, turns, rows, in)
+        ahead = _each_map(grad.lerp(mean, group["momentum"]), *form)  # (maps, turns, rows, in)
         step = newton_schulz(ahead.flatten(1, 2))
         scale = _SCALE * math.sqrt(max(step.shape[1:]))
         param.mul_(1 - group["lr"] * group["weight_decay"])
-        _each_map(param, maps, turns).add_(step.view_as(ahead), alpha=-group["lr"] * scale)
+        _each_map(param, *form).add_(step.view_as(ahead), alpha=-group["lr"] * scale)
 
 
-def _each_map(matrix: Tensor, maps: int, turns: int) -> Tensor:
-    """Return a matrix (maps turns rows, in) as a view of its maps, (maps, turns, rows, in)."""
+def _each_map(matrix: Tensor, maps: int, turns: int, across: bool) -> Tensor:
+    """Return a view (maps, turns, rows, in) of a matrix (maps turns rows, in), or across of one (rows, maps in)."""
+    if across:
+        return matrix.view(len(matrix), maps, -1).transpose(0, 1)[:, None]
     return matrix.view(turns, maps, -1, matrix.shape[1]).transpose(0, 1)
 
 

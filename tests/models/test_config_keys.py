@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixture_tensors import as_in_memory
 
 from portlm.errors import ConfigError
 from portlm.models import FAMILIES, build, config_from_hf
 from portlm.models.config_json import HARMLESS, REFUSED, Reader
+from portlm.models.mixture import Mixture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +48,8 @@ BASE = {
     **{family: after_llama(family, **more) for family, more in {
         "qwen2": {}, "qwen3": {"head_dim": 12}, "mistral": {}, "phi3": {"partial_rotary_factor": 0.8},
         "stablelm": {"partial_rotary_factor": 0.5}, "smollm3": {"no_rope_layer_interval": 2}, "olmo2": {},
+        "mixtral": {"num_local_experts": 4, "head_dim": 8},  # without it, transformers cannot scale positions
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "mlp_only_layers": [0]},
         "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 5},
         "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 5},
     }.items()},
@@ -59,11 +63,16 @@ BASE = {
     },
 }  # fmt: skip
 ROTARY = ("llama", "gpt_neox")
-SCALABLE = ("qwen2", "qwen3", "mistral", "stablelm", "smollm3", "olmo2")
+SCALABLE = ("qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "stablelm", "smollm3", "olmo2")
 UNKNOWN = ("gpt3",)  # to transformers
-WINDOWED = ("mistral",)  # they compute a window
+WINDOWED = ("mistral", "mixtral")  # they compute a window
 GEMMA = ("gemma2", "gemma3_text")  # as do these, in some layers
-SWITCHED = ("qwen2", "qwen3", "smollm3")  # they read sliding_window only if use_sliding_window is true
+SWITCHED = (
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)  # they read sliding_window only if use_sliding_window is true
 UNSWITCHED = tuple(family for family in BASE if family not in (*SWITCHED, *WINDOWED, *GEMMA))
 ALIKE = tuple(family for family in BASE if family not in GEMMA)  # their layers, in the words of layer_types
 # Every way in which transformers and portlm scale rotary positions, in both spellings of its name.
@@ -117,9 +126,13 @@ def logits(transformers, data):
     given = {key: copy.deepcopy(value) for key, value in data.items() if value is not None}
     other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**given)).double()
     state = {}
-    for name, p in model.named_parameters():
-        hf_name, transposed = model.hf_name(name)
-        state[hf_name.replace("embed_out.", "lm_head.")] = (p.t() if transposed else p).detach().clone()
+    if isinstance(model, Mixture):
+        other.set_experts_implementation("eager")  # the default has no float64
+        state = as_in_memory(model, {name: p.detach().clone() for name, p in model.named_parameters()})
+    else:
+        for name, p in model.named_parameters():
+            hf_name, transposed = model.hf_name(name)
+            state[hf_name.replace("embed_out.", "lm_head.")] = (p.t() if transposed else p).detach().clone()
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert set(missing) <= {"lm_head.weight"}
     assert not unexpected
@@ -212,8 +225,12 @@ ACCEPTED = [
     (("gpt_neo",), {"attention_types": [[["local"], 2]], "attention_layers": ["local", "local"]}),
     (WINDOWED, {"max_position_embeddings": 4097}),  # 4096 where it is missing
     (SWITCHED, {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}),
-    (("qwen3", "smollm3", "olmo2"), {"attention_bias": True}),
-    (("qwen2", "mistral", "smollm3", "olmo2"), {"head_dim": 12}),
+    (("qwen3", "qwen3_moe", "smollm3", "olmo2"), {"attention_bias": True}),
+    (("qwen2", "qwen3_moe", "mistral", "mixtral", "smollm3", "olmo2"), {"head_dim": 12}),
+    (("mixtral",), {"num_experts_per_tok": 3, "router_aux_loss_coef": 0.5, "output_router_logits": True}),
+    (("mixtral",), {"num_local_experts": None, "num_experts": 4, "router_jitter_noise": 0.1}),
+    (("qwen3_moe",), {"norm_topk_prob": True, "mlp_only_layers": None, "decoder_sparse_step": 2}),
+    (("qwen3_moe",), {"moe_intermediate_size": 20, "num_experts_per_tok": 4, "router_aux_loss_coef": 0.5}),
     (("phi3",), {"head_dim": 10}),
     (("phi3",), {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "original_max_position_embeddings": 8}),
     (("phi3",), {"partial_rotary_factor": None}),
@@ -387,7 +404,7 @@ CONTRADICTIONS = [
     (("smollm3",), {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers = [1, 0, 1, 1] is not"),
     (("smollm3",), {"no_rope_layers": [1, 0, 1]}, "no_rope_layers = [1, 0, 1] is not supported: only 2 ones"),
     (("smollm3",), {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1"),
-    ((*SWITCHED, "mistral", "stablelm"), {"num_key_value_heads": None}, "num_key_value_heads is missing"),
+    ((*SWITCHED, *WINDOWED, "stablelm"), {"num_key_value_heads": None}, "num_key_value_heads is missing"),
     (BASE, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
     (UNSWITCHED, {"sliding_window": 31}, "sliding_window = 31 is not supported: portlm computes attention over all 32"),
     (UNSWITCHED, {"sliding_window": "all"}, "sliding_window = 'all' is not supported"),

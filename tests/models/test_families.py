@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from mixture_tensors import as_in_memory
 
 from portlm.errors import ConfigError, ContextLengthError
 from portlm.models import DECODERS, build, config_from_hf, load_model, preset, rope, save_model
 from portlm.models.gemma2 import FULL, SLIDING
+from portlm.models.mixture import Mixture
 
 
 class Entry(NamedTuple):
@@ -55,6 +57,14 @@ def after_gpt2(*variants: dict[str, object], banded: bool = False) -> Entry:
         variants=variants,
         banded=banded,
     )
+
+
+def after_mixtral(*variants: dict[str, object], dense: bool) -> Entry:
+    """Return the entry of a family with experts, and layers without them or not."""
+    entry = after_llama(*variants)
+    gates = () if dense else ("swiglu_fwd", "swiglu_bwd")
+    trains, steps = ([kernel for kernel in ran if kernel not in gates] for ran in (entry.trains, entry.steps))
+    return entry._replace(trains=(*trains, "experts_fwd", "experts_bwd"), steps=(*steps, "experts_fwd"))
 
 
 def after_gemma(*variants: dict[str, object]) -> Entry:
@@ -105,6 +115,10 @@ ENTRIES = {
     "gemma2": after_gemma({"score_cap": 0.0, "logit_cap": 0.0, "window": 2}, {"n_layer": 3, "layers": (SLIDING,) * 3}),
     "gemma3_text": after_gemma({"rope_scaling": rope.Linear(4.0), "local_theta": 300.0}, {"layers": (FULL, SLIDING)}),
     "olmo2": after_llama({"attention_bias": True, "tie_embeddings": True}, {"n_kv_head": 4}),
+    "mixtral": after_mixtral({"window": 5, "experts_per_token": 4},
+                             {"head_width": 12, "tie_embeddings": True, "n_expert": 5}, dense=False),
+    "qwen3_moe": after_mixtral({"norm_topk_prob": True, "dense_layers": (), "sparse_step": 2}, {"attention_bias": True},
+                               dense=True),
 }
 # fmt: on
 
@@ -155,9 +169,13 @@ def theirs(transformers, model):
         other = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(**model.config.to_hf())
         )
-    for name, p in model.named_parameters():
-        hf_name, transposed = model.hf_name(name)
-        state[entry.their_name(hf_name)] = (p.t() if transposed else p).detach().clone()
+    if isinstance(model, Mixture):
+        other.set_experts_implementation("eager")  # the default has no float64
+        state = as_in_memory(model, {name: p.detach().clone() for name, p in model.named_parameters()})
+    else:
+        for name, p in model.named_parameters():
+            hf_name, transposed = model.hf_name(name)
+            state[entry.their_name(hf_name)] = (p.t() if transposed else p).detach().clone()
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert set(missing) <= set(map(entry.their_name, model.hf_tied(model.config)))
     assert not unexpected
@@ -188,6 +206,10 @@ def banded_gpt2(transformers, config):
 def their_gradients(other, model):
     """Yield each of our parameters' names, its gradient, and theirs in the same orientation."""
     gradients = dict(other.named_parameters())
+    if isinstance(model, Mixture):
+        ours = as_in_memory(model, {name: p.grad for name, p in model.named_parameters()})
+        yield from ((name, gradient, gradients[name].grad) for name, gradient in ours.items())
+        return
     for name, p in model.named_parameters():
         hf_name, transposed = model.hf_name(name)
         gradient = gradients[ENTRIES[model.config.family].their_name(hf_name)].grad
@@ -224,6 +246,15 @@ def exact_softmax(x: torch.Tensor, dim: int, dtype: object = None) -> torch.Tens
     return torch.softmax(x, dim)
 
 
+def exact_router(self, x: torch.Tensor):
+    """The choice of experts in the precision of the input."""
+    logits = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
+    values, chosen = torch.topk(logits.softmax(-1), self.top_k)
+    if getattr(self, "norm_topk_prob", True):
+        values = values / values.sum(-1, keepdim=True)
+    return logits, values, chosen
+
+
 def exact_neo_attention(self, query, key, value, attention_mask=None, *_: object):
     """GPT-Neo's attention in the precision of its input, behind the masks that transformers made."""
     T, S = query.shape[-2], key.shape[-2]
@@ -242,6 +273,8 @@ def test_float64_logits_loss_and_gradients_are_those_of_transformers(transformer
     for norm in {type(module) for module in other.modules() if "RMSNorm" in type(module).__name__}:
         monkeypatch.setattr(norm, "forward", exact_rms_norm)
     monkeypatch.setattr(torch.nn.functional, "softmax", exact_softmax)
+    for router in {type(m) for m in other.modules() if type(m).__name__.endswith("TopKRouter")}:
+        monkeypatch.setattr(router, "forward", exact_router)
     for part in {type(m) for m in other.modules() if type(m).__name__ == "GPTNeoSelfAttention"}:
         monkeypatch.setattr(part, "_attn", exact_neo_attention)
     ids, targets = tokens(config, 3, 17), tokens(config, 3, 17, seed=2)

@@ -36,6 +36,8 @@ CASES = [
     ("gpt2", "int8", False),
     ("llama", "int8", False),
     ("gpt_neox", "int4", True),
+    ("mixtral", "int8", False),
+    ("qwen3_moe", "int4", True),
 ]
 
 
@@ -45,7 +47,9 @@ def meant(folder, bits, asymmetric):
     scheme = Scheme(4 if bits == "int4" else 8, 32, not asymmetric)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "wpe" not in name:
+            if (
+                parameter.dim() == 2 and "wpe" not in name and ".mlp.gate." not in name
+            ):  # routers stay as they are
                 found = quantize(name, parameter.detach().numpy(), RoundToNearest(scheme))
                 parameter.copy_(torch.from_numpy(dequantize(found, scheme)))
     return model

@@ -2,8 +2,9 @@
 
 from portlm.models import DECODERS
 
-UNPACKED = (
-    "gemma2",
-    "gemma3_text",
-)  # they scale embeddings, and gate by GELU: a packed file has no such steps
+UNPACKED = {  # the first node of each for which a packed file has no step: scaled embeddings, experts
+    **dict.fromkeys(("gemma2", "gemma3_text"), r"'model\.mul' \(Mul\)"),
+    "mixtral": r"'model\.layers\.0\.block_sparse_moe\.experts\.w2' \(Experts\)",
+    "qwen3_moe": r"'model\.layers\.1\.mlp\.experts\.down_proj' \(Experts\)",
+}
 PACKED = tuple(family for family in DECODERS if family not in UNPACKED)

@@ -88,6 +88,23 @@ def test_muon_is_as_accurate_as_its_definition_in_plain_pytorch():
 
 
 @pytest.mark.no_kernel("float64 has none")
+def test_maps_that_lie_side_by_side_move_as_matrices_of_their_own():
+    start = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = nn.Parameter(start.clone())
+    apart = [nn.Parameter(part.clone()) for part in start.chunk(3, 1)]
+    both = Muon([{"params": [together], "maps": 3, "across": True}], **SETTINGS), Muon(apart, **SETTINGS)
+    for step in range(3):
+        together.grad = torch.randn(
+            start.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+        )
+        for part, grad in zip(apart, together.grad.chunk(3, 1), strict=True):
+            part.grad = grad.clone()
+        for muon in both:
+            muon.step()
+    torch.testing.assert_close(together.detach(), torch.cat([part.detach() for part in apart], 1))
+
+
+@pytest.mark.no_kernel("float64 has none")
 def test_muon_in_float64_is_the_definition():
     ours, oracle = _run(torch.float64, 6), _by_definition(torch.float64, 6)
     torch.testing.assert_close(ours, oracle, rtol=1e-10, atol=1e-10)
@@ -330,6 +347,6 @@ def test_hidden_groups_hold_a_layer_once_and_by_what_it_declares():
     model = Nested()
     first, second = model.blocks[0]["experts"]
     assert hidden_groups(model) == [
-        {"params": [first.weight], "maps": 1, "turns": 1},
-        {"params": [second.weight], "maps": 3, "turns": 1},
+        {"params": [first.weight], "maps": 1, "turns": 1, "across": False},
+        {"params": [second.weight], "maps": 3, "turns": 1, "across": False},
     ]
