@@ -77,7 +77,17 @@ from portlm.hub_files import (
     check_folder,
     usable_tokenizer,
 )
-from portlm.models import CONFIG, FAMILIES, HALVES, WEIGHTS, check_tensors, expected_shapes, load_config
+from portlm.models import (
+    CONFIG,
+    FAMILIES,
+    HALVES,
+    WEIGHTS,
+    check_tensors,
+    check_values,
+    expected_shapes,
+    load_config,
+    whole_tables,
+)
 from portlm.ops.spec import DOMAIN_VERSION
 from portlm.quantization import KeyValueCache, Quantization
 from portlm.seen_graphs import record_written
@@ -333,6 +343,9 @@ def open_mapped(folder: str | Path, widened: bool = True) -> "tuple[nn.Module, M
                 continue
             tensor = torch.from_numpy(array.astype(np.float32, copy=False))
             parameter.data = tensor.t() if transposed else tensor
+        for name, table in whole_tables(model):
+            table.data = torch.from_numpy(mapped.arrays[model.hf_name(name)[0]])
+    check_values(path, model)
     return model.eval(), mapped
 
 
