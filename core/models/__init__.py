@@ -198,6 +198,9 @@ FAMILIES = {
         "portlm.models.recurrent", "RecurrentConfig", "Recurrent", "recurrent", foreign=False
     ),
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
+    "ngram": Family(
+        "portlm.models.ngram", "NGramConfig", "NGram", "recurrent", foreign=False, counted="ngram"
+    ),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 
