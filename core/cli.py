@@ -24,6 +24,7 @@ VERBS = {
     "doctor": ("doctor", "List every engine and device: available, or why not and what adds it."),
     "tokenizer": ("tokenizer", "Train a tokenizer."),
     "pretrain": ("pretrain", "Train a language model on text files."),
+    "ngram": ("ngram", "Count an n-gram model of text files."),
     "import": ("import_", "Turn a Hugging Face folder into a portlm checkpoint."),
     "export": ("export", "Write a checkpoint as ONNX or as a Hugging Face folder."),
     "compile": ("compile", "Compile an exported model for an engine and a device."),
@@ -43,6 +44,7 @@ VERBS = {
 # package -> the extra that brings it, for the one-line answer to a missing import
 EXTRAS = {
     "torch": "train",
+    "numba": "train",
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxruntime_ep_webgpu": "vulkan",
