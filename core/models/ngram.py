@@ -162,7 +162,7 @@ class NGram(nn.Module):
 
     base: Tensor  # (M,) int32, where the child for word 0 would be
     parents: Tensor  # (N,) int32, whose child is here; -1 for none, and for single words
-    words: Tensor  # (V,), not saved: 0, 1, ...
+    words: Tensor  # (V, 1), not saved: 0, 1, ...
     flags: Tensor  # (2, 2), not saved: what a token counts and what the state before it does, by its mask
 
     def __init__(self, config: NGramConfig, *, init: bool = True):
@@ -173,7 +173,7 @@ class NGram(nn.Module):
         self.back_offs = nn.Parameter(torch.empty(M))  # log γ of the entry as a history
         self.register_buffer("base", torch.empty(M, dtype=torch.int32))
         self.register_buffer("parents", torch.empty(N, dtype=torch.int32))
-        self.register_buffer("words", torch.arange(float(config.vocab_size)), persistent=False)
+        self.register_buffer("words", torch.arange(float(config.vocab_size))[:, None], persistent=False)
         self.register_buffer("flags", torch.tensor([[0.0, 1.0], [1.0, 0.0]]), persistent=False)
         if init:
             self.init_weights()
@@ -252,7 +252,7 @@ class NGram(nn.Module):
         The entries of k words behind a word need those of k - 1 words behind the one before, so all T are found at
         once, one length after the other.
         """
-        words = _rows(self.words, ids)
+        words = embedding(ids, self.words).squeeze(-1)
         counts, stays = embedding(mask, self.flags).unbind(-1)  # each (B, T)
         found: list[Tensor] = []
         for k in range(self.config.words):
@@ -267,7 +267,7 @@ class NGram(nn.Module):
 
     def _next(self, ids: Tensor, mask: Tensor, past: Tensor) -> Tensor:
         """The history (B, 1, K) behind one more word, ids (B, 1): what _read gives, of all lengths at once."""
-        words = _rows(self.words, ids)[..., None]  # (B, 1, 1)
+        words = embedding(ids, self.words)  # (B, 1, 1)
         history = words + 1
         if self.config.words > 1:
             shorter, _ = past.split([self.config.words - 1, 1], dim=-1)
@@ -278,10 +278,10 @@ class NGram(nn.Module):
 
     def _logits(self, histories: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) behind histories (B, T, K): of single words, then behind 1, 2, ... words."""
-        logits = self.log_probs[1 : 1 + self.config.vocab_size]
-        for history in histories.split(1, dim=-1):  # each (B, T, 1)
-            places, there = self._children(history, self.words)
-            weight = _rows(self.back_offs, history)
+        logits, words = self.log_probs[1 : 1 + self.config.vocab_size], self.words.squeeze(-1)
+        weights = _rows(self.back_offs, histories) * (1 - torch.relu(1 - histories))  # 0 where nothing was seen
+        for history, weight in zip(histories.split(1, dim=-1), weights.split(1, dim=-1), strict=True):  # (B, T, 1)
+            places, there = self._children(history, words)
             logits = _rows(self.log_probs, places) * there + (logits + weight) * (1 - there)
         return logits
 
@@ -339,6 +339,5 @@ class NGram(nn.Module):
 
 
 def _rows(table: Tensor, places: Tensor) -> Tensor:
-    """What a table (n,) holds at places of any shape: int64, or whole numbers in a float."""
-    index = places.to(torch.int32) if places.is_floating_point() else places
-    return table.index_select(0, index.flatten()).view(places.shape)
+    """What a table (n,) holds at places of any shape, whole numbers in a float."""
+    return table.index_select(0, places.to(torch.int32).flatten()).view(places.shape)

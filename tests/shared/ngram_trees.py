@@ -67,7 +67,7 @@ def their_ngram(model, ids):
             for word in range(V)
         ]
 
-    look = model.config.order - 1
+    look = model.config.words
     return torch.stack(
         [
             torch.stack([torch.stack(behind(row[max(0, t + 1 - look) : t + 1])) for t in range(len(row))])
