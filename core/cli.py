@@ -31,6 +31,7 @@ VERBS = {
     "engines": ("contents", "List the engines that run an exported model here, and what its weights are."),
     "verify": ("verify", "Prove that every engine gives the same answer here."),
     "generate": ("generate", "Continue a prompt."),
+    "score": ("score", "Say how probable a text is: log-probability, perplexity, bits per byte."),
     "embed": ("embed", "Turn texts into vectors."),
     "classify": ("classify", "Say which label a text has."),
     "tag": ("tag", "Label each word of a text."),
@@ -38,6 +39,7 @@ VERBS = {
     "fill": ("fill", "Guess what a mask in a text stands for."),
     "translate": ("translate", "Write the target of each line, with a model that reads a source first."),
     "bench": ("bench", "Measure prefill, decode, load and memory of every engine."),
+    "lab": ("lab", "Repeat what papers claim at a size of minutes, each figure beside its bar."),
     "ops": ("ops", "Print the table of fused operations and the forms they have."),
 }
 

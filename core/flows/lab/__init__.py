@@ -1,0 +1,33 @@
+"""The lab: what papers claim, repeated at a size that one core computes in minutes, each beside its bar."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from portlm.errors import UsageError
+from portlm.files import shown
+
+if TYPE_CHECKING:
+    from portlm.flows.lab.experiment import Experiment
+
+# name -> "module:class", in the order of history; modules load when their experiment is asked for
+EXPERIMENTS = {
+    "unseen-pairs": "portlm.flows.lab.unseen_pairs:UnseenPairs",
+    "brackets": "portlm.flows.lab.brackets:Brackets",
+    "gradients": "portlm.flows.lab.gradients:Gradients",
+    "retrieval": "portlm.flows.lab.retrieval:Retrieval",
+}
+
+
+def find(name: str) -> Experiment:
+    """Import and return an experiment.
+
+    Raises:
+        UsageError: There is none of this name. The message lists them.
+    """
+    if name not in EXPERIMENTS:
+        raise UsageError(f"there is no experiment {shown(name)}: choose one of {', '.join(EXPERIMENTS)}")
+    module, _, attribute = EXPERIMENTS[name].partition(":")
+    found: Experiment = getattr(importlib.import_module(module), attribute)()
+    return found
