@@ -110,7 +110,7 @@ def _reversed_sub(e: "Emitter", node: fx.Node) -> "Value":
 
 def _cast(e: "Emitter", node: fx.Node) -> Any:
     """Make float32 a place in a table, or what a table of whole numbers holds float32, which it is in a graph."""
-    source, (wanted, *_) = node.args[0], (*node.args[1:], node.kwargs.get("dtype"))
+    source = node.args[0]
     before, after = source.meta["val"].kind, node.meta["val"].kind  # type: ignore[union-attr]
     if before == after:
         return e.values[source]  # type: ignore[index]

@@ -106,8 +106,8 @@ GELU = Setting(str, ("none", "tanh"))
 
 _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 
-# What a Cast takes and gives, by its attribute: small weights or a cache of bytes to float32, what such a cache keeps to
-# int8, and a place in a table that was computed to int32, of which WebGPU has arithmetic and TVM clamps every Gather.
+# What a Cast takes and gives, by its attribute: small weights or a cache of bytes to float32, what such a cache keeps
+# to int8, and a place that was computed to int32, by which Gather looks up a table.
 CASTS: dict[int, Form] = {
     1: Form((Operand("uint8|int8|float16|bfloat16"),), (FLOAT,)),
     3: Form((FLOAT,), (SIGNED,)),

@@ -111,8 +111,8 @@ class SmallModel:
 
     Speculative decoding (Leviathan et al. 2023; Chen et al. 2023). The small model draws with the settings and the
     random numbers of the text: where both find the same tokens probable, one number mostly picks the same one. It has
-    a state of its own, which goes back to where its guess was wrong. A state that is replaced at every token cannot, but
-    is small: there the guess is written with a copy, and all that the text got is read.
+    a state of its own, which goes back to where its guess was wrong. A state that is replaced at every token cannot,
+    but is small: there the guess is written with a copy, and all that the text got is read.
     """
 
     @staticmethod

@@ -27,7 +27,10 @@ import click
     help="byte, bpe:SIZE (trained on TEXT) or a tokenizer.json.",
 )  # fmt: skip
 @click.option(
-    "--held-out", default=0.1, show_default=True, help="Share of the text, its end, that is scored and not counted."
+    "--held-out",
+    default=0.1,
+    show_default=True,
+    help="Share of the text, its end, that is scored and not counted.",
 )
 @click.option("--context", default=32768, show_default=True, help="Longest text that the model will read.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing on stderr but errors.")
@@ -51,9 +54,7 @@ def command(
             click.echo(f"ngram: {text}", err=True)
 
     data = DataSettings(texts=texts, tokenizer=tokenizer, validation_fraction=held_out)
-    result = train_ngram(
-        data, out, order=order, smoothing=smoothing, context_length=context, note=note
-    )
+    result = train_ngram(data, out, order=order, smoothing=smoothing, context_length=context, note=note)
     note(f"held-out perplexity {result.perplexity:.4g}, {result.bits_per_byte:.4f} bits per byte")
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), default=str, indent=2))

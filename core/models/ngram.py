@@ -82,7 +82,8 @@ class NGramConfig:
         object.__setattr__(self, "places", self.places or self.histories + self.vocab_size)
         if not least <= self.histories <= self.places - self.vocab_size:
             raise ConfigError(
-                f"histories must be from {least} to places - {self.vocab_size}, got {self.histories} of {self.places} places"
+                f"histories must be from {least} to places - {self.vocab_size}, got {self.histories} of "
+                f"{self.places} places"
             )
         config_json.check_token_ids(self)
 
@@ -241,7 +242,9 @@ class NGram(nn.Module):
             TensorSpec("attention_mask", "int64", ("batch", 1)),
         )
         state = (
-            StateSpec("past_words", "present_words", "float32", ("batch", 1, config.words), "zeros", "replace"),
+            StateSpec(
+                "past_words", "present_words", "float32", ("batch", 1, config.words), "zeros", "replace"
+            ),
         )
         outputs = (TensorSpec("logits", "float32", ("batch", 1, config.vocab_size)),)
         return {"decoder": Role(function, inputs, outputs, state)}
@@ -279,8 +282,12 @@ class NGram(nn.Module):
     def _logits(self, histories: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) behind histories (B, T, K): of single words, then behind 1, 2, ... words."""
         logits, words = self.log_probs[1 : 1 + self.config.vocab_size], self.words.squeeze(-1)
-        weights = _rows(self.back_offs, histories) * (1 - torch.relu(1 - histories))  # 0 where nothing was seen
-        for history, weight in zip(histories.split(1, dim=-1), weights.split(1, dim=-1), strict=True):  # (B, T, 1)
+        weights = _rows(self.back_offs, histories) * (
+            1 - torch.relu(1 - histories)
+        )  # 0 where nothing was seen
+        for history, weight in zip(
+            histories.split(1, dim=-1), weights.split(1, dim=-1), strict=True
+        ):  # (B, T, 1)
             places, there = self._children(history, words)
             logits = _rows(self.log_probs, places) * there + (logits + weight) * (1 - there)
         return logits

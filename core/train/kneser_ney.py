@@ -3,7 +3,8 @@
     p(w | h) = max(c(h w) - D, 0) / c(h) + γ(h) p(w | h'),    γ(h) = Σ_w D / c(h)
 
 c counts how often the longest runs stand in the text, and of shorter ones behind how many different words: a word that
-follows one other alone says little of others (Kneser and Ney, "Improved Backing-Off for M-gram Language Modeling", 1995).
+follows one other alone says little of others (Kneser and Ney, "Improved Backing-Off for M-gram Language Modeling",
+1995).
 A single word is mixed with 1 / V. D is of each length, with n_r the number of runs whose count is r:
 
 - Kneser-Ney: D = n_1 / (n_1 + 2 n_2) for every count

@@ -118,9 +118,7 @@ def train_ngram(
 
 def scores(model: NGram, tokens: np.ndarray, begin: int = 0) -> np.ndarray:
     """Return the log-probability (T - begin,) float64 of each token from one on, behind all before it."""
-    tables = (
-        t.detach().cpu().numpy() for t in (model.base, model.parents, model.log_probs, model.back_offs)
-    )
+    tables = (t.detach().cpu().numpy() for t in (model.base, model.parents, model.log_probs, model.back_offs))
     return score(np.ascontiguousarray(tokens, np.int64), begin, model.config.words, *tables)
 
 

@@ -53,16 +53,26 @@ def test_tables_of_whole_numbers_are_saved_as_they_are(folder):
         ("base", at(0, 2**31 - 1), "base leads outside of the 1703 places"),
         ("parents", at(1000, 1201), "parents holds -1 to 1201, and histories are at places below 1201"),
         ("parents", at(1000, -2), "parents holds -2 to"),
-        ("parents", at(1000, 0), "parents says that single words, or what is at place 0, belong to a history"),
+        (
+            "parents",
+            at(1000, 0),
+            "parents says that single words, or what is at place 0, belong to a history",
+        ),
         ("parents", at(7, 5), "parents says that single words, or what is at place 0, belong to a history"),
         ("parents", at(1702, 260), "parents names histories whose children are elsewhere, by base"),
-        ("base", lambda array: array.astype(np.float32), "tensor base is F32, but must be I32: it is a table of whole"),
+        (
+            "base",
+            lambda array: array.astype(np.float32),
+            "tensor base is F32, but must be I32: it is a table of whole",
+        ),
         ("base", lambda array: array.astype(np.int64), "tensor base is I64, but must be I32"),
         ("back_offs", lambda array: array.astype(np.int32), "tensor back_offs is I32, but must be F32"),
         ("parents", lambda array: array[:-1], r"tensor parents has shape \(1702,\)"),
     ],
 )
-def test_tables_that_are_no_tree_are_refused_before_anything_is_looked_up(folder, tmp_path, name, value, message):
+def test_tables_that_are_no_tree_are_refused_before_anything_is_looked_up(
+    folder, tmp_path, name, value, message
+):
     change(folder, name, value)
     with pytest.raises(FormatError, match=message):
         load_model(folder)

@@ -160,7 +160,9 @@ def test_a_small_model_whose_state_cannot_go_back_guesses_with_a_copy(options, n
     found = packed.generate(PROMPTS, max_new_tokens=12, draft=ngrams, **options)
     same(found, plain)
     assert found[0].stats.drafted > 0
-    with pytest.raises(UsageError, match="this model has a state that cannot go back to before a wrong guess"):
+    with pytest.raises(
+        UsageError, match="this model has a state that cannot go back to before a wrong guess"
+    ):
         ngrams.generate("a", lookup=True)
 
 

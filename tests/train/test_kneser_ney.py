@@ -22,7 +22,7 @@ BEGIN = -1  # stands before the first word
 
 
 def text(length, vocabulary, seed=0):
-    """Words of very different frequencies, each partly decided by the one before, so that there are counts of all sizes."""
+    """Words of very different frequencies, each partly decided by the one before: there are counts of all sizes."""
     rng = np.random.default_rng(seed)
     follow = rng.permuted(np.tile(np.arange(vocabulary), (vocabulary, 1)), axis=1)
     ranks = np.minimum(rng.zipf(1.4, length) - 1, vocabulary - 2)
@@ -112,9 +112,7 @@ def runs_of(levels):
     """The words of every run, by length."""
     found = [[(int(word),) for word in levels[0].words]]
     for level in levels[1:]:
-        found.append(
-            [found[-1][p] + (int(w),) for p, w in zip(level.parents, level.words, strict=True)]
-        )
+        found.append([found[-1][p] + (int(w),) for p, w in zip(level.parents, level.words, strict=True)])
     return found
 
 
@@ -199,7 +197,7 @@ def test_no_two_runs_have_one_place_and_none_is_outside(order, vocabulary):
     assert len(np.unique(everything)) == len(everything)
     assert everything.min() >= 1
     assert max(found.max() for found in places[:-1]) < histories
-    assert all(0 <= base.min() and base.max() <= size - vocabulary for base in bases)
+    assert all(base.min() >= 0 and base.max() <= size - vocabulary for base in bases)
     assert make_model(levels, estimate(levels)).problem() == ""
 
 
@@ -233,7 +231,7 @@ def test_more_places_than_a_model_may_have_are_refused(monkeypatch):
 
 
 def test_nltk_gives_the_same_probabilities_of_bigrams():
-    """KneserNeyInterpolated does not mix single words with 1 / V, and has no beginning of the text: both are put back."""
+    """KneserNeyInterpolated does not mix single words with 1 / V, and knows no beginning: both are put back."""
     lm = pytest.importorskip("nltk.lm", reason="nltk is missing: pip install nltk")
     words = [int(word) for word in text(1500, 11, seed=8)]
     levels = list(count(np.array(words), 11, 2))
@@ -246,7 +244,9 @@ def test_nltk_gives_the_same_probabilities_of_bigrams():
     ours = {}
     for word, parent, p in zip(levels[1].words, levels[1].parents, numbers.probabilities[1], strict=True):
         weight = numbers.weights[0][parent]
-        ours[int(parent), int(word)] = p + weight * (single[word] / single.sum() - numbers.probabilities[0][word])
+        ours[int(parent), int(word)] = p + weight * (
+            single[word] / single.sum() - numbers.probabilities[0][word]
+        )
     for (parent, word), p in ours.items():
         assert p == pytest.approx(theirs.score(f"w{word}", [f"w{parent}"]), rel=1e-12), (parent, word)
 
