@@ -22,7 +22,7 @@ _VIEWS = ("_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsquee
 RESHAPED = frozenset(f"aten::{name}" for name in _VIEWS)
 # Operators that may be given extents which are only known when the graph runs: they are read from the shapes.
 SIZED = frozenset(f"aten::{name}" for name in (*_VIEWS, "chunk", "split", "split_with_sizes"))
-_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}
+_BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "Max"}
 _UNARY = {"abs": "Abs", "exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt", "tanh": "Tanh"}
 
 # What to do instead of operators that models are known to use.
@@ -203,6 +203,19 @@ def _silu(e: "Emitter", node: fx.Node) -> "Value":
     return e.result(node, e.g.op("Mul", (x, e.g.op("Sigmoid", (x,), f"{name}.sigmoid")), name))
 
 
+def _clamp(e: "Emitter", node: fx.Node) -> "Value":
+    """Within constant bounds: x - relu(x - high) + relu(low - x), which is x itself, to the bit, where it is within."""
+    x, name = e.whole(node.args[0]), e.name(node, "clamp")
+    low, high = (
+        node.args[i] if len(node.args) > i else node.kwargs.get(key) for i, key in ((1, "min"), (2, "max"))
+    )
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or low > high:
+        raise e.refuse(node, "without two constant bounds, the lower one first", "clamp(low, high)")
+    over = e.g.op("Relu", (e.g.op("Sub", (x, e.g.scalar(float(high))), f"{name}.above"),), f"{name}.over")
+    under = e.g.op("Relu", (e.g.op("Sub", (e.g.scalar(float(low)), x), f"{name}.below"),), f"{name}.under")
+    return e.result(node, e.g.op("Add", (e.g.op("Sub", (x, over), f"{name}.lowered"), under), name))
+
+
 def _dropout(e: "Emitter", node: fx.Node) -> Any:
     if node.args[2]:
         raise e.refuse(node, "in training", "export module.eval()")
@@ -231,6 +244,7 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     "aten::bmm": _matmul,
     "aten::cat": _cat,
     "aten::chunk": _split_sizes,
+    "aten::clamp": _clamp,
     "aten::dropout": _dropout,
     "aten::embedding": _embedding,
     "aten::gelu": _gelu,

@@ -25,7 +25,14 @@ from portlm.artifact import (
     replace,
     write_manifest,
 )
-from portlm.compile.parity_calls import Calls, answer_calls, continues_text, make_calls, meaningful
+from portlm.compile.parity_calls import (
+    Calls,
+    answer_calls,
+    continues_text,
+    make_calls,
+    make_source,
+    meaningful,
+)
 from portlm.compile.parity_file import DECODER, REFERENCE, Probe, Reference, load_reference, save_reference
 from portlm.engine import Engine
 from portlm.errors import FormatError, ParityError
@@ -127,7 +134,7 @@ def make_reference(
     """
     spec, source = engine.roles[role], {}
     if role == DECODER and reads_sources(engine.roles):
-        source = make_calls(engine.roles[ENCODER], vocab_size, context_length).inputs[0]
+        source = make_source(engine.roles[ENCODER], vocab_size, context_length)
     elif not continues_text(spec):
         calls = make_calls(spec, vocab_size, context_length)
         answers = answer_calls(engine, role, calls)

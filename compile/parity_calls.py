@@ -11,6 +11,7 @@ import numpy as np
 
 from portlm.engine import CallSpec, Engine
 from portlm.errors import FormatError
+from portlm.memory import reads_singly, source_inputs
 from portlm.roles import TensorSpec
 from portlm.rows import KNOWN
 
@@ -67,6 +68,19 @@ def make_calls(spec: CallSpec, vocab_size: int, context_length: int) -> Calls:
     calls = (first, second) if spec.state else (first,)
     inputs = ({item.name: _value(item, tokens, vocab_size) for item in spec.inputs} for tokens in calls)
     return Calls(given, tuple(inputs))
+
+
+def make_source(encoder: CallSpec, vocab_size: int, context_length: int) -> Arrays:
+    """Make the inputs of an encoder whose answer a decoder is probed behind: of one call, or of one for each token.
+
+    Raises:
+        FormatError: as make_calls.
+    """
+    if not reads_singly(encoder):
+        return make_calls(encoder, vocab_size, context_length).inputs[0]
+    lengths = [min(length, context_length) for length in LENGTHS]
+    ids = np.arange(sum(lengths), dtype=np.int64) * 7919 % vocab_size  # a prime: no short repetition
+    return source_inputs(encoder, [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])])
 
 
 def answer_calls(engine: Engine, role: str, calls: Calls) -> tuple[Arrays, ...]:

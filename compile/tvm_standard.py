@@ -72,6 +72,7 @@ def emitters() -> dict[str, Callable[[Values, Attributes], Any]]:
         "Gelu": lambda v, a: _gelu(v[0], a),
         "LayerNormalization": lambda v, a: _layer_norm(v[0], a, v[1], v[2]),
         "MatMul": lambda v, a: op.matmul(*v),
+        "Max": lambda v, a: op.maximum(*v),
         "Mul": lambda v, a: op.multiply(*v),
         "Neg": lambda v, a: op.negative(v[0]),
         "Pow": lambda v, a: op.power(*v),

@@ -3,6 +3,12 @@
 One rule, for every engine and model: a given state of the decoder is the encoder's output of the same name, and
 `encoder_attention_mask` is the mask that the encoder was called with. Sources of different lengths are padded on the
 left, like all rows, so that states can be joined.
+
+An encoder whose graph has no loop, as a recurrent one, takes one token of each row per call and is called once for
+each. An input whose name begins with `backward_` gets the tokens from the last to the first. What such an encoder gives
+of a token, (batch, 1, ...), is put together along the source, in the source's order: an output whose name begins with
+`backward_` is of the token that was read backwards. What has no axis of tokens is what the encoder knows by then, and
+that of the last call counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,27 +20,37 @@ from portlm.errors import ContextLengthError, UsageError
 from portlm.rows import pad
 
 ENCODER, DECODER, MASK = "encoder", "decoder", "encoder_attention_mask"
+BACKWARD = "backward_"
 FROM_TOKENS = ("input_ids", "attention_mask", "position_ids")
 
 
 def reads_sources(roles: Mapping[str, CallSpec]) -> bool:
     """Say whether a model is an encoder-decoder: its decoder is given what its encoder makes of tokens."""
     encoder, decoder = roles.get(ENCODER), roles.get(DECODER)
-    if encoder is None or decoder is None or encoder.state:
+    if encoder is None or decoder is None:
+        return False
+    if encoder.state and not (reads_singly(encoder) and all(s.initial == "zeros" for s in encoder.state)):
         return False
     made = {MASK, *(item.name for item in encoder.outputs)}
     given = {state.name for state in decoder.state if state.initial == "given"}
-    return bool(given) and given <= made and {item.name for item in encoder.inputs} <= set(FROM_TOKENS)
+    taken = {item.name.removeprefix(BACKWARD) for item in encoder.inputs}
+    return bool(given) and given <= made and taken <= set(FROM_TOKENS)
+
+
+def reads_singly(encoder: CallSpec) -> bool:
+    """Say whether an encoder takes one token of each row per call."""
+    return all(item.shape[1:] == (1,) for item in encoder.inputs)
 
 
 def source_inputs(spec: CallSpec, sources: Sequence[Sequence[int]]) -> dict[str, Array]:
-    """Return the inputs of an encoder for token ids of B sources."""
+    """Return the inputs of an encoder for token ids of B sources, each (B, S), also if it takes one token per call."""
     ids, mask = pad(sources)
     every = {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
     }
+    every |= {BACKWARD + name: np.ascontiguousarray(value[:, ::-1]) for name, value in every.items()}
     return {item.name: every[item.name] for item in spec.inputs}
 
 
@@ -43,13 +59,50 @@ def remembered(engine: Engine, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
     Args:
         engine: of a model that reads_sources.
-        inputs: of the encoder.
+        inputs: of the encoder, as source_inputs returns them.
     """
-    ids = inputs["input_ids"]
-    outputs, _ = engine.run(ENCODER, inputs, engine.start(ENCODER, len(ids)))
-    outputs[MASK] = inputs.get("attention_mask", np.ones(ids.shape, np.int64))
+    ids, spec = next(iter(inputs.values())), engine.roles[ENCODER]
+    if reads_singly(spec):
+        outputs = read_singly(engine, ENCODER, inputs)
+    else:
+        outputs, _ = engine.run(ENCODER, inputs, engine.start(ENCODER, len(ids)))
+    outputs[MASK] = _mask(inputs, ids)
     given = (state.name for state in engine.roles[DECODER].state if state.initial == "given")
     return {name: outputs[name] for name in given}
+
+
+def _mask(inputs: Mapping[str, Array], ids: Array) -> Array:
+    """The mask (B, S) that an encoder is called with, in the order of the source."""
+    backward = inputs.get(f"{BACKWARD}attention_mask")
+    other = np.ones(ids.shape, np.int64) if backward is None else np.ascontiguousarray(backward[:, ::-1])
+    return inputs.get("attention_mask", other)
+
+
+def read_singly(engine: Engine, role: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Call a role that takes one token of each row per call on S tokens.
+
+    Args:
+        engine: what computes.
+        role: one that reads_singly.
+        inputs: of the role, (B, S) each, those of tokens read backwards in that order.
+
+    Returns:
+        Its outputs, those of a token (B, S, ...) in the order of the source.
+    """
+    B, S = next(iter(inputs.values())).shape
+    state, calls = engine.start(role, B), []
+    for t in range(S):
+        now = {name: np.ascontiguousarray(value[:, t : t + 1]) for name, value in inputs.items()}
+        outputs, state = engine.run(role, now, state)
+        calls.append({name: np.array(value) for name, value in outputs.items()})
+    found = dict(calls[-1])
+    for item in engine.roles[role].outputs:
+        if item.shape[1:2] == (1,):
+            parts = [outputs[item.name] for outputs in calls]
+            found[item.name] = np.concatenate(
+                parts[::-1] if item.name.startswith(BACKWARD) else parts, axis=1
+            )
+    return found
 
 
 def read_sources(engine: Engine, sources: Sequence[Sequence[int]]) -> dict[str, Array] | None:

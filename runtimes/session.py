@@ -331,7 +331,10 @@ class Session(Translates, Reading):
         rows, start = [], start_of(self.engine, self.start_ids)
         for i, (prompt, (seed, stream), own) in enumerate(settings):
             name = "the prompt" if single else f"prompt {i}"
-            tokens = self._encode(name, prompt, add_special_tokens) or self._start(name)
+            tokens = self._encode(name, prompt, add_special_tokens)
+            if not tokens and start:
+                raise UsageError(f"{name} is empty, and this model reads a source before it writes")
+            tokens = tokens or self._start(name)
             source = tokens if start else ()
             tokens = start or tokens
             count = self._room(name, len(tokens), own.max_new_tokens, bounds)

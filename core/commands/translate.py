@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 @click.option("--batch-size", default=16, show_default=True, help="Sources that are computed together.")
 @click.option("--threads", type=int, help="CPU threads (default: what suits each step).")
 @click.option("--allow-fallback", is_flag=True, help="Let the CPU run what the device cannot.")
+@click.option(
+    "--attention",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="PICTURE.png",
+    help="Draw what of the source each token of the target looks at: PNG, SVG or PDF. --json has the figures.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the texts.")
 def command(
     model: Path,
@@ -54,6 +60,7 @@ def command(
     batch_size: int,
     threads: int | None,
     allow_fallback: bool,
+    attention: Path | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -69,7 +76,11 @@ def command(
     if "early_stopping" in options:
         options["early_stopping"] = EARLY_STOPPING[options["early_stopping"]]
     import portlm
+    from portlm.flows.alignment_picture import Drawn, check_kind, draw_alignments
     from portlm.flows.targets import Choice
+
+    if attention is not None:
+        check_kind(attention)  # before anything is computed
 
     if ":" in engine:  # as the other verbs take it
         said = (None if option == "auto" else option for option in (device, profile))
@@ -77,8 +88,20 @@ def command(
         engine, device, profile = choice.engine or "auto", choice.device or "auto", choice.profile or "auto"
     with portlm.load(model, engine, device, profile, allow_fallback, threads) as session:
         found = session.translate(sources, prefix=prefix, batch_size=batch_size, **options)
+        alignments = None
+        if attention is not None:
+            alignments = [
+                session.align(prefix + source, result.token_ids)
+                for source, result in zip(sources, found, strict=True)
+            ]
+            read = [session.tokenizer.encode(prefix + source) for source in sources]
+            drawn = [
+                Drawn(weights, tokens(session, ids), tokens(session, result.token_ids))
+                for weights, ids, result in zip(alignments, read, found, strict=True)
+            ]
+            draw_alignments(drawn, attention)
         if as_json:
-            click.echo(json.dumps(describe(session, sources, found), ensure_ascii=False))
+            click.echo(json.dumps(describe(session, sources, found, alignments), ensure_ascii=False))
             return
         safe = HARMLESS if sys.stdout.isatty() else {}
         for result in found:  # a target of several lines would shift all that follow
@@ -87,20 +110,37 @@ def command(
         sys.stdout.buffer.flush()
 
 
-def describe(session: Session, sources: Sequence[str], found: Sequence[Generation]) -> dict[str, Any]:
-    """Return what --json prints."""
+def tokens(session: Session, ids: Sequence[int]) -> list[str]:
+    """Return each token as a text of its own, a part of a character as U+FFFD."""
+    decoded = []
+    for token in ids:
+        decoder = session.tokenizer.stream_decoder()
+        decoded.append(decoder.push(token) + decoder.finish())
+    return decoded
+
+
+def describe(
+    session: Session,
+    sources: Sequence[str],
+    found: Sequence[Generation],
+    alignments: Sequence[Any] | None = None,
+) -> dict[str, Any]:
+    """Return what --json prints; with alignments, each (T, S), a row for each token of the target."""
     engine, stats = session.engine, found[0].stats
+    translations = [
+        {
+            "source": source,
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "finish_reason": result.finish_reason,
+            "source_tokens": result.prompt_tokens,
+        }
+        for source, result in zip(sources, found, strict=True)
+    ]
+    for translation, weights in zip(translations, alignments or (), strict=alignments is not None):
+        translation["attention"] = weights.tolist()
     return {
-        "translations": [
-            {
-                "source": source,
-                "text": result.text,
-                "token_ids": result.token_ids,
-                "finish_reason": result.finish_reason,
-                "source_tokens": result.prompt_tokens,
-            }
-            for source, result in zip(sources, found, strict=True)
-        ],
+        "translations": translations,
         "engine": engine.name,
         "device": engine.device,
         "profile": engine.profile,

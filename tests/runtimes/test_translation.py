@@ -14,6 +14,7 @@ import torch
 import portlm
 from portlm.artifact import read_manifest
 from portlm.commands.translate import command
+from portlm.engine import goes_back
 from portlm.errors import ContextLengthError, EngineUnavailableError, UsageError
 from portlm.flows.export import export_checkpoint
 from portlm.flows.targets import Target
@@ -119,6 +120,8 @@ def test_the_certificate_holds_for_encoder_and_decoder(artifacts, open_on, famil
 
 
 def test_a_search_finds_what_transformers_finds(checkpoints, open_on, family):
+    if not FAMILIES[family].foreign:
+        pytest.skip(f"transformers has no {family}")
     transformers = pytest.importorskip("transformers")
     other = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoints[family]).eval()
     session = open_on(family, "torch:cpu:native")
@@ -151,6 +154,10 @@ def goodness(model, ids, tokens: list[int], penalty: float) -> float:
 
 def test_guesses_change_nothing(open_on, family):
     session = open_on(family, "torch:cpu:native")
+    if not goes_back(session.engine.roles["decoder"]):
+        with pytest.raises(UsageError, match="cannot go back"):
+            session.generate(SOURCES, lookup=True)
+        return
     plain = session.translate(SOURCES, max_new_tokens=20)
     guessed = session.generate(SOURCES, max_new_tokens=20, lookup=True)
     assert [r.token_ids for r in guessed] == [r.token_ids for r in plain]
@@ -219,8 +226,88 @@ def test_the_command_writes_a_line_for_each(checkpoints, open_on, family, tmp_pa
 
 def test_a_manifest_says_what_the_decoder_is_given(artifacts, family):
     roles = read_manifest(artifacts[family]).roles
-    given = [s.name for s in roles["decoder"].state if s.initial == "given"]
-    assert given[0] == "encoder_attention_mask"
-    assert set(given[1:]) <= {item.name for item in roles["encoder"].outputs}
-    assert all(s.update == "constant" for s in roles["decoder"].state if s.initial == "given")
-    assert len(given) == 1 + 2 * 2  # keys and values of two layers
+    given = [s for s in roles["decoder"].state if s.initial == "given"]
+    names, made = [s.name for s in given], {item.name for item in roles["encoder"].outputs}
+    assert set(names) <= {"encoder_attention_mask"} | made
+    if family == "seq2seq":
+        assert names == ["hidden.0", "cell.0", "hidden.1", "cell.1"]
+        assert all(s.update == "replace" for s in given)
+    elif family == "bahdanau":
+        assert {s.name for s in given if s.update == "replace"} == {"hidden"}
+        assert {s.name for s in given if s.update == "constant"} == made - {"hidden"} | {
+            "encoder_attention_mask"
+        }
+    else:
+        assert names[0] == "encoder_attention_mask"
+        assert all(s.update == "constant" for s in given)
+        assert len(given) == 1 + 2 * 2  # keys and values of two layers
+
+
+@pytest.mark.parametrize("target", TARGETS[1:])
+def test_a_search_is_the_same_on_every_engine(open_on, family, target):
+    options = {"num_beams": 3, "length_penalty": 0.6, "max_new_tokens": 10}
+    expected = open_on(family, TARGETS[0]).translate(SOURCES, **options)
+    found = open_on(family, target).translate(SOURCES, **options)
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+
+
+def test_an_empty_source_and_none_are_refused(open_on, family):
+    session = open_on(family, "torch:cpu:native")
+    with pytest.raises(UsageError, match="reads a source before it writes, and it was given none"):
+        read_sources(session.engine, [()])
+    for given, words in (([[]], "prompt 0"), (["x", ""], "prompt 1"), ("", "the prompt")):
+        for verb in (session.translate, session.generate):
+            with pytest.raises(UsageError, match=f"{words} is empty, and this model reads a source"):
+                verb(given)
+
+
+# ---- what a model looks at ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_engine_says_what_the_model_looks_at(checkpoints, open_on, target):
+    session, model = open_on("bahdanau", target), load_model(checkpoints["bahdanau"])
+    for source in SOURCES:
+        result = session.translate(source, max_new_tokens=9)
+        found = session.align(source, result.token_ids)
+        read = torch.tensor([[START, *result.token_ids[:-1]]])
+        with torch.no_grad():
+            expected = model.align(torch.tensor([list(source.encode())]), read)[0]
+        # float32 on both sides: weights of at most 1, after ten steps whose errors add up
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=2e-5, rtol=1e-4)
+        assert found.shape == (len(result.token_ids), len(source))
+
+
+def test_what_cannot_be_aligned_is_said(open_on):
+    session = open_on("bahdanau", "torch:cpu:native")
+    for source, target, words in (
+        ("", [1], "the source is empty"), ("x", [], "the target is empty"), ([300], [1], "the source holds token 300"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            session.align(source, target)
+    with pytest.raises(ContextLengthError, match="49 tokens"):
+        session.align("x", [1] * 49)
+    with pytest.raises(ContextLengthError, match="the source"):
+        session.align("x" * 49, [1])
+    with pytest.raises(UsageError, match="does not say what it looks at"):
+        open_on("marian", "torch:cpu:native").align("x", [1])
+
+
+def test_the_command_draws_what_was_looked_at_and_says_it_in_figures(checkpoints, open_on, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install portlm[report]")
+    picture, folder = tmp_path / "alignment.png", str(checkpoints["bahdanau"])
+    given = [folder, "-e", "torch", "-n", "5", "--attention", str(picture), "--json"]
+    answer = json.loads(
+        CliRunner().invoke(command, given, input="A house.\n$x_\n", catch_exceptions=False).stdout
+    )
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    session = open_on("bahdanau", "torch:cpu:native")
+    for source, found in zip(("A house.", "$x_"), answer["translations"], strict=True):
+        assert found["attention"] == session.align(source, found["token_ids"]).tolist()
+    for arguments, words in (
+        ([folder, "x", "--attention", str(tmp_path / "a.txt")], "ends in .png, .svg, .pdf"),
+        ([str(checkpoints["marian"]), "x", "--attention", str(picture)], "does not say what it looks at"),
+    ):
+        result = CliRunner().invoke(command, [*arguments, "-e", "torch", "-n", "3"])
+        assert result.exit_code != 0
+        assert words in str(result.exception)

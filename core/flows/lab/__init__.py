@@ -17,7 +17,12 @@ EXPERIMENTS = {
     "unseen-pairs": "portlm.flows.lab.unseen_pairs:UnseenPairs",
     "brackets": "portlm.flows.lab.brackets:Brackets",
     "gradients": "portlm.flows.lab.gradients:Gradients",
+    "source-reversal": "portlm.flows.lab.source_reversal:SourceReversal",
+    "alignment": "portlm.flows.lab.alignment:Alignment",
     "retrieval": "portlm.flows.lab.retrieval:Retrieval",
+    "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
+    "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
+    "ladder": "portlm.flows.lab.ladder:Ladder",
 }
 
 

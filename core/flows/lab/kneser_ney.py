@@ -27,7 +27,7 @@ class _Order:
         n = [int((counts == k).sum()) for k in range(1, 5)]
         y = n[0] / (n[0] + 2 * n[1]) if n[0] else 0.0
         # A count that nothing has gives no discount; the estimate would divide by zero.
-        discounts = [k + 1 - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in range(3)]
+        discounts = [k + 1 - (k + 2) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in range(3)]
         kind = np.minimum(counts, 3) - 1
         self.kept = counts - np.clip(discounts, 0.0, (1.0, 2.0, 3.0))[kind]
         self.histories, place = np.unique(grams // vocab, return_inverse=True)
