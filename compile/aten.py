@@ -19,10 +19,11 @@ IDENTITIES = frozenset(
 )
 # Operators that give the elements of their first operand in the same order with another shape.
 _VIEWS = ("_unsafe_view", "flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view", "view_as")
+RESHAPED = frozenset(f"aten::{name}" for name in _VIEWS)
 # Operators that may be given extents which are only known when the graph runs: they are read from the shapes.
 SIZED = frozenset(f"aten::{name}" for name in (*_VIEWS, "chunk", "split", "split_with_sizes"))
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "maximum": "Max"}
-_UNARY = {"exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt", "tanh": "Tanh"}
+_UNARY = {"abs": "Abs", "exp": "Exp", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt", "tanh": "Tanh"}
 
 # What to do instead of operators that models are known to use.
 INSTEAD = {
@@ -97,6 +98,31 @@ def _binary(e: "Emitter", node: fx.Node) -> "Value":
 def _unary(e: "Emitter", node: fx.Node) -> "Value":
     kind = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
     return e.result(node, e.g.op(_UNARY[kind], (e.whole(node.args[0]),), e.name(node, kind)))
+
+
+def _reversed_sub(e: "Emitter", node: fx.Node) -> "Value":
+    """Write ``rsub(x, y)``, which is y - x: PyTorch's name for a number less a tensor."""
+    if node.meta["val"].kind != "float32" or node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
+        raise e.refuse(node, "on other numbers than float32, or with a factor", "compute in float32")
+    x, y = (e.whole(a) if isinstance(a, fx.Node) else e.g.scalar(float(a)) for a in node.args)  # type: ignore[arg-type]
+    return e.result(node, e.g.op("Sub", (y, x), e.name(node, "sub")))
+
+
+def _cast(e: "Emitter", node: fx.Node) -> Any:
+    """Make float32 a place in a table, or what a table of whole numbers holds float32, which it is in a graph."""
+    source = node.args[0]
+    before, after = source.meta["val"].kind, node.meta["val"].kind  # type: ignore[union-attr]
+    if before == after:
+        return e.values[source]  # type: ignore[index]
+    if (before, after) == ("float32", "int32"):
+        return e.result(node, e.g.op("Cast", (e.whole(source),), e.name(node, "place"), to=6))
+    if (before, after) == ("int32", "float32") and e.is_table(source):
+        return e.values[source]  # type: ignore[index]
+    raise e.refuse(
+        node,
+        f"it makes {after} of {before}",
+        "a graph casts float32 to int32 to look something up, and what a table of int32 holds to float32",
+    )
 
 
 def _index_select(e: "Emitter", node: fx.Node) -> "Value":
@@ -214,6 +240,7 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     **{f"aten::{name}": _view for name in _VIEWS},
     **{f"aten::{name}": _binary for name in _BINARY},
     **{f"aten::{name}": _unary for name in _UNARY},
+    "aten::_to_copy": _cast,
     "aten::bmm": _matmul,
     "aten::cat": _cat,
     "aten::chunk": _split_sizes,
@@ -226,6 +253,7 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     "aten::mean": _mean,
     "aten::narrow": _rows_of_weight,
     "aten::permute": _permute,
+    "aten::rsub": _reversed_sub,
     "aten::select": _select,
     "aten::silu": _silu,
     "aten::slice": _rows_of_weight,
@@ -233,6 +261,7 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     "aten::split": _split_sizes,
     "aten::split_with_sizes": _split_sizes,
     "aten::t": _permute,
+    "aten::to": _cast,
     "aten::transpose": _permute,
     "aten::unbind": _unbind,
 }

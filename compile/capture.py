@@ -236,6 +236,15 @@ class Emitter:
         advice = instead or aten.INSTEAD.get(target, "write it with the operators of portlm.ops")
         return FormatError(f"{target} in {place}{line} has no form in a graph, {why}: {advice}")
 
+    def is_table(self, node: Any) -> bool:
+        """Whether a value is looked up in a table of whole numbers, which a graph keeps in float32."""
+        while isinstance(node, fx.Node) and node.op == "call_function":
+            schema = getattr(node.target, "_schema", None)
+            if schema is None or schema.name not in ("aten::index_select", *aten.RESHAPED):
+                return False
+            node = node.args[0]
+        return self._weight(node) is not None
+
     def weight_rows(self, node: Any, begin: Any, end: Any) -> Weight | None:
         """Rows of a parameter, None for its ends; None if it is no parameter, or these are no numbers."""
         weight, count = self._weight(node), self.shape(node)[0]

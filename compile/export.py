@@ -83,9 +83,11 @@ from portlm.models import (
     HALVES,
     WEIGHTS,
     check_tensors,
+    check_values,
     expected_shapes,
     load_config,
     stored_parameter,
+    whole_tables,
 )
 from portlm.ops.spec import DOMAIN_VERSION
 from portlm.quantization import KeyValueCache, Quantization
@@ -340,6 +342,9 @@ def open_mapped(folder: str | Path, widened: bool = True) -> "tuple[nn.Module, M
             if not widened and array.itemsize == 2 and array.ndim == 2:
                 continue
             parameter.data = torch.from_numpy(array.astype(np.float32, copy=False))
+        for name, table in whole_tables(model):
+            table.data = torch.from_numpy(mapped.arrays[model.hf_name(name)[0]])
+    check_values(path, model)
     return model.eval(), mapped
 
 

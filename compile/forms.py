@@ -17,6 +17,7 @@ What the portable profile avoids, each for a measured reason:
   Gather from a small table, which it has;
 - booleans and infinities: TVM's WGSL cannot pass the first between kernels nor spell the second, so the causal
   mask is arithmetic, -1e30 * relu(key position - query position);
+- places in a table that are computed, as those of a search, are float32, exact up to 2^24, until Gather takes them;
 - whole numbers of quantized weights: they are cast to float32 as they come out of the file, and 4 bits are taken
   apart by Floor; weights of 16 bits are cast there, too, and nothing is computed in less than float32;
 - CumSum over the last axis: wrong on TVM's WebGPU target, right over the first, so the mask is transposed around it;
@@ -105,23 +106,24 @@ GELU = Setting(str, ("none", "tanh"))
 
 _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 
-# What a Cast takes and gives, by its attribute: small weights or a cache of bytes to float32, and what such a cache
-# keeps to int8.
+# What a Cast takes and gives, by its attribute: small weights or a cache of bytes to float32, what such a cache keeps
+# to int8, and a place that was computed to int32, by which Gather looks up a table.
 CASTS: dict[int, Form] = {
     1: Form((Operand("uint8|int8|float16|bfloat16"),), (FLOAT,)),
     3: Form((FLOAT,), (SIGNED,)),
+    6: Form((FLOAT,), (INT32,)),
 }
 
 PORTABLE_OPS: dict[str, Form] = {
     "Abs": _UNARY,
     "Add": _BINARY,
-    "Cast": Form((SMALL,), (SMALL,), {"to": Setting(int, (1, 3))}),  # see CASTS
+    "Cast": Form((SMALL,), (SMALL,), {"to": Setting(int, (1, 6))}),  # see CASTS
     "Concat": Form((MANY_SMALL,), (SMALL,), {"axis": AXIS}),
     "CumSum": Form((FLOAT, AXES), (FLOAT,)),
     "Div": _BINARY,
     "Exp": _UNARY,
     "Floor": _UNARY,
-    "Gather": Form((SMALL, INDEX), (SMALL,), attributes={"axis": AXIS}),
+    "Gather": Form((SMALL, Operand("int64|int32")), (SMALL,), attributes={"axis": AXIS}),
     "Gelu": Form((FLOAT,), (FLOAT,), {"approximate": GELU}),
     "LayerNormalization": Form((FLOAT,) * 3, (FLOAT,), {"axis": AXIS, "epsilon": NUMBER}),
     "MatMul": _BINARY,

@@ -13,9 +13,14 @@ from portlm.compile.trace import Recording, alive, arguments_of, output_nodes
 from portlm.errors import FormatError
 from portlm.ops.registry import captured
 
+EXACT = 2**24
+"""float32 holds every whole number up to here."""
+
 
 class Weights:
     """The parameters and buffers of a module, under their names in graphs and in the orientation that graphs use.
+
+    Tables of whole numbers (int32) are float32 in a graph.
 
     Args:
         module: the model.
@@ -58,11 +63,20 @@ class Weights:
             raise FormatError(
                 f"{path} is complex: a graph has real numbers only, keep both parts as parameters"
             )
+        if tensor.dtype == torch.int32:
+            return self._whole(path, tensor)
         if tensor.dtype != torch.float32:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise FormatError(f"{path} has dtype {kind}, export needs float32: call module.float() first")
         array: np.ndarray = tensor.cpu().numpy()
         return array.T if path in self.turned else array
+
+    def _whole(self, path: str, tensor: Tensor) -> np.ndarray:
+        """A table of whole numbers as float32, in which graphs compute."""
+        whole: np.ndarray = tensor.cpu().numpy()
+        if whole.size and not -EXACT <= int(whole.min()) <= int(whole.max()) <= EXACT:
+            raise FormatError(f"{path} holds whole numbers beyond {EXACT}, which float32 does not tell apart")
+        return whole.astype(np.float32)
 
 
 class Use(NamedTuple):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 Values = Sequence["relax.Expr | np.ndarray"]
 Attributes = Mapping[str, Any]
 
+_KINDS = {1: "float32", 6: "int32"}  # by ONNX's number of the type
+
 
 def _axes(value: Any) -> list[int]:
     return [int(axis) for axis in np.asarray(value).ravel()]
@@ -60,7 +62,9 @@ def emitters() -> dict[str, Callable[[Values, Attributes], Any]]:
     from tvm.relax import op
 
     return {
+        "Abs": lambda v, a: op.abs(v[0]),
         "Add": lambda v, a: op.add(*v),
+        "Cast": lambda v, a: op.astype(v[0], _KINDS[int(a["to"])]),
         "Concat": lambda v, a: op.concat(list(v), int(a["axis"])),
         "CumSum": lambda v, a: op.cumsum(v[0], _axes(v[1])[0]),
         "Div": lambda v, a: op.divide(*v),

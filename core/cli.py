@@ -25,6 +25,7 @@ VERBS = {
     "tokenizer": ("tokenizer", "Train a tokenizer."),
     "pretrain": ("pretrain", "Train a language model on text files."),
     "finetune": ("finetune", "Train a classifier on texts with labels, from a checkpoint or afresh."),
+    "ngram": ("ngram", "Count an n-gram model of text files."),
     "import": ("import_", "Turn a Hugging Face folder into a portlm checkpoint."),
     "export": ("export", "Write a checkpoint as ONNX or as a Hugging Face folder."),
     "compile": ("compile", "Compile an exported model for an engine and a device."),
@@ -49,6 +50,7 @@ VERBS = {
 # package -> the extra that brings it, for the one-line answer to a missing import
 EXTRAS = {
     "torch": "train",
+    "numba": "train",
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxruntime_ep_webgpu": "vulkan",

@@ -165,6 +165,8 @@ class _Tensors(Mapping[str, "np.ndarray | torch.Tensor"]):
                 values = np.frombuffer(raw, "<f2")
             case "F64":
                 values = _rounded(np.frombuffer(raw, "<f8"), f"{path}: tensor {shown(name)}")
+            case "I32":
+                values = np.frombuffer(raw, "<i4")
             case "BF16":  # of which numpy has no type
                 import torch
 

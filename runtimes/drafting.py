@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from portlm.engine import Engine, Logits, RowChoice
+from portlm.engine import Engine, Logits, RowChoice, goes_back
 from portlm.ops.token_selection import select_tokens
 from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
@@ -111,7 +111,8 @@ class SmallModel:
 
     Speculative decoding (Leviathan et al. 2023; Chen et al. 2023). The small model draws with the settings and the
     random numbers of the text: where both find the same tokens probable, one number mostly picks the same one. It has
-    a state of its own, which goes back to where its guess was wrong.
+    a state of its own, which goes back to where its guess was wrong. A state that is replaced at every token cannot,
+    but is small: there the guess is written with a copy, and all that the text got is read.
     """
 
     @staticmethod
@@ -123,12 +124,13 @@ class SmallModel:
         """Start from an empty text.
 
         Args:
-            engine: of the small model, whose state can be cropped.
+            engine: of the small model.
             vocabulary: ids from here on stand for no token.
             row: whose text it is.
         """
         self._engine, self._vocabulary, self._row = engine, vocabulary, row
-        self._rows = Rows(engine, 1)
+        self._rows = self._ahead = Rows(engine, 1)  # the text, and it with the guess
+        self._copies = not goes_back(engine.roles["decoder"])
         self._text: list[int] = []
         self._guess: list[int] = []  # read behind the text, all but the last
         self._lost = False
@@ -139,8 +141,9 @@ class SmallModel:
         Nothing, once the text does not fit the small model's context, or has a token that it does not know.
         """
         agreed = 0
-        while agreed < min(len(self._guess), len(new) - 1) and self._guess[agreed] == new[agreed]:
-            agreed += 1
+        if not self._copies:
+            while agreed < min(len(self._guess), len(new) - 1) and self._guess[agreed] == new[agreed]:
+                agreed += 1
         read = int(self._rows.lengths[0])
         known = min(len(self._text) + agreed, read)
         self._text += new
@@ -152,6 +155,7 @@ class SmallModel:
         if known < read:
             self._rows.crop([known])
         first = self._draw(self._rows.read_texts([self._text[known:]]), 0)
+        self._ahead = self._rows.copy() if self._copies and count > 1 else self._rows
         self._guess = [first]
         while len(self._guess) < count:
             self._guess += self._more(count - len(self._guess))
@@ -161,10 +165,10 @@ class SmallModel:
         """Read the last token of the guess, and draw the next: several, where the engine has a loop of its own."""
         ahead, last = len(self._guess), self._guess[-1:]
         choices = [self._choice(ahead)]
-        drawn = self._rows.advance(last, choices, self._vocabulary, frozenset(), count, math.inf)
+        drawn = self._ahead.advance(last, choices, self._vocabulary, frozenset(), count, math.inf)
         if drawn is not None:
             return [int(token) for token in drawn[:, 0]]
-        return [self._draw(self._rows.next(last), ahead)]
+        return [self._draw(self._ahead.next(last), ahead)]
 
     def _draw(self, logits: Logits, ahead: int) -> int:
         """Draw a token of the guess, `ahead` of the text's next one, from logits (1, V)."""

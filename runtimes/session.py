@@ -404,14 +404,14 @@ class Session(Translates, Reading, Words):
             drafter = draft
         else:
             raise UsageError(f"draft must be a session (portlm.load gives one), got {shown(draft)}")
-        _check_goes_back("this model", self.engine)
+        _check_goes_back(self.engine)
         return Speculation(drafter, vocabulary, hasattr(self.engine, "advance"), most, first)
 
     def _drafter(self, tokenizer: TextCoder) -> NewDrafter:
         """Return what guesses with this model for a larger one, which has this tokenizer.
 
         Raises:
-            UsageError: the tokens of the two are not the same, or this model's state cannot go back.
+            UsageError: the tokens of the two are not the same.
         """
         ours, theirs = self.tokenizer, tokenizer
         digests = [getattr(t, "sha256", None) for t in (ours, theirs)]
@@ -420,7 +420,6 @@ class Session(Translates, Reading, Words):
         elif None not in digests and digests[0] != digests[1]:
             what = "another tokenizer than the model"
         else:
-            _check_goes_back("the draft model", self.engine)
             return partial(SmallModel, self.engine, ours.vocab_size)
         raise UsageError(f"the draft model has {what}: take one whose ids mean the same")
 
@@ -488,9 +487,9 @@ class Session(Translates, Reading, Words):
         ]  # fmt: skip
 
 
-def _check_goes_back(what: str, engine: Engine) -> None:
+def _check_goes_back(engine: Engine) -> None:
     spec = engine.roles.get("decoder")
     if spec is not None and not goes_back(spec):
         raise UsageError(
-            f"{what} has a state that cannot go back to before a wrong guess: decode without guesses"
+            "this model has a state that cannot go back to before a wrong guess: decode without guesses"
         )

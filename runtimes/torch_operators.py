@@ -149,11 +149,14 @@ def _axis_of(default: int | object) -> Attribute:
 _CASTS = {  # by ONNX's number of the type
     1: (("uint8|int8|float16|bfloat16",), ("float32",)),
     3: (("float32",), ("int8",)),
+    6: (("float32",), ("int32",)),
 }
 
 
 def _cast(call: Call) -> Function:
-    return Tensor.float if call.attributes["to"] == 1 else lambda x: x.to(torch.int8)
+    kinds = {1: torch.float32, 3: torch.int8, 6: torch.int32}
+    kind = kinds[call.attributes["to"]]
+    return lambda x: x.to(kind)
 
 
 def _concat(call: Call) -> Function:
@@ -341,7 +344,7 @@ _STANDARD = {
     "Div": Operator(2, 2, _plain(torch.div), _broadcast),
     "Exp": Operator(1, 1, _plain(torch.exp), _same),
     "Floor": Operator(1, 1, _plain(torch.floor), _same),
-    "Gather": Operator(2, 2, _gather, _shape_of_gather, ("", "int64"), attributes={"axis": _axis_of(0)}),
+    "Gather": Operator(2, 2, _gather, _shape_of_gather, ("", "int64|int32"), attributes={"axis": _axis_of(0)}),
     "Gelu": Operator(1, 1, _gelu, _same, attributes={"approximate": Attribute(str, "none", ("none", "tanh"))}),
     "LayerNormalization": Operator(
         2, 3, _layer_normalization, _same,

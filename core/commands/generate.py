@@ -76,7 +76,12 @@ TOKEN_ID = re.compile(r"-?\d{1,18}")
 @click.option(
     "--draft",
     type=click.Path(path_type=Path),
-    help="Guess with this smaller model on the same engine; same tokens.",
+    help="Guess with this smaller model; same tokens.",
+)
+@click.option(
+    "--draft-engine",
+    metavar="ENGINE[:DEVICE[:PROFILE]]",
+    help="Of the smaller model (default: where the model runs).",
 )
 @click.option(
     "--stream/--no-stream", default=True, help="Print text as it comes, or at the end (default: as it comes)."
@@ -95,6 +100,7 @@ def command(
     no_special_tokens: bool,
     lookup: bool,
     draft: Path | None,
+    draft_engine: str | None,
     stream: bool,
     threads: int | None,
     allow_fallback: bool,
@@ -118,9 +124,13 @@ def command(
         choice = Choice.parse(engine).narrowed(_said(device), _said(profile))
         engine, device, profile = choice.engine or "auto", choice.device or "auto", choice.profile or "auto"
     how = engine, device, profile, allow_fallback, threads
+    where = how
+    if draft_engine is not None:
+        other = Choice.parse(draft_engine)
+        where = other.engine or "auto", other.device or "auto", other.profile or "auto", *how[3:]
     with (
         portlm.load(model, *how) as session,
-        nullcontext() if draft is None else portlm.load(draft, *how) as small,
+        nullcontext() if draft is None else portlm.load(draft, *where) as small,
     ):
         decoding = session.decoding(**options)
         note = session.placement().note

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 HALVES = ("F16", "BF16")  # number formats of 16 bits, in safetensors' spelling
 FLOATS = ("F32", *HALVES)  # of a checkpoint
+WHOLE = ("I32",)  # of its tables of whole numbers
 IMPORTED = (*FLOATS, "F64")  # of what `portlm import` takes
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -103,6 +104,9 @@ class Model(Protocol):
     def parameters(self) -> "Iterator[torch.nn.Parameter]":
         """Yield every parameter."""
 
+    def named_buffers(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield every buffer with its name."""
+
     def modules(self) -> "Iterator[torch.nn.Module]":
         """Yield the model and every module in it."""
 
@@ -142,6 +146,7 @@ class Family(NamedTuple):
             a state in each direction, "encoder-decoder" for one that reads a source and writes a target, "prefix" for
             one that does so in a single stack, "vectors" for a table of them that is looked up.
         foreign: Whether transformers has such models, too.
+        counted: The verb that makes such a model, where none learns by gradients: its numbers are counts of a text.
     """
 
     module: str
@@ -149,6 +154,7 @@ class Family(NamedTuple):
     model: str
     kind: str = "decoder"
     foreign: bool = True
+    counted: str = ""
 
     def config_class(self) -> type[Config]:
         """Import and return the configuration class."""
@@ -205,6 +211,9 @@ FAMILIES = {
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
     "word_vectors": Family(
         "portlm.models.word_vectors", "WordVectorsConfig", "WordVectors", "vectors", foreign=False
+    ),
+    "ngram": Family(
+        "portlm.models.ngram", "NGramConfig", "NGram", "recurrent", foreign=False, counted="ngram"
     ),
     "seq2seq": Family("portlm.models.seq2seq", "Seq2SeqConfig", "Seq2Seq", "encoder-decoder", foreign=False),
     "bahdanau": Family(
@@ -309,8 +318,8 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
         The model in float32 on ``device``, in evaluation mode.
 
     Raises:
-        FormatError: A file is missing or damaged, or a tensor is missing, unexpected, of another shape or no
-            float of 16 or 32 bits. The message names it.
+        FormatError: A file is missing or damaged, or a tensor is missing, unexpected, of another shape, no float
+            of 16 or 32 bits, or no table that the family can use. The message names it.
     """
     import torch
 
@@ -321,7 +330,36 @@ def load_model(folder: str | os.PathLike[str], device: "str | torch.device" = "c
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(np.array(stored_parameter(model, name, mapped))))
+        for name, table in whole_tables(model):
+            table.copy_(torch.from_numpy(np.array(mapped[model.hf_name(name)[0]])))
+    check_values(path, model)
     return model.to(device).eval()
+
+
+def whole_tables(model: Model) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield every table of whole numbers that belongs to a model: its persistent buffers of int32, with their names.
+
+    They are not trained and never rounded. A checkpoint holds them as they are.
+    """
+    saved = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in saved and not buffer.is_floating_point():
+            yield name, buffer
+
+
+def check_values(path: Path, model: Model) -> None:
+    """Ask a family whose tensors must fit each other whether those of a file do.
+
+    Args:
+        path: Named in the error.
+        model: Filled. Its method ``problem()``, if it has one, says what is wrong with its values, or "".
+
+    Raises:
+        FormatError: They do not.
+    """
+    problem = getattr(model, "problem", None)
+    if problem is not None and (found := problem()):
+        raise FormatError(f"{path}: {found}")
 
 
 def save_model(folder: str | os.PathLike[str], model: Model, tokenizer: SavesTokenizer | None = None) -> None:
@@ -382,7 +420,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def hf_tensors(model: Model) -> "dict[str, torch.Tensor]":
-    """Return every parameter in float32 on the CPU, under its name and in its orientation in the files."""
+    """Return every parameter in float32 and every table of whole numbers on the CPU, as the files have them."""
     import torch
 
     tensors = {}
@@ -391,6 +429,8 @@ def hf_tensors(model: Model) -> "dict[str, torch.Tensor]":
         whole = parameter.detach().to("cpu", torch.float32)
         for hf_name, tensor in zip(names, whole.chunk(len(names), axis), strict=True):
             tensors[hf_name] = tensor.t() if transposed else tensor
+    for name, table in whole_tables(model):
+        tensors[model.hf_name(name)[0]] = table.to("cpu", torch.int32)
     return tensors
 
 
@@ -414,19 +454,32 @@ def _places(model: Any, name: str) -> tuple[tuple[str, ...], int, bool]:
     return (*(split or ((hf_name,), 0)), transposed)
 
 
-def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+class Shapes(dict[str, tuple[int, ...]]):
+    """The shape of every tensor that model.safetensors must hold, by name.
+
+    Attributes:
+        whole: Names of those that hold whole numbers.
+    """
+
+    whole: frozenset[str] = frozenset()
+
+
+def expected_shapes(config: Config) -> Shapes:
     """Return the shape of every tensor that model.safetensors must hold, without allocating any."""
     import torch
 
     with torch.device("meta"):
         model = FAMILIES[config.family].model_class()(config, init=False)
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = Shapes()
     for name, parameter in model.named_parameters():
         names, axis, transposed = _places(model, name)
         shape = list(parameter.shape)
         if len(names) > 1:
             shape[axis] //= len(names)
-        shapes |= dict.fromkeys(names, tuple(shape[::-1] if transposed else shape))
+        shapes.update(dict.fromkeys(names, tuple(shape[::-1] if transposed else shape)))
+    tables = {model.hf_name(name)[0]: tuple(table.shape) for name, table in whole_tables(model)}
+    shapes.update(tables)
+    shapes.whole = frozenset(tables)
     return shapes
 
 
@@ -442,8 +495,9 @@ def check_tensors(
         path: Named in the error.
         header: What the file holds, by name.
         shapes: What it should hold, by name.
-        dtypes: Accepted number formats, in safetensors' spelling.
+        dtypes: Accepted number formats of floats, in safetensors' spelling. Tables of whole numbers are I32.
     """
+    tables = shapes.whole if isinstance(shapes, Shapes) else ()
     missing = [name for name in shapes if name not in header]
     if missing:
         raise FormatError(
@@ -462,12 +516,17 @@ def check_tensors(
             raise FormatError(
                 f"{path}: tensor {name} has shape {tuple(info.shape)}, but {CONFIG} asks for {shape}"
             )
-        if info.dtype not in dtypes:
+        allowed = WHOLE if name in tables else dtypes
+        if info.dtype not in allowed:
             hint = (
-                "portlm import converts it" if info.dtype in IMPORTED else "its weights are no plain numbers"
+                "portlm import converts it"
+                if info.dtype in IMPORTED and name not in tables
+                else "its weights are no plain numbers"
+                if name not in tables
+                else "it is a table of whole numbers"
             )
             raise FormatError(
-                f"{path}: tensor {name} is {info.dtype}, but must be {' or '.join(dtypes)}: {hint}"
+                f"{path}: tensor {name} is {info.dtype}, but must be {' or '.join(allowed)}: {hint}"
             )
 
 

@@ -293,6 +293,11 @@ class PretrainConfig(RunConfig):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
+        if verb := FAMILIES[self.model.family].counted:
+            raise ConfigError(
+                f"model.family {self.model.family} does not learn by gradients: its numbers are counts of a text, and "
+                f"portlm {verb} makes one"
+            )
         require_range("lm_coef", self.lm_coef, 0)
         self._check_init()
         self._check_family()

@@ -1,5 +1,6 @@
 """Guesses change how fast a text is written, and not one token of it: on every engine, with every option."""
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,13 @@ from hypothesis import strategies as st
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
+from ngram_trees import random_ngrams
 from packable import PACKED
 
+import portlm
 from portlm.errors import UsageError
+from portlm.models import DECODERS, build, save_model
+from portlm.models.ngram import NGramConfig
 from portlm.rows import Rows
 from portlm.runtimes import pace
 from portlm.runtimes import session as sessions
@@ -68,6 +73,13 @@ class Foreknowing:
         self.known += len(new)
         places = range(self.known, min(self.known + count, len(self.text)))
         return Draft([(self.text[p] + 1) % 256 if p % self.mistake == 0 else self.text[p] for p in places])
+
+
+class RowStub:
+    """A text without a batch."""
+
+    def __init__(self, decoding):
+        self.decoding, self.tokens, self.seed, self.stream = decoding, [], 0, 0
 
 
 def same(found, expected):
@@ -131,6 +143,44 @@ def test_a_small_model_guesses_and_the_large_one_decides(small, options, packed,
         found = packed.generate(PROMPTS, max_new_tokens=12, draft=drafting, **options)
     same(found, plain)
     assert found[0].stats.drafted > 0
+
+
+@pytest.fixture(scope="module")
+def ngrams(tmp_path_factory):
+    """A small model whose state is replaced at every token, of as many ids as the tokenizer."""
+    config = NGramConfig(vocab_size=V, context_length=CONTEXT, order=4, histories=1201, places=1703)
+    folder = tmp_path_factory.mktemp("ngrams")
+    save_model(folder, random_ngrams(config), BYTES)
+    with portlm.load(folder, "torch") as session:
+        yield session
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 2}], ids=str)
+def test_a_small_model_whose_state_cannot_go_back_guesses_with_a_copy(options, ngrams, tmp_path):
+    config = dataclasses.replace(DECODERS["gpt2"].config_class().tiny(), vocab_size=V, context_length=CONTEXT)
+    save_model(tmp_path, build(config), BYTES)
+    with portlm.load(tmp_path, "torch") as large:
+        plain = large.generate(PROMPTS, max_new_tokens=12, **options)
+        found = large.generate(PROMPTS, max_new_tokens=12, draft=ngrams, **options)
+    same(found, plain)
+    assert found[0].stats.drafted > 0
+    with pytest.raises(
+        UsageError, match="this model has a state that cannot go back to before a wrong guess"
+    ):
+        ngrams.generate("a", lookup=True)
+
+
+def test_a_copy_guesses_what_the_small_model_writes_behind_whatever_the_text_got(ngrams):
+    text, row = [], RowStub(ngrams.decoding(max_new_tokens=40))
+    small = SmallModel(ngrams.engine, V, row)
+    for new, count in (([1, 2, 3], 5), ([4], 1), ([0, 0], 4), ([9], 3), ([7, 7, 0], 6)):
+        text += new
+        guess = small.propose(new, count).tokens
+        assert tuple(guess) == ngrams.generate(text, max_new_tokens=count, ignore_eos=True).token_ids
+        text += guess[:1]
+        row.tokens += guess[:1]
+        guess = small.propose(guess[:1], count).tokens
+        assert tuple(guess) == ngrams.generate(text, max_new_tokens=count, ignore_eos=True).token_ids
 
 
 @pytest.mark.parametrize("options", ["greedy", "sampled", "filtered", "seeds"])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # name -> "module:class", in the order of history; modules load when their experiment is asked for
 EXPERIMENTS = {
+    "ngram-orders": "portlm.flows.lab.ngram_orders:NGramOrders",
     "word-vectors": "portlm.flows.lab.word_vectors:WordVectors",
     "unseen-pairs": "portlm.flows.lab.unseen_pairs:UnseenPairs",
     "brackets": "portlm.flows.lab.brackets:Brackets",
