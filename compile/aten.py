@@ -177,6 +177,19 @@ def _silu(e: "Emitter", node: fx.Node) -> "Value":
     return e.result(node, e.g.op("Mul", (x, e.g.op("Sigmoid", (x,), f"{name}.sigmoid")), name))
 
 
+def _clamp(e: "Emitter", node: fx.Node) -> "Value":
+    """Within constant bounds: x - relu(x - high) + relu(low - x), which is x itself, to the bit, where it is within."""
+    x, name = e.whole(node.args[0]), e.name(node, "clamp")
+    low, high = (
+        node.args[i] if len(node.args) > i else node.kwargs.get(key) for i, key in ((1, "min"), (2, "max"))
+    )
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or low > high:
+        raise e.refuse(node, "without two constant bounds, the lower one first", "clamp(low, high)")
+    over = e.g.op("Relu", (e.g.op("Sub", (x, e.g.scalar(float(high))), f"{name}.above"),), f"{name}.over")
+    under = e.g.op("Relu", (e.g.op("Sub", (e.g.scalar(float(low)), x), f"{name}.below"),), f"{name}.under")
+    return e.result(node, e.g.op("Add", (e.g.op("Sub", (x, over), f"{name}.lowered"), under), name))
+
+
 def _dropout(e: "Emitter", node: fx.Node) -> Any:
     if node.args[2]:
         raise e.refuse(node, "in training", "export module.eval()")
@@ -204,6 +217,7 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     "aten::bmm": _matmul,
     "aten::cat": _cat,
     "aten::chunk": _split_sizes,
+    "aten::clamp": _clamp,
     "aten::dropout": _dropout,
     "aten::embedding": _embedding,
     "aten::gelu": _gelu,

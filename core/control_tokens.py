@@ -1,7 +1,8 @@
-"""Control tokens and a template for a tokenizer that has none: what an encoder's texts are put between.
+"""Control tokens and a template for a tokenizer that has none: what texts are put between that are read as a whole.
 
-Devlin et al. 2018 put [CLS] before a text, whose place stands for the whole, and [SEP] behind each of one or two;
-[MASK] hides a token, and [PAD] fills a batch.
+Of an encoder: Devlin et al. 2018 put [CLS] before a text, whose place stands for the whole, and [SEP] behind each of
+one or two; [MASK] hides a token, and [PAD] fills a batch. Of a decoder: Radford et al. 2018 put _start_ before a text,
+_delimiter_ between two, and _classify_ behind, where the whole has been seen.
 """
 
 import json
@@ -16,6 +17,7 @@ from portlm.tokenizer_kinds import parse_text
 # What tokenizers call the tokens that begin a text, end it, and hide one; those of the first row are added.
 NAMES = (("[CLS]", "[SEP]", "[MASK]"), ("<s>", "</s>", "<mask>"))
 PADDING = "[PAD]"
+START, DELIMITER, CLASSIFY = "_start_", "_delimiter_", "_classify_"
 
 
 def for_reading(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
@@ -36,13 +38,33 @@ def for_reading(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
             if name not in tokenizer.special:
                 document["added_tokens"].append(_added(name, tokenizer, document))
     ids = dict(tokenizer.special) | {t["content"]: t["id"] for t in document["added_tokens"] if t["special"]}
-    document["post_processor"] = _template(names[0], names[1], ids)
+    document["post_processor"] = _template(names[0], names[1], names[1], ids)
+    return _made(document, tokenizer, "the tokenizer of the encoder"), ids[names[2]]
+
+
+def for_labelling(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that puts a text, or two, between the control tokens of a decoder that says a label.
+
+    A tokenizer that has them keeps them; to another they are added, behind all that it has. No text has other ids than
+    before.
+    """
+    document: dict[str, Any] = json.loads(tokenizer.to_json())
+    names = (START, DELIMITER, CLASSIFY)
+    for name in names:
+        if name not in tokenizer.special:
+            document["added_tokens"].append(_added(name, tokenizer, document))
+    ids = dict(tokenizer.special) | {t["content"]: t["id"] for t in document["added_tokens"] if t["special"]}
+    document["post_processor"] = _template(*names, ids, kinds=1)
+    return _made(document, tokenizer, "the tokenizer of the classifier")
+
+
+def _made(document: dict[str, Any], tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """The tokenizer of a changed file, which ends and begins texts as another one does."""
     by_id = {index: name for name, index in tokenizer.special.items()}
     eos, bos = (None if index is None else by_id[index] for index in (tokenizer.eos_id, tokenizer.bos_id))
-    where = "the tokenizer of the encoder"
     if isinstance(tokenizer, TextTokenizer):
-        return TextTokenizer(parse_text(document, where), eos, bos), ids[names[2]]
-    return Tokenizer(parse(document, where), eos, bos), ids[names[2]]
+        return TextTokenizer(parse_text(document, where), eos, bos)
+    return Tokenizer(parse(document, where), eos, bos)
 
 
 def _added(name: str, tokenizer: Tokenizer, document: dict[str, Any]) -> dict[str, Any]:
@@ -52,17 +74,21 @@ def _added(name: str, tokenizer: Tokenizer, document: dict[str, Any]) -> dict[st
     return {"id": max([tokenizer.vocab_size - 1, *taken]) + 1, "content": name, **plain}
 
 
-def _template(begin: str, end: str, ids: dict[str, int]) -> dict[str, Any]:
-    """A post-processor: begin, text, end, and for a pair another text of type 1, and end."""
+def _template(begin: str, between: str, end: str, ids: dict[str, int], kinds: int = 2) -> dict[str, Any]:
+    """A post-processor: begin, text, end; and for a pair begin, text, between, another text and end.
+
+    With two kinds the other text and its end are of type 1.
+    """
+    last = kinds - 1
 
     def token(name: str, kind: int) -> dict[str, Any]:
         return {"SpecialToken": {"id": name, "type_id": kind}}
 
-    first, second = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
-    single = [token(begin, 0), first, token(end, 0)]
+    first, second = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", last)))
+    names = dict.fromkeys((begin, between, end))
     return {
         "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, second, token(end, 1)],
-        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (begin, end)},
+        "single": [token(begin, 0), first, token(end, 0)],
+        "pair": [token(begin, 0), first, token(between, 0), second, token(end, last)],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names},
     }

@@ -17,10 +17,10 @@ import numpy as np
 from portlm.chat import TEMPLATE, ChatTemplate
 from portlm.errors import ConfigError, FormatError, UsageError
 from portlm.files import shown, write_atomic
+from portlm.gguf_architectures import Turn
 from portlm.gguf_file import GgufFile
 from portlm.gguf_models import (
     ROTARY_FACTORS,
-    Turn,
     architecture_of,
     gguf_name,
     gguf_settings,
@@ -48,7 +48,7 @@ def import_gguf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Tra
     """Turn a GGUF file into a portlm checkpoint.
 
     Args:
-        src: The file, of an architecture that portlm has (:data:`portlm.gguf_models.ARCHITECTURES`).
+        src: The file, of an architecture that portlm has (:data:`portlm.gguf_architectures.ARCHITECTURES`).
         out: The folder to create. It appears when everything is in it.
 
     Raises:
@@ -124,14 +124,16 @@ class _Tensors(Mapping[str, "np.ndarray | torch.Tensor"]):
                 raise FormatError(
                     f"{self._file.path}: the tensor {shown(place)} has the shape {list(shape)}"
                 ) from error
-        dtype = _KEPT.get(tensor.kind, "F32")
+        dtype = "F32" if turn is not None and turn.computes else _KEPT.get(tensor.kind, "F32")
         return TensorInfo(dtype, tuple(shape), 0, math.prod(shape) * (4 if dtype == "F32" else 2))
 
     def __getitem__(self, name: str) -> np.ndarray | torch.Tensor:
         place, turn = self._places[name]
         tensor = self._file.tensors[place]
-        if tensor.kind != "BF16":
+        if self.infos[name].dtype != "BF16":
             values = self._file.numbers(place)
+            if turn is not None and turn.computes:
+                values = values.astype(np.float32)
             return values if turn is None else np.ascontiguousarray(turn.back(values, self._config))
         import torch
 
@@ -205,8 +207,11 @@ def export_gguf(
         return header[name].dtype if len(header[name].shape) > 1 else "F32"
 
     def turned(name: str) -> np.ndarray:
-        turn = gguf_name(name, config.family)[1]
-        return mapped[name] if turn is None else turn.there(mapped[name], config)
+        turn, values = gguf_name(name, config.family)[1], mapped[name]
+        if kind_of(name) == "F32":  # a vector of 16 bits is widened
+            bits = header[name].dtype == "BF16"
+            values = (values.astype("<u4") << 16).view("<f4") if bits else values.astype("<f4", copy=False)
+        return values if turn is None else turn.there(values, config)
 
     scaling = getattr(config, "rope_scaling", None)
     factors = (
@@ -216,15 +221,7 @@ def export_gguf(
     def content(target: str) -> bytes:
         if target == ROTARY_FACTORS:
             return factors.astype("<f4").tobytes()
-        name = places[target]
-        values = turned(name)
-        if kind_of(name) == "F32":  # a vector of 16 bits is widened
-            values = (
-                (values.astype("<u4") << 16).view("<f4")
-                if header[name].dtype == "BF16"
-                else values.astype("<f4")
-            )
-        return values.tobytes()
+        return turned(places[target]).tobytes()
 
     kinds = {kind_of(name) for name in header}
     entries: dict[str, Any] = {

@@ -43,7 +43,7 @@ def reads_singly(encoder: CallSpec) -> bool:
 
 
 def source_inputs(spec: CallSpec, sources: Sequence[Sequence[int]]) -> dict[str, Array]:
-    """Return the inputs of an encoder for token ids of B sources, each (B, S), also where a call takes one token."""
+    """Return the inputs of an encoder for token ids of B sources, each (B, S), also if it takes one token per call."""
     ids, mask = pad(sources)
     every = {
         "input_ids": ids,
@@ -63,7 +63,7 @@ def remembered(engine: Engine, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """
     ids, spec = next(iter(inputs.values())), engine.roles[ENCODER]
     if reads_singly(spec):
-        outputs = _read_singly(engine, spec, inputs)
+        outputs = read_singly(engine, ENCODER, inputs)
     else:
         outputs, _ = engine.run(ENCODER, inputs, engine.start(ENCODER, len(ids)))
     outputs[MASK] = _mask(inputs, ids)
@@ -78,16 +78,25 @@ def _mask(inputs: Mapping[str, Array], ids: Array) -> Array:
     return inputs.get("attention_mask", other)
 
 
-def _read_singly(engine: Engine, spec: CallSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """What an encoder gives of the tokens (B, S) that it is called with one by one."""
+def read_singly(engine: Engine, role: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Call a role that takes one token of each row per call on S tokens.
+
+    Args:
+        engine: what computes.
+        role: one that reads_singly.
+        inputs: of the role, (B, S) each, those of tokens read backwards in that order.
+
+    Returns:
+        Its outputs, those of a token (B, S, ...) in the order of the source.
+    """
     B, S = next(iter(inputs.values())).shape
-    state, calls = engine.start(ENCODER, B), []
+    state, calls = engine.start(role, B), []
     for t in range(S):
         now = {name: np.ascontiguousarray(value[:, t : t + 1]) for name, value in inputs.items()}
-        outputs, state = engine.run(ENCODER, now, state)
-        calls.append(outputs)
+        outputs, state = engine.run(role, now, state)
+        calls.append({name: np.array(value) for name, value in outputs.items()})
     found = dict(calls[-1])
-    for item in spec.outputs:
+    for item in engine.roles[role].outputs:
         if item.shape[1:2] == (1,):
             parts = [outputs[item.name] for outputs in calls]
             found[item.name] = np.concatenate(

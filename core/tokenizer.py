@@ -51,6 +51,7 @@ _NO_TEMPLATE = {"GPTNeoXTokenizer"}  # and the template of this one, without any
 _CLASS_OF_MODEL = {
     **dict.fromkeys(("gpt2", "gpt_neo", "opt"), "GPT2Tokenizer"),
     "gpt_neox": "GPTNeoXTokenizer",
+    "openai-gpt": "OpenAIGPTTokenizer",
     **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
     **dict.fromkeys(("gemma2", "gemma3_text"), "GemmaTokenizer"),
     **dict.fromkeys(("llama", "mistral", "olmo2", "phi3", "smollm3", "stablelm"), "PreTrainedTokenizerFast"),

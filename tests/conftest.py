@@ -163,6 +163,7 @@ def checkpoints(tmp_path_factory):
     others = {"gpt2": {"width": 32}, "llama": {"hidden": 48}}  # what some tests count on
     # Heads of 8 elements, as ONNX Runtime's attention on a cache in place wants them.
     others |= {"gpt3": {"width": 32}, "gpt_neo": {"width": 32}, "opt": {"width": 32, "token_width": 32}}
+    others |= {"openai-gpt": {"width": 32}}
     folders = {}
     for family, entry in DECODERS.items():
         model = build(replace(entry.config_class().tiny(), **sizes, **others.get(family, {})))
@@ -266,6 +267,7 @@ def divisible(tmp_path_factory):
     others = {
         "gpt2": {"width": 96},
         "gpt3": {"width": 96},
+        "openai-gpt": {"width": 96},
         "llama": {"width": 64, "hidden": 96},
         "gpt_neox": {"width": 64, "hidden": 96},
     }

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from portlm.flows.lab.runner import Outcome, Progress
+    from portlm.flows.lab.runner import Outcome
 
 
 @click.command("lab")
@@ -44,10 +40,11 @@ def command(
     if name == "list":
         _list(experiments, as_json)
         return 0
+    from portlm.commands.progress import lines_or_bar
     from portlm.flows.lab.report import write_report
     from portlm.flows.lab.runner import run_lab
 
-    with _progress() as progress:
+    with lines_or_bar("lab") as progress:
         outcomes = list(run_lab(experiments, out, seeds=seeds, threads=threads, anew=anew, progress=progress))
     page = write_report(out, outcomes)
     if as_json:
@@ -92,26 +89,3 @@ def _print(outcomes: list[Outcome], page: Path) -> None:
             text = f"{outcome.experiment.name}, seed {seed}: {error}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show progress on stderr: a bar on a terminal, lines with the time that is left elsewhere."""
-    from portlm.train.progress import duration
-
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
-        return
-    begin = time.monotonic()
-
-    def say(done: int, total: int, text: str) -> None:
-        left = f", ETA {duration((time.monotonic() - begin) / done * (total - done))}" if done else ""
-        click.echo(f"lab: {done}/{total}{left}: {text}", err=True)
-
-    yield say

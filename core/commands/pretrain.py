@@ -22,6 +22,7 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
     "tokenizer": ("data.tokenizer", str, "byte, bpe:SIZE (trained on TEXT) or a tokenizer.json"),
     "family": ("model.family", click.Choice(list(FAMILIES)), "Architecture"),
     "objective": ("objective", click.Choice(list(OBJECTIVES)), "What is learned"),
+    "init": ("init", str, "A checkpoint to begin with, whose model and tokenizer are taken"),
     "source": ("data.source", str, "Of pairs, for objective seq2seq: a file of lines"),
     "target": ("data.target", str, "A file with as many lines"),
     "label-smoothing": (
@@ -136,9 +137,9 @@ def resolve(
         config = out / "config.toml"
     given = {flag: short.get(flag.replace("-", "_")) for flag in _SHORT}
     values = [(_SHORT[flag][0], value) for flag, value in given.items() if value is not None]
-    for side in ("source", "target"):  # absolute, for the same reason
-        if short.get(side):
-            values.append((f"data.{side}", str(Path(short[side]).absolute())))
+    for flag in ("init", "source", "target"):  # absolute, for the same reason
+        if short.get(flag):
+            values.append((_SHORT[flag][0], str(Path(short[flag]).absolute())))
     if texts:
         # Absolute, so that the config saved with the run works from any folder.
         values.append(("data.texts", [str(Path(text).absolute()) for text in texts]))

@@ -134,8 +134,8 @@ class Family(NamedTuple):
         config: The class of its configuration.
         model: The class of its model.
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
-            fixed size, "encoder" for one that reads a whole text, with heads, "encoder-decoder" for one that reads a
-            source and writes a target.
+            fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so with
+            a state in each direction, "encoder-decoder" for one that reads a source and writes a target.
         foreign: Whether transformers has such models, too.
     """
 
@@ -182,6 +182,7 @@ FAMILIES = {
     "gemma3_text": Family("portlm.models.gemma3", "Gemma3Config", "Gemma3"),
     "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3", foreign=False),
     "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
+    "openai-gpt": Family("portlm.models.gpt1", "GPT1Config", "GPT1"),
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
     "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
     "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),
@@ -191,6 +192,8 @@ FAMILIES = {
     "recurrent": Family(
         "portlm.models.recurrent", "RecurrentConfig", "Recurrent", "recurrent", foreign=False
     ),
+    "awd_lstm": Family("portlm.models.awd_lstm", "AWDLSTMConfig", "AWDLSTM", "recurrent", foreign=False),
+    "elmo": Family("portlm.models.elmo", "ElmoConfig", "Elmo", "bidirectional", foreign=False),
     "nplm": Family("portlm.models.nplm", "NPLMConfig", "NPLM", "recurrent", foreign=False),
     "seq2seq": Family("portlm.models.seq2seq", "Seq2SeqConfig", "Seq2Seq", "encoder-decoder", foreign=False),
     "bahdanau": Family(
@@ -238,7 +241,12 @@ def config_from_hf(data: Mapping[str, Any] | Reader) -> Config:
     family = read.raw("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"model_type must be one of {', '.join(FAMILIES)}, got {shown(family)}")
-    return FAMILIES[family].config_class().from_hf(read)
+    kind = FAMILIES[family].config_class()
+    if FAMILIES[family].kind == "decoder":
+        from portlm.models.heads import headed, heads_of
+
+        kind = headed(kind) if heads_of(read) else kind
+    return kind.from_hf(read)
 
 
 def build(config: Config | Mapping[str, Any], device: "str | torch.device" = "cpu") -> Model:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Embedding, Linear
-from portlm.models.recurrent import CellLayer
+from portlm.models.recurrent_decoder import CellLayer
 from portlm.models.recurrent_encoder_decoder import (
     Memory,
     PairConfig,

@@ -1,17 +1,20 @@
 """What all causal decoders share: from ids through embeddings and blocks to logits, at once or with a cache.
 
 A family is a configuration, a block and the names of its parts. The loop over the blocks, the loss, the step with a
-cache, the role and the names in Hugging Face's files are here, once.
+cache, the roles, the heads (core/models/heads.py) and the names in Hugging Face's files are here, once.
 
 B batch, T time, C width, K key/value heads, D head width, R the rotated part of it, P slots already in the cache, V
-vocabulary.
+vocabulary, N answers of a head.
 """
 
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from portlm.errors import UsageError
+from portlm.models.heads import KINDS
 from portlm.models.layers import Embedding, KeyValue, Linear, check_length
 from portlm.models.roles import Role, decoder
 from portlm.ops.embedding import embedding
@@ -35,6 +38,19 @@ class Parts(NamedTuple):
     norm: str
     head: str
     prefix: str
+
+
+def last_of(y: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the last real token (B, C) of rows y (B, T, C) whose mask (B, T) is 0 on the padding at their right."""
+    return y[torch.arange(len(y), device=y.device), attention_mask.sum(1) - 1]
+
+
+class NoNorm(nn.Module):
+    """What follows the last block of a family whose blocks end with a norm of their own."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return both as they are."""
+        return x, residual
 
 
 class Causal(nn.Module):
@@ -64,7 +80,7 @@ class Causal(nn.Module):
 
         Args:
             config: Its shape; a head of its own where it has ``tie_embeddings`` that is false, a token table of another
-                width where it has ``embedding_width``.
+                width where it has ``embedding_width``, and heads that say something of a text where it has ``heads``.
             blocks: One for each layer: (x, h, *carried, mask, past) -> (x, h, present).
             norm: The one behind the last block: (x, h) -> (y, h).
             more: Names and modules that come after the token table.
@@ -77,9 +93,12 @@ class Causal(nn.Module):
             self.add_module(name, module)
         self.add_module(parts.blocks, nn.ModuleList(blocks))
         self.add_module(parts.norm, norm)
-        tied = getattr(config, "tie_embeddings", True)
-        head = None if tied else Linear(width, config.vocab_size, bias=False)
-        self.register_module(parts.head, head)
+        heads, tied = getattr(config, "heads", ()), getattr(config, "tie_embeddings", True)
+        self.generates = tied or all(KINDS[name].generates for name in heads)
+        own = self.generates and not tied
+        self.register_module(parts.head, Linear(width, config.vocab_size, bias=False) if own else None)
+        made = {name: Linear(width, len(config.labels) or 1, bias=KINDS[name].bias) for name in heads}
+        self.heads = nn.ModuleDict(made)
 
     def rotate_by(self, tables: tuple[Tensor, Tensor]) -> None:
         """Keep cosine and sine (context, R/2) of the rotation at each position for :meth:`carried`."""
@@ -88,7 +107,16 @@ class Causal(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output matrix (V, C)."""
+        """The output matrix (V, C).
+
+        Raises:
+            UsageError: The model has none: its classifier stands in the place of an output matrix of its own.
+        """
+        if not self.generates:
+            raise UsageError(
+                f"this {self.config.family} has a head for labels in the place of its output matrix, so it predicts no "
+                "tokens"
+            )
         own = getattr(self, self.PARTS.head)
         weight: Tensor = (getattr(self, self.PARTS.embedding) if own is None else own).weight
         return weight
@@ -152,18 +180,86 @@ class Causal(nn.Module):
         """
         check_length(attention_mask.shape[1], self.config.context_length)
         if past is None:
-            empty = self.head.new_empty(len(input_ids), self.config.n_kv_head, 0, self.config.head_dim)
+            table: Tensor = getattr(self, self.PARTS.embedding).weight
+            empty = table.new_empty(len(input_ids), self.config.n_kv_head, 0, self.config.head_dim)
             past = [(empty, empty)] * self.config.n_layer
-        y, present = self._decode(input_ids, position_ids, attention_mask, past)
-        if logits_to_keep is not None:
-            y = y.index_select(1, logits_to_keep)
+        y, present = self._kept(input_ids, position_ids, attention_mask, past, logits_to_keep)
         return self.logits(y), present
 
+    def encode(self, input_ids: Tensor) -> Tensor:
+        """Return the normalised output of the last block (B, T, C) for ids (B, T), rows padded on their right or not.
+
+        Raises:
+            ContextLengthError: T is larger than the context.
+        """
+        check_length(input_ids.shape[1], self.config.context_length)
+        return self._decode(input_ids)[0]
+
+    def apply_head(self, name: str, y: Tensor) -> Tensor:
+        """Return what a head says (..., N) of normalised output y (..., C).
+
+        Raises:
+            UsageError: The model has no such head.
+        """
+        if name not in self.heads:
+            known = ", ".join(self.heads) or "none"
+            raise UsageError(f"this {self.config.family} has no head {name}, its heads are: {known}")
+        said: Tensor = self.heads[name](y)
+        return said
+
+    def answer(
+        self,
+        name: str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return what a head says of whole texts, (B, N): at the last token of each, which has seen all others.
+
+        Args:
+            name: Of the head.
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) int64, 0 on the padding right of a shorter row; None if there is none.
+            token_type_ids: As an encoder takes them; a decoder tells texts apart by the tokens between them.
+
+        Raises:
+            ContextLengthError: T is larger than the context.
+            UsageError: The model has no such head.
+        """
+        y = self.encode(input_ids)
+        return self.apply_head(name, y[:, -1] if attention_mask is None else last_of(y, attention_mask))
+
     def roles(self) -> dict[str, Role]:
-        """Return what this model can be exported as: a decoder with a cache."""
+        """Return what this model can be exported as: a decoder with a cache, and each head in the place of its logits.
+
+        A model with a head for labels is no decoder, whether or not it could predict tokens.
+        """
         config = self.config
         caches = [(config.n_kv_head, config.head_dim)] * config.n_layer
-        return {"decoder": decoder(self.step, vocab_size=config.vocab_size, caches=caches)}
+        roles = {}
+        if all(KINDS[name].generates for name in self.heads):
+            roles["decoder"] = decoder(self.step, vocab_size=config.vocab_size, caches=caches)
+        for name, head in self.heads.items():
+            count: int = head.weight.shape[0]
+            roles[f"head:{name}"] = decoder(partial(self._say, name), vocab_size=count, caches=caches)
+        return roles
+
+    def _say(self, name: str, *inputs: Any) -> tuple[Tensor, list[KeyValue]]:
+        """What a head says (B, kept, N) of the tokens that are asked for, and the next cache; inputs as of step."""
+        y, present = self._kept(*inputs)
+        return self.apply_head(name, y), present
+
+    def _kept(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[KeyValue],
+        logits_to_keep: Tensor | None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Continue from a cache; the normalised output of the tokens that are asked for, and the next cache."""
+        y, present = self._decode(input_ids, position_ids, attention_mask, past)
+        return y if logits_to_keep is None else y.index_select(1, logits_to_keep), present
 
     def _decode(
         self,
@@ -205,6 +301,9 @@ class Causal(nn.Module):
     @classmethod
     def hf_name(cls, name: str) -> tuple[str, bool]:
         """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there."""
+        if name.startswith("heads."):
+            _, kind, *rest = name.split(".")
+            return ".".join((KINDS[kind].file_name, *rest)), False
         return name if name.startswith(f"{cls.PARTS.head}.") else f"{cls.PARTS.prefix}{name}", False
 
     @classmethod
@@ -214,7 +313,7 @@ class Causal(nn.Module):
         Files of a bare model, without a head, lack the prefix, and early ones hold causal masks and rotary frequencies.
         """
         head, prefix = cls.PARTS.head, cls.PARTS.prefix
-        if not name.startswith((prefix, f"{head}.")):
+        if not name.startswith((prefix, f"{head}.", *(f"{kind.file_name}." for kind in KINDS.values()))):
             name = f"{prefix}{name}"
         return None if name.endswith(cls.CONSTANTS) else name
 

@@ -216,6 +216,29 @@ class Encoder(nn.Module):
         logits: Tensor = head(x, self.tokens.weight) if isinstance(head, MaskedHead) else head(x)
         return logits
 
+    def answer(
+        self,
+        name: str,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return what a head says of texts: (B, N), or (B, T, N) of one with an answer for each token.
+
+        Args:
+            name: Of the head.
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) int64, 0 on padding; None if there is none.
+            token_type_ids: (B, T) int64, which text a token belongs to; None for the first one throughout.
+
+        Raises:
+            ContextLengthError: T is larger than the context.
+            UsageError: The model has no such head.
+        """
+        hidden, pooled = self.encode(input_ids, attention_mask, token_type_ids)
+        reads: Any = self.heads[name].reads if name in self.heads else TOKENS
+        return self.apply_head(name, pooled if reads == POOLED and pooled is not None else hidden)
+
     def roles(self) -> dict[str, Role]:
         """Return what this model can be exported as: the encoder, and each head, which reads what the encoder gives."""
         C, ids = self.config.width, ("batch", "sequence")

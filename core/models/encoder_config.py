@@ -133,12 +133,7 @@ class EncoderConfig:
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
         }
-        if self.labels:
-            data["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
-            data["label2id"] = {name: i for i, name in enumerate(self.labels)}
-        if self.problem is not None:
-            data["problem_type"] = self.problem
-        return data
+        return data | labels_to_hf(self.labels, self.problem)
 
     @classmethod
     def common_from_hf(cls, read: config_json.Reader) -> dict[str, Any]:
@@ -152,7 +147,7 @@ class EncoderConfig:
         read.require("tie_word_embeddings", True)
         vocab_size = read.integer("vocab_size", cls.vocab_size)
         heads = _heads(read, cls.ARCHITECTURES)
-        labels, problem = _labels(read, heads)
+        labels, problem = labels_from_hf(read, heads)
         return {
             "vocab_size": vocab_size,
             "init_std": read.number("initializer_range", 0.02),
@@ -178,8 +173,23 @@ def _heads(read: config_json.Reader, architectures: Mapping[str, tuple[str, ...]
     return architectures[name]
 
 
-def _labels(read: config_json.Reader, heads: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-    """Return the names of labels and what kind of problem they are for; (), None for heads that have none."""
+def labels_to_hf(labels: tuple[str, ...], problem: str | None) -> dict[str, Any]:
+    """Return what config.json says of labels: their names, and how the numbers of their head are meant."""
+    data: dict[str, Any] = {}
+    if labels:
+        data["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        data["label2id"] = {name: i for i, name in enumerate(labels)}
+    if problem is not None:
+        data["problem_type"] = problem
+    return data
+
+
+def labels_from_hf(read: config_json.Reader, heads: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
+    """Return the names of labels and what kind of problem they are for; (), None for heads that have none.
+
+    Raises:
+        ConfigError: The names are none, or not as many as is said beside them.
+    """
     named = read.raw("id2label", "a name for each of 0, 1, ..., LABEL_0 and LABEL_1 if missing")
     count = read.raw("num_labels", "as many as id2label has, if both are there")
     problem = check_problem(read.raw("problem_type", "null, " + ", ".join(PROBLEMS)))

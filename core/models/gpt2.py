@@ -339,4 +339,5 @@ class GPT2(Causal):
 
         Their Conv1D keeps its matrices (in, out), as OpenAI's TensorFlow code did.
         """
-        return f"transformer.{name}", bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))
+        named, _ = super().hf_name(name)
+        return named, bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))

@@ -292,4 +292,4 @@ class GPTNeo(GPT2):
     @classmethod
     def hf_name(cls, name: str) -> tuple[str, bool]:
         """Return the name of a parameter in Hugging Face's files, where none is transposed."""
-        return f"transformer.{name}", False
+        return super().hf_name(name)[0], False

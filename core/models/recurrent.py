@@ -8,42 +8,33 @@ as language models Mikolov et al., 2010, and Zaremba et al., "Recurrent Neural N
 - dropout on what goes up and never on what goes on in time, so at the input of every layer and of the output (Zaremba)
 - an output layer with a bias of its own, or with the token embedding as its matrix (Press and Wolf, 2017)
 
-B batch, T time, C width, which is also that of the state, G gates, V vocabulary.
+B batch, T time, C width, which is also that of the state, V vocabulary.
 
 transformers has no such models, so it does not open these checkpoints and says that it does not know their model_type.
 The presets are the three of Zaremba et al.; their paper writes a cell as one affine map, so with one bias per gate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from portlm.errors import ConfigError
 from portlm.models import config_json
-from portlm.models.layers import Embedding, Linear, check_length
-from portlm.models.roles import Role
-from portlm.ops.gru import gru
-from portlm.ops.gru_cell import gru_cell
-from portlm.ops.linear import linear
-from portlm.ops.linear_cross_entropy import linear_cross_entropy
-from portlm.ops.lstm import lstm
-from portlm.ops.lstm_cell import lstm_cell
-from portlm.ops.rnn import rnn
-from portlm.ops.rnn_cell import rnn_cell
-from portlm.roles import StateSpec, TensorSpec
+from portlm.models.layers import drop
+from portlm.models.recurrent_decoder import (
+    CELLS,
+    STATES,
+    Cell,
+    CellLayer,
+    RecurrentDecoder,
+    add_forget_bias,
+)
 
-Cell = Literal["rnn", "rnn_relu", "lstm", "gru"]
-States = tuple[Tensor, ...]  # of one layer, each (B, C): the output, and for an LSTM that of the cell
-CELLS: dict[str, Cell] = {"rnn": "rnn", "rnn_relu": "rnn_relu", "lstm": "lstm", "gru": "gru"}
-GATES: dict[str, int] = {"rnn": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
-STATES: dict[str, tuple[str, ...]] = {
-    cell: ("hidden", "cell") if cell == "lstm" else ("hidden",) for cell in CELLS
-}
+__all__ = ["CELLS", "PARAMETERS", "PRESETS", "STATES", "CellLayer", "Recurrent", "RecurrentConfig"]
+
 _BOUNDS = {
     "vocab_size": (1, config_json.MAX_VOCAB),
     "context_length": (1, config_json.MAX_CONTEXT),
@@ -97,6 +88,11 @@ class RecurrentConfig:
         if type(self.tie_embeddings) is not bool:
             raise ConfigError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
         config_json.check_token_ids(self)
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """What each layer reads and what its state holds: two widths."""
+        return ((self.width, self.width),) * self.n_layer
 
     @classmethod
     def from_settings(cls, **values: Any) -> Self:
@@ -171,62 +167,7 @@ PARAMETERS = {  # by the paper's equations for its vocabulary of 10 000; later p
 }
 
 
-class CellLayer(nn.Module):
-    """One recurrent layer; gates in the order of torch.nn.
-
-    Args:
-        cell: What its units are.
-        inputs: The width of what it reads.
-        width: C, of its state and its output.
-        bias: Whether its gates have biases.
-        reverse: Whether it reads the last token first.
-    """
-
-    def __init__(self, cell: Cell, inputs: int, width: int, *, bias: bool = True, reverse: bool = False):
-        super().__init__()
-        self.cell, self.reverse = cell, reverse
-        rows = GATES[cell] * width
-        # The biases of both products are only ever added, save in a GRU, where the reset gate is between them.
-        self.input = Linear(inputs, rows, bias=bias)
-        self.recurrent = Linear(width, rows, bias=bias and cell == "gru")
-
-    def forward(self, x: Tensor, states: States, mask: Tensor | None) -> tuple[Tensor, States]:
-        """Read x (B, T, inputs) from the states (B, C) on; return the output (B, T, C) and the next states."""
-        if x.shape[1] == 1 and not torch.is_grad_enabled():  # the cells have no gradient
-            return self._one(x, states, mask)
-        arguments = (
-            x, self.input.weight, self.recurrent.weight, self.input.bias, self.recurrent.bias, *states, mask,
-            self.reverse,
-        )  # fmt: skip
-        y, *after = self._layer()(*arguments)
-        return y, tuple(after)
-
-    def _layer(self) -> Any:
-        found = {"rnn": rnn, "rnn_relu": partial(rnn, activation="relu"), "lstm": lstm, "gru": gru}
-        return found[self.cell]
-
-    def _one(self, x: Tensor, states: States, mask: Tensor | None) -> tuple[Tensor, States]:
-        """The same for one token, whose products an engine can do in its own way."""
-        old = tuple(state.unsqueeze(1) for state in states)  # (B, 1, C)
-        projected, recurrent = self.input(x), self.recurrent(old[0])  # (B, 1, G C)
-        if self.cell == "lstm":
-            new: States = lstm_cell(projected, recurrent, old[0], old[1], mask)
-        elif self.cell == "gru":
-            new = (gru_cell(projected, recurrent, old[0], mask),)
-        else:
-            activation = "relu" if self.cell == "rnn_relu" else "tanh"
-            new = (rnn_cell(projected, recurrent, old[0], mask, activation),)
-        return new[0], tuple(state.squeeze(1) for state in new)
-
-
-class Layer(CellLayer):
-    """One layer of a recurrent language model."""
-
-    def __init__(self, config: RecurrentConfig):
-        super().__init__(config.cell, config.width, config.width)
-
-
-class Recurrent(nn.Module):
+class Recurrent(RecurrentDecoder):
     """A recurrent language model with randomly initialised weights.
 
     Args:
@@ -235,111 +176,17 @@ class Recurrent(nn.Module):
     """
 
     def __init__(self, config: RecurrentConfig, *, init: bool = True):
-        super().__init__()
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.n_layer)])
-        self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
-        self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
+        super().__init__(config, [CellLayer(config.cell, *widths) for widths in config.layers])
         if init:
             self.init_weights()
 
-    @property
-    def head_weight(self) -> Tensor:
-        """The output matrix (V, C)."""
-        return self.embed.weight if self.head is None else self.head.weight
+    def read(self, ids: Tensor) -> Tensor:
+        """Return the embedding (B, T, C) of ids (B, T), as the first layer gets it."""
+        return drop(self.embed(ids), self.config.dropout, self.training)
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits (B, T, V), or the mean cross-entropy when targets are given. Each row begins a text.
-
-        Args:
-            input_ids: (B, T) int64.
-            targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
-
-        Raises:
-            ContextLengthError: T is larger than the context.
-        """
-        check_length(input_ids.shape[1], self.config.context_length)
-        y, _ = self._read(input_ids, None, None)
-        if targets is None:
-            return linear(y, self.head_weight, self.head_bias)
-        # The bias as one more column of the matrix, whose input is 1.
-        y = torch.cat((y, y.new_ones(*y.shape[:-1], 1)), dim=-1)
-        weight = torch.cat((self.head_weight, self.head_bias[:, None]), dim=1)
-        return linear_cross_entropy(y.flatten(0, 1), weight, targets.flatten())
-
-    @torch.no_grad()
-    def step(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        past: Sequence[States] | None = None,
-        logits_to_keep: Tensor | None = None,
-    ) -> tuple[Tensor, list[States]]:
-        """Continue sequences from their states.
-
-        Args:
-            input_ids: (B, T) int64, the new tokens.
-            position_ids: Not asked: a state knows no positions.
-            attention_mask: (B, P + T) int64, 0 on the padding left of a shorter row; only the last T are asked.
-            past: The states of each layer, each (B, C); None before the first token.
-            logits_to_keep: (kept,) int64, which of the T new tokens to give logits for; None for all.
-
-        Returns:
-            Logits (B, kept, V), and the next states of each layer.
-
-        Raises:
-            ContextLengthError: P + T is larger than the context.
-        """
-        check_length(attention_mask.shape[1], self.config.context_length)
-        y, after = self._read(input_ids, attention_mask[:, -input_ids.shape[1] :], past)
-        if logits_to_keep is not None:
-            y = y.index_select(1, logits_to_keep)
-        return linear(y, self.head_weight, self.head_bias), after
-
-    def roles(self) -> dict[str, Role]:
-        """Return what this model can be exported as: a decoder that reads one token of each row per call."""
-        names = STATES[self.config.cell]
-
-        def function(input_ids: Tensor, attention_mask: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-            past = [flat[i : i + len(names)] for i in range(0, len(flat), len(names))]
-            y, after = self._read(input_ids, attention_mask, past)
-            logits = linear(y, self.head_weight, self.head_bias)
-            return logits, *(state for states in after for state in states)
-
-        inputs = (
-            TensorSpec("input_ids", "int64", ("batch", 1)),
-            TensorSpec("attention_mask", "int64", ("batch", 1)),
-        )
-        state = tuple(
-            StateSpec(
-                f"past_{name}.{layer}", f"present_{name}.{layer}", "float32", ("batch", self.config.width),
-                "zeros", "replace",
-            )
-            for layer in range(self.config.n_layer)
-            for name in names
-        )  # fmt: skip
-        outputs = (TensorSpec("logits", "float32", ("batch", 1, self.config.vocab_size)),)
-        return {"decoder": Role(function, inputs, outputs, state)}
-
-    def _read(
-        self, ids: Tensor, mask: Tensor | None, past: Sequence[States] | None
-    ) -> tuple[Tensor, list[States]]:
-        """Read ids (B, T); return the last layer's output (B, T, C) and the next states of each layer."""
-        x = self.embed(ids)
-        if past is None:
-            nothing = x.new_zeros(len(ids), self.config.width)
-            past = [(nothing,) * len(STATES[self.config.cell])] * self.config.n_layer
-        after = []
-        for layer, states in zip(self.layers, past, strict=True):
-            x, new = layer(F.dropout(x, self.config.dropout, self.training), states, mask)
-            after.append(new)
-        return F.dropout(x, self.config.dropout, self.training), after
-
-    def num_parameters(self) -> int:
-        """Return the number of parameters, a shared embedding counted once."""
-        return sum(p.numel() for p in self.parameters())
+    def between(self, y: Tensor, number: int) -> Tensor:
+        """Return what goes up from the layer of a number, (B, T, C)."""
+        return drop(y, self.config.dropout, self.training)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -347,22 +194,4 @@ class Recurrent(nn.Module):
         for p in self.parameters():
             p.uniform_(-self.config.init_range, self.config.init_range)
         if self.config.cell == "lstm":
-            for module in self.layers:
-                layer = cast(Layer, module)
-                assert layer.input.bias is not None
-                layer.input.bias.chunk(4)[1].add_(self.config.forget_bias)
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: RecurrentConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}
+            add_forget_bias(self.layers, self.config.forget_bias)

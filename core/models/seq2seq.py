@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Embedding, Linear
-from portlm.models.recurrent import STATES, CellLayer
+from portlm.models.recurrent_decoder import STATES, CellLayer
 from portlm.models.recurrent_encoder_decoder import (
     Memory,
     PairConfig,

@@ -17,12 +17,15 @@ from portlm.train.model_settings import ModelSettings, default_model
 from portlm.train.objectives import OBJECTIVES
 
 OF_TWO = ("span", "seq2seq")  # objectives that train an encoder and a decoder
-SEQ2SEQ = [name for name, family in FAMILIES.items() if family.kind == "encoder-decoder"]
+# Kinds of families that are trained in ways of their own, and by these alone.
+OF_KIND = {"encoder-decoder": OF_TWO, "bidirectional": ("bidirectional",)}
+BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
 
 __all__ = [
     "CheckpointSettings",
     "DataSettings",
     "EvaluationSettings",
+    "LayerSettings",
     "OptimizerSettings",
     "PretrainConfig",
     "RunConfig",
@@ -35,6 +38,7 @@ class DataSettings:
     """What the model reads."""
 
     texts: tuple[str, ...] = ()  # UTF-8 text files, or one folder of prepared shards
+    held_out: str = ""  # of texts with labels: a file of others to judge by, instead of a part of them
     source: str = ""  # of pairs: a file of lines
     target: str = ""  # a file with as many
     tokenizer: str = "byte"  # "byte", "bpe:2048" (train one of that size), or a tokenizer.json
@@ -87,17 +91,49 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Linear warm-up, then a cosine down to a floor that is reached at the last step."""
+    """Linear warm-up, then down to a floor that is reached at the last step, along a cosine or a line.
 
+    "slanted" is ULMFiT's triangle (Howard and Ruder 2018), which begins and ends at the peak divided by ``ratio``.
+    """
+
+    shape: Literal["cosine", "linear", "slanted"] = "cosine"
     warmup: float = 0.05  # below 1: share of all steps; from 1: a number of steps
-    min_lr: float = 1e-4  # the floor
+    min_lr: float = 1e-4  # the floor, of "cosine" and "linear"
+    ratio: float = 32.0  # of "slanted"
 
     def __post_init__(self) -> None:
         require_range("schedule.warmup", self.warmup, 0)
         require_range("schedule.min_lr", self.min_lr, 0)
+        require_range("schedule.ratio", self.ratio, 1)
+        if self.shape == "slanted" and self.min_lr != ScheduleSettings.min_lr:
+            raise ConfigError("schedule.min_lr is not read with schedule.shape = slanted: set schedule.ratio")
+        if self.shape != "slanted" and self.ratio != ScheduleSettings.ratio:
+            raise ConfigError(
+                "schedule.ratio is read with schedule.shape = slanted alone: set schedule.min_lr"
+            )
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ConfigError(
                 f"schedule.warmup {self.warmup} must be a share below 1 or a whole number of steps"
+            )
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Which layers learn, and how fast (portlm.train.layers), counted from the top: heads, blocks, embeddings."""
+
+    freeze: Literal["none", "backbone"] = "none"  # "backbone" trains what is on top of the blocks alone
+    decay: float = (
+        1.0  # the learning rate of a layer is that of the layer above it divided by this; ULMFiT's is 2.6
+    )
+    unfreeze: int = 0  # steps after which one more layer learns, from the top; 0 for all at once
+
+    def __post_init__(self) -> None:
+        require_range("layers.decay", self.decay, 1, 1000)
+        require_range("layers.unfreeze", self.unfreeze, 0)
+        if self.freeze == "backbone" and (self.unfreeze or self.decay != 1):
+            what = "layers.unfreeze" if self.unfreeze else "layers.decay"
+            raise ConfigError(
+                f"{what} is for layers that learn, and layers.freeze = backbone leaves one: leave it out"
             )
 
 
@@ -141,7 +177,7 @@ class RunConfig:
         FREE: Those among them that it may change after all.
     """
 
-    FIXED: ClassVar[tuple[str, ...]] = ("seed", "optimizer.name")
+    FIXED: ClassVar[tuple[str, ...]] = ("seed", "optimizer.name", "layers.")
     FREE: ClassVar[tuple[str, ...]] = ()
 
     steps: int = 2000
@@ -157,6 +193,7 @@ class RunConfig:
     log_interval: int = 10  # steps between lines of metrics
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    layers: LayerSettings = field(default_factory=LayerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
@@ -169,7 +206,7 @@ class RunConfig:
             raise ConfigError(
                 f"precision bf16 is for device cpu, not {self.device!r}: leave precision out, or train on the CPU"
             )
-        if self.schedule.min_lr > self.optimizer.lr:
+        if self.schedule.shape != "slanted" and self.schedule.min_lr > self.optimizer.lr:
             raise ConfigError(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above "
                 f"optimizer.lr {self.optimizer.lr:g}: lower it"
@@ -187,8 +224,15 @@ class PretrainConfig(RunConfig):
     """A pretraining run; ``portlm pretrain --set section.key=value`` reaches every field of every section."""
 
     # The text may lie elsewhere now: its tokens are compared by content.
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "objective", "label_smoothing", "model.", "data.")
-    FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.source", "data.target")
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *RunConfig.FIXED,
+        "objective",
+        "label_smoothing",
+        "lm_coef",
+        "model.",
+        "data.",
+    )
+    FREE: ClassVar[tuple[str, ...]] = ("data.texts", "data.held_out", "data.source", "data.target")
 
     objective: str = (
         "causal"  # what is predicted: "causal" the next token, "masked" hidden ones (a key of OBJECTIVES)
@@ -196,6 +240,8 @@ class PretrainConfig(RunConfig):
     label_smoothing: float = (
         0.0  # share of a target's probability that all tokens have in equal parts; of seq2seq
     )
+    init: str = ""  # a checkpoint to begin with, whose model and tokenizer stand in the place of [model]
+    lm_coef: float = 0.5  # of classify with a decoder: how much predicting the text counts beside its label
     model: ModelSettings = field(default_factory=default_model)
     data: DataSettings = field(default_factory=DataSettings)
 
@@ -204,21 +250,41 @@ class PretrainConfig(RunConfig):
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         require_range("label_smoothing", self.label_smoothing, 0, 0.99)
-        translates, pairs = self.objective in OF_TWO, self.objective == "seq2seq"
-        if translates != (FAMILIES[self.model.family].kind == "encoder-decoder"):
-            wanted = (
-                f"objective = {' or '.join(OF_TWO)}"
-                if not translates
-                else f"model.family = {' or '.join(SEQ2SEQ)}"
-            )
-            raise ConfigError(
-                f"objective {self.objective} is not for the family {self.model.family}: set {wanted}"
-            )
+        require_range("lm_coef", self.lm_coef, 0)
+        self._check_init()
+        pairs = self.objective == "seq2seq"
+        _check_kind(self.objective, self.model.family)
         if not pairs and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
+
+    def _check_init(self) -> None:
+        """Refuse settings that a checkpoint to begin with decides, and those of labels without any."""
+        if self.init and self.objective not in BEGINNING:
+            raise ConfigError(f"init is for objectives {', '.join(BEGINNING)}: leave it out")
+        if self.init and self.model != default_model():
+            raise ConfigError("the model is that of init: leave out what is set of [model]")
+        if self.init and self.data.tokenizer != DataSettings.tokenizer:
+            raise ConfigError("the tokenizer is that of init: leave out data.tokenizer")
+        if self.objective != "classify" and (self.data.held_out or self.lm_coef != type(self).lm_coef):
+            what = "data.held_out" if self.data.held_out else "lm_coef"
+            raise ConfigError(f"{what} is for objective classify: leave it out")
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimiser step learns from."""
         return self.data.batch_size * self.data.accumulate * self.model.context_length
+
+
+def _check_kind(objective: str, family: str) -> None:
+    """Refuse an objective that is not for the kind of a family."""
+    kind = FAMILIES[family].kind
+    takes = next((kind for kind, own in OF_KIND.items() if objective in own), None)
+    if takes == kind or (takes is None and kind not in OF_KIND):
+        return
+    if kind in OF_KIND:
+        wanted = f"objective = {' or '.join(OF_KIND[kind])}"
+    else:
+        families = [name for name, row in FAMILIES.items() if row.kind == takes]
+        wanted = f"model.family = {' or '.join(families)}"
+    raise ConfigError(f"objective {objective} is not for the family {family}: set {wanted}")

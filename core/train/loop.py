@@ -25,14 +25,14 @@ from portlm.ops.precision import products_in
 from portlm.train import checkpoint, state
 from portlm.train.config import RunConfig
 from portlm.train.interrupt import Interrupt, InterruptedTraining
+from portlm.train.layers import Layers
 from portlm.train.metrics import MetricsLog
 from portlm.train.objectives import Objective
 from portlm.train.plot import plot_loss
 from portlm.train.progress import ProgressReport, duration
 from portlm.train.recompute import recompute_blocks
 from portlm.train.run_folder import RunFolder, SavedRun, check_same_run
-from portlm.train.schedule import WarmupCosine
-from portlm.train.setup import make_optimizer, training_device
+from portlm.train.setup import make_optimizer, make_schedule, training_device
 from portlm.weights import load_torch, save_tensors
 
 OPTIMIZER, RNG, OBJECTIVE = "optimizer.safetensors", "rng.safetensors", "objective.safetensors"
@@ -66,7 +66,8 @@ class Finished:
         run: Everything else.
         steps: Optimiser steps taken, over all sessions.
         tokens: Tokens learned from, counted as often as they were seen.
-        parameters: Size of what was trained.
+        parameters: Size of the model.
+        trained: Of these, how many were trained.
         evaluation: The last one.
         seconds: Time spent training, over all sessions, without evaluation and saving.
     """
@@ -76,6 +77,7 @@ class Finished:
     steps: int
     tokens: int
     parameters: int
+    trained: int
     evaluation: dict[str, float]
     seconds: float
 
@@ -172,10 +174,9 @@ class Trainer:
         objective.model.train()
         if config.recompute:
             recompute_blocks(objective.model)
-        self.optimizer = make_optimizer(objective.model, config.optimizer)
-        self.schedule = WarmupCosine(
-            config.optimizer.lr, config.schedule.min_lr, config.warmup_steps, config.steps
-        )
+        self.layers = Layers(objective.model, config.layers)
+        self.optimizer = make_optimizer(objective.model, config.optimizer, self.layers.scale)
+        self.schedule = make_schedule(config)
         self.step = 0
         self.evaluation: dict[str, float] | None = None
         self._evaluated_step = self._saved_step = -1
@@ -217,7 +218,8 @@ class Trainer:
         """
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
+        self.layers.set_learning(self.step)
         parts = self.objective.batches()
         with products_in(self.config.precision):
             loss = accumulate_gradients(self.objective.loss, parts)
@@ -366,6 +368,7 @@ class Trainer:
             steps=self.step,
             tokens=tokens,
             parameters=self._parameters(),
+            trained=self._trained(),
             evaluation=self.evaluation,
             seconds=self._seconds,
         )
@@ -389,8 +392,12 @@ class Trainer:
         )
 
     def _parameters(self) -> int:
-        """Return how many parameters are trained, a shared one counted once."""
+        """Return how many parameters there are, a shared one counted once."""
         return sum(parameter.numel() for parameter in self.objective.model.parameters())
+
+    def _trained(self) -> int:
+        """Return how many of them the optimiser has."""
+        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
 
     def _bytes(self, *tensors: Tensor) -> int:
         """Return about how many bytes the weights and some tensors take on the disk."""

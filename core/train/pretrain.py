@@ -1,6 +1,8 @@
 """Pretraining: learn from plain text, by the objective that the settings name."""
 
+import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from portlm.train.config import PretrainConfig
@@ -36,6 +38,18 @@ class PretrainResult:
     tokens_per_second: float
 
 
+def make_objective(config: PretrainConfig, start: Start) -> Objective:
+    """Read the data of a run and return what is learned from them."""
+    made = objective_class(config.objective)
+    read = getattr(made, "open_corpus", open_corpus)
+    data = config.data
+    if config.init:
+        data = dataclasses.replace(data, tokenizer=str(Path(config.init) / "tokenizer.json"))
+    corpus = read(data, start.folder.data, fresh=start.fresh, note=start.note)
+    objective: Objective = made(config, corpus, start.device)
+    return objective
+
+
 def pretrain(
     config: PretrainConfig,
     out: str | Path,
@@ -59,15 +73,7 @@ def pretrain(
         StorageError: The disk is full or refuses; earlier checkpoints are kept.
         PortlmError: Whatever else is wrong with the text, the settings or the folder.
     """
-
-    def make_objective(start: Start) -> Objective:
-        made = objective_class(config.objective)
-        read = getattr(made, "open_corpus", open_corpus)
-        corpus = read(config.data, start.folder.data, fresh=start.fresh, note=start.note)
-        objective: Objective = made(config, corpus, start.device)
-        return objective
-
-    done = train(config, out, make_objective, resume=resume, quiet=quiet, plot=plot)
+    done = train(config, out, partial(make_objective, config), resume=resume, quiet=quiet, plot=plot)
     return PretrainResult(
         checkpoint=done.checkpoint,
         run=done.run,

@@ -1,6 +1,7 @@
-"""The learning rate of each step: linear warm-up, then half a cosine down to a floor.
+"""The learning rate of each step: linear warm-up, then half a cosine or a line down to a floor; or a slanted triangle.
 
-The shape is that of SGDR without restarts (Loshchilov and Hutter 2017), as GPT-3 (Brown et al. 2020) used it.
+The cosine is that of SGDR without restarts (Loshchilov and Hutter 2017), as GPT-3 (Brown et al. 2020) used it; the line
+is how GPT-1 and BERT were fine-tuned; the triangle is ULMFiT's (Howard and Ruder 2018, arXiv:1801.06146).
 """
 
 import math
@@ -25,8 +26,50 @@ class WarmupCosine:
         """Return the learning rate of the step with this index (0 is the first)."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        # The peak itself belongs to the last warm-up step, or to step 0 when there is no warm-up.
-        start = max(self.warmup - 1, 0)
-        span = self.steps - 1 - start
-        done = min((step - start) / span, 1.0) if span > 0 else 1.0
+        done = _share_done(step, self.warmup, self.steps)
         return self.floor + 0.5 * (self.peak - self.floor) * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class WarmupLinear:
+    """As WarmupCosine, but the rate falls along a line."""
+
+    peak: float
+    floor: float
+    warmup: int
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the step with this index (0 is the first)."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        return self.floor + (self.peak - self.floor) * (1.0 - _share_done(step, self.warmup, self.steps))
+
+
+@dataclass(frozen=True)
+class SlantedTriangle:
+    """A short rise and a long fall: cut steps up from ``peak / ratio``, and down to it in all others.
+
+    With T steps, ``p = t / cut`` for t < cut, else ``1 - (t - cut) / (T - cut)``, and the rate of step t is
+    ``peak (1 + p (ratio - 1)) / ratio``. The paper writes ``cut (1 / cut_frac - 1)`` for ``T - cut``, which is the same
+    where cut is T times cut_frac without rounding.
+    """
+
+    peak: float
+    ratio: float
+    cut: int
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the step with this index (0 is the first)."""
+        falling = max(self.steps - self.cut, 1)
+        p = step / self.cut if step < self.cut else max(1.0 - (step - self.cut) / falling, 0.0)
+        return self.peak * (1.0 + p * (self.ratio - 1.0)) / self.ratio
+
+
+def _share_done(step: int, warmup: int, steps: int) -> float:
+    """How much of the way down is done, from 0 to 1."""
+    # The peak itself belongs to the last warm-up step, or to step 0 when there is no warm-up.
+    start = max(warmup - 1, 0)
+    span = steps - 1 - start
+    return min((step - start) / span, 1.0) if span > 0 else 1.0

@@ -165,6 +165,35 @@ def test_operators_between_the_ops_are_standard_ones(tmp_path):
     assert np.abs(logits - expected[0].detach().numpy()).max() < TOLERANCE
 
 
+def test_bounds_leave_what_is_within_them_as_it_is_to_the_bit(tmp_path):
+    """Outside, x - relu(x - high) + relu(low - x) is the bound up to roundings of differences of numbers below 8."""
+    from onnx.reference import ReferenceEvaluator
+
+    model = Tiny()
+    model.last = lambda h: h.clamp(-0.75, 0.5)
+    folder = portlm.export(model, tmp_path / "out")
+    graph = onnx.load(folder / "onnx" / "decoder.portable.onnx")
+    nodes = [node for node in graph.graph.node if "clamp" in node.name]
+    assert [node.op_type for node in nodes] == ["Sub", "Relu", "Sub", "Relu", "Sub", "Add"]
+    ends = nodes[0].input[0], nodes[-1].output[0]
+    for name in ends:
+        graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    before, after = ReferenceEvaluator(graph).run(list(ends), example())
+    within = (before >= -0.75) & (before <= 0.5)
+    assert 0 < within.sum() < within.size
+    assert np.abs(before).max() < 8
+    assert (after[within] == before[within]).all()
+    assert np.abs(after - before.clip(-0.75, 0.5)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("bounds", [{"min": 0.0}, {"max": 1.0}, {"min": 1.0, "max": 0.0}])
+def test_a_clamp_without_two_bounds_in_order_is_refused(tmp_path, bounds):
+    model = Tiny()
+    model.last = lambda h: h.clamp(**bounds)
+    with pytest.raises(FormatError, match=r"aten::clamp.*without two constant bounds, the lower one first"):
+        portlm.export(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("spelling", [lambda table: table[2:], lambda table: table.narrow(0, 2, CONTEXT)])
 def test_a_table_may_be_read_from_a_later_row_on(tmp_path, spelling):
     """The graph has the rows that are read, and no others."""

@@ -54,6 +54,9 @@ BASE = {
         "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 1]], "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "openai-gpt": {
+        "model_type": "openai-gpt", "vocab_size": 99, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4,
+    },
 }  # fmt: skip
 ROTARY = ("llama", "gpt_neox")
 SCALABLE = ("qwen2", "qwen3", "mistral", "stablelm", "smollm3", "olmo2")

@@ -67,6 +67,7 @@ def after_gemma(*variants: dict[str, object]) -> Entry:
 
 ENTRIES = {
     "gpt2": after_gpt2({"gelu": "none"}),
+    "openai-gpt": after_gpt2(),
     "gpt3": after_gpt2({"window": 1, "gelu": "none"}, {"window": 0}, banded=True),
     "gpt_neo": after_gpt2({"gelu": "none", "window": 1}, {"layers": ("local", "local", "global"), "n_layer": 4}),
     "llama": Entry(

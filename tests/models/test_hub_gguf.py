@@ -11,11 +11,13 @@ from click.testing import CliRunner
 
 from portlm.cli import cli
 from portlm.errors import FormatError, UsageError
+from portlm.gguf_architectures import ARCHITECTURES, apart, halves, in_turn, neighbours
 from portlm.gguf_file import GgufFile
-from portlm.gguf_models import ARCHITECTURES, apart, gguf_settings, gguf_tensors, halves, in_turn, neighbours
+from portlm.gguf_models import gguf_name, gguf_settings, gguf_tensors, hf_config
 from portlm.gguf_writer import write_gguf
 from portlm.hub_gguf import export_gguf, import_gguf
-from portlm.models import CONFIG, FAMILIES, WEIGHTS, load_config, load_model, write_config
+from portlm.models import CONFIG, FAMILIES, WEIGHTS, config_from_hf, load_config, load_model, write_config
+from portlm.models.rope import Linear, Yarn
 from portlm.tokenizer import Tokenizer
 from portlm.weights import load_numpy, read_header, save_tensors
 
@@ -64,6 +66,10 @@ def test_turning_rows_back_gives_the_rows():
 
 
 FAMILY_NAMES = list(ARCHITECTURES)
+# What a tiny model must have for llama.cpp to know it: it takes some numbers of a family for given.
+KNOWN = {"gemma2": {"query_scalar": 16},
+         "gemma3_text": {"query_scalar": 16, "n_layer": 6, "layers": ("sliding_attention",) * 5 + ("full_attention",)},
+         "smollm3": {"unplaced_interval": 4, "n_layer": 4}}  # fmt: skip
 
 
 def test_every_family_that_is_known_here_is_one_of_portlm():
@@ -81,7 +87,7 @@ def written(tmp_path_factory):
     for i, family in enumerate(FAMILY_NAMES):
         folder = tmp_path_factory.mktemp(family)
         torch.manual_seed(i)
-        model = build(FAMILIES[family].config_class().tiny())
+        model = build(replace(FAMILIES[family].config_class().tiny(), **KNOWN.get(family, {})))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0.1, 0.3)
@@ -112,7 +118,12 @@ def test_a_tensor_without_a_name_is_an_error_and_not_left_out(written):
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_there_and_back_is_the_same_checkpoint(family, written):
     there, back = written[family] / "there", written[family] / "back"
-    assert (there / WEIGHTS).read_bytes() == (back / WEIGHTS).read_bytes()
+    one, other = load_numpy(there / WEIGHTS), load_numpy(back / WEIGHTS)
+    assert list(one) == list(other)
+    # llama.cpp keeps the gains of Gemma's norms as 1 + weight, which rounds the last bits of a weight.
+    for name in one:
+        close = 2.0**-24 * (1 + abs(one[name])) if family.startswith("gemma") and one[name].ndim == 1 else 0
+        assert np.all(abs(one[name] - other[name]) <= close)
     config = json.loads((back / CONFIG).read_text())
     if family == "mistral":  # is what llama.cpp calls llama
         assert config["model_type"] == "llama"
@@ -163,11 +174,60 @@ def test_positions_that_llama_cpp_cannot_be_told_are_refused(tmp_path):
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_a_window_that_llama_cpp_would_not_keep_to_is_refused():
-    from portlm.models.mistral import MistralConfig
+# What llama.cpp takes for given, and a model that is otherwise: family, fields, the error.
+OTHERWISE = {
+    "a window": ("mistral", {"window": 5}, "a sliding window, here of 5 positions"),
+    "scores by another number": ("gemma2", {}, "divided by the root of 10: llama.cpp takes that of 16"),
+    "no cap": ("gemma2", {"query_scalar": 16, "score_cap": 0.0}, "without a soft cap"),
+    "windows everywhere": ("gemma3_text", {"query_scalar": 16, "n_layer": 6}, "all but every 6th"),
+    "positions everywhere": ("smollm3", {"unplaced_interval": 0}, "than every fourth"),
+    "biases": ("smollm3", {"unplaced_interval": 4, "mlp_bias": True}, "SmolLM3 with biases"),
+    "another stretch": ("gpt_neox", {"rope_scaling": Yarn(4.0, 8)}, "stretched by yarn"),
+}
 
-    with pytest.raises(UsageError, match="sliding window, here of 5 positions"):
-        gguf_settings(replace(MistralConfig.tiny(), window=5))
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_what_llama_cpp_cannot_be_told_is_refused(what):
+    family, changes, message = OTHERWISE[what]
+    with pytest.raises(UsageError, match=f"no GGUF is written for .*{message}"):
+        gguf_settings(replace(FAMILIES[family].config_class().tiny(), **changes))
+
+
+def test_evenly_stretched_positions_of_gpt_neox_come_through():
+    config = replace(FAMILIES["gpt_neox"].config_class().tiny(), rope_scaling=Linear(4.0))
+    entries = {f"gptneox.{key}": value for key, value in gguf_settings(config).items()}
+    tensors = {"token_embd.weight": np.zeros((config.vocab_size, 1)), "output.weight": np.zeros(1)}
+    found = hf_config(entries | {"general.architecture": "gptneox"}, tensors, "model.gguf")
+    assert config_from_hf(found).rope_scaling == Linear(4.0)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_every_gain_of_gemma_is_kept_as_one_more(family, written):
+    """llama.cpp multiplies by what the file has; a norm that is left out computes another model."""
+    tensors = load_numpy(written[family] / "there" / WEIGHTS)
+    found = GgufFile.open(written[family] / "model.gguf")
+    gains = [name for name, values in tensors.items() if values.ndim == 1]
+    assert all("norm" in name for name in gains)
+    for name in gains:
+        kept = found.numbers(gguf_name(name, family)[0])
+        assert np.array_equal(kept, tensors[name] + np.float32(1)), name
+
+
+def test_gains_in_16_bits_are_widened_before_one_is_added(written, tmp_path):
+    import torch
+
+    there = written["gemma2"] / "there"
+    for kind, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        halved = {
+            name: torch.from_numpy(np.array(x)).to(dtype) for name, x in load_numpy(there / WEIGHTS).items()
+        }
+        folder = tmp_path / kind
+        folder.mkdir()
+        save_tensors(folder / WEIGHTS, halved, {"format": "pt"})
+        write_config(folder, load_config(there))
+        export_gguf(folder, tmp_path / f"{kind}.gguf")
+        kept = GgufFile.open(tmp_path / f"{kind}.gguf").numbers("output_norm.weight")
+        assert np.array_equal(kept, halved["model.norm.weight"].float().numpy() + np.float32(1))
 
 
 def test_matrices_of_16_bits_stay_so_and_vectors_are_widened(written, tmp_path):
@@ -315,6 +375,27 @@ REFUSED = {
     "no embedding": ({}, {"token_embd.weight": None}, "no tensor token_embd.weight"),
     "another shape": ({}, {"blk.0.attn_q.weight": np.zeros((30, 32))}, "shape|q_proj"),
 }  # fmt: skip
+
+
+OTHER_FAMILIES = {
+    "a window of phi": ("phi3", {"phi3.attention.sliding_window": 5}, "a sliding window of 5 positions"),
+    "stretched phi": (
+        "phi3", {"phi3.rope.scaling.type": "linear", "phi3.rope.scaling.factor": 2.0}, "rope_scaling|rope_type",
+    ),
+    "other turns": ("gemma3_text", {"gemma3.attention.sliding_window_pattern": 3}, "a window in 3, not 6"),
+    "no window": ("gemma3_text", {"gemma3.attention.sliding_window": ...}, r"lacks the entry gemma3\.attention\.sl"),
+    "wide heads": ("stablelm", {"stablelm.attention.key_length": 16, "stablelm.attention.value_length": 16},
+                   "width 16, which do not divide"),
+    "an unsaid rotation": ("stablelm", {"stablelm.rope.dimension_count": ...}, r"lacks the entry stablelm\.rope"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHER_FAMILIES)
+def test_so_is_one_of_another_family(what, written, tmp_path):
+    family, entries, message = OTHER_FAMILIES[what]
+    changed(written[family] / "model.gguf", tmp_path / "bad.gguf", entries)
+    with pytest.raises(FormatError, match=message):
+        import_gguf(tmp_path / "bad.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", REFUSED)

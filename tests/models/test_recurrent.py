@@ -1,4 +1,4 @@
-"""recurrent and nplm: the models that torch.nn and the papers' formulas say, from training to every engine."""
+"""recurrent, awd_lstm, nplm: the models that torch.nn and the papers' formulas say, from training to every engine."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from torch import nn
 from portlm.errors import ConfigError, ContextLengthError, EngineUnavailableError, FormatError
 from portlm.hub import export_hf
 from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, save_model
+from portlm.models.awd_lstm import AWDLSTMConfig
 from portlm.models.nplm import NPLMConfig
 from portlm.models.recurrent import RecurrentConfig
 from portlm.rows import Rows, pad
@@ -22,13 +23,14 @@ CONFIGS = {
         for cell in ("rnn", "rnn_relu", "lstm", "gru")
     },
     "tied": dataclasses.replace(RecurrentConfig.tiny(), tie_embeddings=True, n_layer=1),
+    "awd": AWDLSTMConfig.tiny(),
     "nplm": NPLMConfig.tiny(),
     "indirect": dataclasses.replace(NPLMConfig.tiny(), direct=False),
     "bigram": dataclasses.replace(NPLMConfig.tiny(), order=2),
 }
 SEQUENCES = {
     "rnn": ("rnn_fwd", "rnn_bwd"), "rnn_relu": ("rnn_fwd", "rnn_bwd"), "lstm": ("lstm_fwd", "lstm_bwd"),
-    "gru": ("gru_fwd", "gru_bwd"), "tied": ("lstm_fwd", "lstm_bwd"),
+    "gru": ("gru_fwd", "gru_bwd"), "tied": ("lstm_fwd", "lstm_bwd"), "awd": ("lstm_fwd", "lstm_bwd"),
 }  # fmt: skip
 every_config = pytest.mark.parametrize("name", CONFIGS)
 every_config_training = pytest.mark.parametrize(
@@ -38,8 +40,9 @@ every_config_training = pytest.mark.parametrize(
         for n in CONFIGS
     ],
 )
+OF_TEXTS = ("recurrent", "awd_lstm", "nplm")
 every_preset = pytest.mark.parametrize(
-    ("family", "name"), [(f, name) for f in ("recurrent", "nplm") for name in FAMILIES[f].presets()]
+    ("family", "name"), [(f, name) for f in OF_TEXTS for name in FAMILIES[f].presets()]
 )
 
 
@@ -62,24 +65,26 @@ class TheirRecurrent(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        config, C = model.config, model.config.width
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU}.get(config.cell, nn.RNN)
-        options = {"nonlinearity": "relu" if config.cell == "rnn_relu" else "tanh"} if kind is nn.RNN else {}
-        self.layers = kind(C, C, config.n_layer, batch_first=True, **options).to(model.head_bias.dtype)
+        cell = model.config.cell
+        kind = {"lstm": nn.LSTM, "gru": nn.GRU}.get(cell, nn.RNN)
+        options = {"nonlinearity": "relu" if cell == "rnn_relu" else "tanh"} if kind is nn.RNN else {}
+        self.layers = nn.ModuleList(
+            [kind(*widths, batch_first=True, **options) for widths in model.config.layers]
+        ).to(model.head_bias.dtype)
         self.model = model
 
     def forward(self, ids):
-        x, given = nn.functional.embedding(ids, self.model.embed.weight), {}
-        for n, layer in enumerate(self.model.layers):
+        x = nn.functional.embedding(ids, self.model.embed.weight)
+        for theirs, layer in zip(self.layers, self.model.layers, strict=True):
             bias = layer.recurrent.bias
-            given |= {
-                f"weight_ih_l{n}": layer.input.weight,
-                f"weight_hh_l{n}": layer.recurrent.weight,
-                f"bias_ih_l{n}": layer.input.bias,
-                f"bias_hh_l{n}": torch.zeros_like(layer.input.bias) if bias is None else bias,
+            given = {
+                "weight_ih_l0": layer.input.weight,
+                "weight_hh_l0": layer.recurrent.weight,
+                "bias_ih_l0": layer.input.bias,
+                "bias_hh_l0": torch.zeros_like(layer.input.bias) if bias is None else bias,
             }
-        y, _ = torch.func.functional_call(self.layers, given, (x,))
-        return nn.functional.linear(y, self.model.head_weight, self.model.head_bias)
+            x, _ = torch.func.functional_call(theirs, given, (x,))
+        return nn.functional.linear(x, self.model.head_weight, self.model.head_bias)
 
 
 def their_nplm(model, ids):
@@ -199,6 +204,73 @@ def test_dropout_is_on_what_goes_up_and_never_on_what_goes_on_in_time():
     assert torch.equal(model.eval()(ids), model(ids))
 
 
+def dropping(**rates):
+    """An AWD-LSTM in training that drops what is named, and two texts of it."""
+    config = dataclasses.replace(CONFIGS["awd"], **rates)
+    model = random_model(config).train()
+    torch.manual_seed(0)
+    return model, tokens(config, 2, 9)
+
+
+@pytest.mark.parametrize("place", ["input_dropout", "layer_dropout", "dropout"])
+def test_variational_dropout_drops_the_same_units_at_every_token_of_a_row_and_others_in_other_rows(place):
+    """A unit that is kept is scaled by 1 / (1 - 0.5), so what goes up has the mean that it has in evaluation."""
+    model, ids = dropping(**{place: 0.5})
+    seen = []
+    inner = type(model)._locked
+    model._locked = lambda x, rate: seen.append((x, inner(model, x, rate), rate)) or seen[-1][1]
+    model(ids)
+    dropped = [(x, y) for x, y, rate in seen if rate]
+    assert len(dropped) == (2 if place == "layer_dropout" else 1)
+    for x, y in dropped:
+        kept = (y != 0) | (x == 0)
+        assert bool((kept == kept[:, :1]).all())
+        assert not torch.equal(kept[0, 0], kept[1, 0])
+        assert 0.2 < float(kept.float().mean()) < 0.8
+        assert torch.equal(y[kept], 2 * x[kept])
+
+
+def test_embedding_dropout_takes_whole_words_for_the_whole_batch():
+    model, _ = dropping(embedding_dropout=0.5)
+    ids = torch.arange(40).repeat(2, 2)  # each word four times
+    x = model.read(ids)
+    silent = (x == 0).all(-1)
+    assert torch.equal(silent[:, :40], silent[:, 40:])
+    assert torch.equal(silent[0], silent[1])
+    assert 8 < int(silent[0, :40].sum()) < 32
+    assert torch.equal(x[~silent], 2 * model.embed(ids)[~silent])
+
+
+def test_dropconnect_zeroes_recurrent_weights_and_nothing_else(monkeypatch):
+    from portlm.models import recurrent_decoder
+
+    model, ids = dropping(weight_dropout=0.5)
+    seen = []
+
+    def lstm(x, weight_ih, weight_hh, *rest):
+        seen.append((weight_ih, weight_hh))
+        return recurrent_decoder.lstm.__wrapped__(x, weight_ih, weight_hh, *rest)
+
+    lstm.__wrapped__ = recurrent_decoder.lstm
+    monkeypatch.setattr(recurrent_decoder, "lstm", lstm)
+    model(ids, ids).backward()
+    assert len(seen) == model.config.n_layer
+    for layer, (weight_ih, weight_hh) in zip(model.layers, seen, strict=True):
+        assert weight_ih is layer.input.weight
+        kept = weight_hh != 0
+        assert 0.4 < float(kept.float().mean()) < 0.6
+        assert torch.equal(weight_hh[kept], 2 * layer.recurrent.weight[kept])
+        assert bool((layer.recurrent.weight.grad[~kept] == 0).all())
+
+
+def test_nothing_is_dropped_where_a_text_is_continued():
+    model, ids = dropping(
+        **dict.fromkeys(("dropout", "input_dropout", "layer_dropout", "weight_dropout"), 0.5)
+    )
+    assert not torch.equal(model(ids), model(ids))
+    assert torch.equal(model.eval()(ids), model(ids))
+
+
 def test_a_forget_bias_begins_where_it_is_asked_for():
     model = build(dataclasses.replace(CONFIGS["lstm"], forget_bias=1.0))
     i, f, g, o = model.layers[0].input.bias.chunk(4)
@@ -231,7 +303,7 @@ def test_a_saved_model_comes_back_equal(name, tmp_path):
     assert torch.equal(loaded(ids), model(ids))
 
 
-@pytest.mark.parametrize("family", ["recurrent", "nplm"])
+@pytest.mark.parametrize("family", OF_TEXTS)
 def test_the_settings_of_training_make_a_small_model_and_are_checked_by_the_family(family):
     config = FAMILIES[family].config_class()
     small = config.from_settings(vocab_size=300, eos_token_ids=(299,), **config.SETTINGS)
@@ -255,6 +327,9 @@ def test_the_settings_of_training_make_a_small_model_and_are_checked_by_the_fami
         ("recurrent", "proj_size", 64, "'proj_size' is a key portlm does not know"),
         ("recurrent", "bidirectional", True, "'bidirectional' is a key portlm does not know"),
         ("recurrent", "hidden_size", 0, "width must be an integer from 1"),
+        ("awd_lstm", "weight_dropout", 1.0, "weight_dropout must be a number from 0 to 0.99"),
+        ("awd_lstm", "cell", "gru", "'cell' is a key portlm does not know"),
+        ("awd_lstm", "tie_word_embeddings", False, "tie_word_embeddings = False is not supported"),
         ("nplm", "order", 1, "order must be an integer from 2"),
         ("nplm", "direct_connections", "yes", "direct_connections must be true or false"),
         ("nplm", "tie_word_embeddings", True, "tie_word_embeddings = True is not supported"),
@@ -267,13 +342,13 @@ def test_a_config_that_says_another_model_is_refused_by_the_name_of_the_key(fami
 
 
 def test_transformers_says_that_it_does_not_know_them(transformers, tmp_path):
-    for family in ("recurrent", "nplm"):
+    for family in OF_TEXTS:
         save_model(tmp_path / family, build(FAMILIES[family].config_class().tiny()))
         with pytest.raises(ValueError, match=f"(?s){family}.*not recognize|{family}"):
             transformers.AutoConfig.from_pretrained(tmp_path / family)
 
 
-@pytest.mark.parametrize("family", ["recurrent", "nplm"])
+@pytest.mark.parametrize("family", OF_TEXTS)
 def test_export_to_hugging_face_is_refused_where_nothing_there_would_open_it(family, tmp_path):
     save_model(tmp_path / "model", build(FAMILIES[family].config_class().tiny()))
     with pytest.raises(FormatError, match=f"transformers has no models of the family {family}"):
@@ -348,7 +423,7 @@ def test_every_engine_reads_ragged_rows_as_the_model_reads_each_alone(artifact, 
     assert set(session.engine.placement().nodes) == {"cpu"}
 
 
-@pytest.mark.parametrize("name", ["lstm", "nplm"])
+@pytest.mark.parametrize("name", ["lstm", "awd", "nplm"])
 @pytest.mark.parametrize("place", PLACES[1:], ids=":".join)
 def test_a_session_writes_and_scores_on_every_engine_as_on_pytorch(artifact, name, place):
     session, expected = load(artifact(name), *place), load(artifact(name), *PLACES[0])

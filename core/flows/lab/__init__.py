@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
 # name -> "module:class", in the order of history; modules load when their experiment is asked for
 EXPERIMENTS = {
+    "unseen-pairs": "portlm.flows.lab.unseen_pairs:UnseenPairs",
+    "brackets": "portlm.flows.lab.brackets:Brackets",
     "gradients": "portlm.flows.lab.gradients:Gradients",
     "source-reversal": "portlm.flows.lab.source_reversal:SourceReversal",
     "alignment": "portlm.flows.lab.alignment:Alignment",
+    "retrieval": "portlm.flows.lab.retrieval:Retrieval",
+    "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
+    "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
+    "ladder": "portlm.flows.lab.ladder:Ladder",
 }
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from portlm.flows.lab.experiment import Bar
-from portlm.flows.lab.fitting import fresh, seeded
-from portlm.models.recurrent import STATES, Cell, Layer, RecurrentConfig
+from portlm.flows.lab.fitting import fresh
+from portlm.models.recurrent import CELLS, RecurrentConfig
 from portlm.ops.adamw import AdamW
 
 _WIDTH = 48
@@ -52,16 +52,15 @@ class Gradients:
 
     def run(self, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
         """Measure the slopes of log norms, and what clipping leaves of an exploding gradient."""
-        seeded(seed)
         curves: dict[str, list[float]] = {}
         slopes: dict[Any, float] = {}
         for radius in _RADII:
             tell(f"RNN of spectral radius {radius}")
-            curves[f"RNN, radius {radius}"] = norms = _norms(_rnn(radius))
+            curves[f"RNN, radius {radius}"] = norms = _norms(_rnn(radius, seed), 1)
             slopes[radius] = _slope(norms)
         for biases, what in ((_HOLDS, "LSTM that holds its state"), (_USUAL, "LSTM, forget bias 1")):
             tell(what)
-            curves[what] = norms = _norms(_lstm(*biases))
+            curves[what] = norms = _norms(_lstm(*biases, seed), 2)
             slopes[biases] = _slope(norms)
         tell("clipping")
         before, after = _clipped(seed)
@@ -93,46 +92,45 @@ class Gradients:
         figure.savefig(path, dpi=120)
 
 
-def _layer(cell: Cell) -> Layer:
-    """A layer of zeros: nothing is read, so that only the state acts on the state."""
-    layer = Layer(RecurrentConfig(cell=cell, width=_WIDTH)).double()
+def _layer(cell: str, seed: int) -> Any:
+    """The layer of a recurrent model, of zeros: nothing is read, so that only the state acts on the state."""
+    model: Any = fresh(RecurrentConfig(vocab_size=1, cell=CELLS[cell], n_layer=1, width=_WIDTH), seed)
+    layer = model.layers[0].double()
     with torch.no_grad():
         for p in layer.parameters():
             p.zero_()
     return layer
 
 
-def _rnn(radius: float) -> Layer:
+def _rnn(radius: float, seed: int) -> Any:
     """A layer whose recurrent matrix is Gaussian, scaled to a spectral radius."""
-    layer = _layer("rnn")
+    layer = _layer("rnn", seed)
     with torch.no_grad():
         weight = layer.recurrent.weight.normal_()
         weight *= radius / torch.linalg.eigvals(weight).abs().max()
     return layer
 
 
-def _lstm(forget: float, admit: float) -> Layer:
+def _lstm(forget: float, admit: float, seed: int) -> Any:
     """A layer with small recurrent weights and the same biases for all forget and for all input gates."""
-    layer = _layer("lstm")
+    layer = _layer("lstm", seed)
     with torch.no_grad():
         layer.recurrent.weight.uniform_(-0.1, 0.1)
-        assert layer.input.bias is not None
         admits, forgets, *_ = layer.input.bias.chunk(4)
         admits.fill_(admit)
         forgets.fill_(forget)
     return layer
 
 
-def _norms(layer: Layer) -> list[float]:
+def _norms(layer: Any, states: int) -> list[float]:
     """The largest singular value of d state_T / d state_0 for each T of _STEPS, by the chain rule over parts."""
-    names = STATES[layer.cell]
     x = torch.zeros(1, _PART, _WIDTH, dtype=torch.float64)
 
     def part(flat: Tensor) -> Tensor:
-        _, states = layer(x, tuple(flat.view(len(names), 1, _WIDTH)), None)
-        return torch.cat([state.flatten() for state in states])
+        _, after = layer(x, tuple(flat.view(states, 1, _WIDTH)), None)
+        return torch.cat([state.flatten() for state in after])
 
-    state = torch.zeros(len(names) * _WIDTH, dtype=torch.float64)
+    state = torch.zeros(states * _WIDTH, dtype=torch.float64)
     whole, norms = torch.eye(len(state), dtype=torch.float64), []
     for _ in _STEPS:
         whole = torch.autograd.functional.jacobian(part, state) @ whole

@@ -21,8 +21,10 @@ Stop = Callable[[], bool]
 OBJECTIVES = {
     "causal": "portlm.train.objectives.causal:CausalObjective",
     "masked": "portlm.train.objectives.masked:MaskedObjective",
+    "bidirectional": "portlm.train.objectives.bidirectional:BidirectionalObjective",
     "span": "portlm.train.objectives.span:SpanObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
+    "classify": "portlm.train.objectives.classify:ClassifyObjective",
 }
 
 

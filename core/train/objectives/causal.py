@@ -19,7 +19,7 @@ class CausalObjective(TextObjective):
 
     def check(self) -> None:
         """Refuse a family that does not continue texts, and a prompt of the samples that is longer than the context."""
-        family = self.config.model.family
+        family = self.family
         if FAMILIES[family].kind == "encoder":
             raise ConfigError(
                 f"objective causal is for models that continue a text, and a {family} reads whole ones: set "

@@ -27,6 +27,7 @@ from portlm.models import FAMILIES
 from portlm.train.config import PretrainConfig
 from portlm.train.corpus import Corpus
 from portlm.train.evaluation import evaluating
+from portlm.train.initial import family_of
 from portlm.train.objectives import Stop
 from portlm.train.objectives.text import TextObjective
 
@@ -57,7 +58,7 @@ class MaskedObjective(TextObjective):
         own = corpus.tokenizer.vocab_size
         self.tokenizer, self.vocab_size, self.mask_id, extra = corpus.tokenizer, own, own, 1
         self.begin, self.end = list[int](), list[int]()
-        if FAMILIES[config.model.family].kind == "encoder":
+        if FAMILIES[family_of(config)].kind == "encoder":
             self.tokenizer, self.mask_id = for_reading(corpus.tokenizer)
             self.begin, self.end = self.tokenizer.begin_ids, self.tokenizer.end_ids
             extra = self.tokenizer.vocab_size - own

@@ -1,6 +1,7 @@
 """What objectives over plain text share: one model, windows of a corpus, and held-out text to judge by."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from portlm.data.batches import BatchSampler
 from portlm.errors import FormatError
 from portlm.train.config import PretrainConfig
 from portlm.train.corpus import Corpus
+from portlm.train.initial import begun_from, with_ids
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, both (B, T) int64
 
@@ -32,10 +34,12 @@ class TextObjective:
         self.config, self.corpus, self.device = config, corpus, device
         tokenizer = corpus.tokenizer
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        shape = config.model.config(tokenizer.vocab_size + extra_tokens, eos)
-        self.context, self.parts = shape.context_length, config.data.accumulate
+        vocab_size = tokenizer.vocab_size + extra_tokens
+        begun = begun_from(config.init, partial(with_ids, vocab_size))[0] if config.init else None
+        shape = config.model.config(vocab_size, eos) if begun is None else begun.config
+        self.family, self.context, self.parts = shape.family, shape.context_length, config.data.accumulate
         self.check()
-        self.model: Any = models.build(shape).to(device)
+        self.model: Any = (models.build(shape) if begun is None else begun).to(device)
         self.sampler = BatchSampler(
             corpus.train, config.data.batch_size * self.parts, self.context, config.seed
         )
@@ -46,7 +50,7 @@ class TextObjective:
     @property
     def tokens_per_step(self) -> int:
         """Tokens that a step reads."""
-        return self.config.tokens_per_step
+        return self.config.data.batch_size * self.parts * self.context
 
     def facts(self) -> dict[str, int]:
         """Return the sizes of vocabulary and text."""

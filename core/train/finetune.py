@@ -1,0 +1,115 @@
+"""Fine-tuning: a pretrained model, or a fresh one, learns to say which label a text has."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from portlm.data.labelled import read_labelled, steps_per_epoch
+from portlm.errors import ConfigError, UsageError
+from portlm.train.config import PretrainConfig
+from portlm.train.loop import train
+from portlm.train.pretrain import make_objective
+
+# Radford et al. 2018, section 4.1 and the released code: three epochs of 32 texts, linear decay after 0.2 % warm-up.
+PRESET: dict[str, Any] = {
+    "objective": "classify",
+    "data": {"batch_size": 32},
+    "optimizer": {"lr": 6.25e-5, "beta2": 0.999, "weight_decay": 0.01},
+    "schedule": {"shape": "linear", "warmup": 0.002, "min_lr": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finished run has to show.
+
+    Attributes:
+        checkpoint: The trained model, ready for export and for `portlm classify`.
+        run: Everything else.
+        steps: Optimiser steps taken, over all sessions.
+        parameters: Size of the model.
+        trained: Of these, how many were trained.
+        loss: On held-out texts, in nats per label.
+        accuracy: Share of the held-out labels that are right.
+        seconds: Time spent training, over all sessions, without evaluation and saving.
+    """
+
+    checkpoint: Path
+    run: Path
+    steps: int
+    parameters: int
+    trained: int
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+def in_epochs(config: PretrainConfig, epochs: float, gradual: bool = False) -> PretrainConfig:
+    """Return settings whose steps, and steps between evaluations and checkpoints, are counted in epochs of the data.
+
+    Args:
+        config: Of the objective classify, with the files of its data.
+        epochs: How often every text is learned from.
+        gradual: Let one more layer learn in each epoch, from the top.
+
+    Raises:
+        UsageError: There is no file.
+        FormatError: A file is missing or holds something else.
+        ConfigError: The number of epochs is none.
+    """
+    if not 0 < epochs <= 10_000:
+        raise ConfigError(f"epochs must be above 0 and at most 10000, got {epochs!r}")
+    data = config.data
+    if not data.texts:
+        raise UsageError("no texts with labels: name at least one .tsv or .jsonl file")
+    count = sum(len(read_labelled(path)) for path in data.texts)
+    if not data.held_out:
+        count -= max(1, round(data.validation_fraction * count))
+    each = max(1, steps_per_epoch(count, data.batch_size * data.accumulate))
+    return dataclasses.replace(
+        config,
+        steps=max(1, round(epochs * each)),
+        evaluation=dataclasses.replace(config.evaluation, interval=each),
+        checkpoint=dataclasses.replace(config.checkpoint, interval=each),
+        layers=dataclasses.replace(config.layers, unfreeze=each) if gradual else config.layers,
+    )
+
+
+def finetune(
+    config: PretrainConfig,
+    out: str | Path,
+    *,
+    resume: str = "none",
+    quiet: bool = False,
+    plot: bool = True,
+) -> FinetuneResult:
+    """Train a classifier in the folder ``out`` and return where it is and how good it became.
+
+    Args:
+        config: Everything that decides the run; its objective is classify.
+        out: The run folder (:mod:`portlm.train.run_folder` draws it).
+        resume: ``none``, ``auto`` or the path of a checkpoint.
+        quiet: Report nothing but warnings on stderr.
+        plot: Draw the loss curve when training ends or is interrupted.
+
+    Raises:
+        InterruptedTraining: A signal came; the state is saved.
+        DivergenceError: The gradient or loss is not finite; the last good checkpoint is kept.
+        StorageError: The disk is full or refuses; earlier checkpoints are kept.
+        PortlmError: Whatever else is wrong with the texts, the settings or the folder.
+    """
+    if config.objective != "classify":
+        raise ConfigError(f"fine-tuning has the objective classify, got {config.objective}")
+    done = train(config, out, partial(make_objective, config), resume=resume, quiet=quiet, plot=plot)
+    return FinetuneResult(
+        checkpoint=done.checkpoint,
+        run=done.run,
+        steps=done.steps,
+        parameters=done.parameters,
+        trained=done.trained,
+        loss=done.evaluation["loss"],
+        accuracy=done.evaluation["accuracy"],
+        seconds=done.seconds,
+    )
