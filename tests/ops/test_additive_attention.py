@@ -14,21 +14,20 @@ from portlm.ops.additive_attention import (
 
 def ragged(sizes, rng):
     """Rows of sources that are padded on the left by different lengths, none of them wholly."""
-    return {
-        "mask": (np.arange(sizes["S"]) >= np.arange(sizes["batch"])[:, None] % sizes["S"]).astype(np.int64)
-    }
+    B, S = sizes["batch"], sizes["source"]
+    return {"mask": (np.arange(S) >= np.arange(B)[:, None] % S).astype(np.int64)}
 
 
 MATRIX = {
     "AdditiveAttention": {
         "shapes": {
-            "query": "batch time A",
-            "keys": "batch S A",
-            "values": "batch S C",
+            "query": "batch sequence A",
+            "keys": "batch source A",
+            "values": "batch source C",
             "v": "A",
-            "mask": "batch S",
+            "mask": "batch source",
         },
-        "variants": [{"A": 19, "S": 5, "C": 22}, {"A": 4, "S": 3, "C": 33, "absent": ("mask",)}],
+        "variants": [{"A": 19, "C": 22}, {"A": 4, "C": 33, "absent": ("mask",)}],
         "fill": ragged,
     }
 }
