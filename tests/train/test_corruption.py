@@ -103,8 +103,8 @@ def test_a_run_learns_and_its_checkpoint_reads_masks(text, tmp_path, name, famil
     assert load_model(result.checkpoint).config.eos_token_ids == (258,)
     with portlm.load(result.checkpoint, "torch") as session:
         source = session.tokenizer.encode("99 bottles [MASK] wall", special=True)
-        assert len(source) == 18  # one for the mask, and one at each end
-        assert session.generate(source, max_new_tokens=4).prompt_tokens == 18
+        assert len(source) == 19  # one for the mask, and one at each end
+        assert session.generate(source, max_new_tokens=4).prompt_tokens == 19
 
 
 @pytest.mark.parametrize(
