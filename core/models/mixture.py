@@ -130,8 +130,8 @@ class RoutedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        matrices = (m.weight for m in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj))
-        return experts(x, self.gate.weight, *matrices, self.top_k, self.normalizes)
+        gate, up, down = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
+        return experts(x, self.gate.weight, gate.weight, up.weight, down.weight, self.top_k, self.normalizes)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the router's logits (B, T, E)."""
