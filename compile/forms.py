@@ -88,6 +88,9 @@ class Form:
 
 
 ANY, FLOAT, INDEX, INT32 = Operand(), Operand("float32"), Operand("int64"), Operand("int32")
+PLACE = Operand(
+    "place"
+)  # an int32 that is looked up by and nothing else: no other operator takes it for its int32
 SMALL, BYTES, SIGNED = Operand(small=True), Operand("uint8"), Operand("int8")
 OPTIONAL, OPTIONAL_BYTES = Operand("float32", optional=True), Operand("uint8", optional=True)
 ABSENT, MANY = Operand(absent=True), Operand(many=True)
@@ -111,7 +114,7 @@ _UNARY, _BINARY = Form((FLOAT,), (FLOAT,)), Form((FLOAT, FLOAT), (FLOAT,))
 CASTS: dict[int, Form] = {
     1: Form((Operand("uint8|int8|float16|bfloat16"),), (FLOAT,)),
     3: Form((FLOAT,), (SIGNED,)),
-    6: Form((FLOAT,), (INT32,)),
+    6: Form((FLOAT,), (PLACE,)),
 }
 
 PORTABLE_OPS: dict[str, Form] = {
@@ -123,7 +126,7 @@ PORTABLE_OPS: dict[str, Form] = {
     "Div": _BINARY,
     "Exp": _UNARY,
     "Floor": _UNARY,
-    "Gather": Form((SMALL, Operand("int64|int32")), (SMALL,), attributes={"axis": AXIS}),
+    "Gather": Form((SMALL, Operand("int64|place")), (SMALL,), attributes={"axis": AXIS}),
     "Gelu": Form((FLOAT,), (FLOAT,), {"approximate": GELU}),
     "LayerNormalization": Form((FLOAT,) * 3, (FLOAT,), {"axis": AXIS, "epsilon": NUMBER}),
     "MatMul": _BINARY,

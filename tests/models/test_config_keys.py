@@ -466,7 +466,11 @@ def test_every_key_of_the_page_does_as_it_says(family):
             assert config_from_hf({**data, key: 0.25}) == expected, key
             with pytest.raises(ConfigError, match=key):
                 config_from_hf({**data, key: "x"})
-        if use.how == "read":
+        if (
+            key == "architectures" and FAMILIES[family].kind == "decoder"
+        ):  # a class without a head is as any other
+            assert config_from_hf({**data, key: ["x"]}) == expected
+        elif use.how == "read":
             with pytest.raises(ConfigError, match=key):
                 config_from_hf({**data, key: ["x"]})
     for key in REFUSED:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from mixture_tensors import as_in_memory
 
 from portlm import hub
 from portlm.errors import ConfigError, FormatError, UsageError
@@ -18,6 +19,7 @@ from portlm.models import (
     save_model,
 )
 from portlm.models.heads import headed, with_labels
+from portlm.models.mixture import Mixture
 from portlm.models.t5 import T5Config
 
 LABELS = ("good", "bad", "so so")
@@ -57,12 +59,20 @@ def rows(config):
     return ids * mask, mask
 
 
+def in_files(model, values):
+    """Return tensors of a model under transformers' names, in its orientation."""
+    if isinstance(model, Mixture):
+        return as_in_memory(model, values)
+    found = {}
+    for name, value in values.items():
+        hf_name, transposed = model.hf_name(name)
+        found[hf_name] = value.t() if transposed else value
+    return found
+
+
 def copied(other, model):
     """Give transformers' model our weights."""
-    state = {}
-    for name, p in model.named_parameters():
-        hf_name, transposed = model.hf_name(name)
-        state[hf_name] = (p.t() if transposed else p).detach().clone()
+    state = in_files(model, {name: p.detach().clone() for name, p in model.named_parameters()})
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert set(missing) <= set(model.hf_tied(model.config))
     assert not unexpected
@@ -73,10 +83,9 @@ def copied(other, model):
 def gradients_agree(other, model):
     """Compare the gradient of every parameter with that of transformers'."""
     theirs = dict(other.named_parameters())
-    for name, p in model.named_parameters():
-        hf_name, transposed = model.hf_name(name)
-        expected = theirs[hf_name].grad
-        torch.testing.assert_close(p.grad, expected.t() if transposed else expected, atol=1e-5, rtol=1e-4)
+    ours = in_files(model, {name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name].grad, atol=1e-5, rtol=1e-4)
 
 
 # ---- the same model as transformers' -----------------------------------------------------------------------------

@@ -9,7 +9,8 @@ def as_in_memory(model, values):
     for name, value in values.items():
         place, experts, kind = name.rpartition(".experts.")
         if not experts:
-            found[name if name.startswith("lm_head.") else f"model.{name}"] = value
+            in_file = model.hf_name(name)[0]
+            found[f"model.{name}" if in_file.startswith("model.") else in_file] = value
         elif kind == "down_proj.weight":
             found[f"model.{place}.experts.down_proj"] = value.view(C, E, -1).transpose(0, 1)
         elif kind == "gate_proj.weight":
