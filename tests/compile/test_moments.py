@@ -19,6 +19,7 @@ EMBEDDINGS = {
     "embed_tokens.weight",
     "embed_in.weight",
     "embed_positions.weight",
+    "positions_embed.weight",
 }  # tables that no linear map uses
 
 

@@ -10,6 +10,8 @@ from portlm.compile.export import export, export_module
 from portlm.compile.work import token_work
 from portlm.models import DECODERS, build
 
+PLACES = ("wpe.weight", "embed_positions.weight", "positions_embed.weight")  # tables of positions
+
 
 @pytest.mark.parametrize("profile", ["portable", "fused"])
 @pytest.mark.parametrize("family", DECODERS)
@@ -24,7 +26,7 @@ def test_every_weight_is_read_once_and_of_a_table_one_row(family, profile, tmp_p
     for name, p in parameters.items():
         if p.dim() < 2:
             others += p.numel()
-        elif (name == heads[0] and len(heads) > 1) or name.endswith(("wpe.weight", "embed_positions.weight")):
+        elif (name == heads[0] and len(heads) > 1) or name.endswith(PLACES):
             tables += p.shape[1]
         else:
             matrices += p.numel()
