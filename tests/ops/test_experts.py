@@ -19,8 +19,8 @@ MATRIX = {
         "shapes": {"x": "batch sequence C", "router": "E C", "gate": "N C", "up": "N C", "down": "C N"},
         "variants": [
             {"C": 33, "E": 5, "N": 45, "top_k": 2, "normalize": 1},
-            {"C": 16, "E": 4, "N": 28, "top_k": 3, "normalize": 0},
-            {"C": 8, "E": 3, "N": 33, "top_k": 3, "normalize": 1},
+            {"C": 16, "E": 7, "N": 28, "top_k": 3, "normalize": 0},
+            {"C": 8, "E": 6, "N": 18, "top_k": 3, "normalize": 1},
         ],
         "tvm_kernels": ("experts_fwd",),
     }
