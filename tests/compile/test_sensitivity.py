@@ -15,7 +15,10 @@ from portlm.models.roles import decoder
 from portlm.roles import TensorSpec
 
 # Of all others it is embed_tokens.weight.
-TABLES = dict.fromkeys(("gpt2", "gpt3", "gpt_neo"), "wte.weight") | {"gpt_neox": "embed_in.weight"}
+TABLES = dict.fromkeys(("gpt2", "gpt3", "gpt_neo"), "wte.weight") | {
+    "gpt_neox": "embed_in.weight",
+    "openai-gpt": "tokens_embed.weight",
+}
 
 
 def table(family):
