@@ -1,7 +1,7 @@
 """What sessions of encoder-decoders do beside others: a prompt is a source that is read, and what is written is new."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Unpack, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,6 @@ from portlm.runtimes.results import Generation
 
 ATTENTION = "attention"  # the output of a decoder that says what it looks at
 _TOKEN = {"input_ids", "attention_mask"}  # the inputs of such a decoder, each of one token
-
-
-class Encoder(Protocol):
-    """What `align` needs of a session's tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids."""
-        ...
 
 
 def aligns(engine: Engine) -> bool:
@@ -70,7 +62,7 @@ class Translates:
     """
 
     engine: Engine
-    tokenizer: Encoder
+    tokenizer: Any
     start_ids: tuple[int, ...]
     generate: Callable[..., Any]
 

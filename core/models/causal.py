@@ -8,7 +8,7 @@ vocabulary, N answers of a head.
 """
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -240,8 +240,8 @@ class Causal(nn.Module):
         if all(KINDS[name].generates for name in self.heads):
             roles["decoder"] = decoder(self.step, vocab_size=config.vocab_size, caches=caches)
         for name, head in self.heads.items():
-            count: int = head.weight.shape[0]
-            roles[f"head:{name}"] = decoder(partial(self._say, name), vocab_size=count, caches=caches)
+            matrix = cast(Tensor, head.weight)  # (N, C)
+            roles[f"head:{name}"] = decoder(partial(self._say, name), vocab_size=len(matrix), caches=caches)
         return roles
 
     def _say(self, name: str, *inputs: Any) -> tuple[Tensor, list[KeyValue]]:

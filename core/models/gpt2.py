@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -219,10 +219,26 @@ PARAMETERS = {  # as published, the shared embedding counted once
 }
 
 
+class Heads(Protocol):
+    """What attention needs to know of a configuration."""
+
+    @property
+    def width(self) -> int:
+        """C."""
+
+    @property
+    def n_head(self) -> int:
+        """H."""
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+
+
 class Attention(nn.Module):
     """Masked self-attention: position t looks at positions 0..t, or at the last of them that a window shows."""
 
-    def __init__(self, config: GPT2Config, window: int | None = None):
+    def __init__(self, config: Heads, window: int | None = None):
         super().__init__()
         self.n_head, self.head_dim, self.window = config.n_head, config.head_dim, window
         self.c_attn = Linear(config.width, 3 * config.width, bias=True, maps=3)

@@ -169,6 +169,6 @@ def with_labels(config: Any, labels: Sequence[str], problem: str | None = None) 
         raise ConfigError(
             f"a {config.family} has no head for labels: encoders and decoders have, and it is of kind {kind}"
         )
-    plain = config.PLAIN if isinstance(config, Headed) else type(config)
+    plain: Any = config.PLAIN if isinstance(config, Headed) else type(config)
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(plain)}
     return headed(plain)(**own, heads=(CLASSIFY,), labels=labels, problem=problem)

@@ -88,7 +88,7 @@ class MixtureConfig(GroupedConfig):
     @classmethod
     def own(cls, read: config_json.Reader, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return how many experts there are and how they are trained, and what all descendants have."""
-        defaults = {name: field.default for name, field in cls.__dataclass_fields__.items()}
+        defaults: dict[str, Any] = {name: field.default for name, field in cls.__dataclass_fields__.items()}
         key, also = cls.EXPERTS
         found = {
             "n_expert": read.integer(key, defaults["n_expert"], also=also),

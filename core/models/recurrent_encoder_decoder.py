@@ -7,6 +7,7 @@ token of each row per call; portlm.memory says how the calls of an encoder becom
 B batch, S source tokens, T target tokens, C width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class PairConfig:
             "pad_token_id": self.pad_token_id,
         }
 
-    def _check(self, bounds: dict[str, tuple[float, float]], switches: tuple[str, ...] = ()) -> None:
+    def _check(self, bounds: Mapping[str, tuple[float, float]], switches: tuple[str, ...] = ()) -> None:
         """Raise ConfigError for a value out of range, or a switch that is neither true nor false."""
         config_json.check_bounds(self, bounds)
         for name in switches:

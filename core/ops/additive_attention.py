@@ -96,7 +96,7 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, v: Tensor, mask: Tensor 
 
 def _sizes(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, int, int, int, int]:
     """B, T, S, A and C."""
-    return *query.shape[:2], *keys.shape[1:], values.shape[2]  # type: ignore[return-value]
+    return *query.shape[:2], *keys.shape[1:], values.shape[2]
 
 
 def _empty(

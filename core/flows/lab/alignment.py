@@ -47,10 +47,10 @@ def pairs(rng: np.random.Generator, lengths: np.ndarray, *, reverse: bool) -> Pa
         read[row, 1 : length + 1] = target
         wanted[row, : length + 1] = [*target, END]
     mask = np.arange(longest) < lengths[:, None]
-    source, read, wanted, shown = (
+    ids, targets, labels, shown = (
         torch.from_numpy(array.astype(np.int64)) for array in (source, read, wanted, mask)
     )
-    return source, read, wanted, shown
+    return ids, targets, labels, shown
 
 
 def batches(
@@ -128,7 +128,6 @@ class Alignment:
                 data,
                 _STEPS,
                 weight_decay=0.0,
-                loss=lambda batch, model=model: model(*batch),
                 tell=tell,
             )
             found["curves"][name] = mean_curve(losses)

@@ -11,7 +11,7 @@ import torch
 
 from portlm.flows.lab.bracket_rows import KINDS, VOCAB, walk
 from portlm.flows.lab.experiment import Bar
-from portlm.flows.lab.fitting import Batch, fit, fresh, mean_curve, seeded
+from portlm.flows.lab.fitting import Batch, fit, fresh, mean_curve, named, seeded
 from portlm.models.bert import BertConfig
 from portlm.models.gpt2 import GPT2Config
 from portlm.train.evaluation import evaluating
@@ -74,9 +74,7 @@ class Cloze:
         decoder = fresh(GPT2Config(**_SHAPE), seed)
         curves = {}
         for kind, model, batches in (("masked", encoder, hidden()), ("causal", decoder, following())):
-            losses = fit(
-                model, batches, _STEPS[kind], lr=3e-3, tell=lambda text, kind=kind: tell(f"{kind}: {text}")
-            )
+            losses = fit(model, batches, _STEPS[kind], lr=3e-3, tell=named(tell, kind))
             curves[kind] = mean_curve(losses)
         judged = texts(seeded(seed, stream=1), 500)
         places = [(row, place) for row, text in enumerate(judged) for place in closed_openers(text) if place]

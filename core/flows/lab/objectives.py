@@ -20,7 +20,7 @@ from portlm.data.pairs import padded
 from portlm.data.spans import corrupted
 from portlm.flows.lab.bracket_rows import VOCAB, Row, row
 from portlm.flows.lab.experiment import Bar
-from portlm.flows.lab.fitting import fit, fresh, mean_curve, seeded
+from portlm.flows.lab.fitting import fit, fresh, mean_curve, named, seeded
 from portlm.models.bart import BartConfig
 from portlm.models.t5 import T5Config
 from portlm.models.unilm import UniLMConfig
@@ -135,7 +135,7 @@ class Objectives:
                 return torch.nn.functional.cross_entropy(logits.flatten(0, 1), said.flatten())
 
             losses = fit(
-                model, batches(), _STEPS, lr=3e-3, loss=loss, tell=lambda text, name=name: tell(f"{name}: {text}")
+                model, batches(), _STEPS, lr=3e-3, loss=loss, tell=named(tell, name)
             )  # fmt: skip
             figures[name] = filled(model, [task(text) for text in judged])
             figures["curves"][name] = mean_curve(losses)

@@ -53,7 +53,6 @@ class SourceReversal:
                 data,
                 _STEPS,
                 weight_decay=0.0,
-                loss=lambda batch, model=model: model(*batch),
                 tell=tell,
             )
             found["curves"][name] = mean_curve(losses)

@@ -314,5 +314,5 @@ class ClassifyObjective:
         lengths = np.array([len(row.ids) for row in rows])
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
         arrays = ids, mask, types, np.array([row.label for row in rows], np.int64)
-        tensors = [torch.from_numpy(array).to(self.device) for array in arrays]
-        return Part(*tensors, len(rows) / total, int(lengths.sum() - len(rows)) / tokens)
+        read, shown, kinds, labels = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return Part(read, shown, kinds, labels, len(rows) / total, int(lengths.sum() - len(rows)) / tokens)

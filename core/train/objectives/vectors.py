@@ -47,9 +47,9 @@ class VectorObjective(TextObjective):
 
     def __init__(self, config: PretrainConfig, corpus: Corpus, device: torch.device):
         super().__init__(config, corpus, device)
-        self.shape: WordVectorsConfig = self.model.config
+        self.model_config: WordVectorsConfig = self.model.config
         tokenizer = corpus.tokenizer
-        self.counts = word_counts(corpus.train, self.shape.vocab_size, (*tokenizer.special.values(),))
+        self.counts = word_counts(corpus.train, self.model_config.vocab_size, (*tokenizer.special.values(),))
         if (different := int((self.counts > 0).sum())) < 2:
             raise UsageError(
                 f"the training text has {different} different words of the vocabulary, and vectors are learned from "
@@ -68,7 +68,7 @@ class VectorObjective(TextObjective):
     def facts(self) -> dict[str, int]:
         """Return the sizes of vocabulary and text, and how many words it has."""
         return {
-            "vocab_size": self.shape.vocab_size,
+            "vocab_size": self.model_config.vocab_size,
             "train_tokens": len(self.corpus.train),
             "train_words": int(self.counts.sum()),
             "held_out_tokens": len(self.corpus.validation),
@@ -94,7 +94,9 @@ class VectorObjective(TextObjective):
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Write the table as a checkpoint folder with the tokenizer."""
-        saved = models.build(replace(self.shape, context_length=max(self.shape.context_length, LONGEST)))
+        saved = models.build(
+            replace(self.model_config, context_length=max(self.model_config.context_length, LONGEST))
+        )
         vectors = self.vectors().cpu()
         known = torch.from_numpy(self.counts > 0)
         for parameter in saved.parameters():
