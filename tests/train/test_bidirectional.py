@@ -135,7 +135,7 @@ def test_held_out_text_is_judged_token_by_token_however_it_is_cut_into_batches(t
         ),
         (
             {"model__family": "t5"},
-            "objective bidirectional is not for the family t5: set objective = span or seq2seq",
+            "objective bidirectional is not for the family t5: set model.family = elmo",
         ),
     ],
 )
