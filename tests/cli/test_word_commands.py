@@ -19,8 +19,9 @@ def model(tmp_path_factory):
     tokenizer = train_words(["man woman king queen apple pear"], 7)
     torch.manual_seed(0)
     vectors = build(WordVectorsConfig(vocab_size=7, width=8))
-    save_model(tmp_path_factory.mktemp("words") / "m", vectors, tokenizer)
-    return tmp_path_factory.getbasetemp() / "words0" / "m"
+    folder = tmp_path_factory.mktemp("words") / "m"
+    save_model(folder, vectors, tokenizer)
+    return folder
 
 
 def test_neighbours_are_printed_or_given_as_json(portlm, model):
