@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,7 @@ hypothesis.settings.register_profile("portlm", deadline=None)  # no test fails b
 hypothesis.settings.load_profile("portlm")
 
 sys.path.insert(0, str(Path(__file__).parent / "shared"))  # for what test files of several folders share
-
-EOS = "<|endoftext|>"
+pytest.register_assert_rewrite("recurrent_layers", "recurrent_cells")  # tests that several files import
 
 
 def pytest_configure():
@@ -125,6 +123,7 @@ def once(shared_folder):
 
     def folder(name, make):
         path, done = shared_folder / name, shared_folder / f"{name}.done"
+        path.parent.mkdir(exist_ok=True)
         with (shared_folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
@@ -147,30 +146,28 @@ def _own_trust_store(shared_folder):
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
+def checkpoints(once):
     """Folder of a random checkpoint by family, with a tokenizer of 256 bytes and an end of text.
 
     Weights are large, so that logits reach 7 and the two most probable tokens are rarely closer than 0.01: engines
     that differ by rounding still choose the same token.
     """
     pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
-    from random_weights import randomise
+    from made import Made
+    from random_weights import save_random
 
-    from portlm.models import DECODERS, build, save_model
-    from portlm.tokenizer import byte_tokenizer
+    from portlm.models import DECODERS
 
-    sizes = {"vocab_size": 257, "context_length": 48, "eos_token_ids": (256,)}
     others = {"gpt2": {"width": 32}, "llama": {"hidden": 48}}  # what some tests count on
     # Heads of 8 elements, as ONNX Runtime's attention on a cache in place wants them.
     others |= {"gpt3": {"width": 32}, "gpt_neo": {"width": 32}, "opt": {"width": 32, "token_width": 32}}
     others |= {"openai-gpt": {"width": 32}}
-    folders = {}
-    for family, entry in DECODERS.items():
-        model = build(replace(entry.config_class().tiny(), **sizes, **others.get(family, {})))
-        randomise(model, 0.3, seed=1)
-        folders[family] = tmp_path_factory.mktemp("checkpoints") / family
-        save_model(folders[family], model, byte_tokenizer(EOS))
-    return folders
+
+    def make(family):
+        make_it = partial(save_random, family=family, scale=0.3, **others.get(family, {}))
+        return once(f"checkpoints/{family}", make_it)
+
+    return Made(DECODERS, make)
 
 
 @pytest.fixture(scope="session")
@@ -190,11 +187,11 @@ def foreign():
 def artifacts(checkpoints, once):
     """Folder of the exported checkpoint by family. Tests that change one copy it first."""
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from made import Made
+
     from portlm.compile.export import export
 
-    return {
-        family: once(f"artifact-{family}", partial(export, folder)) for family, folder in checkpoints.items()
-    }
+    return Made(checkpoints, lambda family: once(f"artifact-{family}", partial(export, checkpoints[family])))
 
 
 @pytest.fixture(scope="session")
@@ -218,68 +215,60 @@ def compile_all():
 def compiled(artifacts, compile_all, once):
     """Folder of the artifact by family, compiled for every engine and device that this machine can compile for."""
 
-    def make(artifact, folder):
-        shutil.copytree(artifact, folder)
-        compile_all(folder)
+    from made import Made
 
-    return {
-        family: once(f"compiled-{family}", partial(make, artifact)) for family, artifact in artifacts.items()
-    }
+    def make(family, folder):
+        compile_all(shutil.copytree(artifacts[family], folder))
+
+    return Made(artifacts, lambda family: once(f"compiled-{family}", partial(make, family)))
 
 
 @pytest.fixture(scope="session")
 def packed(artifacts, once):
     """Folder of the artifact by family, compiled for the packed engine alone, which takes next to no time."""
+    from made import Made
     from packable import PACKED
 
     from portlm.compile.build import build
 
-    def make(artifact, folder):
-        build(shutil.copytree(artifact, folder), [("packed", "cpu", "fused")])
+    def make(family, folder):
+        build(shutil.copytree(artifacts[family], folder), [("packed", "cpu", "fused")])
 
-    return {family: once(f"packed-{family}", partial(make, artifacts[family])) for family in PACKED}
+    return Made(PACKED, lambda family: once(f"packed-{family}", partial(make, family)))
 
 
 @pytest.fixture(scope="session")
-def byte_cache(checkpoints, compile_all, tmp_path_factory):
+def byte_cache(checkpoints, compile_all, once):
     """Artifact of a LLaMA that keeps keys and values in 8 bits, compiled for every engine here on the CPU."""
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
     from portlm.compile.export import export
 
-    artifact = export(checkpoints["llama"], tmp_path_factory.mktemp("byte_cache") / "llama", cache="int8")
-    compile_all(artifact, ["cpu"])
-    return artifact
+    return once(
+        "byte-cache",
+        lambda folder: compile_all(export(checkpoints["llama"], folder, cache="int8"), ["cpu"]),
+    )
 
 
 @pytest.fixture(scope="session")
-def divisible(tmp_path_factory):
+def divisible(once):
     """Folder of a random checkpoint by family, whose matrices have inputs that groups of 32 divide.
 
     GPT-2 is tied and has an odd number of groups; weights are as large as those of `checkpoints`.
     """
     pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
-    from random_weights import randomise
+    from made import Made
+    from random_weights import save_random
 
-    from portlm.models import DECODERS, build, save_model
-    from portlm.tokenizer import byte_tokenizer
+    from portlm.models import DECODERS
 
-    sizes = {"vocab_size": 257, "context_length": 48, "eos_token_ids": (256,)}
-    others = {
-        "gpt2": {"width": 96},
-        "gpt3": {"width": 96},
-        "openai-gpt": {"width": 96},
-        "llama": {"width": 64, "hidden": 96},
-        "gpt_neox": {"width": 64, "hidden": 96},
-    }
-    folders = {}
-    for family, entry in DECODERS.items():
-        model = build(
-            replace(entry.config_class().tiny(), **sizes, **others.get(family, {"width": 64, "hidden": 96}))
-        )
-        randomise(model, 0.2, seed=1)
-        folders[family] = tmp_path_factory.mktemp("divisible") / family
-        save_model(folders[family], model, byte_tokenizer(EOS))
-    return folders
+    wide, others = ("gpt2", "gpt3", "openai-gpt"), {"width": 64, "hidden": 96}
+
+    def make(family):
+        sizes = {"width": 96} if family in wide else others
+        make_it = partial(save_random, family=family, scale=0.2, **sizes)
+        return once(f"divisible/{family}", make_it)
+
+    return Made(DECODERS, make)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A ragged batch that is read in steps, and what transformers says about it."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,18 @@ def variants(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoints, variants, artifacts, tmp_path_factory):
+def exported(variants, artifacts, once):
     """Artifact folder by name, of the shared checkpoints and the variants."""
+    from made import Made
+
     from portlm.compile.export import export
 
-    root = tmp_path_factory.mktemp("exported")
-    return artifacts | {name: export(folder, root / name) for name, folder in variants.items()}
+    def make(name):
+        if name in artifacts:
+            return artifacts[name]
+        return once(f"exported-{name}", partial(export, variants[name]))
+
+    return Made((*artifacts, *variants), make)
 
 
 @pytest.fixture(scope="session")

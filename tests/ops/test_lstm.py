@@ -1,153 +1,45 @@
-"""lstm against torch.nn.LSTM and its float64 oracle, its gradients, masks, directions, threads and errors."""
+"""lstm against torch.nn.LSTM and its float64 oracle: the claims of all recurrent layers, and its operator."""
 
 import pytest
 import torch
-from recurrent_cases import SHAPES, layer_arguments, random_mask, theirs
+from recurrent_layers import (  # noqa: F401
+    Layer,
+    random_mask,
+    test_a_masked_token_leaves_the_states_as_they_were,
+    test_a_text_in_two_calls_is_the_text_in_one,
+    test_inputs_may_be_strided,
+    test_nan_is_handed_on,
+    test_the_definition_is_that_of_pytorch,
+    test_values_and_gradients_are_as_accurate_as_pytorch,
+    test_values_and_gradients_do_not_depend_on_the_number_of_threads,
+    test_values_and_gradients_need_no_biases,
+    test_what_does_not_fit_is_named,
+)
+from torch import nn
 
 from portlm.ops.lstm import _fused, lstm, lstm_reference
 
-OP, FUNCTION, REFERENCE = "lstm", lstm, lstm_reference
-
-
-def random_masks(sizes, rng):
-    return {"mask": rng.integers(0, 2, (sizes["batch"], sizes["sequence"]))}
-
-
+LAYER = Layer(lstm, lstm_reference, nn.LSTM, 4, ("h", "c"))
 MATRIX = {
-    "lstm": {
-        "shapes": {
-            "x": "batch sequence C",
-            "weight_ih": "G C",
-            "weight_hh": "G H",
-            "bias_ih": "G",
-            "bias_hh": "G",
-            "h": "batch H",
-            "c": "batch H",
-            "mask": "batch sequence",
-        },
-        "variants": [
-            {"C": 5, "H": 19, "G": 76, "reverse": False},
-            {"C": 33, "H": 4, "G": 16, "reverse": True},
-        ],
-        "fill": random_masks,
-    }
+    "lstm": LAYER.row(
+        {"C": 5, "H": 19, "reverse": False},
+        {"C": 33, "H": 4, "reverse": True},
+    )
 }
 
 
-@pytest.mark.no_kernel("the reference itself")
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_definition_is_that_of_pytorch(shape, reverse):
-    """In float64, where only the order of summation may differ."""
-    given = [t.double() for t in layer_arguments(OP, shape).values()]
-    for ours, other in zip(REFERENCE(*given, reverse=reverse), theirs(OP, reverse)(*given), strict=True):
-        torch.testing.assert_close(ours, other, atol=1e-12, rtol=1e-12)
+@pytest.fixture
+def layer():
+    return LAYER
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_lstm_and_its_gradients_are_as_accurate_as_pytorch(shape, masked, reverse, gradients_as_accurate):
-    given = layer_arguments(OP, shape)
-    mask = random_mask(*shape[:2]) if masked else None
-
-    def run(function):
-        return lambda *arguments: function(*arguments, mask=mask, reverse=reverse)
-
-    # A state has been rounded once per step, and a gradient is a sum over steps that each round.
-    gradients_as_accurate(
-        run(FUNCTION), run(REFERENCE), list(given.values()), roundings=16, value_roundings=shape[1]
-    )
-
-
-def test_lstm_and_its_gradients_need_no_biases(gradients_as_accurate):
-    given = layer_arguments(OP, (3, 4, 5, 6), biases=False)
-    states = [given[name] for name in ("h", "c") if name in given]
-
-    def run(function):
-        return lambda x, w, u, *states: function(x, w, u, None, None, *states)
-
-    gradients_as_accurate(
-        run(FUNCTION),
-        run(REFERENCE),
-        [given["x"], given["weight_ih"], given["weight_hh"], *states],
-        roundings=16,
-    )
-
-
-def test_a_masked_token_leaves_the_states_as_they_were():
-    """To the bit: what was read is what is read without the masked tokens."""
-    given = layer_arguments(OP, (1, 9, 5, 21))
-    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0, 1, 0]])
-    masked = FUNCTION(*given.values(), mask=mask)
-    given["x"] = given["x"][:, mask[0] == 1]
-    for with_mask, without in zip(masked[1:], FUNCTION(*given.values())[1:], strict=True):
-        assert torch.equal(with_mask, without)
-    assert torch.equal(masked[0][:, mask[0] == 1], FUNCTION(*given.values())[0])
-
-
-def test_a_text_in_two_calls_is_the_text_in_one():
-    given = layer_arguments(OP, (2, 7, 5, 21))
-    y, *last = FUNCTION(*given.values())
-    weights = [given[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    states = [given[name] for name in ("h", "c") if name in given]
-    first, *states = FUNCTION(given["x"][:, :3], *weights, *states)
-    second, *states = FUNCTION(given["x"][:, 3:], *weights, *states)
-    assert torch.equal(torch.cat((first, second), dim=1), y)
-    assert all(torch.equal(a, b) for a, b in zip(states, last, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(16, 5, 8, 48), (2, 5, 8, 160), (17, 3, 8, 520)], ids=str)
-def test_lstm_and_its_gradients_do_not_depend_on_the_number_of_threads(shape, same_on_all_thread_counts):
-    """Threads that share rows, threads that share units, and weights that are too large for the first."""
-    given = list(layer_arguments(OP, shape).values())
-
-    def run():
-        leaves = [t.clone().requires_grad_() for t in given]
-        outputs = FUNCTION(*leaves)
-        total = sum(y.square().sum() for y in outputs)
-        return [*(y.detach() for y in outputs), *torch.autograd.grad(total, leaves)]
-
-    assert same_on_all_thread_counts(run)
-
-
-def test_lstm_hands_on_nan():
-    given = layer_arguments(OP, (2, 3, 4, 5))
-    given["x"][0, 1, 2] = torch.nan
-    y = FUNCTION(*given.values())[0]
-    assert bool(y[0, 1:].isnan().all())
-    assert bool(y[0, 0].isfinite().all() & y[1].isfinite().all())
-
-
-def test_lstm_accepts_strided_inputs():
-    given = layer_arguments(OP, (3, 4, 5, 6))
-    y = FUNCTION(*given.values())[0]
-    given["x"] = given["x"].transpose(0, 1).contiguous().transpose(0, 1)
-    given["weight_hh"] = given["weight_hh"].t().contiguous().t()
-    assert torch.equal(FUNCTION(*given.values())[0], y)
+@pytest.fixture
+def options():
+    return {}
 
 
 def test_lstm_passes_opcheck():
-    given = layer_arguments(OP, (2, 3, 4, 5))
+    given = LAYER.arguments((2, 3, 4, 5))
     projected = torch.randn(2, 3, 20, requires_grad=True)
     weight, h, c = (given[name].requires_grad_() for name in ("weight_hh", "h", "c"))
     torch.library.opcheck(_fused.op, (projected, weight, h, c, random_mask(2, 3), False, True))
-
-
-@pytest.mark.no_kernel("refused before a kernel is called")
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("x", torch.zeros(2, 3), r"x must be \(B, T, C\), got \(2, 3\)"),
-        ("weight_ih", torch.zeros(20, 3), r"weight_ih must be \(20, 4\) for x \(2, 3, 4\), got \(20, 3\)"),
-        ("weight_hh", torch.zeros(15, 5), r"weight_hh must be \(20, 5\)"),
-        ("bias_hh", torch.zeros(5), r"bias_hh must be \(20,\)"),
-        ("c", torch.zeros(5), r"c must be \(2, 5\)"),
-        ("mask", torch.ones(2, 3), "mask must be int64, got torch.float32"),
-        ("mask", torch.ones(3, 2, dtype=torch.int64), r"mask must be \(2, 3\)"),
-    ],
-    ids=str,
-)
-def test_lstm_names_what_does_not_fit(name, value, message):
-    with pytest.raises(ValueError, match=r"^\[lstm\] " + message):
-        FUNCTION(**{**layer_arguments(OP, (2, 3, 4, 5)), name: value})

@@ -1,93 +1,36 @@
-"""rnn_cell against its float64 oracle and torch.nn.RNNCell, masks and errors."""
+"""rnn_cell against its float64 oracle and torch.nn.RNNCell: the claims of all recurrent cells."""
 
-import numpy as np
 import pytest
-import torch
+from recurrent_cells import (  # noqa: F401
+    Cell,
+    test_a_masked_token_gives_the_states_back_to_the_bit,
+    test_it_has_no_gradient_and_says_so,
+    test_new_states_are_as_accurate_as_pytorch,
+    test_the_definition_is_that_of_pytorch,
+    test_the_operator_passes_opcheck,
+    test_what_does_not_fit_is_named,
+)
 from torch import nn
 
 from portlm.ops.rnn_cell import _fused, rnn_cell, rnn_cell_reference
 
-
-def both_masks(sizes, rng):
-    """Every other row is masked, so that new states and kept ones are both compared."""
-    return {"mask": (np.arange(sizes["batch"])[:, None] + 1) % 2}
+CELL = Cell(rnn_cell, rnn_cell_reference, _fused.op, nn.RNNCell, 1)
+MATRIX = {"RnnCell": CELL.row({"activation": "tanh"}, {"activation": "relu"})}
 
 
-MATRIX = {
-    "RnnCell": {
-        "shapes": {
-            "projected": "batch one G",
-            "recurrent": "batch one G",
-            "h": "batch one H",
-            "mask": "batch one",
-        },
-        "variants": [
-            {"one": 1, "H": 19, "G": 19, "activation": "tanh"},
-            {"one": 1, "H": 4, "G": 4, "activation": "relu", "absent": ("mask",)},
-        ],
-        "fill": both_masks,
-    }
-}
+@pytest.fixture
+def cell():
+    return CELL
 
 
-def arguments(*front, H=21):
-    return (*torch.randn(2, *front, H).unbind(), torch.randn(*front, H))
-
-
-@pytest.mark.parametrize("front", [(), (5,), (3, 1), (0, 1)], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
-def test_rnn_cell_is_as_accurate_as_pytorch(front, masked, activation, as_accurate):
-    given = arguments(*front)
-    mask = torch.randint(2, front) if masked else None
-    oracle = rnn_cell_reference(*(t.double() for t in given), mask, activation)
-    as_accurate(rnn_cell(*given, mask, activation), rnn_cell_reference(*given, mask, activation), oracle)
-
-
-@pytest.mark.no_kernel("the reference itself")
-def test_the_definition_is_that_of_pytorch():
-    """In float64, where only the order of summation may differ."""
-    theirs = nn.RNNCell(7, 5).double()
-    x, h = torch.randn(3, 7).double(), torch.randn(3, 5).double()
-    products = (
-        nn.functional.linear(x, theirs.weight_ih, theirs.bias_ih),
-        nn.functional.linear(h, theirs.weight_hh, theirs.bias_hh),
-    )
-    torch.testing.assert_close(rnn_cell_reference(*products, h), theirs(x, h), atol=1e-13, rtol=1e-13)
-
-
-def test_a_masked_token_gives_the_states_back_to_the_bit():
-    given = arguments(2)
-    y = rnn_cell(*given, torch.tensor([0, 1]))
-    assert torch.equal(y[0], given[2][0])
-    assert bool((y[1] != given[2][1]).all())
-
-
-def test_rnn_cell_passes_opcheck():
-    torch.library.opcheck(_fused.op, (*arguments(2), torch.tensor([0, 1]), "tanh"))
-
-
-def test_rnn_cell_has_no_gradient_and_says_so():
-    given = [t.requires_grad_() for t in arguments(2)]
-    y = rnn_cell(*given)
-    with pytest.raises(RuntimeError, match="rnn_cell"):
-        y.sum().backward()
+@pytest.fixture(params=["tanh", "relu"])
+def options(request):
+    return (request.param,)
 
 
 @pytest.mark.no_kernel("refused before a kernel is called")
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (0, torch.zeros(2, 20), r"projected must be \(2, 21\) for h \(2, 21\), got \(2, 20\)"),
-        (1, torch.zeros(3, 21), r"recurrent must be \(2, 21\)"),
-        (3, torch.ones(3, dtype=torch.int64), r"mask must be \(2,\)"),
-        (3, torch.ones(2), "mask must be int64"),
-        (4, "sigmoid", "activation must be one of tanh, relu, got 'sigmoid'"),
-    ],
-    ids=str,
-)
-def test_rnn_cell_names_what_does_not_fit(place, value, message):
-    given = [*arguments(2), None, "tanh"]
-    given[place] = value
-    with pytest.raises(ValueError, match=r"^\[rnn_cell\] " + message):
-        rnn_cell(*given)
+def test_rnn_cell_names_an_activation_that_it_does_not_know():
+    with pytest.raises(
+        ValueError, match=r"^\[rnn_cell\] activation must be one of tanh, relu, got 'sigmoid'"
+    ):
+        rnn_cell(*CELL.arguments(2), None, "sigmoid")

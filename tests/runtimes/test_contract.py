@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from engine_cases import CUDA_TARGETS, TARGETS, open_or_skip
+from engine_cases import CUDA_TARGETS, TARGETS, ask_decoders, open_or_skip
 
 from portlm.errors import PortlmError
-from portlm.models import DECODERS
 from portlm.runtimes.session import Session
 from portlm.tokenizer import byte_tokenizer
 
@@ -15,9 +14,13 @@ CONTEXT = 48
 TOLERANCE = 1e-4  # of fp32 logits of size 10, over engines that add in different orders
 
 
-@pytest.fixture(scope="module", params=DECODERS)
-def folder(request, compiled):
-    return compiled[request.param]
+def pytest_generate_tests(metafunc):
+    ask_decoders(metafunc)
+
+
+@pytest.fixture(scope="module")
+def folder(decoder, compiled):
+    return compiled[decoder]
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +76,23 @@ def test_it_says_what_it_is(engine, request):
     assert (engine.vocab_size, engine.context_length) == (V, CONTEXT)
 
 
+@pytest.mark.every_family
 def test_every_node_is_where_it_was_asked_to_be(engine):
     placement = engine.placement()
     assert set(placement.nodes) == {engine.device}
     assert placement.nodes[engine.device] > 0
     assert placement.fallback == ()
+
+
+@pytest.mark.every_family
+def test_a_ragged_batch_in_steps_equals_eager_pytorch_on_each_row_alone(engine, eager):
+    """Up to the end of the context; steps of nothing but padding for one row, of several tokens, and of one."""
+    lengths, cuts = [CONTEXT, 1, 7, 39], (3, 9, 10, 44)
+    ids = random_ids(4, CONTEXT, seed=6)
+    together = feed(engine, ids, cuts, lengths)
+    assert np.isfinite(together).all()
+    for b, length in enumerate(lengths):
+        assert_close(together[b, -length:], feed(eager, ids[b : b + 1, -length:])[0])
 
 
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 17), (3, 5), (1, CONTEXT), (2, CONTEXT)])
@@ -170,12 +185,18 @@ def test_more_tokens_than_the_context_are_an_error_not_a_crash(engine):
 PROMPTS = ["The ", "", "a much longer prompt than the others", "12"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}],
-    ids=["greedy", "sampled", "filtered"],
-)
-def test_the_same_seed_gives_the_same_tokens_on_every_engine(engine, options, eager_tokens):
+@pytest.mark.every_family
+def test_the_same_seed_gives_the_same_tokens_on_every_engine(engine, eager_tokens):
+    assert_tokens(engine, eager_tokens, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01})
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
+def test_so_do_the_most_probable_tokens_and_those_of_another_seed(engine, options, eager_tokens):
+    assert_tokens(engine, eager_tokens, options)
+
+
+def assert_tokens(engine, eager_tokens, options):
+    """Rows of a batch get the tokens of eager PyTorch, and those that they get alone."""
     session = Session(engine, BYTES)
     together = session.generate(PROMPTS, max_new_tokens=12, **options)
     assert [r.token_ids for r in together] == eager_tokens(options)
@@ -191,6 +212,7 @@ def eager_tokens(eager):
     ]
 
 
+@pytest.mark.every_family
 def test_scores_are_the_same_on_every_engine(engine, eager):
     texts = ["hello there", "x", "one two three four"]
     scores, expected = Session(engine, BYTES).score(texts), Session(eager, BYTES).score(texts)
