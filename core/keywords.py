@@ -1,8 +1,8 @@
 """Words that say what a text is about: by statistics, by a graph of neighbouring words, and by topics.
 
 tf-idf and the factors of matrices are scikit-learn's, the ranking of a graph is networkx's (``pip install
-'portlm[keywords]'`` brings both). Here are how texts become words and phrases, RAKE, and LDA, in a form that tells topics
-apart which scikit-learn's joins (docs/keywords.md).
+'portlm[keywords]'`` brings both). Here are how texts become words and phrases, RAKE, and LDA, in a form that tells
+topics apart which scikit-learn's joins (docs/keywords.md).
 
 N texts, V different words, K topics.
 """
