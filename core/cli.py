@@ -37,6 +37,7 @@ VERBS = {
     "embed": ("embed", "Turn texts into vectors."),
     "neighbours": ("neighbours", "List the words whose vectors are near that of a word."),
     "analogy": ("analogy", "Complete an analogy of words by their vectors."),
+    "keywords": ("keywords", "List the words that say what a text is about."),
     "classify": ("classify", "Say which label a text has."),
     "tag": ("tag", "Label each word of a text."),
     "span": ("span", "Find the part of a text that answers a question."),
@@ -58,6 +59,9 @@ EXTRAS = {
     "tvm_ffi": "tvm",
     "matplotlib": "report",
     "transformers": "hf",
+    "sklearn": "keywords",
+    "networkx": "keywords",
+    "scipy": "keywords",
 }
 
 

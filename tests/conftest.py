@@ -40,7 +40,7 @@ def pytest_runtest_call(item):
     """Fail a test marked ``runs_kernel(*names, on=...)`` that passes without calling every kernel it names.
 
     A reference gives the right answer, too: where an op took it by mistake, an accuracy test compares it with itself.
-    ``on`` is an instruction set or "cuda"; without it, the one that the kernels chose on this machine.
+    ``on`` is an instruction set or "cuda", emulated or not; without it, the one that the kernels chose on this machine.
     """
     marker = item.get_closest_marker("runs_kernel")
     if marker is None or item.get_closest_marker("no_kernel"):
@@ -50,10 +50,19 @@ def pytest_runtest_call(item):
     if kernels is None:
         pytest.skip("portlm._C was not built")
     where = marker.kwargs.get("on") or kernels.isa()
-    before = kernels.kernel_calls()
+
+    def count():
+        found = Counter(
+            {name: calls[where] for name, calls in kernels.kernel_calls().items() if where in calls}
+        )
+        if where == "cuda" and "cuda_on_cpu" in sys.modules:
+            found.update(sys.modules["cuda_on_cpu"].calls)
+        return found
+
+    before = count()
     result = yield
-    after = kernels.kernel_calls()
-    missed = [name for name in marker.args if after[name][where] == before[name][where]]
+    after = count()
+    missed = [name for name in marker.args if after[name] == before[name]]
     if missed:
         pytest.fail(
             f"no call of kernel {', '.join(missed)} ({where}), of {', '.join(marker.args)} that this test is about: "

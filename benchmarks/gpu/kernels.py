@@ -15,10 +15,14 @@ from timing import Call, Case, Limits, compiled, race, with_gradients, without_g
 from torch import Tensor, nn
 
 from portlm.ops.adamw import AdamW
+from portlm.ops.additive_attention import additive_attention, additive_attention_reference
 from portlm.ops.cuda import has_cuda_kernel
+from portlm.ops.gru import gru
 from portlm.ops.layer_norm import layer_norm
 from portlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from portlm.ops.lstm import lstm
 from portlm.ops.rms_norm import rms_norm
+from portlm.ops.rnn import rnn
 from portlm.ops.swiglu import swiglu, swiglu_reference
 
 # One rounding of bfloat16 is 2^-9 of a value, and gradients of weights add up 32,768 rounded rows.
@@ -159,6 +163,72 @@ def _memory(context: Context, case: Case) -> None:
             continue
         peak = torch.cuda.max_memory_allocated() - before
         context.claim(f"peak memory of {case.name}, {name}", f"{peak / 2**20:,.0f} MiB")
+
+
+def rnn_race(context: Context) -> str:
+    """Elman's layer beside PyTorch's, which is cuDNN's."""
+    return _layer_race(context, 1, 1, rnn, torch.rnn_tanh)
+
+
+def gru_race(context: Context) -> str:
+    """A GRU layer beside PyTorch's, which is cuDNN's."""
+    return _layer_race(context, 3, 1, gru, torch.gru)
+
+
+def lstm_race(context: Context) -> str:
+    """An LSTM layer beside PyTorch's, which is cuDNN's."""
+    return _layer_race(context, 4, 2, lstm, torch.lstm)
+
+
+def _layer_race(
+    context: Context, gates: int, states: int, ours: Callable[..., Any], library: Callable[..., Any]
+) -> str:
+    """Race a recurrent layer of 64 sequences of 128 tokens, 512 wide, in float32 and no narrower."""
+    B, T, C, H = (2, 3, 4, 5) if context.dry else (64, 128, 512, 512)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, device=context.device)
+
+    weights = [random(gates * H, C, scale=C**-0.5), random(gates * H, H, scale=H**-0.5)]
+    tensors = [random(B, T, C), *weights, random(gates * H), random(gates * H)]
+    tensors += [random(B, H) for _ in range(states)]
+    _check_kernel(context, *tensors)
+
+    def eager(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, *first: Tensor) -> Any:
+        start = [state[None] for state in first]
+        given = (w_ih, w_hh, b_ih, b_hh)
+        y, *last = library(x, start if states > 1 else start[0], given, True, 1, 0.0, True, False, True)
+        return y, *(state[0] for state in last)
+
+    limits = Limits(context.dry)
+    case = Case(
+        f"forward + backward float32 ({B}, {T}, {C}), {H} units",
+        {"portlm": with_gradients(ours, *tensors), "eager": with_gradients(eager, *tensors)},
+        flops=3 * 2 * B * T * gates * H * (C + H),
+    )
+    race(context, case, limits)
+    return "agrees" if context.dry else "see the figures"
+
+
+def additive_attention_race(context: Context) -> str:
+    """32 sources of 64 tokens, each asked by 64 queries at once, in float32; the tanh of their sums is the work."""
+    B, T, S, A, C = (2, 3, 4, 5, 6) if context.dry else (32, 64, 64, 512, 512)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    shapes = [(B, T, A), (B, S, A), (B, S, C), (A,)]
+    tensors = [torch.randn(shape, device=context.device) for shape in shapes]
+    _check_kernel(context, *tensors)
+    contenders = {
+        "portlm": additive_attention,
+        "eager": additive_attention_reference,
+        "compile": compiled(additive_attention_reference, context.dry),
+    }
+    case = Case(
+        f"forward + backward float32 ({B}, {T}, {S}), {A} and {C} wide",
+        {name: with_gradients(function, *tensors) for name, function in contenders.items()},
+    )
+    race(context, case, Limits(context.dry))
+    return "agrees" if context.dry else "see the figures"
 
 
 def adamw_race(context: Context) -> str:

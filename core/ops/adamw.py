@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from portlm.ops import cuda
 from portlm.ops.adamw_cuda import CudaPlan
-from portlm.ops.cuda import has_cuda_kernel
 from portlm.ops.kernel_op import has_kernel, kernels
 from portlm.ops.spec import OpSpec
 
@@ -211,7 +211,7 @@ class AdamW(torch.optim.Optimizer):
         key = [(id(p), p.numel(), p.get_device(), index) for p, _, index in active]
         if self._plan is None or key != self._key:
             params, groups = [p for p, _, _ in active], [index for _, _, index in active]
-            make = CudaPlan if params[0].is_cuda else _Plan
+            make = CudaPlan if cuda.on_cuda(params[0]) else _Plan
             self._plan, self._key = make(params, [self._state_of(p) for p in params], groups), key
         return self._plan
 
@@ -238,7 +238,7 @@ def _dense(t: Tensor) -> bool:
 
 
 def _one_device(params: list[Tensor]) -> bool:
-    return has_kernel(*params) or has_cuda_kernel(*params)
+    return has_kernel(*params) or cuda.has_cuda_kernel(*params)
 
 
 class _Plan:

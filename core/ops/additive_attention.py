@@ -4,7 +4,7 @@ e[t, s] = sum_a v[a] tanh(query[t, a] + key[s, a]), weights = softmax over s, co
 section 3.1 and appendix A.1.2 of arXiv:1409.0473. Queries and keys come in behind their maps W_a and U_a, which are
 products of their own: keys are the same for all steps of a decoder, so they are made once.
 
-Shapes: query (B, T, A), keys (B, S, A), values (B, S, C), v (A,), mask (B, S) int64. All float32 in the kernel.
+Shapes: query (B, T, A), keys (B, S, A), values (B, S, C), v (A,), mask (B, S) int64. All float32 in the kernels.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.cached_attention import MASKED
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp
 from portlm.ops.recurrent import address
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, Shape
 
@@ -62,7 +62,7 @@ def additive_attention(
         ValueError: the shapes do not fit, or the mask is not int64; the message names them.
     """
     _check(query, keys, values, v, mask)
-    if not has_kernel(query, keys, values, v):
+    if not cuda.has_float_kernel(mask, query, keys, values, v):
         return additive_attention_reference(query, keys, values, v, mask)
     inputs = (t.contiguous() for t in (query, keys, values, v))
     context, weights = _fused(*inputs, None if mask is None else mask.contiguous())
@@ -110,7 +110,8 @@ def _forward(
     query: Tensor, keys: Tensor, values: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     context, weights = _empty(query, keys, values, v, mask)
-    kernels.additive_attention_fwd(
+    cuda.run(
+        "additive_attention_fwd", query,
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), v.data_ptr(), address(mask), context.data_ptr(),
         weights.data_ptr(), *_sizes(query, keys, values),
     )  # fmt: skip
@@ -130,7 +131,8 @@ def _gradients(
     """Return dquery, dkeys, dvalues and dv."""
     dscores, dquery, dkeys, dvalues = (torch.empty_like(t) for t in (weights, query, keys, values))
     parts = v.new_empty((len(query), len(v)))  # of dv, added up in one order whoever made them
-    kernels.additive_attention_bwd(
+    cuda.run(
+        "additive_attention_bwd", query,
         address(dcontext), address(dweights), query.data_ptr(), keys.data_ptr(), values.data_ptr(),
         v.data_ptr(), address(mask), weights.data_ptr(), dscores.data_ptr(), dquery.data_ptr(), dkeys.data_ptr(),
         dvalues.data_ptr(), parts.data_ptr(), *_sizes(query, keys, values),
@@ -201,6 +203,7 @@ SPEC = OpSpec(
     summary="attention whose scores are sums over tanh of query plus key, with its weights",
     forward=("additive_attention_fwd",),
     backward=("additive_attention_bwd",),
+    cuda=("additive_attention_fwd", "additive_attention_bwd"),
     nodes=(
         Node(
             op_type="AdditiveAttention",

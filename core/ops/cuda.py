@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["has_cuda_kernel", "launch", "row_blocks"]
+__all__ = ["has_cuda_kernel", "has_float_kernel", "launch", "on_cuda", "row_blocks", "run"]
 
 
 def has_cuda_kernel(first: Tensor, *others: Tensor | None) -> bool:
@@ -24,6 +24,27 @@ def has_cuda_kernel(first: Tensor, *others: Tensor | None) -> bool:
     return _runs_on(first.device) and all(
         t is None or (t.device == first.device and t.dtype is first.dtype) for t in others
     )
+
+
+def has_float_kernel(mask: Tensor | None, first: Tensor, *others: Tensor | None) -> bool:
+    """Say whether the CPU's kernels of an op with a mask take these tensors, or twins that take float32 alone."""
+    if has_kernel(first, *others):
+        return True
+    near = mask is None or mask.device == first.device
+    return near and first.dtype is torch.float32 and has_cuda_kernel(first, *others)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Say whether it is the CUDA kernels that take a tensor which one or the other does."""
+    return tensor.is_cuda
+
+
+def run(name: str, first: Tensor, *arguments: Any) -> None:
+    """Call a kernel whose twin has the same parameters: the one for the device of the tensor ``first``."""
+    if on_cuda(first):
+        launch(name, first.device, *arguments)
+    else:
+        getattr(kernels, name)(*arguments)
 
 
 @functools.cache

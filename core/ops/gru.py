@@ -4,7 +4,7 @@ r = sigmoid(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in +
 h' = (1 - z) n + z h: torch.nn's formulas and order of gates, as cuDNN has them; ONNX calls this linear_before_reset.
 The input's products are one large `linear`; the kernel is what has to be done in order.
 
-B rows, T tokens, C width, H units. All float32 in the kernel. A graph, which reads one token at a time, has `gru_cell`
+B rows, T tokens, C width, H units. All float32 in the kernels. A graph, which reads one token at a time, has `gru_cell`
 instead.
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.gru_cell import gru_cell_reference
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp
 from portlm.ops.linear import linear, linear_reference
 from portlm.ops.recurrent import address, check_layer, layer_reference, states_before, weight_gradients
 from portlm.ops.spec import OpSpec
@@ -78,7 +78,7 @@ def gru(
         ValueError: the shapes do not fit, or the mask is not int64; the message names them.
     """
     check_layer("gru", 3, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h}, mask)
-    if not has_kernel(x, weight_ih, weight_hh, bias_ih, bias_hh, h):
+    if not cuda.has_float_kernel(mask, x, weight_ih, weight_hh, bias_ih, bias_hh, h):
         return gru_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, mask, reverse)
     projected = linear(x, weight_ih, bias_ih)
     y, _ = _fused(
@@ -112,7 +112,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, T, H), and the gates (B, T, 4 H) that backward needs, empty where there is none."""
     y, gates = _empty(projected, weight, bias, h, mask, reverse, differentiable)
-    kernels.gru_fwd(
+    cuda.run(
+        "gru_fwd", projected,
         projected.data_ptr(), weight.data_ptr(), address(bias), h.data_ptr(), address(mask), y.data_ptr(),
         gates.data_ptr() if differentiable else 0, *y.shape, reverse,
     )  # fmt: skip
@@ -132,7 +133,8 @@ def _gradients(
     """Return dprojected, dweight, dbias, empty without one, and dh."""
     dprojected = y.new_empty((*y.shape[:2], weight.shape[0]))
     drecurrent, dh = torch.empty_like(dprojected), torch.empty_like(h)
-    kernels.gru_bwd(
+    cuda.run(
+        "gru_bwd", weight,
         dy.data_ptr(), weight.data_ptr(), h.data_ptr(), address(mask), y.data_ptr(), gates.data_ptr(),
         dprojected.data_ptr(), drecurrent.data_ptr(), dh.data_ptr(), *y.shape, reverse,
     )  # fmt: skip
@@ -178,5 +180,9 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
 _fused = KernelOp("gru", _forward, fake=_empty, backward=_backward, setup_context=_save)
 
 SPEC = OpSpec(
-    name="gru", summary="GRU layer over a whole sequence", forward=("gru_fwd",), backward=("gru_bwd",)
+    name="gru",
+    summary="GRU layer over a whole sequence",
+    forward=("gru_fwd",),
+    backward=("gru_bwd",),
+    cuda=("gru_fwd", "gru_bwd"),
 )

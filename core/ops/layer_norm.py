@@ -95,7 +95,7 @@ def _run_forward(
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
         y.data_ptr(), 0 if h is None else h.data_ptr(), mean, mean + 4 * rows,
     )  # fmt: skip
-    if x.is_cuda:
+    if cuda.on_cuda(x):
         cuda.launch("layer_norm_fwd", x.device, *arguments, rows, x.shape[-1], x.dtype is torch.bfloat16)
     else:
         kernels.layer_norm_fwd(*arguments, rows, x.shape[-1])
@@ -124,7 +124,7 @@ def _gradients(
         dy.data_ptr(), 0 if dh is None else dh.data_ptr(), h.data_ptr(), weight.data_ptr(),
         mean, mean + 4 * rows, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
     )  # fmt: skip
-    if h.is_cuda:
+    if cuda.on_cuda(h):
         blocks = cuda.row_blocks(rows)
         partial = statistics.new_empty((blocks, 2, C))
         bfloat16 = h.dtype is torch.bfloat16

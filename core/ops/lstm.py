@@ -3,7 +3,7 @@
 i, f, g, o = W_ih x + b_ih + W_hh h + b_hh, c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c'): torch.nn's
 formulas and order. The input's products are one large `linear`; the kernel is what has to be done in order.
 
-B rows, T tokens, C width, H units. All float32 in the kernel. benchmarks/bench_recurrent.py measures a training step
+B rows, T tokens, C width, H units. All float32 in the kernels. benchmarks/bench_recurrent.py measures a training step
 against torch.nn.LSTM. A graph, which reads one token at a time, has `lstm_cell` instead.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops import cuda, lazy
+from portlm.ops.kernel_op import KernelOp
 from portlm.ops.linear import linear, linear_reference
 from portlm.ops.lstm_cell import lstm_cell_reference
 from portlm.ops.recurrent import address, check_layer, layer_reference, states_before, weight_gradients
@@ -80,7 +80,7 @@ def lstm(
         ValueError: the shapes do not fit, or the mask is not int64; the message names them.
     """
     check_layer("lstm", 4, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h, "c": c}, mask)
-    if not has_kernel(x, weight_ih, weight_hh, bias_ih, bias_hh, h, c):
+    if not cuda.has_float_kernel(mask, x, weight_ih, weight_hh, bias_ih, bias_hh, h, c):
         return lstm_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, mask, reverse)
     bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
     projected = linear(x, weight_ih, bias)
@@ -118,7 +118,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the cells, both (B, T, H), and the gates (B, T, 4 H) that backward needs, empty where there is none."""
     y, cells, gates = _empty(projected, weight, h, c, mask, reverse, differentiable)
-    kernels.lstm_fwd(
+    cuda.run(
+        "lstm_fwd", projected,
         projected.data_ptr(), weight.data_ptr(), h.data_ptr(), c.data_ptr(), address(mask), y.data_ptr(),
         cells.data_ptr(), gates.data_ptr() if differentiable else 0, *y.shape, reverse,
     )  # fmt: skip
@@ -139,7 +140,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dprojected, dweight, dh and dc."""
     dprojected, dh, dc = torch.empty_like(gates), torch.empty_like(h), torch.empty_like(c)
-    kernels.lstm_bwd(
+    cuda.run(
+        "lstm_bwd", weight,
         address(dy), address(dcells), weight.data_ptr(), c.data_ptr(), address(mask), cells.data_ptr(),
         gates.data_ptr(), dprojected.data_ptr(), dh.data_ptr(), dc.data_ptr(), *y.shape, reverse,
     )  # fmt: skip
@@ -183,5 +185,9 @@ def _backward(
 _fused = KernelOp("lstm", _forward, fake=_empty, backward=_backward, setup_context=_save)
 
 SPEC = OpSpec(
-    name="lstm", summary="LSTM layer over a whole sequence", forward=("lstm_fwd",), backward=("lstm_bwd",)
+    name="lstm",
+    summary="LSTM layer over a whole sequence",
+    forward=("lstm_fwd",),
+    backward=("lstm_bwd",),
+    cuda=("lstm_fwd", "lstm_bwd"),
 )

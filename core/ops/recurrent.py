@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.kernel_op import kernels
 from portlm.ops.spec import Builder
 
@@ -112,9 +112,8 @@ def masked(after: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
 
 def states_before(y: Tensor, first: Tensor, reverse: bool) -> Tensor:
     """Return the state (B, T, H) before each token, given that after each and the first one (B, H)."""
-    if reverse:
-        return torch.cat([y[:, 1:], first[:, None]], dim=1)
-    return torch.cat([first[:, None], y[:, :-1]], dim=1)
+    start = first[:, None][:, : y.shape[1]]  # none before no tokens
+    return torch.cat([y[:, 1:], start] if reverse else [start, y[:, :-1]], dim=1)
 
 
 def weight_gradients(
@@ -128,6 +127,10 @@ def weight_gradients(
         weight: (G H, H).
         bias: (G H,).
     """
+    if cuda.on_cuda(weight):
+        rows = gradient.flatten(0, 1)
+        dweight = rows.t() @ before.flatten(0, 1)
+        return dweight, weight.new_empty(0) if bias is None else rows.sum(0)
     N, K = weight.shape
     dweight, dbias = torch.empty_like(weight), weight.new_empty(0 if bias is None else N)
     kernels.linear_bwd(

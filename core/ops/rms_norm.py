@@ -85,7 +85,7 @@ def _run_forward(
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), eps,
         y.data_ptr(), 0 if h is None else h.data_ptr(), rstd.data_ptr(), rstd.numel(), x.shape[-1],
     )  # fmt: skip
-    if x.is_cuda:
+    if cuda.on_cuda(x):
         cuda.launch("rms_norm_fwd", x.device, *arguments, x.dtype is torch.bfloat16)
     else:
         kernels.rms_norm_fwd(*arguments)
@@ -112,7 +112,7 @@ def _gradients(
         dy.data_ptr(), 0 if dh is None else dh.data_ptr(), h.data_ptr(), weight.data_ptr(), rstd.data_ptr(),
         dx.data_ptr(), dweight.data_ptr(),
     )  # fmt: skip
-    if h.is_cuda:
+    if cuda.on_cuda(h):
         blocks = cuda.row_blocks(rows)
         partial = rstd.new_empty((blocks, C))
         bfloat16 = h.dtype is torch.bfloat16

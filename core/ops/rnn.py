@@ -2,7 +2,7 @@
 
 torch.nn's formula. The input's products are one large `linear`; the kernel is what has to be done in order.
 
-B rows, T tokens, C width, H units. All float32 in the kernel. A graph, which reads one token at a time, has `rnn_cell`
+B rows, T tokens, C width, H units. All float32 in the kernels. A graph, which reads one token at a time, has `rnn_cell`
 instead.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops import cuda, lazy
+from portlm.ops.kernel_op import KernelOp
 from portlm.ops.linear import linear, linear_reference
 from portlm.ops.recurrent import address, check_layer, layer_reference, states_before, weight_gradients
 from portlm.ops.rnn_cell import check_activation, rnn_cell_reference
@@ -81,7 +81,7 @@ def rnn(
     """
     check_layer("rnn", 1, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h}, mask)
     check_activation("rnn", activation)
-    if not has_kernel(x, weight_ih, weight_hh, bias_ih, bias_hh, h):
+    if not cuda.has_float_kernel(mask, x, weight_ih, weight_hh, bias_ih, bias_hh, h):
         return rnn_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, mask, reverse, activation)
     bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
     projected = linear(x, weight_ih, bias)
@@ -96,7 +96,8 @@ def _forward(
     projected: Tensor, weight: Tensor, h: Tensor, mask: Tensor | None, reverse: bool, activation: str
 ) -> Tensor:
     y = torch.empty_like(projected)
-    kernels.rnn_fwd(
+    cuda.run(
+        "rnn_fwd", projected,
         projected.data_ptr(), weight.data_ptr(), h.data_ptr(), address(mask), y.data_ptr(), *y.shape,
         activation == "relu", reverse,
     )  # fmt: skip
@@ -108,7 +109,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dprojected, dweight and dh."""
     dprojected, dh = torch.empty_like(y), torch.empty_like(h)
-    kernels.rnn_bwd(
+    cuda.run(
+        "rnn_bwd", weight,
         dy.data_ptr(), weight.data_ptr(), address(mask), y.data_ptr(), dprojected.data_ptr(), dh.data_ptr(),
         *y.shape, activation == "relu", reverse,
     )  # fmt: skip
@@ -147,5 +149,9 @@ _fused = KernelOp(
 )
 
 SPEC = OpSpec(
-    name="rnn", summary="Elman's layer over a whole sequence", forward=("rnn_fwd",), backward=("rnn_bwd",)
+    name="rnn",
+    summary="Elman's layer over a whole sequence",
+    forward=("rnn_fwd",),
+    backward=("rnn_bwd",),
+    cuda=("rnn_fwd", "rnn_bwd"),
 )

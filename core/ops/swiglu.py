@@ -50,7 +50,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
     arguments = (gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
-    if gate.is_cuda:
+    if cuda.on_cuda(gate):
         cuda.launch("swiglu_fwd", gate.device, *arguments, gate.dtype is torch.bfloat16)
     else:
         kernels.swiglu_fwd(*arguments)
@@ -62,7 +62,7 @@ def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     arguments = (
         dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel()
     )  # fmt: skip
-    if gate.is_cuda:
+    if cuda.on_cuda(gate):
         cuda.launch("swiglu_bwd", gate.device, *arguments, gate.dtype is torch.bfloat16)
     else:
         kernels.swiglu_bwd(*arguments)

@@ -24,12 +24,17 @@ inline void check(cudaError_t status, const char* call, const char* file, int li
                            ": " + cudaGetErrorString(status));
 }
 
-// Starts a kernel and reports what prevented it. grid must not be 0: callers return early when there is no work.
+// Starts a kernel and reports what prevented it. grid must not be 0: callers return early when there is no work. A plain
+// call and no <<<>>>, so that any compiler of C++ takes the kernels: tests/cuda_on_cpu runs them where there is no GPU.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t stream,
             Arguments&&... arguments) {
-  kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(std::forward<Arguments>(arguments)...);
-  CUDA_CHECK(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
 // --- storage types ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import cuda_on_cpu
 import pytest
 import torch
 from torch import Tensor
@@ -103,3 +104,18 @@ def same_on_all_thread_counts() -> Callable[[Callable[[], list[Tensor]]], bool]:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulator(once):
+    """The kernels, compiled for the CPU."""
+    if cuda_on_cpu.MISSING:
+        pytest.skip(cuda_on_cpu.MISSING)
+    return cuda_on_cpu.Emulator(once("cuda_on_cpu", cuda_on_cpu.build) / "cuda_on_cpu.so")
+
+
+@pytest.fixture
+def emulated(emulator, monkeypatch):
+    """The same, in the place of those of a GPU."""
+    cuda_on_cpu.replace_cuda(emulator, monkeypatch)
+    return emulator

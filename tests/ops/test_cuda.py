@@ -1,22 +1,28 @@
-"""The CUDA twins against the same oracles as the CPU kernels. Without a GPU only their names can be checked."""
+"""The CUDA twins against the same oracles as the CPU kernels: on a GPU, and compiled for the CPU."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from recurrent_cases import layer_arguments, random_mask
 from torch import Tensor, nn
 
 from portlm.agreement import within
-from portlm.ops import registry
+from portlm.ops import cuda, registry
 from portlm.ops.adamw import AdamW
 from portlm.ops.adamw_cuda import CudaPlan
+from portlm.ops.additive_attention import additive_attention, additive_attention_reference
 from portlm.ops.cuda import has_cuda_kernel, row_blocks
+from portlm.ops.gru import gru, gru_reference
 from portlm.ops.kernel_op import kernels
 from portlm.ops.layer_norm import layer_norm, layer_norm_reference
 from portlm.ops.linear_cross_entropy import linear_cross_entropy_reference
 from portlm.ops.linear_cross_entropy_cuda import linear_cross_entropy_cuda
+from portlm.ops.lstm import lstm, lstm_reference
 from portlm.ops.rms_norm import rms_norm, rms_norm_reference
+from portlm.ops.rnn import rnn, rnn_reference
 from portlm.ops.swiglu import swiglu, swiglu_reference
 
 if kernels is None:
@@ -33,6 +39,15 @@ else:
 
 needs_gpu = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 gpu = pytest.mark.gpu
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=[gpu, needs_gpu]), "cpu"], ids=["gpu", "emulated"])
+def device(request):
+    """Where a test's tensors lie: on a GPU, or where the emulated kernels take them."""
+    if request.param == "cpu":
+        request.getfixturevalue("emulated")
+    return request.param
+
 
 # Odd sizes take single accesses; 6200 is too wide for sums in shared memory, 12 296 for a row; 100 rows make 6 blocks.
 SHAPES = [(1, 8), (3, 33), (2, 5, 768), (100, 96), (2, 6200), (2, 12_296), (0, 16)]
@@ -70,9 +85,9 @@ EVERY_TWIN = pytest.mark.parametrize(
 )
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
     C = shape[-1]
-    return [torch.randn(s, device="cuda").to(dtype) for s in (shape, shape, (C,), (C,))]
+    return [torch.randn(s, device=device).to(dtype) for s in (shape, shape, (C,), (C,))]
 
 
 def results(function, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -80,22 +95,33 @@ def results(function, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator("cuda").manual_seed(0)
+    device = tensors[0].device
+    generator = torch.Generator(device).manual_seed(0)
     upstream = [
-        torch.randn(y.shape, device="cuda", generator=generator).to(tensors[0].dtype) for y in outputs
+        torch.randn(y.shape, device=device, generator=generator).to(tensors[0].dtype) for y in outputs
     ]
     grads = torch.autograd.grad(outputs, leaves, [u.to(y.dtype) for u, y in zip(upstream, outputs, strict=True)],
                                 allow_unused=True)  # fmt: skip
     return [*(y.detach() for y in outputs), *(g for g in grads if g is not None)]
 
 
-def assert_as_accurate(ours: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> None:
-    """Assert that ours errs at most twice as much as eager, plus one rounding of the largest value."""
+def assert_as_accurate(
+    ours: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype, roundings: int = 1
+) -> None:
+    """Assert that ours errs at most twice as much as eager, plus one or more roundings of the largest value."""
     assert ours.shape == oracle.shape
     if ours.numel():
         error, theirs = (float((t.double() - oracle).abs().max()) for t in (ours, eager))
         scale = max(1.0, float(oracle.abs().max()))
-        assert within(error, 2 * theirs + torch.finfo(dtype).eps * scale), (error, theirs)
+        assert within(error, 2 * theirs + roundings * torch.finfo(dtype).eps * scale), (error, theirs)
+
+
+def run_twice(device: str, request: pytest.FixtureRequest) -> Iterator[int]:
+    """Have threads and blocks run in another order the second time: a device's own, or the emulation's opposite."""
+    for order in range(2):
+        if device == "cpu":
+            request.getfixturevalue("emulator").order(order)
+        yield order
 
 
 @pytest.mark.parametrize("name", names())
@@ -118,15 +144,13 @@ def test_blocks_of_a_row_sum_depend_on_the_rows_alone(rows, blocks):
     assert row_blocks(rows) == blocks
 
 
-@gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @EVERY_TWIN
-def test_cuda_twin_and_its_gradients_are_as_accurate_as_pytorch(name, shape, dtype):
+def test_cuda_twin_and_its_gradients_are_as_accurate_as_pytorch(name, shape, dtype, device):
     ours, reference = TWINS[name]
-    tensors = inputs(shape, dtype)
-    assert has_cuda_kernel(*tensors)
+    tensors = inputs(shape, dtype, device)
+    assert cuda.has_cuda_kernel(*tensors)
     for o, e, r in zip(
         results(ours, tensors, dtype),
         results(reference, tensors, dtype),
@@ -136,15 +160,13 @@ def test_cuda_twin_and_its_gradients_are_as_accurate_as_pytorch(name, shape, dty
         assert_as_accurate(o, e, r, dtype)
 
 
-@gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_TWIN
-def test_cuda_twin_takes_arrays_that_no_vector_access_fits(name, dtype):
+def test_cuda_twin_takes_arrays_that_no_vector_access_fits(name, dtype, device):
     """A row that begins 1 element after an aligned address must not be read 16 bytes at a time."""
     ours, reference = TWINS[name]
-    tensors = [torch.randn(4 * 32 + 1, device="cuda").to(dtype)[1:].view(4, 32) for _ in range(2)]
-    tensors += [torch.randn(33, device="cuda").to(dtype)[1:] for _ in range(2)]
+    tensors = [torch.randn(4 * 32 + 1, device=device).to(dtype)[1:].view(4, 32) for _ in range(2)]
+    tensors += [torch.randn(33, device=device).to(dtype)[1:] for _ in range(2)]
     oracle = results(reference, tensors, torch.float64)
     for o, e, r in zip(
         results(ours, tensors, dtype), results(reference, tensors, dtype), oracle, strict=True
@@ -152,13 +174,11 @@ def test_cuda_twin_takes_arrays_that_no_vector_access_fits(name, dtype):
         assert_as_accurate(o, e, r, dtype)
 
 
-@gpu
-@needs_gpu
 @EVERY_TWIN
-def test_cuda_twin_gives_the_same_bits_every_time(name):
+def test_cuda_twin_gives_the_same_bits_every_time(name, device, request):
     ours, _ = TWINS[name]
-    tensors = inputs((2000, 96), torch.float32)
-    first, second = (results(ours, tensors, torch.float32) for _ in range(2))
+    tensors = inputs((2000 if device == "cuda" else 70, 96), torch.float32, device)
+    first, second = (results(ours, tensors, torch.float32) for _ in run_twice(device, request))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -178,16 +198,14 @@ def test_cuda_twin_runs_on_the_current_stream():
     assert torch.allclose(y, F.silu(torch.ones_like(y)))
 
 
-@gpu
-@needs_gpu
 @pytest.mark.runs_kernel("cross_entropy", on="cuda")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "C", "V"), [(1, 8, 2), (70, 48, 1000), (300, 64, 5003)], ids=str)
-def test_cuda_linear_cross_entropy_is_as_accurate_as_pytorch(N, C, V, dtype, reduction, monkeypatch):
+def test_cuda_linear_cross_entropy_is_as_accurate_as_pytorch(N, C, V, dtype, reduction, monkeypatch, device):
     monkeypatch.setattr("portlm.ops.linear_cross_entropy_cuda._CHUNK_BYTES", 1)  # chunks of 128 rows
-    x, weight = torch.randn(N, C, device="cuda").to(dtype), torch.randn(V, C, device="cuda").to(dtype)
-    targets = torch.randint(V, (N,), device="cuda")
+    x, weight = torch.randn(N, C, device=device).to(dtype), torch.randn(V, C, device=device).to(dtype)
+    targets = torch.randint(V, (N,), device=device)
     if N > 1:
         targets[N // 2] = -100
 
@@ -199,30 +217,26 @@ def test_cuda_linear_cross_entropy_is_as_accurate_as_pytorch(N, C, V, dtype, red
         assert_as_accurate(o, e, r, dtype)
 
 
-@gpu
-@needs_gpu
 @pytest.mark.runs_kernel("cross_entropy", on="cuda")
-def test_cuda_linear_cross_entropy_of_targets_that_do_not_count():
-    x, weight = torch.randn(4, 8, device="cuda", requires_grad=True), torch.randn(9, 8, device="cuda")
-    nothing = torch.full((4,), -100, device="cuda")
+def test_cuda_linear_cross_entropy_of_targets_that_do_not_count(device):
+    x, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(9, 8, device=device)
+    nothing = torch.full((4,), -100, device=device)
     assert linear_cross_entropy_cuda(x, weight, nothing).isnan()
     assert linear_cross_entropy_cuda(x, weight, nothing, reduction="sum") == 0
     (dx,) = torch.autograd.grad(linear_cross_entropy_cuda(x, weight, nothing, reduction="sum"), x)
     assert torch.equal(dx, torch.zeros_like(x))
-    assert linear_cross_entropy_cuda(x, weight, torch.full((4,), 9, device="cuda")).isnan()
+    assert linear_cross_entropy_cuda(x, weight, torch.full((4,), 9, device=device)).isnan()
 
 
-@gpu
-@needs_gpu
 @pytest.mark.runs_kernel("adamw_step", on="cuda")
-def test_cuda_adamw_is_as_accurate_as_pytorch_over_many_steps():
+def test_cuda_adamw_is_as_accurate_as_pytorch_over_many_steps(device):
     shapes = [(1,), (33,), (7, 129), (0, 3), (), (300, 500)]
 
     def run(kind, dtype):
-        generator = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def random(shape):
-            return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+            return torch.randn(shape, device=device, generator=generator).to(dtype)
 
         params = [nn.Parameter(random(s)) for s in shapes]
         ours = {"max_grad_norm": 1.0} if kind is AdamW else {}
@@ -246,11 +260,9 @@ def test_cuda_adamw_is_as_accurate_as_pytorch_over_many_steps():
     assert norms == pytest.approx(exact, rel=1e-6)
 
 
-@gpu
-@needs_gpu
 @pytest.mark.runs_kernel("adamw_step", on="cuda")
-def test_cuda_adamw_leaves_everything_alone_when_a_gradient_is_not_finite():
-    p = nn.Parameter(torch.ones(100, device="cuda"))
+def test_cuda_adamw_leaves_everything_alone_when_a_gradient_is_not_finite(device):
+    p = nn.Parameter(torch.ones(100, device=device))
     optimizer = AdamW([p], max_grad_norm=1.0)
     p.grad = torch.full_like(p, 2.0)
     assert optimizer.step() == pytest.approx(20.0)
@@ -260,3 +272,138 @@ def test_cuda_adamw_leaves_everything_alone_when_a_gradient_is_not_finite():
     assert torch.equal(p.detach(), before[0])
     assert torch.equal(optimizer.state[p]["exp_avg"], before[1])
     assert optimizer.state[p]["step"] == 1
+
+
+LAYERS = {"rnn": (rnn, rnn_reference), "gru": (gru, gru_reference), "lstm": (lstm, lstm_reference)}
+EVERY_LAYER = pytest.mark.parametrize(
+    "op",
+    [pytest.param(op, marks=pytest.mark.runs_kernel(f"{op}_fwd", f"{op}_bwd", on="cuda")) for op in LAYERS],
+)
+# (B, T, C, H): one of everything; an odd size of each; more rows than a block has; units of several blocks
+LAYER_SHAPES = [(1, 1, 1, 1), (3, 5, 7, 17), (19, 4, 3, 33), (2, 3, 30, 70)]
+
+
+def layer(op, shape, device, biases=True):
+    """The tensors among a layer's arguments, and what makes a function of the layer one of them."""
+    given = layer_arguments(op, shape, biases=biases)
+    names = [name for name, t in given.items() if t is not None]
+
+    def of(function, **options):
+        return lambda *tensors: function(
+            *(dict(zip(names, tensors, strict=True)).get(n) for n in given), **options
+        )
+
+    return [given[name].to(device) for name in names], of
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("shape", LAYER_SHAPES, ids=str)
+@EVERY_LAYER
+def test_cuda_layer_and_its_gradients_are_as_accurate_as_pytorch(op, shape, reverse, masked, device):
+    ours, reference = LAYERS[op]
+    tensors, of = layer(op, shape, device)
+    options = {"reverse": reverse, "mask": random_mask(*shape[:2]).to(device) if masked else None}
+    if op == "rnn" and masked:
+        options["activation"] = "relu"
+    for o, e, r in zip(
+        results(of(ours, **options), tensors, torch.float32),
+        results(of(reference, **options), tensors, torch.float32),
+        results(of(reference, **options), tensors, torch.float64),
+        strict=True,
+    ):
+        # a state is rounded once per step, and a gradient is a sum over steps that each round
+        assert_as_accurate(o, e, r, torch.float32, roundings=4 * shape[1])
+
+
+@EVERY_LAYER
+def test_cuda_layer_needs_no_biases_and_gives_the_same_bits_every_time(op, device, request):
+    ours, reference = LAYERS[op]
+    tensors, of = layer(op, (18, 3, 5, 40), device, biases=False)
+    first, second = (results(of(ours), tensors, torch.float32) for _ in run_twice(device, request))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for o, r in zip(first, results(of(reference), tensors, torch.float64), strict=True):
+        assert torch.allclose(o.double(), r, rtol=1e-4, atol=1e-4)
+
+
+@EVERY_LAYER
+def test_cuda_layer_of_no_tokens_hands_the_state_and_its_gradient_on(op, device):
+    ours, _ = LAYERS[op]
+    tensors, of = layer(op, (2, 0, 3, 5), device)
+    tensors = [t.requires_grad_() for t in tensors]
+    y, *states = of(ours)(*tensors)
+    grads = torch.autograd.grad([y.sum(), *(s.sum() for s in states)], tensors, allow_unused=True)
+    ones = grads[-len(states) :]
+    assert all(torch.equal(g, torch.ones_like(g)) for g in ones)
+
+
+@pytest.mark.parametrize("op", LAYERS)
+def test_cuda_layer_of_other_types_is_left_to_the_reference(op, device):
+    ours, reference = LAYERS[op]
+    tensors, of = layer(op, (2, 3, 4, 5), device)
+    tensors = [t.bfloat16() for t in tensors]
+    for o, r in zip(of(ours)(*tensors), of(reference)(*tensors), strict=True):
+        assert torch.equal(o, r)
+
+
+ADDITIVE = pytest.mark.runs_kernel("additive_attention_fwd", "additive_attention_bwd", on="cuda")
+
+
+def additive(B, T, S, A, C, device):
+    shapes = [(B, T, A), (B, S, A), (B, S, C), (A,)]
+    return [torch.randn(shape, device=device) for shape in shapes]
+
+
+@ADDITIVE
+@pytest.mark.parametrize("wanted", ["both", "context", "weights"])
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (3, 2, 7, 21, 18), (2, 5, 133, 40, 135)], ids=str)
+def test_cuda_additive_attention_and_its_gradients_are_as_accurate_as_pytorch(sizes, masked, wanted, device):
+    """Of what is wanted of the result, and of nothing else. One row of the mask hides every key."""
+    tensors = additive(*sizes, device)
+    mask = (torch.rand(sizes[0], sizes[2], device=device) > 0.4).long() if masked else None
+    if masked and sizes[0] > 1:
+        mask[1] = 0
+    part = {"both": slice(None), "context": slice(0, 1), "weights": slice(1, 2)}[wanted]
+
+    def of(function):
+        def run(*given):
+            found = function(*given, mask)[part]
+            return (found[0] + 0 * given[2].sum(), *found[1:])  # so that values have a gradient in any case
+
+        return run
+
+    for o, e, r in zip(
+        results(of(additive_attention), tensors, torch.float32),
+        results(of(additive_attention_reference), tensors, torch.float32),
+        results(of(additive_attention_reference), tensors, torch.float64),
+        strict=True,
+    ):
+        # v's gradient is a sum over all queries and keys, each rounded behind a softmax
+        assert_as_accurate(o, e, r, torch.float32, roundings=16)
+
+
+@ADDITIVE
+def test_cuda_additive_attention_gives_the_same_bits_every_time(device, request):
+    tensors = additive(2, 3, 40, 35, 33, device)
+    first, second = (results(additive_attention, tensors, torch.float32) for _ in run_twice(device, request))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.runs_kernel("additive_attention_fwd", on="cuda")
+def test_cuda_additive_attention_shows_a_key_that_is_no_number_to_its_queries_alone(device):
+    query, keys, values, v = additive(2, 3, 40, 8, 4, device)
+    keys[1, 5] = math.nan
+    context, weights = additive_attention(query, keys, values, v)
+    assert weights[1].isnan().all()
+    assert context[1].isnan().all()
+    assert context[0].isfinite().all()
+
+
+@ADDITIVE
+def test_cuda_additive_attention_without_keys_gives_nothing_and_no_gradient(device):
+    tensors = [t.requires_grad_() for t in additive(2, 3, 0, 5, 4, device)]
+    context, _ = additive_attention(*tensors)
+    assert torch.equal(context, torch.zeros_like(context))
+    for grad in torch.autograd.grad(context.sum(), tensors):
+        assert torch.equal(grad, torch.zeros_like(grad))

@@ -1,0 +1,98 @@
+// What csrc/cuda uses of CUDA, on a CPU: found instead of NVIDIA's header of this name, so that the kernels are compiled as
+// they are. A block's threads are fibers of one thread (emulator.cpp), which change places at barriers alone.
+//
+// For tests, and strict where a device lets faults pass: all threads of a block, or of a warp, have to meet in one line.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <tuple>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ thread_local
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local dim3 blockDim, gridDim;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
+
+typedef struct CUstream_st* cudaStream_t;
+struct cudaLaunchAttribute;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+namespace cuda_on_cpu {
+
+constexpr unsigned kWarp = 32;
+
+// Runs `thread` for each thread of each block. Throws std::runtime_error where a device would hang or break its promises.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+// Waits for all threads of the block.
+void block_barrier(const char* file, int line);
+
+// Waits for all threads of the warp, and returns the value of the one in `lane`.
+uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, const char* file, int line);
+
+unsigned lane();
+
+template <typename T>
+T exchange_value(unsigned mask, T value, unsigned lane, const char* file, int line) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(mask, bits, lane, file, line);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_on_cpu::block_barrier(file, line);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned other, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return cuda_on_cpu::exchange_value(mask, value, cuda_on_cpu::lane() ^ other, file, line);
+}
+
+// A launch that has ended when it returns, with the limits of a device.
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (config->numAttrs) return cudaErrorInvalidValue;
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535u || grid.z > 65535u)
+    return cudaErrorInvalidConfiguration;
+  if (!threads || threads > 1024 || block.z > 64 || config->dynamicSmemBytes > (48 << 10)) return cudaErrorInvalidConfiguration;
+  const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
+  cuda_on_cpu::run(grid, block, config->dynamicSmemBytes, [&] { std::apply(kernel, parameters); });
+  return cudaSuccess;
+}
+
+using std::isfinite;

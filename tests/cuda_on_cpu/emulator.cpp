@@ -1,0 +1,233 @@
+// A block's threads as fibers: each runs until it reaches a barrier or its end, then the next one does. So a thread never
+// sees what another wrote in the same stretch between barriers unless it comes after it, and the order in which they come
+// is chosen from outside: a missing barrier shows as a result that depends on it.
+#include "emulator.h"
+
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace portlm::cuda {
+constexpr size_t kFloats = (48 << 10) / sizeof(float), kBehind = 1024;
+// As common.cuh declares it, and some room behind it that no block may touch.
+extern thread_local float memory[] __attribute__((aligned(32)));
+thread_local float memory[kFloats + kBehind] __attribute__((aligned(32)));
+}  // namespace portlm::cuda
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr uint32_t kUnwritten = 0x7fc0dead;  // a NaN
+
+enum class State { ready, at_block_barrier, at_warp_barrier, done };
+
+struct Fiber {
+  State state;
+  uint3 thread;
+  const char* file;
+  int line;
+  unsigned turn;       // which of the values is being exchanged
+  uint64_t values[2];  // the last one is still read by others when the next is written
+  bool started = false;
+  jmp_buf where;
+  char* stack = nullptr;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers{1024};
+  Fiber* running = nullptr;
+  unsigned count = 0;  // threads of a block
+  const std::function<void()>* thread = nullptr;
+  jmp_buf scheduler;
+  std::exception_ptr fault;  // of a thread: its stack ends here, so it is thrown again on the scheduler's
+  unsigned order = 0;
+
+  ~Machine() {
+    for (Fiber& fiber : fibers)
+      if (fiber.stack) munmap(fiber.stack, kStackBytes);
+  }
+};
+thread_local std::unique_ptr<Machine> machine;
+
+Machine& here() {
+  if (!machine) machine = std::make_unique<Machine>();
+  return *machine;
+}
+
+// A fiber's whole life: one thread after another, of block after block.
+void run_threads() {
+  for (;;) {
+    Machine& m = *machine;
+    try {
+      (*m.thread)();
+    } catch (...) {
+      m.fault = std::current_exception();
+    }
+    Fiber& fiber = *m.running;
+    fiber.state = State::done;
+    if (!setjmp(fiber.where)) longjmp(m.scheduler, 1);
+  }
+}
+
+void resume(Machine& m, Fiber& fiber) {
+  m.running = &fiber;
+  threadIdx = fiber.thread;
+  if (setjmp(m.scheduler)) {
+    if (m.fault) std::rethrow_exception(std::exchange(m.fault, nullptr));
+    return;
+  }
+  if (fiber.started) longjmp(fiber.where, 1);
+  fiber.started = true;
+  if (!fiber.stack) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED) throw std::bad_alloc();
+    fiber.stack = static_cast<char*>(stack);
+  }
+  ucontext_t begin;  // only to get onto the new stack: later changes need no system call
+  getcontext(&begin);
+  begin.uc_stack.ss_sp = fiber.stack;
+  begin.uc_stack.ss_size = kStackBytes;
+  begin.uc_link = nullptr;
+  makecontext(&begin, run_threads, 0);
+  setcontext(&begin);
+}
+
+void wait(State state, const char* file, int line) {
+  Machine& m = *machine;
+  Fiber& fiber = *m.running;
+  fiber.state = state;
+  fiber.file = file;
+  fiber.line = line;
+  if (!setjmp(fiber.where)) longjmp(m.scheduler, 1);
+}
+
+std::string place(const Fiber& fiber) {
+  const std::string thread = "thread (" + std::to_string(fiber.thread.x) + ", " + std::to_string(fiber.thread.y) + ")";
+  if (fiber.state == State::done) return thread + " has ended";
+  const char* slash = std::strrchr(fiber.file, '/');
+  return thread + " waits for its " + (fiber.state == State::at_block_barrier ? "block" : "warp") + " in " +
+         (slash ? slash + 1 : fiber.file) + ":" + std::to_string(fiber.line);
+}
+
+// Whether fibers [begin, end) all wait for each other, in one place.
+bool met(const Machine& m, unsigned begin, unsigned end, State state) {
+  const Fiber& first = m.fibers[begin];
+  for (unsigned i = begin; i < end; ++i) {
+    const Fiber& fiber = m.fibers[i];
+    if (fiber.state != state || fiber.line != first.line || std::strcmp(fiber.file, first.file)) return false;
+  }
+  return true;
+}
+
+void release(Machine& m, unsigned begin, unsigned end) {
+  for (unsigned i = begin; i < end; ++i) m.fibers[i].state = State::ready;
+}
+
+// Lets those go on that have met; false if all have ended.
+bool go_on(Machine& m) {
+  const auto ended = [](const Fiber& fiber) { return fiber.state == State::done; };
+  if (std::all_of(m.fibers.begin(), m.fibers.begin() + m.count, ended)) return false;
+  bool any = false;
+  if (met(m, 0, m.count, State::at_block_barrier)) {
+    release(m, 0, m.count);
+    return true;
+  }
+  for (unsigned begin = 0; begin + kWarp <= m.count; begin += kWarp)
+    if (met(m, begin, begin + kWarp, State::at_warp_barrier)) {
+      release(m, begin, begin + kWarp);
+      any = true;
+    }
+  if (any) return true;
+  const Fiber& first = *std::find_if_not(m.fibers.begin(), m.fibers.begin() + m.count, ended);
+  const Fiber* other = nullptr;
+  for (unsigned i = 0; i < m.count; ++i) {
+    const Fiber& fiber = m.fibers[i];
+    if (fiber.state != first.state || fiber.line != first.line || std::strcmp(fiber.file, first.file)) other = &fiber;
+  }
+  throw std::runtime_error("threads of a block wait in vain: " + place(first) +
+                           (other ? ", and " + place(*other) : ", and its warp is not whole"));
+}
+
+// 0, 1, 2, ... n - 1; the same backwards; or shuffled.
+std::vector<uint64_t> ordered(uint64_t n, unsigned order) {
+  std::vector<uint64_t> found(n);
+  std::iota(found.begin(), found.end(), uint64_t{0});
+  if (order == 1) std::reverse(found.begin(), found.end());
+  if (order > 1) std::shuffle(found.begin(), found.end(), std::mt19937(order));
+  return found;
+}
+
+}  // namespace
+
+void choose_order(unsigned order) { here().order = order; }
+
+unsigned lane() {
+  const Machine& m = *machine;
+  return static_cast<unsigned>(m.running - m.fibers.data()) % kWarp;
+}
+
+void block_barrier(const char* file, int line) { wait(State::at_block_barrier, file, line); }
+
+uint64_t exchange(unsigned mask, uint64_t value, unsigned from, const char* file, int line) {
+  if (mask != 0xffffffffu) throw std::runtime_error("only whole warps exchange values here");
+  Machine& m = *machine;
+  Fiber* const self = m.running;
+  const unsigned turn = self->turn;
+  self->values[turn] = value;
+  wait(State::at_warp_barrier, file, line);
+  self->turn = 1 - turn;
+  Fiber* const warp = self - (self - m.fibers.data()) % kWarp;
+  return warp[from % kWarp].values[turn];
+}
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+  Machine& m = here();
+  if (m.running) throw std::runtime_error("a kernel started a kernel");
+  m.thread = &thread;
+  m.count = block.x * block.y * block.z;
+  gridDim = grid;
+  blockDim = block;
+  struct Ending {
+    Machine& m;
+    bool whole = false;
+    ~Ending() {
+      m.running = nullptr;
+      for (unsigned i = 0; !whole && i < m.count; ++i) m.fibers[i].started = false;  // what waits will not be waited for
+    }
+  } ending{m};
+  const auto threads = ordered(m.count, m.order);
+  const size_t room = (shared_bytes + sizeof(float) - 1) / sizeof(float);
+  for (const uint64_t b : ordered(uint64_t{grid.x} * grid.y * grid.z, m.order)) {
+    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                static_cast<unsigned>(b / grid.x / grid.y)};
+    for (float& x : portlm::cuda::memory) std::memcpy(&x, &kUnwritten, sizeof x);
+    for (unsigned i = 0; i < m.count; ++i) {
+      Fiber& fiber = m.fibers[i];
+      fiber.state = State::ready;
+      fiber.turn = 0;
+      fiber.thread = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    }
+    do {
+      for (const uint64_t i : threads)
+        if (m.fibers[i].state == State::ready) resume(m, m.fibers[i]);
+    } while (go_on(m));
+    for (size_t i = room; i < portlm::cuda::kFloats + portlm::cuda::kBehind; ++i)
+      if (std::memcmp(&portlm::cuda::memory[i], &kUnwritten, sizeof kUnwritten))
+        throw std::runtime_error("a block wrote behind the shared memory that it was given");
+  }
+  ending.whole = true;
+}
+
+}  // namespace cuda_on_cpu
