@@ -16,7 +16,7 @@ from portlm.text_tokenizer import TextTokenizer
 from portlm.tokenizer import Tokenizer
 from portlm.tokenizer_file import parse
 from portlm.tokenizer_kinds import parse_text
-from portlm.tokenizer_steps import SPLIT_PATTERNS, byte_level
+from portlm.tokenizer_steps import SPLIT_PATTERNS, byte_level, template
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 _MARK = "\u2581"
@@ -86,7 +86,11 @@ def read_tokenizer(entries: Mapping[str, Any], path: object) -> Tokenizer:
         if _flag(entries, "add_eos_token", False, path) and roles["eos"] is not None
         else []
     )
-    document["post_processor"] = _template(around, end, tokens) if around or end else None
+    document["post_processor"] = (
+        template(around, end, {name: tokens.index(name) for name in (*around, *end)})
+        if around or end
+        else None
+    )
     eos, bos = (None if index is None else tokens[index] for index in (roles["eos"], roles["bos"]))
     where = f"{path}: the tokenizer"
     if kind == "gpt2" and document["normalizer"] is None:
@@ -187,22 +191,6 @@ def _merges(pieces: dict[str, int], scores: list[float]) -> list[list[str]]:
         found += sorted(local, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
     found.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
     return [[left, right] for left, right, _ in found]
-
-
-def _template(begin: list[str], end: list[str], tokens: list[str]) -> dict[str, Any]:
-    """Return the post-processor that puts tokens around a text."""
-
-    def pieces(text: str, kind: int) -> list[dict[str, Any]]:
-        around = [
-            [{"SpecialToken": {"id": token, "type_id": kind}} for token in part] for part in (begin, end)
-        ]
-        return [*around[0], {"Sequence": {"id": text, "type_id": kind}}, *around[1]]
-
-    used = {token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in (*begin, *end)}
-    return {
-        "type": "TemplateProcessing", "single": pieces("A", 0), "pair": [*pieces("A", 0), *pieces("B", 1)],
-        "special_tokens": used,
-    }  # fmt: skip
 
 
 def _id(entries: Mapping[str, Any], name: str, count: int, path: object) -> int | None:

@@ -22,7 +22,7 @@ from portlm.text_pieces import BETWEEN_WORDS, cut, groups
 from portlm.tokenizer import StreamDecoder, Tokenizer, build_library, is_panic
 from portlm.tokenizer_file import CHAR_TO_BYTE, MAX_VOCAB
 from portlm.tokenizer_kinds import AT_SPACES, TextFile, parse_text
-from portlm.tokenizer_steps import SPLIT_PATTERNS, ids_around, steps_of
+from portlm.tokenizer_steps import SPLIT_PATTERNS, ids_around, steps_of, template
 
 if TYPE_CHECKING:
     import tokenizers
@@ -198,6 +198,10 @@ class TextTokenizer(Tokenizer):
     def spelling(self) -> "Spelling":
         """How tokens are written."""
         return Spelling(self._text_file.decoder)
+
+    def names(self) -> list[str]:
+        """Return what tokenizer.json calls each id."""
+        return list(self._text_file.tokens)
 
     def token_name(self, token: int) -> str:
         """Return what an id is called, before its text is made of that.
@@ -391,21 +395,30 @@ def train_words(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(parse_text(json.loads(library.to_str()), "the new tokenizer"))
 
 
-def words_at_spaces(words: Sequence[str]) -> TextTokenizer:
+def words_at_spaces(
+    words: Sequence[str], unknown: str = UNKNOWN, bos: str | None = None, eos: str | None = None
+) -> TextTokenizer:
     """Make a tokenizer of words that a text has between its spaces, whatever characters they are made of.
 
     Args:
-        words: each once, without spaces, in the order of their ids; [UNK] among them, which stands for all others.
+        words: each once, without spaces, in the order of their ids.
+        unknown: the one among them that stands for all others.
+        bos: the one that is put before a text, if any.
+        eos: the one that ends a text, if any.
 
     Raises:
-        FormatError: words are too many or too long, or [UNK] is not among them.
+        FormatError: words are too many or too long, or `unknown` is not among them.
     """
     vocab = {word: index for index, word in enumerate(words)}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document = {
         "version": "1.0",
-        "added_tokens": [{"id": vocab.get(UNKNOWN, 0), "content": UNKNOWN, **plain}],
+        "added_tokens": [
+            {"id": index, "content": name, **plain}
+            for index, name in sorted((vocab.get(name, 0), name) for name in (unknown, bos, eos) if name)
+        ],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "unk_token": UNKNOWN, "vocab": vocab},
+        "post_processor": None if bos is None else template([bos], [], vocab),
+        "model": {"type": "WordLevel", "unk_token": unknown, "vocab": vocab},
     }
-    return TextTokenizer(parse_text(document, "the new tokenizer"))
+    return TextTokenizer(parse_text(document, "the new tokenizer"), eos, bos)

@@ -181,6 +181,11 @@ class Tokenizer:
         """Return tokenizer.json."""
         return json.dumps(self._file.document(), ensure_ascii=False, separators=(",", ":")) + "\n"
 
+    def names(self) -> list[str]:
+        """Return what tokenizer.json calls each id, of bytes in the byte alphabet."""
+        ids = self._file.vocab | self._file.added | self._file.special
+        return sorted(ids, key=ids.__getitem__)
+
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes one id stands for; of a control token, its name.
 

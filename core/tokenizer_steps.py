@@ -3,6 +3,7 @@
 Each is checked against a list of what is allowed and written anew from the checked values, as tokenizer_file.py says.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from portlm.errors import FormatError
@@ -212,6 +213,28 @@ def around(
                 return [*one, ("B", 1), (end, 1)]
             return [*one, (end, 0), ("B", 0), (end, 0)]
     return [("A", 0), ("B", 1)] if pair else [("A", 0)]
+
+
+def template(begin: Sequence[str], end: Sequence[str], ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return the post-processor that puts control tokens around a text.
+
+    Args:
+        begin: names of those before it.
+        end: names of those after it.
+        ids: the id of each.
+    """
+
+    def pieces(text: str, kind: int) -> list[dict[str, Any]]:
+        around = [
+            [{"SpecialToken": {"id": token, "type_id": kind}} for token in part] for part in (begin, end)
+        ]
+        return [*around[0], {"Sequence": {"id": text, "type_id": kind}}, *around[1]]
+
+    used = {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (*begin, *end)}
+    return {
+        "type": "TemplateProcessing", "single": pieces("A", 0), "pair": [*pieces("A", 0), *pieces("B", 1)],
+        "special_tokens": used,
+    }  # fmt: skip
 
 
 def ids_around(post_processor: dict[str, Any] | None, special: dict[str, int]) -> tuple[list[int], list[int]]:

@@ -17,11 +17,12 @@ from portlm.errors import UsageError
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["onnx", "hf", "gguf", "word2vec"]),
+    type=click.Choice(["onnx", "hf", "gguf", "word2vec", "arpa"]),
     default="onnx",
     show_default=True,
     help="onnx: an artifact for 'portlm compile' and portlm.load; hf: a folder that transformers opens; gguf: a "
-    "file that llama.cpp opens; word2vec: a text file of word vectors that gensim opens.",
+    "file that llama.cpp opens; word2vec: a text file of word vectors that gensim opens; arpa: an n-gram model that "
+    "KenLM opens, compressed if OUT ends with .gz.",
 )
 @click.option(
     "--profile",
@@ -79,6 +80,7 @@ def command(
         raise UsageError("--group and --asymmetric say how to quantize: give --quantize int8 or int4 as well")
     if form != "onnx":
         from portlm.hub import export_hf
+        from portlm.hub_arpa import export_arpa
         from portlm.hub_gguf import export_gguf
         from portlm.hub_word2vec import export_word2vec
 
@@ -98,7 +100,7 @@ def command(
             )
         if kept is not None:
             raise UsageError(f"--cache is for ONNX graphs, and --to {form} writes none: leave it out")
-        write = {"hf": export_hf, "gguf": export_gguf, "word2vec": export_word2vec}[form]
+        write = {"hf": export_hf, "gguf": export_gguf, "word2vec": export_word2vec, "arpa": export_arpa}[form]
         for note in write(checkpoint, out).notes:
             click.echo(f"export: {note}", err=True)
     else:

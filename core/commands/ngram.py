@@ -32,20 +32,25 @@ import click
     show_default=True,
     help="Share of the text, its end, that is scored and not counted.",
 )
+@click.option(
+    "--arpa", type=click.Path(path_type=Path),
+    help="Also write the model as this ARPA file, which KenLM opens; compressed if its name ends with .gz.",
+)  # fmt: skip
 @click.option("--context", default=32768, show_default=True, help="Longest text that the model will read.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing on stderr but errors.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON instead of the checkpoint's path."
 )
 def command(
-    texts: tuple[str, ...], out: Path, order: int, smoothing: str, tokenizer: str, held_out: float, context: int,
-    quiet: bool, as_json: bool,
+    texts: tuple[str, ...], out: Path, order: int, smoothing: str, tokenizer: str, held_out: float, arpa: Path | None,
+    context: int, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Count the UTF-8 files TEXT and print the path of an n-gram model with Kneser-Ney smoothing.
 
     The model is a checkpoint like any other: export, compile, generate. TEXT may also be one folder of prepared token
     shards.
     """
+    from portlm.hub_arpa import export_arpa
     from portlm.train.config import DataSettings
     from portlm.train.ngram import train_ngram
 
@@ -56,6 +61,9 @@ def command(
     data = DataSettings(texts=texts, tokenizer=tokenizer, validation_fraction=held_out)
     result = train_ngram(data, out, order=order, smoothing=smoothing, context_length=context, note=note)
     note(f"held-out perplexity {result.perplexity:.4g}, {result.bits_per_byte:.4f} bits per byte")
+    if arpa is not None:
+        export_arpa(result.checkpoint, arpa)
+        note(f"{arpa} is written")
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), default=str, indent=2))
     else:

@@ -69,24 +69,37 @@ def discounts(counts: np.ndarray, smoothing: str) -> Discounts:
         counts: Of all its runs.
         smoothing: One of SMOOTHINGS.
     """
-    n1, n2, n3, n4 = (float(np.count_nonzero(counts == r)) for r in (1, 2, 3, 4))
-    if n1 and n2:
-        y = n1 / (n1 + 2 * n2)
-        if smoothing == PLAIN:
-            return Discounts((y, y, y), True)
-        if n3:
-            found = 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
-            if all(0 < d <= r for r, d in enumerate(found, 1)):
-                return Discounts(found, True)
+    y, found = formula(counts)
+    if smoothing == PLAIN:
+        found = (y, y, y) if 0 < y < 1 else (0.0, 0.0, 0.0)
+    if all(0 < d <= r for r, d in enumerate(found, 1)):
+        return Discounts(found, True)
     return Discounts(_WITHOUT[smoothing], False)
 
 
-def estimate(levels: Sequence[Level], smoothing: str = MODIFIED) -> Estimate:
+def formula(counts: np.ndarray) -> tuple[float, tuple[float, float, float]]:
+    """Return Y and D_1, D_2, D_3 of one length as they are written down, 0 for a count that no run has.
+
+    Of a text that is too even or too short they may be negative.
+
+    Args:
+        counts: Of all its runs.
+    """
+    n = [np.count_nonzero(counts == r) for r in (1, 2, 3, 4)]
+    y = n[0] / (n[0] + 2 * n[1]) if n[0] else 0.0
+    d1, d2, d3 = (r - (r + 1) * y * n[r] / n[r - 1] if n[r - 1] else 0.0 for r in (1, 2, 3))
+    return y, (d1, d2, d3)
+
+
+def estimate(
+    levels: Sequence[Level], smoothing: str = MODIFIED, *, taken: Sequence[Discounts] | None = None
+) -> Estimate:
     """Return the probabilities of all runs, and the weights of the shorter ones as histories.
 
     Args:
         levels: Runs of 1, 2, ..., n words.
         smoothing: One of SMOOTHINGS.
+        taken: The discounts of each length, for whoever has others than the smoothing's; all above 0.
 
     Raises:
         UsageError: There is no such smoothing.
@@ -94,7 +107,8 @@ def estimate(levels: Sequence[Level], smoothing: str = MODIFIED) -> Estimate:
     if smoothing not in SMOOTHINGS:
         raise UsageError(f"smoothing must be {' or '.join(SMOOTHINGS)}, got {smoothing!r}")
     counts = levels[0].counts
-    taken = [discounts(level.counts, smoothing) for level in levels]
+    if taken is None:
+        taken = [discounts(level.counts, smoothing) for level in levels]
     less = taken[0].of(counts)
     total = counts.sum()
     probabilities = [(counts - less) / total + less.sum() / total / len(counts)]
@@ -107,7 +121,7 @@ def estimate(levels: Sequence[Level], smoothing: str = MODIFIED) -> Estimate:
         np.divide(np.bincount(level.parents, less, R), total, out=weights[-1], where=followed)
         own = (level.counts - less) / total[level.parents]
         probabilities.append(own + weights[-1][level.parents] * probabilities[-1][level.suffixes])
-    return Estimate(probabilities, weights, taken)
+    return Estimate(probabilities, weights, list(taken))
 
 
 def make_model(

@@ -70,3 +70,20 @@ def test_pretrain_says_which_verb_counts(portlm, text, tmp_path):
     outcome = portlm("pretrain", text, "-o", tmp_path / "run", "--family", "ngram")
     assert "model.family ngram does not learn by gradients" in outcome.error
     assert "portlm ngram makes one" in outcome.error
+
+
+def test_a_model_goes_through_an_arpa_file(portlm, text, tmp_path):
+    """ngram --arpa and export --to arpa write the same, compressed or not, and import reads it with its tokenizer."""
+    import gzip
+
+    outcome = portlm("ngram", text, "-o", tmp_path / "run", "-n", 3, "--arpa", tmp_path / "m.arpa")
+    assert f"ngram: {tmp_path / 'm.arpa'} is written" in outcome.err
+    portlm("export", tmp_path / "run" / "final", tmp_path / "m.arpa.gz", "--to", "arpa")
+    assert gzip.decompress((tmp_path / "m.arpa.gz").read_bytes()) == (tmp_path / "m.arpa").read_bytes()
+    outcome = portlm(
+        "import", tmp_path / "m.arpa.gz", tmp_path / "m", "--tokenizer", tmp_path / "run" / "final", "--json"
+    )
+    assert json.loads(outcome.out) == {"path": str(tmp_path / "m"), "notes": []}
+    assert portlm("generate", tmp_path / "m", "the qui", "-n", 3, "--engine", "torch").out.startswith("ck ")
+    outcome = portlm("import", tmp_path / "run" / "final", tmp_path / "x", "--tokenizer", tmp_path / "run")
+    assert "--tokenizer says what the words of an ARPA file are: leave it out" in outcome.error

@@ -14,7 +14,7 @@ import torch
 
 from portlm.errors import UsageError
 from portlm.train import ngram_counts
-from portlm.train.kneser_ney import MODIFIED, PLAIN, discounts, estimate, make_model
+from portlm.train.kneser_ney import MODIFIED, PLAIN, Discounts, discounts, estimate, make_model
 from portlm.train.ngram import scores
 from portlm.train.ngram_counts import count, lay_out
 
@@ -215,6 +215,16 @@ def test_discounts_are_those_that_chen_and_goodman_write_down():
     assert discounts(counts, MODIFIED) == ((0.5, 1.25, 2.0), True)
     assert discounts(counts, PLAIN) == ((0.5, 0.5, 0.5), True)
     assert discounts(np.array([7, 9]), MODIFIED) == ((0.5, 1.0, 1.5), False)
+
+
+def test_discounts_of_one_s_own_are_taken_instead():
+    """Where all lengths lose 0.5 of a count, what a history frees is half of the words behind it, over its count."""
+    levels = list(count(text(500, 9), 9, 3))
+    half = [Discounts((0.5, 0.5, 0.5), True)] * 3
+    found = estimate(levels, taken=half)
+    assert found.discounts == half
+    followers, counts = (np.bincount(levels[2].parents, what) for what in (None, levels[2].counts))
+    np.testing.assert_allclose(found.weights[1][counts > 0], (0.5 * followers / counts)[counts > 0])
 
 
 def test_text_and_orders_that_do_not_fit_are_named():

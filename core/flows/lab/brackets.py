@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from portlm.flows.lab.counted import bits_of, counted
 from portlm.flows.lab.experiment import Bar
 from portlm.flows.lab.fitting import bits_per_token, fit, fresh, mean_curve, named, rows_of, seeded, windows
-from portlm.flows.lab.kneser_ney import KneserNey
 from portlm.models import Config
 from portlm.models.gpt2 import GPT2Config
 from portlm.models.recurrent import RecurrentConfig
@@ -82,13 +82,11 @@ class Brackets:
         inputs, targets = rows_of(test, _LENGTH)
         targets = targets.clone()
         targets[:, : _LENGTH // 2] = -100  # the first half of a row has less to go by
-        counted = np.flatnonzero(targets.numpy().ravel() != -100) + 1  # places in the text
-        floor = float(true_bits[counted].mean())
+        asked = np.flatnonzero(targets.numpy().ravel() != -100) + 1  # places in the text
+        floor = float(true_bits[asked].mean())
         figures: dict[str, Any] = {"floor": floor, "curves": {}}
         for order in _ORDERS:
-            model = KneserNey(train, order, VOCAB)
-            bits = -np.log2(model.probabilities(test))[counted - order + 1]
-            figures[f"kn{order}"] = float(bits.mean())
+            figures[f"kn{order}"] = float(bits_of(counted(train, order, VOCAB), test)[asked].mean())
         for name, config in _MODELS.items():
             tell(name)
             network = fresh(config, seed)

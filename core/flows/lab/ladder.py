@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from portlm.data.python_topics import python_topics
+from portlm.flows.lab.counted import bits_of, counted
 from portlm.flows.lab.experiment import Bar
 from portlm.flows.lab.fitting import (
     bits_per_token,
@@ -28,7 +29,6 @@ from portlm.flows.lab.fitting import (
     seeded,
     windows,
 )
-from portlm.flows.lab.kneser_ney import KneserNey
 from portlm.models import Config
 from portlm.models.gpt2 import GPT2Config
 from portlm.models.llama import LlamaConfig
@@ -84,8 +84,9 @@ class Ladder:
             "curves": {},
         }
         for order in _ORDERS:
-            probabilities = KneserNey(train, order, _VOCAB).probabilities(test)
-            figures[f"kn{order}"] = float(-np.log2(probabilities[max(_ORDERS) - order :]).mean())
+            figures[f"kn{order}"] = float(
+                bits_of(counted(train, order, _VOCAB), test)[max(_ORDERS) - 1 :].mean()
+            )
         for name, (config, lr) in _MODELS.items():
             tell(name)
             model = fresh(config, seed)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from portlm.flows.lab.counted import counted
 from portlm.flows.lab.experiment import Bar
 from portlm.flows.lab.fitting import fit, fresh, named, seeded, windows
-from portlm.flows.lab.kneser_ney import KneserNey
 from portlm.models import Config, Model
 from portlm.models.nplm import NPLMConfig
 from portlm.models.recurrent import RecurrentConfig
@@ -95,12 +95,9 @@ class UnseenPairs:
         facts = Facts(generator)
         text = facts.text(generator, _SENTENCES)
         questions, classes = facts.questions()
-        counted = KneserNey(text, 5, VOCAB)
         # Its order asks for four tokens of history, and a sentence is over before it: another fact's last name.
         histories = np.concatenate([text[2 : 4 * NAMES : 4, None], questions], axis=1)
-        figures: dict[str, Any] = {
-            "kn5": _right(np.stack([counted.next_probabilities(h) for h in histories]), classes)
-        }
+        figures: dict[str, Any] = {"kn5": _right(_ask(counted(text, 5, VOCAB), histories), classes)}
         for name, (config, lr) in _MODELS.items():
             model = fresh(config, seed)
             fit(
