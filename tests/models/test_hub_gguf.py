@@ -398,7 +398,9 @@ def test_a_window_of_phi_is_read_though_llama_cpp_does_not_compute_it(written, t
 def test_one_set_of_long_factors_is_refused(written, tmp_path):
     factors = {"rope_factors_long.weight": np.ones(3)}
     changed(written["phi3"] / "model.gguf", tmp_path / "bad.gguf", None, factors)
-    with pytest.raises(FormatError, match=r"rope_factors_long\.weight stretch positions, and not as Phi-3 does"):
+    with pytest.raises(
+        FormatError, match=r"rope_factors_long\.weight stretch positions, and not as Phi-3 does"
+    ):
         import_gguf(tmp_path / "bad.gguf", tmp_path / "out")
 
 
