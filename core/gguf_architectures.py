@@ -28,11 +28,13 @@ class Turn:
         there: Into a GGUF file.
         back: Out of one.
         computes: Whether numbers become others, for which those of 16 bits are widened first, and not only their order.
+        transposes: Whether rows become columns.
     """
 
     there: Callable[[Array, Any], Array]
     back: Callable[[Array, Any], Array]
     computes: bool = False
+    transposes: bool = False
 
 
 def neighbours(matrix: Array, heads: int) -> Array:
@@ -69,7 +71,7 @@ def _turned(tensor: Array, _: Any) -> Array:
     return tensor.T if tensor.ndim == 2 else tensor
 
 
-_MATRIX = Turn(_turned, _turned)  # GPT-2's Conv1D keeps its matrices (in, out)
+_MATRIX = Turn(_turned, _turned, transposes=True)  # GPT-2's Conv1D keeps its matrices (in, out)
 _QUERY = Turn(lambda x, c: neighbours(x, c.n_head), lambda x, c: halves(x, c.n_head))
 _KEY = Turn(lambda x, c: neighbours(x, kv_heads(c)), lambda x, c: halves(x, kv_heads(c)))
 _JOINT = Turn(lambda x, c: apart(x, c.n_head), lambda x, c: in_turn(x, c.n_head))

@@ -33,6 +33,7 @@ from portlm.gguf_tokenizer import read_tokenizer, tokenizer_entries
 from portlm.gguf_writer import write_gguf
 from portlm.hub import Transfer, check_files, count_parameters, new_result
 from portlm.hub_files import TOKENIZER
+from portlm.kept_scales import BITS, save_scales, scales_in
 from portlm.models import (
     WEIGHTS,
     at_context,
@@ -54,7 +55,10 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # general.file_type
 
 
 def import_gguf(
-    src: str | os.PathLike[str], out: str | os.PathLike[str], context: int | None = None
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    context: int | None = None,
+    keep_integers: bool = False,
 ) -> Transfer:
     """Turn a GGUF file into a portlm checkpoint.
 
@@ -62,6 +66,8 @@ def import_gguf(
         src: The file, of an architecture that portlm has (:data:`portlm.gguf_architectures.ARCHITECTURES`).
         out: The folder to create. It appears when everything is in it.
         context: How many of its positions are used, where that decides what is computed (longrope).
+        keep_integers: Keep the scales of matrices in Q4_0 and Q8_0 beside the weights, so that an export of int4 or
+            int8 has the file's own numbers (portlm.kept_scales).
 
     Raises:
         FormatError: The file is missing, damaged, or describes a model that portlm does not compute.
@@ -80,6 +86,8 @@ def import_gguf(
         notes.append(f"weights in {', '.join(quantized)} were widened to float32")
     with new_result(out) as folder:
         save_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+        if keep_integers:
+            _keep_scales(folder, tensors.scales(), notes)
         write_config(folder, config)
         _write_tokenizer(file, folder, config.vocab_size, notes)
         _write_template(file, folder, notes)
@@ -154,11 +162,43 @@ class _Tensors(Mapping[str, "np.ndarray | torch.Tensor"]):
         turned = halves if turn is None else turn.back(halves, self._config)
         return torch.from_numpy(np.array(turned)).view(torch.bfloat16)
 
+    def scales(self) -> dict[str, tuple[str, np.ndarray]]:
+        """Return of each matrix that has such blocks their kind and their scales (N, G), in the order of its rows.
+
+        Raises:
+            FormatError: A scale is not finite.
+        """
+        found = {}
+        for name, (place, turn) in self._places.items():
+            tensor = self._file.tensors[place]
+            if tensor.kind not in BITS or len(tensor.shape) != 2:
+                continue
+            try:
+                scales = scales_in(self._file.raw(place), tensor.kind, tensor.shape)
+            except FormatError as error:
+                raise FormatError(f"{self._file.path}: in the tensor {shown(place)} {error}") from error
+            if turn is not None and not turn.transposes:  # rows move with their scales
+                scales = turn.back(scales, self._config)
+            found[name] = tensor.kind, np.ascontiguousarray(scales)
+        return found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _keep_scales(folder: Path, scales: Mapping[str, tuple[str, np.ndarray]], notes: list[str]) -> None:
+    """Write the scales beside the weights, if there are any."""
+    if not scales:
+        raise UsageError(f"the file has no matrix in {' or '.join(BITS)}: leave --keep-integers out")
+    kinds = {name: kind for name, (kind, _) in scales.items()}
+    save_scales(folder, {name: scale for name, (_, scale) in scales.items()}, kinds)
+    exact = "int4 or int8" if set(kinds.values()) == {"Q4_0"} else "int8"
+    notes.append(
+        f"the scales of {len(scales)} matrices were kept: export --quantize {exact} has the file's own numbers"
+    )
 
 
 def _write_tokenizer(file: GgufFile, folder: Path, vocab_size: int, notes: list[str]) -> None:

@@ -15,8 +15,12 @@ import click
     "--context", type=int, metavar="N",
     help="Positions to use, where rotary positions depend on how many there are (longrope).",
 )  # fmt: skip
+@click.option(
+    "--keep-integers", is_flag=True,
+    help="Of a GGUF file in Q4_0 or Q8_0: keep the scales, so that export --quantize has the file's own numbers.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
-def command(source: Path, out: Path, context: int | None, as_json: bool) -> None:
+def command(source: Path, out: Path, context: int | None, keep_integers: bool, as_json: bool) -> None:
     """Import the model in SOURCE, of a family that portlm has, into the checkpoint folder OUT.
 
     SOURCE is a Hugging Face folder, of which safetensors, config.json and tokenizer.json are read, a GGUF file, or a
@@ -28,6 +32,10 @@ def command(source: Path, out: Path, context: int | None, as_json: bool) -> None
     from portlm.hub_gguf import SUFFIX, import_gguf
     from portlm.hub_word2vec import SUFFIXES, import_word2vec
 
+    if keep_integers and source.suffix != SUFFIX:
+        raise UsageError(
+            f"--keep-integers is for {SUFFIX} files, whose weights may be whole numbers: leave it out"
+        )
     if source.suffix in SUFFIXES and not source.is_dir():
         if context is not None:
             raise UsageError(
@@ -36,7 +44,9 @@ def command(source: Path, out: Path, context: int | None, as_json: bool) -> None
         done = import_word2vec(source, out)
     else:
         done = (
-            import_gguf(source, out, context) if source.suffix == SUFFIX else import_hf(source, out, context)
+            import_gguf(source, out, context, keep_integers)
+            if source.suffix == SUFFIX
+            else import_hf(source, out, context)
         )
     for note in done.notes:
         click.echo(f"import: {note}", err=True)
