@@ -53,6 +53,7 @@ from portlm.compile.halves import (
     rounding,
 )
 from portlm.compile.isolated import graph_of, weights_of
+from portlm.compile.kept import kept_group, kept_numbers
 from portlm.compile.mapped import MappedFile
 from portlm.compile.quantize import Prepare, Quantizer, RoundToNearest, Scheme, scheme_of
 from portlm.compile.role_graphs import (
@@ -134,7 +135,8 @@ def export(
             compile/halves.py.
         quantize: "int8" or "int4" for matrices and the token table in so many bits, see compile/quantize.py. The
             artifact then holds no model.safetensors.
-        group: how many weights share a scale: 32, 64 or 128, which must divide the inputs of every matrix.
+        group: how many weights share a scale: 32, 64 or 128, which must divide the inputs of every matrix. A checkpoint
+            that kept the scales of its numbers (portlm.kept_scales) is cut as they are, into the same numbers.
         asymmetric: each group has a zero point, too.
         calibrate: a text file that is like what the model will read: weights are then rounded so that what they give on
             its first nine tenths changes least, see compile/calibrate.py.
@@ -154,6 +156,7 @@ def export(
     check_profiles(profiles)
     check_weights(weights, quantize)
     check_cache(cache)
+    group = kept_group(source, quantize, group, asymmetric or calibrate is not None)
     scheme = scheme_of(quantize, group, asymmetric)
     check_target(source, target)
     check_is_folder(source)
@@ -170,6 +173,8 @@ def export(
     rounds = weights in KINDS and not is_rounded(source / WEIGHTS, weights)
     tokenizer = Tokenizer.load(source) if calibrate is not None and (source / TOKENIZER).is_file() else None
     prepare = _preparation(scheme, calibrate, tokenizer, load_config(source).vocab_size, cache)
+    if calibrate is None:
+        prepare = kept_numbers(source, scheme) or prepare
     if scheme is not None:
         copied.remove(WEIGHTS)
     size = sum((source / name).stat().st_size for name in copied)

@@ -39,6 +39,7 @@ VERBS = {
     "analogy": ("analogy", "Complete an analogy of words by their vectors."),
     "keywords": ("keywords", "List the words that say what a text is about."),
     "classify": ("classify", "Say which label a text has."),
+    "choose": ("choose", "Say which of several answers goes with a context."),
     "tag": ("tag", "Label each word of a text."),
     "span": ("span", "Find the part of a text that answers a question."),
     "fill": ("fill", "Guess what a mask in a text stands for."),

@@ -28,11 +28,13 @@ class Turn:
         there: Into a GGUF file.
         back: Out of one.
         computes: Whether numbers become others, for which those of 16 bits are widened first, and not only their order.
+        transposes: Whether rows become columns.
     """
 
     there: Callable[[Array, Any], Array]
     back: Callable[[Array, Any], Array]
     computes: bool = False
+    transposes: bool = False
 
 
 def neighbours(matrix: Array, heads: int) -> Array:
@@ -69,7 +71,7 @@ def _turned(tensor: Array, _: Any) -> Array:
     return tensor.T if tensor.ndim == 2 else tensor
 
 
-_MATRIX = Turn(_turned, _turned)  # GPT-2's Conv1D keeps its matrices (in, out)
+_MATRIX = Turn(_turned, _turned, transposes=True)  # GPT-2's Conv1D keeps its matrices (in, out)
 _QUERY = Turn(lambda x, c: neighbours(x, c.n_head), lambda x, c: halves(x, c.n_head))
 _KEY = Turn(lambda x, c: neighbours(x, kv_heads(c)), lambda x, c: halves(x, kv_heads(c)))
 _JOINT = Turn(lambda x, c: apart(x, c.n_head), lambda x, c: in_turn(x, c.n_head))
@@ -116,6 +118,7 @@ def _unwritten(what: str) -> UsageError:
     return UsageError(f"llama.cpp: no GGUF is written for {what}")
 
 
+_ORIGINAL_CONTEXT, _ATTENTION_FACTOR = "rope.scaling.original_context_length", "rope.scaling.attn_factor"
 _WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 
 
@@ -152,6 +155,9 @@ def _rotary_entries(config: Any) -> dict[str, Any]:
     entries, scaling = {"rope.dimension_count": config.rotary_dim}, config.rope_scaling
     if scaling is None or scaling.kind == "llama3":  # that lies in a tensor
         return entries
+    if scaling.kind == "longrope":  # whose factors lie in tensors
+        original = scaling.original_max_position_embeddings
+        return entries | {_ORIGINAL_CONTEXT: original, _ATTENTION_FACTOR: float(scaling.size)}
     if scaling.kind != "linear":
         raise _unwritten(f"rotary positions that are stretched by {scaling.kind}")
     return entries | {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
@@ -192,11 +198,11 @@ def _stablelm_keys(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phi3_keys(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return the same for Phi-3, whose windows portlm does not compute."""
+    """Return the same for Phi-3, with its window; what stretches its positions lies in tensors."""
+    keys = _partly_rotated(entries) | _scaling(entries)
+    original = entries.get(_ORIGINAL_CONTEXT, entries["context_length"])
     window = entries.get("attention.sliding_window", 0)
-    if 0 < window < entries["context_length"]:
-        raise FormatError(f"has a sliding window of {window} positions, which portlm does not compute")
-    return _partly_rotated(entries) | _scaling(entries)
+    return keys | {"sliding_window": window or None, "original_max_position_embeddings": original}
 
 
 def _smollm3_entries(config: Any) -> dict[str, Any]:
@@ -397,10 +403,10 @@ ARCHITECTURES = {
         },
         optional=_LLAMA.optional
         - {"rope.dimension_count"}
-        | {"attention.sliding_window", "rope.scaling.original_context_length"},
-        used=frozenset((*_WIDTHS, "attention.sliding_window", "rope.scaling.original_context_length")),
+        | {"attention.sliding_window", _ORIGINAL_CONTEXT, _ATTENTION_FACTOR},
+        used=frozenset((*_WIDTHS, "attention.sliding_window", _ORIGINAL_CONTEXT, _ATTENTION_FACTOR)),
         derived=_phi3_keys,
-        extra=lambda config: _head_entries(config) | {"attention.sliding_window": 0},
+        extra=lambda config: _grouped_entries(config) | {"attention.sliding_window": 0},
     ),
     "stablelm": _after_llama(
         "stablelm",

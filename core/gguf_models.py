@@ -17,7 +17,9 @@ from portlm.errors import FormatError, UsageError
 from portlm.files import shown
 from portlm.gguf_architectures import ARCHITECTURES, Architecture, Array, Turn, kv_heads
 
-ROTARY_FACTORS = "rope_freqs.weight"
+_ROTARY_FACTORS = "rope_freqs.weight"
+_LONG_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+ROTARY_TENSORS = (_ROTARY_FACTORS, *_LONG_FACTORS.values())  # what stretches positions, and is no parameter
 _OUTPUT = "output.weight"
 # Entries that say that nothing unusual is done.
 _NOTHING = {
@@ -28,25 +30,64 @@ _NOTHING = {
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def rotary_factors(width: int, theta: float, scaling: Any) -> Array:
-    """Return how many times more slowly each pair of a head turns (D/2,), as llama.cpp keeps Llama 3.1's positions."""
+def rotary_tensors(config: Any) -> dict[str, Array]:
+    """Return the tensors in which llama.cpp keeps how a configuration stretches positions, each (R/2,) float32.
+
+    They hold how many times more slowly each pair of a head turns: LLaMA 3.1's in one, LongRoPE's in two, of which
+    llama.cpp takes the long ones if it is opened with more than the original context.
+    """
+    scaling = getattr(config, "rope_scaling", None)
+    if scaling is None or scaling.kind not in ("llama3", "longrope"):
+        return {}
+    if scaling.kind == "llama3":
+        return {_ROTARY_FACTORS: _llama3_factors(config.head_dim, config.rope_theta, scaling)}
+    return {tensor: np.array(getattr(scaling, key), np.float32) for key, tensor in _LONG_FACTORS.items()}
+
+
+def rotary_scaling(
+    tensors: Mapping[str, Array], data: Mapping[str, Any], attention_factor: float
+) -> dict[str, Any] | None:
+    """Return rope_scaling of config.json for the tensors that stretch positions; None where there are none.
+
+    Args:
+        tensors: Those of ROTARY_TENSORS that the file has.
+        data: The config.json so far.
+        attention_factor: Of LongRoPE.
+
+    Raises:
+        ValueError: They do not stretch positions as a published model does.
+    """
+    if not tensors:
+        return None
+    width = data.get("head_dim") or data["hidden_size"] // max(data["num_attention_heads"], 1)
+    if tensors.keys() == {_ROTARY_FACTORS}:
+        return _llama3(tensors[_ROTARY_FACTORS], width, data.get("rope_theta", 10000.0))
+    if tensors.keys() != {*_LONG_FACTORS.values()} or data["model_type"] != "phi3":
+        raise ValueError(f"{', '.join(tensors)} stretch positions, and not as Phi-3 does")
+    lists = {
+        key: [_short(float(x)) for x in tensors[tensor].ravel()] for key, tensor in _LONG_FACTORS.items()
+    }
+    return {"rope_type": "longrope", "attention_factor": attention_factor} | lists
+
+
+def _llama3_factors(width: int, theta: float, scaling: Any) -> Array:
     import torch
 
     plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     return (plain / scaling.slowed(plain, theta)).float().numpy()
 
 
-def rotary_scaling(factors: Array, width: int, theta: float) -> dict[str, Any] | None:
-    """Return the published scaling of Llama 3.1 or 3.2 that has these factors, as rope_scaling of config.json."""
+def _llama3(factors: Array, width: int, theta: float) -> dict[str, Any]:
+    """The published scaling of Llama 3.1 or 3.2 that has these factors."""
     from portlm.models.rope import Llama3
 
     for factor in (8.0, 32.0):
         scaling = Llama3(factor, 1.0, 4.0, 8192)
         if factors.shape == (width // 2,) and np.allclose(
-            factors, rotary_factors(width, theta, scaling), rtol=1e-4
+            factors, _llama3_factors(width, theta, scaling), rtol=1e-4
         ):
             return scaling.to_hf()
-    return None
+    raise ValueError(f"{_ROTARY_FACTORS} stretches positions, and not as Llama 3.1 or 3.2 do")
 
 
 def architecture_of(family: str) -> Architecture:

@@ -79,13 +79,16 @@ class Transfer:
     notes: tuple[str, ...]
 
 
-def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Transfer:
+def import_hf(
+    src: str | os.PathLike[str], out: str | os.PathLike[str], context: int | None = None
+) -> Transfer:
     """Turn a Hugging Face folder into a portlm checkpoint. Weights of 16 bits stay so, to be widened as they are used.
 
     Args:
         src: A folder with config.json and either model.safetensors or shards with their index, and usually
             tokenizer.json, tokenizer_config.json and generation_config.json.
         out: The folder to create. It appears when everything is in it.
+        context: How many of its positions are used, where that decides what is computed (longrope).
 
     Raises:
         FormatError: A file is missing, damaged, a pickle, or describes a model portlm does not compute.
@@ -94,7 +97,7 @@ def import_hf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Trans
     """
     src, out, notes = Path(src), Path(out), list[str]()
     check_files(src)
-    config = _with_stored_heads(src, load_config(src, notes), notes)
+    config = _with_stored_heads(src, load_config(src, notes, context), notes)
     shapes = expected_shapes(config)
     tensors = _parameters(src, config, shapes, notes)
     _check_tensors(src, tensors, shapes, notes)

@@ -20,36 +20,54 @@ from portlm.files import shown, write_atomic
 from portlm.gguf_architectures import Turn
 from portlm.gguf_file import GgufFile
 from portlm.gguf_models import (
-    ROTARY_FACTORS,
+    ROTARY_TENSORS,
     architecture_of,
     gguf_name,
     gguf_settings,
     hf_config,
     hf_names,
-    rotary_factors,
     rotary_scaling,
+    rotary_tensors,
 )
 from portlm.gguf_tokenizer import read_tokenizer, tokenizer_entries
 from portlm.gguf_writer import write_gguf
 from portlm.hub import Transfer, check_files, count_parameters, new_result
 from portlm.hub_files import TOKENIZER
-from portlm.models import WEIGHTS, check_tensors, config_from_hf, expected_shapes, load_config, write_config
+from portlm.kept_scales import BITS, save_scales, scales_in
+from portlm.models import (
+    WEIGHTS,
+    at_context,
+    check_tensors,
+    config_from_hf,
+    expected_shapes,
+    load_config,
+    write_config,
+)
 from portlm.weights import TensorInfo, load_numpy, read_header, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
 SUFFIX = ".gguf"
+_ATTENTION_FACTOR = "rope.scaling.attn_factor"  # of LongRoPE
 _KEPT = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # all others become float32
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # general.file_type
 
 
-def import_gguf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Transfer:
+def import_gguf(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    context: int | None = None,
+    keep_integers: bool = False,
+) -> Transfer:
     """Turn a GGUF file into a portlm checkpoint.
 
     Args:
         src: The file, of an architecture that portlm has (:data:`portlm.gguf_architectures.ARCHITECTURES`).
         out: The folder to create. It appears when everything is in it.
+        context: How many of its positions are used, where that decides what is computed (longrope).
+        keep_integers: Keep the scales of matrices in Q4_0 and Q8_0 beside the weights, so that an export of int4 or
+            int8 has the file's own numbers (portlm.kept_scales).
 
     Raises:
         FormatError: The file is missing, damaged, or describes a model that portlm does not compute.
@@ -58,8 +76,8 @@ def import_gguf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Tra
     """
     src, out, notes = Path(src), Path(out), list[str]()
     file = GgufFile.open(src)
-    config = _config(file, notes)
-    tensors_of_model = {name: tensor for name, tensor in file.tensors.items() if name != ROTARY_FACTORS}
+    config = _config(file, notes, context)
+    tensors_of_model = {name: tensor for name, tensor in file.tensors.items() if name not in ROTARY_TENSORS}
     names = hf_names(tensors_of_model, config.family, src)
     tensors = _Tensors(file, names, config)
     shapes = expected_shapes(config)
@@ -68,23 +86,26 @@ def import_gguf(src: str | os.PathLike[str], out: str | os.PathLike[str]) -> Tra
         notes.append(f"weights in {', '.join(quantized)} were widened to float32")
     with new_result(out) as folder:
         save_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+        if keep_integers:
+            _keep_scales(folder, tensors.scales(), notes)
         write_config(folder, config)
         _write_tokenizer(file, folder, config.vocab_size, notes)
         _write_template(file, folder, notes)
     return Transfer(out, config.family, count_parameters(shapes), tuple(notes))
 
 
-def _config(file: GgufFile, notes: list[str]) -> Any:
+def _config(file: GgufFile, notes: list[str], context: int | None) -> Any:
     """Return the configuration that the metadata stands for, with the tokens that begin and end a text."""
     data = hf_config(file.entries, file.tensors, file.path)
-    if ROTARY_FACTORS in file.tensors:
-        width = data.get("head_dim") or data["hidden_size"] // max(data["num_attention_heads"], 1)
-        scaling = rotary_scaling(file.numbers(ROTARY_FACTORS), width, data.get("rope_theta", 10000.0))
-        if scaling is None or "rope_scaling" in data:
-            raise FormatError(
-                f"{file.path}: {ROTARY_FACTORS} stretches positions, and not as Llama 3.1 or 3.2 do"
-            )
-        data["rope_scaling"] = scaling
+    factors = {name: file.numbers(name) for name in ROTARY_TENSORS if name in file.tensors}
+    try:
+        size = float(file.entries.get(f"{file.entries['general.architecture']}.{_ATTENTION_FACTOR}", 1.0))
+        if (scaling := rotary_scaling(factors, data, size)) is not None:
+            if "rope_scaling" in data:
+                raise ValueError(f"{next(iter(factors))} stretches positions, and so does rope.scaling.type")
+            data["rope_scaling"] = scaling
+    except ValueError as error:
+        raise FormatError(f"{file.path}: {error}") from error
     ids = {
         name: file.entries.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
     }
@@ -98,7 +119,7 @@ def _config(file: GgufFile, notes: list[str]) -> Any:
     data |= {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"]}
     data["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     try:
-        return config_from_hf(data)
+        return config_from_hf(data if context is None else at_context(data, context))
     except ConfigError as error:
         raise FormatError(
             f"{file.path}: what its metadata says, in the words of config.json: {error}"
@@ -141,11 +162,43 @@ class _Tensors(Mapping[str, "np.ndarray | torch.Tensor"]):
         turned = halves if turn is None else turn.back(halves, self._config)
         return torch.from_numpy(np.array(turned)).view(torch.bfloat16)
 
+    def scales(self) -> dict[str, tuple[str, np.ndarray]]:
+        """Return of each matrix that has such blocks their kind and their scales (N, G), in the order of its rows.
+
+        Raises:
+            FormatError: A scale is not finite.
+        """
+        found = {}
+        for name, (place, turn) in self._places.items():
+            tensor = self._file.tensors[place]
+            if tensor.kind not in BITS or len(tensor.shape) != 2:
+                continue
+            try:
+                scales = scales_in(self._file.raw(place), tensor.kind, tensor.shape)
+            except FormatError as error:
+                raise FormatError(f"{self._file.path}: in the tensor {shown(place)} {error}") from error
+            if turn is not None and not turn.transposes:  # rows move with their scales
+                scales = turn.back(scales, self._config)
+            found[name] = tensor.kind, np.ascontiguousarray(scales)
+        return found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _keep_scales(folder: Path, scales: Mapping[str, tuple[str, np.ndarray]], notes: list[str]) -> None:
+    """Write the scales beside the weights, if there are any."""
+    if not scales:
+        raise UsageError(f"the file has no matrix in {' or '.join(BITS)}: leave --keep-integers out")
+    kinds = {name: kind for name, (kind, _) in scales.items()}
+    save_scales(folder, {name: scale for name, (_, scale) in scales.items()}, kinds)
+    exact = "int4 or int8" if set(kinds.values()) == {"Q4_0"} else "int8"
+    notes.append(
+        f"the scales of {len(scales)} matrices were kept: export --quantize {exact} has the file's own numbers"
+    )
 
 
 def _write_tokenizer(file: GgufFile, folder: Path, vocab_size: int, notes: list[str]) -> None:
@@ -213,14 +266,11 @@ def export_gguf(
             values = (values.astype("<u4") << 16).view("<f4") if bits else values.astype("<f4", copy=False)
         return values if turn is None else turn.there(values, config)
 
-    scaling = getattr(config, "rope_scaling", None)
-    factors = (
-        rotary_factors(config.head_dim, config.rope_theta, scaling) if scaling is not None else np.empty(0)
-    )
+    factors = rotary_tensors(config)
 
     def content(target: str) -> bytes:
-        if target == ROTARY_FACTORS:
-            return factors.astype("<f4").tobytes()
+        if target in factors:
+            return factors[target].astype("<f4").tobytes()
         return turned(places[target]).tobytes()
 
     kinds = {kind_of(name) for name in header}
@@ -234,12 +284,30 @@ def export_gguf(
     if words is not None and (template := _template_of(checkpoint)) is not None:
         entries["tokenizer.chat_template"] = template
     tensors = {target: (kind_of(name), turned(name).shape) for target, name in places.items()}
-    if scaling is not None and scaling.kind == "llama3":
-        if rotary_scaling(factors, config.head_dim, config.rope_theta) != scaling.to_hf():
-            notes.append("positions are stretched in a way that portlm does not read back from the file")
-        tensors[ROTARY_FACTORS] = "F32", factors.shape
+    _note_rotation(config, factors, notes)
+    tensors |= {name: ("F32", values.shape) for name, values in factors.items()}
     write_gguf(out, entries, tensors, content)
     return Transfer(out, config.family, count_parameters(shapes), tuple(notes))
+
+
+def _note_rotation(config: Any, factors: Mapping[str, np.ndarray], notes: list[str]) -> None:
+    """Note what becomes of positions that are stretched by tensors."""
+    if not factors:
+        return
+    scaling, said = config.rope_scaling, config.to_hf()
+    if scaling.kind == "longrope":
+        here = "long" if scaling.is_long(config.context_length) else "short"
+        notes.append(
+            f"positions: {here} factors here; llama.cpp takes the long ones if it is opened with a context of more "
+            f"than {scaling.original_max_position_embeddings} tokens, and the short ones otherwise"
+        )
+        return
+    try:
+        same = rotary_scaling(factors, said, 1.0) == scaling.to_hf()
+    except ValueError:
+        same = False
+    if not same:
+        notes.append("positions are stretched in a way that portlm does not read back from the file")
 
 
 def _token_ids(said: Mapping[str, Any]) -> dict[str, Any]:

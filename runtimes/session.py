@@ -17,11 +17,11 @@ from portlm.engine import Engine, Placement, goes_back
 from portlm.errors import ContextLengthError, PortlmError, UsageError
 from portlm.ops.token_scores import token_scores
 from portlm.rows import Rows, pad
+from portlm.runtimes.choosing import Choosing
 from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
 from portlm.runtimes.drafting import Lookup, NewDrafter, SmallModel
 from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.prompts import Ids, Prompt, one_or_several, token_ids
-from portlm.runtimes.reading import Reading
 from portlm.runtimes.results import Generation, Score, Stats
 from portlm.runtimes.scheduler import PATIENCE, Scheduler
 from portlm.runtimes.speculation import MOST, MOST_GUESSED, Speculation
@@ -55,7 +55,7 @@ class TextCoder(Protocol):
         ...
 
 
-class Session(Translates, Reading, Words):
+class Session(Translates, Choosing, Words):
     """A model on an engine, with its tokenizer.
 
     Use it as a context manager, or call close(), to free the device early.

@@ -360,8 +360,9 @@ def map_weights(
         panels: float32 matrices, likewise. They and matrices of 16 bits are read and not mapped: what is read is let
             go of again.
     """
-    # Copy on write, because DLPack cannot say "read only"; nobody writes, so every page stays the file's.
-    data = np.memmap(path, dtype=np.uint8, mode="c")
+    # Copy on write, because DLPack cannot say "read only"; nobody writes, so every page stays the file's. The file of
+    # a role without weights is empty and cannot be mapped.
+    data = np.memmap(path, dtype=np.uint8, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
 
     def mapped(weight: Weight) -> np.ndarray:
         part = data[weight.offset : weight.offset + weight.nbytes]

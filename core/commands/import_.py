@@ -15,8 +15,18 @@ import click
     "--tokenizer", type=click.Path(path_type=Path),
     help="tokenizer.json, or a folder with one, whose tokens the words of an ARPA file are.",
 )  # fmt: skip
+@click.option(
+    "--context", type=int, metavar="N",
+    help="Positions to use, where rotary positions depend on how many there are (longrope).",
+)  # fmt: skip
+@click.option(
+    "--keep-integers", is_flag=True,
+    help="Of a GGUF file in Q4_0 or Q8_0: keep the scales, so that export --quantize has the file's own numbers.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the path.")
-def command(source: Path, out: Path, tokenizer: Path | None, as_json: bool) -> None:
+def command(
+    source: Path, out: Path, tokenizer: Path | None, context: int | None, keep_integers: bool, as_json: bool
+) -> None:
     """Import the model in SOURCE, of a family that portlm has, into the checkpoint folder OUT.
 
     SOURCE is a Hugging Face folder, of which safetensors, config.json and tokenizer.json are read, a GGUF file, a text
@@ -29,14 +39,27 @@ def command(source: Path, out: Path, tokenizer: Path | None, as_json: bool) -> N
     from portlm.hub_gguf import SUFFIX, import_gguf
     from portlm.hub_word2vec import SUFFIXES, import_word2vec
 
-    if source.name.endswith(hub_arpa.SUFFIXES) and not source.is_dir():
-        done = hub_arpa.import_arpa(source, out, tokenizer)
-    elif tokenizer is not None:
+    arpa, vectors = (
+        source.name.endswith(suffixes) and not source.is_dir() for suffixes in (hub_arpa.SUFFIXES, tuple(SUFFIXES))
+    )
+    if tokenizer is not None and not arpa:
         raise UsageError("--tokenizer says what the words of an ARPA file are: leave it out")
-    elif source.suffix in SUFFIXES and not source.is_dir():
+    if keep_integers and source.suffix != SUFFIX:
+        raise UsageError(
+            f"--keep-integers is for {SUFFIX} files, whose weights may be whole numbers: leave it out"
+        )
+    if context is not None and (arpa or vectors):
+        raise UsageError("--context is for models with rotary positions, and this one has none: leave it out")
+    if arpa:
+        done = hub_arpa.import_arpa(source, out, tokenizer)
+    elif vectors:
         done = import_word2vec(source, out)
     else:
-        done = import_gguf(source, out) if source.suffix == SUFFIX else import_hf(source, out)
+        done = (
+            import_gguf(source, out, context, keep_integers)
+            if source.suffix == SUFFIX
+            else import_hf(source, out, context)
+        )
     for note in done.notes:
         click.echo(f"import: {note}", err=True)
     click.echo(json.dumps({"path": str(out), "notes": done.notes}) if as_json else out)

@@ -29,10 +29,40 @@ class Packed(NamedTuple):
     texts: np.ndarray
     positions: np.ndarray
 
-    def bias(self) -> np.ndarray:
-        """Return what attention adds to scores so that each token sees its own text alone, (B, 1, T, T) float32."""
-        same = self.texts[:, :, None] == self.texts[:, None, :]
-        return np.where(same, 0.0, HIDDEN).astype(np.float32)[:, None]
+    def bias(self, causal: bool = False) -> np.ndarray:
+        """Return what attention adds to scores so that each token sees its own text alone, (B, 1, T, T) float32.
+
+        Args:
+            causal: Hide what comes later, too.
+        """
+        seen = self.texts[:, :, None] == self.texts[:, None, :]
+        seen = np.tril(seen) if causal else seen
+        return np.where(seen, np.float32(0), np.float32(HIDDEN))[:, None]
+
+
+def first_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Return which texts share a row, the longest first and each in the first row that has room.
+
+    Args:
+        lengths: Tokens of each text, 1 to T.
+        length: T.
+    """
+    rows: list[list[int]] = []
+    leaves = 1 << max(len(lengths) - 1, 0).bit_length()
+    room = [length] * (
+        2 * leaves
+    )  # a tree: the most room among the rows below each node, which are its leaves
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        node = 1
+        while node < leaves:
+            node = 2 * node if room[2 * node] >= lengths[number] else 2 * node + 1
+        if node - leaves == len(rows):
+            rows.append([])
+        rows[node - leaves].append(number)
+        room[node] -= lengths[number]
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return rows
 
 
 def pack(texts: Sequence[Sequence[int]], length: int, fill: int) -> Packed:
@@ -51,15 +81,7 @@ def pack(texts: Sequence[Sequence[int]], length: int, fill: int) -> Packed:
         raise UsageError(
             f"each text must have 1 to {length} tokens to be packed, got {sorted({*lengths})[:8] or 'no text'}"
         )
-    rows: list[list[int]] = []  # texts of each
-    room: list[int] = []
-    for number in sorted(range(len(texts)), key=lambda i: -lengths[i]):
-        row = next((row for row, left in enumerate(room) if left >= lengths[number]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(length)
-        rows[row].append(number)
-        room[row] -= lengths[number]
+    rows = first_fit(lengths, length)
     shape = len(rows), length
     found = Packed(np.full(shape, fill, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64))
     for row, numbers in enumerate(rows):

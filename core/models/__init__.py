@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from portlm.errors import ConfigError, FormatError, StorageError
+from portlm.errors import ConfigError, FormatError, StorageError, UsageError
 from portlm.files import read_json, shown, write_atomic
 from portlm.models.config_json import Reader
 from portlm.models.families import DECODERS as DECODERS
@@ -99,22 +99,44 @@ def build(config: Config | Mapping[str, Any], device: "str | torch.device" = "cp
     return model
 
 
-def load_config(folder: str | os.PathLike[str], notes: list[str] | None = None) -> Config:
+def at_context(data: Mapping[str, Any], context: int) -> Mapping[str, Any]:
+    """Return the contents of a config.json of which so many positions are used, for a family that has a choice.
+
+    Raises:
+        UsageError: What the family computes does not depend on it.
+        ConfigError: There are not so many positions.
+    """
+    family = data.get("model_type")
+    kind = FAMILIES[family].config_class() if isinstance(family, str) and family in FAMILIES else None
+    if not hasattr(kind, "at_context"):
+        raise UsageError(
+            f"a context is chosen where rotary positions depend on it (longrope), and not of {shown(family)}: leave "
+            "--context out"
+        )
+    changed: Mapping[str, Any] = kind.at_context(data, context)
+    return changed
+
+
+def load_config(
+    folder: str | os.PathLike[str], notes: list[str] | None = None, context: int | None = None
+) -> Config:
     """Read config.json of a checkpoint folder.
 
     Args:
         folder: Where it lies.
         notes: Takes a sentence for each value that the configuration does not keep.
+        context: How many of its positions are used, where that decides what is computed.
 
     Raises:
+        UsageError: A context is chosen where it decides nothing.
         FormatError: It is missing, no JSON, or not a model portlm computes.
     """
     path = Path(folder) / CONFIG
     data = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
     if not isinstance(data, dict):
         raise FormatError(f"{path} must hold a JSON object")
-    read = Reader(data)
     try:
+        read = Reader(data if context is None else at_context(data, context))
         config = config_from_hf(read)
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from error

@@ -132,18 +132,33 @@ class Causal(nn.Module):
             return self.rotary_cos[:tokens], self.rotary_sin[:tokens]
         return embedding(position_ids, self.rotary_cos), embedding(position_ids, self.rotary_sin)
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    @property
+    def packs(self) -> bool:
+        """Whether several texts may share a row, see :meth:`forward`."""
+        return True
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """Return logits (B, T, V), or the mean cross-entropy when targets are given.
 
         Args:
             input_ids: (B, T) int64.
             targets: (B, T) int64, the token that follows each input; -100 where there is none to predict.
+            position_ids: (B, T) int64, the position of each token in its own text; None for 0 to T - 1.
+            bias: (B, 1, T, T), added to the scores of attention in place of hiding what comes later: it hides that, and
+                other texts of the row (portlm.data.packing.Packed). None where a row is one text.
 
         Raises:
             ContextLengthError: T is larger than the context.
+            UsageError: There is a bias, and the attention of this model takes none (``packs``).
         """
         check_length(input_ids.shape[1], self.config.context_length)
-        y, _ = self._decode(input_ids)
+        y, _ = self._decode(input_ids, position_ids, bias)
         return self.logits(y) if targets is None else self.loss(y, targets)
 
     def logits(self, y: Tensor) -> Tensor:
@@ -268,7 +283,10 @@ class Causal(nn.Module):
         mask: Tensor | None = None,
         past: list[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache."""
+        """Embed ids (B, T) and run the blocks; return the normalised output and each layer's new cache.
+
+        The mask is (B, P + T) with a past, and without one a bias (B, 1, T, T).
+        """
         carried = self.carried(input_ids.shape[1], position_ids)
         x, h = self.embed(input_ids, position_ids), None
         presents = []

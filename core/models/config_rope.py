@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from portlm.errors import ConfigError
 from portlm.files import shown
 from portlm.models.config_json import Reader
-from portlm.models.rope import KINDS, Linear, Scaling
+from portlm.models.rope import ALL_KINDS, KINDS, Linear, Scaling
 
 _BLOCKS = ("rope_scaling", "rope_parameters")
+_OLD = {"su": "longrope"}  # what kinds were called once
 _BASE, _SHARE, _ORIGINAL = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
 
 
@@ -92,9 +93,10 @@ def _block(read: Reader, key: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     )
     said = [block[name] for name in ("rope_type", "type") if name in block] or ["default"]
     kind = said[0] if all(name == said[0] for name in said) and isinstance(said[0], str) else ""
+    kind = _OLD.get(kind, kind)
     known = {"rope_type", "type", _BASE, _SHARE}
     if kind in kinds:
-        known |= {field.name for field in dataclasses.fields(KINDS[kind])}
+        known |= {field.name for field in dataclasses.fields(ALL_KINDS[kind])}
     elif kind == "default" and block.get("factor", 1) == 1:
         known |= {"factor"}
     if not isinstance(value, dict | None) or block.keys() - known or kind not in ("default", *kinds):
@@ -110,7 +112,7 @@ def _scaling(key: str, block: dict[str, Any], context_length: int) -> Scaling | 
     name = block.get("rope_type", block.get("type", "default"))
     if name == "default":
         return None
-    kind = KINDS[name]
+    kind = ALL_KINDS[_OLD.get(name, name)]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = {field: block[field] for field in fields if field in block}
     if _ORIGINAL in fields:

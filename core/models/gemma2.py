@@ -265,6 +265,11 @@ class Gemma2(Grouped):
         """Return a layer."""
         return Block(config, Attention(config, **self.bounds(config, layer)))
 
+    @property
+    def packs(self) -> bool:
+        """Not with a soft cap: the attention of which takes no bias."""
+        return not self.config.score_cap
+
     def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return embeddings (B, T, C) times sqrt(C), which is rounded to float32 as transformers has it."""
         return super().embed(input_ids, position_ids) * float(np.float32(self.config.width**0.5))

@@ -25,6 +25,7 @@ from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.causal import Causal, Parts
 from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, drop
+from portlm.models.within import attend_within
 from portlm.ops.attention import attention_qkv
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
@@ -250,10 +251,13 @@ class Attention(nn.Module):
         """Attend from x (B, T, C), within x alone or, given a cache, to its P slots as well."""
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3 C)
-        if past is None:
+        if past is None and mask is None:
             y = attention_qkv(qkv, self.n_head, window=self.window)
             return self.c_proj(y.reshape(B, T, C)), None
         q, k, v = qkv.view(B, T, 3, self.n_head, self.head_dim).unbind(2)  # each (B, T, H, D)
+        if past is None:
+            y = attend_within(q, k, v, mask, window=self.window)
+            return self.c_proj(y.reshape(B, T, C)), None
         y, key, value = cached_attention(q, k, v, *past, mask, window=self.window)
         return self.c_proj(y.reshape(B, T, C)), (key, value)
 

@@ -21,7 +21,7 @@ from portlm.files import shown
 from portlm.models import config_json
 from portlm.models.gpt2 import GPT2
 from portlm.models.layers import KeyValue, Linear
-from portlm.ops.attention import attention
+from portlm.models.within import attend_within
 from portlm.ops.cached_attention import cached_attention
 
 GLOBAL, LOCAL = "global", "local"
@@ -255,7 +255,8 @@ class SelfAttention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if past is None:
-            return self.out_proj(attention(q, k, v, scale=1.0, window=self.window).flatten(2)), None
+            y = attend_within(q, k, v, mask, scale=1.0, window=self.window)
+            return self.out_proj(y.flatten(2)), None
         y, key, value = cached_attention(q, k, v, *past, mask, scale=1.0, window=self.window)
         return self.out_proj(y.flatten(2)), (key, value)
 

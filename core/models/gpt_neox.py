@@ -25,7 +25,7 @@ from portlm.models import config_json, config_rope
 from portlm.models.causal import Causal, Parts
 from portlm.models.layers import KeyValue, LayerNorm, Linear
 from portlm.models.rope import Scaling, tables
-from portlm.ops.attention import attention
+from portlm.models.within import attend_within
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
 from portlm.ops.rotary import rotary
@@ -263,7 +263,7 @@ class Attention(nn.Module):
             k = torch.cat((rotary(k, cos, sin), k_rest), dim=-1)  # (B, T, H, D)
         present = None
         if past is None:
-            y = attention(q, k, v)
+            y = attend_within(q, k, v, mask)
         else:
             y, key, value = cached_attention(q, k, v, *past, mask)
             present = (key, value)

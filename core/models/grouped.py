@@ -15,7 +15,7 @@ from portlm.models.causal import Causal, Parts
 from portlm.models.grouped_config import GroupedConfig
 from portlm.models.layers import KeyValue, Linear, RMSNorm
 from portlm.models.rope import tables
-from portlm.ops.attention import attention
+from portlm.models.within import attend_within
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.rotary import rotary
 from portlm.ops.swiglu import swiglu
@@ -73,10 +73,13 @@ def attend(
     past: KeyValue | None,
     **bounds: Any,
 ) -> tuple[Tensor, KeyValue | None]:
-    """Return the output (B, T, C) for queries (B, T, H, D), keys and values (B, T, K, D), and the next cache."""
+    """Return the output (B, T, C) for queries (B, T, H, D), keys and values (B, T, K, D), and the next cache.
+
+    Without a cache the mask is a bias on the scores, (B, 1, T, T), or None.
+    """
     present = None
     if past is None:
-        y = attention(q, k, v, **bounds)
+        y = attend_within(q, k, v, mask, **bounds)
     else:
         y, key, value = cached_attention(q, k, v, *past, mask, **bounds)
         present = (key, value)

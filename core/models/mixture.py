@@ -197,12 +197,18 @@ class Mixture(Grouped):
         norms = self.layer_norm(config), self.layer_norm(config)
         return RoutedBlock(norms, self.attention(config, layer), RoutedMLP(config))
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """Return logits or the loss, see :class:`Causal`; in training with the loss that keeps experts equally busy."""
         if targets is None or not self.training or not self.config.output_router_logits:
-            return super().forward(input_ids, targets)
+            return super().forward(input_ids, targets, position_ids, bias)
         check_length(input_ids.shape[1], self.config.context_length)
-        y, thoughts = self._decode(input_ids)
+        y, thoughts = self._decode(input_ids, position_ids, bias)
         loss = self.loss(y, targets)
         routed: list[Any] = [layer for layer in thoughts if layer is not None]
         if not routed:

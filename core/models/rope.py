@@ -53,6 +53,10 @@ class Scaling:
         """What cosine and sine are multiplied by, and so queries and keys."""
         return 1.0
 
+    def within(self, context_length: int) -> "Scaling":
+        """Return what becomes of it in a context of so many positions: this, where that does not matter."""
+        return self
+
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of rope_scaling."""
         return {"rope_type": self.kind} | {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
@@ -186,7 +190,89 @@ class Yarn(Scaling):
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
+@dataclass(frozen=True)
+class LongRope(Scaling):
+    """LongRoPE (Ding et al., 2024, arXiv:2402.13753): a factor for each pair, found by search, one set for long texts.
+
+    A context of at most ``original_max_position_embeddings`` takes the short factors, a longer one the long ones at
+    every length of the text: keys in a cache cannot be of both.
+
+    Attributes:
+        factor: How many times longer texts became; None where ``attention_factor`` says what follows from it.
+        short_factor: Of each pair, (R/2,).
+        long_factor: The same in a longer context.
+        original_max_position_embeddings: The longest text before.
+        attention_factor: Of queries and keys; None stands for sqrt(1 + ln(factor) / ln(original length)).
+    """
+
+    kind = "longrope"
+
+    factor: float | None = None  # type: ignore[assignment]
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    original_max_position_embeddings: int = 4096
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        self.check("original_max_position_embeddings", self.original_max_position_embeddings, 2, MAX_LENGTH)
+        for name in ("factor", "attention_factor"):
+            if (value := getattr(self, name)) is not None:
+                self.check(name, value, 1e-6, MAX_FACTOR)
+        for name in ("short_factor", "long_factor"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_LENGTH:
+                raise ConfigError(f"longrope: {name} must be a list of numbers, got {shown(values)}")
+            for value in values:
+                self.check(name, value, 1e-6, MAX_FACTOR)
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+
+    @property
+    def size(self) -> float:
+        """The attention factor."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor is None or self.factor <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+
+    def is_long(self, context_length: int) -> bool:
+        """Whether a context of so many positions takes the long factors."""
+        return context_length > self.original_max_position_embeddings
+
+    def within(self, context_length: int) -> Scaling:
+        """Return the factors of a context of so many positions."""
+        long = self.is_long(context_length)
+        return _Divided(1.0, self.long_factor if long else self.short_factor, self.size)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of rope_scaling."""
+        lists = {"short_factor": list(self.short_factor), "long_factor": list(self.long_factor)}
+        return super().to_hf() | lists
+
+
+@dataclass(frozen=True)
+class _Divided(Scaling):
+    """Each pair turns as many times more slowly as its factor says."""
+
+    factors: tuple[float, ...]
+    attention: float
+
+    def slowed(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Return the frequencies, computed in the order in which transformers rounds them."""
+        R = 2 * len(frequencies)
+        periods = theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
+        return 1.0 / (torch.tensor(self.factors, dtype=torch.float32) * periods)
+
+    @property
+    def size(self) -> float:
+        """The attention factor."""
+        return self.attention
+
+
 KINDS: dict[str, type[Scaling]] = {kind.kind: kind for kind in (Linear, Dynamic, Llama3, Yarn)}
+"""What a family's positions may be stretched by unless it says otherwise."""
+
+ALL_KINDS: dict[str, type[Scaling]] = KINDS | {LongRope.kind: LongRope}
 
 
 def frequencies(dim: int, theta: float, scaling: Scaling | None = None) -> Tensor:
@@ -209,5 +295,6 @@ def tables(
     context_length: int, dim: int, theta: float, scaling: Scaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine (context, R/2) of the rotation at each position."""
+    scaling = None if scaling is None else scaling.within(context_length)
     size = 1.0 if scaling is None else scaling.size
     return angles(torch.arange(context_length), frequencies(dim, theta, scaling), size)

@@ -43,6 +43,8 @@ class DataSettings:
     source: str = ""  # of pairs: a file of lines
     target: str = ""  # a file with as many
     tokenizer: str = "byte"  # "byte", "bpe:2048" or "word:2048" (train one of that size), or a tokenizer.json
+    packing: Literal["stream", "documents"] = "stream"  # windows of one long text, or rows of whole documents
+    separator: str = "\n\n"  # what stands between two documents in a text file
     validation_fraction: float = 0.1  # the last part of the text, never trained on
     batch_size: int = 12  # sequences per forward pass
     accumulate: int = 1  # forward passes per optimiser step
@@ -56,6 +58,10 @@ class DataSettings:
             raise ConfigError(
                 f"data.tokenizer {self.tokenizer!r}: write {kind}:SIZE, for example {kind}:2048"
             )
+        if not self.separator:
+            raise ConfigError("data.separator is empty: give what stands between two documents")
+        if self.packing == "stream" and self.separator != DataSettings.separator:
+            raise ConfigError("data.separator is for data.packing = documents: leave it out")
         if bool(self.source) != bool(self.target):
             raise ConfigError("data.source and data.target are two sides of pairs: give both, or neither")
         if not self.tokenizer:
@@ -307,6 +313,8 @@ class PretrainConfig(RunConfig):
         if self.objective != "seq2seq" and (self.label_smoothing or self.data.source):
             what = "label_smoothing" if self.label_smoothing else "data.source"
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
+        if self.objective != "causal" and self.data.packing != "stream":
+            raise ConfigError(f"data.packing = {self.data.packing} is for objective causal: leave it out")
         for name in vars(self.noise):
             said = getattr(self.noise, name) != getattr(NoiseSettings, name)
             if said and self.objective not in NoiseSettings.READERS[name]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import msgspec
 
+from portlm.data.documents import prepare_documents, split_documents
 from portlm.data.shards import TokenShards, prepare
 from portlm.data.text import read_text, split_text
 from portlm.errors import ConfigError, FormatError, UsageError
 from portlm.files import read_json, sha256_file, write_atomic
 from portlm.text_tokenizer import train_words
-from portlm.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 from portlm.train.config import TRAINED, DataSettings
 from portlm.train.evaluation import HeldOut
 
@@ -90,7 +91,7 @@ def open_corpus(data: DataSettings, folder: Path, *, fresh: bool, note: Callable
         ConfigError: The run was begun with another text or tokenizer.
     """
     if len(data.texts) == 1 and Path(data.texts[0]).is_dir():
-        return _open(Path(data.texts[0]), _given_tokenizer(data.tokenizer))
+        return _open(Path(data.texts[0]), _given_tokenizer(data))
     if not fresh and (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)
         _check_tokenizer(data.tokenizer, tokenizer)
@@ -99,22 +100,28 @@ def open_corpus(data: DataSettings, folder: Path, *, fresh: bool, note: Callable
     if not data.texts:
         raise UsageError("no text to train on: name at least one UTF-8 text file")
     note(f"reading {len(data.texts)} text {'file' if len(data.texts) == 1 else 'files'}")
-    text, files = _read(data.texts)
-    tokenizer = _tokenizer(data, text, note)
-    train, validation = prepare(text, tokenizer, folder, data.validation_fraction)
+    text, files = _read(data.texts, data.separator if data.packing == "documents" else "")
+    if data.packing == "documents":
+        parts = split_documents(text, data.separator, data.validation_fraction)
+        tokenizer = _tokenizer(data, parts[0], note)
+        train, validation = prepare_documents(parts, tokenizer, folder)
+    else:
+        # Only on what the model will train on: the held-out text must stay unseen.
+        tokenizer = _tokenizer(data, [split_text(text, data.validation_fraction)[0]], note)
+        train, validation = prepare(text, tokenizer, folder, data.validation_fraction)
     write_atomic(folder / TEXTS, msgspec.json.format(msgspec.json.encode(files), indent=1) + b"\n")
     tokenizer.save(folder)
     return _corpus(tokenizer, train, validation)
 
 
-def _read(paths: Sequence[str]) -> tuple[str, list[TextFile]]:
-    """Return the texts as one, and what each was."""
+def _read(paths: Sequence[str], between: str) -> tuple[str, list[TextFile]]:
+    """Return the texts as one, with something between them, and what each was."""
     parts, files = [], []
     for path in paths:
         parts.append(part := read_text(path))
         raw = part.encode()
         files.append(TextFile(path, len(raw), hashlib.sha256(raw).hexdigest()))
-    return "".join(parts), files
+    return between.join(parts), files
 
 
 def _check_texts(texts: Sequence[str], folder: Path, note: Callable[[str], None]) -> None:
@@ -193,12 +200,10 @@ def _corpus(tokenizer: Tokenizer, train: TokenShards, validation: TokenShards) -
     return Corpus(tokenizer.without_template(), train, validation, digest)
 
 
-def _tokenizer(data: DataSettings, text: str, note: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(data: DataSettings, seen: list[str], note: Callable[[str], None]) -> Tokenizer:
     kind, _, size = data.tokenizer.partition(":")
     if kind not in TRAINED:
-        return _given_tokenizer(data.tokenizer)
-    # Only on what the model will train on: the held-out text must stay unseen.
-    seen = [split_text(text, data.validation_fraction)[0]]
+        return _given_tokenizer(data)
     if kind == "word":
         note(f"counting words for a vocabulary of {size}")
         return train_words(seen, int(size))
@@ -206,9 +211,10 @@ def _tokenizer(data: DataSettings, text: str, note: Callable[[str], None]) -> To
     return train_bpe(seen, int(size))
 
 
-def _given_tokenizer(name: str) -> Tokenizer:
+def _given_tokenizer(data: DataSettings) -> Tokenizer:
+    name = data.tokenizer
     if name == "byte":
-        return byte_tokenizer()
+        return byte_tokenizer(END_OF_TEXT if data.packing == "documents" else None)
     if name.partition(":")[0] in TRAINED:
         raise ConfigError("prepared shards come with a tokenizer: name its tokenizer.json")
     return Tokenizer.load(Path(name))

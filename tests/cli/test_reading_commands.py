@@ -13,8 +13,11 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 import tokenizer_files
 from encoders import ENCODERS, labelled, random_model
 
+from portlm.control_tokens import for_labelling
 from portlm.flows.load import load
-from portlm.models import save_model
+from portlm.models import DECODERS, save_model
+from portlm.models.heads import headed
+from portlm.tokenizer import byte_tokenizer
 
 TEXTS = ["A list of items.", "It returns nothing; it's a list."]
 
@@ -81,6 +84,26 @@ def test_classify_prints_labels(portlm, model, monkeypatch):
         "classify", model("masked_lm", "next_sentence"), "a", "--other", "b", "--head", "next_sentence"
     )
     assert pair.out.split("\t")[0] in ("follows", "does not follow")
+
+
+def test_choose_prints_what_the_session_says_the_best_first(portlm, tmp_path):
+    plain, tokenizer = DECODERS["openai-gpt"].config_class(), for_labelling(byte_tokenizer())
+    shape = {field.name: getattr(plain.tiny(), field.name) for field in dataclasses.fields(plain)}
+    config = headed(plain)(**shape | {"vocab_size": tokenizer.vocab_size}, heads=("choose",))
+    save_model(tmp_path / "gpt", random_model(config).eval(), tokenizer)
+    answers = ["a", "b c", "de"]
+    with load(tmp_path / "gpt", "torch") as session:
+        found = session.choose("why?", answers)
+    rows = [
+        line.split("\t") for line in portlm("choose", tmp_path / "gpt", "why?", *answers).out.splitlines()
+    ]
+    order = sorted(range(3), key=lambda i: -found.scores[i])
+    assert rows == [[answers[i], f"{found.scores[i]:.4f}"] for i in order]
+    printed = json.loads(portlm("choose", tmp_path / "gpt", "why?", *answers, "--json").out)
+    assert [row["index"] for row in printed["answers"]] == order
+    assert printed["answers"][0] == {"index": found.index, "answer": found.answer, "score": found.score}
+    outcome = portlm("choose", tmp_path / "gpt", "why?", "alone")
+    assert (outcome.code, "needs at least 2 answers" in outcome.error) == (2, True)
 
 
 def test_tag_prints_words(portlm, model):

@@ -155,7 +155,28 @@ class Classifier(Stranger):
         return {"head:topic": Role(self.classify, (IDS, mask), outputs)}
 
 
-MODELS = {"recurrent": Recurrent, "encoder-decoder": EncoderDecoder, "classifier": Classifier}
+class Weightless(Classifier):
+    """The classifier, and a head without a weight, whose file of weights is empty."""
+
+    def odds(self, logits):
+        """Shares (B, 3) of logits (B, 3)."""
+        return (torch.softmax(logits + logits, -1),)
+
+    def roles(self):
+        """Two heads, without state."""
+        three = ("batch", 3)
+        odds = Role(
+            self.odds, (TensorSpec("logits", "float32", three),), (TensorSpec("odds", "float32", three),)
+        )
+        return super().roles() | {"head:odds": odds}
+
+
+MODELS = {
+    "recurrent": Recurrent,
+    "encoder-decoder": EncoderDecoder,
+    "classifier": Classifier,
+    "weightless": Weightless,
+}
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def classifier(open_stranger, target):
     return open_stranger("classifier", *target)
 
 
-@pytest.mark.parametrize("name", ["recurrent", "encoder-decoder", "classifier"])
+@pytest.mark.parametrize("name", ["recurrent", "encoder-decoder", "classifier", "weightless"])
 def test_every_node_is_where_it_was_asked_to_be(open_stranger, target, name):
     placement = open_stranger(name, *target).placement()
     assert set(placement.nodes) == {target[1]}
@@ -225,6 +225,15 @@ def test_a_role_without_state_can_be_called_again_and_again(classifier):
     first, state = classifier.run("head:topic", inputs, state)
     again, state = classifier.run("head:topic", inputs, classifier.reorder(state, [0, 1, 2]))
     assert_close(first["logits"], again["logits"])
+
+
+def test_a_role_without_weights_answers_like_any_other(open_stranger, target):
+    """Its file of weights is empty, and an empty file cannot be mapped."""
+    engine = open_stranger("weightless", *target)
+    logits = np.random.default_rng(3).standard_normal((4, 3), np.float32)
+    outputs, _ = engine.run("head:odds", {"logits": logits}, engine.start("head:odds", 4))
+    shares = np.exp(2 * logits)
+    assert_close(outputs["odds"], shares / shares.sum(-1, keepdims=True))
 
 
 def test_a_model_that_does_not_write_says_so(classifier):

@@ -65,7 +65,7 @@ BASE = {
 ROTARY = ("llama", "gpt_neox")
 SCALABLE = ("qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "stablelm", "smollm3", "olmo2")
 UNKNOWN = ("gpt3",)  # to transformers
-WINDOWED = ("mistral", "mixtral")  # they compute a window
+WINDOWED = ("mistral", "mixtral", "phi3")  # they compute a window
 GEMMA = ("gemma2", "gemma3_text")  # as do these, in some layers
 SWITCHED = (
     "qwen2",
@@ -223,7 +223,7 @@ ACCEPTED = [
     (("gemma3_text",), {"attn_logit_softcapping": None, "final_logit_softcapping": 3.0}),
     (("gemma3_text",), {"rope_theta": 500.0, "rope_local_base_freq": 100.0}),
     (("gpt_neo",), {"attention_types": [[["local"], 2]], "attention_layers": ["local", "local"]}),
-    (WINDOWED, {"max_position_embeddings": 4097}),  # 4096 where it is missing
+    (("mistral", "mixtral"), {"max_position_embeddings": 4097}),  # 4096 where it is missing
     (SWITCHED, {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}),
     (("qwen3", "qwen3_moe", "smollm3", "olmo2"), {"attention_bias": True}),
     (("qwen2", "qwen3_moe", "mistral", "mixtral", "smollm3", "olmo2"), {"head_dim": 12}),
@@ -396,7 +396,8 @@ CONTRADICTIONS = [
     (("gpt_neo",), {"attention_layers": ["local", "local"]}, "attention_layers = "),
     (WINDOWED, {"sliding_window": 0}, "sliding_window must be a positive integer or null, got 0"),
     (WINDOWED, {"sliding_window": "all"}, "sliding_window must be a positive integer or null, got 'all'"),
-    (("phi3",), {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "rope_scaling = "),
+    (("phi3",), {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+     "longrope: short_factor must have a number for each of 3 pairs, got 1"),
     (("phi3",), {"rope_scaling": {"type": "su"}}, "rope_scaling = "),
     (("phi3",), {"attention_bias": True}, "attention_bias = True is not supported"),
     (("stablelm",), {"qk_layernorm": True}, "qk_layernorm = True is not supported"),
@@ -404,7 +405,7 @@ CONTRADICTIONS = [
     (("smollm3",), {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers = [1, 0, 1, 1] is not"),
     (("smollm3",), {"no_rope_layers": [1, 0, 1]}, "no_rope_layers = [1, 0, 1] is not supported: only 2 ones"),
     (("smollm3",), {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1"),
-    ((*SWITCHED, *WINDOWED, "stablelm"), {"num_key_value_heads": None}, "num_key_value_heads is missing"),
+    ((*SWITCHED, "mistral", "mixtral", "stablelm"), {"num_key_value_heads": None}, "num_key_value_heads is missing"),
     (BASE, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
     (UNSWITCHED, {"sliding_window": 31}, "sliding_window = 31 is not supported: portlm computes attention over all 32"),
     (UNSWITCHED, {"sliding_window": "all"}, "sliding_window = 'all' is not supported"),

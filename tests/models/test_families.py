@@ -101,7 +101,8 @@ ENTRIES = {
     "qwen3": after_llama({"tie_embeddings": True, "attention_bias": True}, {"head_width": 0}),
     "mistral": after_llama({"head_width": 12}, {"tie_embeddings": True, "rope_theta": 500.0}, {"window": 5}),
     # of 0.8 x 8 elements transformers rotates 6
-    "phi3": after_llama({"rotary_pct": 0.8}, {"n_kv_head": 4, "tie_embeddings": True}),
+    "phi3": after_llama({"rotary_pct": 0.8}, {"n_kv_head": 4, "tie_embeddings": True}, {"window": 5},
+                        {"rope_scaling": rope.LongRope(None, (1.0, 1.5, 2.0, 4.0), (9.0,) * 4, 32, 1.2)}),
     "stablelm": after_llama({"qkv_bias": True, "rotary_pct": 1.0, "tie_embeddings": True}, {"parallel_residual": True},
                             norm="layer_norm"),
     "opt": Entry(

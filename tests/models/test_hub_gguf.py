@@ -378,7 +378,6 @@ REFUSED = {
 
 
 OTHER_FAMILIES = {
-    "a window of phi": ("phi3", {"phi3.attention.sliding_window": 5}, "a sliding window of 5 positions"),
     "stretched phi": (
         "phi3", {"phi3.rope.scaling.type": "linear", "phi3.rope.scaling.factor": 2.0}, "rope_scaling|rope_type",
     ),
@@ -388,6 +387,21 @@ OTHER_FAMILIES = {
                    "width 16, which do not divide"),
     "an unsaid rotation": ("stablelm", {"stablelm.rope.dimension_count": ...}, r"lacks the entry stablelm\.rope"),
 }  # fmt: skip
+
+
+def test_a_window_of_phi_is_read_though_llama_cpp_does_not_compute_it(written, tmp_path):
+    changed(written["phi3"] / "model.gguf", tmp_path / "model.gguf", {"phi3.attention.sliding_window": 5})
+    import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    assert load_config(tmp_path / "back").window == 5
+
+
+def test_one_set_of_long_factors_is_refused(written, tmp_path):
+    factors = {"rope_factors_long.weight": np.ones(3)}
+    changed(written["phi3"] / "model.gguf", tmp_path / "bad.gguf", None, factors)
+    with pytest.raises(
+        FormatError, match=r"rope_factors_long\.weight stretch positions, and not as Phi-3 does"
+    ):
+        import_gguf(tmp_path / "bad.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", OTHER_FAMILIES)

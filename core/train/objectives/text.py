@@ -30,6 +30,7 @@ class TextObjective:
     """
 
     kind: ClassVar[str]
+    sampler: Any  # of batches
 
     def __init__(self, config: PretrainConfig, corpus: Corpus, device: torch.device, extra_tokens: int = 0):
         self.config, self.corpus, self.device = config, corpus, device
@@ -41,13 +42,15 @@ class TextObjective:
         self.family, self.context, self.parts = shape.family, shape.context_length, config.data.accumulate
         self.check()
         self.model: Any = (models.build(shape) if begun is None else begun).to(device)
-        self.sampler = BatchSampler(
-            corpus.train, config.data.batch_size * self.parts, self.context, config.seed
-        )
+        self.sampler = self.sampled(config.data.batch_size * self.parts)
 
     def shape(self, config: models.Config) -> models.Config:
         """Return what the settings describe, as this objective needs it."""
         return config
+
+    def sampled(self, rows: int) -> Any:
+        """Return what a step reads, so many rows of it."""
+        return BatchSampler(self.corpus.train, rows, self.context, self.config.seed)
 
     def check(self) -> None:
         """Refuse settings that would fail at the first evaluation, before any work is done."""
