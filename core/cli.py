@@ -58,6 +58,7 @@ EXTRAS = {
     "tvm_ffi": "tvm",
     "matplotlib": "report",
     "transformers": "hf",
+    "sacrebleu": "translation",
 }
 
 
