@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     help="Folder of the results and the report; results that are there are kept.",
 )  # fmt: skip
 @click.option(
-    "--data", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    "--data", type=click.Path(path_type=Path),
     help="Folder of the data that an experiment needs; without it, `all` leaves out those that need some.",
 )  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), help="Only the first so many seeds (default: all).")
@@ -54,12 +54,12 @@ def command(
     from portlm.commands.progress import lines_or_bar
     from portlm.flows.lab.report import write_report
     from portlm.flows.lab.runner import run_lab
+    from portlm.train.allocator import keep_freed_memory
 
+    keep_freed_memory()  # as `portlm pretrain` does
     with lines_or_bar("lab") as progress:
         outcomes = list(
-            run_lab(
-                experiments, out, seeds=seeds, threads=threads, anew=anew, data=data, progress=progress
-            )
+            run_lab(experiments, out, seeds=seeds, threads=threads, anew=anew, data=data, progress=progress)
         )
     page = write_report(out, outcomes)
     if as_json:

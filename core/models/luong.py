@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import Linear, drop
-from portlm.models.recurrent_decoder import STATES, CellLayer
+from portlm.models.recurrent_decoder import STATES
 from portlm.models.recurrent_encoder_decoder import Memory, RecurrentEncoderDecoder, token_inputs
 from portlm.models.roles import Role
 from portlm.models.seq2seq import Seq2SeqConfig, Stack
@@ -89,6 +89,7 @@ class Attention(nn.Module):
         config: The score and C.
     """
 
+    score: nn.Parameter  # v_a (C,), of "concat" alone
     flags: Tensor  # (2, 1), not saved: what a mask of 0 or 1 is as a number
 
     def __init__(self, config: LuongConfig):
@@ -97,7 +98,7 @@ class Attention(nn.Module):
         self.keys = None if config.score == "dot" else Linear(C, C, bias=False)  # W_a, or its half for h_s
         self.query = Linear(C, C, bias=False) if config.score == "concat" else None  # the half for h_t
         v = nn.Parameter(torch.empty(C)) if config.score == "concat" else None
-        self.register_parameter("score", v)  # v_a
+        self.register_parameter("score", v)
         self.combine = Linear(2 * C, C, bias=False)  # W_c
         self.register_buffer("flags", torch.tensor([[0.0], [1.0]]), persistent=False)
 
@@ -227,15 +228,15 @@ class Luong(RecurrentEncoderDecoder):
         C, V = config.width, config.target_vocab
         places = [f"{name}.{layer}" for layer in range(config.n_layer) for name in STATES[config.cell]]
         prefix = "backward_" if config.reverse_source else ""
-        made = [f"{prefix}{name}" for name in ("annotations", "keys")[: 1 + (self.attention.keys is not None)]]
+        made = [
+            f"{prefix}{name}" for name in ("annotations", "keys")[: 1 + (self.attention.keys is not None)]
+        ]
 
         def encode(ids: Tensor, mask: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             h, after = self.encoder(ids, mask, states)
             return *after, *self.attention.made(h), *after
 
-        def decode(
-            ids: Tensor, mask: Tensor, source_mask: Tensor, *memory: Tensor
-        ) -> tuple[Tensor, ...]:
+        def decode(ids: Tensor, mask: Tensor, source_mask: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
             states, kept = memory[:count], memory[count + fed :]
             if fed:
                 y, after, weights, states = self._fed(ids, mask, states, memory[count], kept, source_mask)
@@ -270,13 +271,16 @@ class Luong(RecurrentEncoderDecoder):
                     for place in places
                 ),
                 *(StateSpec("past_fed", "present_fed", "float32", ("batch", C), "zeros", "replace"),) * fed,
-                *(StateSpec(name, "", "float32", ("batch", "source", C), "given", "constant") for name in made),
+                *(
+                    StateSpec(name, "", "float32", ("batch", "source", C), "given", "constant")
+                    for name in made
+                ),
             ),
         )
         return {"encoder": encoder, "decoder": decoder}
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw fresh weights from PyTorch's global generator: uniform in [-init_range, init_range], 0.1 in the paper."""
+        """Draw fresh weights from PyTorch's global generator, uniform in [-init_range, init_range]."""
         for p in self.parameters():
             p.uniform_(-self.config.init_range, self.config.init_range)

@@ -1,4 +1,4 @@
-"""BLEU of translations (Papineni et al., 2002), as sacreBLEU computes it, so that figures can be compared (Post, 2018)."""
+"""BLEU of translations (Papineni et al., 2002), as sacreBLEU computes it (Post, 2018): figures that can be compared."""
 
 from __future__ import annotations
 

@@ -184,7 +184,9 @@ class EvaluationSettings:
     sample_tokens: int = 200  # length of a sample; 0 means none
     temperature: float = 0.8
     top_k: int = 0  # 0 means no limit
-    translations: int = 0  # of seq2seq: held-out pairs whose greedy translation is judged by BLEU; 0 means none
+    translations: int = (
+        0  # of seq2seq: held-out pairs whose greedy translation is judged by BLEU; 0 means none
+    )
 
     def __post_init__(self) -> None:
         require_range("evaluation.interval", self.interval, 1)

@@ -24,8 +24,13 @@ VARIANTS = {
         {"score": "general", "cell": "gru", "reverse_source": False},
         {"score": "concat", "bias": False, "n_layer": 1},
         {"score": "dot", "input_feeding": False},
-        {"score": "concat", "input_feeding": False, "target_vocab_size": 257, "eos_token_ids": (256,),
-         "decoder_start_token_id": 3},
+        {
+            "score": "concat",
+            "input_feeding": False,
+            "target_vocab_size": 257,
+            "eos_token_ids": (256,),
+            "decoder_start_token_id": 3,
+        },
     ),
 }
 CONFIGS = [

@@ -166,6 +166,8 @@ def run_lab(
 def _with_data(it: DataExperiment, data: Path | None, work: Path) -> DataExperiment:
     if data is None:
         raise UsageError(f"{it.name} needs data: give --data, a folder with {it.needs}")
+    if not data.is_dir():
+        raise UsageError(f"--data {data} is no folder")
     return it.given(data, work)
 
 

@@ -148,7 +148,7 @@ class Translation:
         name: str,
         found: dict[str, Any],
     ) -> list[str]:
-        """Translate what was not learned from, note BLEU of words as they are and as sacreBLEU cuts them, and say it."""
+        """Translate what was not learned from, note BLEU of words as they are and as 13a cuts them, and say it."""
         import portlm
         from portlm.train.bleu import corpus_bleu
 

@@ -181,7 +181,7 @@ class Seq2SeqObjective:
         return {}
 
     def evaluate(self, stop: Stop) -> dict[str, float] | None:
-        """Return ``loss`` in nats per target token, of the pairs that were not learned from, and ``bleu`` if asked for."""
+        """Return ``loss`` in nats per target token, of the held-out pairs, and ``bleu`` if asked for."""
         total, count = 0.0, 0
         with evaluating(self.model), torch.no_grad():
             for part in self._judged():
@@ -204,7 +204,9 @@ class Seq2SeqObjective:
         sources = [source for source, _ in pairs]
         with evaluating(self.model):
             found = self._session().translate(sources, max_new_tokens=limits, batch_size=_TRANSLATED)
-        return corpus_bleu([each.text.strip() for each in found], [decode(target) for _, target in pairs]).score
+        return corpus_bleu(
+            [each.text.strip() for each in found], [decode(target) for _, target in pairs]
+        ).score
 
     def _session(self) -> Any:
         """The model as it stands, on the torch engine."""
