@@ -63,6 +63,7 @@ EXTRAS = {
     "sklearn": "keywords",
     "networkx": "keywords",
     "scipy": "keywords",
+    "sacrebleu": "translation",
 }
 
 

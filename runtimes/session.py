@@ -445,8 +445,9 @@ class Session(Translates, Choosing, Words):
 
         began = time.perf_counter()
         prompts = max(1, batch_size // rows[0].decoding.num_beams) if rows else 1
-        for begin in range(0, len(rows), prompts):
-            batch = rows[begin : begin + prompts]
+        ordered = sorted(rows, key=lambda row: len(row.source or row.prompt))  # a batch ends with its longest
+        for begin in range(0, len(ordered), prompts):
+            batch = ordered[begin : begin + prompts]
             searches = [Search(row.prompt, row.decoding, row.eos_ids, source=row.source) for row in batch]
             search(self.engine, searches, self.tokenizer.vocab_size)
             for row, found in zip(batch, searches, strict=True):

@@ -139,7 +139,8 @@ class Translates:
         """
         if not aligns(self.engine):
             raise UsageError(
-                "this model does not say what it looks at: its decoder has no output attention (family bahdanau has)"
+                "this model does not say what it looks at: its decoder has no output attention "
+                "(families bahdanau and luong have)"
             )
         start, limit = start_of(self.engine, self.start_ids), self.engine.context_length
         sides: list[tuple[int, ...]] = []

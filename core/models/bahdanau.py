@@ -18,136 +18,18 @@ their model_type.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from portlm.errors import ConfigError
-from portlm.models import config_json
-from portlm.models.layers import Embedding, Linear
+from portlm.models.bahdanau_config import BahdanauConfig
+from portlm.models.layers import Embedding, Linear, drop
 from portlm.models.recurrent_decoder import CellLayer
-from portlm.models.recurrent_encoder_decoder import (
-    Memory,
-    PairConfig,
-    RecurrentEncoderDecoder,
-    token_inputs,
-)
+from portlm.models.recurrent_encoder_decoder import Memory, RecurrentEncoderDecoder, token_inputs
 from portlm.models.roles import Role
 from portlm.ops.additive_attention import additive_attention
 from portlm.ops.linear import linear
 from portlm.roles import StateSpec, TensorSpec
-
-Init = Literal["published", "scaled"]
-INITS: dict[str, Init] = {"published": "published", "scaled": "scaled"}
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "embed_width": (1, config_json.MAX_WIDTH),
-    "width": (1, config_json.MAX_WIDTH),
-    "alignment": (1, config_json.MAX_WIDTH),
-    "maxout": (1, config_json.MAX_WIDTH),
-}
-
-
-@dataclass(frozen=True)
-class BahdanauConfig(PairConfig):
-    """The shape of an encoder-decoder with additive attention, and how its weights begin.
-
-    ``init`` is "published" (appendix B.1: recurrent matrices orthogonal, W_a and U_a N(0, 0.001^2), v_a and biases 0,
-    others N(0, 0.01^2)) or "scaled": recurrent matrices orthogonal, biases 0, embeddings N(0, 0.1^2), others with the
-    variance 1 / inputs. The first was chosen for a width of 1000, and learns slowly at a small one.
-
-    Raises:
-        ConfigError: A value out of range, or another init.
-    """
-
-    family: ClassVar[str] = "bahdanau"
-    # What [model] of a training run may set, and what it is for a small model on a CPU.
-    SETTINGS: ClassVar[dict[str, Any]] = {
-        "width": 128,
-        "embed_width": 0,  # 0: as wide as the state
-        "alignment": 0,  # likewise
-        "maxout": 0,  # 0: half as wide
-        "context_length": 64,  # tokens of a source, and of a target
-        "init": "scaled",
-    }
-
-    vocab_size: int = 30_000  # of sources and targets alike
-    context_length: int = 1024  # the longest source and the longest target
-    embed_width: int = 620
-    width: int = 1000
-    alignment: int = 1000
-    maxout: int = 500
-    init: Init = "published"
-
-    def __post_init__(self) -> None:
-        self._check(_BOUNDS)
-        if self.init not in INITS:
-            raise ConfigError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
-
-    @classmethod
-    def from_settings(cls, **values: Any) -> Self:
-        """Return the configuration for values of SETTINGS and of the vocabulary.
-
-        Raises:
-            ConfigError: A value out of range, by name.
-        """
-        width = values["width"]
-        for name in ("embed_width", "alignment"):
-            values[name] = values[name] or width
-        values["maxout"] = values["maxout"] or max(1, width // 2)
-        return cls(**values)
-
-    @classmethod
-    def tiny(cls) -> Self:
-        """Return a configuration that tests compute in no time: a vocabulary of bytes, few and odd widths."""
-        return cls(
-            vocab_size=259, context_length=40, embed_width=13, width=21, alignment=19, maxout=11, init="scaled",
-            eos_token_ids=(256,), pad_token_id=258, decoder_start_token_id=258,
-        )  # fmt: skip
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", cls.family)
-        vocab_size = read.integer("vocab_size", 30_000)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 1024),
-            embed_width=read.integer("embedding_size", 620),
-            width=read.integer("d_model", 1000),
-            alignment=read.integer("alignment_size", 1000),
-            maxout=read.integer("maxout_size", 500),
-            init=read.choice("init_scheme", "published", INITS),
-            **cls._read_ids(read, vocab_size),
-        )
-        read.require("tie_word_embeddings", False)
-        read.finish(encoder_decoder=True)
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json."""
-        return {
-            "architectures": ["Bahdanau"],
-            "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "embedding_size": self.embed_width,
-            "d_model": self.width,
-            "alignment_size": self.alignment,
-            "maxout_size": self.maxout,
-            "init_scheme": self.init,
-            **self._written_ids(),
-        }
-
 
 PRESETS = {"rnnsearch": BahdanauConfig()}
 # The paper prints no count: this is by the equations of its appendix, which leave biases out, with those of torch.nn's
@@ -251,11 +133,15 @@ class Bahdanau(RecurrentEncoderDecoder):
             s_0, ->h, <-h and their shares of the keys; and the next states.
         """
         encoder = self.encoder
-        forwards, (f,) = encoder.forwards(encoder.embed(forward[0]), (f,), forward[1])
-        backwards, (b,) = encoder.backwards(encoder.embed(backward[0]), (b,), backward[1])
+        forwards, (f,) = encoder.forwards(self._words(encoder.embed, forward[0]), (f,), forward[1])
+        backwards, (b,) = encoder.backwards(self._words(encoder.embed, backward[0]), (b,), backward[1])
         s = torch.tanh(encoder.first(b))
         keys = encoder.forward_keys(forwards), encoder.backward_keys(backwards)
         return (s, forwards, backwards, *keys), (f, b)
+
+    def _words(self, embed: Embedding, ids: Tensor) -> Tensor:
+        """Return embeddings (B, T, E) of ids (B, T)."""
+        return drop(embed(ids), self.config.dropout, self.training)
 
     def write(self, target_ids: Tensor, mask: Tensor | None, memory: Memory) -> tuple[Tensor, Memory]:
         """Read targets (B, T); return t (B, T, R) and the next memory."""
@@ -273,13 +159,14 @@ class Bahdanau(RecurrentEncoderDecoder):
         s, forwards, backwards, forward_keys, backward_keys, source_mask = memory
         keys, h = forward_keys + backward_keys, torch.cat((forwards, backwards), dim=-1)
         inputs, weights = [], []
-        words = self.decoder.embed(target_ids)
+        words = self._words(self.decoder.embed, target_ids)
         masks = [None] * words.shape[1] if mask is None else mask.split(1, dim=1)
         for y, real in zip(words.split(1, dim=1), masks, strict=True):
             s, seen, alpha = self.decoder(y, real, s, keys, h, source_mask)
             inputs.append(seen)
             weights.append(alpha)
         t = self.decoder.maxout(torch.cat(inputs, dim=1))
+        t = drop(t, self.config.dropout, self.training)
         return t, (s, *memory[1:]), torch.cat(weights, dim=1)
 
     def roles(self) -> dict[str, Role]:

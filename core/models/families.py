@@ -200,5 +200,6 @@ FAMILIES = {
     "bahdanau": Family(
         "portlm.models.bahdanau", "BahdanauConfig", "Bahdanau", "encoder-decoder", foreign=False
     ),
+    "luong": Family("portlm.models.luong", "LuongConfig", "Luong", "encoder-decoder", foreign=False),
 }
 DECODERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}

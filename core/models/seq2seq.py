@@ -58,6 +58,7 @@ class Seq2SeqConfig(PairConfig):
     """
 
     family: ClassVar[str] = "seq2seq"
+    ARCHITECTURE: ClassVar[str] = "Seq2Seq"
     # What [model] of a training run may set, and what it is for a small model on a CPU.
     SETTINGS: ClassVar[dict[str, Any]] = {
         "cell": "lstm",
@@ -112,7 +113,7 @@ class Seq2SeqConfig(PairConfig):
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time: a vocabulary of bytes, few and odd widths."""
         return cls(
-            vocab_size=259, context_length=40, n_layer=2, width=27, bias=True, init_range=0.4,
+            vocab_size=259, context_length=40, n_layer=2, width=27, dropout=0.0, bias=True, init_range=0.4,
             eos_token_ids=(256,), pad_token_id=258, decoder_start_token_id=258,
         )  # fmt: skip
 
@@ -125,7 +126,7 @@ class Seq2SeqConfig(PairConfig):
         """
         read = config_json.Reader.of(data)
         read.require("model_type", cls.family)
-        vocab_size = read.integer("vocab_size", 160_000)
+        vocab_size = read.integer("vocab_size", cls.vocab_size)
         config = cls(
             vocab_size=vocab_size,
             target_vocab_size=read.integer("target_vocab_size", 0),
@@ -133,20 +134,26 @@ class Seq2SeqConfig(PairConfig):
             cell=read.choice("cell", "lstm", CELLS),
             n_layer=read.integer("num_hidden_layers", 4),
             width=read.integer("d_model", 1000),
-            dropout=read.number("dropout", 0.0),
+            dropout=read.number("dropout", cls.dropout),
             reverse_source=read.boolean("reverse_source", True),
             bias=read.boolean("cell_bias", False),
-            init_range=read.number("init_range", 0.08),
+            init_range=read.number("init_range", cls.init_range),
+            **cls._read_more(read),
             **cls._read_ids(read, vocab_size),
         )
         read.require("tie_word_embeddings", False)
         read.finish(encoder_decoder=True)
         return config
 
+    @classmethod
+    def _read_more(cls, read: config_json.Reader) -> dict[str, Any]:
+        """The fields of a family built on this one, from a config.json."""
+        return {}
+
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a config.json."""
         return {
-            "architectures": ["Seq2Seq"],
+            "architectures": [self.ARCHITECTURE],
             "model_type": self.family,
             "vocab_size": self.vocab_size,
             "target_vocab_size": self.target_vocab_size,
@@ -167,19 +174,37 @@ PARAMETERS = {"seq2seq-wmt14": 384_000_000}  # the paper: 384 million, of which 
 
 
 class Stack(nn.Module):
-    """An embedding and the layers above it, of one side."""
+    """An embedding and the layers above it, of one side.
 
-    def __init__(self, config: Seq2SeqConfig, vocabulary: int, *, reverse: bool):
+    Args:
+        config: Its shape.
+        vocabulary: Ids that it may read.
+        reverse: Whether it reads the last token first.
+        beside: Width of what its first layer reads beside each token.
+    """
+
+    def __init__(self, config: Seq2SeqConfig, vocabulary: int, *, reverse: bool, beside: int = 0):
         super().__init__()
         C, self.dropout = config.width, config.dropout
         self.embed = Embedding(vocabulary, C)
         self.layers = nn.ModuleList(
-            [CellLayer(config.cell, C, C, bias=config.bias, reverse=reverse) for _ in range(config.n_layer)]
+            [
+                CellLayer(config.cell, C if i else C + beside, C, bias=config.bias, reverse=reverse)
+                for i in range(config.n_layer)
+            ]
         )
 
-    def forward(self, ids: Tensor, mask: Tensor | None, states: Memory) -> tuple[Tensor, Memory]:
-        """Read ids (B, T) from the states (B, C) of all layers on; return the output (B, T, C) and the next states."""
+    def forward(
+        self, ids: Tensor, mask: Tensor | None, states: Memory, beside: Tensor | None = None
+    ) -> tuple[Tensor, Memory]:
+        """Read ids (B, T), and what is beside them (B, T, ...), from the states (B, C) of all layers on.
+
+        Returns:
+            The output (B, T, C) and the next states.
+        """
         x, each = self.embed(ids), len(states) // len(self.layers)
+        if beside is not None:
+            x = torch.cat((x, beside), dim=-1)
         after: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             x = F.dropout(x, self.dropout, self.training)

@@ -190,6 +190,9 @@ class EvaluationSettings:
     sample_tokens: int = 200  # length of a sample; 0 means none
     temperature: float = 0.8
     top_k: int = 0  # 0 means no limit
+    translations: int = (
+        0  # of seq2seq: held-out pairs whose greedy translation is judged by BLEU; 0 means none
+    )
 
     def __post_init__(self) -> None:
         require_range("evaluation.interval", self.interval, 1)
@@ -197,6 +200,7 @@ class EvaluationSettings:
         require_range("evaluation.sample_tokens", self.sample_tokens, 0, 1 << 20)
         require_range("evaluation.temperature", self.temperature, 0)
         require_range("evaluation.top_k", self.top_k, 0)
+        require_range("evaluation.translations", self.translations, 0)
 
 
 @dataclass(frozen=True)
@@ -315,6 +319,8 @@ class PretrainConfig(RunConfig):
             raise ConfigError(f"{what} is for objective seq2seq: leave it out")
         if self.objective != "causal" and self.data.packing != "stream":
             raise ConfigError(f"data.packing = {self.data.packing} is for objective causal: leave it out")
+        if self.objective != "seq2seq" and self.evaluation.translations:
+            raise ConfigError("evaluation.translations is for objective seq2seq: leave it out")
         for name in vars(self.noise):
             said = getattr(self.noise, name) != getattr(NoiseSettings, name)
             if said and self.objective not in NoiseSettings.READERS[name]:

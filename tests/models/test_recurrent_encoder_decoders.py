@@ -10,7 +10,7 @@ from torch import nn
 from portlm.errors import ConfigError, ContextLengthError
 from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, save_model
 
-FAMILY = ("seq2seq", "bahdanau")
+FAMILY = ("seq2seq", "bahdanau", "luong")
 VARIANTS = {
     "seq2seq": (
         {},
@@ -19,6 +19,19 @@ VARIANTS = {
         {"target_vocab_size": 257, "eos_token_ids": (256,), "decoder_start_token_id": 3, "n_layer": 1},
     ),
     "bahdanau": ({}, {"embed_width": 21, "alignment": 8, "maxout": 1}),
+    "luong": (
+        {"score": "dot"},
+        {"score": "general", "cell": "gru", "reverse_source": False},
+        {"score": "concat", "bias": False, "n_layer": 1},
+        {"score": "dot", "input_feeding": False},
+        {
+            "score": "concat",
+            "input_feeding": False,
+            "target_vocab_size": 257,
+            "eos_token_ids": (256,),
+            "decoder_start_token_id": 3,
+        },
+    ),
 }
 CONFIGS = [
     pytest.param((family, change), id="-".join((family, *(f"{k}={v}" for k, v in change.items()))))
@@ -129,9 +142,42 @@ def bahdanau_by_hand(model, source, target):
     return torch.stack(logits)[None], torch.stack(alphas)
 
 
+def luong_by_hand(model, source, target):
+    """Logits (1, T, V) and weights (T, S) of one pair, by section 3 of the paper, word by word and key by key."""
+    config, a = model.config, model.attention
+    x = F.embedding(source.flip(1) if config.reverse_source else source, model.encoder.embed.weight)
+    zero = x.new_zeros(1, config.width)
+    states = []
+    for layer in model.encoder.layers:
+        x, last = torch_layer(layer)(x, first((zero,) * (2 if config.cell == "lstm" else 1)))
+        states.append(last)
+    h_s = x[0].flip(0) if config.reverse_source else x[0]  # (S, C), in the order of the source
+    scores = {
+        "dot": lambda h: [h @ key for key in h_s],
+        "general": lambda h: [h @ a.keys.weight @ key for key in h_s],
+        "concat": lambda h: [
+            a.score @ torch.tanh(torch.cat((a.query.weight, a.keys.weight), 1) @ torch.cat((h, key)))
+            for key in h_s
+        ],
+    }
+    fed, logits, alphas = zero, [], []
+    for token in target[0]:
+        y = model.decoder.embed.weight[token][None]
+        y = (torch.cat((y, fed), 1) if config.input_feeding else y)[None]  # (1, 1, 2 C) or (1, 1, C)
+        for i, layer in enumerate(model.decoder.layers):
+            y, states[i] = torch_layer(layer)(y, states[i])
+        alpha = torch.softmax(torch.stack(scores[config.score](y[0, 0])), 0)
+        fed = torch.tanh(a.combine.weight @ torch.cat((alpha @ h_s, y[0, 0])))[None]
+        logits.append(model.lm_head.weight @ fed[0])
+        alphas.append(alpha)
+    return torch.stack(logits)[None], torch.stack(alphas)
+
+
+BY_HAND = {"seq2seq": seq2seq_by_hand, "bahdanau": bahdanau_by_hand, "luong": luong_by_hand}
+
+
 def by_hand(model, source, target):
-    found = seq2seq_by_hand if model.config.family == "seq2seq" else bahdanau_by_hand
-    logits = found(model, source, target)
+    logits = BY_HAND[model.config.family](model, source, target)
     return logits[0] if isinstance(logits, tuple) else logits
 
 
@@ -246,10 +292,11 @@ def test_a_reversed_source_is_a_source_written_backwards():
     assert torch.equal(model(source, target), other(source.flip(1), target))
 
 
-def test_attention_says_what_it_looks_at_by_the_paper_s_equations():
-    model = random_model(FAMILIES["bahdanau"].config_class().tiny()).double()
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.values[0][0] != "seq2seq"], indirect=True)
+def test_attention_says_what_it_looks_at_by_the_paper_s_equations(config):
+    model = random_model(config).double()
     source, target = tokens(model.config, 1, 7), tokens(model.config, 1, 5, seed=2)
-    _, alphas = bahdanau_by_hand(model, source, target)
+    _, alphas = BY_HAND[config.family](model, source, target)
     torch.testing.assert_close(model.align(source, target)[0], alphas, atol=1e-12, rtol=1e-10)
     padded = torch.cat((source, torch.full((1, 3), 9)), 1)
     mask = torch.tensor([[1] * 7 + [0] * 3])
@@ -317,7 +364,11 @@ def test_a_folder_holds_the_model_and_its_configuration(config, tmp_path):
         ("seq2seq", {"n_layer": 0}, "n_layer must be an integer from 1"),
         ("seq2seq", {"target_vocab_size": 300}, "target_vocab_size 300 is more than vocab_size 259"),
         ("seq2seq", {"target_vocab_size": 100}, "token 258 begins or ends targets, whose ids are below 100"),
+        ("bahdanau", {"dropout": 1.0}, "dropout must be a number from 0"),
         ("seq2seq", {"decoder_start_token_id": 259}, "decoder_start_token_id holds 259"),
+        ("luong", {"score": "location"}, "score must be one of dot, general, concat, got 'location'"),
+        ("luong", {"input_feeding": 1}, "input_feeding must be true or false, got 1"),
+        ("luong", {"cell": "rnn"}, "cell must be one of lstm, gru"),
         ("bahdanau", {"maxout": 0}, "maxout must be an integer from 1"),
         ("bahdanau", {"init": "zeros"}, "init must be one of published, scaled"),
     ],

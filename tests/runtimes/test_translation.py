@@ -237,6 +237,10 @@ def test_a_manifest_says_what_the_decoder_is_given(artifacts, family):
         assert {s.name for s in given if s.update == "constant"} == made - {"hidden"} | {
             "encoder_attention_mask"
         }
+    elif family == "luong":
+        states = {"hidden.0", "cell.0", "hidden.1", "cell.1"}
+        assert {s.name for s in given if s.update == "replace"} == states
+        assert {s.name for s in given if s.update == "constant"} == made - states | {"encoder_attention_mask"}
     else:
         assert names[0] == "encoder_attention_mask"
         assert all(s.update == "constant" for s in given)
@@ -264,9 +268,10 @@ def test_an_empty_source_and_none_are_refused(open_on, family):
 # ---- what a model looks at ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["bahdanau", "luong"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_engine_says_what_the_model_looks_at(checkpoints, open_on, target):
-    session, model = open_on("bahdanau", target), load_model(checkpoints["bahdanau"])
+def test_every_engine_says_what_the_model_looks_at(checkpoints, open_on, name, target):
+    session, model = open_on(name, target), load_model(checkpoints[name])
     for source in SOURCES:
         result = session.translate(source, max_new_tokens=9)
         found = session.align(source, result.token_ids)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -81,3 +81,25 @@ class Experiment(Protocol):
 
     def draw(self, results: Mapping[int, dict[str, Any]], path: Path) -> None:
         """Draw what was measured, by seed, as a PNG file."""
+
+
+@runtime_checkable
+class DataExperiment(Experiment, Protocol):
+    """One whose data no generator draws: they are in a folder that ``--data`` names."""
+
+    needs: ClassVar[str]
+    """What the folder must hold, as the end of a sentence."""
+
+    digest: str
+    """What identifies the data, once they are given."""
+
+    def given(self, data: Path, work: Path) -> DataExperiment:
+        """Return the experiment with its data.
+
+        Args:
+            data: The folder of the data.
+            work: A folder for what is not finished, from which a call that was interrupted goes on.
+
+        Raises:
+            UsageError: The folder holds something else.
+        """

@@ -20,7 +20,8 @@ import msgspec
 
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json, write_atomic
-from portlm.flows.lab.experiment import Bar, Experiment
+from portlm.flows.lab.experiment import Bar, DataExperiment, Experiment
+from portlm.train.interrupt import InterruptedTraining
 
 LAB = "portlm.flows.lab"
 
@@ -110,6 +111,7 @@ def run_lab(
     seeds: int | None = None,
     threads: int = 1,
     anew: bool = False,
+    data: Path | None = None,
     progress: Progress = lambda done, total, text: None,
 ) -> Iterator[Outcome]:
     """Run experiments, and yield each as soon as its seeds are done.
@@ -123,10 +125,12 @@ def run_lab(
         seeds: Only the first so many of each experiment; None for all.
         threads: Of PyTorch and of portlm's kernels. The small steps of recurrent models get slower by more than one.
         anew: Run what is there, too.
+        data: The folder of what an experiment needs that brings no data of its own.
         progress: Takes how far it has come.
 
     Raises:
-        UsageError: A number below 1.
+        UsageError: A number below 1, or an experiment needs data and there are none, or others.
+        InterruptedTraining: A signal came; what was trained is kept.
         StorageError: A result cannot be written.
     """
     import torch
@@ -135,24 +139,36 @@ def run_lab(
         if number is not None and number < 1:
             raise UsageError(f"{name} must be at least 1, got {number}")
     torch.set_num_threads(threads)
-    runs = [(it, seed) for it in experiments for seed in it.seeds[:seeds]]
+    runs = sum(len(it.seeds[:seeds]) for it in experiments)
     done = 0
-    for it in experiments:
+    for chosen in experiments:
+        it = chosen
         digest, results = source_digest(type(it)), []
+        if isinstance(it, DataExperiment):
+            it = _with_data(it, data, out / it.name)
+            digest = hashlib.sha256(f"{digest} {it.digest}".encode()).hexdigest()
         for seed in it.seeds[:seeds]:
             path = out / it.name / f"{seed}.json"
             result = None if anew else _kept(path, digest)
             if result is None:
-                told = _Told(progress, done, len(runs), f"{it.name}, seed {seed}")
+                told = _Told(progress, done, runs, f"{it.name}, seed {seed}")
                 told("begins")
                 result = run_seed(it, seed, digest, told)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, json.dumps(msgspec.to_builtins(result), indent=2) + "\n")
             done += 1
             what = f"failed: {result.error}" if result.error else f"{result.seconds:.0f} s of processor time"
-            progress(done, len(runs), f"{it.name}, seed {seed}: {what}")
+            progress(done, runs, f"{it.name}, seed {seed}: {what}")
             results.append(result)
         yield Outcome(it, results)
+
+
+def _with_data(it: DataExperiment, data: Path | None, work: Path) -> DataExperiment:
+    if data is None:
+        raise UsageError(f"{it.name} needs data: give --data, a folder with {it.needs}")
+    if not data.is_dir():
+        raise UsageError(f"--data {data} is no folder")
+    return it.given(data, work)
 
 
 class _Told:
@@ -172,6 +188,8 @@ def run_seed(it: Experiment, seed: int, digest: str, tell: Callable[[str], None]
     try:
         figures = it.run(seed, tell)
         _check(it, figures)
+    except InterruptedTraining:
+        raise
     except Exception as problem:
         figures, error = None, f"{type(problem).__name__}: {problem}"
         trace = traceback.format_exc()

@@ -22,10 +22,12 @@ from portlm.data.batches import IGNORE
 from portlm.data.pairs import PairSampler, padded, read_pairs
 from portlm.errors import ConfigError, FormatError, UsageError
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
+from portlm.train.bleu import check_sacrebleu, corpus_bleu
 from portlm.train.config import DataSettings, PretrainConfig
 from portlm.train.evaluation import evaluating
 from portlm.train.objectives import Stop
 
+_TRANSLATED = 64  # sources that are translated together
 Tokens = tuple[list[int], list[int]]  # of a source and of its target, which has no end of text yet
 
 
@@ -143,6 +145,8 @@ class Seq2SeqObjective:
         lengths = np.array([(len(source), len(target)) for source, target in self.pairs]).reshape(-1, 2)
         self.sampler = PairSampler(lengths, config.data.batch_size * self.parts, config.seed)
         self._tokens = float(lengths.sum(axis=1).mean()) + 1
+        if config.evaluation.translations:
+            check_sacrebleu()
 
     @property
     def tokens_per_step(self) -> int:
@@ -177,7 +181,7 @@ class Seq2SeqObjective:
         return {}
 
     def evaluate(self, stop: Stop) -> dict[str, float] | None:
-        """Return ``loss`` in nats per target token, of the pairs that were not learned from."""
+        """Return ``loss`` in nats per target token, of the held-out pairs, and ``bleu`` if asked for."""
         total, count = 0.0, 0
         with evaluating(self.model), torch.no_grad():
             for part in self._judged():
@@ -186,21 +190,40 @@ class Seq2SeqObjective:
                 n = int((part.targets != IGNORE).sum())
                 total += self.model(part.source, part.read, part.targets, part.mask).item() * n
                 count += n
-        return {"loss": total / count}
+        found = {"loss": total / count}
+        if self.config.evaluation.translations:
+            if stop():
+                return None
+            found["bleu"] = self._bleu(self.judged[: self.config.evaluation.translations])
+        return found
 
-    def sample(self, stop: Stop) -> str | None:
-        """Return the first pair that was not learned from, and below it what the model writes for its source."""
+    def _bleu(self, pairs: Sequence[Tokens]) -> float:
+        """Return BLEU of greedy translations, each of which may have twice the tokens of its source and a few."""
+        decode, longest = self.corpus.tokenizer.decode, self.model.config.context_length - 1
+        limits = [min(longest, 2 * len(source) + 8) for source, _ in pairs]
+        sources = [source for source, _ in pairs]
+        with evaluating(self.model):
+            found = self._session().translate(sources, max_new_tokens=limits, batch_size=_TRANSLATED)
+        return corpus_bleu(
+            [each.text.strip() for each in found], [decode(target) for _, target in pairs]
+        ).score
+
+    def _session(self) -> Any:
+        """The model as it stands, on the torch engine."""
         from portlm.runtimes.eager import TorchEngine
         from portlm.runtimes.session import Session
 
+        engine = TorchEngine.of(self.model, str(self.device))
+        return Session(engine, self.corpus.tokenizer, start_ids=(self.start,))
+
+    def sample(self, stop: Stop) -> str | None:
+        """Return the first pair that was not learned from, and below it what the model writes for its source."""
         limit = min(self.config.evaluation.sample_tokens, self.model.config.context_length - 1)
         if not limit or stop():
             return None
         (source, target), decode = self.judged[0], self.corpus.tokenizer.decode
         with evaluating(self.model):
-            engine = TorchEngine.of(self.model, str(self.device))
-            session = Session(engine, self.corpus.tokenizer, start_ids=(self.start,))
-            written = session.generate(source, max_new_tokens=limit).text
+            written = self._session().generate(source, max_new_tokens=limit).text
         return f"{decode(source)}\n{decode(target)}\n{written}"
 
     def save(self, folder: Path) -> None:
