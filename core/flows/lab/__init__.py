@@ -21,6 +21,8 @@ EXPERIMENTS = {
     "source-reversal": "portlm.flows.lab.source_reversal:SourceReversal",
     "alignment": "portlm.flows.lab.alignment:Alignment",
     "retrieval": "portlm.flows.lab.retrieval:Retrieval",
+    "parallel-depth": "portlm.flows.lab.parallel_depth:ParallelDepth",
+    "hybrid": "portlm.flows.lab.hybrid:Hybrids",
     "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
     "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
     "ladder": "portlm.flows.lab.ladder:Ladder",
