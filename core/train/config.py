@@ -19,7 +19,8 @@ from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
 TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
-BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
+BEGINNING = ("causal", "masked", "classify", "answer")  # objectives that may begin with a checkpoint
+JUDGED = ("classify", "answer")  # those with a file of their own to judge by
 
 __all__ = [
     "CheckpointSettings",
@@ -39,7 +40,7 @@ class DataSettings:
     """What the model reads."""
 
     texts: tuple[str, ...] = ()  # UTF-8 text files, or one folder of prepared shards
-    held_out: str = ""  # of texts with labels: a file of others to judge by, instead of a part of them
+    held_out: str = ""  # of texts with labels, or questions: a file of others to judge by
     source: str = ""  # of pairs: a file of lines
     target: str = ""  # a file with as many
     tokenizer: str = "byte"  # "byte", "bpe:2048" or "word:2048" (train one of that size), or a tokenizer.json
@@ -315,10 +316,13 @@ class PretrainConfig(RunConfig):
                 )
 
     def _check_family(self) -> None:
-        """Refuse an objective that the family cannot learn; the message says which it can, or who can."""
+        """Refuse an objective that the family cannot learn; the message says which it can, or who can.
+
+        The family of a checkpoint to begin with is known, and looked at, by the objective.
+        """
         family = self.model.family
         kind = FAMILIES[family].kind
-        if learns(kind, self.objective):
+        if self.init or learns(kind, self.objective):
             return
         wanted = (
             f"model.family = {' or '.join(n for n, f in FAMILIES.items() if learns(f.kind, self.objective))}"
@@ -335,9 +339,10 @@ class PretrainConfig(RunConfig):
             raise ConfigError("the model is that of init: leave out what is set of [model]")
         if self.init and self.data.tokenizer != DataSettings.tokenizer:
             raise ConfigError("the tokenizer is that of init: leave out data.tokenizer")
-        if self.objective != "classify" and (self.data.held_out or self.lm_coef != type(self).lm_coef):
-            what = "data.held_out" if self.data.held_out else "lm_coef"
-            raise ConfigError(f"{what} is for objective classify: leave it out")
+        if self.data.held_out and self.objective not in JUDGED:
+            raise ConfigError(f"data.held_out is for objective {' or '.join(JUDGED)}: leave it out")
+        if self.lm_coef != type(self).lm_coef and self.objective != "classify":
+            raise ConfigError("lm_coef is for objective classify: leave it out")
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,17 +14,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from portlm.compile.trace import Recording, record
 from portlm.flows.lab.experiment import Bar
 from portlm.flows.lab.fitting import fresh, parameters, seeded
 from portlm.models import Config
 from portlm.models.llama import LlamaConfig
 from portlm.models.recurrent import RecurrentConfig
 from portlm.models.roles import Role
+
+if TYPE_CHECKING:
+    from portlm.compile.trace import Recording
 
 _VOCAB, _LENGTHS = 64, (64, 128, 256, 512, 1024)
 _TOKENS = 2048  # of a step that is timed
@@ -110,6 +112,8 @@ class ParallelDepth:
 
     def run(self, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
         """Count the steps of each layer and of all, and time training steps."""
+        from portlm.compile.trace import record
+
         seeded(seed)
         figures: dict[str, Any] = {"parameters": {}, "layer": {}, "all_layers": {}, "milliseconds": {}}
         for name, config in _MODELS.items():
