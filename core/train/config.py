@@ -98,13 +98,13 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019), Muon (Jordan et al. 2024) where a model has hidden matrices, or AdaGrad.
+    """AdamW (Loshchilov and Hutter 2019), Muon (Jordan et al. 2024) where a model has hidden matrices, AdaGrad, or NT-ASGD.
 
     Weight decay is on matrices only. ``momentum`` is Muon's; beta1, beta2 and eps hold for what Muon leaves, eps for
-    AdaGrad (Duchi et al. 2011), too.
+    AdaGrad (Duchi et al. 2011), too. NT-ASGD (Merity et al. 2017) has a rate, decay, clip and ``patience``.
     """
 
-    name: Literal["adamw", "muon", "adagrad"] = (
+    name: Literal["adamw", "muon", "adagrad", "nt-asgd"] = (
         "adamw"  # "muon" takes the matrices inside the blocks, and leaves all else to AdamW
     )
     lr: float = 1e-3  # peak learning rate
@@ -114,6 +114,7 @@ class OptimizerSettings:
     weight_decay: float = 0.1
     clip: float = 1.0  # largest global gradient norm; 0 means no clipping
     momentum: float = 0.95  # of Muon
+    patience: int = 5  # of NT-ASGD: evaluations that a loss above an earlier one is not compared with
 
     def __post_init__(self) -> None:
         require_range("optimizer.lr", self.lr, 0, open_low=True)
@@ -125,6 +126,14 @@ class OptimizerSettings:
         require_range("optimizer.momentum", self.momentum, 0, 0.999999)
         if self.name != "muon" and self.momentum != OptimizerSettings.momentum:
             raise ConfigError("optimizer.momentum is Muon's: leave it out, or set optimizer.name = muon")
+        require_range("optimizer.patience", self.patience, 1, 1 << 20)
+        if self.name != "nt-asgd" and self.patience != OptimizerSettings.patience:
+            raise ConfigError("optimizer.patience is NT-ASGD's: leave it out, or set optimizer.name = nt-asgd")
+        if self.name == "nt-asgd" and self.lr * self.weight_decay >= 1:
+            raise ConfigError(
+                f"optimizer.weight_decay {self.weight_decay:g} times optimizer.lr {self.lr:g} takes all of a weight at "
+                "each step: lower it (1.2e-6 for AWD-LSTM)"
+            )
 
 
 @dataclass(frozen=True)

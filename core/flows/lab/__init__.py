@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "parallel-depth": "portlm.flows.lab.parallel_depth:ParallelDepth",
     "hybrid": "portlm.flows.lab.hybrid:Hybrids",
     "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
+    "cove": "portlm.flows.lab.cove:Cove",
     "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
     "ladder": "portlm.flows.lab.ladder:Ladder",
     "cloze-needs-both-sides": "portlm.flows.lab.cloze:Cloze",
