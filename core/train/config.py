@@ -98,7 +98,7 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019), Muon (Jordan et al. 2024) where a model has hidden matrices, AdaGrad, or NT-ASGD.
+    """AdamW (Loshchilov and Hutter 2019), Muon (Jordan et al. 2024) where a model has hidden matrices, AdaGrad, NT-ASGD.
 
     Weight decay is on matrices only. ``momentum`` is Muon's; beta1, beta2 and eps hold for what Muon leaves, eps for
     AdaGrad (Duchi et al. 2011), too. NT-ASGD (Merity et al. 2017) has a rate, decay, clip and ``patience``.
@@ -128,7 +128,9 @@ class OptimizerSettings:
             raise ConfigError("optimizer.momentum is Muon's: leave it out, or set optimizer.name = muon")
         require_range("optimizer.patience", self.patience, 1, 1 << 20)
         if self.name != "nt-asgd" and self.patience != OptimizerSettings.patience:
-            raise ConfigError("optimizer.patience is NT-ASGD's: leave it out, or set optimizer.name = nt-asgd")
+            raise ConfigError(
+                "optimizer.patience is NT-ASGD's: leave it out, or set optimizer.name = nt-asgd"
+            )
         if self.name == "nt-asgd" and self.lr * self.weight_decay >= 1:
             raise ConfigError(
                 f"optimizer.weight_decay {self.weight_decay:g} times optimizer.lr {self.lr:g} takes all of a weight at "

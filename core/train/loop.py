@@ -278,7 +278,9 @@ class Trainer:
                 self.metrics.write("sample", self.step, text=text)
                 self.progress.note(_indented(text))
         if observe(self.optimizer, found["loss"]):
-            self.progress.note(f"step {self.step}: the loss gets no better, weights are averaged from here on")
+            self.progress.note(
+                f"step {self.step}: the loss gets no better, weights are averaged from here on"
+            )
 
     def save(self) -> None:
         """Save the whole state, unless this step was saved already.

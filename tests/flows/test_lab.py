@@ -275,7 +275,14 @@ def test_layers_and_a_schedule_are_those_that_were_asked_for():
     def moved(steps, rates, layers):
         model = fresh(GPT2Config(vocab_size=4, context_length=16, n_layer=2, n_head=2, width=16), 0)
         before = [[p.detach().clone() for p in group] for group in layer_groups(model)]
-        fit(model, iter([(ids, ids)] * steps), steps, schedule=rates.__getitem__, layers=layers, weight_decay=0.0)
+        fit(
+            model,
+            iter([(ids, ids)] * steps),
+            steps,
+            schedule=rates.__getitem__,
+            layers=layers,
+            weight_decay=0.0,
+        )
         return [
             max(((p - b).abs().max().item() for p, b in zip(group, old, strict=True)), default=0.0)
             for group, old in zip(layer_groups(model), before, strict=True)

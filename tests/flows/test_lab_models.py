@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
+
+import torch
 
 from portlm.errors import UsageError
 from portlm.flows.lab import brackets, cove, hybrid, retrieval, transfer, unseen_pairs
@@ -111,7 +113,7 @@ def test_both_languages_of_the_hybrid_are_told_apart_by_their_ids():
 
 
 def test_a_hybrid_is_a_llama_that_also_reads_a_state():
-    """An LSTM whose weights are 0 gives 0, and what is left is the LLaMA; with others a token changes what follows it."""
+    """An LSTM with weights of 0 gives 0, and what is left is the LLaMA; with others a token changes what follows it."""
     torch.manual_seed(0)
     config = hybrid._llama(1, 16, 24)
     model, plain = hybrid.Hybrid(config), hybrid.Llama(config)
@@ -137,7 +139,9 @@ def test_a_translation_says_in_reverse_what_each_word_means_under_its_topic():
     said = cove.translated(text, topics)
     assert cove.SOURCE <= said.min() <= said.max() < cove.START
     meanings = {}
-    for row, topic, place, words in zip(text.tolist(), topics.tolist(), places.tolist(), said.tolist(), strict=True):
+    for row, topic, place, words in zip(
+        text.tolist(), topics.tolist(), places.tolist(), said.tolist(), strict=True
+    ):
         for here, (word, target) in enumerate(zip(row, reversed(words), strict=True)):
             assert (word >= cove.SOURCE - 8) == (here == place)
             meanings.setdefault((word, topic if here == place else None), set()).add(target)

@@ -150,7 +150,9 @@ def test_a_masked_encoder_gives_all_but_the_head(questions, tmp_path):
     save_model(tmp_path / "old", old, tokenizer)
     objective = objective_of(config_of(questions, init=str(tmp_path / "old")), tmp_path / "data")
     known = dict(old.named_parameters())
-    fresh = [n for n, p in objective.model.named_parameters() if n not in known or not torch.equal(p, known[n])]
+    fresh = [
+        n for n, p in objective.model.named_parameters() if n not in known or not torch.equal(p, known[n])
+    ]
     assert fresh == ["heads.span.weight", "heads.span.bias"]
 
 
@@ -173,7 +175,7 @@ def test_epochs_of_questions_are_counted(questions):
 @pytest.mark.parametrize(
     ("more", "kind", "message"),
     [
-        ({"model__family": "gpt2"}, ConfigError, "objective answer is not for the family gpt2: set model.family = bert"),
+        ({"model__family": "gpt2"}, ConfigError, "objective answer is not for the family gpt2: set .* = bert"),
         ({"model__context_length": 4}, ConfigError, "a question of 3 tokens leaves no room in a context of 4"),
         ({"data__texts": []}, UsageError, "no questions: name at least one"),
         ({"lm_coef": 0.1}, ConfigError, "lm_coef is for objective classify"),

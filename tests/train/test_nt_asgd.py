@@ -37,7 +37,9 @@ def test_it_is_gradient_descent_and_from_the_trigger_on_the_mean_of_its_iterates
     weights = [torch.ones(shape, dtype=torch.float64) for shape in SHAPES]
     losses, iterates = [3.0, 2.0, 2.5], []
     for step in range(9):
-        if step % 2 == 0 and not iterates:  # 3, 2 and 2.5, which is above neither 3 nor what came just before it
+        if (
+            step % 2 == 0 and not iterates
+        ):  # 3, 2 and 2.5, which is above neither 3 nor what came just before it
             loss = losses.pop(0) if losses else 4.0  # above 2
             if ours.validated(loss):
                 iterates = [[w.clone() for w in weights]]
@@ -128,7 +130,7 @@ def text(tmp_path):
 
 
 def descending(text, **more):
-    """A rate that is far too high: the held-out loss goes up and down, and averaging begins within a few evaluations."""
+    """A rate that is far too high: the held-out loss goes up and down, and averaging begins soon."""
     values = {
         "model__family": "awd_lstm", "model__hidden": 24, "model__weight_dropout": 0.2, "optimizer__name": "nt-asgd",
         "optimizer__lr": 40.0, "schedule__min_lr": 40.0, "schedule__warmup": 0.0, "optimizer__weight_decay": 1.2e-6,
@@ -234,7 +236,10 @@ def test_settings_out_of_range_are_refused(text):
     for more, message in (
         ({"optimizer__name": "adamw", "optimizer__patience": 3}, r"optimizer\.patience is NT-ASGD's"),
         ({"optimizer__name": "nt-asgd", "optimizer__patience": 0}, r"optimizer\.patience must be at least 1"),
-        ({"optimizer__name": "nt-asgd", "optimizer__lr": 30.0}, r"optimizer\.weight_decay 0\.1 times .* takes all"),
+        (
+            {"optimizer__name": "nt-asgd", "optimizer__lr": 30.0},
+            r"optimizer\.weight_decay 0\.1 times .* takes all",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             tiny(text, **more)

@@ -26,7 +26,9 @@ from portlm.models.bahdanau import BahdanauConfig
 
 _TOPICS, _WORDS, _FUNCTION, _SENSES = 2, 20, 10, 8  # of each topic; of none; that are ambiguous
 _PLAIN = _TOPICS * _WORDS + _FUNCTION
-SOURCE = _PLAIN + _SENSES  # words of the source language; the target's follow, one for each but two for ambiguous ones
+SOURCE = (
+    _PLAIN + _SENSES
+)  # words of the source language; the target's follow, one for each but two for ambiguous ones
 TARGET = _PLAIN + _TOPICS * _SENSES
 START, END = SOURCE + TARGET, SOURCE + TARGET + 1
 _LENGTH = 10
@@ -130,7 +132,9 @@ class Cove:
             steps = np.linspace(0, _STEPS, len(result["curve"]))
             curves.plot(steps, result["curve"], color=f"C{place}")
         shares.axhline(1 / _TOPICS, color="black", linestyle="--", label="chance")
-        shares.set_xticks(np.arange(3) + 0.25, ["word vectors", "and an untrained\nencoder's states", "and CoVe"])
+        shares.set_xticks(
+            np.arange(3) + 0.25, ["word vectors", "and an untrained\nencoder's states", "and CoVe"]
+        )
         shares.set_ylabel("senses said")
         shares.legend()
         curves.set_xlabel("steps of the translator")
@@ -145,6 +149,8 @@ def _learned(features: Tensor, labels: np.ndarray) -> float:
     inputs = torch.cat(((inputs - mean) / spread, inputs.new_ones(len(inputs), 1)), dim=1)
     wanted = torch.from_numpy(2.0 * labels - 1)
     learned = inputs[:_LABELS]
-    penalty = torch.eye(inputs.shape[1], dtype=torch.float64)  # a ridge, since features may be more than labels
+    penalty = torch.eye(
+        inputs.shape[1], dtype=torch.float64
+    )  # a ridge, since features may be more than labels
     solved = torch.linalg.solve(learned.T @ learned + penalty, learned.T @ wanted[:_LABELS])
     return float(((inputs[_LABELS:] @ solved > 0) == (wanted[_LABELS:] > 0)).double().mean())

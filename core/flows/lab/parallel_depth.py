@@ -1,9 +1,9 @@
 """How much of reading a text must wait for something else: T steps in a recurrent layer, one in a layer of attention.
 
 What is counted follows from the models' own graphs, as they are recorded for export. A role says how many tokens a call
-reads and which of its outputs are the next call's inputs, so a text of T tokens is a chain of calls; through all of them
-goes the longest path, and the cells or attentions on it are the steps that no number of processors takes at once. The
-backward pass walks the same path again.
+reads and which of its outputs are the next call's inputs, so a text of T tokens is a chain of calls. Through all of
+them goes the longest path, and the cells or attentions on it are the steps that no number of processors takes at once.
+The backward pass walks the same path again.
 
 The times of a training step on 2048 tokens, in rows of T, are told without a bar: they are this machine's, and on one
 thread what could be computed at once is not.
@@ -133,9 +133,7 @@ class ParallelDepth:
                 figures["milliseconds"][name][str(tokens)] = 1e3 * training_seconds(model, ids)
                 tell(f"{name}, {tokens} tokens: {each} steps in its layers")
         sizes = figures["parameters"].values()
-        shares = [
-            steps / int(tokens) for tokens, each in figures["layer"]["lstm"].items() for steps in each
-        ]
+        shares = [steps / int(tokens) for tokens, each in figures["layer"]["lstm"].items() for steps in each]
         return figures | {
             "least_lstm_depth_per_token": min(shares),
             "most_lstm_depth_per_token": max(shares),

@@ -94,8 +94,7 @@ class Transfer:
         world, generator = World(seed), seeded(seed)
         general, _ = world.texts(generator, _POOL, "general")
         learned, judged = (
-            world.texts(seeded(seed, stream), count, "task")
-            for stream, count in ((1, _LABELS), (2, _JUDGED))
+            world.texts(seeded(seed, stream), count, "task") for stream, count in ((1, _LABELS), (2, _JUDGED))
         )
         torch.manual_seed(seed)
         model = Classifier(_CONFIG)
