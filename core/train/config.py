@@ -98,7 +98,7 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019), AdaGrad, NT-ASGD, or Muon (Jordan et al. 2024) where there are hidden matrices.
+    """AdamW (Loshchilov and Hutter 2019), AdaGrad, NT-ASGD, or Muon (Jordan et al. 2024) for hidden matrices.
 
     Weight decay is on matrices only. ``momentum`` is Muon's; beta1, beta2 and eps hold for what Muon leaves, eps for
     AdaGrad (Duchi et al. 2011), too. NT-ASGD (Merity et al. 2017) has a rate, decay, clip and ``patience``.

@@ -2,7 +2,7 @@
 
 A text is 20 of 32 letters and has one of six topics, each with a map from a letter to the one that usually follows it.
 The label is whether the topic is of the first three. An AWD-LSTM reads texts without labels; then texts of the task,
-in which letters stray more often; then, with concat pooling and two layers on top, it learns a hundred labels, layer by
+in which letters stray more often; then, with concat pooling and two layers on top, it learns fifty labels, layer by
 layer from the top, the lower ones slower, along a slanted triangle. The same model learns the labels afresh, and, as a
 comparison without a bar, from the pretrained weights with all layers at once and at one rate.
 
@@ -30,7 +30,7 @@ from portlm.train.schedule import SlantedTriangle
 _LETTERS, _TOPICS, _LENGTH = 32, 6, 20
 _FOLLOWS = {"general": 0.95, "task": 0.8}  # how often a letter is the one that the topic's map says
 _POOL = 20_000  # texts without labels
-_LABELS, _JUDGED = 100, 1000
+_LABELS, _JUDGED = 50, 1000
 _STEPS = {"general": 900, "task": 60, "labels": 240}
 _UNFREEZE = 30  # steps after which one more layer learns
 _CONFIG = AWDLSTMConfig(
@@ -78,11 +78,11 @@ class World:
 
 
 class Transfer:
-    """An AWD-LSTM on a hundred labels: by ULMFiT's three stages, and from scratch."""
+    """An AWD-LSTM on fifty labels: by ULMFiT's three stages, and from scratch."""
 
     name: ClassVar[str] = "transfer"
     shows: ClassVar[str] = (
-        "A language model, tuned to a task and unfrozen layer by layer, learns from a hundred labels what a fresh one "
+        "A language model, tuned to a task and unfrozen layer by layer, learns from fifty labels what a fresh one "
         "does not."
     )
     source: ClassVar[str] = "Howard and Ruder, 2018"
