@@ -1,4 +1,4 @@
-"""``portlm finetune``: texts with labels in, a trained classifier out."""
+"""``portlm finetune``: texts with labels in, a trained classifier out; or questions, and what finds their answers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 # flag: (setting it is short for, type, help)
 _SHORT: dict[str, tuple[str, Any, str]] = {
+    "objective": (
+        "objective",
+        click.Choice(["classify", "answer"]),
+        "classify learns labels, answer which part of a text answers a question (default: classify)",
+    ),
     "lm-coef": ("lm_coef", float, "Of a decoder: what predicting the text counts beside its label"),
     "freeze": (
         "layers.freeze",
@@ -95,10 +100,12 @@ def command(
     gradual: bool, resume: str, config: Path | None, overrides: tuple[str, ...], quiet: bool, as_json: bool,
     **short: Any,
 ) -> None:  # fmt: skip
-    """Train a classifier on the texts with labels in DATA and print the path of its checkpoint.
+    """Train a model with a head on DATA and print the path of its checkpoint.
 
-    DATA are .tsv files of a label, a tab and a text (for pairs another tab and text), or .jsonl with "label", "text"
-    and "text_pair". Settings not given are those that GPT-1 was fine-tuned with.
+    DATA are texts with labels: .tsv files of a label, a tab and a text (for pairs another tab and text), or .jsonl with
+    "label", "text" and "text_pair". With --objective answer they are questions: .jsonl with "question", "text",
+    "answer" and, where the text holds it more than once, "start". Settings not given are those that GPT-1 was
+    fine-tuned with.
     For example: portlm finetune reviews.tsv --init gpt --out sentiment
     """
     from portlm.train.allocator import keep_freed_memory

@@ -44,7 +44,7 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
     "steps": ("steps", int, "Optimiser steps in all"),
     "optimizer": (
         "optimizer.name",
-        click.Choice(["adamw", "muon", "adagrad"]),
+        click.Choice(["adamw", "muon", "adagrad", "nt-asgd"]),
         "muon is for the matrices inside the blocks, and all else takes adamw",
     ),
     "lr": ("optimizer.lr", float, "Peak learning rate"),

@@ -10,8 +10,7 @@ models of core/models/recurrent.py:
 - embedding dropout: some words lose their vectors for the whole batch
 - both products of a layer have a bias, as torch.nn.LSTM has it, which is how the papers' parameters are counted
 
-Their training also averages weights (NT-ASGD) and adds a penalty of activations (AR, TAR): the optimisers here are
-others, and there is no such penalty.
+Their training is NT-ASGD (core/train/nt_asgd.py) and adds a penalty of activations (AR, TAR), which there is not here.
 
 B batch, T time, E width of the embedding and of the last layer, H of the others, V vocabulary.
 

@@ -19,7 +19,8 @@ from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
 TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
-BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
+BEGINNING = ("causal", "masked", "classify", "answer")  # objectives that may begin with a checkpoint
+JUDGED = ("classify", "answer")  # those with a file of their own to judge by
 
 __all__ = [
     "CheckpointSettings",
@@ -39,7 +40,7 @@ class DataSettings:
     """What the model reads."""
 
     texts: tuple[str, ...] = ()  # UTF-8 text files, or one folder of prepared shards
-    held_out: str = ""  # of texts with labels: a file of others to judge by, instead of a part of them
+    held_out: str = ""  # of texts with labels, or questions: a file of others to judge by
     source: str = ""  # of pairs: a file of lines
     target: str = ""  # a file with as many
     tokenizer: str = "byte"  # "byte", "bpe:2048" or "word:2048" (train one of that size), or a tokenizer.json
@@ -103,13 +104,13 @@ class NoiseSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019), Muon (Jordan et al. 2024) where a model has hidden matrices, or AdaGrad.
+    """AdamW (Loshchilov and Hutter 2019), AdaGrad, NT-ASGD, or Muon (Jordan et al. 2024) for hidden matrices.
 
     Weight decay is on matrices only. ``momentum`` is Muon's; beta1, beta2 and eps hold for what Muon leaves, eps for
-    AdaGrad (Duchi et al. 2011), too.
+    AdaGrad (Duchi et al. 2011), too. NT-ASGD (Merity et al. 2017) has a rate, decay, clip and ``patience``.
     """
 
-    name: Literal["adamw", "muon", "adagrad"] = (
+    name: Literal["adamw", "muon", "adagrad", "nt-asgd"] = (
         "adamw"  # "muon" takes the matrices inside the blocks, and leaves all else to AdamW
     )
     lr: float = 1e-3  # peak learning rate
@@ -119,6 +120,7 @@ class OptimizerSettings:
     weight_decay: float = 0.1
     clip: float = 1.0  # largest global gradient norm; 0 means no clipping
     momentum: float = 0.95  # of Muon
+    patience: int = 5  # of NT-ASGD: evaluations that a loss above an earlier one is not compared with
 
     def __post_init__(self) -> None:
         require_range("optimizer.lr", self.lr, 0, open_low=True)
@@ -130,6 +132,16 @@ class OptimizerSettings:
         require_range("optimizer.momentum", self.momentum, 0, 0.999999)
         if self.name != "muon" and self.momentum != OptimizerSettings.momentum:
             raise ConfigError("optimizer.momentum is Muon's: leave it out, or set optimizer.name = muon")
+        require_range("optimizer.patience", self.patience, 1, 1 << 20)
+        if self.name != "nt-asgd" and self.patience != OptimizerSettings.patience:
+            raise ConfigError(
+                "optimizer.patience is NT-ASGD's: leave it out, or set optimizer.name = nt-asgd"
+            )
+        if self.name == "nt-asgd" and self.lr * self.weight_decay >= 1:
+            raise ConfigError(
+                f"optimizer.weight_decay {self.weight_decay:g} times optimizer.lr {self.lr:g} takes all of a weight at "
+                "each step: lower it (1.2e-6 for AWD-LSTM)"
+            )
 
 
 @dataclass(frozen=True)
@@ -329,10 +341,13 @@ class PretrainConfig(RunConfig):
                 )
 
     def _check_family(self) -> None:
-        """Refuse an objective that the family cannot learn; the message says which it can, or who can."""
+        """Refuse an objective that the family cannot learn; the message says which it can, or who can.
+
+        The family of a checkpoint to begin with is known, and looked at, by the objective.
+        """
         family = self.model.family
         kind = FAMILIES[family].kind
-        if learns(kind, self.objective):
+        if self.init or learns(kind, self.objective):
             return
         wanted = (
             f"model.family = {' or '.join(n for n, f in FAMILIES.items() if learns(f.kind, self.objective))}"
@@ -349,9 +364,10 @@ class PretrainConfig(RunConfig):
             raise ConfigError("the model is that of init: leave out what is set of [model]")
         if self.init and self.data.tokenizer != DataSettings.tokenizer:
             raise ConfigError("the tokenizer is that of init: leave out data.tokenizer")
-        if self.objective != "classify" and (self.data.held_out or self.lm_coef != type(self).lm_coef):
-            what = "data.held_out" if self.data.held_out else "lm_coef"
-            raise ConfigError(f"{what} is for objective classify: leave it out")
+        if self.data.held_out and self.objective not in JUDGED:
+            raise ConfigError(f"data.held_out is for objective {' or '.join(JUDGED)}: leave it out")
+        if self.lm_coef != type(self).lm_coef and self.objective != "classify":
+            raise ConfigError("lm_coef is for objective classify: leave it out")
 
     @property
     def tokens_per_step(self) -> int:

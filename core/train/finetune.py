@@ -1,4 +1,4 @@
-"""Fine-tuning: a pretrained model, or a fresh one, learns to say which label a text has."""
+"""Fine-tuning: a pretrained model, or a fresh one, learns which label a text has, or what in it answers a question."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from portlm.data.labelled import read_labelled, steps_per_epoch
+from portlm.data.questions import read_questions
 from portlm.errors import ConfigError, UsageError
 from portlm.train.config import PretrainConfig
 from portlm.train.loop import train
@@ -19,6 +20,7 @@ PRESET: dict[str, Any] = {
     "optimizer": {"lr": 6.25e-5, "beta2": 0.999, "weight_decay": 0.01},
     "schedule": {"shape": "linear", "warmup": 0.002, "min_lr": 0.0},
 }
+SCORES = {"classify": "accuracy", "answer": "exact"}  # objective -> the share in its evaluation
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class FinetuneResult:
         steps: Optimiser steps taken, over all sessions.
         parameters: Size of the model.
         trained: Of these, how many were trained.
-        loss: On held-out texts, in nats per label.
-        accuracy: Share of the held-out labels that are right.
+        loss: On held-out texts, in nats per label, or per end of an answer.
+        accuracy: Share of the held-out labels that are right, or of the answers that are found without a fault.
         seconds: Time spent training, over all sessions, without evaluation and saving.
     """
 
@@ -50,7 +52,7 @@ def in_epochs(config: PretrainConfig, epochs: float, gradual: bool = False) -> P
     """Return settings whose steps, and steps between evaluations and checkpoints, are counted in epochs of the data.
 
     Args:
-        config: Of the objective classify, with the files of its data.
+        config: Of an objective in SCORES, with the files of its data.
         epochs: How often every text is learned from.
         gradual: Let one more layer learn in each epoch, from the top.
 
@@ -63,8 +65,9 @@ def in_epochs(config: PretrainConfig, epochs: float, gradual: bool = False) -> P
         raise ConfigError(f"epochs must be above 0 and at most 10000, got {epochs!r}")
     data = config.data
     if not data.texts:
-        raise UsageError("no texts with labels: name at least one .tsv or .jsonl file")
-    count = sum(len(read_labelled(path)) for path in data.texts)
+        raise UsageError("there is nothing to learn from: name at least one file")
+    read = read_questions if config.objective == "answer" else read_labelled
+    count = sum(len(read(path)) for path in data.texts)
     if not data.held_out:
         count -= max(1, round(data.validation_fraction * count))
     each = max(1, steps_per_epoch(count, data.batch_size * data.accumulate))
@@ -85,10 +88,10 @@ def finetune(
     quiet: bool = False,
     plot: bool = True,
 ) -> FinetuneResult:
-    """Train a classifier in the folder ``out`` and return where it is and how good it became.
+    """Train a model with a head in the folder ``out`` and return where it is and how good it became.
 
     Args:
-        config: Everything that decides the run; its objective is classify.
+        config: Everything that decides the run; its objective is one of SCORES.
         out: The run folder (:mod:`portlm.train.run_folder` draws it).
         resume: ``none``, ``auto`` or the path of a checkpoint.
         quiet: Report nothing but warnings on stderr.
@@ -100,8 +103,8 @@ def finetune(
         StorageError: The disk is full or refuses; earlier checkpoints are kept.
         PortlmError: Whatever else is wrong with the texts, the settings or the folder.
     """
-    if config.objective != "classify":
-        raise ConfigError(f"fine-tuning has the objective classify, got {config.objective}")
+    if config.objective not in SCORES:
+        raise ConfigError(f"fine-tuning has the objective {' or '.join(SCORES)}, got {config.objective}")
     done = train(config, out, partial(make_objective, config), resume=resume, quiet=quiet, plot=plot)
     return FinetuneResult(
         checkpoint=done.checkpoint,
@@ -110,6 +113,6 @@ def finetune(
         parameters=done.parameters,
         trained=done.trained,
         loss=done.evaluation["loss"],
-        accuracy=done.evaluation["accuracy"],
+        accuracy=done.evaluation[SCORES[config.objective]],
         seconds=done.seconds,
     )

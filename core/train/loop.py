@@ -27,6 +27,7 @@ from portlm.train.config import RunConfig
 from portlm.train.interrupt import Interrupt, InterruptedTraining
 from portlm.train.layers import Layers
 from portlm.train.metrics import MetricsLog
+from portlm.train.nt_asgd import averages_in, observe
 from portlm.train.objectives import Objective
 from portlm.train.plot import plot_loss
 from portlm.train.progress import ProgressReport, duration
@@ -265,7 +266,7 @@ class Trainer:
         def stop() -> bool:
             return interrupt.signal_number != 0
 
-        with self._off_the_clock():
+        with self._off_the_clock(), averages_in(self.optimizer):
             found = self.objective.evaluate(stop)
             text = self.objective.sample(stop) if self.step and found is not None else None
             if found is None or stop():
@@ -276,6 +277,10 @@ class Trainer:
             if text is not None:
                 self.metrics.write("sample", self.step, text=text)
                 self.progress.note(_indented(text))
+        if observe(self.optimizer, found["loss"]):
+            self.progress.note(
+                f"step {self.step}: the loss gets no better, weights are averaged from here on"
+            )
 
     def save(self) -> None:
         """Save the whole state, unless this step was saved already.
@@ -356,7 +361,8 @@ class Trainer:
     def finish(self) -> Finished:
         """Write the trained model by itself and sum up the run."""
         assert self.evaluation is not None, "the last step is always evaluated"
-        final = checkpoint.replace_folder(self.folder.final, self.objective.save, estimate=self._bytes())
+        with averages_in(self.optimizer):
+            final = checkpoint.replace_folder(self.folder.final, self.objective.save, estimate=self._bytes())
         tokens = self.step * self.objective.tokens_per_step
         speed = f", {tokens / self._seconds:,.0f} tokens/s" if self._seconds else ""
         self.progress.note(

@@ -11,6 +11,7 @@ from portlm.ops.adamw import AdamW
 from portlm.train.adagrad import AdaGrad
 from portlm.train.config import OptimizerSettings, RunConfig
 from portlm.train.muon import Muon, MuonWithAdamW, hidden_groups
+from portlm.train.nt_asgd import NTASGD
 from portlm.train.schedule import SlantedTriangle, WarmupCosine, WarmupLinear
 
 Scale = Callable[[Tensor], float]
@@ -34,7 +35,7 @@ def alike(parameter: Tensor) -> float:
 
 def make_optimizer(
     model: torch.nn.Module, options: OptimizerSettings, scale: Scale = alike
-) -> AdamW | MuonWithAdamW | AdaGrad:
+) -> AdamW | MuonWithAdamW | AdaGrad | NTASGD:
     """Return the optimiser of all parameters of a model that are trained, as the settings say.
 
     Args:
@@ -51,6 +52,9 @@ def make_optimizer(
     if options.name == "adagrad":
         groups = by_scale(decay_groups(parameters, options.weight_decay), scale)
         return AdaGrad(groups, lr=options.lr, eps=options.eps, max_grad_norm=clip)
+    if options.name == "nt-asgd":
+        groups = by_scale(decay_groups(parameters, options.weight_decay), scale)
+        return NTASGD(groups, lr=options.lr, patience=options.patience, max_grad_norm=clip)
     hidden = hidden_groups(model)
     if not hidden:
         raise ConfigError(

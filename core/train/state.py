@@ -13,8 +13,9 @@ from portlm.errors import FormatError
 from portlm.ops.adamw import AdamW
 from portlm.train.adagrad import AdaGrad
 from portlm.train.muon import MuonWithAdamW
+from portlm.train.nt_asgd import NTASGD
 
-Optimizer = AdamW | MuonWithAdamW | AdaGrad
+Optimizer = AdamW | MuonWithAdamW | AdaGrad | NTASGD
 
 _CPU, _CUDA = "torch.cpu", "torch.cuda"
 
@@ -49,11 +50,13 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the optimiser's memory: tensors named ``<parameter>/<key>``, and its plain numbers likewise.
 
+    What belongs to no parameter is named ``/<key>``.
     Hyperparameters are not part of it: they follow from the configuration and the step.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for part in _parts(optimizer):
+        numbers |= {f"/{key}": value for key, value in getattr(part, "memory", {}).items()}
         state = part.state_dict()["state"]
         for index, name in enumerate(_names(model, part)):
             for key, value in state.get(index, {}).items():
@@ -79,8 +82,13 @@ def set_optimizer_state(
         name: (n, index) for n, part in enumerate(parts) for index, name in enumerate(_names(model, part))
     }
     states: list[dict[int, dict[str, Any]]] = [{} for _ in parts]
+    recalls = [part for part in parts if hasattr(part, "recall")]
+    memory: dict[str, Any] = {}
     for path, value in (*tensors.items(), *numbers.items()):
         name, _, key = path.rpartition("/")
+        if not name and recalls:
+            memory[key] = value
+            continue
         if name not in places:
             raise FormatError(
                 f"the checkpoint's optimiser remembers {path!r}, which is no parameter of this model"
@@ -95,6 +103,8 @@ def set_optimizer_state(
     for part, state in zip(parts, states, strict=True):
         try:
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+            if part in recalls:
+                part.recall(memory)
         except ValueError as error:
             raise FormatError(f"the checkpoint's optimiser cannot go on here: {error}") from error
 

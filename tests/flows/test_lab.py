@@ -265,6 +265,38 @@ def test_the_same_seed_gives_the_same_model_whatever_was_drawn_before():
     assert all(torch.equal(first[name], p) for name, p in fresh(NPLMConfig.tiny(), 5).state_dict().items())
 
 
+def test_layers_and_a_schedule_are_those_that_were_asked_for():
+    from portlm.models.gpt2 import GPT2Config
+    from portlm.train.config import LayerSettings
+    from portlm.train.layers import layer_groups
+
+    ids = torch.arange(4).repeat(8).view(2, 16)
+
+    def moved(steps, rates, layers):
+        model = fresh(GPT2Config(vocab_size=4, context_length=16, n_layer=2, n_head=2, width=16), 0)
+        before = [[p.detach().clone() for p in group] for group in layer_groups(model)]
+        fit(
+            model,
+            iter([(ids, ids)] * steps),
+            steps,
+            schedule=rates.__getitem__,
+            layers=layers,
+            weight_decay=0.0,
+        )
+        return [
+            max(((p - b).abs().max().item() for p, b in zip(group, old, strict=True)), default=0.0)
+            for group, old in zip(layer_groups(model), before, strict=True)
+        ]
+
+    gradual = LayerSettings(unfreeze=2)
+    assert [amount > 0 for amount in moved(2, [0.1, 0.1], gradual)[:3]] == [False, False, True]
+    assert [amount > 0 for amount in moved(3, [0.1] * 3, gradual)[:3]] == [False, True, True]
+    assert max(moved(2, [0.0, 0.0], None)) == 0
+    # The first step of AdamW is about as long as the rate, whatever the gradient is.
+    below, lower, upper, _ = moved(1, [0.1], LayerSettings(decay=2.0))
+    assert (upper, lower, below) == pytest.approx((0.1, 0.05, 0.025), rel=1e-3)
+
+
 def test_training_that_diverges_says_at_which_step():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):

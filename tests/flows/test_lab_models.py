@@ -9,7 +9,8 @@ pytest.importorskip("numba", reason="numba is missing: pip install portlm[train]
 
 import torch
 
-from portlm.flows.lab import brackets, retrieval, unseen_pairs
+from portlm.errors import UsageError
+from portlm.flows.lab import brackets, cove, hybrid, retrieval, transfer, unseen_pairs
 from portlm.flows.lab.counted import bits_of, counted
 
 
@@ -96,3 +97,76 @@ def test_pairs_that_are_asked_never_met_and_follow_from_the_class():
     relation = text[:, 1] - unseen_pairs.NAMES
     expected = facts.leads[relation, text[:, 0] // unseen_pairs.MEMBERS]
     assert (text[:, 2] // unseen_pairs.MEMBERS == expected).all()
+
+
+def test_both_languages_of_the_hybrid_are_told_apart_by_their_ids():
+    generator = np.random.default_rng(0)
+    for make, low, high in (
+        (hybrid.rows_of_brackets, 0, brackets.VOCAB),
+        (hybrid.rows_of_repeats, brackets.VOCAB, brackets.VOCAB + retrieval.VOCAB),
+    ):
+        inputs, targets = make(generator, 20)
+        assert inputs.shape == targets.shape == (20, retrieval.LENGTH)
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        assert low <= int(inputs.min()) <= int(inputs.max()) < high
+
+
+def test_a_hybrid_is_a_llama_that_also_reads_a_state():
+    """An LSTM with weights of 0 gives 0, and what is left is the LLaMA; with others a token changes what follows it."""
+    torch.manual_seed(0)
+    config = hybrid._llama(1, 16, 24)
+    model, plain = hybrid.Hybrid(config), hybrid.Llama(config)
+    missing = plain.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.startswith("before.")}
+    )
+    assert not missing.missing_keys
+    ids = torch.randint(0, config.vocab_size, (2, 9))
+    before = model(ids)
+    changed = ids.clone()
+    changed[:, 4] += 1
+    moved = (model(changed) - before).abs().amax(dim=(0, 2)) > 0
+    assert moved.tolist() == [False] * 4 + [True] * 5
+    assert not torch.allclose(before, plain(ids))
+    with torch.no_grad():
+        for p in model.before.parameters():
+            p.zero_()
+    assert torch.equal(model(ids), plain(ids))
+
+
+def test_a_translation_says_in_reverse_what_each_word_means_under_its_topic():
+    text, topics, places = cove.sentences(np.random.default_rng(0), 300)
+    said = cove.translated(text, topics)
+    assert cove.SOURCE <= said.min() <= said.max() < cove.START
+    meanings = {}
+    for row, topic, place, words in zip(
+        text.tolist(), topics.tolist(), places.tolist(), said.tolist(), strict=True
+    ):
+        for here, (word, target) in enumerate(zip(row, reversed(words), strict=True)):
+            assert (word >= cove.SOURCE - 8) == (here == place)
+            meanings.setdefault((word, topic if here == place else None), set()).add(target)
+    assert all(len(each) == 1 for each in meanings.values())
+    assert len({next(iter(each)) for each in meanings.values()}) == len(meanings)
+
+
+def test_a_text_of_a_task_has_the_label_of_the_topic_whose_map_it_follows():
+    world = transfer.World(0)
+    for kind, least in (("general", 0.9), ("task", 0.7)):
+        texts, labels = world.texts(np.random.default_rng(1), 200, kind)
+        follows = np.stack([(step[texts[:, :-1]] == texts[:, 1:].numpy()).mean(1) for step in world._next])
+        assert follows.max(0).mean() > least
+        assert ((follows.argmax(0) < 3) == labels.numpy().astype(bool)).mean() > 0.99
+
+
+def test_the_classifier_pools_the_last_the_largest_and_the_mean_state_and_its_head_is_the_topmost_layer():
+    from portlm.train.layers import layer_groups
+
+    torch.manual_seed(0)
+    model = transfer.Classifier(transfer._CONFIG).eval()
+    ids = torch.randint(0, 32, (3, 20))
+    y, _ = model._read(ids, None, None)
+    rows = [torch.cat((row[-1], row.max(0).values, row.sum(0) / 20)) for row in y]
+    torch.testing.assert_close(model.answer(ids), model.heads(torch.stack(rows)))
+    below, *layers, top = layer_groups(model)
+    assert {id(p) for p in top} == {id(p) for p in model.heads.parameters()}
+    assert {id(p) for p in below} == {id(model.embed.weight), id(model.head_bias)}
+    assert [len(group) for group in layers] == [4, 4]

@@ -322,7 +322,11 @@ def test_what_is_judged_is_not_changed_by_judging(labelled, tmp_path):
 @pytest.mark.parametrize(
     ("more", "kind", "message"),
     [
-        ({"init": "x", "objective": "span"}, ConfigError, "init is for objectives causal, masked, classify"),
+        (
+            {"init": "x", "objective": "span"},
+            ConfigError,
+            "init is for objectives causal, masked, classify, answer",
+        ),
         ({"init": "x", "model.n_layer": 2}, ConfigError, "the model is that of init"),
         ({"init": "x", "data.tokenizer": "bpe:300"}, ConfigError, "the tokenizer is that of init"),
         ({"lm_coef": -1}, ConfigError, "lm_coef must be at least 0"),
@@ -330,7 +334,7 @@ def test_what_is_judged_is_not_changed_by_judging(labelled, tmp_path):
         (
             {"objective": "causal", "data.held_out": "x"},
             ConfigError,
-            "data.held_out is for objective classify",
+            "data.held_out is for objective classify or answer",
         ),
     ],
     ids=str,

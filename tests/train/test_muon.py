@@ -325,7 +325,7 @@ def test_what_the_checkpoint_remembers_must_be_muons():
 @pytest.mark.no_kernel("refused before anything is computed")
 def test_names_and_settings_that_do_not_exist_are_errors(text):
     with pytest.raises(
-        ConfigError, match=r"optimizer\.name: expected one of adamw, muon, adagrad, got 'adam'"
+        ConfigError, match=r"optimizer\.name: expected one of adamw, muon, adagrad, nt-asgd, got 'adam'"
     ):
         tiny(text, "optimizer.name=adam")
     with pytest.raises(ConfigError, match="optimizer is a section, not a value"):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from portlm.models import Config, Model, build
-from portlm.train.config import OptimizerSettings
+from portlm.train.config import LayerSettings, OptimizerSettings
 from portlm.train.evaluation import evaluating
+from portlm.train.layers import Layers
 from portlm.train.schedule import WarmupCosine
 from portlm.train.setup import make_optimizer
 
@@ -74,6 +75,8 @@ def fit(
     weight_decay: float = 0.01,
     clip: float = 1.0,
     loss: Callable[[Any], Tensor] | None = None,
+    schedule: Callable[[int], float] | None = None,
+    layers: LayerSettings | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[float]:
     """Train a model where it stands, with AdamW and a cosine.
@@ -88,6 +91,8 @@ def fit(
         weight_decay: Of matrices.
         clip: The largest norm of all gradients together; 0 for no limit.
         loss: Maps a batch to what is made small; without it, the model's own mean cross-entropy.
+        schedule: Learning rate of each step, counted from 0, in place of the cosine.
+        layers: Which layers learn, and how fast against the topmost; without it, all do alike.
         tell: Takes a line ten times in all.
 
     Returns:
@@ -97,13 +102,16 @@ def fit(
         FloatingPointError: A loss is not finite.
     """
     objective = loss if loss is not None else lambda batch: model(*batch)
-    optimizer = make_optimizer(model, OptimizerSettings(lr=lr, weight_decay=weight_decay, clip=clip))
-    schedule = WarmupCosine(lr, lr * floor, warmup, steps)
+    learning = Layers(model, layers or LayerSettings())
+    settings = OptimizerSettings(lr=lr, weight_decay=weight_decay, clip=clip)
+    optimizer = make_optimizer(model, settings, learning.scale)
+    schedule = schedule or WarmupCosine(lr, lr * floor, warmup, steps)
     model.train()
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step)
+            group["lr"] = schedule(step) * group["scale"]
+        learning.set_learning(step)
         value = objective(next(batches))
         value.backward()
         optimizer.step()

@@ -30,6 +30,7 @@ from portlm.flows.lab.fitting import (
     windows,
 )
 from portlm.models import Config
+from portlm.models.gpt1 import GPT1Config
 from portlm.models.gpt2 import GPT2Config
 from portlm.models.llama import LlamaConfig
 from portlm.models.nplm import NPLMConfig
@@ -46,22 +47,23 @@ _MODELS: dict[str, tuple[Config, float]] = {
     "rnn": (RecurrentConfig(**_SIZES, cell="rnn", n_layer=1, width=176), 4e-3),
     "lstm": (RecurrentConfig(**_SIZES, cell="lstm", n_layer=1, width=108, forget_bias=1.0), 8e-3),
     "gru": (RecurrentConfig(**_SIZES, cell="gru", n_layer=1, width=120), 8e-3),
+    "gpt1": (GPT1Config(**_SIZES, n_layer=2, n_head=4, width=72), 4e-3),
     "gpt2": (GPT2Config(**_SIZES, n_layer=2, n_head=4, width=72), 4e-3),
     "llama": (LlamaConfig(**_SIZES, n_layer=2, n_head=4, n_kv_head=4, width=64, hidden=216), 4e-3),
 }
 
 
 class Ladder:
-    """Kneser-Ney of orders 1 to 6, and six networks of equal size, in bits per byte of one text."""
+    """Kneser-Ney of orders 1 to 6, and seven networks of equal size, in bits per byte of one text."""
 
     name: ClassVar[str] = "ladder"
     shows: ClassVar[str] = (
         "Down the ladder of language models, each reads the same text with as many parameters."
     )
     source: ClassVar[str] = (
-        "Kneser and Ney, 1995; Bengio et al., 2003; Mikolov et al., 2010; Radford et al., 2019"
+        "Kneser and Ney, 1995; Bengio et al., 2003; Mikolov et al., 2010; Radford et al., 2018 and 2019"
     )
-    seeds: ClassVar[tuple[int, ...]] = (0,)
+    seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)
     bars: ClassVar[tuple[Bar, ...]] = (
         Bar("least_gain_of_an_order", ">", 0.0),  # each n-gram model beats the one before
         Bar("largest_size_over_smallest", "<=", 1.1),

@@ -27,6 +27,7 @@ OBJECTIVES = {
     "glove": "portlm.train.objectives.glove:GloveObjective",
     "seq2seq": "portlm.train.objectives.seq2seq:Seq2SeqObjective",
     "classify": "portlm.train.objectives.classify:ClassifyObjective",
+    "answer": "portlm.train.objectives.answer:AnswerObjective",
     "denoise": "portlm.train.objectives.denoise:DenoiseObjective",
     "mass": "portlm.train.objectives.mass:MassObjective",
     "bert": "portlm.train.objectives.bert:BertObjective",
@@ -43,6 +44,7 @@ LEARNERS = {
     "denoise": ("encoder-decoder",),
     "mass": ("encoder-decoder",),
     "bert": ("encoder",),
+    "answer": ("encoder",),
     "prefix": ("prefix",),
 }
 

@@ -14,7 +14,7 @@ B texts, T tokens, N labels.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,22 +88,35 @@ def open_labelled(
     kinds = {row.other is None for row in (*rows, *(held_out or ()))}
     if len(kinds) > 1:
         raise UsageError(f"{' and '.join(files)}: some hold pairs and some single texts")
-    if not fresh and (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(folder)
-    else:
-        tokenizer = _tokenizer(data.tokenizer, rows, note)
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder)
+    texts = (text for row in rows for text in (row.text, row.other) if text)
+    tokenizer = kept_tokenizer(data.tokenizer, folder, texts, fresh=fresh, note=note)
     said = repr((rows, held_out, tokenizer.sha256))
     return LabelledCorpus(tokenizer, rows, held_out, labels, hashlib.sha256(said.encode()).hexdigest())
 
 
-def _tokenizer(name: str, rows: Sequence[Labelled], note: Callable[[str], None]) -> Tokenizer:
+def kept_tokenizer(
+    name: str, folder: Path, texts: Iterable[str], *, fresh: bool, note: Callable[[str], None]
+) -> Tokenizer:
+    """Return the tokenizer of a run, which keeps it in a folder; one that goes on has it from there.
+
+    Args:
+        name: ``data.tokenizer`` of the settings.
+        folder: Where the run keeps it.
+        texts: What a new one is made from.
+        fresh: Whether the run begins.
+        note: Told what is being done.
+    """
+    if not fresh and (folder / "tokenizer.json").exists():
+        return Tokenizer.load(folder)
     kind, _, size = name.partition(":")
     if kind == "bpe":
         note(f"training a byte-pair tokenizer of {size} tokens")
-        return train_bpe([text for row in rows for text in (row.text, row.other) if text], int(size))
-    return byte_tokenizer() if name == "byte" else Tokenizer.load(Path(name))
+        tokenizer = train_bpe([*texts], int(size))
+    else:
+        tokenizer = byte_tokenizer() if name == "byte" else Tokenizer.load(Path(name))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    return tokenizer
 
 
 class Row(NamedTuple):
