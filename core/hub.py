@@ -236,7 +236,7 @@ def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[s
     if others:
         notes.append(
             f"{shown(others[0])}{f' and {len(others) - 1} more' if len(others) > 1 else ''}: left out, they belong to "
-            f"heads that {config.architecture} in {CONFIG} does not have"
+            f"{getattr(model, 'SPARE_PARTS', 'heads')} that {_architecture(config)} in {CONFIG} does not have"
         )
         usual |= dict.fromkeys(others)
     asked = (
@@ -294,6 +294,11 @@ def _apart(model: Any, config: Any, places: Places) -> Places:
                 replace(info, shape=(rows, info.shape[-1]), start=start, end=start + rows * width),
             )
     return found
+
+
+def _architecture(config: Any) -> str:
+    """The name of transformers' class: the one in config.json, or the only one that a family has."""
+    return str(getattr(config, "architecture", None) or config.ARCHITECTURE)
 
 
 def _is_spare(model: Any, name: str | None, wanted: set[str]) -> bool:
