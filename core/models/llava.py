@@ -360,5 +360,5 @@ def _named(name: str) -> str:
     if first == "layers":
         number, _, inside = rest.partition(".")
         part = next((part for part, modules in _PARTS.items() if inside.partition(".")[0] in modules), "")
-        return f"encoder.layers.{number}.{part}{inside}"
+        return ".".join(part for part in ("encoder.layers", number, f"{part}{inside}") if part)
     return ".".join(part for part in (_NAMES.get(first, first), rest) if part)
