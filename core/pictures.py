@@ -1,7 +1,7 @@
 """Pictures as a model takes them: read from a file, brought to its size, and normalised, as CLIP's are.
 
 What is done to a picture is said by preprocessor_config.json beside the model, in the words of transformers'
-CLIPImageProcessor, and by nothing else than the model's size where there is no such file. Files are read by Pillow,
+CLIPImageProcessor, and where there is no such file it is what CLIP does, at the model's size. Files are read by Pillow,
 which is imported when the first one is opened.
 """
 
@@ -19,7 +19,8 @@ from portlm.arguments import shown
 from portlm.errors import ConfigError, EngineUnavailableError, FormatError, UsageError
 from portlm.files import read_json
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+PREPROCESSORS = (PREPROCESSOR, PROCESSOR)  # where transformers says it: 4 writes the first, 5 into the second
 FORMATS = ("PNG", "PPM", "JPEG", "BMP")  # by Pillow's names
 MAX_PIXELS = 1 << 26  # of a file: 200 MB as bytes of three colours
 MAX_SIDE = 1 << 14  # to which a picture may be brought
@@ -64,21 +65,26 @@ class Preprocessing:
         return cls((side,), (side, side))
 
     @classmethod
-    def read(cls, path: Path, side: int) -> Self:
-        """Read preprocessor_config.json, of a model that takes squares of so many pixels; CLIP's where there is none.
+    def read(cls, folder: Path, side: int) -> Self:
+        """Read what the folder of a model says that takes squares of so many pixels; CLIP's where it says nothing.
 
         Raises:
-            FormatError: It is damaged, or asks for what is not done here. The key is named.
+            FormatError: A file is damaged, or asks for what is not done here. The key is named.
         """
-        if not path.exists():
-            return cls.of_size(side)
-        data = read_json(path, max_bytes=1 << 20)
-        if not isinstance(data, dict):
-            raise FormatError(f"{path} must hold a JSON object")
-        try:
-            return cls.from_hf(data, side)
-        except ConfigError as error:
-            raise FormatError(f"{path}: {error}") from error
+        for name in PREPROCESSORS:
+            path = folder / name
+            if not path.exists():
+                continue
+            data = read_json(path, max_bytes=1 << 20)
+            if name == PROCESSOR and isinstance(data, dict):
+                data = data.get("image_processor", {})
+            if not isinstance(data, dict):
+                raise FormatError(f"{path} must hold a JSON object")
+            try:
+                return cls.from_hf(data, side)
+            except ConfigError as error:
+                raise FormatError(f"{path}: {error}") from error
+        return cls.of_size(side)
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], side: int) -> Self:
@@ -90,7 +96,9 @@ class Preprocessing:
         known = {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
         steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
         if unknown := sorted(data.keys() - known - {*steps} - _HARMLESS):
-            raise ConfigError(f"{shown(unknown[0])} is a key portlm does not know: remove it if it changes nothing")
+            raise ConfigError(
+                f"{shown(unknown[0])} is a key portlm does not know: remove it if it changes nothing"
+            )
         does = {}
         for key in steps:
             does[key] = True if data.get(key) is None else data[key]
@@ -98,15 +106,21 @@ class Preprocessing:
                 raise ConfigError(f"{key} must be true or false, got {shown(does[key])}")
         resample = BICUBIC if data.get("resample") is None else data["resample"]
         if type(resample) is not int or resample not in RESAMPLING:
-            raise ConfigError(f"resample must be one of {', '.join(map(str, RESAMPLING))}, got {shown(resample)}")
+            raise ConfigError(
+                f"resample must be one of {', '.join(map(str, RESAMPLING))}, got {shown(resample)}"
+            )
         scale = 1 / 255 if data.get("rescale_factor") is None else data["rescale_factor"]
         found = cls(
             resize=_extent("size", data.get("size"), side) if does["do_resize"] else None,
             crop=_crop(data.get("crop_size"), side) if does["do_center_crop"] else None,
             resample=resample,
             scale=_numbers("rescale_factor", [scale], 1)[0] if does["do_rescale"] else 1.0,
-            mean=_numbers("image_mean", data.get("image_mean") or CLIP_MEAN) if does["do_normalize"] else (0.0,) * 3,
-            std=_numbers("image_std", data.get("image_std") or CLIP_STD) if does["do_normalize"] else (1.0,) * 3,
+            mean=_numbers("image_mean", data.get("image_mean") or CLIP_MEAN)
+            if does["do_normalize"]
+            else (0.0,) * 3,
+            std=_numbers("image_std", data.get("image_std") or CLIP_STD)
+            if does["do_normalize"]
+            else (1.0,) * 3,
         )
         if not all(found.std):
             raise ConfigError("image_std holds 0, by which nothing can be divided")
@@ -119,7 +133,9 @@ class Preprocessing:
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": self.resize is not None,
-            "size": dict(zip(("shortest_edge",) if len(size) == 1 else ("height", "width"), size, strict=False)),
+            "size": dict(
+                zip(("shortest_edge",) if len(size) == 1 else ("height", "width"), size, strict=False)
+            ),
             "resample": self.resample,
             "do_center_crop": self.crop is not None,
             "crop_size": dict(zip(("height", "width"), self.crop or (), strict=False)),
@@ -142,7 +158,9 @@ class Preprocessing:
             EngineUnavailableError: Pillow is not installed, and it is a file, or one that must be resized.
         """
         values = self._cropped(self._resized(open_picture(picture)))
-        scaled = (values.astype(np.float32) * np.float32(self.scale) - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (values.astype(np.float32) * np.float32(self.scale) - np.float32(self.mean)) / np.float32(
+            self.std
+        )
         return np.ascontiguousarray(scaled.transpose(2, 0, 1))
 
     def _resized(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -201,8 +219,10 @@ class Pictures:
         data = read_json(folder / "config.json", max_bytes=1 << 20)
         token = data.get("image_token_index", data.get("image_token_id")) if isinstance(data, dict) else None
         if type(token) is not int or token < 0:
-            raise FormatError(f"{folder / 'config.json'} names no token that stands for a picture: image_token_index")
-        return cls(token, Preprocessing.read(folder / PREPROCESSOR, side))
+            raise FormatError(
+                f"{folder / 'config.json'} names no token that stands for a picture: image_token_index"
+            )
+        return cls(token, Preprocessing.read(folder, side))
 
     def save(self, folder: Path) -> None:
         """Write preprocessor_config.json into a model's folder."""
@@ -227,7 +247,9 @@ def open_picture(picture: Any) -> npt.NDArray[np.uint8]:
             raise UsageError(f"a picture has at most {MAX_PIXELS} pixels, got {shown(picture)}")
         return picture
     if not isinstance(picture, str | Path):
-        raise UsageError(f"a picture is the path of a file or an array (height, width, 3), got {shown(picture)}")
+        raise UsageError(
+            f"a picture is the path of a file or an array (height, width, 3), got {shown(picture)}"
+        )
     path = Path(picture)
     try:
         if not path.is_file():
@@ -261,7 +283,9 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _too_large() -> str:
-    return f"a picture has at most {MAX_PIXELS} pixels, since a small file can unpack to more than memory holds"
+    return (
+        f"a picture has at most {MAX_PIXELS} pixels, since a small file can unpack to more than memory holds"
+    )
 
 
 def _pillow() -> Any:

@@ -40,7 +40,9 @@ class Looks:
         if image is None:
             return [None] * prompts
         if self.pictures is None or not sees_pictures(self.engine.roles):
-            raise UsageError("this model sees no pictures: leave out image, or load one that does (family llava)")
+            raise UsageError(
+                "this model sees no pictures: leave out image, or load one that does (family llava)"
+            )
         several = isinstance(image, list | tuple)
         if single and several:
             raise UsageError(
@@ -48,7 +50,9 @@ class Looks:
             )
         if not single and (not several or len(image) != prompts):
             got = f"{len(image)} pictures" if several else shown(image)
-            raise UsageError(f"{prompts} prompts are shown as many pictures, None for none, in a list, got {got}")
+            raise UsageError(
+                f"{prompts} prompts are shown as many pictures, None for none, in a list, got {got}"
+            )
         return list(image) if several else [image]
 
     def with_picture(self, name: str, tokens: Sequence[int], image: Any) -> Placed:
@@ -64,11 +68,19 @@ class Looks:
         places = [i for i, each in enumerate(tokens) if each == token]
         if image is None:
             if places:
-                raise UsageError(f"{name} has a place for a picture, {self._said()}, and none is shown: give image")
+                raise UsageError(
+                    f"{name} has a place for a picture, {self._said()}, and none is shown: give image"
+                )
             return tuple(tokens), None
         if len(places) != 1:
-            problem = f"{len(places)} places for pictures, and is shown one" if places else "no place for its picture"
-            raise UsageError(f"{name} has {problem}: write {self._said()} once, where the picture is to stand")
+            problem = (
+                f"{len(places)} places for pictures, and is shown one"
+                if places
+                else "no place for its picture"
+            )
+            raise UsageError(
+                f"{name} has {problem}: write {self._said()} once, where the picture is to stand"
+            )
         pixels = self.pictures.prepare(image)
         if pixels.shape[1:] != (side, side):
             raise UsageError(

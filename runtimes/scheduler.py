@@ -200,9 +200,7 @@ class Scheduler:
         parts = [] if self._rows is None else [self._rows]
         for group in groups([len(row.source or row.prompt) for row in rows]):
             members = [rows[i] for i in group]
-            given = given_for(
-                self._engine, [row.source for row in members], [row.picture for row in members]
-            )
+            given = given_for(self._engine, [row.source for row in members], [row.picture for row in members])
             part = Rows(self._engine, len(members), given=given)
             staying = self._choose(members, part.read_texts([row.prompt for row in members]))
             if not staying:

@@ -19,7 +19,7 @@ from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
 TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
-BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
+BEGINNING = ("causal", "masked", "classify", "caption")  # objectives that may begin with a checkpoint
 
 __all__ = [
     "CheckpointSettings",
@@ -318,8 +318,8 @@ class PretrainConfig(RunConfig):
         """Refuse an objective that the family cannot learn; the message says which it can, or who can."""
         family = self.model.family
         kind = FAMILIES[family].kind
-        if learns(kind, self.objective):
-            return
+        if learns(kind, self.objective) or (self.init and self.objective in LEARNERS):
+            return  # of a checkpoint to begin with, the objective says so itself
         wanted = (
             f"model.family = {' or '.join(n for n, f in FAMILIES.items() if learns(f.kind, self.objective))}"
             if self.objective in LEARNERS
