@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "ladder": "portlm.flows.lab.ladder:Ladder",
     "cloze-needs-both-sides": "portlm.flows.lab.cloze:Cloze",
     "objectives": "portlm.flows.lab.objectives:Objectives",
+    "pictures": "portlm.flows.lab.pictures:Pictures",
 }
 
 
