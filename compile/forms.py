@@ -201,7 +201,7 @@ CONTRIB_OPS: dict[str, Form] = {  # of domain com.microsoft, in graphs lowered f
     ),
     # query, key, value, no bias, padding mask, attention bias, past key and value
     "MultiHeadAttention": Form(
-        (FLOAT, FLOAT, FLOAT, ABSENT, Operand("int32", optional=True), OPTIONAL, OPTIONAL, OPTIONAL),
+        (FLOAT, FLOAT, FLOAT, NEITHER, Operand("int32", optional=True), OPTIONAL, OPTIONAL, OPTIONAL),
         (FLOAT, OPTIONAL, OPTIONAL),
         {"mask_filter_value": Setting(float, required=False), "num_heads": COUNT, "scale": NUMBER},
     ),

@@ -36,9 +36,9 @@ from portlm.compile.parity_calls import (
 from portlm.compile.parity_file import DECODER, REFERENCE, Probe, Reference, load_reference, save_reference
 from portlm.engine import Engine
 from portlm.errors import FormatError, ParityError
-from portlm.memory import ENCODER, reads_sources, remembered
+from portlm.memory import giver_of, remembered
 from portlm.quantization import BYTE_CACHE, FIFTEEN_BITS
-from portlm.rows import Rows
+from portlm.rows import Rows, rows_shown
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -114,11 +114,16 @@ class Verification:
     recorded: ParityRow | None
 
 
-def make_probe(vocab_size: int, context_length: int) -> Probe:
-    """A probe that fits the model: three rows of different lengths, read in four steps."""
+def make_probe(vocab_size: int, context_length: int, shown: int = 0) -> Probe:
+    """A probe that fits the model: three rows of different lengths, read in four steps.
+
+    Where a model is shown pictures, every other token is one of so many rows of it (portlm.rows).
+    """
     T = max(1, min(PROBE_TOKENS, context_length // 2))
     lengths = (T, max(1, 2 * T // 3), max(1, T // 3))
     ids = np.arange(3 * T, dtype=np.int64).reshape(3, T) * 7919 % vocab_size  # a prime: no short repetition
+    if shown:
+        ids[:, 1::2] = vocab_size + np.arange(ids[:, 1::2].size).reshape(3, -1) * 7919 % shown
     mask = np.array([[0] * (T - n) + [1] * n for n in lengths], dtype=np.int64)
     cuts = sorted({max(1, T // 2), max(1, T - 2), max(1, T - 1), T})
     return Probe(ids * mask, mask, tuple(cuts))
@@ -133,14 +138,14 @@ def make_reference(
         ParityError: its answer holds NaN or infinity, with which nothing can agree.
     """
     spec, source = engine.roles[role], {}
-    if role == DECODER and reads_sources(engine.roles):
-        source = make_source(engine.roles[ENCODER], vocab_size, context_length)
+    if role == DECODER and (giver := giver_of(engine.roles)):
+        source = make_source(engine.roles[giver], vocab_size, context_length)
     elif not continues_text(spec):
         calls = make_calls(spec, vocab_size, context_length)
         answers = answer_calls(engine, role, calls)
         _check_finite(engine, role, *(value for answer in answers for value in answer.values()))
         return Calls(calls.given, calls.inputs, answers)
-    probe = dataclasses.replace(make_probe(vocab_size, context_length), source=source)
+    probe = dataclasses.replace(make_probe(vocab_size, context_length, rows_shown(spec)), source=source)
     steps = min(GREEDY_TOKENS, context_length - probe.input_ids.shape[1])
     logits, greedy, margins = _answer(engine, probe, steps, role)
     _check_finite(engine, role, logits, margins)

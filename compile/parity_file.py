@@ -11,7 +11,8 @@ from portlm.artifact import Manifest, check_files
 from portlm.compile.parity_calls import Calls, continues_text
 from portlm.engine import CallSpec, call_specs
 from portlm.errors import FormatError, UsageError
-from portlm.memory import ENCODER, reads_sources
+from portlm.memory import giver_of
+from portlm.rows import rows_shown
 from portlm.weights import load_numpy, save_tensors
 
 REFERENCE = "parity.safetensors"
@@ -108,7 +109,7 @@ def load_reference(folder: Path, manifest: Manifest) -> dict[str, Reference | Ca
             raise FormatError(f"{path}: holds the answer of a {role}, which the model does not have")
         if continues_text(specs[role]):
             found[role] = _read_decoder(path, tensors, {}, specs[role], manifest)
-        elif role == DECODER and "cuts" in tensors and reads_sources(specs):
+        elif role == DECODER and "cuts" in tensors and giver_of(specs):
             found[role] = _read_decoder(
                 path, tensors, _take_source(path, tensors, specs), specs[role], manifest
             )
@@ -147,9 +148,10 @@ def _take_source(
     """Take what the encoder is called with out of the tensors. The engine checks it, as it checks any call."""
     names = [name for name in tensors if name.startswith(SOURCE)]
     source = {name.removeprefix(SOURCE): tensors.pop(name) for name in names}
-    wanted = {item.name: item.dtype for item in specs[ENCODER].inputs}
+    giver = giver_of(specs)
+    wanted = {item.name: item.dtype for item in specs[giver].inputs}
     if {name: value.dtype.name for name, value in source.items()} != wanted:
-        raise FormatError(f"{path}: its sources are not what the encoder of this model takes")
+        raise FormatError(f"{path}: its sources are not what the {giver} of this model takes")
     return source
 
 
@@ -180,7 +182,7 @@ def _read_decoder(
         ids.ndim != 2
         or shapes["attention_mask"] != ids.shape
         or not np.isin(mask, (0, 1)).all()
-        or not ((ids >= 0) & (ids < vocab)).all()
+        or not ((ids >= 0) & (ids < vocab + rows_shown(spec))).all()
         or not (tensors["margins"] >= 0).all()
         or shapes["logits"] != (int(mask.sum()), answers)
         or tensors["greedy"].ndim != 2

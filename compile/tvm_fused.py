@@ -384,7 +384,8 @@ class _Lowering:
             ]
         source = self._whole(source)
         if axis not in (-1, len(source.ty.shape) - 1):
-            raise FormatError(f"{node.name}: only the last axis can be split")
+            parts = self.bb.emit(self.relax.op.split(self._real(source), ends[:-1], axis))
+            return [self.bb.emit(self.relax.TupleGetItem(parts, place)) for place in range(len(ends))]
         return [_Columns(source, first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
 
     def _concat(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:

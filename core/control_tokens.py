@@ -2,7 +2,8 @@
 
 Of an encoder: Devlin et al. 2018 put [CLS] before a text, whose place stands for the whole, and [SEP] behind each of
 one or two; [MASK] hides a token, and [PAD] fills a batch. Of a decoder: Radford et al. 2018 put _start_ before a text,
-_delimiter_ between two, and _classify_ behind, where the whole has been seen.
+_delimiter_ between two, and _classify_ behind, where the whole has been seen. Liu et al. 2023 put <image> where a
+picture stands among the tokens.
 """
 
 import json
@@ -18,6 +19,7 @@ from portlm.tokenizer_kinds import parse_text
 NAMES = (("[CLS]", "[SEP]", "[MASK]"), ("<s>", "</s>", "<mask>"))
 PADDING = "[PAD]"
 START, DELIMITER, CLASSIFY = "_start_", "_delimiter_", "_classify_"
+IMAGE = "<image>"
 
 
 def for_reading(tokenizer: Tokenizer, *, closed: bool = True) -> tuple[Tokenizer, int]:
@@ -60,6 +62,19 @@ def for_labelling(tokenizer: Tokenizer) -> Tokenizer:
     ids = dict(tokenizer.special) | {t["content"]: t["id"] for t in document["added_tokens"] if t["special"]}
     document["post_processor"] = _template(*names, ids, kinds=1)
     return _made(document, tokenizer, "the tokenizer of the classifier")
+
+
+def for_pictures(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
+    """Return a tokenizer with a token that stands for a picture, and its id.
+
+    A tokenizer that has one keeps it; to another it is added, behind all that it has. No text has other ids than
+    before.
+    """
+    if IMAGE in tokenizer.special:
+        return tokenizer, tokenizer.special[IMAGE]
+    document: dict[str, Any] = json.loads(tokenizer.to_json())
+    document["added_tokens"].append(added := _added(IMAGE, tokenizer, document))
+    return _made(document, tokenizer, "the tokenizer of a model that is shown pictures"), int(added["id"])
 
 
 def _made(document: dict[str, Any], tokenizer: Tokenizer, where: str) -> Tokenizer:

@@ -56,6 +56,7 @@ from portlm.models import (
     write_config,
     write_json,
 )
+from portlm.pictures import PREPROCESSOR, PREPROCESSORS, Preprocessing
 from portlm.weights import read_header, save_tensors
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def import_hf(
         write_config(folder, config)
         _copy_generation_config(src, folder, notes)
         _copy_tokenizer(src, folder, config.vocab_size, notes)
+        _copy_preprocessing(src, folder, config)
         _copy_cards(src, folder, notes)
     return Transfer(out, config.family, count_parameters(shapes), tuple(notes))
 
@@ -139,6 +141,7 @@ def export_hf(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -
         write_config(folder, config)
         _copy_generation_config(checkpoint, folder, notes)
         _copy_tokenizer(checkpoint, folder, config.vocab_size, notes)
+        _copy_preprocessing(checkpoint, folder, config)
         _copy_cards(checkpoint, folder, notes)
     return Transfer(out, config.family, count_parameters(shapes), tuple(notes))
 
@@ -147,7 +150,7 @@ def check_files(folder: Path) -> None:
     """Look at where the files of a folder lie, and at what is in them if it is an artifact, whose manifest says it."""
     check_is_folder(folder)
     check_folder(folder)
-    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+    texts = (GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS, *PREPROCESSORS)
     check_source(folder, (CONFIG, WEIGHTS, *texts, *cards(folder)))
 
 
@@ -239,7 +242,7 @@ def _parameters(src: Path, config: Any, shapes: Mapping[str, Any], notes: list[s
     if others:
         notes.append(
             f"{shown(others[0])}{f' and {len(others) - 1} more' if len(others) > 1 else ''}: left out, they belong to "
-            f"heads that {config.architecture} in {CONFIG} does not have"
+            f"{getattr(model, 'SPARE_PARTS', 'heads')} that {_architecture(config)} in {CONFIG} does not have"
         )
         usual |= dict.fromkeys(others)
     asked = (
@@ -297,6 +300,11 @@ def _apart(model: Any, config: Any, places: Places) -> Places:
                 replace(info, shape=(rows, info.shape[-1]), start=start, end=start + rows * width),
             )
     return found
+
+
+def _architecture(config: Any) -> str:
+    """The name of transformers' class: the one in config.json, or the only one that a family has."""
+    return str(getattr(config, "architecture", None) or config.ARCHITECTURE)
 
 
 def _is_spare(model: Any, name: str | None, wanted: set[str]) -> bool:
@@ -357,6 +365,13 @@ def _copy_tokenizer(src: Path, folder: Path, vocab_size: int, notes: list[str]) 
             if name.endswith(".json"):
                 parse_json(raw, str(src / name))
             write_atomic(folder / name, raw)
+
+
+def _copy_preprocessing(src: Path, folder: Path, config: Any) -> None:
+    """Write what is done to pictures, of a family that is shown some."""
+    if FAMILIES[config.family].kind == "picture":
+        said = Preprocessing.read(src, config.vision.image_size)
+        write_json(folder / PREPROCESSOR, said.to_hf())
 
 
 def _copy_cards(src: Path, folder: Path, notes: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from portlm.errors import FormatError
 from portlm.files import read_json, safe_join, shown
 from portlm.models import CONFIG, GENERATION_CONFIG, WEIGHTS
+from portlm.pictures import PREPROCESSORS
 from portlm.weights import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -21,7 +22,16 @@ MAX_TEXT_BYTES = 4 << 20
 Places = dict[str, tuple[Path, TensorInfo]]  # where each tensor is stored
 
 _ADAPTER = "adapter_config.json"
-_READ = (CONFIG, GENERATION_CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, *TOKENIZER_EXTRAS)
+_READ = (
+    CONFIG,
+    GENERATION_CONFIG,
+    WEIGHTS,
+    INDEX,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    *TOKENIZER_EXTRAS,
+    *PREPROCESSORS,
+)
 _MAX_SHARDS = 4096
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf")
 _VARIANT = re.compile(r"model\.(?P<name>\w+)\.safetensors|model\.safetensors\.index\.(?P<of_index>\w+)\.json")

@@ -3,7 +3,8 @@
 All rows end at the same slot. A shorter one is padded on its left, where the mask is 0, so a row's mask follows from
 its number of tokens alone. A role without state is asked for everything again at each call; its rows then begin
 together and are padded on the right, because nothing tells it where they end. A role that takes one token of each row
-per call, as a recurrent one whose graph has no loop, is called once for each.
+per call, as a recurrent one whose graph has no loop, is called once for each. A role that is shown a picture takes its
+rows as it takes tokens.
 
 B rows, T new tokens, V vocabulary.
 """
@@ -14,10 +15,13 @@ from typing import Self
 import numpy as np
 
 from portlm.arguments import shown, wholes
-from portlm.engine import Advance, Array, Engine, Ids, Logits, RowChoice, State
+from portlm.engine import Advance, Array, CallSpec, Engine, Ids, Logits, RowChoice, State
 from portlm.errors import UsageError
 
-KNOWN = ("input_ids", "attention_mask", "position_ids", "positions", "logits_to_keep")
+# What a decoder is given that is shown a picture, (B, rows, width), and which row stands in the place of each token, 0
+# for none and i for row i - 1. Where tokens are read, those rows are the ids behind the model's own: V for the first.
+PICTURE, PICTURE_IDS = "picture", "picture_ids"
+KNOWN = ("input_ids", "attention_mask", "position_ids", "positions", "logits_to_keep", PICTURE_IDS)
 
 TOKENS_PER_CALL = 2048  # of all rows together: what a call needs beside the state stays within some 100 MB
 LOGITS_PER_CALL = 1 << 24  # 64 MB, of a role that answers every token
@@ -54,7 +58,7 @@ class Rows:
         if unknown := self._inputs - set(KNOWN):
             raise UsageError(f"{role} takes {min(unknown)}, which does not follow from the tokens")
         self.keeps = "logits_to_keep" in self._inputs
-        self._state = engine.start(role, batch, given)
+        self._state = engine.start(role, batch, nothing_shown(spec, batch) if given is None else given)
         self.lengths = np.zeros(batch, np.int64)
         self._singly = any(item.name == "input_ids" and item.shape[1:] == (1,) for item in spec.inputs)
         self._texts: list[Ids] | None = None if spec.state else [np.zeros(0, np.int64)] * batch
@@ -132,6 +136,9 @@ class Rows:
         B, T = ids.shape
         total = self._state.past + T
         inputs: dict[str, Array] = {"input_ids": ids}
+        if PICTURE_IDS in self._inputs:
+            beyond = np.maximum(ids - (self._engine.vocab_size - 1), 0)
+            inputs |= {"input_ids": np.where(beyond, 0, ids), PICTURE_IDS: beyond}
         if real is None:
             positions = self.lengths[:, None] if T == 1 else self.lengths[:, None] + np.arange(T)
             lengths = self.lengths + T
@@ -309,6 +316,18 @@ class Rows:
         twin.__dict__.update(self.__dict__)
         twin._state = self._engine.copy(self._state)
         return twin
+
+
+def nothing_shown(spec: CallSpec, batch: int) -> dict[str, Array] | None:
+    """Return the picture, of zeros, of B rows of which none is shown one; None for a role that is shown none at all."""
+    shape = next((state.shape[1:] for state in spec.state if state.name == PICTURE), None)
+    return None if shape is None else {PICTURE: np.zeros((batch, *map(int, shape)), np.float32)}
+
+
+def rows_shown(spec: CallSpec) -> int:
+    """Return how many rows a picture has that a role is shown, 0 for a role that is shown none."""
+    nothing = nothing_shown(spec, 1)
+    return 0 if nothing is None else nothing[PICTURE].shape[1]
 
 
 def pad(texts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:

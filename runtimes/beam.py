@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from portlm.engine import Engine, Logits
+from portlm.engine import Array, Engine, Logits
 from portlm.errors import PortlmError
-from portlm.memory import read_sources
+from portlm.memory import given_for
 from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
 from portlm.runtimes.penalties import nothing_left, penalise
@@ -37,6 +37,7 @@ class Search:
     Attributes:
         prompt: its tokens.
         source: what an encoder reads before, () for a model without one.
+        picture: pixels (3, H, W) float32 whose rows are in the prompt, None for a text alone.
         decoding: of this prompt; max_new_tokens is one number.
         eos_ids: tokens that end a text.
         running: beams that go on, best first.
@@ -51,6 +52,7 @@ class Search:
     finished: list[Hypothesis] = field(default_factory=list)
     done: bool = False
     source: tuple[int, ...] = ()
+    picture: Array | None = None
 
     def advance(self, logits: npt.NDArray[np.floating]) -> list[int]:
         """Take the logits (n, V) that follow the running beams; return which beam each new one continues."""
@@ -125,7 +127,7 @@ def search(engine: Engine, searches: Sequence[Search], vocabulary: int) -> int:
     Raises:
         PortlmError: the logits are not numbers.
     """
-    given = read_sources(engine, [search.source for search in searches])
+    given = given_for(engine, [search.source for search in searches], [search.picture for search in searches])
     rows = Rows(engine, len(searches), given=given)
     logits = _allowed(rows.read_texts([search.prompt for search in searches]), vocabulary)
     active, starts, calls = list(searches), list(range(len(searches))), 0

@@ -14,11 +14,12 @@ def penalise(scores: npt.NDArray[np.floating], tokens: Sequence[int], decoding: 
 
     Args:
         scores: of the next token.
-        tokens: of the row, its prompt included.
+        tokens: of the row, its prompt included; ids behind the vocabulary are rows of a picture, and not said.
         decoding: repetition_penalty divides the score of each of these tokens, or multiplies it if it is negative;
             no_repeat_ngram_size = n forbids a token that would complete a sequence of n tokens which is there already.
     """
     said = np.asarray(tokens, np.int64)
+    said = said[said < len(scores)]
     if decoding.repetition_penalty != 1 and said.size:
         seen = np.unique(said)
         old, penalty = scores[seen], scores.dtype.type(decoding.repetition_penalty)

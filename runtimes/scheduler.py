@@ -13,9 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
-from portlm.engine import Engine, Ids, Logits, RowChoice
+from portlm.engine import Array, Engine, Ids, Logits, RowChoice
 from portlm.errors import PortlmError, UsageError
-from portlm.memory import read_sources
+from portlm.memory import given_for
 from portlm.ops.token_selection import select_tokens
 from portlm.rows import Rows
 from portlm.runtimes.decoding import Decoding
@@ -36,6 +36,7 @@ class Row(Protocol):
 
     prompt: tuple[int, ...]
     source: tuple[int, ...]
+    picture: Array | None
     tokens: list[int]
     decoding: Decoding
     eos_ids: frozenset[int]
@@ -50,7 +51,7 @@ class Scheduler:
     """Rows that wait, and rows that run together.
 
     Args:
-        engine: with a role "decoder", which may be given what a role "encoder" makes of each row's source.
+        engine: with a role "decoder", which may be given what another role makes of each row's source or picture.
         batch_size: rows that run together at most.
         vocabulary: ids from here on stand for no token and are never drawn.
         stats: counts tokens and time.
@@ -199,7 +200,7 @@ class Scheduler:
         parts = [] if self._rows is None else [self._rows]
         for group in groups([len(row.source or row.prompt) for row in rows]):
             members = [rows[i] for i in group]
-            given = read_sources(self._engine, [row.source for row in members])
+            given = given_for(self._engine, [row.source for row in members], [row.picture for row in members])
             part = Rows(self._engine, len(members), given=given)
             staying = self._choose(members, part.read_texts([row.prompt for row in members]))
             if not staying:

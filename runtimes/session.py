@@ -8,23 +8,24 @@ empty state.
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack, overload
 
 from portlm.arguments import flag, shown, whole
-from portlm.engine import Engine, Placement, goes_back
+from portlm.engine import Engine, Placement
 from portlm.errors import ContextLengthError, PortlmError, UsageError
 from portlm.ops.token_scores import token_scores
 from portlm.rows import Rows, pad
 from portlm.runtimes.choosing import Choosing
 from portlm.runtimes.decoding import DEFAULT_TOKENS, Decoding, Options
-from portlm.runtimes.drafting import Lookup, NewDrafter, SmallModel
+from portlm.runtimes.drafting import NewDrafter
+from portlm.runtimes.guessing import Guesses
+from portlm.runtimes.looking import Looks
 from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.prompts import Ids, Prompt, one_or_several, token_ids
 from portlm.runtimes.results import Generation, Score, Stats
 from portlm.runtimes.scheduler import PATIENCE, Scheduler
-from portlm.runtimes.speculation import MOST, MOST_GUESSED, Speculation
+from portlm.runtimes.speculation import Speculation
 from portlm.runtimes.stopping import StopScanner
 from portlm.runtimes.stream import Row, StreamDecoder, TextStream
 from portlm.runtimes.translation import Translates, refuse_sources, start_of
@@ -55,7 +56,7 @@ class TextCoder(Protocol):
         ...
 
 
-class Session(Translates, Choosing, Words):
+class Session(Looks, Guesses, Translates, Choosing, Words):
     """A model on an engine, with its tokenizer.
 
     Use it as a context manager, or call close(), to free the device early.
@@ -101,6 +102,7 @@ class Session(Translates, Choosing, Words):
         self,
         prompts: str | Ids,
         *,
+        image: Any = ...,
         decoding: Decoding | None = ...,
         batch_size: int = ...,
         add_special_tokens: bool = ...,
@@ -114,6 +116,7 @@ class Session(Translates, Choosing, Words):
         self,
         prompts: Sequence[Prompt],
         *,
+        image: Any = ...,
         decoding: Decoding | None = ...,
         batch_size: int = ...,
         add_special_tokens: bool = ...,
@@ -126,6 +129,7 @@ class Session(Translates, Choosing, Words):
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
+        image: Any = None,
         decoding: Decoding | None = None,
         batch_size: int = 16,
         add_special_tokens: bool = True,
@@ -138,6 +142,8 @@ class Session(Translates, Choosing, Words):
         Args:
             prompts: a text, or several; in place of a text, a list or an array of token ids. An empty text starts
                 from what every text of the model begins with, or from the end-of-text token if that is nothing.
+            image: a picture that the model is shown, which stands where the prompt has the name of its token, such as
+                <image>: the path of a file, or (height, width, 3) uint8. For several prompts a list, None for none.
             decoding: how to continue them; None for the defaults of the model.
             batch_size: prompts that are computed together. It changes the speed and the memory, not the answers.
             add_special_tokens: put the tokens around a text that the model's texts begin and end with, if the
@@ -161,13 +167,14 @@ class Session(Translates, Choosing, Words):
         wanted = self.decoding(decoding, **options)
         batch_size = whole("batch_size", batch_size, 1)
         several, single = one_or_several("prompt", prompts)
-        speculation = self._speculation(lookup, draft)
+        speculation = self.speculation(lookup, draft)
         if speculation is not None and wanted.num_beams > 1:
             source = self._source(("num_beams",), options) if decoding is None else ""
             raise UsageError(
                 f"a beam search takes no guesses: leave out lookup and draft, or num_beams{source}"
             )
-        rows = self._rows(several, single, wanted, decoding is None, add_special_tokens)
+        images = self.images_for(image, len(several), single)
+        rows = self._rows(several, single, wanted, decoding is None, add_special_tokens, images)
         stats = Stats()
         if wanted.num_beams > 1:
             self._search(rows, batch_size, stats)
@@ -181,6 +188,7 @@ class Session(Translates, Choosing, Words):
         self,
         prompt: Prompt,
         *,
+        image: Any = None,
         decoding: Decoding | None = None,
         add_special_tokens: bool = True,
         lookup: bool | int = False,
@@ -201,9 +209,10 @@ class Session(Translates, Choosing, Words):
         several, single = one_or_several("prompt", prompt)
         if several and not single:
             raise UsageError(f"a stream continues one prompt, got {len(several)} in a list: use generate")
-        rows = self._rows(several or [()], True, wanted, decoding is None, add_special_tokens)
+        images = self.images_for(image, 1, True)
+        rows = self._rows(several or [()], True, wanted, decoding is None, add_special_tokens, images)
         stats = Stats()
-        speculation = self._speculation(lookup, draft)
+        speculation = self.speculation(lookup, draft)
         steps = self._run(rows, 1, stats, speculation, PIECE_SECONDS)
         return TextStream(steps, rows[0], stats, self.textless)
 
@@ -313,6 +322,7 @@ class Session(Translates, Choosing, Words):
         decoding: Decoding,
         of_model: bool,
         add_special_tokens: bool,
+        images: Sequence[Any],
     ) -> list[Row]:
         """Rows for prompts, checked.
 
@@ -322,6 +332,7 @@ class Session(Translates, Choosing, Words):
             decoding: of all.
             of_model: whether the model's own bounds hold where `decoding` has none.
             add_special_tokens: see generate.
+            images: the picture of each, or None.
         """
         if decoding.stop and self.textless:
             raise UsageError(f"{self.textless}, so it writes no text that a stop string could be in")
@@ -335,14 +346,15 @@ class Session(Translates, Choosing, Words):
             tokens = self._encode(name, prompt, add_special_tokens)
             if not tokens and start:
                 raise UsageError(f"{name} is empty, and this model reads a source before it writes")
-            tokens = tokens or self._start(name)
+            tokens, picture = self.with_picture(name, tokens or self._start(name), images[i])
             source = tokens if start else ()
             tokens = start or tokens
             count = self._room(name, len(tokens), own.max_new_tokens, bounds)
             own = own if own.max_new_tokens == count else replace(own, max_new_tokens=count)
             decoder = self.tokenizer.stream_decoder(skip_special=True)
+            scanner = StopScanner(own.stop)
             rows.append(
-                Row(tokens, own, eos_ids, seed, stream, decoder, StopScanner(own.stop), source=source)
+                Row(tokens, own, eos_ids, seed, stream, decoder, scanner, source=source, picture=picture)
             )
         return rows
 
@@ -380,48 +392,11 @@ class Session(Translates, Choosing, Words):
     def _encode(self, name: str, text: Prompt, add_special_tokens: bool) -> tuple[int, ...]:
         if not isinstance(text, str):
             return token_ids(name, text, self.engine.vocab_size, self.engine.context_length)
-        if flag("add_special_tokens", add_special_tokens):
+        if (placed := self.encode_placed(text, flag("add_special_tokens", add_special_tokens))) is not None:
+            return placed
+        if add_special_tokens:
             return tuple(self.tokenizer.encode(text))
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _speculation(self, lookup: bool | int, draft: "Session | NewDrafter | None") -> Speculation | None:
-        """Who guesses for the rows of one call, None for nobody."""
-        most = MOST if isinstance(lookup, bool) else whole("lookup", lookup, 1, MOST_GUESSED)
-        if lookup is False and draft is None:
-            return None
-        if lookup is not False and draft is not None:
-            raise UsageError("lookup and draft are two ways to guess: choose one")
-        vocabulary = self.tokenizer.vocab_size
-        first = SmallModel.first_seconds
-        if draft is None:
-            drafter: NewDrafter = lambda row: Lookup()  # noqa: E731
-            first = Lookup.first_seconds
-        elif isinstance(draft, Session):
-            for each in (self, draft):
-                refuse_sources(each.engine, "a draft model continues what the model continues")
-            drafter = draft._drafter(self.tokenizer)
-        elif callable(draft):
-            drafter = draft
-        else:
-            raise UsageError(f"draft must be a session (portlm.load gives one), got {shown(draft)}")
-        _check_goes_back(self.engine)
-        return Speculation(drafter, vocabulary, hasattr(self.engine, "advance"), most, first)
-
-    def _drafter(self, tokenizer: TextCoder) -> NewDrafter:
-        """Return what guesses with this model for a larger one, which has this tokenizer.
-
-        Raises:
-            UsageError: the tokens of the two are not the same.
-        """
-        ours, theirs = self.tokenizer, tokenizer
-        digests = [getattr(t, "sha256", None) for t in (ours, theirs)]
-        if ours.vocab_size != theirs.vocab_size:
-            what = f"a tokenizer of {ours.vocab_size} tokens, and the model one of {theirs.vocab_size}"
-        elif None not in digests and digests[0] != digests[1]:
-            what = "another tokenizer than the model"
-        else:
-            return partial(SmallModel, self.engine, ours.vocab_size)
-        raise UsageError(f"the draft model has {what}: take one whose ids mean the same")
 
     def _run(
         self,
@@ -448,7 +423,10 @@ class Session(Translates, Choosing, Words):
         ordered = sorted(rows, key=lambda row: len(row.source or row.prompt))  # a batch ends with its longest
         for begin in range(0, len(ordered), prompts):
             batch = ordered[begin : begin + prompts]
-            searches = [Search(row.prompt, row.decoding, row.eos_ids, source=row.source) for row in batch]
+            searches = [
+                Search(row.prompt, row.decoding, row.eos_ids, source=row.source, picture=row.picture)
+                for row in batch
+            ]
             search(self.engine, searches, self.tokenizer.vocab_size)
             for row, found in zip(batch, searches, strict=True):
                 for token in found.best.tokens:
@@ -486,11 +464,3 @@ class Session(Translates, Choosing, Words):
             Score(tokens, tuple(p), tuple(g))
             for tokens, p, g in zip(texts, logprobs, greedy, strict=True)
         ]  # fmt: skip
-
-
-def _check_goes_back(engine: Engine) -> None:
-    spec = engine.roles.get("decoder")
-    if spec is not None and not goes_back(spec):
-        raise UsageError(
-            "this model has a state that cannot go back to before a wrong guess: decode without guesses"
-        )

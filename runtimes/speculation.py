@@ -147,7 +147,12 @@ class Speculation:
         most = min(most, row.decoding.max_new_tokens - len(row.tokens) - 1)
         if most < 1:
             return  # the drafter hears of these tokens with the next
-        new = row.tokens[text.told :] if text.told else [*row.prompt, *row.tokens]
+        new = row.tokens[text.told :] if text.told else self._words([*row.prompt, *row.tokens])
         text.told = len(row.tokens)
         tokens, kind = text.drafter.propose(new, most)
         text.draft = Draft(wholes("the guessed tokens", tokens, self._vocabulary - 1)[:most], kind)
+
+    def _words(self, text: list[int]) -> list[int]:
+        """Return what of a text is behind the last id that stands for no token, such as the rows of a picture."""
+        last = next((i for i in range(len(text), 0, -1) if text[i - 1] >= self._vocabulary), 0)
+        return text[last:]

@@ -1,7 +1,7 @@
 """One prompt while it is answered: its tokens, the text that they become, and where that ends."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -28,6 +28,7 @@ class Row(Struct):
 
     Attributes:
         source: what an encoder reads before; () for a model without one. The prompt then begins the target.
+        picture: pixels (3, H, W) float32 whose rows are in the prompt (portlm.rows), None for a text alone.
     """
 
     prompt: tuple[int, ...]
@@ -41,6 +42,7 @@ class Row(Struct):
     pieces: list[str] = []
     finish_reason: str | None = None
     source: tuple[int, ...] = ()
+    picture: Any = None
 
     def push(self, token: int) -> None:
         """Take the next token, and notice whether it is the last."""

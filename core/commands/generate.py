@@ -36,6 +36,10 @@ TOKEN_ID = re.compile(r"-?\d{1,18}")
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file.")
 @click.option(
+    "--image", type=click.Path(path_type=Path),
+    help="Show the model this picture, where the prompt has its token, such as <image>.",
+)  # fmt: skip
+@click.option(
     "--engine", "-e", default="auto", show_default=True, metavar="ENGINE[:DEVICE[:PROFILE]]",
     help=f"{', '.join(ENGINES)} or auto.",
 )  # fmt: skip
@@ -93,6 +97,7 @@ def command(
     model: Path,
     prompt: str | None,
     prompt_file: Path | None,
+    image: Path | None,
     engine: str,
     device: str,
     profile: str,
@@ -139,6 +144,7 @@ def command(
         if sys.stderr.isatty() and (own := defaults_in_use(session, options)):
             click.echo(f"generate: {own} (generation_config.json; options change it)", err=True)
         options |= {"add_special_tokens": not no_special_tokens, "lookup": lookup, "draft": small}
+        options |= {"image": image}
         if as_json:
             result = session.generate(given, **options)
             click.echo(json.dumps(describe(session, decoding, result), ensure_ascii=False))

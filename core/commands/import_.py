@@ -40,7 +40,8 @@ def command(
     from portlm.hub_word2vec import SUFFIXES, import_word2vec
 
     arpa, vectors = (
-        source.name.endswith(suffixes) and not source.is_dir() for suffixes in (hub_arpa.SUFFIXES, tuple(SUFFIXES))
+        source.name.endswith(suffixes) and not source.is_dir()
+        for suffixes in (hub_arpa.SUFFIXES, tuple(SUFFIXES))
     )
     if tokenizer is not None and not arpa:
         raise UsageError("--tokenizer says what the words of an ARPA file are: leave it out")

@@ -20,6 +20,8 @@ from portlm.errors import EngineUnavailableError, FormatError, StorageError, Usa
 from portlm.files import check_is_folder
 from portlm.generation_config import GENERATION_CONFIG
 from portlm.labels import read_labels
+from portlm.memory import SEE, sees_pictures
+from portlm.pictures import PREPROCESSOR, Pictures
 
 if TYPE_CHECKING:
     from portlm.artifact import Manifest
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 CONFIG = "config.json"
 # All that a session reads beside the engine.
-TEXT_FILES = (TOKENIZER, "tokenizer_config.json", GENERATION_CONFIG)
+TEXT_FILES = (TOKENIZER, "tokenizer_config.json", GENERATION_CONFIG, PREPROCESSOR)
 
 
 def load(
@@ -105,6 +107,8 @@ def load(
         session = _session(opened, tokenizer, config)
         if any(role.startswith("head:") for role in opened.roles):
             session.labels = read_labels(folder)
+        if sees_pictures(opened.roles):
+            session.pictures = Pictures.read(folder, int(opened.roles[SEE].inputs[0].shape[2]))
         return session
     except BaseException:
         opened.close()

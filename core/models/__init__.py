@@ -9,7 +9,7 @@ Nothing here imports PyTorch until a model is asked for.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -263,6 +263,7 @@ def hf_tensors(model: Model) -> "dict[str, torch.Tensor]":
     for name, parameter in model.named_parameters():
         names, axis, transposed = _places(model, name)
         whole = parameter.detach().to("cpu", torch.float32)
+        whole = whole.reshape(_shape_in_files(model, name, whole.shape))
         for hf_name, tensor in zip(names, whole.chunk(len(names), axis), strict=True):
             tensors[hf_name] = tensor.t() if transposed else tensor
     for name, table in whole_tables(model):
@@ -280,7 +281,14 @@ def stored_parameter(model: Any, name: str, arrays: Mapping[str, np.ndarray]) ->
     """
     names, axis, transposed = _places(model, name)
     parts = [arrays[hf_name].T if transposed else arrays[hf_name] for hf_name in names]
+    if hasattr(model, "hf_shape"):
+        return parts[0].reshape(model.get_parameter(name).shape)
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+
+def _shape_in_files(model: Any, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape that a parameter has in files."""
+    return model.hf_shape(name, tuple(shape)) if hasattr(model, "hf_shape") else tuple(shape)
 
 
 def _places(model: Any, name: str) -> tuple[tuple[str, ...], int, bool]:
@@ -309,7 +317,7 @@ def expected_shapes(config: Config) -> Shapes:
     shapes = Shapes()
     for name, parameter in model.named_parameters():
         names, axis, transposed = _places(model, name)
-        shape = list(parameter.shape)
+        shape = list(_shape_in_files(model, name, parameter.shape))
         if len(names) > 1:
             shape[axis] //= len(names)
         shapes.update(dict.fromkeys(names, tuple(shape[::-1] if transposed else shape)))

@@ -194,12 +194,15 @@ class Causal(nn.Module):
             ContextLengthError: P + T is larger than the context.
         """
         check_length(attention_mask.shape[1], self.config.context_length)
-        if past is None:
-            table: Tensor = getattr(self, self.PARTS.embedding).weight
-            empty = table.new_empty(len(input_ids), self.config.n_kv_head, 0, self.config.head_dim)
-            past = [(empty, empty)] * self.config.n_layer
+        past = self.no_past(len(input_ids)) if past is None else past
         y, present = self._kept(input_ids, position_ids, attention_mask, past, logits_to_keep)
         return self.logits(y), present
+
+    def no_past(self, rows: int) -> list[KeyValue]:
+        """Return the cache of so many rows that have no slots yet."""
+        table: Tensor = getattr(self, self.PARTS.embedding).weight
+        empty = table.new_empty(rows, self.config.n_kv_head, 0, self.config.head_dim)
+        return [(empty, empty)] * self.config.n_layer
 
     def encode(self, input_ids: Tensor) -> Tensor:
         """Return the normalised output of the last block (B, T, C) for ids (B, T), rows padded on their right or not.
@@ -287,8 +290,17 @@ class Causal(nn.Module):
 
         The mask is (B, P + T) with a past, and without one a bias (B, 1, T, T).
         """
-        carried = self.carried(input_ids.shape[1], position_ids)
-        x, h = self.embed(input_ids, position_ids), None
+        return self._through(self.embed(input_ids, position_ids), position_ids, mask, past)
+
+    def _through(
+        self,
+        x: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Run the blocks on what was embedded, (B, T, C); return the normalised output and each layer's new cache."""
+        carried, h = self.carried(x.shape[1], position_ids), None
         presents = []
         for layer, block in enumerate(getattr(self, self.PARTS.blocks)):
             x, h, present = block(x, h, *carried, mask, None if past is None else past[layer])

@@ -111,7 +111,8 @@ class Model(Protocol):
         """Return a parameter's name in Hugging Face's files, and whether it is stored transposed there.
 
         A model may also have ``hf_split(name)``: the names of several tensors that a parameter is there, in order, and
-        the axis along which they lie in it; None for one that is a single tensor.
+        the axis along which they lie in it; None for one that is a single tensor. Another may have ``hf_shape(name,
+        shape)``: the shape that the same numbers, in the same order, have there.
         """
 
 
@@ -125,7 +126,8 @@ class Family(NamedTuple):
         kind: "decoder" for one that continues a text from a cache, "recurrent" for one that does so from a state of
             fixed size, "encoder" for one that reads a whole text, with heads, "bidirectional" for one that does so with
             a state in each direction, "encoder-decoder" for one that reads a source and writes a target, "prefix" for
-            one that does so in a single stack, "vectors" for a table of them that is looked up.
+            one that does so in a single stack, "vectors" for a table of them that is looked up, "picture" for a decoder
+            that is shown one.
         foreign: Whether transformers has such models, too.
         counted: The verb that makes such a model, where none learns by gradients: its numbers are counts of a text.
     """
@@ -177,6 +179,7 @@ FAMILIES = {
     "gpt3": Family("portlm.models.gpt3", "GPT3Config", "GPT3", foreign=False),
     "gpt_neo": Family("portlm.models.gpt_neo", "GPTNeoConfig", "GPTNeo"),
     "openai-gpt": Family("portlm.models.gpt1", "GPT1Config", "GPT1"),
+    "llava": Family("portlm.models.llava", "LlavaConfig", "Llava", "picture"),
     "bert": Family("portlm.models.bert", "BertConfig", "Bert", "encoder"),
     "roberta": Family("portlm.models.roberta", "RobertaConfig", "Roberta", "encoder"),
     "distilbert": Family("portlm.models.distilbert", "DistilBertConfig", "DistilBert", "encoder"),

@@ -143,12 +143,16 @@ class Grouped(Causal):
     def __init__(self, config: Any, *, init: bool = True):
         super().__init__()
         blocks = [self.block(config, layer) for layer in range(config.n_layer)]
-        self.assemble(config, blocks, self.layer_norm(config))
+        self.assemble(config, blocks, self.layer_norm(config), *self.in_front(config))
         self.rotate_by(
             tables(config.context_length, config.rotary_dim, config.rope_theta, config.rope_scaling)
         )
         if init:
             self.init_weights()
+
+    def in_front(self, config: Any) -> tuple[tuple[str, nn.Module], ...]:
+        """Return names and modules of what there is in front of the blocks beside the token table."""
+        return ()
 
     def layer_norm(self, config: Any) -> nn.Module:
         """Return a fresh norm of the stream."""

@@ -34,7 +34,14 @@ class Role:
     state: tuple[StateSpec, ...] = ()
 
 
-def decoder(step: Callable[..., Any], *, vocab_size: int, caches: Sequence[tuple[int, int]]) -> Role:
+def decoder(
+    step: Callable[..., Any],
+    *,
+    vocab_size: int,
+    caches: Sequence[tuple[int, int]],
+    more: tuple[TensorSpec, ...] = (),
+    given: tuple[StateSpec, ...] = (),
+) -> Role:
     """Return the role of a causal decoder with a key/value cache.
 
     Args:
@@ -43,14 +50,17 @@ def decoder(step: Callable[..., Any], *, vocab_size: int, caches: Sequence[tuple
             is taken off: a graph has no gradient, and would keep the wrapper as a node.
         vocab_size: V.
         caches: (K, D) of each layer: key/value heads and their width.
+        more: inputs that step takes beside these, behind logits_to_keep.
+        given: constant states that it takes behind those.
     """
-    plain = _unwrapped(step)
+    plain, others = _unwrapped(step), len(more) + len(given)
 
     def function(
-        input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: Tensor, *flat: Tensor
+        input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, logits_to_keep: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
+        also, flat = rest[:others], rest[others:]
         past = list(zip(flat[::2], flat[1::2], strict=True))
-        logits, present = plain(input_ids, position_ids, attention_mask, past, logits_to_keep)
+        logits, present = plain(input_ids, position_ids, attention_mask, past, logits_to_keep, *also)
         return logits, *(tensor for layer in present for tensor in layer)
 
     inputs = (
@@ -58,8 +68,9 @@ def decoder(step: Callable[..., Any], *, vocab_size: int, caches: Sequence[tuple
         TensorSpec("attention_mask", "int64", ("batch", TOTAL)),
         TensorSpec("position_ids", "int64", ("batch", "sequence")),
         TensorSpec("logits_to_keep", "int64", ("kept",)),
+        *more,
     )
-    state = tuple(
+    state = given + tuple(
         StateSpec(
             f"past_key_values.{layer}.{kind}",
             f"present.{layer}.{kind}",

@@ -19,7 +19,13 @@ from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
 TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
-BEGINNING = ("causal", "masked", "classify", "answer")  # objectives that may begin with a checkpoint
+BEGINNING = (
+    "causal",
+    "masked",
+    "classify",
+    "answer",
+    "caption",
+)  # objectives that may begin with a checkpoint
 JUDGED = ("classify", "answer")  # those with a file of their own to judge by
 
 __all__ = [

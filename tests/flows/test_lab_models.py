@@ -9,7 +9,6 @@ pytest.importorskip("numba", reason="numba is missing: pip install portlm[train]
 
 import torch
 
-from portlm.errors import UsageError
 from portlm.flows.lab import brackets, cove, hybrid, retrieval, transfer, unseen_pairs
 from portlm.flows.lab.counted import bits_of, counted
 

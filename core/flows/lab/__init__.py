@@ -32,6 +32,7 @@ EXPERIMENTS = {
     "cloze-needs-both-sides": "portlm.flows.lab.cloze:Cloze",
     "objectives": "portlm.flows.lab.objectives:Objectives",
     "translation": "portlm.flows.lab.translation:Translation",
+    "pictures": "portlm.flows.lab.pictures:Pictures",
 }
 
 

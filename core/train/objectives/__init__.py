@@ -32,6 +32,7 @@ OBJECTIVES = {
     "mass": "portlm.train.objectives.mass:MassObjective",
     "bert": "portlm.train.objectives.bert:BertObjective",
     "prefix": "portlm.train.objectives.prefix:PrefixObjective",
+    "caption": "portlm.train.objectives.caption:CaptionObjective",
 }
 
 # The kinds of families that can learn an objective (portlm.models.Family), where it is not for all that read one text.
@@ -46,6 +47,7 @@ LEARNERS = {
     "bert": ("encoder",),
     "answer": ("encoder",),
     "prefix": ("prefix",),
+    "caption": ("picture",),
 }
 
 
@@ -57,7 +59,7 @@ def learns(kind: str, objective: str) -> bool:
     """
     if objective in LEARNERS:
         return kind in LEARNERS[objective]
-    return kind not in ("encoder-decoder", "prefix", "bidirectional", "vectors")
+    return kind not in ("encoder-decoder", "prefix", "bidirectional", "vectors", "picture")
 
 
 def objective_class(name: str) -> Any:

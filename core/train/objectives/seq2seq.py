@@ -9,7 +9,7 @@ B pairs, S source tokens, T target tokens, V vocabulary of the tokenizer.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from portlm import models
 from portlm.data.batches import IGNORE
-from portlm.data.pairs import PairSampler, padded, read_pairs
-from portlm.errors import ConfigError, FormatError, UsageError
+from portlm.data.pairs import padded, read_pairs
+from portlm.errors import ConfigError, UsageError
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 from portlm.train.bleu import check_sacrebleu, corpus_bleu
 from portlm.train.config import DataSettings, PretrainConfig
 from portlm.train.evaluation import evaluating
 from portlm.train.objectives import Stop
+from portlm.train.objectives.pairs import PairObjective
 
 _TRANSLATED = 64  # sources that are translated together
 Tokens = tuple[list[int], list[int]]  # of a source and of its target, which has no end of text yet
@@ -75,7 +76,7 @@ def open_pairs(data: DataSettings, folder: Path, *, fresh: bool, note: Callable[
     if not fresh and (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)
     else:
-        tokenizer = _tokenizer(data.tokenizer, learned, note)
+        tokenizer = tokenizer_for(data.tokenizer, (side for pair in learned for side in pair), note)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder)
     if tokenizer.eos_id is None:
@@ -88,11 +89,12 @@ def open_pairs(data: DataSettings, folder: Path, *, fresh: bool, note: Callable[
     return PairCorpus(tokenizer.without_template(), tokens[:-kept], tokens[-kept:], {"pairs": digest})
 
 
-def _tokenizer(name: str, pairs: Sequence[tuple[str, str]], note: Callable[[str], None]) -> Tokenizer:
+def tokenizer_for(name: str, texts: Iterable[str], note: Callable[[str], None]) -> Tokenizer:
+    """Return the tokenizer that settings name, learned from texts where they ask for one."""
     kind, _, size = name.partition(":")
     if kind == "bpe":
         note(f"training a byte-pair tokenizer of {size} tokens")
-        return train_bpe([side for pair in pairs for side in pair], int(size))
+        return train_bpe(list(texts), int(size))
     return byte_tokenizer(eos=END_OF_TEXT) if name == "byte" else Tokenizer.load(Path(name))
 
 
@@ -114,7 +116,7 @@ class Part(NamedTuple):
     share: float
 
 
-class Seq2SeqObjective:
+class Seq2SeqObjective(PairObjective):
     """Cross-entropy of the target's tokens, with smoothed labels; judged without, on pairs that were not learned from.
 
     Args:
@@ -127,71 +129,21 @@ class Seq2SeqObjective:
     open_corpus = staticmethod(open_pairs)
 
     def __init__(self, config: PretrainConfig, corpus: PairCorpus, device: torch.device):
-        self.config, self.corpus, self.device = config, corpus, device
         V, eos = corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id
         assert eos is not None  # open_pairs saw to it
-        self.start, self.end, self.parts = V, eos, config.data.accumulate
+        self.start, self.end = V, eos
         shape: Any = config.model.config(V + 1, (eos,))
         if models.FAMILIES[shape.family].kind != "encoder-decoder":
             raise ConfigError(f"model.family {shape.family} has no encoder that could read a source")
         shape = dataclasses.replace(shape, decoder_start_token_id=self.start, pad_token_id=self.start)
-        self.pairs, self.judged = (
-            [pair for pair in pairs if max(len(pair[0]), len(pair[1]) + 1) <= shape.context_length]
-            for pairs in (corpus.train, corpus.validation)
-        )
-        if not self.judged:
-            raise UsageError(f"no pair to judge by fits the context of {shape.context_length} tokens")
-        self.model: Any = models.build(shape).to(device)
-        lengths = np.array([(len(source), len(target)) for source, target in self.pairs]).reshape(-1, 2)
-        self.sampler = PairSampler(lengths, config.data.batch_size * self.parts, config.seed)
-        self._tokens = float(lengths.sum(axis=1).mean()) + 1
         if config.evaluation.translations:
             check_sacrebleu()
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of sources and targets that a step reads, on average."""
-        return round(self._tokens * self.sampler.batch_size)
-
-    def facts(self) -> dict[str, int]:
-        """Return the sizes of vocabulary and data, and how many pairs do not fit the context."""
-        every = len(self.corpus.train) + len(self.corpus.validation)
-        return {
-            "vocab_size": self.model.config.vocab_size,
-            "train_pairs": len(self.pairs),
-            "held_out_pairs": len(self.judged),
-            "pairs_left_out": every - len(self.pairs) - len(self.judged),
-        }
-
-    def batches(self) -> Sequence[Part]:
-        """Return pairs of like length, in as many parts as the settings say."""
-        chosen = [self.pairs[i] for i in next(self.sampler).tolist()]
-        total = sum(len(target) + 1 for _, target in chosen)
-        rows = len(chosen) // self.parts
-        return [self._part(chosen[i : i + rows], total) for i in range(0, len(chosen), rows)]
-
-    def loss(self, batch: Part) -> Tensor:
-        """Return the mean over the targets of a part, weighted by how many of the batch they are."""
-        smoothing = self.config.label_smoothing
-        loss: Tensor = self.model(batch.source, batch.read, batch.targets, batch.mask, smoothing)
-        return loss * batch.share
-
-    def metrics(self) -> dict[str, float]:
-        """Return nothing further."""
-        return {}
+        super().__init__(config, corpus, device, models.build(shape))
 
     def evaluate(self, stop: Stop) -> dict[str, float] | None:
         """Return ``loss`` in nats per target token, of the held-out pairs, and ``bleu`` if asked for."""
-        total, count = 0.0, 0
-        with evaluating(self.model), torch.no_grad():
-            for part in self._judged():
-                if stop():
-                    return None
-                n = int((part.targets != IGNORE).sum())
-                total += self.model(part.source, part.read, part.targets, part.mask).item() * n
-                count += n
-        found = {"loss": total / count}
-        if self.config.evaluation.translations:
+        found = super().evaluate(stop)
+        if found is not None and self.config.evaluation.translations:
             if stop():
                 return None
             found["bleu"] = self._bleu(self.judged[: self.config.evaluation.translations])
@@ -226,38 +178,20 @@ class Seq2SeqObjective:
             written = self._session().generate(source, max_new_tokens=limit).text
         return f"{decode(source)}\n{decode(target)}\n{written}"
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint folder with the tokenizer."""
-        models.save_model(folder, self.model, self.corpus.tokenizer)
+    def fits(self, pair: Tokens, shape: Any) -> bool:
+        """Say whether source, and target with its end, are no longer than the context."""
+        return bool(max(len(pair[0]), len(pair[1]) + 1) <= shape.context_length)
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return where the sampler of batches stands, and what identifies the pairs."""
-        return {"step": self.sampler.step, "data": self.corpus.digest}, {}
+    def lengths(self, pair: Tokens) -> tuple[int, int]:
+        """Return the tokens of both sides."""
+        return len(pair[0]), len(pair[1])
 
-    def restore(self, folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Continue from a checkpoint.
+    def targets_of(self, pair: Tokens) -> int:
+        """Return the tokens of the target and its end."""
+        return len(pair[1]) + 1
 
-        Raises:
-            FormatError: The state is damaged, or the weights do not fit this model.
-            ConfigError: It was trained on other pairs.
-        """
-        if type(state.get("step")) is not int or state["step"] < 0:
-            raise FormatError(f"the state in {folder} says nothing of the sampler of batches")
-        if state.get("data") != self.corpus.digest:
-            raise ConfigError(
-                "the pairs are not those of the checkpoint: resume with the same files and tokenizer"
-            )
-        self.model.load_state_dict(models.load_model(folder).state_dict())
-        self.sampler.step = state["step"]
-
-    def _judged(self) -> Iterator[Part]:
-        """Yield the pairs to judge by in batches of like length."""
-        order = sorted(range(len(self.judged)), key=lambda i: tuple(map(len, self.judged[i])))
-        size = self.config.data.batch_size
-        for begin in range(0, len(order), size):
-            yield self._part([self.judged[i] for i in order[begin : begin + size]], 1)
-
-    def _part(self, pairs: Sequence[Tokens], total: int) -> Part:
+    def part(self, pairs: Sequence[Tokens], total: int) -> Part:
+        """Return pairs as tensors, of a batch with so many targets."""
         sources = [source for source, _ in pairs]
         targets = [[*target, self.end] for _, target in pairs]
         source = padded(sources, self.start)
@@ -268,3 +202,8 @@ class Seq2SeqObjective:
         arrays = source, mask, read, padded(targets, IGNORE)
         text, there, begun, wanted = (torch.from_numpy(array).to(self.device) for array in arrays)
         return Part(text, there, begun, wanted, sum(map(len, targets)) / total)
+
+    def mean(self, part: Part, label_smoothing: float) -> Tensor:
+        """Return the mean cross-entropy over the targets of a part."""
+        loss: Tensor = self.model(part.source, part.read, part.targets, part.mask, label_smoothing)
+        return loss
