@@ -19,7 +19,7 @@ from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
 TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
-BEGINNING = ("causal", "masked", "classify")  # objectives that may begin with a checkpoint
+BEGINNING = ("causal", "masked", "classify", "seq2seq")  # objectives that may begin with a checkpoint
 
 __all__ = [
     "CheckpointSettings",

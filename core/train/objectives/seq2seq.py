@@ -10,6 +10,7 @@ B pairs, S source tokens, T target tokens, V vocabulary of the tokenizer.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,12 @@ from portlm import models
 from portlm.data.batches import IGNORE
 from portlm.data.pairs import PairSampler, padded, read_pairs
 from portlm.errors import ConfigError, FormatError, UsageError
+from portlm.models.bert import BertConfig
+from portlm.models.bert_decoder import BertDecoderConfig
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 from portlm.train.config import DataSettings, PretrainConfig
 from portlm.train.evaluation import evaluating
+from portlm.train.initial import begun_from
 from portlm.train.objectives import Stop
 
 Tokens = tuple[list[int], list[int]]  # of a source and of its target, which has no end of text yet
@@ -94,6 +98,18 @@ def _tokenizer(name: str, pairs: Sequence[tuple[str, str]], note: Callable[[str]
     return byte_tokenizer(eos=END_OF_TEXT) if name == "byte" else Tokenizer.load(Path(name))
 
 
+def _writing(eos: int, config: models.Config) -> models.Config:
+    """Return the configuration of a model that begins as a checkpoint: itself, or two of a BERT and an id to start with."""
+    if config.family != "bert":
+        return config
+    assert isinstance(config, BertConfig)
+    start = config.vocab_size
+    return dataclasses.replace(
+        BertDecoderConfig.of(config), vocab_size=start + 1, decoder_start_token_id=start, pad_token_id=start,
+        eos_token_ids=(eos,),
+    )  # fmt: skip
+
+
 class Part(NamedTuple):
     """Some pairs of a step's batch.
 
@@ -128,18 +144,21 @@ class Seq2SeqObjective:
         self.config, self.corpus, self.device = config, corpus, device
         V, eos = corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id
         assert eos is not None  # open_pairs saw to it
-        self.start, self.end, self.parts = V, eos, config.data.accumulate
-        shape: Any = config.model.config(V + 1, (eos,))
+        self.end, self.parts = eos, config.data.accumulate
+        model = begun_from(config.init, partial(_writing, eos))[0] if config.init else None
+        shape: Any = config.model.config(V + 1, (eos,)) if model is None else model.config
         if models.FAMILIES[shape.family].kind != "encoder-decoder":
             raise ConfigError(f"model.family {shape.family} has no encoder that could read a source")
-        shape = dataclasses.replace(shape, decoder_start_token_id=self.start, pad_token_id=self.start)
+        if model is None:
+            shape = dataclasses.replace(shape, decoder_start_token_id=V, pad_token_id=V)
+        self.start = shape.decoder_start_token_id
         self.pairs, self.judged = (
             [pair for pair in pairs if max(len(pair[0]), len(pair[1]) + 1) <= shape.context_length]
             for pairs in (corpus.train, corpus.validation)
         )
         if not self.judged:
             raise UsageError(f"no pair to judge by fits the context of {shape.context_length} tokens")
-        self.model: Any = models.build(shape).to(device)
+        self.model: Any = (models.build(shape) if model is None else model).to(device)
         lengths = np.array([(len(source), len(target)) for source, target in self.pairs]).reshape(-1, 2)
         self.sampler = PairSampler(lengths, config.data.batch_size * self.parts, config.seed)
         self._tokens = float(lengths.sum(axis=1).mean()) + 1
