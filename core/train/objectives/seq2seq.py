@@ -99,7 +99,7 @@ def _tokenizer(name: str, pairs: Sequence[tuple[str, str]], note: Callable[[str]
 
 
 def _writing(eos: int, config: models.Config) -> models.Config:
-    """Return the configuration of a model that begins as a checkpoint: itself, or two of a BERT and an id to start with."""
+    """Return what begins as a checkpoint: the same again, or two of a BERT and an id that targets start with."""
     if config.family != "bert":
         return config
     assert isinstance(config, BertConfig)
