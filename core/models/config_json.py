@@ -316,17 +316,18 @@ class Reader:
         """Say whether a key is there at all, if only as null."""
         return key in self._data
 
-    def finish(self, *harmless: str, encoder_decoder: bool = False) -> None:
+    def finish(self, *harmless: str, encoder_decoder: bool = False, decoder: bool = False) -> None:
         """Read what every family has, and raise ConfigError if a key is left that nobody asked for.
 
         Args:
             harmless: Keys that change nothing in this family.
             encoder_decoder: Whether it has an encoder and a decoder, each with weights of its own.
+            decoder: Whether it is a decoder that looks at what an encoder made.
         """
         self.require("is_encoder_decoder", encoder_decoder)
         if encoder_decoder:
             self.require("tie_encoder_decoder", False)
-        self.require("add_cross_attention", False)
+        self.require("add_cross_attention", decoder)
         self.require("pruned_heads", {})
         for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
             self.require(key, *_ATTENTION)

@@ -58,8 +58,14 @@ class Layer(nn.Module):
 
     def added(self, x: Tensor, seen: Tensor) -> Tensor:
         """Return what the layer makes of x (B, T, C) and of what its queries have seen, (B, T, H, D)."""
-        y = self.out(seen.reshape(x.shape))
-        x, _ = self.attention_norm(self._drop(y), x)
+        return self.through(self.with_seen(x, seen))
+
+    def with_seen(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Add to x (B, T, C) what its queries have seen, (B, T, H, D)."""
+        return self.attention_norm(self._drop(self.out(seen.reshape(x.shape))), x)[0]
+
+    def through(self, x: Tensor) -> Tensor:
+        """Add to x (B, T, C) what the MLP makes of it."""
         y = gelu_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, approximate=self.gelu)
         return self.norm(self._drop(y), x)[0]
 
@@ -95,8 +101,11 @@ class MaskedHead(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """Return logits (..., V) for (..., C) and the token table (V, C)."""
-        x, _ = self.norm(F.gelu(self.dense(x), approximate=self.gelu), None)
-        return linear(x, table, self.bias)
+        return linear(self.before(x), table, self.bias)
+
+    def before(self, x: Tensor) -> Tensor:
+        """Return what the table is multiplied by, (..., C), for (..., C)."""
+        return self.norm(F.gelu(self.dense(x), approximate=self.gelu), None)[0]
 
 
 class FirstTokenHead(nn.Module):
@@ -128,7 +137,7 @@ class Encoder(nn.Module):
         NAMES: What a parameter's name begins with, here and in Hugging Face's files.
         LAYER_NAMES: The same of the parts of a layer; "layers" of NAMES is what stands before their number.
         PREFIX: What names begin with in the files of models with a head, and not in those without.
-        TABLE: The tensor of the token table in the files.
+        LAYER: What its layers are.
         TIED: What some files store twice -> the tensor that it must equal.
         SPARE: Matches names of tensors that belong to heads, or to the pooler.
     """
@@ -138,6 +147,7 @@ class Encoder(nn.Module):
     PREFIX: ClassVar[str]
     TIED: ClassVar[Mapping[str, str]]
     SPARE: ClassVar[re.Pattern[str]]
+    LAYER: ClassVar[type[Layer]] = Layer
 
     def __init__(self, config: EncoderConfig, heads: Mapping[str, nn.Module], *, pooled: bool, init: bool):
         super().__init__()
@@ -146,7 +156,7 @@ class Encoder(nn.Module):
         self.positions = Embedding(config.longest + config.first_position, C)
         self.segments = Embedding(config.segments, C) if config.segments else None
         self.norm = LayerNorm(C, config.layer_norm_eps)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.n_layer)])
+        self.layers = nn.ModuleList([self.LAYER(config) for _ in range(config.n_layer)])
         self.pooler = Linear(C, C, bias=True) if pooled else None
         self.heads = nn.ModuleDict(heads)
         if init:
@@ -204,10 +214,22 @@ class Encoder(nn.Module):
         Raises:
             ContextLengthError: T is larger than the context.
         """
+        x = self.hidden(input_ids, attention_mask, token_type_ids, position_ids, bias)
+        return x, None if self.pooler is None else torch.tanh(self.pooler(x.select(1, 0)))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden state of every token (B, T, C), for arguments as of :meth:`encode`."""
         x = self.embed(input_ids, token_type_ids, position_ids)
         for layer in self.layers:
             x = layer(x, attention_mask, bias)
-        return x, None if self.pooler is None else torch.tanh(self.pooler(x.select(1, 0)))
+        return x
 
     def embed(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, position_ids: Tensor | None = None

@@ -186,6 +186,9 @@ FAMILIES = {
     "marian": Family("portlm.models.transformer", "TransformerConfig", "Transformer", "encoder-decoder"),
     "bart": Family("portlm.models.bart", "BartConfig", "Bart", "encoder-decoder"),
     "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
+    "encoder-decoder": Family(
+        "portlm.models.bert_decoder", "BertDecoderConfig", "BertDecoder", "encoder-decoder"
+    ),
     "unilm": Family("portlm.models.unilm", "UniLMConfig", "UniLM", "prefix", foreign=False),
     "recurrent": Family(
         "portlm.models.recurrent", "RecurrentConfig", "Recurrent", "recurrent", foreign=False

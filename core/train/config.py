@@ -19,13 +19,8 @@ from portlm.train.objectives import LEARNERS, OBJECTIVES, learns
 from portlm.train.vector_settings import GloveSettings, SkipgramSettings
 
 TRAINED = ("bpe", "word")  # kinds of tokenizers that a run can make from its text
-BEGINNING = (
-    "causal",
-    "masked",
-    "classify",
-    "answer",
-    "caption",
-)  # objectives that may begin with a checkpoint
+# Objectives that may begin with a checkpoint.
+BEGINNING = ("causal", "masked", "classify", "answer", "caption", "seq2seq")
 JUDGED = ("classify", "answer")  # those with a file of their own to judge by
 
 __all__ = [

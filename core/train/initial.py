@@ -28,7 +28,8 @@ def begun_from(folder: str | Path, change: Callable[[Config], Config]) -> tuple[
 
     Args:
         folder: The checkpoint.
-        change: Makes the configuration of the model from that of the checkpoint: heads, labels, a larger vocabulary.
+        change: Makes the configuration of the model from that of the checkpoint: heads, labels, a larger vocabulary, or
+            one of a family whose parts begin as that of the checkpoint: its class says which as what (`adopted`).
 
     Returns:
         The model on the CPU, and the names of its parameters that are fresh, in whole or in their last rows.
@@ -45,6 +46,7 @@ def begun_from(folder: str | Path, change: Callable[[Config], Config]) -> tuple[
             "together"
         )
     model: Any = models.build(config)
+    as_what: Callable[[str], str | None] = str if config.family == old.config.family else model.adopted
     known, fresh = dict(old.named_parameters()), []
     if getattr(old.config, "labels", ()) != getattr(
         config, "labels", ()
@@ -52,7 +54,7 @@ def begun_from(folder: str | Path, change: Callable[[Config], Config]) -> tuple[
         known = {name: p for name, p in known.items() if not name.startswith("heads.")}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            learned = known.get(name)
+            learned = known.get(as_what(name) or "")
             if learned is not None:
                 parameter[: len(learned)].copy_(learned)
             if learned is None or len(learned) < len(parameter):

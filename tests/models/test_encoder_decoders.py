@@ -41,6 +41,10 @@ ENTRIES = {
         "BartForConditionalGeneration",
         ({"activation": "relu", "output_bias": True, "scale_embedding": True, "n_layer": 1},),
     ),
+    "encoder-decoder": Entry(
+        "EncoderDecoderModel",
+        ({"gelu": "tanh", "segments": 1, "n_layer": 1, "n_decoder_layer": 3, "layer_norm_eps": 1e-5},),
+    ),
     "t5": Entry(
         "T5ForConditionalGeneration",
         (
@@ -136,6 +140,9 @@ def test_every_encoder_decoder_that_transformers_has_has_an_entry_here():
 # ---- the same model as transformers' -----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Version v4.12.0 introduces:FutureWarning"
+)  # of a loss computed otherwise before
 @every_config
 @pytest.mark.parametrize("masked", [False, True])
 def test_float64_logits_loss_and_gradients_are_those_of_transformers(exact, config, masked):
@@ -156,7 +163,13 @@ def test_float64_logits_loss_and_gradients_are_those_of_transformers(exact, conf
     for name, p in model.named_parameters():
         if name == "final_logits_bias":  # which transformers does not train
             continue
-        if name.endswith("k_proj.bias"):  # it shifts all scores of a query alike: both gradients are rounding
+        if name.startswith("encoder.pooler."):  # which nothing reads
+            assert p.grad is None
+            assert gradients[model.hf_name(name)[0]].grad is None
+            continue
+        if name.endswith(
+            ("k_proj.bias", "key.bias")
+        ):  # it shifts all scores of a query alike: both gradients are rounding
             assert max(p.grad.abs().max(), gradients[model.hf_name(name)[0]].grad.abs().max()) <= 1e-14
             continue
         assert relative(p.grad, gradients[model.hf_name(name)[0]].grad) <= 1e-9, name
@@ -352,3 +365,42 @@ def test_a_config_json_that_asks_for_another_model_is_refused_by_name(family, ch
     data = FAMILY[family].config_class().tiny().to_hf()
     with pytest.raises(ConfigError, match=words):
         config_from_hf({**data, **change})
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "words"),
+    [
+        ("decoder", {"add_cross_attention": False}, "decoder: is_decoder and add_cross_attention"),
+        ("decoder", {"hidden_size": 48}, "the encoder's width is 24 and the decoder's 48"),
+        ("encoder", {"is_decoder": True}, "encoder: is_decoder"),
+        ("encoder", {"model_type": "roberta"}, "encoder: model_type"),
+        ("encoder", {"surprise": 1}, "encoder: 'surprise'"),
+    ],
+)
+def test_two_berts_that_are_not_what_is_computed_are_refused_by_name(side, change, words):
+    data = FAMILY["encoder-decoder"].config_class().tiny().to_hf()
+    data[side] |= change
+    with pytest.raises(ConfigError, match=words):
+        config_from_hf(data)
+
+
+def test_both_sides_of_two_berts_begin_as_one(tmp_path):
+    """What looks at the source is fresh, and all else is the checkpoint's."""
+    from portlm.train.initial import begun_from
+
+    bert = random_model(FAMILIES["bert"].config_class().tiny())
+    save_model(tmp_path / "bert", bert)
+    shape = FAMILY["encoder-decoder"].config_class()
+    model, fresh = begun_from(
+        tmp_path / "bert", lambda old: dataclasses.replace(shape.of(old), vocab_size=270)
+    )
+    known = dict(bert.named_parameters())
+    for side in (model.encoder, model.decoder):
+        for name, p in side.named_parameters():
+            if ".source_" in name or "pooler" in name:
+                continue
+            assert torch.equal(p[: len(known[name])], known[name]), name
+    assert {name for name in fresh if ".source_" not in name} == {
+        "encoder.tokens.weight", "decoder.tokens.weight", "decoder.heads.masked_lm.bias",
+        "encoder.pooler.weight", "encoder.pooler.bias",
+    }  # fmt: skip

@@ -10,6 +10,7 @@ B pairs, S source tokens, T target tokens, V vocabulary of the tokenizer.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,13 @@ from portlm import models
 from portlm.data.batches import IGNORE
 from portlm.data.pairs import padded, read_pairs
 from portlm.errors import ConfigError, UsageError
+from portlm.models.bert import BertConfig
+from portlm.models.bert_decoder import BertDecoderConfig
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 from portlm.train.bleu import check_sacrebleu, corpus_bleu
 from portlm.train.config import DataSettings, PretrainConfig
 from portlm.train.evaluation import evaluating
+from portlm.train.initial import begun_from
 from portlm.train.objectives import Stop
 from portlm.train.objectives.pairs import PairObjective
 
@@ -98,6 +102,18 @@ def tokenizer_for(name: str, texts: Iterable[str], note: Callable[[str], None]) 
     return byte_tokenizer(eos=END_OF_TEXT) if name == "byte" else Tokenizer.load(Path(name))
 
 
+def _writing(eos: int, config: models.Config) -> models.Config:
+    """Return what begins as a checkpoint: the same again, or two of a BERT and an id that targets start with."""
+    if config.family != "bert":
+        return config
+    assert isinstance(config, BertConfig)
+    start = config.vocab_size
+    return dataclasses.replace(
+        BertDecoderConfig.of(config), vocab_size=start + 1, decoder_start_token_id=start, pad_token_id=start,
+        eos_token_ids=(eos,),
+    )  # fmt: skip
+
+
 class Part(NamedTuple):
     """Some pairs of a step's batch.
 
@@ -131,14 +147,16 @@ class Seq2SeqObjective(PairObjective):
     def __init__(self, config: PretrainConfig, corpus: PairCorpus, device: torch.device):
         V, eos = corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id
         assert eos is not None  # open_pairs saw to it
-        self.start, self.end = V, eos
-        shape: Any = config.model.config(V + 1, (eos,))
+        model = begun_from(config.init, partial(_writing, eos))[0] if config.init else None
+        shape: Any = config.model.config(V + 1, (eos,)) if model is None else model.config
         if models.FAMILIES[shape.family].kind != "encoder-decoder":
             raise ConfigError(f"model.family {shape.family} has no encoder that could read a source")
-        shape = dataclasses.replace(shape, decoder_start_token_id=self.start, pad_token_id=self.start)
+        if model is None:
+            shape = dataclasses.replace(shape, decoder_start_token_id=V, pad_token_id=V)
+        self.start, self.end = shape.decoder_start_token_id, eos
         if config.evaluation.translations:
             check_sacrebleu()
-        super().__init__(config, corpus, device, models.build(shape))
+        super().__init__(config, corpus, device, models.build(shape) if model is None else model)
 
     def evaluate(self, stop: Stop) -> dict[str, float] | None:
         """Return ``loss`` in nats per target token, of the held-out pairs, and ``bleu`` if asked for."""
