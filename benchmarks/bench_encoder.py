@@ -82,10 +82,10 @@ def encoding(config: BertConfig, B: int, T: int, artifact: Path) -> Case:
 
 def embedding(config: BertConfig, artifact: Path) -> Case:
     """Texts to vectors, their tokens counted in the limit without padding."""
-    import onnxruntime
-
     from portlm.flows.load import load
+    from portlm.ort_support import import_onnxruntime
 
+    onnxruntime = import_onnxruntime()
     random = np.random.default_rng(1)
     lengths = random.integers(8, min(128, config.context_length) + 1, TEXTS)
     texts = ["".join(chr(c) for c in random.integers(97, 123, n)) for n in lengths]
