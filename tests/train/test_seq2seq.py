@@ -1,5 +1,6 @@
 """Pairs: how they are read and cut into batches, and what a run on them learns, saves and goes on with."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 
+import portlm  # noqa: E402
 from portlm import settings  # noqa: E402
+from portlm.control_tokens import for_reading  # noqa: E402
 from portlm.data.pairs import POOL, PairSampler, padded, read_pairs  # noqa: E402
 from portlm.errors import ConfigError, FormatError, UsageError  # noqa: E402
-from portlm.models import load_model  # noqa: E402
+from portlm.models import FAMILIES, build, load_model, save_model  # noqa: E402
+from portlm.tokenizer import byte_tokenizer  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
 from portlm.train.corpus import open_corpus  # noqa: E402
 from portlm.train.objectives.seq2seq import Seq2SeqObjective, open_pairs  # noqa: E402
@@ -183,6 +187,48 @@ def test_a_run_goes_on_with_its_own_pairs_alone(files, tmp_path):
         path.write_text(path.read_text() + line)
     with pytest.raises(ConfigError, match="not those of the checkpoint"):
         pretrain(config, tmp_path / "run", resume="auto", quiet=True, plot=False)
+
+
+def begun(folder, family):
+    """A fresh checkpoint whose tokenizer puts [CLS] before a text and [SEP] behind it."""
+    tokenizer, _ = for_reading(byte_tokenizer())
+    config = FAMILIES[family].config_class().tiny()
+    save_model(folder, build(dataclasses.replace(config, vocab_size=tokenizer.vocab_size)), tokenizer)
+    return tokenizer
+
+
+def test_two_of_a_bert_learn_to_write_and_read_sources_as_in_training(files, tmp_path):
+    tokenizer = begun(tmp_path / "bert", "bert")
+    config = settings.load(
+        PretrainConfig,
+        overrides=[
+            ("objective", "seq2seq"), ("init", str(tmp_path / "bert")), ("steps", 2), ("data.batch_size", 8),
+            ("data.source", files[0]), ("data.target", files[1]),
+        ],
+    )  # fmt: skip
+    done = pretrain(config, tmp_path / "run", quiet=True, plot=False)
+    model = load_model(done.checkpoint)
+    assert model.config.family == "encoder-decoder"
+    with portlm.load(done.checkpoint, "torch") as session:
+        assert session.start_ids == tuple(tokenizer.begin_ids)  # [CLS], as of what the BERT read
+        assert session.eos_ids == {*tokenizer.end_ids}  # [SEP]
+        source = PAIRS[0][0]
+        assert (
+            session.translate(source).prompt_tokens == len(source) + 2
+        )  # and not without what is put around it
+
+
+def test_a_checkpoint_that_cannot_read_a_source_is_no_beginning(files, tmp_path):
+    begun(tmp_path / "gpt2", "gpt2")
+    config = settings.load(
+        PretrainConfig,
+        overrides=[
+            ("objective", "seq2seq"), ("init", str(tmp_path / "gpt2")), ("data.source", files[0]),
+            ("data.target", files[1]),
+        ],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"gpt2 has no encoder that could read a source"):
+        pretrain(config, tmp_path / "run", quiet=True, plot=False)
 
 
 @pytest.mark.parametrize(

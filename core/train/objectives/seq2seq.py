@@ -2,7 +2,7 @@
 
 A source is read as sessions read it, with what the tokenizer puts around a text. The decoder reads a start token and
 the target, and predicts the target and the end of text behind it. The start token is an id of its own behind those of
-the tokenizer, and pads what is short.
+the tokenizer, or that of the checkpoint that a run begins with, and pads what is short.
 
 B pairs, S source tokens, T target tokens, V vocabulary of the tokenizer.
 """
@@ -41,13 +41,15 @@ class PairCorpus:
     """Pairs to learn from and pairs to judge by, as tokens.
 
     Attributes:
-        tokenizer: What made the tokens; it has an end of text.
+        tokenizer: What made the tokens.
+        end: The id that ends a target: the tokenizer's end of text or, without one, what it puts behind a text.
         train: The first pairs.
         validation: The last ones.
         digest: What identifies all tokens, for comparison with a checkpoint.
     """
 
     tokenizer: Tokenizer
+    end: int
     train: list[Tokens]
     validation: list[Tokens]
     digest: dict[str, str]
@@ -83,14 +85,15 @@ def open_pairs(data: DataSettings, folder: Path, *, fresh: bool, note: Callable[
         tokenizer = tokenizer_for(data.tokenizer, (side for pair in learned for side in pair), note)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder)
-    if tokenizer.eos_id is None:
+    ends = [*tokenizer.end_ids[-1:]] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if not ends:
         raise UsageError(f"{data.tokenizer} has no token that ends a text, by which a target would end")
     tokens = [
         (tokenizer.encode(source), tokenizer.encode(target, add_special_tokens=False))
         for source, target in pairs
     ]
     digest = hashlib.sha256(repr(tokens).encode()).hexdigest()
-    return PairCorpus(tokenizer.without_template(), tokens[:-kept], tokens[-kept:], {"pairs": digest})
+    return PairCorpus(tokenizer, ends[0], tokens[:-kept], tokens[-kept:], {"pairs": digest})
 
 
 def tokenizer_for(name: str, texts: Iterable[str], note: Callable[[str], None]) -> Tokenizer:
@@ -102,16 +105,15 @@ def tokenizer_for(name: str, texts: Iterable[str], note: Callable[[str], None]) 
     return byte_tokenizer(eos=END_OF_TEXT) if name == "byte" else Tokenizer.load(Path(name))
 
 
-def _writing(eos: int, config: models.Config) -> models.Config:
-    """Return what begins as a checkpoint: the same again, or two of a BERT and an id that targets start with."""
+def _writing(corpus: PairCorpus, config: models.Config) -> models.Config:
+    """Return what begins as a checkpoint: the same again, or two of a BERT, whose targets start as its texts do."""
     if config.family != "bert":
         return config
     assert isinstance(config, BertConfig)
-    start = config.vocab_size
+    start = next(iter(corpus.tokenizer.begin_ids), corpus.end)
     return dataclasses.replace(
-        BertDecoderConfig.of(config), vocab_size=start + 1, decoder_start_token_id=start, pad_token_id=start,
-        eos_token_ids=(eos,),
-    )  # fmt: skip
+        BertDecoderConfig.of(config), decoder_start_token_id=start, eos_token_ids=(corpus.end,)
+    )
 
 
 class Part(NamedTuple):
@@ -145,15 +147,14 @@ class Seq2SeqObjective(PairObjective):
     open_corpus = staticmethod(open_pairs)
 
     def __init__(self, config: PretrainConfig, corpus: PairCorpus, device: torch.device):
-        V, eos = corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id
-        assert eos is not None  # open_pairs saw to it
-        model = begun_from(config.init, partial(_writing, eos))[0] if config.init else None
-        shape: Any = config.model.config(V + 1, (eos,)) if model is None else model.config
+        V, self.end = corpus.tokenizer.vocab_size, corpus.end
+        model = begun_from(config.init, partial(_writing, corpus))[0] if config.init else None
+        shape: Any = config.model.config(V + 1, (self.end,)) if model is None else model.config
         if models.FAMILIES[shape.family].kind != "encoder-decoder":
             raise ConfigError(f"model.family {shape.family} has no encoder that could read a source")
         if model is None:
             shape = dataclasses.replace(shape, decoder_start_token_id=V, pad_token_id=V)
-        self.start, self.end = shape.decoder_start_token_id, eos
+        self.start = shape.decoder_start_token_id
         if config.evaluation.translations:
             check_sacrebleu()
         super().__init__(config, corpus, device, models.build(shape) if model is None else model)
@@ -184,7 +185,7 @@ class Seq2SeqObjective(PairObjective):
         from portlm.runtimes.session import Session
 
         engine = TorchEngine.of(self.model, str(self.device))
-        return Session(engine, self.corpus.tokenizer, start_ids=(self.start,))
+        return Session(engine, self.corpus.tokenizer, (self.end,), start_ids=(self.start,))
 
     def sample(self, stop: Stop) -> str | None:
         """Return the first pair that was not learned from, and below it what the model writes for its source."""
