@@ -6,7 +6,8 @@ import pytest
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 
 from portlm.errors import UsageError
-from portlm.flows.lab import brackets, retrieval, unseen_pairs
+from portlm.flows.lab import brackets, objectives, pretraining, retrieval, unseen_pairs
+from portlm.flows.lab.bracket_rows import Row
 from portlm.flows.lab.kneser_ney import KneserNey
 
 
@@ -96,3 +97,25 @@ def test_pairs_that_are_asked_never_met_and_follow_from_the_class():
     relation = text[:, 1] - unseen_pairs.NAMES
     expected = facts.leads[relation, text[:, 0] // unseen_pairs.MEMBERS]
     assert (text[:, 2] // unseen_pairs.MEMBERS == expected).all()
+
+
+def test_the_decoder_of_mass_keeps_places_and_reads_nothing_that_the_encoder_reads():
+    text = Row(before=[0, 17, 1, 2], run=[10, 9, 8], after=[3, 11])
+    source, read, said = objectives.mass(text)
+    M, N = objectives.MASK, objectives.IGNORE
+    assert source == [objectives.CLS, 0, 17, 1, 2, M, M, M, 3, 11, objectives.SEP]
+    assert said == [N, N, N, N, 10, 9, 8, N, N]
+    assert read == [M, M, M, M, M, 10, 9, M, M]
+
+
+def test_a_label_needs_both_the_topic_and_the_first_symbol():
+    world = pretraining.World(np.random.default_rng(0))
+    texts, labels = (found.numpy() for found in world.texts(np.random.default_rng(1), 4000))
+    # The map that says most of a text's symbols is that of its topic: the others say one of 64 by chance.
+    follows = np.stack([(each[texts[:, :-1]] == texts[:, 1:]).sum(1) for each in world.follows])
+    topics, even = follows.argmax(0), texts[:, 0] % 2 == 0
+    assert follows.max(0).mean() / (pretraining.LENGTH - 1) == pytest.approx(0.95 + 0.05 / 64, abs=0.01)
+    assert (labels == ((topics < 3) ^ even)).all()
+    for known in (topics < 3, even):
+        # Alone each is right half of the time, give or take three standard errors.
+        assert (labels == known).mean() == pytest.approx(0.5, abs=0.025)
