@@ -9,7 +9,17 @@ pytest.importorskip("numba", reason="numba is missing: pip install portlm[train]
 
 import torch
 
-from portlm.flows.lab import brackets, cove, hybrid, retrieval, transfer, unseen_pairs
+from portlm.flows.lab import (
+    brackets,
+    cove,
+    hybrid,
+    objectives,
+    pretraining,
+    retrieval,
+    transfer,
+    unseen_pairs,
+)
+from portlm.flows.lab.bracket_rows import Row
 from portlm.flows.lab.counted import bits_of, counted
 
 
@@ -169,3 +179,25 @@ def test_the_classifier_pools_the_last_the_largest_and_the_mean_state_and_its_he
     assert {id(p) for p in top} == {id(p) for p in model.heads.parameters()}
     assert {id(p) for p in below} == {id(model.embed.weight), id(model.head_bias)}
     assert [len(group) for group in layers] == [4, 4]
+
+
+def test_the_decoder_of_mass_keeps_places_and_reads_nothing_that_the_encoder_reads():
+    text = Row(before=[0, 17, 1, 2], run=[10, 9, 8], after=[3, 11])
+    source, read, said = objectives.mass(text)
+    M, N = objectives.MASK, objectives.IGNORE
+    assert source == [objectives.CLS, 0, 17, 1, 2, M, M, M, 3, 11, objectives.SEP]
+    assert said == [N, N, N, N, 10, 9, 8, N, N]
+    assert read == [M, M, M, M, M, 10, 9, M, M]
+
+
+def test_a_label_needs_both_the_topic_and_the_first_symbol():
+    world = pretraining.World(np.random.default_rng(0))
+    texts, labels = (found.numpy() for found in world.texts(np.random.default_rng(1), 4000))
+    # The map that says most of a text's symbols is that of its topic: the others say one of 64 by chance.
+    follows = np.stack([(each[texts[:, :-1]] == texts[:, 1:]).sum(1) for each in world.follows])
+    topics, even = follows.argmax(0), texts[:, 0] % 2 == 0
+    assert follows.max(0).mean() / (pretraining.LENGTH - 1) == pytest.approx(0.95 + 0.05 / 64, abs=0.01)
+    assert (labels == ((topics < 3) ^ even)).all()
+    for known in (topics < 3, even):
+        # Alone each is right half of the time, give or take three standard errors.
+        assert (labels == known).mean() == pytest.approx(0.5, abs=0.025)

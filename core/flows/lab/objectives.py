@@ -33,7 +33,7 @@ _STEPS = 900
 _ASKED = 400
 _SHAPE: dict[str, Any] = {"vocab_size": _IDS, "context_length": 24, "n_layer": 2, "n_head": 4, "width": 64}
 _TWO: dict[str, Any] = {**_SHAPE, "n_decoder_layer": 2, "hidden": 256, "decoder_start_token_id": SEP}
-# BERT and BART begin with N(0, 0.02²), which is for a width of 1024; 0.02 * sqrt(1024 / 64) makes products as large here.
+# BERT and BART begin with N(0, 0.02²), for a width of 1024: products are as large here with 0.02 * sqrt(1024 / 64).
 # From 0.02 and with this learning rate MASS is still at a guess, ln 8, after 900 steps; with a third of it, it is not.
 _INIT = 0.08
 

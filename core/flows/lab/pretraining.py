@@ -1,44 +1,72 @@
 """Pretraining pays where labels are few: the same model, fine-tuned, with its head trained alone, or trained afresh.
 
-A text is 16 of 32 letters. Each of six topics has a map from a letter to the one that usually follows it; a text has
-one topic and follows its map, but for a letter now and then. Its label is whether the topic is of the first three or
-else the first letter is an even one, and not both: neither the topic nor the letter says anything of it alone. Texts
+A text is 24 of 64 symbols. Each of six topics has a map from a symbol to the one that usually follows it; a text has
+one topic and follows its map, but for a symbol now and then. Its label is whether the topic is of the first three or
+else the first symbol is an even one, and not both: neither the topic nor the symbol says anything of it alone. Texts
 without labels teach what topics are, which a few hundred labels cannot; that the two belong together only labels can
 teach, so a head on what the model knows already is not enough.
 """
 
 from __future__ import annotations
 
-import string
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from portlm import settings
 from portlm.flows.lab.experiment import Bar
-from portlm.train.config import PretrainConfig
-from portlm.train.finetune import PRESET, finetune
-from portlm.train.pretrain import pretrain
+from portlm.flows.lab.fitting import Batch, fit, fresh, mean_curve, named, parameters, seeded
+from portlm.models.gpt2 import GPT2Config
+from portlm.models.heads import CLASSIFY, with_labels
+from portlm.train.evaluation import evaluating
 
-_LETTERS = np.array([*string.ascii_lowercase, *string.digits][:32])
-_TOPICS, _LENGTH = 6, 16
-_FOLLOWS = 0.95  # how often a letter is the one that the topic's map says
-_UNLABELLED, _JUDGED = 20_000, 500
+SYMBOLS, TOPICS, LENGTH = 64, 6, 24
+_FOLLOWS = 0.95  # how often a symbol is the one that the topic's map says
+_GPT = GPT2Config(vocab_size=SYMBOLS, context_length=40, n_layer=4, n_head=4, width=96)
+_PRETRAINING, _ROWS = 1200, 64  # steps, texts in each
 _STEPS = {300: 300, 2000: 700}  # by number of labels
-_PRETRAINING = 800
-_SHAPE = {"family": "gpt2", "n_layer": 2, "n_head": 4, "width": 64, "context_length": 20}
-_WAYS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "head": {"layers.freeze": "backbone", "optimizer.lr": 1e-2},
-    "scratch": {},
-}
+_LABELLED_ROWS, _JUDGED = 32, 1000
+_RATES = {"full": 1e-3, "head": 1e-2, "scratch": 1e-3}
+
+
+class World:
+    """Topics, and texts that are drawn from them."""
+
+    def __init__(self, generator: np.random.Generator):
+        self.follows = np.stack([generator.permutation(SYMBOLS) for _ in range(TOPICS)])  # (topic, symbol)
+
+    def texts(self, generator: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Return texts (B, T) and their labels (B,), 0 or 1, both int64."""
+        topics = generator.integers(TOPICS, size=count)
+        symbols = generator.integers(SYMBOLS, size=(count, LENGTH))
+        usual = generator.random((count, LENGTH)) < _FOLLOWS
+        for t in range(1, LENGTH):
+            symbols[:, t] = np.where(usual[:, t], self.follows[topics, symbols[:, t - 1]], symbols[:, t])
+        labels = (topics < TOPICS // 2) ^ (symbols[:, 0] % 2 == 0)
+        return torch.from_numpy(symbols), torch.from_numpy(labels.astype(np.int64))
+
+
+def epochs(generator: np.random.Generator, texts: Tensor, labels: Tensor, rows: int) -> Iterator[Batch]:
+    """Yield batches of all texts in an order of their own each time, without what is left of a full batch."""
+    while True:
+        order = torch.from_numpy(generator.permutation(len(texts)))
+        for part in order[: len(order) // rows * rows].view(-1, rows):
+            yield texts[part], labels[part]
+
+
+@torch.no_grad()
+def right(model: Any, texts: Tensor, labels: Tensor) -> float:
+    """Return the share of labels that a model says."""
+    with evaluating(model):
+        said = [model.answer(CLASSIFY, part).argmax(-1) for part in texts.split(250)]
+    return float((torch.cat(said) == labels).float().mean())
 
 
 class Pretraining:
-    """A GPT of two layers on 300 and on 2000 labels: fine-tuned, frozen under a new head, and from scratch."""
+    """A GPT of four layers on 300 and on 2000 labels: fine-tuned, frozen under a new head, and from scratch."""
 
     name: ClassVar[str] = "pretraining-pays"
     shows: ClassVar[str] = (
@@ -53,31 +81,44 @@ class Pretraining:
 
     def run(self, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
         """Pretrain on texts, and measure the accuracy of each way with each number of labels."""
-        world = _World(seed)
-        found: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            texts, judged = folder / "texts.txt", folder / "judged.tsv"
-            texts.write_text("".join(f"{text}\n" for text, _ in world.texts(_UNLABELLED)))
-            judged.write_text(_lines(world.texts(_JUDGED)))
-            tell(f"pretraining, {_PRETRAINING} steps")
-            begun = pretrain(_pretraining(texts, seed), folder / "pretrained", quiet=True, plot=False)
-            found["pretraining_loss"] = begun.loss
-            for count, steps in _STEPS.items():
-                labelled = folder / f"{count}.tsv"
-                labelled.write_text(_lines(world.texts(count)))
-                for way, changes in _WAYS.items():
-                    tell(f"{way}, {count} labels")
-                    given = {"model." + key: value for key, value in _SHAPE.items()}
-                    if way != "scratch":
-                        given = {"init": str(begun.checkpoint)}
-                    config = _tuning(labelled, judged, steps, seed, given | changes)
-                    done = finetune(config, folder / f"{way}-{count}", quiet=True, plot=False)
-                    found[f"{way}_{count}"] = done.accuracy
-                    tell(f"{way}, {count} labels: accuracy {done.accuracy:.3f}")
-        found["full_over_scratch_300"] = found["full_300"] - found["scratch_300"]
-        found["full_over_head_2000"] = found["full_2000"] - found["head_2000"]
-        return found
+        generator = seeded(seed)
+        world = World(generator)
+
+        def following() -> Iterator[Batch]:
+            while True:
+                texts, _ = world.texts(generator, _ROWS)
+                yield texts[:, :-1], texts[:, 1:]
+
+        pretrained = fresh(_GPT, seed)
+        losses = fit(
+            pretrained, following(), _PRETRAINING, lr=1e-3, warmup=100, tell=named(tell, "pretraining")
+        )
+        figures: dict[str, Any] = {
+            "curve": mean_curve(losses),
+            "pretraining_loss": float(np.mean(losses[-50:])),
+            "parameters": parameters(pretrained),
+        }
+        judged = world.texts(seeded(seed, stream=1), _JUDGED)
+        for count, steps in _STEPS.items():
+            labelled = world.texts(seeded(seed, stream=count), count)
+            for way, rate in _RATES.items():
+                model: Any = fresh(with_labels(_GPT, ("no", "yes")), seed)
+                if way != "scratch":
+                    model.load_state_dict(model.state_dict() | pretrained.state_dict())
+                if way == "head":
+                    model.requires_grad_(False)
+                    model.heads.requires_grad_(True)
+
+                def loss(batch: Batch, model: Any = model) -> Tensor:
+                    return torch.nn.functional.cross_entropy(model.answer(CLASSIFY, batch[0]), batch[1])
+
+                batches = epochs(seeded(seed, stream=2), *labelled, _LABELLED_ROWS)
+                fit(model, batches, steps, lr=rate, warmup=steps // 10, loss=loss)
+                figures[f"{way}_{count}"] = right(model, *judged)
+                tell(f"{way}, {count} labels: accuracy {figures[f'{way}_{count}']:.3f}")
+        figures["full_over_scratch_300"] = figures["full_300"] - figures["scratch_300"]
+        figures["full_over_head_2000"] = figures["full_2000"] - figures["head_2000"]
+        return figures
 
     def draw(self, results: Mapping[int, dict[str, Any]], path: Path) -> None:
         """Draw accuracy over the number of labels, a line for each way and seed."""
@@ -85,7 +126,7 @@ class Pretraining:
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        for number, way in enumerate(_WAYS):
+        for number, way in enumerate(_RATES):
             for place, result in enumerate(results.values()):
                 reached = [result[f"{way}_{count}"] for count in _STEPS]
                 label = way if place == 0 else None
@@ -97,60 +138,3 @@ class Pretraining:
         axes.set_ylabel("accuracy on held-out texts")
         axes.legend()
         figure.savefig(path, dpi=120)
-
-
-class _World:
-    """Topics, and texts that are drawn from them one after the other."""
-
-    def __init__(self, seed: int):
-        self._generator = np.random.default_rng((seed, 15))
-        self._next = np.stack([self._generator.permutation(len(_LETTERS)) for _ in range(_TOPICS)])
-
-    def texts(self, count: int) -> list[tuple[str, str]]:
-        """Return texts, each with its label."""
-        draw, size = self._generator, len(_LETTERS)
-        topics = draw.integers(_TOPICS, size=count)
-        letters = np.empty((count, _LENGTH), np.int64)
-        letters[:, 0] = draw.integers(size, size=count)
-        for t in range(1, _LENGTH):
-            usual = self._next[topics, letters[:, t - 1]]
-            other = draw.integers(size, size=count)
-            letters[:, t] = np.where(draw.random(count) < _FOLLOWS, usual, other)
-        labels = (topics < _TOPICS // 2) ^ (letters[:, 0] % 2 == 0)
-        return [
-            ("".join(_LETTERS[row]), "yes" if label else "no")
-            for row, label in zip(letters, labels.tolist(), strict=True)
-        ]
-
-
-def _lines(texts: list[tuple[str, str]]) -> str:
-    return "".join(f"{label}\t{text}\n" for text, label in texts)
-
-
-def _pretraining(texts: Path, seed: int) -> PretrainConfig:
-    return settings.load(
-        PretrainConfig,
-        overrides=[
-            *(("model." + key, value) for key, value in _SHAPE.items()),
-            ("data.texts", [str(texts)]), ("data.batch_size", 48), ("data.validation_fraction", 0.02),
-            ("steps", _PRETRAINING), ("seed", seed), ("optimizer.lr", 3e-3), ("threads", 1),
-            ("evaluation.interval", _PRETRAINING), ("evaluation.max_tokens", 5_000), ("evaluation.sample_tokens", 0),
-            ("checkpoint.interval", _PRETRAINING),
-        ],
-    )  # fmt: skip
-
-
-def _tuning(
-    labelled: Path, judged: Path, steps: int, seed: int, changes: Mapping[str, Any]
-) -> PretrainConfig:
-    return settings.load(
-        PretrainConfig,
-        preset=PRESET,
-        overrides=[
-            ("data.texts", [str(labelled)]), ("data.held_out", str(judged)),
-            ("steps", steps), ("seed", seed), ("optimizer.lr", 1e-3), ("schedule.warmup", 0.1), ("threads", 1),
-            ("lm_coef", 0.0),
-            ("evaluation.interval", steps), ("evaluation.sample_tokens", 0), ("checkpoint.interval", steps),
-            *changes.items(),
-        ],
-    )  # fmt: skip
