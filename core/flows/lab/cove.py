@@ -83,7 +83,7 @@ class Cove:
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)
     bars: ClassVar[tuple[Bar, ...]] = (
         Bar("cove_over_static", ">=", 0.3),
-        Bar("cove_over_untrained", ">", 0.0),
+        Bar("cove_over_untrained", ">=", 0.1),
         Bar("static", "<=", 0.6),
     )
 
