@@ -161,7 +161,10 @@ def test_the_config_of_the_hub_is_the_preset():
         ({"vision_config": 3}, "vision_config must be an object"),
         ({"text_config": {"model_type": "mistral"}}, "text_config: model_type = 'mistral'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config: model_type"),
-        ({"vision_config": {"image_size": 10, "patch_size": 3}}, "image_size 10 must be a multiple of patch_size 3"),
+        (
+            {"vision_config": {"image_size": 10, "patch_size": 3}},
+            "image_size 10 must be a multiple of patch_size 3",
+        ),
         ({"vision_config": {"surprise": 1}}, "vision_config: 'surprise' is a key portlm does not know"),
         ({"image_seq_length": 9}, "image_seq_length = 9 is not supported: only 4"),
         ({"image_token_index": 260}, "image_token_id holds 260"),
@@ -292,7 +295,9 @@ def test_every_engine_writes_behind_pictures_as_one_pass_does(artifact, expected
         assert one.prompt_tokens == 3 + P
         streamed = session.stream(PROMPTS[1], image=pictures()[1], **options)
         assert tuple(streamed.ids()) == expected[1]
-        session.generate(PROMPTS[0], image=pictures()[0], repetition_penalty=1.3, no_repeat_ngram_size=2, **options)
+        session.generate(
+            PROMPTS[0], image=pictures()[0], repetition_penalty=1.3, no_repeat_ngram_size=2, **options
+        )
         assert not session.placement().fallback
 
 
@@ -323,7 +328,9 @@ def test_verify_finds_every_engine_in_agreement(artifact, tmp_path):
     assert [result.problem for result in results] == [None] * 4
     for result in results:
         assert result.row.max_logit_error <= 1e-4
-        assert result.row.greedy_match == result.row.greedy_total == (20 if result.row.role == "decoder" else 0)
+        assert (
+            result.row.greedy_match == result.row.greedy_total == (20 if result.row.role == "decoder" else 0)
+        )
 
 
 def test_the_packed_engine_refuses_by_name(artifact):
