@@ -7,13 +7,15 @@ Uses = dict[str, dict[str, Use]]  # family -> key -> what it does with it
 
 
 def uses() -> Uses:
-    """Return what each family does with each key that it asks for."""
+    """Return what each family does with each key that it asks for, and with those of objects inside the file."""
     found: Uses = {}
     for name, family in FAMILIES.items():
         config = family.config_class()
         reader = Reader(config.tiny().to_hf())
         config.from_hf(reader)
         found[name] = reader.uses
+        for part, inside in reader.parts.items():
+            found[f"{name}: {part}"] = inside.uses
     return found
 
 

@@ -11,13 +11,14 @@ What a reader was asked for is kept, and docs/config-keys.md is written from tha
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from portlm.errors import ConfigError
 from portlm.files import shown
 
 Name = TypeVar("Name")
+Part = TypeVar("Part")
 
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
@@ -169,12 +170,14 @@ class Reader:
     Attributes:
         uses: What became of each key that was asked for, in order.
         notes: What was not kept of the file, a sentence each.
+        parts: The readers of objects inside it.
     """
 
     def __init__(self, data: Mapping[str, Any]):
         self._data = data
         self.uses: dict[str, Use] = {}
         self.notes: list[str] = []
+        self.parts: dict[str, Reader] = {}
 
     @classmethod
     def of(cls, data: "Mapping[str, Any] | Reader") -> "Reader":
@@ -311,6 +314,27 @@ class Reader:
         """
         self.uses[key] = Use(how, what)
         return self._data.get(key)
+
+    def part(self, key: str, read: "Callable[[Reader], Part]", **defaults: Any) -> "Part":
+        """Return what a function reads in an object inside the file, which describes a part of the model.
+
+        Args:
+            key: Its name.
+            read: Reads it; its errors are said with the name before them.
+            defaults: Stand in for keys that are missing in it.
+        """
+        value = self.raw(key, "an object")
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{key} must be an object that describes a part of the model, got {shown(value)}"
+            )
+        self.parts[key] = reader = Reader({**defaults, **value})
+        try:
+            found = read(reader)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        self.notes += [note.replace("config.json: ", f"config.json: {key}.") for note in reader.notes]
+        return found
 
     def holds(self, key: str) -> bool:
         """Say whether a key is there at all, if only as null."""

@@ -176,7 +176,7 @@ class Llava(Llama):
             self.step,
             vocab_size=config.vocab_size,
             caches=[(config.n_kv_head, config.head_dim)] * config.n_layer,
-            more=(TensorSpec(PICTURE_IDS, "int64", ("batch", "sequence")),),
+            more=(TensorSpec(PICTURE_IDS, "int64", ("batch", "sequence"), below=config.places + 1),),
             given=(StateSpec(PICTURE, "", "float32", rows, "given", "constant"),),
         )
         return {"see": see, "decoder": write}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from portlm.errors import ConfigError
@@ -85,27 +86,31 @@ class LlavaConfig(LlamaConfig):
         """
         read = config_json.Reader.of(data)
         read.require("model_type", cls.family)
-        said = {key: read.raw(key, "an object") for key in ("text_config", "vision_config")}
-        for key, value in said.items():
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{key} must be an object, which describes a part of the model")
-        text = LlamaConfig.from_hf({"model_type": "llama", **said["text_config"]})
         layer = read.integer("vision_feature_layer", -2)
+        text = read.part("text_config", LlamaConfig.from_hf, model_type=LlamaConfig.family)
+        vision = read.part("vision_config", partial(VisionConfig.from_hf, layer=layer))
         read.require("projector_hidden_act", "gelu")
-        V = text.vocab_size
+        ids = {
+            key: read.token_ids(key, text.vocab_size)
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        bos, pad = (
+            next(iter(ids[key]), None) if own is None else own
+            for key, own in (("bos_token_id", text.bos_token_id), ("pad_token_id", text.pad_token_id))
+        )
         values = vars(text) | {
             "tie_embeddings": read.boolean("tie_word_embeddings", False) or text.tie_embeddings,
-            "bos_token_id": text.bos_token_id if text.bos_token_id is not None else read.token_id("bos_token_id", V),
-            "eos_token_ids": text.eos_token_ids or read.token_ids("eos_token_id", V),
-            "pad_token_id": text.pad_token_id if text.pad_token_id is not None else read.token_id("pad_token_id", V),
-            "vision": VisionConfig.from_hf(said["vision_config"], layer),
+            "bos_token_id": bos,
+            "eos_token_ids": text.eos_token_ids or ids["eos_token_id"],
+            "pad_token_id": pad,
+            "vision": vision,
             "whole_picture": read.choice("vision_feature_select_strategy", "default", WHOLE),
             "projector_bias": read.boolean("multimodal_projector_bias", True),
             "image_token_id": read.integer("image_token_index", 32000, also="image_token_id"),
-        }  # fmt: skip
+        }
         config = cls(**values)
         read.require("image_seq_length", config.places, says="the places of a picture")
-        read.finish("ignore_index", "pad_token_id", "bos_token_id", "eos_token_id")
+        read.finish("ignore_index")
         return config
 
     def to_hf(self) -> dict[str, Any]:

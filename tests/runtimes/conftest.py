@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 
-from portlm.runtimes import pace
-from portlm.runtimes import session as sessions
+from portlm.runtimes import guessing, pace
 from portlm.runtimes.speculation import Speculation
 
 
@@ -35,4 +34,4 @@ def free_passes(monkeypatch):
     monkeypatch.setattr(pace, "PASS", 0.0)
     monkeypatch.setattr(pace, "FIRST_PLAIN", 1)
     monkeypatch.setattr(pace, "SHARE", float("inf"))
-    monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=lambda: 0.0))
+    monkeypatch.setattr(guessing, "Speculation", partial(Speculation, clock=lambda: 0.0))

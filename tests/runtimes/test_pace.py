@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from portlm.runtimes import session as sessions
+from portlm.runtimes import guessing
 from portlm.runtimes.base import ArrayEngine
 from portlm.runtimes.drafting import Draft, Lookup
 from portlm.runtimes.null import DECODER
@@ -71,7 +71,7 @@ def recite(monkeypatch):
     def recite(text, cost, rows=1, **options):
         engine = Reciting(text, cost)
         monkeypatch.setattr(
-            sessions, "Speculation", lambda *given, **more: Speculation(*given, **more, clock=engine.clock)
+            guessing, "Speculation", lambda *given, **more: Speculation(*given, **more, clock=engine.clock)
         )
         count = len(text) - 20
         results = Session(engine, BYTES).generate([text[:10]] * rows, max_new_tokens=count, **options)
@@ -164,7 +164,7 @@ def recite_in_a_loop(monkeypatch):
     def recite(text, count, drafter, seconds, first=1):
         engine = Looping(text, lambda tokens: 200e-6 + 10e-6 * (tokens - 1), 100e-6)
         monkeypatch.setattr(
-            sessions, "Speculation", lambda *given, **more: Speculation(*given, **more, clock=engine.clock)
+            guessing, "Speculation", lambda *given, **more: Speculation(*given, **more, clock=engine.clock)
         )
         draft = lambda row: Slow(drafter(), engine, seconds, first)  # noqa: E731
         took = []

@@ -20,8 +20,7 @@ from portlm.errors import UsageError
 from portlm.models import DECODERS, build, save_model
 from portlm.models.ngram import NGramConfig
 from portlm.rows import Rows
-from portlm.runtimes import pace
-from portlm.runtimes import session as sessions
+from portlm.runtimes import guessing, pace
 from portlm.runtimes.drafting import MATCHES, Draft, Lookup, SmallModel
 from portlm.runtimes.null import NullEngine
 from portlm.runtimes.packed import PackedEngine
@@ -217,7 +216,7 @@ def test_a_stream_shows_the_text_of_generate(options, session):
 
 def test_plain_stretches_are_left_to_the_engines_own_loop(packed, monkeypatch):
     """Where nothing was said before, and a real clock says that a guess costs something."""
-    monkeypatch.setattr(sessions, "Speculation", partial(Speculation, clock=iter(range(10**6)).__next__))
+    monkeypatch.setattr(guessing, "Speculation", partial(Speculation, clock=iter(range(10**6)).__next__))
     monkeypatch.setattr(pace, "SHARE", 0.01)
     calls, advance = [], PackedEngine.advance
 
