@@ -230,6 +230,16 @@ def _mean(e: "Emitter", node: fx.Node) -> "Value":
     return e.result(node, e.g.op("ReduceMean", (e.whole(x), e.g.ints(-1)), e.name(node, "mean"), keepdims=1))
 
 
+def _amax(e: "Emitter", node: fx.Node) -> "Value":
+    x, *given = node.args
+    axes = given[0] if given else node.kwargs.get("dim", [])
+    keep = given[1] if len(given) > 1 else node.kwargs.get("keepdim", False)
+    if len(axes) != 1 or not keep:  # type: ignore[arg-type]
+        raise e.refuse(node, "over several axes, or without keeping the one", "amax(axis, keepdim=True)")
+    at = _axis(e, x, axes[0])  # type: ignore[index]
+    return e.result(node, e.g.op("ReduceMax", (e.whole(x), e.g.ints(at)), e.name(node, "amax"), keepdims=1))
+
+
 def _axis(e: "Emitter", operand: Any, axis: Any) -> int:
     rank = len(operand.meta["val"].shape)
     return int(axis) % rank
@@ -241,6 +251,7 @@ RULES: dict[str, Callable[["Emitter", fx.Node], Any]] = {
     **{f"aten::{name}": _binary for name in _BINARY},
     **{f"aten::{name}": _unary for name in _UNARY},
     "aten::_to_copy": _cast,
+    "aten::amax": _amax,
     "aten::bmm": _matmul,
     "aten::cat": _cat,
     "aten::chunk": _split_sizes,

@@ -235,11 +235,20 @@ class _Lowering:
 
     def _embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         if node.input[1] not in self.panels:
-            return self._plain(node, attributes)
+            ids = self.values[node.input[0]]
+            return self._plain(node, attributes) if len(ids.ty.shape) == 2 else self._rows_of_words(node)
         ids, (parameter, matrix) = self.values[node.input[0]], self.panels[node.input[1]]
         return self._call(
             "panel_rows", [ids, parameter, matrix.rows, matrix.columns], [*ids.ty.shape, matrix.columns]
         )
+
+    def _rows_of_words(self, node: onnx.NodeProto) -> Sequence[Any]:
+        """Rows at ids (B, T, W), which the kernel reads as (B T, W)."""
+        ids, width = self._tensor(node.input[0]), self._shape(node.input[1])[1]
+        *leading, last = ids.ty.shape
+        flat = self.bb.emit(self.relax.op.reshape(ids, [functools.reduce(operator.mul, leading), last]))
+        (rows,) = self._call("embedding", [flat, self.values[node.input[1]]], [*flat.ty.shape, width])
+        return [self.bb.emit(self.relax.op.reshape(self._real(rows), [*leading, last, width]))]
 
     def _packed(self, name: str) -> tuple[Any, Layout]:
         """The parameter for a quantized matrix, and its sizes."""

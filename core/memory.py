@@ -56,7 +56,7 @@ def giver_of(roles: Mapping[str, CallSpec]) -> str:
 
 def reads_singly(encoder: CallSpec) -> bool:
     """Say whether an encoder takes one token of each row per call."""
-    return all(item.shape[1:] == (1,) for item in encoder.inputs)
+    return all(item.shape[1:2] == (1,) for item in encoder.inputs)
 
 
 def source_inputs(spec: CallSpec, sources: Sequence[Sequence[int]]) -> dict[str, Array]:
@@ -103,12 +103,12 @@ def read_singly(engine: Engine, role: str, inputs: Mapping[str, Array]) -> dict[
     Args:
         engine: what computes.
         role: one that reads_singly.
-        inputs: of the role, (B, S) each, those of tokens read backwards in that order.
+        inputs: of the role, (B, S, ...) each, those of tokens read backwards in that order.
 
     Returns:
         Its outputs, those of a token (B, S, ...) in the order of the source.
     """
-    B, S = next(iter(inputs.values())).shape
+    B, S = next(iter(inputs.values())).shape[:2]
     state, calls = engine.start(role, B), []
     for t in range(S):
         now = {name: np.ascontiguousarray(value[:, t : t + 1]) for name, value in inputs.items()}

@@ -19,6 +19,7 @@ from portlm.roles import TensorSpec
 from portlm.rows import KNOWN, LOGITS_PER_CALL, Rows
 
 MADE_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+CHARACTERS = "character_ids"  # of words, (B, T, W), which are made of the text
 
 Outputs = dict[str, Array]
 
@@ -29,10 +30,12 @@ class Row(NamedTuple):
     Attributes:
         ids: at least one.
         types: as many, 0 for the first text and 1 for the second.
+        characters: (T, W) int64, of a model that reads those of each token; None for any other.
     """
 
     ids: Sequence[int]
     types: Sequence[int]
+    characters: Array | None = None
 
 
 class Reader:
@@ -138,7 +141,9 @@ class Reader:
         taken = [item for role in self._steps for item in self._engine.roles[role].inputs]
         given = {item.name for item in self._engine.roles[self._steps[0]].outputs if len(item.shape) > 2}
         tokens = {
-            item.shape[1] for item in taken if item.name in {"input_ids", *given} and len(item.shape) > 1
+            item.shape[1]
+            for item in taken
+            if item.name in {"input_ids", CHARACTERS, *given} and len(item.shape) > 1
         }
         return {
             item.name: found[item.name][place, :length]
@@ -184,14 +189,27 @@ def tensors_of(rows: Sequence[Row]) -> dict[str, Ids]:
         mask[b, : len(row.ids)] = 1
     positions = np.tile(np.arange(T), (B, 1))
     known = dict(zip(MADE_OF_TOKENS, (ids, mask, types, positions), strict=True))
+    spelled = [row.characters for row in rows if row.characters is not None]
+    if len(spelled) == B:
+        known[CHARACTERS] = np.zeros((B, T, spelled[0].shape[1]), np.int64)
+        for b, characters in enumerate(spelled):
+            known[CHARACTERS][b, : len(characters)] = characters
     return known | {BACKWARD + name: np.ascontiguousarray(value[:, ::-1]) for name, value in known.items()}
+
+
+def characters_of(engine: Engine) -> int:
+    """Return how many characters of a word the model's encoder reads, 0 for one that reads tokens."""
+    spec = engine.roles.get(ENCODER)
+    found = next((item for item in spec.inputs if item.name == CHARACTERS), None) if spec else None
+    length = 0 if found is None else found.shape[-1]
+    return length if isinstance(length, int) else 0
 
 
 def _reads_tokens(spec: CallSpec) -> bool:
     """Whether a role takes what is made of tokens alone: all of them, or one per call from an empty state on."""
     names = {item.name.removeprefix(BACKWARD) for item in spec.inputs}
     singly = reads_singly(spec) and all(item.initial == "zeros" for item in spec.state)
-    return names <= {*MADE_OF_TOKENS} and (singly or not spec.state)
+    return names <= {*MADE_OF_TOKENS, CHARACTERS} and (singly or not spec.state)
 
 
 def _continues_texts(spec: CallSpec) -> bool:

@@ -27,8 +27,9 @@ from portlm.runtimes.answers import (
     scores_of,
     softmax,
 )
+from portlm.runtimes.no_tokenizer import NoTokenizer
 from portlm.runtimes.prompts import Ids, Prompt, one_or_several, token_ids
-from portlm.runtimes.reader import ENCODER, Reader, Row
+from portlm.runtimes.reader import ENCODER, Reader, Row, characters_of
 
 HIDDEN = "last_hidden_state"
 POOLING = ("mean", "cls")
@@ -369,8 +370,8 @@ class Reading:
         self, texts: Sequence[Prompt], single: bool, others: Sequence[str | None] = (), truncate: bool = False
     ) -> list[Row]:
         """The tokens of texts, or of pairs, with what is put around them, checked."""
-        truncate = flag("truncate", truncate)
-        rows = []
+        truncate, rows = flag("truncate", truncate), []
+        length = characters_of(self.engine)
         for i, text in enumerate(texts):
             name, other = "the text" if single else f"text {i}", others[i] if others else None
             if not isinstance(text, str):
@@ -384,8 +385,28 @@ class Reading:
                 row = Row(*self.tokenizer.encode_typed(text, other))
                 if truncate and len(row.ids) > self.engine.context_length:
                     row = self._cut(row)
-            rows.append(self._checked(name, row))
+            row = self._checked(name, row)
+            if length:
+                row = row._replace(characters=self._characters(text if other is None else "", row, length))
+            rows.append(row)
         return rows
+
+    def _characters(self, text: Prompt, row: Row, length: int) -> npt.NDArray[np.int64]:
+        """What each token of a row is spelled with, (T, W): the words of a text as they stand in it, known or not."""
+        from portlm.character_ids import character_ids, spelled
+        from portlm.token_spans import token_spans
+
+        if isinstance(self.tokenizer, NoTokenizer):
+            raise UsageError(
+                f"this model reads the characters of words, which token ids do not say: {self.tokenizer.why}"
+            )
+        found = spelled(self.tokenizer, row.ids, length)
+        if isinstance(text, str) and text:
+            ids, spans = token_spans(self.tokenizer, text)
+            first = len(self.tokenizer.begin_ids)
+            if tuple(row.ids[first : first + len(ids)]) == tuple(ids):  # not where its end was cut off
+                found[first : first + len(ids)] = character_ids([text[a:b] for a, b in spans], length)
+        return found
 
     def _checked(self, name: str, row: Row) -> Row:
         if not row.ids:

@@ -5,6 +5,9 @@ Kim et al., "Character-Aware Neural Language Models", 2016 (arXiv:1508.06615), i
 widths over the characters of a word, the largest value of each filter, highway layers (Srivastava et al., 2015), and a
 projection.
 
+A convolution is a matrix product over windows of characters that lie side by side, so that graphs have it as any other
+linear map.
+
 B batch, T words, W characters of each, D width of a character, N filters of all widths, C width of a word.
 """
 
@@ -53,19 +56,27 @@ class CharacterCNN(nn.Module):
         super().__init__()
         total = sum(count for _, count in filters)
         self.characters = Embedding(characters, character_width)
+        self.sizes = [size for size, _ in filters]
         self.convolutions = nn.ModuleList(
-            [nn.Conv1d(character_width, count, size, device="meta") for size, count in filters]
-        ).to_empty(device=self.characters.weight.device)
+            [Linear(size * character_width, count, bias=True) for size, count in filters]
+        )  # each (out, size D), the first character of a window first
         self.highways = nn.ModuleList([Highway(total) for _ in range(n_highway)])
         self.projection = Linear(total, width, bias=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map characters (B, T, W), int64, to words (B, T, C)."""
         B, T, W = ids.shape
-        x = self.characters(ids).view(B * T, W, -1).transpose(1, 2)  # (B T, D, W)
-        y = torch.cat(
-            [F.relu(convolution(x).amax(2)) for convolution in self.convolutions], dim=1
-        )  # (B T, N)
+        D = self.characters.weight.shape[1]
+        places = self.characters(ids).view(B * T, W * D).split(D, dim=1)  # of each character (B T, D)
+        found = []
+        for size, convolution in zip(self.sizes, self.convolutions, strict=True):
+            count = W - size + 1
+            shifted = [
+                torch.cat(places[first : first + count], dim=1).view(B * T, count, D) for first in range(size)
+            ]
+            y = convolution(torch.cat(shifted, dim=2) if size > 1 else shifted[0])  # (B T, count, filters)
+            found.append(y.amax(1, keepdim=True))
+        y = F.relu(torch.cat(found, dim=2)).view(B * T, -1)  # (B T, N)
         for highway in self.highways:
             y = highway(y)
         return self.projection(y).view(B, T, -1)
@@ -75,7 +86,7 @@ class CharacterCNN(nn.Module):
         """Draw fresh weights as the code released with ELMo does; a highway begins by giving on most of its input."""
         self.characters.weight.uniform_(-1.0, 1.0)
         for module in self.convolutions:
-            convolution = cast(nn.Conv1d, module)
+            convolution = cast(Linear, module)
             assert convolution.bias is not None
             convolution.weight.uniform_(-0.05, 0.05)
             convolution.bias.zero_()

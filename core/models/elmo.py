@@ -11,9 +11,9 @@ Peters et al., "Deep contextualized word representations", 2018 (arXiv:1802.0536
 
 B batch, T time, C width of a direction, L layers, V vocabulary, W characters of a word.
 
-A model of tokens has a table of vectors and an output layer. One of characters makes the vector of a word from its
-characters (core/models/character_cnn.py); it has no output layer, like the weights that were published, so it is not
-trained here. The presets are these; transformers has no such models.
+A model of tokens has a table of vectors. One of characters makes the vector of a word from its characters
+(core/models/character_cnn.py), so that no word is unknown to it; what it predicts are tokens all the same. The weights
+that were published are of characters and have no output layer, and so do the presets; transformers has no such models.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from portlm.character_ids import CHARACTERS
 from portlm.errors import UsageError
 from portlm.memory import BACKWARD
 from portlm.models.character_cnn import CharacterCNN
@@ -37,7 +38,7 @@ IGNORED = -100  # as a target
 TOKENS = "last_hidden_state"  # what the encoder gives, of each direction
 DIRECTIONS = ("forward", "backward")
 
-_CHARACTERS = ElmoConfig(input="characters")
+_CHARACTERS = ElmoConfig(input="characters", output=False)
 PRESETS = {
     "elmo-original": _CHARACTERS,
     "elmo-medium": replace(_CHARACTERS, cells=2048, width=256, n_highway=1),
@@ -104,11 +105,11 @@ class Elmo(nn.Module):
         self.tokens: nn.Module = (
             Embedding(config.vocab_size, C)
             if config.input == "tokens"
-            else CharacterCNN(config.vocab_size, config.character_width, config.filters, config.n_highway, C)
+            else CharacterCNN(CHARACTERS, config.character_width, config.filters, config.n_highway, C)
         )
         self.forward_lm = Direction(config, reverse=False)
         self.backward_lm = Direction(config, reverse=True)
-        self.head = Linear(C, config.vocab_size, bias=True) if config.input == "tokens" else None
+        self.head = Linear(C, config.vocab_size, bias=True) if config.output else None
         self.register_buffer("flags", torch.tensor([[0.0, 1.0], [1.0, 0.0]]), persistent=False)
         if init:
             self.init_weights()
@@ -119,7 +120,7 @@ class Elmo(nn.Module):
         """Return what both models predict, or their losses added up when targets are given.
 
         Args:
-            input_ids: (B, T) int64.
+            input_ids: (B, T) int64, or (B, T, W) of a model of characters.
             targets: (B, T) int64, the tokens themselves; -100 where one is not to be predicted.
             attention_mask: (B, T) int64, 0 on padding, on either side; None if there is none.
 
@@ -235,7 +236,7 @@ class Elmo(nn.Module):
 
     def _output(self) -> Linear:
         if self.head is None:
-            raise UsageError("this elmo reads characters and has no output layer, so it predicts nothing")
+            raise UsageError("this elmo has no output layer, so it predicts nothing")
         return self.head
 
     def num_parameters(self) -> int:
@@ -256,10 +257,12 @@ class Elmo(nn.Module):
                 p.zero_().chunk(4)[1].fill_(1.0)
         if isinstance(self.tokens, CharacterCNN):
             self.tokens.draw()
+        else:
+            for p in self.tokens.parameters():
+                p.uniform_(-1.0, 1.0)
+        if self.head is None:
             return
-        for p in self.tokens.parameters():
-            p.uniform_(-1.0, 1.0)
-        head = self._output()
+        head = self.head
         head.weight.normal_(0.0, self.config.width**-0.5)
         assert head.bias is not None
         head.bias.zero_()

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from portlm.character_ids import CHARACTERS, SHORTEST
 from portlm.errors import ConfigError
 from portlm.files import shown
 from portlm.models import config_json
 
 Input = Literal["tokens", "characters"]
 INPUTS: dict[str, Input] = {"tokens": "tokens", "characters": "characters"}
-CHARACTERS = 262  # bytes, ends of texts and words, padding and what is masked
 _FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
 _MAX_WORD = 1024
 _FAR = 1e6  # of numbers that need some bound
@@ -25,7 +25,7 @@ _BOUNDS = {
     "projection_clip": (0.0, _FAR),
     "dropout": (0.0, 0.99),
     "gamma": (-_FAR, _FAR),
-    "word_length": (1, _MAX_WORD),
+    "word_length": (SHORTEST, _MAX_WORD),
     "character_width": (1, config_json.MAX_WIDTH),
     "n_highway": (0, config_json.MAX_LAYERS),
 }
@@ -47,9 +47,11 @@ class ElmoConfig:
         "width": 64,
         "context_length": 32,  # tokens the model sees at once
         "dropout": 0.0,
+        "input": "tokens",  # or "characters": the vector of a token is made of them
+        "word_length": 50,  # characters of a token, with its beginning and its end
     }
 
-    vocab_size: int = CHARACTERS  # of tokens, or how many characters there are
+    vocab_size: int = CHARACTERS  # of tokens that are predicted, and read unless those are characters
     context_length: int = 1024  # the longest text; the states have no limit
     input: Input = "tokens"
     n_layer: int = 2
@@ -64,6 +66,7 @@ class ElmoConfig:
     character_width: int = 16
     filters: tuple[tuple[int, int], ...] = _FILTERS  # widths in characters, and how many of each
     n_highway: int = 2
+    output: bool = True  # whether it has a layer that predicts tokens
     bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -98,10 +101,14 @@ class ElmoConfig:
     def from_settings(cls, **values: Any) -> Self:
         """Return the configuration for values of SETTINGS and of the vocabulary.
 
+        Of the published filters a small model has those that are at most 5 characters wide, 512 of 2048, and one
+        highway layer.
+
         Raises:
             ConfigError: A value out of range, by name.
         """
-        return cls(**values)
+        narrow = tuple(pair for pair in _FILTERS if pair[0] <= min(5, max(values["word_length"], 1)))
+        return cls(**values, filters=narrow, n_highway=1)
 
     @classmethod
     def tiny(cls) -> Self:
@@ -120,11 +127,12 @@ class ElmoConfig:
         """
         read = config_json.Reader.of(data)
         read.require("model_type", "elmo")
+        kind = read.choice("input", "tokens", INPUTS)
         vocab_size = read.integer("vocab_size", CHARACTERS)
         config = cls(
             vocab_size=vocab_size,
             context_length=read.integer("max_position_embeddings", 1024),
-            input=read.choice("input", "tokens", INPUTS),
+            input=kind,
             n_layer=read.integer("num_hidden_layers", 2),
             cells=read.integer("cell_size", 4096),
             width=read.integer("projection_size", 512),
@@ -140,6 +148,7 @@ class ElmoConfig:
             bos_token_id=read.token_id("bos_token_id", vocab_size),
             eos_token_ids=read.token_ids("eos_token_id", vocab_size),
             pad_token_id=read.token_id("pad_token_id", vocab_size),
+            output=read.boolean("output_layer", kind == "tokens"),
         )
         read.require("tie_word_embeddings", False)
         read.finish()
@@ -165,6 +174,7 @@ class ElmoConfig:
             "character_width": self.character_width,
             "filters": [list(pair) for pair in self.filters],
             "n_highway": self.n_highway,
+            "output_layer": self.output,
             "tie_word_embeddings": False,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),

@@ -9,12 +9,15 @@ import torch
 from engine_cases import TARGETS
 from torch import nn
 
+from portlm.character_ids import CHARACTERS as CHARACTER_COUNT
+from portlm.character_ids import character_ids
 from portlm.errors import ConfigError, ContextLengthError, EngineUnavailableError, FormatError, UsageError
 from portlm.hub import export_hf
 from portlm.models import FAMILIES, build, config_from_hf, load_model, preset, save_model
 from portlm.models.elmo import LayerMix
 from portlm.models.elmo_config import ElmoConfig
 from portlm.models.projected_lstm import ProjectedLSTM
+from portlm.text_tokenizer import words_at_spaces
 from portlm.tokenizer import byte_tokenizer
 
 TINY = ElmoConfig.tiny()
@@ -27,7 +30,7 @@ CONFIGS = {
 }
 CHARACTERS = ElmoConfig(
     input="characters", context_length=32, cells=10, width=7, word_length=6, character_width=5,
-    filters=((1, 4), (2, 3), (5, 6)), n_highway=2, dropout=0.0,
+    filters=((1, 4), (2, 3), (5, 6)), n_highway=2, dropout=0.0, output=False,
 )  # fmt: skip
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
@@ -254,8 +257,9 @@ def their_word(cnn, ids):
     x = cnn.characters.weight[ids]  # (W, D)
     found = []
     for convolution in cnn.convolutions:
-        size = convolution.weight.shape[2]
-        windows = [(x[t : t + size].T * convolution.weight).sum((1, 2)) for t in range(len(x) - size + 1)]
+        weight = convolution.weight.unflatten(1, (-1, x.shape[1])).transpose(1, 2)  # (filters, D, size)
+        size = weight.shape[2]
+        windows = [(x[t : t + size].T * weight).sum((1, 2)) for t in range(len(x) - size + 1)]
         found.append((torch.stack(windows).max(0).values + convolution.bias).clamp(min=0))
     y = torch.cat(found)
     for highway in cnn.highways:
@@ -284,7 +288,7 @@ def test_words_from_characters_are_those_of_the_formulas():
 
 def test_a_model_of_characters_says_that_it_predicts_nothing_and_what_it_reads():
     model = build(CHARACTERS)
-    with pytest.raises(UsageError, match="reads characters and has no output layer"):
+    with pytest.raises(UsageError, match="this elmo has no output layer"):
         model(tokens(CHARACTERS, 1, 3, 6))
     with pytest.raises(UsageError, match=r"elmo of characters are \(B, T, 6\), got \(1, 3\)"):
         model.encode(tokens(CHARACTERS, 1, 3))
@@ -435,11 +439,70 @@ def test_verbs_that_the_model_cannot_do_say_what_it_has(artifact):
         np.testing.assert_allclose(cut, session.embed("x" * 32), atol=1e-6)
 
 
-def test_a_model_of_characters_has_no_graph_and_the_error_names_the_operator(tmp_path):
+# ---- characters on engines ----------------------------------------------------------------------------------------
+
+WORDS = ["[UNK]", "the", "cat", "sat"]
+SPELLED = dataclasses.replace(CHARACTERS, vocab_size=len(WORDS), width=8, output=True)
+
+
+@pytest.fixture(scope="module")
+def spelled_artifact(tmp_path_factory):
+    """The folder of an exported model that reads characters, with a tokenizer of three words."""
     pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
     from portlm.compile.export import export
 
-    save_model(tmp_path / "checkpoint", build(CHARACTERS))
-    with pytest.raises(FormatError, match=r"aten::conv1d in tokens\.convolutions\.0"):
-        export(tmp_path / "checkpoint", tmp_path / "artifact")
-    assert not (tmp_path / "artifact").exists()
+    folder = tmp_path_factory.mktemp("spelled")
+    save_model(folder / "checkpoint", random_model(SPELLED), words_at_spaces(WORDS))
+    return export(folder / "checkpoint", folder / "artifact")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=":".join)
+def test_every_engine_reads_the_characters_of_words_known_or_not(spelled_artifact, place):
+    """float32 engines add in different orders: 1e-5 of vectors of order one."""
+    texts = ["the cat sat", "a zebra", "the zebu sat on cat"]
+    model = random_model(SPELLED).eval()
+    with load(spelled_artifact, *place) as session:
+        found = session.embed(texts, normalize=False)
+        for text, vector in zip(texts, found, strict=True):
+            ids = torch.from_numpy(character_ids(text.split(), SPELLED.word_length))[None]
+            np.testing.assert_allclose(vector, model.encode(ids)[0].mean(0).detach(), rtol=0, atol=1e-5)
+        unknown = session.embed(["a zebra", "a horse"], normalize=False)  # [UNK] [UNK] to the tokenizer
+        assert np.abs(unknown[0] - unknown[1]).max() > 1e-3
+        assert set(session.engine.placement().nodes) == {"cpu"}
+
+
+def test_verify_passes_for_characters(spelled_artifact):
+    from portlm.flows.verify import verify_artifact
+
+    for place in PLACES:
+        load(spelled_artifact, *place).close()  # which compiles what is missing
+    measured = {str(result.target): result for result in verify_artifact(spelled_artifact)}
+    assert [result.problem for result in measured.values()] == [None] * len(measured)
+    assert {"torch:cpu:native", "ort:cpu:portable"} <= measured.keys()
+
+
+def test_characters_are_not_made_of_token_ids_without_a_tokenizer(tmp_path):
+    save_model(tmp_path / "model", random_model(SPELLED))
+    with (
+        load(tmp_path / "model", "torch", "cpu", "native") as session,
+        pytest.raises(UsageError, match="reads the characters of words, which token ids do not say"),
+    ):
+        session.embed([[1, 2]])
+
+
+def test_an_output_layer_is_part_of_the_configuration():
+    assert config_from_hf(json.loads(json.dumps(SPELLED.to_hf()))) == SPELLED
+    old = {key: value for key, value in CHARACTERS.to_hf().items() if key != "output_layer"}
+    assert config_from_hf(old) == CHARACTERS  # as the published ones are
+    assert build(SPELLED).head.weight.shape == (len(WORDS), 8)
+    model = random_model(SPELLED).double()
+    ids = tokens(SPELLED, 2, 5)
+    spelling = torch.randint(CHARACTER_COUNT, (len(WORDS), 6), generator=torch.Generator().manual_seed(2))
+    loss = model(spelling[ids], ids)
+    x = model.tokens(spelling[ids])
+    ahead, behind = [direction(x, None, None)[0][-1] for direction in (model.forward_lm, model.backward_lm)]
+    pairs = (ahead[:, :-1], ids[:, 1:]), (behind[:, 1:], ids[:, :-1])
+    parts = [
+        nn.functional.cross_entropy(model.head(y).flatten(0, 1), wanted.flatten()) for y, wanted in pairs
+    ]
+    torch.testing.assert_close(loss, sum(parts), atol=1e-12, rtol=1e-12)

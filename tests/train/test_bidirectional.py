@@ -56,6 +56,24 @@ def test_a_run_learns_what_comes_next_and_what_came_before_and_leaves_a_model_th
         assert session.embed(["abc", "defgh"]).shape == (2, 16)
 
 
+def test_a_run_on_characters_learns_and_leaves_a_model_for_which_no_word_is_unknown(tmp_path):
+    """Of a cycle of four words each is certain; what is outside of the vocabulary has a vector of its own."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four " * 300)
+    config = bidirectional(
+        text, steps=120, optimizer__lr=1e-2, evaluation__interval=120, checkpoint__interval=120, data__batch_size=8,
+        data__tokenizer="word:5", model__input="characters", model__word_length=8,
+    )  # fmt: skip
+    result = pretrain(config, tmp_path / "run", quiet=True, plot=False)
+    first, last = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert first["loss"] == pytest.approx(2 * math.log(5), rel=0.2)
+    assert max(last["forward"], last["backward"]) < 0.3
+    with portlm.load(result.checkpoint, "torch") as session:
+        known, one, other = session.embed(["one two", "one zwei", "one deux"])
+        assert np.abs(one - other).max() > 1e-3
+        assert np.abs(known - one).max() > 1e-3
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_resumes_bit_for_bit(text, tmp_path, monkeypatch, accumulate):
     from portlm.train.loop import Trainer

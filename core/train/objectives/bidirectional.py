@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from portlm.character_ids import spelled
 from portlm.data.batches import IGNORE, evaluation_batches
 from portlm.errors import ConfigError
+from portlm.train.config import PretrainConfig
+from portlm.train.corpus import Corpus
 from portlm.train.evaluation import evaluating
 from portlm.train.objectives import Stop
 from portlm.train.objectives.text import Batch, TextObjective
@@ -27,10 +30,22 @@ class BidirectionalObjective(TextObjective):
         if self.context < 2:
             raise ConfigError("model.context_length 1 holds no token and its neighbour: set 2 or more")
 
+    def __init__(self, config: PretrainConfig, corpus: Corpus, device: torch.device):
+        super().__init__(config, corpus, device)
+        shape, tokenizer = self.model.config, corpus.tokenizer
+        self.spelling: Tensor | None = None  # (V, W) int64, the characters of each token
+        if shape.input == "characters":
+            table = spelled(tokenizer, range(tokenizer.vocab_size), shape.word_length)
+            self.spelling = torch.from_numpy(table).to(device)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Return what the model reads of tokens (B, T): themselves, or their characters (B, T, W)."""
+        return ids if self.spelling is None else self.spelling[ids]
+
     def loss(self, batch: Batch) -> Tensor:
         """Return both means over the tokens of a part, divided by the number of parts, which are equally large."""
         ids, _ = batch
-        loss: Tensor = self.model(ids, ids)
+        loss: Tensor = self.model(self.read(ids), ids)
         return loss if self.parts == 1 else loss / self.parts
 
     def evaluate(self, stop: Stop) -> dict[str, float] | None:
@@ -49,7 +64,7 @@ class BidirectionalObjective(TextObjective):
                 predicted = int((mask.sum(1) - 1).clamp(min=0).sum())
                 if not predicted:
                     continue
-                losses = self.model.losses(targets.clamp(min=0), targets, mask)
+                losses = self.model.losses(self.read(targets.clamp(min=0)), targets, mask)
                 totals += predicted * np.array([loss.item() for loss in losses])
                 count += predicted
         if not count:
