@@ -34,7 +34,8 @@ def marked_tests(context: Context) -> str:
 
 def contract(context: Context) -> str:
     """The tests that every engine passes on every device, for those that run on CUDA."""
-    return _run(context, "-k", "cuda", "tests/runtimes/test_contract.py", "tests/runtimes/test_states.py")
+    files = (f"tests/runtimes/test_{name}.py" for name in ("every_decoder", "contract", "states"))
+    return _run(context, "-k", "cuda", *files)
 
 
 def _run(context: Context, *arguments: str, none: str = "") -> str:

@@ -1,4 +1,4 @@
-"""From ONNX graphs to TVM libraries. That the libraries answer like PyTorch is tests/runtimes/test_contract.py."""
+"""From ONNX graphs to TVM libraries. That they answer like PyTorch is tests/runtimes/test_every_decoder.py."""
 
 import functools
 import re

@@ -19,7 +19,7 @@ from portlm.tokenizer import Tokenizer
 from portlm.tokenizer_charsmap import check_charsmap
 from portlm.tokenizer_kinds import parse_text
 
-COUNT = int(os.environ.get("PORTLM_TEXTS", "1500"))  # 100000 is the figure to run by hand; it takes minutes
+COUNT = int(os.environ.get("PORTLM_TEXTS", "500"))  # 100000 is the figure to run by hand; it takes minutes
 KINDS = tokenizer_files.KINDS
 
 

@@ -36,15 +36,30 @@ def transformers():
     return package
 
 
-@pytest.fixture(params=TINY)
-def model(request):
-    """A tiny model of each family whose every parameter matters to the result."""
+# One for each way in which tensors lie in foreign files: turned, as they are, tied, several that are one here.
+FORMS = ("gpt2", "llama", "gpt_neox-tied", "mixtral")
+
+
+def _random(name):
+    """A tiny model whose every parameter matters to the result."""
     torch.manual_seed(0)
-    model = build(TINY[request.param]).eval()
+    model = build(TINY[name]).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+@pytest.fixture(params=TINY)
+def model(request):
+    """A tiny model of each family."""
+    return _random(request.param)
+
+
+@pytest.fixture(params=FORMS)
+def sample(request):
+    """A tiny model of each form, for what is about files and knows no family."""
+    return _random(request.param)
 
 
 @pytest.fixture

@@ -134,15 +134,15 @@ def test_an_export_without_tokenizer_config_still_opens_as_a_tokenizer(transform
     assert tokenizer("the")["input_ids"] == list(b"the")
 
 
-def test_shards_are_joined(model, tmp_path):
-    shard(folder_of(model, tmp_path / "hf"))
+def test_shards_are_joined(sample, tmp_path):
+    shard(folder_of(sample, tmp_path / "hf"))
     import_hf(tmp_path / "hf", tmp_path / "out")
-    assert same_weights(load_model(tmp_path / "out"), model)
+    assert same_weights(load_model(tmp_path / "out"), sample)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_so_and_is_noted(model, tmp_path, dtype):
-    folder_of(model, tmp_path / "hf")
+def test_half_precision_stays_so_and_is_noted(sample, tmp_path, dtype):
+    folder_of(sample, tmp_path / "hf")
     halves = {n: t.to(dtype) for n, t in load_torch(tmp_path / "hf" / "model.safetensors").items()}
     save_tensors(tmp_path / "hf" / "model.safetensors", halves)
     report = import_hf(tmp_path / "hf", tmp_path / "out")

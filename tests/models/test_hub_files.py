@@ -93,8 +93,8 @@ def refusal(folder: Path, out: Path) -> str:
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-def test_a_snapshot_of_the_hubs_cache_is_read_as_the_folder_would_be(model, tmp_path, sharded, absolute):
-    hf = folder_of(model, tmp_path / "hf")
+def test_a_snapshot_of_the_hubs_cache_is_read_as_the_folder_would_be(sample, tmp_path, sharded, absolute):
+    hf = folder_of(sample, tmp_path / "hf")
     if sharded:
         shard(hf)
     snapshot = cached(hf, tmp_path / "hub" / "models--a--b", absolute=absolute)
@@ -254,13 +254,13 @@ def test_a_tied_model_may_be_stored_under_the_name_of_its_head_alone(transformer
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
-def test_what_compiling_and_parallel_training_add_to_names_is_taken_off(model, tmp_path, prefix):
-    hf = folder_of(model, tmp_path / "hf")
+def test_what_compiling_and_parallel_training_add_to_names_is_taken_off(sample, tmp_path, prefix):
+    hf = folder_of(sample, tmp_path / "hf")
     rewrite(hf, lambda tensors: {prefix + name: t for name, t in tensors.items()})
     report = import_hf(hf, tmp_path / "out")
     assert len(report.notes) == 1
     assert "names of tensors held what torch.compile or parallel training adds" in report.notes[0]
-    assert same_weights(load_model(tmp_path / "out"), model)
+    assert same_weights(load_model(tmp_path / "out"), sample)
 
 
 def test_wrappers_inside_a_name_are_taken_off(gpt2, tmp_path):
@@ -284,8 +284,8 @@ def test_a_tensor_with_and_without_its_wrapper_is_refused(gpt2, tmp_path):
     assert "both stand for 'transformer.wpe.weight'" in refusal(hf, tmp_path / "out")
 
 
-def test_float64_is_rounded_to_the_nearest_float32_and_noted(model, tmp_path):
-    hf = folder_of(model, tmp_path / "hf")
+def test_float64_is_rounded_to_the_nearest_float32_and_noted(sample, tmp_path):
+    hf = folder_of(sample, tmp_path / "hf")
     exact = {name: t.double() * (1 + 2.0**-40) for name, t in load_file(hf / WEIGHTS).items()}
     save_file(exact, hf / WEIGHTS, {"format": "pt"})
     report = import_hf(hf, tmp_path / "out")
@@ -351,16 +351,16 @@ def test_weights_with_an_adapter_in_them_are_refused_as_such(gpt2, tmp_path, nam
     assert "merge_and_unload" in message
 
 
-def test_a_head_for_another_task_is_named(transformers, model, tmp_path):
+def test_a_head_for_another_task_is_named(transformers, sample, tmp_path):
     """The advice leads to a folder that can be imported, where the head of the language model is there."""
-    hf = folder_of(model, tmp_path / "hf")
-    rewrite(hf, lambda t: t | {"score.weight": torch.ones(2, model.config.width)})
+    hf = folder_of(sample, tmp_path / "hf")
+    rewrite(hf, lambda t: t | {"score.weight": torch.ones(2, sample.config.width)})
     message = refusal(hf, tmp_path / "out")
     assert "tensor 'score.weight' belongs to a head for another task" in message
     assert message.endswith("save_pretrained(new_folder) in transformers leaves the head out")
     transformers.AutoModelForCausalLM.from_pretrained(hf).save_pretrained(tmp_path / "new")
     import_hf(tmp_path / "new", tmp_path / "out")
-    assert same_weights(load_model(tmp_path / "out"), model)
+    assert same_weights(load_model(tmp_path / "out"), sample)
 
 
 def test_a_classifier_without_the_head_of_a_language_model_cannot_become_one(llama, tmp_path):
@@ -424,8 +424,8 @@ def test_a_sentencepiece_model_alone_is_said_to_be_unread(llama, tmp_path):
 # ---- what is kept ------------------------------------------------------------------------------------------------
 
 
-def test_padding_card_and_licence_come_back(transformers, model, tmp_path):
-    hf = folder_of(model, tmp_path / "hf")
+def test_padding_card_and_licence_come_back(transformers, sample, tmp_path):
+    hf = folder_of(sample, tmp_path / "hf")
     kept = ("README.md", "LICENSE", "LICENSE.txt", "LICENCE-CODE.md", "NOTICE", "COPYING", "USE_POLICY.md")
     for name in kept:
         (hf / name).write_text(f"{name}: é\n")

@@ -2,25 +2,19 @@
 
 import numpy as np
 import pytest
-from engine_cases import CUDA_TARGETS, TARGETS, ask_decoders, open_or_skip
+from engine_cases import CUDA_TARGETS, KINDS, TARGETS, open_or_skip
+from whole_logits import CONTEXT, V, assert_close, call, feed, random_ids
 
 from portlm.errors import PortlmError
 from portlm.runtimes.session import Session
 from portlm.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer(eos="<|endoftext|>")
-V = 257
-CONTEXT = 48
-TOLERANCE = 1e-4  # of fp32 logits of size 10, over engines that add in different orders
 
 
-def pytest_generate_tests(metafunc):
-    ask_decoders(metafunc)
-
-
-@pytest.fixture(scope="module")
-def folder(decoder, compiled):
-    return compiled[decoder]
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, compiled):
+    return compiled[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -37,62 +31,10 @@ def engine(request, folder):
     engine.close()
 
 
-def random_ids(B, T, seed=0):
-    return np.random.default_rng(seed).integers(0, V, (B, T))
-
-
-def call(engine, ids, positions, mask, state):
-    """Logits (B, T, V) of every token, and the next state."""
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-    if any(item.name == "logits_to_keep" for item in engine.roles["decoder"].inputs):
-        inputs["logits_to_keep"] = np.arange(ids.shape[1])
-    outputs, state = engine.run("decoder", inputs, state)
-    return outputs["logits"], state
-
-
-def feed(engine, ids, cuts=(), lengths=None):
-    """Logits (B, T, V) of ids (B, T), read in steps that end at each cut; row b has its last lengths[b] tokens."""
-    B, T = ids.shape
-    mask = np.ones((B, T), np.int64)
-    for b, length in enumerate(lengths or ()):
-        mask[b, : T - length] = 0
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    state, answers = engine.start("decoder", B), []
-    for begin, end in zip((0, *cuts), (*cuts, T), strict=True):
-        logits, state = call(engine, ids[:, begin:end], positions[:, begin:end], mask[:, :end], state)
-        assert logits.dtype == np.float32
-        assert logits.shape == (B, end - begin, V)
-        answers.append(np.array(logits))
-    return np.concatenate(answers, axis=1)
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE, equal_nan=False)
-
-
 def test_it_says_what_it_is(engine, request):
     name, device, profile = request.node.callspec.params["engine"]
     assert (engine.name, engine.device, engine.profile, engine.precision) == (name, device, profile, "fp32")
     assert (engine.vocab_size, engine.context_length) == (V, CONTEXT)
-
-
-@pytest.mark.every_family
-def test_every_node_is_where_it_was_asked_to_be(engine):
-    placement = engine.placement()
-    assert set(placement.nodes) == {engine.device}
-    assert placement.nodes[engine.device] > 0
-    assert placement.fallback == ()
-
-
-@pytest.mark.every_family
-def test_a_ragged_batch_in_steps_equals_eager_pytorch_on_each_row_alone(engine, eager):
-    """Up to the end of the context; steps of nothing but padding for one row, of several tokens, and of one."""
-    lengths, cuts = [CONTEXT, 1, 7, 39], (3, 9, 10, 44)
-    ids = random_ids(4, CONTEXT, seed=6)
-    together = feed(engine, ids, cuts, lengths)
-    assert np.isfinite(together).all()
-    for b, length in enumerate(lengths):
-        assert_close(together[b, -length:], feed(eager, ids[b : b + 1, -length:])[0])
 
 
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 17), (3, 5), (1, CONTEXT), (2, CONTEXT)])
@@ -185,18 +127,8 @@ def test_more_tokens_than_the_context_are_an_error_not_a_crash(engine):
 PROMPTS = ["The ", "", "a much longer prompt than the others", "12"]
 
 
-@pytest.mark.every_family
-def test_the_same_seed_gives_the_same_tokens_on_every_engine(engine, eager_tokens):
-    assert_tokens(engine, eager_tokens, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01})
-
-
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "sampled"])
-def test_so_do_the_most_probable_tokens_and_those_of_another_seed(engine, options, eager_tokens):
-    assert_tokens(engine, eager_tokens, options)
-
-
-def assert_tokens(engine, eager_tokens, options):
-    """Rows of a batch get the tokens of eager PyTorch, and those that they get alone."""
+def test_the_same_seed_gives_the_same_tokens_on_every_engine(engine, options, eager_tokens):
     session = Session(engine, BYTES)
     together = session.generate(PROMPTS, max_new_tokens=12, **options)
     assert [r.token_ids for r in together] == eager_tokens(options)
@@ -210,15 +142,6 @@ def eager_tokens(eager):
     return lambda options: [
         r.token_ids for r in Session(eager, BYTES).generate(PROMPTS, max_new_tokens=12, **options)
     ]
-
-
-@pytest.mark.every_family
-def test_scores_are_the_same_on_every_engine(engine, eager):
-    texts = ["hello there", "x", "one two three four"]
-    scores, expected = Session(engine, BYTES).score(texts), Session(eager, BYTES).score(texts)
-    for ours, theirs in zip(scores, expected, strict=True):
-        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2 * TOLERANCE)
-        assert ours.greedy == theirs.greedy
 
 
 @pytest.mark.parametrize("target", [*TARGETS, *CUDA_TARGETS], ids=":".join)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import CUDA_TARGETS, TARGETS, ask_decoders, open_or_skip
+from engine_cases import CUDA_TARGETS, KINDS, TARGETS, open_or_skip
 
 from portlm.engine import State
 from portlm.errors import UsageError
@@ -19,17 +19,18 @@ TEXTS = [[5, 17, 200, 3, 77, 42, 9], [9, 8], [250, 1, 2, 3]]
 MORE = [11, 12, 13]
 
 
-def pytest_generate_tests(metafunc):
-    ask_decoders(metafunc, more=(BYTES,), backwards=True)
-
-
-@pytest.fixture(scope="module", params=(*TARGETS, *CUDA_TARGETS), ids=":".join)
-def engine(request, decoder):
-    bytes_kept = decoder == BYTES
+@pytest.fixture(
+    scope="module",
+    params=[(f, *t) for f in (*KINDS, BYTES) for t in (*TARGETS, *CUDA_TARGETS)],
+    ids=":".join,
+)
+def engine(request):
+    family, name, device, profile = request.param
+    bytes_kept = family == BYTES
     folder = (
-        request.getfixturevalue("byte_cache") if bytes_kept else request.getfixturevalue("compiled")[decoder]
+        request.getfixturevalue("byte_cache") if bytes_kept else request.getfixturevalue("compiled")[family]
     )
-    engine = open_or_skip(folder, *request.param)
+    engine = open_or_skip(folder, name, device, profile)
     yield engine
     engine.close()
 
@@ -76,7 +77,6 @@ def test_leading_slots_that_no_row_uses_are_dropped(engine):
     assert state.past == len(TEXTS[1]) + 1
 
 
-@pytest.mark.every_family
 def test_repeated_rows_go_separate_ways(engine):
     """As in a beam search: each step some beams are continued twice and others not at all."""
     rows, texts = read(engine, TEXTS[:1]), TEXTS[:1]
@@ -94,7 +94,6 @@ def test_cropped_rows_are_as_if_they_had_never_read_more(engine, lengths):
     assert_next(rows, engine, [text[:n] for text, n in zip(TEXTS, lengths, strict=True)], MORE)
 
 
-@pytest.mark.every_family
 def test_tokens_that_were_tried_and_taken_back_leave_no_trace(engine):
     """As in lookup decoding: guess k tokens, keep those that were right, go on from there."""
     rows = read(engine, TEXTS)
@@ -107,7 +106,6 @@ def test_tokens_that_were_tried_and_taken_back_leave_no_trace(engine):
     assert_next(rows, engine, texts, MORE)
 
 
-@pytest.mark.every_family
 def test_states_of_different_lengths_join(engine):
     rows = read(engine, TEXTS[:1])
     rows.next([50])

@@ -7,7 +7,6 @@ import pytest
 from portlm.artifact import read_manifest
 from portlm.engine import OpenRequest
 from portlm.errors import EngineUnavailableError, UsageError
-from portlm.models import DECODERS
 from portlm.runtimes import engine_class
 
 needs_ort = pytest.mark.skipif(
@@ -32,7 +31,10 @@ CUDA_TARGETS = [("torch", "cuda", "native"), ("ort", "cuda", "portable")]
 
 KINDS = ("gpt2", "llama", "gemma3_text", "mixtral")
 """A decoder of each kind that graphs have: learned positions and a tied head; rotary positions and grouped heads;
-windows in some layers, and a scaled embedding, for which packed files have no step; experts."""
+windows in some layers, and a scaled embedding, for which packed files have no step; experts.
+
+An engine knows no more of a model than its manifest, so what it does with batches, states and errors differs by kind at
+most. That each family's own graphs are right on every engine is what tests/runtimes/test_every_decoder.py is for."""
 
 PROMPTS = ["The ", "", "a much longer prompt than the others", "12", "x"]
 OPTIONS = {
@@ -59,19 +61,3 @@ def open_or_skip(folder, engine, device, profile):
         if "compile" not in str(error):
             raise
         pytest.skip(f"{engine}:{device}: the {profile} graph could not be compiled here")
-
-
-def ask_decoders(metafunc, more=(), backwards=False):
-    """Parametrise `decoder`: with every family where a test is marked so, otherwise with one of each kind.
-
-    An engine knows no more of a model than its manifest, so what it does with states, batches and errors differs by
-    kind at most. That a family's own graphs are right on it is asked of every family. Where two files want every family
-    compiled, one goes through them backwards, so that no process waits for what the other makes.
-    """
-    if "decoder" in metafunc.fixturenames:
-        every = metafunc.definition.get_closest_marker("every_family")
-        kinds, others = [*KINDS], [family for family in DECODERS if family not in KINDS and every]
-        if backwards:
-            kinds, others = kinds[::-1], others[::-1]
-        # Kinds come first: pytest brings together what has the same place in such a list.
-        metafunc.parametrize("decoder", [*more, *kinds, *others], scope="module")
