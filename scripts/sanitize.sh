@@ -45,10 +45,25 @@ fi
 
 # Not those that compile models, look at object files, need a GPU, or measure memory, of which a sanitizer keeps much.
 ignored=()
-for other in matrix registry symbols cuda; do ignored+=(--ignore "tests/ops/test_$other.py"); done
+for other in matrix registry symbols cuda cuda_on_cpu; do ignored+=(--ignore "tests/ops/test_$other.py"); done
 ignored+=(--deselect "tests/ops/test_linear_cross_entropy.py::test_linear_cross_entropy_takes_a_fraction_of_the_memory_of_the_logits")
 # and not the one whose child has no room for a sanitizer in its bounded memory
 ignored+=(--deselect "tests/runtimes/test_packed_engine.py::test_it_is_compiled_at_first_use")
 pytest=("$python" -m pytest -n 2 --dist loadfile -q -p no:cacheprovider)
 "${pytest[@]}" "${ignored[@]}" tests/ops tests/compile/test_packed.py tests/runtimes/test_packed_engine.py
 PORTLM_ISA=scalar "${pytest[@]}" "${ignored[@]}" tests/ops
+
+# The kernels of CUDA, as compiled for the CPU: a tensor's end is watched for them, too.
+emulated=$build/cuda_on_cpu.so
+env -u LD_PRELOAD CUDA_ON_CPU_FLAGS="-fsanitize=address --param asan-stack=0" scripts/cuda_on_cpu.sh "$emulated"
+export PORTLM_CUDA_ON_CPU=$emulated
+overrun='
+import ctypes, os, numpy as np
+library = ctypes.CDLL(os.environ["PORTLM_CUDA_ON_CPU"])
+x = np.zeros(32, np.float32)
+library.cuda_on_cpu_reverse(x.ctypes.data_as(ctypes.c_void_p), 33, 0)'
+if "$python" -c "$overrun" 2>"$build/overrun.log" || ! grep -q heap-buffer-overflow "$build/overrun.log"; then
+  echo "sanitize: an emulated kernel wrote behind its memory, and nothing was reported ($build/overrun.log)" >&2
+  exit 1
+fi
+"${pytest[@]}" -k emulated tests/ops/test_cuda.py

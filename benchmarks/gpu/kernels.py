@@ -18,11 +18,14 @@ from portlm.ops.adamw import AdamW
 from portlm.ops.additive_attention import additive_attention, additive_attention_reference
 from portlm.ops.cuda import has_cuda_kernel
 from portlm.ops.gru import gru
+from portlm.ops.gru_cell import gru_cell, gru_cell_reference
 from portlm.ops.layer_norm import layer_norm
 from portlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from portlm.ops.lstm import lstm
+from portlm.ops.lstm_cell import lstm_cell, lstm_cell_reference
 from portlm.ops.rms_norm import rms_norm
 from portlm.ops.rnn import rnn
+from portlm.ops.rnn_cell import rnn_cell, rnn_cell_reference
 from portlm.ops.swiglu import swiglu, swiglu_reference
 
 # One rounding of bfloat16 is 2^-9 of a value, and gradients of weights add up 32,768 rounded rows.
@@ -209,6 +212,28 @@ def _layer_race(
     )
     race(context, case, limits)
     return "agrees" if context.dry else "see the figures"
+
+
+def cell_race(context: Context) -> str:
+    """One step of 4096 rows and 1024 units: each array is read or written once."""
+    rows, H = (2, 3) if context.dry else (4096, 1024)
+    limits = Limits(context.dry)
+    for gates, states, ours, eager in (
+        (1, 1, rnn_cell, rnn_cell_reference),
+        (3, 1, gru_cell, gru_cell_reference),
+        (4, 2, lstm_cell, lstm_cell_reference),
+    ):
+        wide = [torch.randn(rows, gates * H, device=context.device) for _ in range(2)]
+        tensors = wide + [torch.randn(rows, H, device=context.device) for _ in range(states)]
+        _check_kernel(context, *tensors)
+        contenders = {"portlm": ours, "eager": eager, "compile": compiled(eager, context.dry)}
+        case = Case(
+            f"{gates} gates float32 ({rows}, {H})",
+            {name: without_gradients(function, *tensors) for name, function in contenders.items()},
+            moved=4 * rows * H * (2 * gates + 2 * states),  # products and states in, states out
+        )
+        race(context, case, limits)
+    return "agrees" if context.dry else f"copy at {limits.copy / 1e9:,.0f} GB/s in this run"
 
 
 def additive_attention_race(context: Context) -> str:

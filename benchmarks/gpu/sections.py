@@ -64,6 +64,8 @@ SECTIONS = (
             needs=("machine", "build"), kernels=("gru_fwd", "gru_bwd")),
     Section("lstm", "an LSTM layer over a sequence, and its gradient", 40, "kernels:lstm_race",
             needs=("machine", "build"), kernels=("lstm_fwd", "lstm_bwd")),
+    Section("cells", "one step of the three recurrent layers behind its products", 40, "kernels:cell_race",
+            needs=("machine", "build"), kernels=("rnn_cell", "gru_cell", "lstm_cell")),
     Section("additive_attention", "Bahdanau's attention, and its gradient", 40, "kernels:additive_attention_race",
             needs=("machine", "build"), kernels=("additive_attention_fwd", "additive_attention_bwd")),
     Section("adamw", "one optimiser step of 124 M parameters, with clipping", 40, "kernels:adamw_race",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops import cuda, lazy
+from portlm.ops.kernel_op import KernelOp
 from portlm.ops.recurrent import address, check_cell, keep_masked, masked
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, Shape
 
@@ -48,7 +48,7 @@ def gru_cell(projected: Tensor, recurrent: Tensor, h: Tensor, mask: Tensor | Non
         ValueError: the shapes do not fit, or the mask is not int64; the message names them.
     """
     check_cell("gru_cell", 3, (projected, recurrent), {"h": h}, mask)
-    if not has_kernel(projected, recurrent, h):
+    if not cuda.has_float_kernel(mask, projected, recurrent, h):
         return gru_cell_reference(projected, recurrent, h, mask)
     inputs = (t.contiguous() for t in (projected, recurrent, h))
     return _fused(*inputs, None if mask is None else mask.contiguous())
@@ -56,7 +56,8 @@ def gru_cell(projected: Tensor, recurrent: Tensor, h: Tensor, mask: Tensor | Non
 
 def _forward(projected: Tensor, recurrent: Tensor, h: Tensor, mask: Tensor | None) -> Tensor:
     y = torch.empty_like(h)
-    kernels.gru_cell(
+    cuda.run(
+        "gru_cell", projected,
         projected.data_ptr(), recurrent.data_ptr(), h.data_ptr(), address(mask), y.data_ptr(),
         h.shape[:-1].numel(), h.shape[-1],
     )  # fmt: skip
@@ -100,6 +101,7 @@ SPEC = OpSpec(
     name="gru_cell",
     summary="one step of a GRU behind its products",
     forward=("gru_cell",),
+    cuda=("gru_cell",),
     nodes=(
         Node(
             op_type="GruCell",

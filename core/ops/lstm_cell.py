@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops import cuda, lazy
+from portlm.ops.kernel_op import KernelOp
 from portlm.ops.recurrent import address, check_cell, keep_masked, masked
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, Shape
 
@@ -52,7 +52,7 @@ def lstm_cell(
         ValueError: the shapes do not fit, or the mask is not int64; the message names them.
     """
     check_cell("lstm_cell", 4, (projected, recurrent), {"h": h, "c": c}, mask)
-    if not has_kernel(projected, recurrent, h, c):
+    if not cuda.has_float_kernel(mask, projected, recurrent, h, c):
         return lstm_cell_reference(projected, recurrent, h, c, mask)
     inputs = (t.contiguous() for t in (projected, recurrent, h, c))
     y, cell = _fused(*inputs, None if mask is None else mask.contiguous())
@@ -63,7 +63,8 @@ def _forward(
     projected: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     y, cell = torch.empty_like(h), torch.empty_like(c)
-    kernels.lstm_cell(
+    cuda.run(
+        "lstm_cell", projected,
         projected.data_ptr(), recurrent.data_ptr(), h.data_ptr(), c.data_ptr(), address(mask), y.data_ptr(),
         cell.data_ptr(), h.shape[:-1].numel(), h.shape[-1],
     )  # fmt: skip
@@ -105,6 +106,7 @@ SPEC = OpSpec(
     name="lstm_cell",
     summary="one step of an LSTM behind its products",
     forward=("lstm_cell",),
+    cuda=("lstm_cell",),
     nodes=(
         Node(
             op_type="LstmCell",

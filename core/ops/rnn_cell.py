@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops import cuda, lazy
+from portlm.ops.kernel_op import KernelOp
 from portlm.ops.recurrent import address, check_cell, keep_masked, masked
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
@@ -54,7 +54,7 @@ def rnn_cell(
     """
     check_cell("rnn_cell", 1, (projected, recurrent), {"h": h}, mask)
     check_activation("rnn_cell", activation)
-    if not has_kernel(projected, recurrent, h):
+    if not cuda.has_float_kernel(mask, projected, recurrent, h):
         return rnn_cell_reference(projected, recurrent, h, mask, activation)
     inputs = (t.contiguous() for t in (projected, recurrent, h))
     return _fused(*inputs, None if mask is None else mask.contiguous(), activation)
@@ -68,7 +68,8 @@ def check_activation(op: str, activation: str) -> None:
 
 def _forward(projected: Tensor, recurrent: Tensor, h: Tensor, mask: Tensor | None, activation: str) -> Tensor:
     y = torch.empty_like(h)
-    kernels.rnn_cell(
+    cuda.run(
+        "rnn_cell", projected,
         projected.data_ptr(), recurrent.data_ptr(), h.data_ptr(), address(mask), y.data_ptr(),
         h.shape[:-1].numel(), h.shape[-1], activation == "relu",
     )  # fmt: skip
@@ -102,6 +103,7 @@ SPEC = OpSpec(
     name="rnn_cell",
     summary="one step of Elman's network behind its products",
     forward=("rnn_cell",),
+    cuda=("rnn_cell",),
     nodes=(
         Node(
             op_type="RnnCell",

@@ -1,10 +1,21 @@
 // GRU (Cho et al. 2014), with the reset gate behind the recurrent product, as cuDNN and PyTorch have it: a layer over a whole
-// sequence, forward and backward. Gates lie in the order reset, update, candidate.
+// sequence, forward and backward, and one step of it behind its two products. Gates lie in the order reset, update, candidate.
 #include "cuda/kernels.h"
 #include "cuda/recurrent.cuh"
 
 namespace portlm::cuda {
 namespace {
+
+// A unit's gates, and its state behind them.
+struct Gates {
+  float r, z, n, h;
+  // x points to what was projected for the unit's first gate, H floats before the next one's.
+  __device__ Gates(const float* x, const float (&product)[3], int64_t H, float before)
+      : r(sigmoid(x[0] + product[0])),
+        z(sigmoid(x[H] + product[1])),
+        n(tanhf(fmaf(r, product[2], x[2 * H]))),
+        h(fmaf(z, before - n, n)) {}
+};
 
 struct Forward {
   const float *projected, *bias;
@@ -24,13 +35,12 @@ struct Forward {
     float product[3];
 #pragma unroll
     for (int g = 0; g < 3; ++g) product[g] = bias ? sum[g] + bias[g * H + unit] : sum[g];
-    const float r = sigmoid(x[0] + product[0]), z = sigmoid(x[H] + product[1]);
-    const float n = tanhf(fmaf(r, product[2], x[2 * H]));
-    y[at] = fmaf(z, h - n, n);
+    const Gates now(x, product, H, h);
+    y[at] = now.h;
     if (!kept) return;
-    kept[0] = r;
-    kept[H] = z;
-    kept[2 * H] = n;
+    kept[0] = now.r;
+    kept[H] = now.z;
+    kept[2 * H] = now.n;
     kept[3 * H] = product[2];
   }
 };
@@ -61,6 +71,18 @@ struct Backward {
   }
 };
 
+struct Cell {
+  const float *projected, *recurrent, *h;
+  const int64_t* mask;
+  float* y;
+  int64_t H;
+  __device__ void operator()(int64_t b, int64_t unit) const {
+    const int64_t at = b * H + unit, gate = b * 3 * H + unit;
+    const float* const p = recurrent + gate;
+    y[at] = mask && mask[b] == 0 ? h[at] : Gates(projected + gate, {p[0], p[H], p[2 * H]}, H, h[at]).h;
+  }
+};
+
 }  // namespace
 
 void gru_fwd(const float* projected, const float* weight, const float* bias, const float* h0, const int64_t* mask, float* y,
@@ -74,6 +96,11 @@ void gru_bwd(const float* dy, const float* weight, const float* h0, const int64_
              uintptr_t stream) {
   const Layer layer{B, T, H, reverse != 0};
   backward_steps(layer, weight, 3 * H, drecurrent, dh0, Backward{dy, h0, mask, y, gates, dprojected, drecurrent}, stream);
+}
+
+void gru_cell(const float* projected, const float* recurrent, const float* h, const int64_t* mask, float* y, int64_t rows,
+              int64_t H, uintptr_t stream) {
+  for_units(rows, H, Cell{projected, recurrent, h, mask, y, H}, stream);
 }
 
 }  // namespace portlm::cuda

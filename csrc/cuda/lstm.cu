@@ -1,10 +1,22 @@
 // LSTM (Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000): a layer over a whole sequence, forward
-// and backward. Gates lie in the order input, forget, candidate, output.
+// and backward, and one step of it behind its two products. Gates lie in the order input, forget, candidate, output.
 #include "cuda/kernels.h"
 #include "cuda/recurrent.cuh"
 
 namespace portlm::cuda {
 namespace {
+
+// A unit's gates, and the state of its cell behind them.
+struct Gates {
+  float i, f, g, o, c;
+  // x points to what was projected for the unit's first gate, H floats before the next one's.
+  __device__ Gates(const float* x, const float (&product)[4], int64_t H, float cell)
+      : i(sigmoid(x[0] + product[0])),
+        f(sigmoid(x[H] + product[1])),
+        g(tanhf(x[2 * H] + product[2])),
+        o(sigmoid(x[3 * H] + product[3])),
+        c(fmaf(f, cell, i * g)) {}
+};
 
 struct Forward {
   const float* projected;
@@ -21,16 +33,14 @@ struct Forward {
       for (int k = 0; gates && k < 4; ++k) gates[gate + k * H] = 0.0f;
       return;
     }
-    const float i = sigmoid(projected[gate] + sum[0]), f = sigmoid(projected[gate + H] + sum[1]);
-    const float g = tanhf(projected[gate + 2 * H] + sum[2]), o = sigmoid(projected[gate + 3 * H] + sum[3]);
-    const float c = fmaf(f, cell, i * g);
-    cells[at] = c;
-    y[at] = o * tanhf(c);
+    const Gates now(projected + gate, sum, H, cell);
+    cells[at] = now.c;
+    y[at] = now.o * tanhf(now.c);
     if (!gates) return;
-    gates[gate] = i;
-    gates[gate + H] = f;
-    gates[gate + 2 * H] = g;
-    gates[gate + 3 * H] = o;
+    gates[gate] = now.i;
+    gates[gate + H] = now.f;
+    gates[gate + 2 * H] = now.g;
+    gates[gate + 3 * H] = now.o;
   }
 };
 
@@ -62,6 +72,25 @@ struct Backward {
   }
 };
 
+struct Cell {
+  const float *projected, *recurrent, *h, *c;
+  const int64_t* mask;
+  float *y, *cell;
+  int64_t H;
+  __device__ void operator()(int64_t b, int64_t unit) const {
+    const int64_t at = b * H + unit, gate = b * 4 * H + unit;
+    if (mask && mask[b] == 0) {
+      y[at] = h[at];
+      cell[at] = c[at];
+      return;
+    }
+    const float* const r = recurrent + gate;
+    const Gates now(projected + gate, {r[0], r[H], r[2 * H], r[3 * H]}, H, c[at]);
+    cell[at] = now.c;
+    y[at] = now.o * tanhf(now.c);
+  }
+};
+
 __global__ void clear(float* x, int64_t n) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) x[i] = 0.0f;
 }
@@ -80,6 +109,11 @@ void lstm_bwd(const float* dy, const float* dcells, const float* weight, const f
   const Layer layer{B, T, H, reverse != 0};
   if (T == 0 && B * H > 0) launch(clear, 1, 256, 0, stream, dc0, B * H);  // no step writes it
   backward_steps(layer, weight, 4 * H, dprojected, dh0, Backward{dy, dcells, c0, mask, cells, gates, dprojected, dc0}, stream);
+}
+
+void lstm_cell(const float* projected, const float* recurrent, const float* h, const float* c, const int64_t* mask, float* y,
+               float* cell, int64_t rows, int64_t H, uintptr_t stream) {
+  for_units(rows, H, Cell{projected, recurrent, h, c, mask, y, cell, H}, stream);
 }
 
 }  // namespace portlm::cuda

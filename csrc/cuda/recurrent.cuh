@@ -1,4 +1,4 @@
-// What the recurrent layers share: one kernel per step, which multiplies the state by the weights and goes on in registers with
+// What the recurrent layers and cells share. Of a layer: one kernel per step, which multiplies the state by the weights and goes on in registers with
 // what follows of it, and the steps in their order.
 //
 // The products are small and their weights, which every step reads again, stay in the L2 cache. Float32 throughout, and each
@@ -156,6 +156,21 @@ void backward_steps(const Layer& layer, const float* weight, int64_t K, const fl
   if (layer.B <= 0 || layer.H <= 0) return;
   for (int64_t s = layer.T - 1; s >= -1; --s)
     launch(backward_step<First>, tiles(layer), dim3(kTile, kTileRows), 0, stream, layer, s, weight, K, grads, dh, first);
+}
+
+// --- one step behind its products ---------------------------------------------------------------------------------
+
+// done(b, unit) for each of `rows` rows and H units.
+template <typename Done>
+__global__ void every_unit(int64_t rows, int64_t H, Done done) {
+  const int64_t turn = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows * H; i += turn) done(i / H, i % H);
+}
+
+template <typename Done>
+void for_units(int64_t rows, int64_t H, Done done, uintptr_t stream) {
+  constexpr int64_t kThreads = 256;
+  if (rows * H > 0) launch(every_unit<Done>, row_blocks((rows * H + kThreads - 1) / kThreads), kThreads, 0, stream, rows, H, done);
 }
 
 }  // namespace portlm::cuda

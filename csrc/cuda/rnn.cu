@@ -1,9 +1,12 @@
-// Elman's network (1990), h' = tanh(projected + W h) or relu of it: a layer over a whole sequence, forward and backward.
+// Elman's network (1990), h' = tanh(projected + W h) or relu of it: a layer over a whole sequence, forward and backward, and
+// one step of it behind its two products.
 #include "cuda/kernels.h"
 #include "cuda/recurrent.cuh"
 
 namespace portlm::cuda {
 namespace {
+
+__device__ inline float activated(float x, bool relu) { return relu ? (x < 0.0f ? 0.0f : x) : tanhf(x); }  // NaN stays NaN
 
 struct Forward {
   const float* projected;
@@ -17,8 +20,7 @@ struct Forward {
       y[at] = before[unit];
       return;
     }
-    const float x = projected[at] + sum[0];
-    y[at] = relu ? (x < 0.0f ? 0.0f : x) : tanhf(x);  // NaN stays NaN
+    y[at] = activated(projected[at] + sum[0], relu);
   }
 };
 
@@ -38,6 +40,18 @@ struct Backward {
   }
 };
 
+struct Cell {
+  const float *projected, *recurrent, *h;
+  const int64_t* mask;
+  float* y;
+  int64_t H;
+  bool relu;
+  __device__ void operator()(int64_t b, int64_t unit) const {
+    const int64_t at = b * H + unit;
+    y[at] = mask && mask[b] == 0 ? h[at] : activated(projected[at] + recurrent[at], relu);
+  }
+};
+
 }  // namespace
 
 void rnn_fwd(const float* projected, const float* weight, const float* h0, const int64_t* mask, float* y, int64_t B, int64_t T,
@@ -50,6 +64,11 @@ void rnn_bwd(const float* dy, const float* weight, const int64_t* mask, const fl
              int64_t B, int64_t T, int64_t H, int relu, int reverse, uintptr_t stream) {
   const Layer layer{B, T, H, reverse != 0};
   backward_steps(layer, weight, H, dprojected, dh0, Backward{dy, mask, y, dprojected, relu != 0}, stream);
+}
+
+void rnn_cell(const float* projected, const float* recurrent, const float* h, const int64_t* mask, float* y, int64_t rows,
+              int64_t H, int relu, uintptr_t stream) {
+  for_units(rows, H, Cell{projected, recurrent, h, mask, y, H, relu != 0}, stream);
 }
 
 }  // namespace portlm::cuda

@@ -1,16 +1,17 @@
 // A block's threads as fibers: each runs until it reaches a barrier or its end, then the next one does. So a thread never
 // sees what another wrote in the same stretch between barriers unless it comes after it, and the order in which they come
-// is chosen from outside: a missing barrier shows as a result that depends on it.
+// is chosen from outside: a missing barrier shows as a result that depends on it. One launch runs at a time.
 #include "emulator.h"
 
 #include <cuda_runtime.h>
+#include <link.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <exception>
-#include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -22,7 +23,7 @@ namespace portlm::cuda {
 constexpr size_t kFloats = (48 << 10) / sizeof(float), kBehind = 1024;
 // As common.cuh declares it, and some room behind it that no block may touch.
 extern thread_local float memory[] __attribute__((aligned(32)));
-thread_local float memory[kFloats + kBehind] __attribute__((aligned(32)));
+thread_local float memory[kFloats + kBehind] __attribute__((aligned(32)));  // the size is known only here
 }  // namespace portlm::cuda
 
 namespace cuda_on_cpu {
@@ -59,17 +60,43 @@ struct Machine {
       if (fiber.stack) munmap(fiber.stack, kStackBytes);
   }
 };
-thread_local std::unique_ptr<Machine> machine;
+Machine machine;
+std::mutex one_launch;
 
-Machine& here() {
-  if (!machine) machine = std::make_unique<Machine>();
-  return *machine;
+// The shared memory of a block: all thread-local variables of this library, in the running thread.
+struct Shared {
+  char* begin = nullptr;
+  size_t bytes = 0;
+};
+
+int look_for_this_library(dl_phdr_info* info, size_t, void* found) {
+  const auto here = reinterpret_cast<uintptr_t>(&look_for_this_library);
+  const ElfW(Phdr) *tls = nullptr, *code = nullptr;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const ElfW(Phdr)& part = info->dlpi_phdr[i];
+    const uintptr_t begin = info->dlpi_addr + part.p_vaddr;
+    if (part.p_type == PT_TLS) tls = &part;
+    if (part.p_type == PT_LOAD && here >= begin && here < begin + part.p_memsz) code = &part;
+  }
+  if (!code) return 0;
+  if (tls && info->dlpi_tls_data) *static_cast<Shared*>(found) = {static_cast<char*>(info->dlpi_tls_data), tls->p_memsz};
+  return 1;
+}
+
+Shared shared_memory_of_a_block() {
+  portlm::cuda::memory[0] = 0.0f;  // from the first use on the thread has it
+  Shared shared;
+  dl_iterate_phdr(look_for_this_library, &shared);
+  const char* const known = reinterpret_cast<char*>(portlm::cuda::memory);
+  if (known < shared.begin || known + sizeof(portlm::cuda::memory) > shared.begin + shared.bytes)
+    throw std::runtime_error("the shared memory was not found");
+  return shared;
 }
 
 // A fiber's whole life: one thread after another, of block after block.
 void run_threads() {
   for (;;) {
-    Machine& m = *machine;
+    Machine& m = machine;
     try {
       (*m.thread)();
     } catch (...) {
@@ -105,7 +132,7 @@ void resume(Machine& m, Fiber& fiber) {
 }
 
 void wait(State state, const char* file, int line) {
-  Machine& m = *machine;
+  Machine& m = machine;
   Fiber& fiber = *m.running;
   fiber.state = state;
   fiber.file = file;
@@ -171,10 +198,10 @@ std::vector<uint64_t> ordered(uint64_t n, unsigned order) {
 
 }  // namespace
 
-void choose_order(unsigned order) { here().order = order; }
+void choose_order(unsigned order) { machine.order = order; }
 
 unsigned lane() {
-  const Machine& m = *machine;
+  const Machine& m = machine;
   return static_cast<unsigned>(m.running - m.fibers.data()) % kWarp;
 }
 
@@ -182,7 +209,7 @@ void block_barrier(const char* file, int line) { wait(State::at_block_barrier, f
 
 uint64_t exchange(unsigned mask, uint64_t value, unsigned from, const char* file, int line) {
   if (mask != 0xffffffffu) throw std::runtime_error("only whole warps exchange values here");
-  Machine& m = *machine;
+  Machine& m = machine;
   Fiber* const self = m.running;
   const unsigned turn = self->turn;
   self->values[turn] = value;
@@ -193,8 +220,9 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned from, const char* file
 }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
-  Machine& m = here();
-  if (m.running) throw std::runtime_error("a kernel started a kernel");
+  const std::lock_guard<std::mutex> lock(one_launch);
+  Machine& m = machine;
+  const Shared shared = shared_memory_of_a_block();
   m.thread = &thread;
   m.count = block.x * block.y * block.z;
   gridDim = grid;
@@ -212,7 +240,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   for (const uint64_t b : ordered(uint64_t{grid.x} * grid.y * grid.z, m.order)) {
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / grid.x / grid.y)};
-    for (float& x : portlm::cuda::memory) std::memcpy(&x, &kUnwritten, sizeof x);
+    for (size_t i = 0; i + sizeof kUnwritten <= shared.bytes; i += sizeof kUnwritten)
+      std::memcpy(shared.begin + i, &kUnwritten, sizeof kUnwritten);
     for (unsigned i = 0; i < m.count; ++i) {
       Fiber& fiber = m.fibers[i];
       fiber.state = State::ready;

@@ -3,7 +3,7 @@
 
 namespace cuda_on_cpu {
 
-// In which order threads and blocks of later launches of this thread run: 0 forwards, 1 backwards, others shuffled.
+// In which order threads and blocks of later launches run: 0 forwards, 1 backwards, others shuffled.
 void choose_order(unsigned order);
 
 }  // namespace cuda_on_cpu

@@ -9,7 +9,7 @@ namespace {
 
 template <typename Body>
 const char* said(Body body) {
-  static thread_local std::string message;
+  static std::string message;
   try {
     body();
     return nullptr;

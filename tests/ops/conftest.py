@@ -1,5 +1,6 @@
 """The measure that every op's accuracy test uses, and the kernels that each test of an op has to run."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,10 +109,11 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(scope="session")
 def emulator(once):
-    """The kernels, compiled for the CPU."""
-    if cuda_on_cpu.MISSING:
+    """The kernels, compiled for the CPU; PORTLM_CUDA_ON_CPU names them where that was done in another way."""
+    made = os.environ.get("PORTLM_CUDA_ON_CPU")
+    if not made and cuda_on_cpu.MISSING:
         pytest.skip(cuda_on_cpu.MISSING)
-    return cuda_on_cpu.Emulator(once("cuda_on_cpu", cuda_on_cpu.build) / "cuda_on_cpu.so")
+    return cuda_on_cpu.Emulator(Path(made or once("cuda_on_cpu", cuda_on_cpu.build) / "cuda_on_cpu.so"))
 
 
 @pytest.fixture

@@ -16,13 +16,16 @@ from portlm.ops.adamw_cuda import CudaPlan
 from portlm.ops.additive_attention import additive_attention, additive_attention_reference
 from portlm.ops.cuda import has_cuda_kernel, row_blocks
 from portlm.ops.gru import gru, gru_reference
+from portlm.ops.gru_cell import gru_cell, gru_cell_reference
 from portlm.ops.kernel_op import kernels
 from portlm.ops.layer_norm import layer_norm, layer_norm_reference
 from portlm.ops.linear_cross_entropy import linear_cross_entropy_reference
 from portlm.ops.linear_cross_entropy_cuda import linear_cross_entropy_cuda
 from portlm.ops.lstm import lstm, lstm_reference
+from portlm.ops.lstm_cell import lstm_cell, lstm_cell_reference
 from portlm.ops.rms_norm import rms_norm, rms_norm_reference
 from portlm.ops.rnn import rnn, rnn_reference
+from portlm.ops.rnn_cell import rnn_cell, rnn_cell_reference
 from portlm.ops.swiglu import swiglu, swiglu_reference
 
 if kernels is None:
@@ -344,6 +347,37 @@ def test_cuda_layer_of_other_types_is_left_to_the_reference(op, device):
     tensors = [t.bfloat16() for t in tensors]
     for o, r in zip(of(ours)(*tensors), of(reference)(*tensors), strict=True):
         assert torch.equal(o, r)
+
+
+CELLS = {
+    "rnn": (rnn_cell, rnn_cell_reference, 1, 1),
+    "gru": (gru_cell, gru_cell_reference, 3, 1),
+    "lstm": (lstm_cell, lstm_cell_reference, 4, 2),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 37), (70, 8), (0, 5)], ids=str)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=pytest.mark.runs_kernel(f"{op}_cell", on="cuda")) for op in CELLS]
+)
+def test_cuda_cell_is_as_accurate_as_pytorch(op, shape, masked, device):
+    ours, reference, gates, states = CELLS[op]
+    *rows, H = shape
+    tensors = [torch.randn(*rows, gates * H, device=device) for _ in range(2)]
+    tensors += [torch.randn(shape, device=device) for _ in range(states)]
+    options = {"mask": (torch.rand(rows, device=device) > 0.4).long() if masked else None}
+    if op == "rnn" and masked:
+        options["activation"] = "relu"
+
+    def run(function, dtype):
+        found = function(*(t.to(dtype) for t in tensors), **options)
+        return found if isinstance(found, tuple) else (found,)
+
+    for o, e, r in zip(
+        run(ours, torch.float32), run(reference, torch.float32), run(reference, torch.float64), strict=True
+    ):
+        assert_as_accurate(o, e, r, torch.float32)
 
 
 ADDITIVE = pytest.mark.runs_kernel("additive_attention_fwd", "additive_attention_bwd", on="cuda")

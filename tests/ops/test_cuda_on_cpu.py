@@ -8,15 +8,17 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 
-FAULTS = {"none": 0, "no_barrier": 1, "divided_barrier": 2, "ended_thread": 3, "behind_memory": 4,
-          "unwritten_memory": 5, "part_of_a_warp": 6, "misaligned": 7}  # fmt: skip
+FAULTS = (
+    "none", "no_barrier", "divided_barrier", "ended_thread", "behind_memory", "unwritten_memory", "unwritten_array",
+    "part_of_a_warp", "misaligned",
+)  # fmt: skip
 
 
 def reverse(library, n, fault="none"):
     """n numbers behind the kernel that turns them around, and what the emulation says of a fault."""
     library.cuda_on_cpu_reverse.restype = ctypes.c_char_p
     x = np.arange(n, dtype=np.float32)
-    said = library.cuda_on_cpu_reverse(x.ctypes.data_as(ctypes.c_void_p), n, FAULTS[fault])
+    said = library.cuda_on_cpu_reverse(x.ctypes.data_as(ctypes.c_void_p), n, FAULTS.index(fault))
     return x.tolist(), (said or b"").decode()
 
 
@@ -35,9 +37,12 @@ def test_a_missing_barrier_shows_as_a_result_that_depends_on_the_order(emulator)
     assert not np.array_equal(*found)
 
 
-def test_shared_memory_that_nobody_wrote_is_no_number(emulator):
+@pytest.mark.parametrize("fault", ["unwritten_memory", "unwritten_array"])
+def test_shared_memory_that_nobody_wrote_is_no_number(emulator, fault):
+    """Of a size that the launch says, or the kernel; and not what a block before left there."""
     emulator.order(0)
-    assert np.isnan(reverse(emulator.library, 64, "unwritten_memory")[0][63])
+    assert np.isfinite(reverse(emulator.library, 64)[0]).all()
+    assert np.isnan(reverse(emulator.library, 64, fault)[0]).any()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,7 @@ def test_an_access_that_is_not_aligned_ends_the_process(emulator):
     )
     call = [sys.executable, "-c", program, emulator.library._name]
     good, bad = (
-        subprocess.run([*call, str(FAULTS[name])], capture_output=True, text=True, check=False)
+        subprocess.run([*call, str(FAULTS.index(name))], capture_output=True, text=True, check=False)
         for name in ("none", "misaligned")
     )
     assert good.returncode == 0, good.stderr
