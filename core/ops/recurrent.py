@@ -110,6 +110,21 @@ def masked(after: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
     return after if mask is None else torch.where((mask != 0)[..., None], after, before)
 
 
+def joined(bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
+    """Return the sum of the two biases of a layer that only ever adds them, either of which may be absent."""
+    return bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return tensors as a kernel takes them; one that is absent stays so."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def last_state(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
+    """Return the state (B, H) behind the token that is read last, given those (B, T, H) behind each and the first."""
+    return states[:, 0 if reverse else -1] if states.shape[1] else first
+
+
 def states_before(y: Tensor, first: Tensor, reverse: bool) -> Tensor:
     """Return the state (B, T, H) before each token, given that after each and the first one (B, H)."""
     if reverse:
