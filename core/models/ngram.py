@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models.keyed_config import Key, KeyedConfig
 from portlm.models.layers import check_length
+from portlm.models.own_names import OwnNames
 from portlm.models.roles import Role
 from portlm.ops.embedding import embedding
 from portlm.roles import StateSpec, TensorSpec
@@ -102,7 +103,7 @@ PRESETS: dict[str, NGramConfig] = {}
 PARAMETERS: dict[str, int] = {}
 
 
-class NGram(nn.Module):
+class NGram(OwnNames):
     """An n-gram model in which every word is equally probable.
 
     Args:
@@ -250,10 +251,6 @@ class NGram(nn.Module):
         parents = _rows(self.parents, places).to(words.dtype)
         return places, torch.relu(1 - (parents - entries).abs())
 
-    def num_parameters(self) -> int:
-        """Return the number of parameters: probabilities and weights, without the tables that find them."""
-        return sum(p.numel() for p in self.parameters())
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """Make every word equally probable, behind histories none of which was seen."""
@@ -277,21 +274,6 @@ class NGram(nn.Module):
         if len(places) and not 0 <= words.min() <= words.max() < V:
             return "parents names histories whose children are elsewhere, by base"
         return ""
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a tensor's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: NGramConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}
 
 
 def _rows(table: Tensor, places: Tensor) -> Tensor:

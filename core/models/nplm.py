@@ -22,10 +22,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from portlm.models.keyed_config import Key, KeyedConfig
 from portlm.models.layers import Embedding, Linear, check_length
+from portlm.models.own_names import OwnNames
 from portlm.models.roles import Role
 from portlm.ops.embedding import embedding
 from portlm.ops.linear import linear
@@ -99,7 +100,7 @@ PARAMETERS = {  # by the paper's formula, V (1 + n M + H) + H (1 + (n - 1) M), w
 }
 
 
-class NPLM(nn.Module):
+class NPLM(OwnNames):
     """A neural probabilistic language model with randomly initialised weights.
 
     Args:
@@ -217,10 +218,6 @@ class NPLM(nn.Module):
         y = self.output(torch.tanh(self.hidden(words)))
         return y if self.direct is None else y + linear(words, self.direct.weight)
 
-    def num_parameters(self) -> int:
-        """Return the number of parameters."""
-        return sum(p.numel() for p in self.parameters())
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw fresh weights from PyTorch's global generator, as NPLMConfig says."""
@@ -229,18 +226,3 @@ class NPLM(nn.Module):
                 p.zero_()
             else:
                 p.normal_(0.0, self.config.init_std if name == "embed.weight" else 1 / math.sqrt(p.shape[1]))
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: NPLMConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}

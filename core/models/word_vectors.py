@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from portlm.models.keyed_config import Key, KeyedConfig
 from portlm.models.layers import Embedding, check_length
+from portlm.models.own_names import OwnNames
 from portlm.models.roles import Role
 from portlm.roles import TensorSpec
 
@@ -60,7 +61,7 @@ PRESETS = {f"glove-6b-{width}": WordVectorsConfig(width=width) for width in (50,
 PARAMETERS = {f"glove-6b-{width}": 400_000 * width for width in (50, 100, 200, 300)}
 
 
-class WordVectors(nn.Module):
+class WordVectors(OwnNames):
     """A table of word vectors, which begin as word2vec's do: uniform from -0.5 / M to 0.5 / M.
 
     Args:
@@ -92,22 +93,3 @@ class WordVectors(nn.Module):
         inputs = (TensorSpec("input_ids", "int64", ids),)
         outputs = (TensorSpec(TOKENS, "float32", (*ids, self.config.width)),)
         return {"encoder": Role(lambda input_ids: (self(input_ids),), inputs, outputs)}
-
-    def num_parameters(self) -> int:
-        """Return the number of parameters."""
-        return self.vectors.weight.numel()
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: WordVectorsConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from portlm import models
 from portlm.data.batches import IGNORE
-from portlm.data.pairs import PairSampler, padded, read_pairs
+from portlm.data.pairs import PairSampler, read_pairs
 from portlm.errors import ConfigError, FormatError, UsageError
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 from portlm.train.config import DataSettings, PretrainConfig
 from portlm.train.evaluation import evaluating
-from portlm.train.objectives import Stop
+from portlm.train.objectives import Stop, sides
+from portlm.train.objectives.sides import Part
 
 Tokens = tuple[list[int], list[int]]  # of a source and of its target, which has no end of text yet
 
@@ -92,24 +93,6 @@ def _tokenizer(name: str, pairs: Sequence[tuple[str, str]], note: Callable[[str]
         note(f"training a byte-pair tokenizer of {size} tokens")
         return train_bpe([side for pair in pairs for side in pair], int(size))
     return byte_tokenizer(eos=END_OF_TEXT) if name == "byte" else Tokenizer.load(Path(name))
-
-
-class Part(NamedTuple):
-    """Some pairs of a step's batch.
-
-    Attributes:
-        source: (B, S) int64.
-        mask: (B, S) int64, 0 on padding.
-        read: (B, T) int64, the start token and the target.
-        targets: (B, T) int64, the target and the end of text; -100 behind that.
-        share: Of the batch's targets that are in these rows.
-    """
-
-    source: Tensor
-    mask: Tensor
-    read: Tensor
-    targets: Tensor
-    share: float
 
 
 class Seq2SeqObjective:
@@ -237,11 +220,5 @@ class Seq2SeqObjective:
     def _part(self, pairs: Sequence[Tokens], total: int) -> Part:
         sources = [source for source, _ in pairs]
         targets = [[*target, self.end] for _, target in pairs]
-        source = padded(sources, self.start)
-        mask = (np.arange(source.shape[1]) < np.array([len(row) for row in sources])[:, None]).astype(
-            np.int64
-        )
-        read = padded([[self.start, *target] for _, target in pairs], self.start)
-        arrays = source, mask, read, padded(targets, IGNORE)
-        text, there, begun, wanted = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return Part(text, there, begun, wanted, sum(map(len, targets)) / total)
+        read = [[self.start, *target] for _, target in pairs]
+        return sides.part(sources, read, targets, pad=self.start, total=total, device=self.device)
