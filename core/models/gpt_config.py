@@ -1,6 +1,6 @@
-"""The configuration that GPT-1, GPT-2, GPT-3 and GPT-Neo share.
+"""The configurations of decoders whose positions are learned: what GPT-1, GPT-2, GPT-3 and GPT-Neo share, and OPT.
 
-Positions are learned, heads divide the width, and dropout has one rate, where transformers has three.
+Heads divide the width, each with keys and values of its own, and dropout has one rate, where transformers has several.
 """
 
 from collections.abc import Mapping
@@ -18,24 +18,17 @@ SUMMARY = tuple(
 
 
 @dataclass(frozen=True)
-class GPTConfig(KeyedConfig):
+class LearnedConfig(KeyedConfig):
     """The fields of them all; a family adds its own.
 
     Dropout acts on the embeddings and on what each sublayer adds to the residual stream. Attention weights
     are not dropped: the fused attention never holds them in memory.
 
-    Attributes:
-        DROPOUTS: The keys of the rates of embeddings and of attention weights.
-        MISSING_RATE: What they are where they are missing.
-
     Raises:
         ConfigError: A value out of range, or a width that the heads do not divide.
     """
 
-    DROPOUTS: ClassVar[tuple[str, str]] = ("embd_pdrop", "attn_pdrop")
-    MISSING_RATE: ClassVar[float] = 0.1
     FIXED: ClassVar[Mapping[str, Any]] = {"tie_word_embeddings": True}
-    HARMLESS: ClassVar[tuple[str, ...]] = SUMMARY
     # What [model] of a training run may set, and what it is for a small model on a CPU.
     SETTINGS: ClassVar[dict[str, Any]] = {
         "n_layer": 4,
@@ -51,7 +44,6 @@ class GPTConfig(KeyedConfig):
     n_head: int = 12
     width: int = 768
     dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -71,13 +63,34 @@ class GPTConfig(KeyedConfig):
 
     @classmethod
     def check(cls, read: config_json.Reader, values: Mapping[str, Any]) -> None:
-        """Look at the other rates of dropout, and accept only models in which every position sees all before it."""
+        """Accept only models in which every position sees all before it."""
+        super().check(read, values)
+        read.require_full_attention(values["context_length"])
+
+
+@dataclass(frozen=True)
+class GPTConfig(LearnedConfig):
+    """The fields of the GPTs.
+
+    Attributes:
+        DROPOUTS: The keys of the rates of embeddings and of attention weights.
+        MISSING_RATE: What they are where they are missing.
+    """
+
+    DROPOUTS: ClassVar[tuple[str, str]] = ("embd_pdrop", "attn_pdrop")
+    MISSING_RATE: ClassVar[float] = 0.1
+    HARMLESS: ClassVar[tuple[str, ...]] = SUMMARY
+
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def check(cls, read: config_json.Reader, values: Mapping[str, Any]) -> None:
+        """Look at the other rates of dropout."""
         embeddings, attention = cls.DROPOUTS
         why = f"portlm drops at one rate, that of {cls.KEYS['dropout'].name}"
         read.training(embeddings, cls.MISSING_RATE, kept=values["dropout"], why=why)
         read.training(attention, cls.MISSING_RATE)
         super().check(read, values)
-        read.require_full_attention(values["context_length"])
 
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a config.json that transformers opens as ARCHITECTURE."""

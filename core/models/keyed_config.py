@@ -19,11 +19,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "vocab_size": (1, config_json.MAX_VOCAB),
     "context_length": (1, config_json.MAX_CONTEXT),
     "n_layer": (1, config_json.MAX_LAYERS),
+    "n_decoder_layer": (1, config_json.MAX_LAYERS),
     "n_head": (1, config_json.MAX_HEADS),
     "width": (1, config_json.MAX_WIDTH),
     "hidden": (1, config_json.MAX_HIDDEN),
     "dropout": (0.0, 0.99),
     "layer_norm_eps": (1e-12, 0.1),
+    "rms_norm_eps": (1e-12, 0.1),
     "init_std": (0.0, 1.0),
     "init_range": (0.0, 1.0),
 }
@@ -70,6 +72,7 @@ class KeyedConfig:
         KEYS: How config.json has each field, in the order in which they are read.
         FIXED: Further keys, and the value that they must have and are written with.
         HARMLESS: Keys that change nothing in this family.
+        ENCODER_DECODER: Whether it has an encoder and a decoder, and so a field ``decoder_start_token_id``.
 
     Raises:
         ConfigError: A number out of its bounds, a switch that is none, or a token outside the vocabulary.
@@ -80,6 +83,7 @@ class KeyedConfig:
     KEYS: ClassVar[Mapping[str, Key]]
     FIXED: ClassVar[Mapping[str, Any]] = {}
     HARMLESS: ClassVar[tuple[str, ...]] = ()
+    ENCODER_DECODER: ClassVar[bool] = False
 
     bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
     eos_token_ids: tuple[int, ...] = ()
@@ -95,7 +99,7 @@ class KeyedConfig:
         for field in self.KEYS:
             if self._type(field) is bool and type(getattr(self, field)) is not bool:
                 raise ConfigError(f"{field} must be true or false, got {getattr(self, field)!r}")
-        config_json.check_token_ids(self)
+        config_json.check_token_ids(self, *["decoder_start_token_id"] * self.ENCODER_DECODER)
 
     @classmethod
     def _type(cls, field: str) -> Any:
@@ -129,8 +133,8 @@ class KeyedConfig:
         ):
             values[field] = ids(field.removesuffix("s"), values["vocab_size"])
         cls.check(read, values)
-        config = cls(**values)
-        read.finish(*cls.HARMLESS)
+        config = cls(**values | cls.own(read, values))
+        read.finish(*cls.HARMLESS, encoder_decoder=cls.ENCODER_DECODER)
         return config
 
     @classmethod
@@ -163,11 +167,22 @@ class KeyedConfig:
         for key, value in cls.FIXED.items():
             read.require(key, value)
 
+    @classmethod
+    def own(cls, read: config_json.Reader, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields that a family reads in its own way.
+
+        Args:
+            read: The config.json.
+            values: The fields that were read.
+        """
+        return {}
+
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a config.json."""
         return {
             "architectures": [self.ARCHITECTURE],
             "model_type": self.family,
+            **({"is_encoder_decoder": True} if self.ENCODER_DECODER else {}),
             **{key.name: key.written(getattr(self, field)) for field, key in self.KEYS.items()},
             **self.FIXED,
             "bos_token_id": self.bos_token_id,
