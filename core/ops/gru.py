@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy, recurrent
 from portlm.ops.gru_cell import gru_cell_reference
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, address, contiguous, has_kernel, kernels
 from portlm.ops.linear import linear, linear_reference
-from portlm.ops.recurrent import address
 from portlm.ops.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -81,9 +80,7 @@ def gru(
     if not has_kernel(x, weight_ih, weight_hh, bias_ih, bias_hh, h):
         return gru_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, mask, reverse)
     projected = linear(x, weight_ih, bias_ih)
-    y, _ = _fused(
-        *recurrent.contiguous(projected, weight_hh, bias_hh, h, mask), reverse, torch.is_grad_enabled()
-    )
+    y, _ = _fused(*contiguous(projected, weight_hh, bias_hh, h, mask), reverse, torch.is_grad_enabled())
     return y, recurrent.last_state(y, h, reverse)
 
 

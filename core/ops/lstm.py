@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy, recurrent
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, address, contiguous, has_kernel, kernels
 from portlm.ops.linear import linear, linear_reference
 from portlm.ops.lstm_cell import lstm_cell_reference
-from portlm.ops.recurrent import address
 from portlm.ops.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -85,9 +84,7 @@ def lstm(
     if not has_kernel(x, weight_ih, weight_hh, bias_ih, bias_hh, h, c):
         return lstm_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, mask, reverse)
     projected = linear(x, weight_ih, recurrent.joined(bias_ih, bias_hh))
-    y, cells, _ = _fused(
-        *recurrent.contiguous(projected, weight_hh, h, c, mask), reverse, torch.is_grad_enabled()
-    )
+    y, cells, _ = _fused(*contiguous(projected, weight_hh, h, c, mask), reverse, torch.is_grad_enabled())
     return y, recurrent.last_state(y, h, reverse), recurrent.last_state(cells, c, reverse)
 
 
@@ -156,9 +153,7 @@ def _backward(
     if dy is None and dcells is None:
         return (None,) * 7
     weight, h, c, mask, y, cells, gates = ctx.saved_tensors
-    found = _fused_gradients(
-        weight, *recurrent.contiguous(dy, dcells), h, c, mask, y, cells, gates, ctx.reverse
-    )
+    found = _fused_gradients(weight, *contiguous(dy, dcells), h, c, mask, y, cells, gates, ctx.reverse)
     return *found, None, None, None
 
 

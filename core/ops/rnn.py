@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy, recurrent
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, address, contiguous, has_kernel, kernels
 from portlm.ops.linear import linear, linear_reference
-from portlm.ops.recurrent import address
 from portlm.ops.rnn_cell import check_activation, rnn_cell_reference
 from portlm.ops.spec import OpSpec
 
@@ -84,7 +83,7 @@ def rnn(
     if not has_kernel(x, weight_ih, weight_hh, bias_ih, bias_hh, h):
         return rnn_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, mask, reverse, activation)
     projected = linear(x, weight_ih, recurrent.joined(bias_ih, bias_hh))
-    y = _fused(*recurrent.contiguous(projected, weight_hh, h, mask), reverse, activation)
+    y = _fused(*contiguous(projected, weight_hh, h, mask), reverse, activation)
     return y, recurrent.last_state(y, h, reverse)
 
 
