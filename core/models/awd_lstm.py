@@ -26,25 +26,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from portlm.models import config_json
+from portlm.models.keyed_config import BOUNDS, Key, KeyedConfig
 from portlm.models.layers import drop
 from portlm.models.recurrent_decoder import Cell, CellLayer, RecurrentDecoder
 from portlm.ops.embedding import embedding
 
 _DROPOUTS = ("dropout", "input_dropout", "layer_dropout", "embedding_dropout", "weight_dropout")
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "n_layer": (1, config_json.MAX_LAYERS),
-    "width": (1, config_json.MAX_WIDTH),
-    "hidden": (1, config_json.MAX_HIDDEN),
-    **dict.fromkeys(_DROPOUTS, (0.0, 0.99)),
-    "init_range": (0.0, 1.0),
-}
 
 
 @dataclass(frozen=True)
-class AWDLSTMConfig:
+class AWDLSTMConfig(KeyedConfig):
     """The shape of the model, and what its training drops.
 
     The embedding begins uniform in [-r, r], the bias of the output as 0, and each layer as torch.nn.LSTM does, uniform
@@ -55,6 +46,17 @@ class AWDLSTMConfig:
     """
 
     family: ClassVar[str] = "awd_lstm"
+    ARCHITECTURE: ClassVar[str] = "AWDLSTM"
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "context_length": Key("max_position_embeddings"),
+        "n_layer": Key("num_hidden_layers"),
+        "width": Key("embedding_size"),
+        "hidden": Key("hidden_size"),
+        **{name: Key(name, BOUNDS["dropout"]) for name in _DROPOUTS},
+        "init_range": Key("init_range"),
+    }
+    FIXED: ClassVar[Mapping[str, Any]] = {"tie_word_embeddings": True}
     cell: ClassVar[Cell] = "lstm"
     tie_embeddings: ClassVar[bool] = True
     # What [model] of a training run may set, and what it is for a small model on a CPU.
@@ -81,13 +83,6 @@ class AWDLSTMConfig:
     embedding_dropout: float = 0.05  # of whole words
     weight_dropout: float = 0.5  # of the recurrent weights
     init_range: float = 0.1  # r above
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
-        config_json.check_token_ids(self)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -96,69 +91,12 @@ class AWDLSTMConfig:
         return tuple(itertools.pairwise(widths))
 
     @classmethod
-    def from_settings(cls, **values: Any) -> Self:
-        """Return the configuration for values of SETTINGS and of the vocabulary.
-
-        Raises:
-            ConfigError: A value out of range, by name.
-        """
-        return cls(**values)
-
-    @classmethod
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time: a vocabulary of bytes, few and odd widths."""
         return cls(
             vocab_size=259, context_length=32, width=21, hidden=35, eos_token_ids=(256,), init_range=0.3,
             **dict.fromkeys(_DROPOUTS, 0.0),  # type: ignore[arg-type]
         )  # fmt: skip
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", "awd_lstm")
-        vocab_size = read.integer("vocab_size", 10000)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 1024),
-            n_layer=read.integer("num_hidden_layers", 3),
-            width=read.integer("embedding_size", 400),
-            hidden=read.integer("hidden_size", 1150),
-            dropout=read.number("dropout", 0.4),
-            input_dropout=read.number("input_dropout", 0.4),
-            layer_dropout=read.number("layer_dropout", 0.3),
-            embedding_dropout=read.number("embedding_dropout", 0.05),
-            weight_dropout=read.number("weight_dropout", 0.5),
-            init_range=read.number("init_range", 0.1),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-        )
-        read.require("tie_word_embeddings", True)
-        read.finish()
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json."""
-        return {
-            "architectures": ["AWDLSTM"],
-            "model_type": "awd_lstm",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "num_hidden_layers": self.n_layer,
-            "embedding_size": self.width,
-            "hidden_size": self.hidden,
-            **{name: getattr(self, name) for name in _DROPOUTS},
-            "init_range": self.init_range,
-            "tie_word_embeddings": True,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
 
 
 PRESETS = {"awd-lstm-ptb": AWDLSTMConfig(), "awd-lstm-wikitext2": AWDLSTMConfig(vocab_size=33278)}

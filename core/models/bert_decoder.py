@@ -14,6 +14,7 @@ B batch, S source tokens, T target tokens, P slots in the cache, C width, H head
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor
@@ -31,7 +32,6 @@ from portlm.ops.cached_attention import cached_attention
 from portlm.ops.masked_attention import masked_attention
 
 _SIDES = ("encoder", "decoder")
-_DEPTH = "num_hidden_layers"  # all that the two may differ in
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class BertDecoderConfig(BertConfig):
         read.require("model_type", cls.family)
         read.require("architectures", [*cls.ARCHITECTURES])
         read.require("tie_word_embeddings", True, False)  # that of the decoder counts
-        encoder, decoder = (_side(read, side) for side in _SIDES)
+        encoder = read.part("encoder", partial(_side, writes=False))
+        decoder = read.part("decoder", partial(_side, writes=True))
         for key, value in encoder.items():
             if key != "n_layer" and decoder[key] != value:
                 raise ConfigError(
@@ -132,31 +133,22 @@ class BertDecoderConfig(BertConfig):
         return data
 
 
-def _side(read: config_json.Reader, name: str) -> dict[str, Any]:
+def _side(read: config_json.Reader, *, writes: bool) -> dict[str, Any]:
     """Return the sizes of one of the two, as arguments of the configuration."""
-    found = read.raw(name, "config.json of a BERT")
-    if not isinstance(found, dict):
-        raise ConfigError(f"{name} must be the configuration of a BERT, got {shown(found)}")
-    writes = name == "decoder"
-    inner = config_json.Reader(found)
-    try:
-        inner.require("model_type", "bert")
-        inner.require("is_decoder", writes)
-        if writes and not (found.get("is_decoder") and found.get("add_cross_attention")):
-            raise ConfigError("is_decoder and add_cross_attention must be true")
-        inner.require("tie_word_embeddings", True)
-        sizes = {
-            "vocab_size": inner.integer("vocab_size", EncoderConfig.vocab_size),
-            "context_length": inner.integer("max_position_embeddings", 512),
-            "init_std": inner.number("initializer_range", 0.02),
-            **bert_sizes(inner),
-        }
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            inner.token_ids(key, sizes["vocab_size"])
-        inner.finish(*HARMLESS, decoder=writes)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    read.notes += [f"{name}: {note}" for note in inner.notes]
+    read.require("model_type", "bert")
+    read.require("is_decoder", writes)
+    if writes and not (read.holds("is_decoder") and read.holds("add_cross_attention")):
+        raise ConfigError("is_decoder and add_cross_attention must be there, and true")
+    read.require("tie_word_embeddings", True)
+    sizes = {
+        "vocab_size": read.integer("vocab_size", EncoderConfig.vocab_size),
+        "context_length": read.integer("max_position_embeddings", 512),
+        "init_std": read.number("initializer_range", 0.02),
+        **bert_sizes(read),
+    }
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        read.token_ids(key, sizes["vocab_size"])
+    read.finish(*HARMLESS, decoder=writes)
     return sizes
 
 

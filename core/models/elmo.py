@@ -28,6 +28,7 @@ from portlm.memory import BACKWARD
 from portlm.models.character_cnn import CharacterCNN
 from portlm.models.elmo_config import ElmoConfig
 from portlm.models.layers import Embedding, Linear, check_length, drop
+from portlm.models.own_names import OwnNames
 from portlm.models.projected_lstm import Counting, ProjectedLSTM, State
 from portlm.models.recurrent_decoder import biased_cross_entropy
 from portlm.models.roles import Role
@@ -89,7 +90,7 @@ class Direction(nn.Module):
         return found, after
 
 
-class Elmo(nn.Module):
+class Elmo(OwnNames):
     """A bidirectional language model with randomly initialised weights.
 
     Args:
@@ -239,10 +240,6 @@ class Elmo(nn.Module):
             raise UsageError("this elmo has no output layer, so it predicts nothing")
         return self.head
 
-    def num_parameters(self) -> int:
-        """Return the number of parameters."""
-        return sum(p.numel() for p in self.parameters())
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw fresh weights from PyTorch's global generator, as the code released with the paper does.
@@ -266,21 +263,6 @@ class Elmo(nn.Module):
         head.weight.normal_(0.0, self.config.width**-0.5)
         assert head.bias is not None
         head.bias.zero_()
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: ElmoConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}
 
 
 class LayerMix(nn.Module):

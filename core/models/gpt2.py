@@ -24,28 +24,20 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.causal import Causal, Parts
+from portlm.models.gpt_config import SUMMARY, GPTConfig
+from portlm.models.keyed_config import Key
 from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, drop
 from portlm.models.within import attend_within
 from portlm.ops.attention import attention_qkv
 from portlm.ops.cached_attention import cached_attention
 from portlm.ops.gelu_mlp import gelu_mlp
 
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "n_layer": (1, config_json.MAX_LAYERS),
-    "n_head": (1, config_json.MAX_HEADS),
-    "width": (1, config_json.MAX_WIDTH),
-    "dropout": (0.0, 0.99),
-    "layer_norm_eps": (1e-12, 0.1),
-    "init_std": (0.0, 1.0),
-}
 Init = Literal["scaled", "released", "preferences"]
 _INITS: dict[str, Init] = {"scaled": "scaled", "released": "released", "preferences": "preferences"}
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(GPTConfig):
     """The shape of a GPT-2 model, and how its weights begin.
 
     Three initialisations were published for the same architecture, all with biases 0 and gains 1:
@@ -56,57 +48,36 @@ class GPT2Config:
     - ``preferences``: N(0, 1/n_in), N(0, 1/(n_in L)) for those two projections, N(0, s²) for tokens and
       N(0, s²/4) for positions. The code of Ziegler et al., 2019 (arXiv:1909.08593).
 
-    Dropout acts on the embeddings and on what each sublayer adds to the residual stream. Attention weights
-    are not dropped: the fused attention never holds them in memory.
-
     Raises:
         ConfigError: A value out of range, or a width that the heads do not divide.
     """
 
     family: ClassVar[str] = "gpt2"
     ARCHITECTURE: ClassVar[str] = "GPT2LMHeadModel"
-    # What [model] of a training run may set, and what it is for a small model on a CPU.
-    SETTINGS: ClassVar[dict[str, Any]] = {
-        "n_layer": 4,
-        "n_head": 4,
-        "width": 128,
-        "context_length": 64,  # tokens the model sees at once
-        "dropout": 0.0,
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "width": Key("n_embd", also="hidden_size"),
+        "context_length": Key("n_positions", also="max_position_embeddings"),
+        "dropout": Key("resid_pdrop", missing=0.1),
+        "n_layer": Key("n_layer", also="num_hidden_layers"),
+        "n_head": Key("n_head", also="num_attention_heads"),
+        "layer_norm_eps": Key("layer_norm_epsilon"),
+        "gelu": Key("activation_function", choices=config_json.GELU),
+        "init": Key("portlm_init", choices=_INITS),
+        "init_std": Key("initializer_range"),
     }
+    # The upcast matters in half precision only.
+    HARMLESS: ClassVar[tuple[str, ...]] = (*SUMMARY, "reorder_and_upcast_attn")
 
-    vocab_size: int = 50257
-    context_length: int = 1024  # longest sequence, and the number of learned positions
-    n_layer: int = 12
-    n_head: int = 12
-    width: int = 768
-    dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
     gelu: config_json.Gelu = "tanh"
-    init: Init = "scaled"
-    init_std: float = 0.02  # s above
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    init: Init = "scaled"  # init_std is s above
 
     def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
-        if self.width % self.n_head:
-            raise ConfigError(f"width {self.width} must be a multiple of n_head {self.n_head}")
+        super().__post_init__()
         if self.gelu not in ("tanh", "none"):
             raise ConfigError(f"gelu must be tanh or none, got {self.gelu!r}")
         if self.init not in _INITS:
             raise ConfigError(f"init must be one of {', '.join(_INITS)}, got {self.init!r}")
-        config_json.check_token_ids(self)
-
-    @property
-    def head_dim(self) -> int:
-        """D, the width of one head."""
-        return self.width // self.n_head
-
-    @property
-    def n_kv_head(self) -> int:
-        """Every query head has its own key and value head."""
-        return self.n_head
 
     @property
     def hidden(self) -> int:
@@ -114,95 +85,24 @@ class GPT2Config:
         return 4 * self.width
 
     @classmethod
-    def from_settings(cls, **values: Any) -> Self:
-        """Return the configuration for values of SETTINGS and of the vocabulary.
-
-        Raises:
-            ConfigError: A value out of range, by name.
-        """
-        return cls(**values)
-
-    @classmethod
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time: a vocabulary of bytes, few and odd widths."""
         return cls(vocab_size=259, context_length=32, n_layer=2, n_head=4, width=24, eos_token_ids=(256,))
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a Hugging Face config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", cls.family)
-        vocab_size = read.integer("vocab_size", 50257)
-        width = read.integer("n_embd", 768, also="hidden_size")
-        context = read.integer("n_positions", 1024, also="max_position_embeddings")
-        dropout = read.number("resid_pdrop", 0.1)
-        read.training("embd_pdrop", 0.1, kept=dropout, why="portlm drops at one rate, that of resid_pdrop")
-        read.training("attn_pdrop", 0.1)
-        read.require("n_inner", 4 * width, says="4 times n_embd")
-        read.require("n_ctx", context, says="the same as n_positions")
+    def check(cls, read: config_json.Reader, values: Mapping[str, Any]) -> None:
+        """Look at what follows from other keys, and at how scores are scaled."""
+        read.require("n_inner", 4 * values["width"], says="4 times n_embd")
+        read.require("n_ctx", values["context_length"], says="the same as n_positions")
         read.require("scale_attn_weights", True)
         read.require("scale_attn_by_inverse_layer_idx", False)
-        read.require("tie_word_embeddings", True)
-        read.require_full_attention(context)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=context,
-            n_layer=read.integer("n_layer", 12, also="num_hidden_layers"),
-            n_head=read.integer("n_head", 12, also="num_attention_heads"),
-            width=width,
-            dropout=dropout,
-            layer_norm_eps=read.number("layer_norm_epsilon", 1e-5),
-            gelu=read.choice("activation_function", "gelu_new", config_json.GELU),
-            init=read.choice("portlm_init", "scaled", _INITS),
-            init_std=read.number("initializer_range", 0.02),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-            **cls.own(read),
-        )
-        # The summary keys belong to GPT2DoubleHeadsModel, and the upcast matters in half precision only.
-        read.finish(
-            "summary_type",
-            "summary_use_proj",
-            "summary_activation",
-            "summary_proj_to_labels",
-            "summary_first_dropout",
-            "reorder_and_upcast_attn",
-        )
-        return config
-
-    @classmethod
-    def own(cls, read: config_json.Reader) -> dict[str, Any]:
-        """Return the fields that a descendant reads in its own way."""
-        return {}
+        super().check(read, values)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a config.json that transformers opens as GPT2LMHeadModel."""
-        data = {
-            "architectures": [self.ARCHITECTURE],
-            "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "n_positions": self.context_length,
-            "n_layer": self.n_layer,
-            "n_head": self.n_head,
-            "n_embd": self.width,
-            "activation_function": "gelu_new" if self.gelu == "tanh" else "gelu",
-            "layer_norm_epsilon": self.layer_norm_eps,
-            "resid_pdrop": self.dropout,
-            "embd_pdrop": self.dropout,
-            "attn_pdrop": 0.0,
-            "initializer_range": self.init_std,
-            "tie_word_embeddings": True,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
-        if self.init != "scaled":
-            data["portlm_init"] = self.init  # transformers keeps it as an attribute nobody reads
+        data = super().to_hf()
+        if self.init == "scaled":
+            del data["portlm_init"]  # transformers keeps it as an attribute nobody reads
         return data
 
 

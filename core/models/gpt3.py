@@ -13,6 +13,7 @@ heads (24 of 128 are not 2048), and 13B has a width of 5120 (5140 is not 40 time
 it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from portlm.models import config_json
 from portlm.models.gpt2 import GPT2, Attention, GPT2Config
+from portlm.models.keyed_config import Key
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,20 @@ class GPT3Config(GPT2Config):
         "window": 16,  # positions that a token sees in every other layer, itself among them; 0 for all
     }
 
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        **GPT2Config.KEYS,
+        "context_length": GPT2Config.KEYS["context_length"]._replace(missing=1024),
+        "window": Key(
+            "window_size", (0, config_json.MAX_CONTEXT),
+            read=lambda read, values: config_json.window(read, "window_size", 256), write=lambda n: n or None,
+        ),
+    }  # fmt: skip
+
     context_length: int = 2048
     window: int = 256  # of every other layer; 0 for none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config_json.check_bounds(self, {"window": (0, config_json.MAX_CONTEXT)})
         if self.window >= self.context_length:  # one spelling of one model
             object.__setattr__(self, "window", 0)
 
@@ -52,15 +62,6 @@ class GPT3Config(GPT2Config):
         return cls(
             vocab_size=259, context_length=32, n_layer=2, n_head=4, width=24, window=5, eos_token_ids=(256,)
         )
-
-    @classmethod
-    def own(cls, read: config_json.Reader) -> dict[str, Any]:
-        """Return the window."""
-        return {"window": config_json.window(read, "window_size", 256)}
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json: GPT-2's words, and the window in GPT-Neo's."""
-        return super().to_hf() | {"window_size": self.window or None}
 
 
 def _sized(n_layer: int, n_head: int, width: int) -> GPT3Config:

@@ -20,27 +20,17 @@ from portlm.errors import ConfigError
 from portlm.files import shown
 from portlm.models import config_json
 from portlm.models.gpt2 import GPT2
+from portlm.models.gpt_config import SUMMARY, GPTConfig
+from portlm.models.keyed_config import Key
 from portlm.models.layers import KeyValue, Linear
 from portlm.models.within import attend_within
 from portlm.ops.cached_attention import cached_attention
 
 GLOBAL, LOCAL = "global", "local"
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "n_layer": (1, config_json.MAX_LAYERS),
-    "n_head": (1, config_json.MAX_HEADS),
-    "width": (1, config_json.MAX_WIDTH),
-    "hidden": (1, config_json.MAX_HIDDEN),
-    "window": (1, config_json.MAX_CONTEXT),
-    "dropout": (0.0, 0.99),
-    "layer_norm_eps": (1e-12, 0.1),
-    "init_std": (0.0, 1.0),
-}
 
 
 @dataclass(frozen=True)
-class GPTNeoConfig:
+class GPTNeoConfig(GPTConfig):
     """The shape of a GPT-Neo model. The defaults are transformers', which are GPT-Neo 1.3B.
 
     Raises:
@@ -48,57 +38,52 @@ class GPTNeoConfig:
     """
 
     family: ClassVar[str] = "gpt_neo"
-    # What [model] of a training run may set, and what it is for a small model on a CPU.
+    ARCHITECTURE: ClassVar[str] = "GPTNeoForCausalLM"
+    DROPOUTS: ClassVar[tuple[str, str]] = ("embed_dropout", "attention_dropout")
+    MISSING_RATE: ClassVar[float] = 0.0
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "width": Key("hidden_size"),
+        "n_layer": Key("num_layers", also="num_hidden_layers"),
+        "dropout": Key("resid_dropout"),
+        "context_length": Key("max_position_embeddings"),
+        "n_head": Key("num_heads", also="num_attention_heads"),
+        "hidden": Key(
+            "intermediate_size", missing=lambda values: 4 * values["width"], says="4 times hidden_size"
+        ),
+        "layers": Key("attention_types", read=lambda read, values: _layers(read, values["n_layer"])),
+        "window": Key("window_size", (1, config_json.MAX_CONTEXT)),
+        "layer_norm_eps": Key("layer_norm_epsilon"),
+        "gelu": Key("activation_function", choices=config_json.GELU),
+        "init_std": Key("initializer_range"),
+    }
+    HARMLESS: ClassVar[tuple[str, ...]] = ("classifier_dropout", *SUMMARY)
     SETTINGS: ClassVar[dict[str, Any]] = {
-        "n_layer": 4,
-        "n_head": 4,
-        "width": 128,
-        "context_length": 64,  # tokens the model sees at once
+        **GPTConfig.SETTINGS,
         "window": 16,  # positions that a token sees in every other layer, itself among them
-        "dropout": 0.0,
     }
 
-    vocab_size: int = 50257
-    context_length: int = 2048  # longest sequence, and the number of learned positions
+    context_length: int = 2048
     n_layer: int = 24
     n_head: int = 16
     width: int = 2048
     hidden: int = 8192  # inner width of the MLP
     layers: tuple[str, ...] = (GLOBAL, LOCAL)  # what they see, in turn
     window: int = 256  # how many positions a local layer sees
-    dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
     gelu: config_json.Gelu = "tanh"
-    init_std: float = 0.02
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
-        if self.width % self.n_head:
-            raise ConfigError(f"width {self.width} must be a multiple of n_head {self.n_head}")
+        super().__post_init__()
         if self.gelu not in ("tanh", "none"):
             raise ConfigError(f"gelu must be tanh or none, got {self.gelu!r}")
         if not self.layers or not {GLOBAL, LOCAL}.issuperset(self.layers):
             raise ConfigError(f"layers must be some of {GLOBAL} and {LOCAL}, got {shown(self.layers)}")
-        config_json.check_token_ids(self)
         object.__setattr__(self, "layers", config_json.in_turn(self.kinds))
 
     @property
     def kinds(self) -> list[str]:
         """What each layer sees."""
         return [self.layers[i % len(self.layers)] for i in range(self.n_layer)]
-
-    @property
-    def head_dim(self) -> int:
-        """D, the width of one head."""
-        return self.width // self.n_head
-
-    @property
-    def n_kv_head(self) -> int:
-        """Every query head has its own key and value head."""
-        return self.n_head
 
     @classmethod
     def from_settings(cls, **values: Any) -> Self:
@@ -123,77 +108,9 @@ class GPTNeoConfig:
             eos_token_ids=(256,),
         )
 
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a Hugging Face config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", cls.family)
-        vocab_size, width = read.integer("vocab_size", 50257), read.integer("hidden_size", 2048)
-        n_layer = read.integer("num_layers", 24, also="num_hidden_layers")
-        dropout = read.number("resid_dropout", 0.0)
-        read.training(
-            "embed_dropout", 0.0, kept=dropout, why="portlm drops at one rate, that of resid_dropout"
-        )
-        read.training("attention_dropout", 0.0)
-        read.require("tie_word_embeddings", True)
-        context = read.integer("max_position_embeddings", 2048)
-        read.require_full_attention(context)  # in the words of others; window_size is GPT-Neo's
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=context,
-            n_layer=n_layer,
-            n_head=read.integer("num_heads", 16, also="num_attention_heads"),
-            width=width,
-            hidden=read.integer("intermediate_size", 4 * width, says="4 times hidden_size"),
-            layers=_layers(read, n_layer),
-            window=read.integer("window_size", 256),
-            dropout=dropout,
-            layer_norm_eps=read.number("layer_norm_epsilon", 1e-5),
-            gelu=read.choice("activation_function", "gelu_new", config_json.GELU),
-            init_std=read.number("initializer_range", 0.02),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-        )
-        read.finish(
-            "classifier_dropout",
-            "summary_type",
-            "summary_use_proj",
-            "summary_activation",
-            "summary_proj_to_labels",
-            "summary_first_dropout",
-        )
-        return config
-
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a config.json that transformers opens as GPTNeoForCausalLM."""
-        return {
-            "architectures": ["GPTNeoForCausalLM"],
-            "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "num_layers": self.n_layer,
-            "num_heads": self.n_head,
-            "hidden_size": self.width,
-            "intermediate_size": self.hidden,
-            "attention_types": [[self.kinds, 1]],
-            "attention_layers": self.kinds,
-            "window_size": self.window,
-            "activation_function": "gelu_new" if self.gelu == "tanh" else "gelu",
-            "layer_norm_epsilon": self.layer_norm_eps,
-            "resid_dropout": self.dropout,
-            "embed_dropout": self.dropout,
-            "attention_dropout": 0.0,
-            "initializer_range": self.init_std,
-            "tie_word_embeddings": True,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
+        return super().to_hf() | {"attention_types": [[self.kinds, 1]], "attention_layers": self.kinds}
 
 
 def _layers(read: config_json.Reader, n_layer: int) -> tuple[str, ...]:

@@ -35,25 +35,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError
-from portlm.models import config_json
+from portlm.models.keyed_config import Key, KeyedConfig
 from portlm.models.layers import check_length
+from portlm.models.own_names import OwnNames
 from portlm.models.roles import Role
 from portlm.ops.embedding import embedding
 from portlm.roles import StateSpec, TensorSpec
 
 MAX_ORDER = 16
 MAX_PLACES = 2**24  # float32 tells so many apart
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "order": (1, MAX_ORDER),
-    "histories": (0, MAX_PLACES),
-    "places": (0, MAX_PLACES),
-}
 
 
 @dataclass(frozen=True)
-class NGramConfig:
+class NGramConfig(KeyedConfig):
     """The shape of the tables.
 
     Raises:
@@ -61,6 +55,15 @@ class NGramConfig:
     """
 
     family: ClassVar[str] = "ngram"
+    ARCHITECTURE: ClassVar[str] = "NGram"
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "context_length": Key("max_position_embeddings"),
+        "order": Key("order", (1, MAX_ORDER)),
+        "histories": Key("histories", (0, MAX_PLACES), says="vocab_size + 1"),
+        "places": Key("places", (0, MAX_PLACES), says="histories + vocab_size"),
+    }
+    FIXED: ClassVar[Mapping[str, Any]] = {"tie_word_embeddings": False}
     SETTINGS: ClassVar[dict[str, Any]] = {
         "order": 5,
         "context_length": 32768,
@@ -71,12 +74,9 @@ class NGramConfig:
     order: int = 5  # n
     histories: int = 0  # M; 0 stands for 1 + V: no run of words was seen
     places: int = 0  # N; 0 stands for M + V
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
+        super().__post_init__()
         least = 1 + self.vocab_size
         object.__setattr__(self, "histories", self.histories or least)
         object.__setattr__(self, "places", self.places or self.histories + self.vocab_size)
@@ -85,21 +85,11 @@ class NGramConfig:
                 f"histories must be from {least} to places - {self.vocab_size}, got {self.histories} of "
                 f"{self.places} places"
             )
-        config_json.check_token_ids(self)
 
     @property
     def words(self) -> int:
         """K, how many words are looked back at, and at least 1."""
         return max(1, self.order - 1)
-
-    @classmethod
-    def from_settings(cls, **values: Any) -> Self:
-        """Return the configuration for values of SETTINGS and of the vocabulary, before anything was counted.
-
-        Raises:
-            ConfigError: A value out of range, by name.
-        """
-        return cls(**values)
 
     @classmethod
     def tiny(cls) -> Self:
@@ -108,52 +98,12 @@ class NGramConfig:
             vocab_size=259, context_length=32, order=4, histories=1201, places=1703, eos_token_ids=(256,)
         )
 
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", "ngram")
-        vocab_size = read.integer("vocab_size", 259)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 32768),
-            order=read.integer("order", 5),
-            histories=read.integer("histories", 0, says="vocab_size + 1"),
-            places=read.integer("places", 0, says="histories + vocab_size"),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-        )
-        read.require("tie_word_embeddings", False)
-        read.finish()
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json."""
-        return {
-            "architectures": ["NGram"],
-            "model_type": "ngram",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "order": self.order,
-            "histories": self.histories,
-            "places": self.places,
-            "tie_word_embeddings": False,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
-
 
 PRESETS: dict[str, NGramConfig] = {}
 PARAMETERS: dict[str, int] = {}
 
 
-class NGram(nn.Module):
+class NGram(OwnNames):
     """An n-gram model in which every word is equally probable.
 
     Args:
@@ -301,10 +251,6 @@ class NGram(nn.Module):
         parents = _rows(self.parents, places).to(words.dtype)
         return places, torch.relu(1 - (parents - entries).abs())
 
-    def num_parameters(self) -> int:
-        """Return the number of parameters: probabilities and weights, without the tables that find them."""
-        return sum(p.numel() for p in self.parameters())
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """Make every word equally probable, behind histories none of which was seen."""
@@ -328,21 +274,6 @@ class NGram(nn.Module):
         if len(places) and not 0 <= words.min() <= words.max() < V:
             return "parents names histories whose children are elsewhere, by base"
         return ""
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a tensor's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: NGramConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}
 
 
 def _rows(table: Tensor, places: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from portlm.errors import ConfigError
-from portlm.models import config_json
+from portlm.models.keyed_config import Key, KeyedConfig
 from portlm.models.layers import Embedding, Linear, check_length
+from portlm.models.own_names import OwnNames
 from portlm.models.roles import Role
 from portlm.ops.embedding import embedding
 from portlm.ops.linear import linear
@@ -34,18 +34,10 @@ from portlm.ops.linear_cross_entropy import linear_cross_entropy
 from portlm.roles import StateSpec, TensorSpec
 
 _MAX_ORDER = 256
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "order": (2, _MAX_ORDER),
-    "width": (1, config_json.MAX_WIDTH),
-    "hidden": (1, config_json.MAX_HIDDEN),
-    "init_std": (0.0, 1.0),
-}
 
 
 @dataclass(frozen=True)
-class NPLMConfig:
+class NPLMConfig(KeyedConfig):
     """The shape of the model, and how its weights begin.
 
     Word vectors begin as N(0, s²), matrices as N(0, 1/n_in) and biases as 0; the paper does not say.
@@ -55,6 +47,17 @@ class NPLMConfig:
     """
 
     family: ClassVar[str] = "nplm"
+    ARCHITECTURE: ClassVar[str] = "NPLM"
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "context_length": Key("max_position_embeddings"),
+        "order": Key("order", (2, _MAX_ORDER)),
+        "width": Key("embedding_size"),
+        "hidden": Key("hidden_size"),
+        "direct": Key("direct_connections"),
+        "init_std": Key("initializer_range"),
+    }
+    FIXED: ClassVar[Mapping[str, Any]] = {"tie_word_embeddings": False}
     # What [model] of a training run may set, and what it is for a small model on a CPU.
     SETTINGS: ClassVar[dict[str, Any]] = {
         "order": 6,
@@ -71,15 +74,6 @@ class NPLMConfig:
     hidden: int = 100  # H
     direct: bool = False  # whether W is there
     init_std: float = 0.1  # s above
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
-        if type(self.direct) is not bool:
-            raise ConfigError(f"direct must be true or false, got {self.direct!r}")
-        config_json.check_token_ids(self)
 
     @property
     def words(self) -> int:
@@ -87,64 +81,11 @@ class NPLMConfig:
         return self.order - 1
 
     @classmethod
-    def from_settings(cls, **values: Any) -> Self:
-        """Return the configuration for values of SETTINGS and of the vocabulary.
-
-        Raises:
-            ConfigError: A value out of range, by name.
-        """
-        return cls(**values)
-
-    @classmethod
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time: a vocabulary of bytes, few and odd widths."""
         return cls(
             vocab_size=259, context_length=32, order=4, width=13, hidden=22, direct=True, eos_token_ids=(256,)
         )
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", "nplm")
-        vocab_size = read.integer("vocab_size", 16383)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 1024),
-            order=read.integer("order", 5),
-            width=read.integer("embedding_size", 30),
-            hidden=read.integer("hidden_size", 100),
-            direct=read.boolean("direct_connections", False),
-            init_std=read.number("initializer_range", 0.1),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-        )
-        read.require("tie_word_embeddings", False)
-        read.finish()
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json."""
-        return {
-            "architectures": ["NPLM"],
-            "model_type": "nplm",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "order": self.order,
-            "embedding_size": self.width,
-            "hidden_size": self.hidden,
-            "direct_connections": self.direct,
-            "initializer_range": self.init_std,
-            "tie_word_embeddings": False,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
 
 
 PRESETS = {
@@ -159,7 +100,7 @@ PARAMETERS = {  # by the paper's formula, V (1 + n M + H) + H (1 + (n - 1) M), w
 }
 
 
-class NPLM(nn.Module):
+class NPLM(OwnNames):
     """A neural probabilistic language model with randomly initialised weights.
 
     Args:
@@ -277,10 +218,6 @@ class NPLM(nn.Module):
         y = self.output(torch.tanh(self.hidden(words)))
         return y if self.direct is None else y + linear(words, self.direct.weight)
 
-    def num_parameters(self) -> int:
-        """Return the number of parameters."""
-        return sum(p.numel() for p in self.parameters())
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw fresh weights from PyTorch's global generator, as NPLMConfig says."""
@@ -289,18 +226,3 @@ class NPLM(nn.Module):
                 p.zero_()
             else:
                 p.normal_(0.0, self.config.init_std if name == "embed.weight" else 1 / math.sqrt(p.shape[1]))
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: NPLMConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}

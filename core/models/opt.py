@@ -22,27 +22,18 @@ from torch import Tensor, nn
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.causal import Causal, Parts
+from portlm.models.gpt_config import LearnedConfig
 from portlm.models.grouped import attend
+from portlm.models.keyed_config import Key
 from portlm.models.layers import Embedding, KeyValue, LayerNorm, Linear, drop
 from portlm.ops.embedding import embedding
 
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "n_layer": (1, config_json.MAX_LAYERS),
-    "n_head": (1, config_json.MAX_HEADS),
-    "width": (1, config_json.MAX_WIDTH),
-    "hidden": (1, config_json.MAX_HIDDEN),
-    "token_width": (0, config_json.MAX_WIDTH),
-    "dropout": (0.0, 0.99),
-    "init_std": (0.0, 1.0),
-}
 _EPS = 1e-5  # of every norm; config.json has no key for it
 _UNREAD = 2  # rows in front of the table of positions
 
 
 @dataclass(frozen=True)
-class OPTConfig:
+class OPTConfig(LearnedConfig):
     """The shape of an OPT model. The defaults are OPT-125M, but for ``init_std``, which is transformers'.
 
     Weights begin as N(0, s²), and as N(0, s²/2L) in the two maps that write to the residual stream; biases as 0. The
@@ -53,36 +44,36 @@ class OPTConfig:
     """
 
     family: ClassVar[str] = "opt"
-    # What [model] of a training run may set, and what it is for a small model on a CPU.
+    ARCHITECTURE: ClassVar[str] = "OPTForCausalLM"
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "width": Key("hidden_size"),
+        "context_length": Key("max_position_embeddings"),
+        "norm_first": Key("do_layer_norm_before"),
+        "n_layer": Key("num_hidden_layers"),
+        "n_head": Key("num_attention_heads"),
+        "hidden": Key("ffn_dim"),
+        "token_width": Key(
+            "word_embed_proj_dim", (0, config_json.MAX_WIDTH), missing=lambda values: values["width"],
+            says="hidden_size",
+        ),
+        "dropout": Key("dropout", missing=0.1),
+        "init_std": Key("init_std"),
+    }  # fmt: skip
+    FIXED: ClassVar[Mapping[str, Any]] = {"activation_function": "relu", **LearnedConfig.FIXED}
     SETTINGS: ClassVar[dict[str, Any]] = {
-        "n_layer": 4,
-        "n_head": 4,
-        "width": 128,
+        **LearnedConfig.SETTINGS,
         "hidden": 0,  # width of the feed-forward layer; 0 means 4 times the width
-        "context_length": 64,  # tokens the model sees at once
-        "dropout": 0.0,
     }
 
     vocab_size: int = 50272
     context_length: int = 2048
-    n_layer: int = 12
-    n_head: int = 12
-    width: int = 768
     hidden: int = 3072  # inner width of the perceptron
     token_width: int = 0  # E; 0 for the width
     norm_first: bool = True
-    dropout: float = 0.0
-    init_std: float = 0.02  # s above
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
-        if self.width % self.n_head:
-            raise ConfigError(f"width {self.width} must be a multiple of n_head {self.n_head}")
-        if not isinstance(self.norm_first, bool):
-            raise ConfigError(f"norm_first must be true or false, got {self.norm_first!r}")
+        super().__post_init__()
         if self.token_width == self.width:  # one spelling of one shape
             object.__setattr__(self, "token_width", 0)
         if self.norm_first == bool(self.token_width):
@@ -90,17 +81,6 @@ class OPTConfig:
                 f"norm_first {self.norm_first} and token_width {self.embedding_width} of width {self.width} do not go "
                 "together: OPT-350M alone has its norms behind the sublayers, and it alone projects its tokens"
             )
-        config_json.check_token_ids(self)
-
-    @property
-    def head_dim(self) -> int:
-        """D, the width of one head."""
-        return self.width // self.n_head
-
-    @property
-    def n_kv_head(self) -> int:
-        """Every query head has its own key and value head."""
-        return self.n_head
 
     @property
     def embedding_width(self) -> int:
@@ -124,66 +104,20 @@ class OPTConfig:
         )
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a Hugging Face config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", "opt")
-        vocab_size, width = read.integer("vocab_size", 50272), read.integer("hidden_size", 768)
-        context = read.integer("max_position_embeddings", 2048)
-        norm_first = read.boolean("do_layer_norm_before", True)
-        read.require("activation_function", "relu")
+    def check(cls, read: config_json.Reader, values: Mapping[str, Any]) -> None:
+        """Look at what no published model has, and at the other rates of dropout."""
+        super().check(read, values)
         read.require("enable_bias", True)
         read.require("layer_norm_elementwise_affine", True)
-        read.require("_remove_final_layer_norm", *(False,) if norm_first else (False, True), says="false")
-        read.require("tie_word_embeddings", True)
-        read.require_full_attention(context)
+        there = (False,) if values["norm_first"] else (False, True)
+        read.require("_remove_final_layer_norm", *there, says="false")
         for key in ("attention_dropout", "activation_dropout", "layerdrop"):
             read.training(key, 0.0)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=context,
-            n_layer=read.integer("num_hidden_layers", 12),
-            n_head=read.integer("num_attention_heads", 12),
-            width=width,
-            hidden=read.integer("ffn_dim", 3072),
-            token_width=read.integer("word_embed_proj_dim", width, says="hidden_size"),
-            norm_first=norm_first,
-            dropout=read.number("dropout", 0.1),
-            init_std=read.number("init_std", 0.02),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-        )
-        read.finish()
-        return config
 
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a config.json that transformers opens as OPTForCausalLM."""
-        return {
-            "architectures": ["OPTForCausalLM"],
-            "model_type": "opt",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "num_hidden_layers": self.n_layer,
-            "num_attention_heads": self.n_head,
-            "hidden_size": self.width,
-            "ffn_dim": self.hidden,
-            "word_embed_proj_dim": self.embedding_width,
-            "do_layer_norm_before": self.norm_first,
-            "activation_function": "relu",
-            "dropout": self.dropout,
-            "attention_dropout": 0.0,
-            "layerdrop": 0.0,
-            "init_std": self.init_std,
-            "tie_word_embeddings": True,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
+        rates = {"attention_dropout": 0.0, "layerdrop": 0.0}
+        return super().to_hf() | {"word_embed_proj_dim": self.embedding_width, **rates}
 
 
 def _sized(n_layer: int, n_head: int, width: int, **more: Any) -> OPTConfig:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from portlm.errors import ConfigError
-from portlm.models import config_json
+from portlm.models.keyed_config import Key, KeyedConfig
 from portlm.models.layers import drop
 from portlm.models.recurrent_decoder import (
     CELLS,
@@ -35,19 +35,9 @@ from portlm.models.recurrent_decoder import (
 
 __all__ = ["CELLS", "PARAMETERS", "PRESETS", "STATES", "CellLayer", "Recurrent", "RecurrentConfig"]
 
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "n_layer": (1, config_json.MAX_LAYERS),
-    "width": (1, config_json.MAX_WIDTH),
-    "dropout": (0.0, 0.99),
-    "init_range": (0.0, 1.0),
-    "forget_bias": (-10.0, 10.0),
-}
-
 
 @dataclass(frozen=True)
-class RecurrentConfig:
+class RecurrentConfig(KeyedConfig):
     """The shape of a recurrent model, and how its weights begin.
 
     Every weight begins uniform in [-r, r], as Zaremba et al. have it, but the bias of an LSTM's forget gate, to which
@@ -58,6 +48,18 @@ class RecurrentConfig:
     """
 
     family: ClassVar[str] = "recurrent"
+    ARCHITECTURE: ClassVar[str] = "Recurrent"
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "context_length": Key("max_position_embeddings"),
+        "cell": Key("cell", choices=CELLS),
+        "n_layer": Key("num_hidden_layers"),
+        "width": Key("hidden_size"),
+        "dropout": Key("dropout"),
+        "tie_embeddings": Key("tie_word_embeddings"),
+        "init_range": Key("init_range"),
+        "forget_bias": Key("forget_bias", (-10.0, 10.0)),
+    }
     # What [model] of a training run may set, and what it is for a small model on a CPU.
     SETTINGS: ClassVar[dict[str, Any]] = {
         "cell": "lstm",
@@ -77,17 +79,11 @@ class RecurrentConfig:
     tie_embeddings: bool = False
     init_range: float = 0.1  # r above
     forget_bias: float = 0.0
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
+        super().__post_init__()
         if self.cell not in CELLS:
             raise ConfigError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
-        if type(self.tie_embeddings) is not bool:
-            raise ConfigError(f"tie_embeddings must be true or false, got {self.tie_embeddings!r}")
-        config_json.check_token_ids(self)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -95,64 +91,9 @@ class RecurrentConfig:
         return ((self.width, self.width),) * self.n_layer
 
     @classmethod
-    def from_settings(cls, **values: Any) -> Self:
-        """Return the configuration for values of SETTINGS and of the vocabulary.
-
-        Raises:
-            ConfigError: A value out of range, by name.
-        """
-        return cls(**values)
-
-    @classmethod
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time: a vocabulary of bytes, few and odd widths."""
         return cls(vocab_size=259, context_length=32, width=27, eos_token_ids=(256,), init_range=0.2)
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", "recurrent")
-        vocab_size = read.integer("vocab_size", 10000)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 1024),
-            cell=read.choice("cell", "lstm", CELLS),
-            n_layer=read.integer("num_hidden_layers", 2),
-            width=read.integer("hidden_size", 200),
-            dropout=read.number("dropout", 0.0),
-            tie_embeddings=read.boolean("tie_word_embeddings", False),
-            init_range=read.number("init_range", 0.1),
-            forget_bias=read.number("forget_bias", 0.0),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-        )
-        read.finish()
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json."""
-        return {
-            "architectures": ["Recurrent"],
-            "model_type": "recurrent",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "cell": self.cell,
-            "num_hidden_layers": self.n_layer,
-            "hidden_size": self.width,
-            "dropout": self.dropout,
-            "tie_word_embeddings": self.tie_embeddings,
-            "init_range": self.init_range,
-            "forget_bias": self.forget_bias,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
 
 
 PRESETS = {

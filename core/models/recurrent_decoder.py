@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from portlm.models.layers import Embedding, Linear, check_length, drop
+from portlm.models.own_names import OwnNames
 from portlm.models.roles import Role
 from portlm.ops.gru import gru
 from portlm.ops.gru_cell import gru_cell
@@ -121,7 +122,7 @@ class Shape(Protocol):
         """Whether the embedding is the output matrix, too."""
 
 
-class RecurrentDecoder(nn.Module):
+class RecurrentDecoder(OwnNames):
     """A recurrent language model: all but its dropout and how its weights begin, which a family says.
 
     Args:
@@ -234,25 +235,6 @@ class RecurrentDecoder(nn.Module):
             x = self.between(x, number)
             after.append(new)
         return x, after
-
-    def num_parameters(self) -> int:
-        """Return the number of parameters, a shared embedding counted once."""
-        return sum(p.numel() for p in self.parameters())
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: Shape) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}
 
 
 def biased_cross_entropy(y: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

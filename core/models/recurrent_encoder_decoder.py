@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from portlm.errors import ConfigError
 from portlm.models import config_json
 from portlm.models.layers import check_length
+from portlm.models.own_names import OwnNames
 from portlm.ops.linear import linear
 from portlm.ops.linear_cross_entropy import linear_cross_entropy
 from portlm.roles import TensorSpec
@@ -66,7 +67,7 @@ class PairConfig:
         config_json.check_token_ids(self, "decoder_start_token_id")
 
 
-class RecurrentEncoderDecoder(nn.Module):
+class RecurrentEncoderDecoder(OwnNames):
     """A model of pairs of texts. A family's class fills in `head`, `read` and `write`, and `roles`."""
 
     config: Any
@@ -135,25 +136,6 @@ class RecurrentEncoderDecoder(nn.Module):
         """
         y, memory = self.write(input_ids, attention_mask, memory)
         return linear(y, self.head), memory
-
-    def num_parameters(self) -> int:
-        """Return the number of parameters."""
-        return sum(p.numel() for p in self.parameters())
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: Any) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}
 
 
 def token_inputs(*prefixes: str, below: int) -> tuple[TensorSpec, ...]:

@@ -97,7 +97,8 @@ def _interval(read: config_json.Reader, n_layer: int) -> int:
     if not isinstance(flags, list) or any(type(flag) is not int for flag in flags):
         raise ConfigError(f"no_rope_layers must be a list of zeros and ones, got {shown(flags)}")
     interval = flags.index(0) + 1 if 0 in flags else 0
-    if flags != [int(not interval or (layer + 1) % interval != 0) for layer in range(n_layer)]:
+    by_turns = [int(not interval or (layer + 1) % interval != 0) for layer in range(len(flags))]
+    if len(flags) != n_layer or flags != by_turns:
         raise ConfigError(
             f"no_rope_layers = {shown(flags)} is not supported: only {n_layer} ones, or a zero for every so-manieth "
             "layer, gives a model portlm computes"

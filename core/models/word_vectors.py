@@ -18,23 +18,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from portlm.models import config_json
+from portlm.models.keyed_config import Key, KeyedConfig
 from portlm.models.layers import Embedding, check_length
+from portlm.models.own_names import OwnNames
 from portlm.models.roles import Role
 from portlm.roles import TensorSpec
 
 TOKENS = "last_hidden_state"  # what the verbs for encoders read
-_BOUNDS = {
-    "vocab_size": (1, config_json.MAX_VOCAB),
-    "context_length": (1, config_json.MAX_CONTEXT),
-    "width": (1, config_json.MAX_WIDTH),
-}
 
 
 @dataclass(frozen=True)
-class WordVectorsConfig:
+class WordVectorsConfig(KeyedConfig):
     """The shape of the table.
 
     Raises:
@@ -42,74 +38,30 @@ class WordVectorsConfig:
     """
 
     family: ClassVar[str] = "word_vectors"
+    ARCHITECTURE: ClassVar[str] = "WordVectors"
+    KEYS: ClassVar[Mapping[str, Key]] = {
+        "vocab_size": Key("vocab_size"),
+        "context_length": Key("max_position_embeddings"),
+        "width": Key("embedding_size"),
+    }
     # What [model] of a training run may set, and what it is for a small model on a CPU.
     SETTINGS: ClassVar[dict[str, Any]] = {"width": 64, "context_length": 64}  # of a row of a batch
 
     vocab_size: int = 400_000
     context_length: int = 1 << 16  # the longest text; nothing depends on it
     width: int = 300  # M
-    bos_token_id: int | None = None  # this and the next two are not computed with, only kept with the model
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        config_json.check_bounds(self, _BOUNDS)
-        config_json.check_token_ids(self)
-
-    @classmethod
-    def from_settings(cls, **values: Any) -> Self:
-        """Return the configuration for values of SETTINGS and of the vocabulary.
-
-        Raises:
-            ConfigError: A value out of range, by name.
-        """
-        return cls(**values)
 
     @classmethod
     def tiny(cls) -> Self:
         """Return a configuration that tests compute in no time: a vocabulary of bytes, an odd width."""
         return cls(vocab_size=259, context_length=32, width=13, eos_token_ids=(256,))
 
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any] | config_json.Reader) -> Self:
-        """Read the contents of a config.json, strictly.
-
-        Raises:
-            ConfigError: A key that is missing, unknown, out of range or asks for another model. It is named.
-        """
-        read = config_json.Reader.of(data)
-        read.require("model_type", "word_vectors")
-        vocab_size = read.integer("vocab_size", 400_000)
-        config = cls(
-            vocab_size=vocab_size,
-            context_length=read.integer("max_position_embeddings", 1 << 16),
-            width=read.integer("embedding_size", 300),
-            bos_token_id=read.token_id("bos_token_id", vocab_size),
-            eos_token_ids=read.token_ids("eos_token_id", vocab_size),
-            pad_token_id=read.token_id("pad_token_id", vocab_size),
-        )
-        read.finish()
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the contents of a config.json."""
-        return {
-            "architectures": ["WordVectors"],
-            "model_type": "word_vectors",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "embedding_size": self.width,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": config_json.one_or_list(self.eos_token_ids),
-            "pad_token_id": self.pad_token_id,
-        }
-
 
 PRESETS = {f"glove-6b-{width}": WordVectorsConfig(width=width) for width in (50, 100, 200, 300)}
 PARAMETERS = {f"glove-6b-{width}": 400_000 * width for width in (50, 100, 200, 300)}
 
 
-class WordVectors(nn.Module):
+class WordVectors(OwnNames):
     """A table of word vectors, which begin as word2vec's do: uniform from -0.5 / M to 0.5 / M.
 
     Args:
@@ -141,22 +93,3 @@ class WordVectors(nn.Module):
         inputs = (TensorSpec("input_ids", "int64", ids),)
         outputs = (TensorSpec(TOKENS, "float32", (*ids, self.config.width)),)
         return {"encoder": Role(lambda input_ids: (self(input_ids),), inputs, outputs)}
-
-    def num_parameters(self) -> int:
-        """Return the number of parameters."""
-        return self.vectors.weight.numel()
-
-    @staticmethod
-    def hf_name(name: str) -> tuple[str, bool]:
-        """Return a parameter's name in the files, its own, and that it is not stored transposed there."""
-        return name, False
-
-    @staticmethod
-    def hf_alias(name: str) -> str | None:
-        """Return the usual name of a tensor in a foreign file: there is no other."""
-        return name
-
-    @staticmethod
-    def hf_tied(config: WordVectorsConfig) -> dict[str, str]:
-        """Return {name: the tensor it must equal} for what some files store twice: nothing."""
-        return {}

@@ -21,6 +21,7 @@ _TOOLS = {
     "lazy",
     "linear_bf16",
     "linear_cross_entropy_cuda",
+    "mlp",
     "narrow",
     "precision",
     "quantized",

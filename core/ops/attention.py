@@ -251,20 +251,8 @@ def _forward(
     return _attend(where(q, k, v), *results, k.shape[2], causal, scale, rounds, window, softcap)
 
 
-def _empty_gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    causal: bool,
-    scale: float,
-    rounds: bool = False,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs)
 
 
 def _gradients(
@@ -280,10 +268,10 @@ def _gradients(
     window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _empty_gradients(dout, q, k, v, out, stats, causal, scale)
+    dq, dk, dv = grads = _empty_gradients(q, k, v)
     places = where(q, k, v), out, stats, where(*grads)
     _differentiate(dout, *places, k.shape[2], causal, scale, rounds, window, softcap)
-    return grads
+    return dq, dk, dv
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -293,7 +281,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, *output)
 
 
-_fused_gradients = KernelOp("attention_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "attention_backward", _gradients, fake=lambda dout, q, k, v, *_, **__: _empty_gradients(q, k, v)
+)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -306,22 +296,13 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 _fused = KernelOp(
     "attention",
     _forward,
-    fake=lambda q, k, v, causal, scale, rounds=False, window=0, softcap=0.0: _empty_results(q, q.shape),
+    fake=lambda q, *_, **__: _empty_results(q, q.shape),
     backward=_backward,
     setup_context=_save,
 )
 
 
-def _empty_results_qkv(
-    qkv: Tensor,
-    H: int,
-    K: int,
-    causal: bool,
-    scale: float,
-    rounds: bool = False,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _empty_results_qkv(qkv: Tensor, H: int, K: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     B, T, width = qkv.shape
     return _empty_results(qkv, (B, T, H, width // (H + 2 * K)))
 
@@ -336,7 +317,7 @@ def _forward_qkv(
     window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    results = _empty_results_qkv(qkv, H, K, causal, scale)
+    results = _empty_results_qkv(qkv, H, K)
     return _attend(_where_in(qkv, H, K), *results, K, causal, scale, rounds, window, softcap)
 
 

@@ -132,7 +132,7 @@ def _forward(
     B, T, H, D = q.shape
     K, P = past_key.shape[1:3]
     S = P + T
-    out, key, value = _empty(q, k, v, past_key, past_value, mask, scale)
+    out, key, value = _empty(q, k, v, past_key)
     for past, fresh, present in ((past_key, k, key), (past_value, v, value)):
         kernels.append_cache(past.data_ptr(), fresh.data_ptr(), present.data_ptr(), B, K, P, T, D)
     kernels.cached_attention(
@@ -143,15 +143,7 @@ def _forward(
 
 
 def _empty(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, K, D = k.shape
     shape = (B, K, past_key.shape[2] + T, D)

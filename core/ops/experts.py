@@ -168,21 +168,7 @@ def _value(
     return _run(x, router, gate, up, down, top_k, normalize)
 
 
-def _empty_gradients(
-    dy: Tensor,
-    x: Tensor,
-    router: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    logits: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    pre: Tensor,
-    needs: list[bool],
-    normalize: bool,
-) -> list[Tensor]:
-    inputs = x, router, gate, up, down
+def _empty_gradients(inputs: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True)]
 
 
@@ -202,7 +188,7 @@ def _gradients(
 ) -> list[Tensor]:
     """Return dx, drouter, dgate, dup and ddown, empty where not needed: no op can return None."""
     given = dy, x, router, gate, up, down, logits, chosen, weights, pre
-    grads = _empty_gradients(*given, needs, normalize)
+    grads = _empty_gradients(given[1:6], needs)
     kernels.experts_bwd(
         *(t.data_ptr() for t in given),
         *(g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)),
@@ -211,7 +197,9 @@ def _gradients(
     return grads
 
 
-_fused_gradients = KernelOp("experts_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "experts_backward", _gradients, fake=lambda *given: _empty_gradients(given[1:6], given[-2])
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

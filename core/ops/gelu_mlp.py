@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
 from portlm.ops.gelu_mlp_bf16 import gelu_mlp_bf16
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, address, contiguous, has_kernel, kernels
+from portlm.ops.mlp import backward_by, check_mlp, empty_gradients
 from portlm.ops.precision import rounded_linear_reference, rounds_products
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, module_of
 
@@ -58,19 +59,11 @@ def gelu_mlp(
     """
     if approximate not in ("tanh", "none"):
         raise ValueError(f"[gelu_mlp] approximate must be 'tanh' or 'none', got {approximate!r}")
-    if (
-        x.dim() == 0 or w1.dim() != 2 or w2.dim() != 2 or w1.shape[1] != x.shape[-1] or w2.shape[1] != w1.shape[0]
-        or (b1 is not None and b1.shape != w1.shape[:1]) or (b2 is not None and b2.shape != w2.shape[:1])
-    ):  # fmt: skip
-        biases = ", ".join("None" if b is None else str(tuple(b.shape)) for b in (b1, b2))
-        raise ValueError(
-            "[gelu_mlp] need x (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), "
-            f"got x {tuple(x.shape)}, w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)}, biases {biases}"
-        )
+    check_mlp("gelu_mlp", x, w1, b1, w2, b2)
     if not has_kernel(x, w1, b1, w2, b2):
         return gelu_mlp_reference(x, w1, b1, w2, b2, approximate)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
-    b1, b2 = b1 if b1 is None else b1.contiguous(), b2 if b2 is None else b2.contiguous()
+    b1, b2 = contiguous(b1, b2)
     if rounds_products():
         return gelu_mlp_bf16(x, w1, b1, w2, b2, approximate == "tanh")
     if torch.is_grad_enabled():
@@ -80,16 +73,12 @@ def gelu_mlp(
     return _fused_value(x, w1, b1, w2, b2, approximate == "tanh")
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _run(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, pre: Tensor | None, tanh: bool
 ) -> Tensor:
     y = x.new_empty((*x.shape[:-1], w2.shape[0]))
     kernels.gelu_mlp_fwd(
-        x.data_ptr(), w1.data_ptr(), _address(b1), w2.data_ptr(), _address(b2), _address(pre), y.data_ptr(),
+        x.data_ptr(), w1.data_ptr(), address(b1), w2.data_ptr(), address(b2), address(pre), y.data_ptr(),
         x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0], tanh,
     )  # fmt: skip
     return y
@@ -107,18 +96,11 @@ def _value(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
     return _run(x, w1, b1, w2, b2, None, tanh)
 
 
-def _empty_gradients(
-    dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
-) -> list[Tensor]:
-    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    return [x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
-
-
 def _gradients(
     dy: Tensor, x: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
 ) -> list[Tensor]:
-    """Return dx, dw1, db1, dw2 and db2, empty where not needed: no op can return None."""
-    grads = _empty_gradients(dy, x, pre, w1, w2, needs, tanh)
+    """Return dx, dw1, db1, dw2 and db2, empty where not needed."""
+    grads = empty_gradients(dy, x, w1, w2, needs)
     kernels.gelu_mlp_bwd(
         dy.data_ptr(), x.data_ptr(), pre.data_ptr(), w1.data_ptr(), w2.data_ptr(),
         *(g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)),
@@ -127,24 +109,18 @@ def _gradients(
     return grads
 
 
-_fused_gradients = KernelOp("gelu_mlp_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "gelu_mlp_backward",
+    _gradients,
+    fake=lambda dy, x, pre, w1, w2, needs, tanh: empty_gradients(dy, x, w1, w2, needs),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, b1, w2, b2, ctx.tanh = inputs
+    x, w1, b1, w2, b2, *ctx.settings = inputs
     ctx.has_bias = b1 is not None, b2 is not None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], w1, w2)
-
-
-def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 6
-    needs = list(ctx.needs_input_grad[:5])
-    needs[2] &= ctx.has_bias[0]
-    needs[4] &= ctx.has_bias[1]
-    grads = _fused_gradients(dy.contiguous(), *ctx.saved_tensors, needs, ctx.tanh)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
 _fused = KernelOp(
@@ -154,7 +130,7 @@ _fused = KernelOp(
         x.new_empty((*x.shape[:-1], w2.shape[0])),
         x.new_empty((*x.shape[:-1], w1.shape[0])),
     ),
-    backward=_backward,
+    backward=backward_by(_fused_gradients),
     setup_context=_save,
 )
 _fused_value = KernelOp(

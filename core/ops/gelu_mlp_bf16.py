@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.kernel_op import KernelOp, kernels
+from portlm.ops.kernel_op import KernelOp, address, kernels
+from portlm.ops.mlp import backward_by, empty_gradients
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +28,6 @@ def gelu_mlp_bf16(
     return y
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _empty(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,24 +44,17 @@ def _forward(
     """Return y and, for backward, x and the argument of GELU, both rounded."""
     y, kept, pre = _empty(x, w1, b1, w2, b2, tanh)
     kernels.gelu_mlp_bf16_fwd(
-        x.data_ptr(), w1.data_ptr(), _address(b1), w2.data_ptr(), _address(b2), kept.data_ptr(), pre.data_ptr(),
+        x.data_ptr(), w1.data_ptr(), address(b1), w2.data_ptr(), address(b2), kept.data_ptr(), pre.data_ptr(),
         y.data_ptr(), x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0], tanh,
     )  # fmt: skip
     return y, kept, pre
 
 
-def _empty_gradients(
-    dy: Tensor, kept: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
-) -> list[Tensor]:
-    shapes = (kept.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    return [dy.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
-
-
 def _gradients(
     dy: Tensor, kept: Tensor, pre: Tensor, w1: Tensor, w2: Tensor, needs: list[bool], tanh: bool
 ) -> list[Tensor]:
-    """Return dx, dw1, db1, dw2 and db2, empty where not needed: no op can return None."""
-    grads = _empty_gradients(dy, kept, pre, w1, w2, needs, tanh)
+    """Return dx, dw1, db1, dw2 and db2, empty where not needed."""
+    grads = empty_gradients(dy, kept, w1, w2, needs)
     kernels.gelu_mlp_bf16_bwd(
         dy.data_ptr(), kept.data_ptr(), pre.data_ptr(), w1.data_ptr(), w2.data_ptr(),
         *(g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)),
@@ -73,24 +63,20 @@ def _gradients(
     return grads
 
 
-_fused_gradients = KernelOp("gelu_mlp_bf16_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "gelu_mlp_bf16_backward",
+    _gradients,
+    fake=lambda dy, kept, pre, w1, w2, needs, tanh: empty_gradients(dy, kept, w1, w2, needs),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, w1, b1, w2, b2, ctx.tanh = inputs
+    _, w1, b1, w2, b2, *ctx.settings = inputs
     ctx.has_bias = b1 is not None, b2 is not None
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:], w1, w2)
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 6
-    needs = list(ctx.needs_input_grad[:5])
-    needs[2] &= ctx.has_bias[0]
-    needs[4] &= ctx.has_bias[1]
-    grads = _fused_gradients(dy.contiguous(), *ctx.saved_tensors, needs, ctx.tanh)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
-
-
-_fused = KernelOp("gelu_mlp_bf16", _forward, fake=_empty, backward=_backward, setup_context=_save)
+_fused = KernelOp(
+    "gelu_mlp_bf16", _forward, fake=_empty, backward=backward_by(_fused_gradients), setup_context=_save
+)

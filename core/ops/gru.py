@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import cuda, lazy
+from portlm.ops import cuda, lazy, recurrent
 from portlm.ops.gru_cell import gru_cell_reference
-from portlm.ops.kernel_op import KernelOp
+from portlm.ops.kernel_op import KernelOp, address, contiguous
 from portlm.ops.linear import linear, linear_reference
-from portlm.ops.recurrent import address, check_layer, layer_reference, states_before, weight_gradients
 from portlm.ops.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def gru_reference(
     def step(projected: Tensor, h: Tensor) -> tuple[Tensor]:
         return (gru_cell_reference(projected, linear_reference(h, weight_hh, bias_hh), h),)
 
-    y, (h,) = layer_reference(step, linear_reference(x, weight_ih, bias_ih), (h,), mask, reverse)
+    y, (h,) = recurrent.layer_reference(step, linear_reference(x, weight_ih, bias_ih), (h,), mask, reverse)
     return y, h
 
 
@@ -77,26 +76,15 @@ def gru(
     Raises:
         ValueError: the shapes do not fit, or the mask is not int64; the message names them.
     """
-    check_layer("gru", 3, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h}, mask)
+    recurrent.check_layer("gru", 3, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h}, mask)
     if not cuda.has_float_kernel(mask, x, weight_ih, weight_hh, bias_ih, bias_hh, h):
         return gru_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, mask, reverse)
     projected = linear(x, weight_ih, bias_ih)
-    y, _ = _fused(
-        projected.contiguous(), weight_hh.contiguous(), None if bias_hh is None else bias_hh.contiguous(),
-        h.contiguous(), None if mask is None else mask.contiguous(), reverse, torch.is_grad_enabled(),
-    )  # fmt: skip
-    return (y, y[:, 0 if reverse else -1]) if x.shape[1] else (y, h)
+    y, _ = _fused(*contiguous(projected, weight_hh, bias_hh, h, mask), reverse, torch.is_grad_enabled())
+    return y, recurrent.last_state(y, h, reverse)
 
 
-def _empty(
-    projected: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    mask: Tensor | None,
-    reverse: bool,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor]:
+def _empty(projected: Tensor, weight: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
     B, T, H = *projected.shape[:2], weight.shape[1]
     return projected.new_empty((B, T, H)), projected.new_empty((B, T, 4 * H) if differentiable else 0)
 
@@ -111,7 +99,7 @@ def _forward(
     differentiable: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, T, H), and the gates (B, T, 4 H) that backward needs, empty where there is none."""
-    y, gates = _empty(projected, weight, bias, h, mask, reverse, differentiable)
+    y, gates = _empty(projected, weight, differentiable)
     cuda.run(
         "gru_fwd", projected,
         projected.data_ptr(), weight.data_ptr(), address(bias), h.data_ptr(), address(mask), y.data_ptr(),
@@ -138,29 +126,21 @@ def _gradients(
         dy.data_ptr(), weight.data_ptr(), h.data_ptr(), address(mask), y.data_ptr(), gates.data_ptr(),
         dprojected.data_ptr(), drecurrent.data_ptr(), dh.data_ptr(), *y.shape, reverse,
     )  # fmt: skip
-    return dprojected, *weight_gradients(drecurrent, states_before(y, h, reverse), weight, bias), dh
-
-
-def _empty_gradients(
-    dy: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    mask: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dprojected = y.new_empty((*y.shape[:2], weight.shape[0]))
     return (
         dprojected,
-        torch.empty_like(weight),
-        weight.new_empty(0 if bias is None else bias.shape[0]),
-        torch.empty_like(h),
+        *recurrent.weight_gradients(drecurrent, recurrent.states_before(y, h, reverse), weight, bias),
+        dh,
     )
 
 
-_fused_gradients = KernelOp("gru_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "gru_backward",
+    _gradients,
+    fake=lambda dy, weight, bias, h, mask, y, gates, reverse: (
+        y.new_empty((*y.shape[:2], weight.shape[0])), torch.empty_like(weight),
+        weight.new_empty(0 if bias is None else bias.shape[0]), torch.empty_like(h),
+    ),
+)  # fmt: skip
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -177,7 +157,10 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
     return dprojected, dweight, None if bias is None else dbias, dh, None, None, None
 
 
-_fused = KernelOp("gru", _forward, fake=_empty, backward=_backward, setup_context=_save)
+_fused = KernelOp(
+    "gru", _forward, fake=lambda projected, weight, *rest: _empty(projected, weight, differentiable=rest[-1]),
+    backward=_backward, setup_context=_save,
+)  # fmt: skip
 
 SPEC = OpSpec(
     name="gru",

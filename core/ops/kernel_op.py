@@ -22,7 +22,9 @@ else:
 
 __all__ = [
     "KernelOp",
+    "address",
     "available",
+    "contiguous",
     "exporting",
     "has_kernel",
     "is_traced",
@@ -86,6 +88,16 @@ def needs_gradient(*args: Any) -> bool:
             if getattr(a, "requires_grad", False):
                 return True
     return False
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return where a tensor lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return tensors as a kernel takes them; one that is absent stays so."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 class KernelOp:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import cuda, lazy
-from portlm.ops.kernel_op import KernelOp
+from portlm.ops import cuda, lazy, recurrent
+from portlm.ops.kernel_op import KernelOp, address, contiguous
 from portlm.ops.linear import linear, linear_reference
 from portlm.ops.lstm_cell import lstm_cell_reference
-from portlm.ops.recurrent import address, check_layer, layer_reference, states_before, weight_gradients
 from portlm.ops.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -43,7 +42,9 @@ def lstm_reference(
     def step(projected: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         return lstm_cell_reference(projected, linear_reference(h, weight_hh, bias_hh), h, c)
 
-    y, (h, c) = layer_reference(step, linear_reference(x, weight_ih, bias_ih), (h, c), mask, reverse)
+    y, (h, c) = recurrent.layer_reference(
+        step, linear_reference(x, weight_ih, bias_ih), (h, c), mask, reverse
+    )
     return y, h, c
 
 
@@ -79,30 +80,15 @@ def lstm(
     Raises:
         ValueError: the shapes do not fit, or the mask is not int64; the message names them.
     """
-    check_layer("lstm", 4, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h, "c": c}, mask)
+    recurrent.check_layer("lstm", 4, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h, "c": c}, mask)
     if not cuda.has_float_kernel(mask, x, weight_ih, weight_hh, bias_ih, bias_hh, h, c):
         return lstm_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, c, mask, reverse)
-    bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
-    projected = linear(x, weight_ih, bias)
-    y, cells, _ = _fused(
-        projected.contiguous(), weight_hh.contiguous(), h.contiguous(), c.contiguous(),
-        None if mask is None else mask.contiguous(), reverse, torch.is_grad_enabled(),
-    )  # fmt: skip
-    if not x.shape[1]:
-        return y, h, c
-    last = 0 if reverse else -1
-    return y, y[:, last], cells[:, last]
+    projected = linear(x, weight_ih, recurrent.joined(bias_ih, bias_hh))
+    y, cells, _ = _fused(*contiguous(projected, weight_hh, h, c, mask), reverse, torch.is_grad_enabled())
+    return y, recurrent.last_state(y, h, reverse), recurrent.last_state(cells, c, reverse)
 
 
-def _empty(
-    projected: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    c: Tensor,
-    mask: Tensor | None,
-    reverse: bool,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(projected: Tensor, weight: Tensor, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = projected.new_empty((*projected.shape[:2], weight.shape[1]))
     return y, torch.empty_like(y), projected.new_empty(projected.shape if differentiable else 0)
 
@@ -117,7 +103,7 @@ def _forward(
     differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the cells, both (B, T, H), and the gates (B, T, 4 H) that backward needs, empty where there is none."""
-    y, cells, gates = _empty(projected, weight, h, c, mask, reverse, differentiable)
+    y, cells, gates = _empty(projected, weight, differentiable)
     cuda.run(
         "lstm_fwd", projected,
         projected.data_ptr(), weight.data_ptr(), h.data_ptr(), c.data_ptr(), address(mask), y.data_ptr(),
@@ -145,26 +131,17 @@ def _gradients(
         address(dy), address(dcells), weight.data_ptr(), c.data_ptr(), address(mask), cells.data_ptr(),
         gates.data_ptr(), dprojected.data_ptr(), dh.data_ptr(), dc.data_ptr(), *y.shape, reverse,
     )  # fmt: skip
-    dweight, _ = weight_gradients(dprojected, states_before(y, h, reverse), weight, None)
+    dweight, _ = recurrent.weight_gradients(dprojected, recurrent.states_before(y, h, reverse), weight, None)
     return dprojected, dweight, dh, dc
 
 
-def _empty_gradients(
-    weight: Tensor,
-    dy: Tensor | None,
-    dcells: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    mask: Tensor | None,
-    y: Tensor,
-    cells: Tensor,
-    gates: Tensor,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(gates), torch.empty_like(weight), torch.empty_like(h), torch.empty_like(c)
-
-
-_fused_gradients = KernelOp("lstm_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "lstm_backward",
+    _gradients,
+    fake=lambda weight, dy, dcells, h, c, mask, y, cells, gates, reverse: (
+        torch.empty_like(gates), torch.empty_like(weight), torch.empty_like(h), torch.empty_like(c),
+    ),
+)  # fmt: skip
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -178,11 +155,14 @@ def _backward(
     if dy is None and dcells is None:
         return (None,) * 7
     weight, h, c, mask, y, cells, gates = ctx.saved_tensors
-    dy, dcells = (None if d is None else d.contiguous() for d in (dy, dcells))
-    return *_fused_gradients(weight, dy, dcells, h, c, mask, y, cells, gates, ctx.reverse), None, None, None
+    found = _fused_gradients(weight, *contiguous(dy, dcells), h, c, mask, y, cells, gates, ctx.reverse)
+    return *found, None, None, None
 
 
-_fused = KernelOp("lstm", _forward, fake=_empty, backward=_backward, setup_context=_save)
+_fused = KernelOp(
+    "lstm", _forward, fake=lambda projected, weight, *rest: _empty(projected, weight, differentiable=rest[-1]),
+    backward=_backward, setup_context=_save,
+)  # fmt: skip
 
 SPEC = OpSpec(
     name="lstm",

@@ -121,7 +121,7 @@ def _forward(
     scale: float,
     differentiable: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    out, stats = _empty(q, k, v, mask, bias, scale, differentiable)
+    out, stats = _empty(q, differentiable)
     (B, T, H, D), S, K = q.shape, *k.shape[1:3]
     addresses, strides = where(q, k, v)
     kernels.masked_attention_fwd(
@@ -132,15 +132,7 @@ def _forward(
     return out, stats
 
 
-def _empty(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    differentiable: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _empty(q: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
     """Return the result (B, T, H, D), and what backward needs of each query, (B, H, T, 2), or nothing of it."""
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T, 2) if differentiable else (0,))
@@ -158,7 +150,7 @@ def _gradients(
     scale: float,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dbias = _empty_gradients(dout, q, k, v, out, stats, mask, bias, scale, of_bias)
+    dq, dk, dv, dbias = _empty_gradients(q, k, v, bias, of_bias)
     (B, T, H, D), S, K = q.shape, *k.shape[1:3]
     rows = of_bias and bias is not None and bias.dim() == 4 and bias.shape[0] != 1
     dscores = q.new_zeros((B if rows else 1, H, T, S)) if of_bias else dbias
@@ -177,16 +169,7 @@ def _gradients(
 
 
 def _empty_gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    of_bias: bool,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = bias.shape if of_bias and bias is not None else (0,)
     empty = q.new_empty if q.numel() and k.numel() else q.new_zeros  # what no kernel writes
@@ -199,7 +182,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(q, k, v, *output, mask, bias)
 
 
-_fused_gradients = KernelOp("masked_attention_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "masked_attention_backward",
+    _gradients,
+    fake=lambda dout, q, k, v, out, stats, mask, bias, scale, of_bias: _empty_gradients(
+        q, k, v, bias, of_bias
+    ),
+)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -210,7 +199,13 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return dq, dk, dv, None, dbias if of_bias else None, None, None
 
 
-_fused = KernelOp("masked_attention", _forward, fake=_empty, backward=_backward, setup_context=_save)
+_fused = KernelOp(
+    "masked_attention",
+    _forward,
+    fake=lambda q, k, v, mask, bias, scale, differentiable=False: _empty(q, differentiable),
+    backward=_backward,
+    setup_context=_save,
+)
 
 
 def _shown_keys(g: Builder, mask: str) -> str:

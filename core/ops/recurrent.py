@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import cuda, lazy
+from portlm.ops.kernel_op import address as address
 from portlm.ops.kernel_op import kernels
 from portlm.ops.spec import Builder
 
@@ -110,6 +111,16 @@ def masked(after: Tensor, before: Tensor, mask: Tensor | None) -> Tensor:
     return after if mask is None else torch.where((mask != 0)[..., None], after, before)
 
 
+def joined(bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
+    """Return the sum of the two biases of a layer that only ever adds them, either of which may be absent."""
+    return bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
+
+
+def last_state(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
+    """Return the state (B, H) behind the token that is read last, given those (B, T, H) behind each and the first."""
+    return states[:, 0 if reverse else -1] if states.shape[1] else first
+
+
 def states_before(y: Tensor, first: Tensor, reverse: bool) -> Tensor:
     """Return the state (B, T, H) before each token, given that after each and the first one (B, H)."""
     start = first[:, None][:, : y.shape[1]]  # none before no tokens
@@ -138,11 +149,6 @@ def weight_gradients(
         0 if bias is None else dbias.data_ptr(), gradient.shape[:-1].numel(), N, K,
     )  # fmt: skip
     return dweight, dbias
-
-
-def address(tensor: Tensor | None) -> int:
-    """Return where a tensor lies; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def keep_masked(g: Builder, after: str, before: str, mask: str, name: str) -> str:

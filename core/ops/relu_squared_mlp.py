@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
+from portlm.ops.kernel_op import KernelOp, address, contiguous, has_kernel, kernels
 from portlm.ops.linear import linear
+from portlm.ops.mlp import backward_by, check_mlp, empty_gradients
 from portlm.ops.precision import rounds_products
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, module_of
 
@@ -49,27 +50,15 @@ def relu_squared_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: T
     Raises:
         ValueError: the shapes do not fit; the message names them.
     """
-    if (
-        x.dim() == 0 or w1.dim() != 2 or w2.dim() != 2 or w1.shape[1] != x.shape[-1] or w2.shape[1] != w1.shape[0]
-        or (b1 is not None and b1.shape != w1.shape[:1]) or (b2 is not None and b2.shape != w2.shape[:1])
-    ):  # fmt: skip
-        biases = ", ".join("None" if b is None else str(tuple(b.shape)) for b in (b1, b2))
-        raise ValueError(
-            "[relu_squared_mlp] need x (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), "
-            f"got x {tuple(x.shape)}, w1 {tuple(w1.shape)}, w2 {tuple(w2.shape)}, biases {biases}"
-        )
+    check_mlp("relu_squared_mlp", x, w1, b1, w2, b2)
     if rounds_products():
         return linear(linear(x, w1, b1).relu().square(), w2, b2)
     if not has_kernel(x, w1, b1, w2, b2):
         return relu_squared_mlp_reference(x, w1, b1, w2, b2)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
-    b1, b2 = b1 if b1 is None else b1.contiguous(), b2 if b2 is None else b2.contiguous()
+    b1, b2 = contiguous(b1, b2)
     y: Tensor = _fused(x, w1, b1, w2, b2)[0]
     return y
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _empty(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -82,24 +71,17 @@ def _forward(
     """Return y and, for backward, relu of the hidden layer."""
     y, positive = _empty(x, w1, b1, w2, b2)
     kernels.relu_squared_mlp_fwd(
-        x.data_ptr(), w1.data_ptr(), _address(b1), w2.data_ptr(), _address(b2), y.data_ptr(), positive.data_ptr(),
+        x.data_ptr(), w1.data_ptr(), address(b1), w2.data_ptr(), address(b2), y.data_ptr(), positive.data_ptr(),
         True, x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0],
     )  # fmt: skip
     return y, positive
 
 
-def _empty_gradients(
-    dy: Tensor, x: Tensor, positive: Tensor, w1: Tensor, w2: Tensor, needs: list[bool]
-) -> list[Tensor]:
-    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    return [x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
-
-
 def _gradients(
     dy: Tensor, x: Tensor, positive: Tensor, w1: Tensor, w2: Tensor, needs: list[bool]
 ) -> list[Tensor]:
-    """Return dx, dw1, db1, dw2 and db2, empty where not needed: no op can return None."""
-    grads = _empty_gradients(dy, x, positive, w1, w2, needs)
+    """Return dx, dw1, db1, dw2 and db2, empty where not needed."""
+    grads = empty_gradients(dy, x, w1, w2, needs)
     dx, dw1, db1, dw2, db2 = (g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True))
     (F_, C), N, rows = w1.shape, w2.shape[0], x.shape[:-1].numel()
     square, hidden = positive.square(), positive.new_empty(positive.shape)
@@ -111,27 +93,23 @@ def _gradients(
     return grads
 
 
-_fused_gradients = KernelOp("relu_squared_mlp_backward", _gradients, fake=_empty_gradients)
+_fused_gradients = KernelOp(
+    "relu_squared_mlp_backward",
+    _gradients,
+    fake=lambda dy, x, positive, w1, w2, needs: empty_gradients(dy, x, w1, w2, needs),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, b1, w2, b2 = inputs
+    x, w1, b1, w2, b2, *ctx.settings = inputs
     ctx.has_bias = b1 is not None, b2 is not None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], w1, w2)
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 5
-    needs = list(ctx.needs_input_grad)
-    needs[2] &= ctx.has_bias[0]
-    needs[4] &= ctx.has_bias[1]
-    grads = _fused_gradients(dy.contiguous(), *ctx.saved_tensors, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
-_fused = KernelOp("relu_squared_mlp", _forward, fake=_empty, backward=_backward, setup_context=_save)
+_fused = KernelOp(
+    "relu_squared_mlp", _forward, fake=_empty, backward=backward_by(_fused_gradients), setup_context=_save
+)
 
 
 def _portable(g: Builder, inputs: Sequence[str], outputs: Sequence[str], attributes: Attributes) -> None:

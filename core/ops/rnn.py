@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import cuda, lazy
-from portlm.ops.kernel_op import KernelOp
+from portlm.ops import cuda, lazy, recurrent
+from portlm.ops.kernel_op import KernelOp, address, contiguous
 from portlm.ops.linear import linear, linear_reference
-from portlm.ops.recurrent import address, check_layer, layer_reference, states_before, weight_gradients
 from portlm.ops.rnn_cell import check_activation, rnn_cell_reference
 from portlm.ops.spec import OpSpec
 
@@ -40,10 +39,10 @@ def rnn_reference(
     """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
 
     def step(projected: Tensor, h: Tensor) -> tuple[Tensor]:
-        recurrent = linear_reference(h, weight_hh, bias_hh)
-        return (rnn_cell_reference(projected, recurrent, h, activation=activation),)
+        product = linear_reference(h, weight_hh, bias_hh)
+        return (rnn_cell_reference(projected, product, h, activation=activation),)
 
-    y, (h,) = layer_reference(step, linear_reference(x, weight_ih, bias_ih), (h,), mask, reverse)
+    y, (h,) = recurrent.layer_reference(step, linear_reference(x, weight_ih, bias_ih), (h,), mask, reverse)
     return y, h
 
 
@@ -79,17 +78,13 @@ def rnn(
     Raises:
         ValueError: the shapes do not fit, the mask is not int64, or there is no such activation.
     """
-    check_layer("rnn", 1, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h}, mask)
+    recurrent.check_layer("rnn", 1, x, weight_ih, weight_hh, (bias_ih, bias_hh), {"h": h}, mask)
     check_activation("rnn", activation)
     if not cuda.has_float_kernel(mask, x, weight_ih, weight_hh, bias_ih, bias_hh, h):
         return rnn_reference(x, weight_ih, weight_hh, bias_ih, bias_hh, h, mask, reverse, activation)
-    bias = bias_ih if bias_hh is None else bias_hh if bias_ih is None else bias_ih + bias_hh
-    projected = linear(x, weight_ih, bias)
-    y = _fused(
-        projected.contiguous(), weight_hh.contiguous(), h.contiguous(),
-        None if mask is None else mask.contiguous(), reverse, activation,
-    )  # fmt: skip
-    return (y, y[:, 0 if reverse else -1]) if x.shape[1] else (y, h)
+    projected = linear(x, weight_ih, recurrent.joined(bias_ih, bias_hh))
+    y = _fused(*contiguous(projected, weight_hh, h, mask), reverse, activation)
+    return y, recurrent.last_state(y, h, reverse)
 
 
 def _forward(
@@ -114,7 +109,7 @@ def _gradients(
         dy.data_ptr(), weight.data_ptr(), address(mask), y.data_ptr(), dprojected.data_ptr(), dh.data_ptr(),
         *y.shape, activation == "relu", reverse,
     )  # fmt: skip
-    dweight, _ = weight_gradients(dprojected, states_before(y, h, reverse), weight, None)
+    dweight, _ = recurrent.weight_gradients(dprojected, recurrent.states_before(y, h, reverse), weight, None)
     return dprojected, dweight, dh
 
 

@@ -404,6 +404,7 @@ CONTRADICTIONS = [
     (("stablelm",), {"head_dim": 12}, "'head_dim' is a key portlm does not know"),
     (("smollm3",), {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers = [1, 0, 1, 1] is not"),
     (("smollm3",), {"no_rope_layers": [1, 0, 1]}, "no_rope_layers = [1, 0, 1] is not supported: only 2 ones"),
+    (("smollm3",), {"num_hidden_layers": 10**12, "no_rope_layers": [1, 0]}, "no_rope_layers = [1, 0] is not supported"),
     (("smollm3",), {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1"),
     ((*SWITCHED, "mistral", "mixtral", "stablelm"), {"num_key_value_heads": None}, "num_key_value_heads is missing"),
     (BASE, {"use_sliding_window": True}, "use_sliding_window = True is not supported"),

@@ -370,7 +370,7 @@ def test_a_config_json_that_asks_for_another_model_is_refused_by_name(family, ch
 @pytest.mark.parametrize(
     ("side", "change", "words"),
     [
-        ("decoder", {"add_cross_attention": False}, "decoder: is_decoder and add_cross_attention"),
+        ("decoder", {"add_cross_attention": False}, "decoder: add_cross_attention"),
         ("decoder", {"hidden_size": 48}, "the encoder's width is 24 and the decoder's 48"),
         ("encoder", {"is_decoder": True}, "encoder: is_decoder"),
         ("encoder", {"model_type": "roberta"}, "encoder: model_type"),

@@ -18,12 +18,12 @@ from torch import Tensor
 from portlm import models
 from portlm.control_tokens import PADDING, for_reading
 from portlm.data.batches import IGNORE, BatchSampler
-from portlm.data.pairs import padded
 from portlm.errors import ConfigError
 from portlm.train.config import PretrainConfig
 from portlm.train.corpus import Corpus
 from portlm.train.evaluation import evaluating
 from portlm.train.objectives import Stop
+from portlm.train.objectives.sides import Part, part
 from portlm.train.objectives.text import TextObjective
 
 _LAST_STEP = 2**64 - 1  # the step whose random numbers corrupt the held-out text
@@ -41,24 +41,6 @@ class Corrupted(NamedTuple):
     source: Sequence[int]
     read: Sequence[int]
     targets: Sequence[int]
-
-
-class Part(NamedTuple):
-    """Some rows of a step's batch.
-
-    Attributes:
-        source: (B, S) int64.
-        mask: (B, S) int64, 0 on padding.
-        read: (B, T) int64.
-        targets: (B, T) int64, -100 where nothing counts.
-        share: Of the batch's targets that are in these rows.
-    """
-
-    source: Tensor
-    mask: Tensor
-    read: Tensor
-    targets: Tensor
-    share: float
 
 
 class CorruptionObjective(TextObjective):
@@ -105,9 +87,9 @@ class CorruptionObjective(TextObjective):
             for number, ids in enumerate(self.held_out_windows(self.tokens)):
                 if stop():
                     return None
-                part = self._part(self._corrupted(ids, _LAST_STEP - number), 1)
-                n = int((part.targets != IGNORE).sum())
-                total += self.model(part.source, part.read, part.targets, part.mask).item() * n
+                rows = self._part(self._corrupted(ids, _LAST_STEP - number), 1)
+                n = int((rows.targets != IGNORE).sum())
+                total += self.model(rows.source, rows.read, rows.targets, rows.mask).item() * n
                 count += n
         return {"loss": total / count}
 
@@ -123,13 +105,8 @@ class CorruptionObjective(TextObjective):
         return [self.corrupt(row, random) for row in ids]
 
     def _part(self, texts: Sequence[Corrupted], total: int) -> Part:
-        source = padded([text.source for text in texts], self.pad)
-        lengths = np.array([len(text.source) for text in texts])
-        mask = (np.arange(source.shape[1]) < lengths[:, None]).astype(np.int64)
-        read = padded([text.read for text in texts], self.pad)
-        arrays = source, mask, read, padded([text.targets for text in texts], IGNORE)
-        text, there, begun, wanted = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return Part(text, there, begun, wanted, sum(map(_counted, texts)) / total)
+        sources, read, targets = zip(*texts, strict=True)
+        return part(sources, read, targets, pad=self.pad, total=total, device=self.device)
 
 
 class ReadingObjective(CorruptionObjective):

@@ -12,15 +12,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from portlm import models
-from portlm.data.batches import IGNORE
-from portlm.data.pairs import padded, read_pairs
+from portlm.data.pairs import read_pairs
 from portlm.errors import ConfigError, UsageError
 from portlm.models.bert import BertConfig
 from portlm.models.bert_decoder import BertDecoderConfig
@@ -29,8 +27,9 @@ from portlm.train.bleu import check_sacrebleu, corpus_bleu
 from portlm.train.config import DataSettings, PretrainConfig
 from portlm.train.evaluation import evaluating
 from portlm.train.initial import begun_from
-from portlm.train.objectives import Stop
+from portlm.train.objectives import Stop, sides
 from portlm.train.objectives.pairs import PairObjective
+from portlm.train.objectives.sides import Part
 
 _TRANSLATED = 64  # sources that are translated together
 Tokens = tuple[list[int], list[int]]  # of a source and of its target, which has no end of text yet
@@ -116,24 +115,6 @@ def _writing(corpus: PairCorpus, config: models.Config) -> models.Config:
     )
 
 
-class Part(NamedTuple):
-    """Some pairs of a step's batch.
-
-    Attributes:
-        source: (B, S) int64.
-        mask: (B, S) int64, 0 on padding.
-        read: (B, T) int64, the start token and the target.
-        targets: (B, T) int64, the target and the end of text; -100 behind that.
-        share: Of the batch's targets that are in these rows.
-    """
-
-    source: Tensor
-    mask: Tensor
-    read: Tensor
-    targets: Tensor
-    share: float
-
-
 class Seq2SeqObjective(PairObjective):
     """Cross-entropy of the target's tokens, with smoothed labels; judged without, on pairs that were not learned from.
 
@@ -213,14 +194,8 @@ class Seq2SeqObjective(PairObjective):
         """Return pairs as tensors, of a batch with so many targets."""
         sources = [source for source, _ in pairs]
         targets = [[*target, self.end] for _, target in pairs]
-        source = padded(sources, self.start)
-        mask = (np.arange(source.shape[1]) < np.array([len(row) for row in sources])[:, None]).astype(
-            np.int64
-        )
-        read = padded([[self.start, *target] for _, target in pairs], self.start)
-        arrays = source, mask, read, padded(targets, IGNORE)
-        text, there, begun, wanted = (torch.from_numpy(array).to(self.device) for array in arrays)
-        return Part(text, there, begun, wanted, sum(map(len, targets)) / total)
+        read = [[self.start, *target] for _, target in pairs]
+        return sides.part(sources, read, targets, pad=self.start, total=total, device=self.device)
 
     def mean(self, part: Part, label_smoothing: float) -> Tensor:
         """Return the mean cross-entropy over the targets of a part."""
