@@ -85,7 +85,10 @@ class Quantizer(Protocol):
     """Chooses the numbers of one matrix after another."""
 
     scheme: Scheme
-    method: str  # its name, for the manifest
+
+    @property
+    def method(self) -> str:
+        """Its name, for the manifest."""
 
     def __call__(self, name: str, weight: Floats) -> Quantized:
         """Return the numbers of a matrix.

@@ -212,7 +212,7 @@ def _stops(given: Collection[str] | str) -> frozenset[str]:
 
 
 @functools.cache
-def _splitters() -> tuple[Any, Any]:
+def _splitters() -> tuple[Any, ...]:
     """What cuts text into runs that no punctuation divides, and into words; a hyphen or apostrophe inside one stays."""
     letter = r"[\p{L}\p{M}\p{N}]"
     word = rf"{letter}+(?:['’\-]{letter}+)*"

@@ -6,7 +6,7 @@ N texts, B rows per batch.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from portlm.errors import FormatError, UsageError
 from portlm.labels import MAX_LABEL_CHARS, MAX_LABELS
 
 _KINDS = (".tsv", ".jsonl")
+
+Text = TypeVar("Text")
 
 
 class Labelled(NamedTuple):
@@ -75,7 +77,7 @@ def labels_in(rows: Sequence[Labelled], where: str) -> tuple[str, ...]:
     return labels
 
 
-def parted(rows: Sequence[Labelled], fraction: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+def parted(rows: Sequence[Text], fraction: float, seed: int) -> tuple[list[Text], list[Text]]:
     """Return texts to learn from and texts to judge by, drawn by the seed: files are often sorted by label.
 
     Raises:

@@ -108,7 +108,7 @@ def at_context(data: Mapping[str, Any], context: int) -> Mapping[str, Any]:
     """
     family = data.get("model_type")
     kind = FAMILIES[family].config_class() if isinstance(family, str) and family in FAMILIES else None
-    if not hasattr(kind, "at_context"):
+    if kind is None or not hasattr(kind, "at_context"):
         raise UsageError(
             f"a context is chosen where rotary positions depend on it (longrope), and not of {shown(family)}: leave "
             "--context out"

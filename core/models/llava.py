@@ -66,6 +66,8 @@ class Llava(Llama):
 
     SPARE_PARTS: ClassVar[str] = "layers"  # what tensors belong to that hf_spare names
     config: LlavaConfig
+    vision: Vision
+    projector: Projector
     # Not saved, as they follow from the configuration. Row 0 is a token's, row i is of place i - 1 of a picture.
     places: Tensor  # (P + 1, P): 1 where the place is
     tokens: Tensor  # (P + 1, 1): 1 of a token
@@ -82,7 +84,7 @@ class Llava(Llama):
         """Return what pictures go through."""
         return ("vision", Vision(config.vision)), ("projector", Projector(config))
 
-    def forward(
+    def forward(  # type: ignore[override]  # a picture is what this family takes beside a text
         self, input_ids: Tensor, targets: Tensor | None = None, pixels: Tensor | None = None
     ) -> Tensor:
         """Return logits (B, T, V), or the mean cross-entropy when targets are given.

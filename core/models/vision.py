@@ -121,7 +121,7 @@ class VisionConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Return ``vision_config`` of a config.json; its last stream is the one that is read."""
-        spelled = {value: key for key, value in reversed(self.ACTIVATIONS.items())}
+        spelled = {value: key for key, value in reversed(list(self.ACTIVATIONS.items()))}
         return {
             "model_type": self.MODEL_TYPE,
             "num_channels": CHANNELS,

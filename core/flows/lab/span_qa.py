@@ -100,7 +100,7 @@ class SpanQA:
             tell(f"pretraining, {_PRETRAINING} steps")
             begun = pretrain(_pretraining(text, seed), folder / "begun", quiet=True, plot=False)
             found["pretraining_loss"] = begun.loss
-            ways = {
+            ways: dict[str, dict[str, Any]] = {
                 "pretrained": {"init": str(begun.checkpoint)},
                 "scratch": {"model." + key: value for key, value in _SHAPE.items()},
             }

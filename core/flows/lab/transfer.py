@@ -12,6 +12,7 @@ B texts, T letters, E width of the last layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -129,7 +130,7 @@ class Transfer:
             losses = fit(
                 model, _labelled(draws, learned), steps, lr=1e-2, layers=layers,
                 schedule=SlantedTriangle(1e-2, 32.0, steps // 10, steps), tell=named(tell, name),
-                loss=lambda batch, model=model: F.cross_entropy(model.answer(batch[0]), batch[1]),
+                loss=partial(_of_labels, model),
             )  # fmt: skip
             figures["curves"][name] = mean_curve(losses)
             with torch.no_grad(), evaluating(model):
@@ -167,6 +168,11 @@ def _labelled(generator: np.random.Generator, texts: Batch, rows: int = 25) -> I
     while True:
         chosen = torch.from_numpy(generator.integers(0, len(texts[0]), rows))
         yield texts[0][chosen], texts[1][chosen]
+
+
+def _of_labels(model: Classifier, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of the labels of a batch."""
+    return F.cross_entropy(model.answer(batch[0]), batch[1])
 
 
 @torch.no_grad()

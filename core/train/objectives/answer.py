@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class AnswerObjective(ClassifyObjective):
     """Cross-entropy of where answers begin and end; judged by that and by how many are found without a fault."""
 
     kind = "answer"
-    open_corpus = staticmethod(open_questions)
+    open_corpus: ClassVar[Callable[..., Any]] = staticmethod(open_questions)
 
     def __init__(self, config: PretrainConfig, corpus: QuestionCorpus, device: torch.device):
         family = family_of(config)
@@ -101,7 +101,9 @@ class AnswerObjective(ClassifyObjective):
                 f"model.family = {' or '.join(able)}"
             )
         self.answers_cut = 0
-        self.asked = corpus.held_out or parted(corpus.rows, config.data.validation_fraction, config.seed)[1]
+        self.asked: list[Question] = (
+            corpus.held_out or parted(corpus.rows, config.data.validation_fraction, config.seed)[1]
+        )
         super().__init__(config, corpus, device)
 
     def _model(self) -> Any:
@@ -111,7 +113,7 @@ class AnswerObjective(ClassifyObjective):
             return models.build(_with_span(self.config.model.config(V, () if eos is None else (eos,))))
         return begun_from(self.config.init, lambda config: _with_span(with_ids(V, config)))[0]
 
-    def _rows(self, texts: Sequence[Question]) -> list[Any]:
+    def _rows(self, texts: Sequence[Any]) -> list[Any]:
         """Questions and texts as tokens; of a text that is too long the end is left out."""
         ends, rows = len(self.tokenizer.end_ids), []
         for asked in texts:
@@ -203,5 +205,5 @@ def _has_head(kind: Any) -> bool:
 
 
 def _with_span(config: Config) -> Config:
-    changed: Config = replace(config, heads=(SPAN,), labels=(), problem=None)  # type: ignore[type-var, call-arg]
+    changed: Config = replace(config, heads=(SPAN,), labels=(), problem=None)  # type: ignore[call-arg]
     return changed

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -166,9 +166,9 @@ class ClassifyObjective:
     """
 
     kind = "classify"
-    open_corpus = staticmethod(open_labelled)
+    open_corpus: ClassVar[Callable[..., Any]] = staticmethod(open_labelled)
 
-    def __init__(self, config: PretrainConfig, corpus: LabelledCorpus, device: torch.device):
+    def __init__(self, config: PretrainConfig, corpus: Any, device: torch.device):
         self.config, self.corpus, self.device, self.labels = config, corpus, device, corpus.labels
         family = family_of(config)
         self.encoder = FAMILIES[family].kind == "encoder"
@@ -207,7 +207,7 @@ class ClassifyObjective:
 
         return begun_from(self.config.init, change)[0]
 
-    def _rows(self, texts: Sequence[Labelled]) -> list[Row]:
+    def _rows(self, texts: Sequence[Any]) -> list[Any]:
         """Texts as tokens; of one that is longer than the context the last are left out, save what it ends with."""
         numbers = {name: i for i, name in enumerate(self.labels)}
         ends, rows = len(self.tokenizer.end_ids), []
