@@ -82,7 +82,7 @@ def set_optimizer_state(
         name: (n, index) for n, part in enumerate(parts) for index, name in enumerate(_names(model, part))
     }
     states: list[dict[int, dict[str, Any]]] = [{} for _ in parts]
-    recalls: list[Any] = [part for part in parts if hasattr(part, "recall")]
+    recalls = [part for part in parts if hasattr(part, "recall")]
     memory: dict[str, Any] = {}
     for path, value in (*tensors.items(), *numbers.items()):
         name, _, key = path.rpartition("/")
@@ -103,9 +103,8 @@ def set_optimizer_state(
     for part, state in zip(parts, states, strict=True):
         try:
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
-            for each in recalls:
-                if each is part:
-                    each.recall(memory)
+            if (recall := getattr(part, "recall", None)) is not None:
+                recall(memory)
         except ValueError as error:
             raise FormatError(f"the checkpoint's optimiser cannot go on here: {error}") from error
 

@@ -205,5 +205,5 @@ def _has_head(kind: Any) -> bool:
 
 
 def _with_span(config: Config) -> Config:
-    changed: Config = replace(config, heads=(SPAN,), labels=(), problem=None)  # type: ignore[call-arg]
+    changed: Config = replace(config, heads=(SPAN,), labels=(), problem=None)
     return changed
