@@ -3,7 +3,7 @@
 Without attention, all that the decoder has of a source is a state of fixed size, and long strings do not fit in it.
 With it, the decoder looks at what it needs, and where it looks is the alignment: for a string that is written in
 reverse, the anti-diagonal of the matrix. What the encoder knows at a symbol includes its neighbours, so some of the
-weight is beside it, and nothing in the loss moves it once every string is right: ``within_one`` counts that, too, and
+weight is beside it, and the loss is near 0 all the same: ``within_one`` counts that, too, and
 ``most_on_diagonal`` how often the symbol that has most of the weight is the one to be written; neither has a bar.
 """
 
