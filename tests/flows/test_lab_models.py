@@ -193,8 +193,9 @@ def test_the_decoder_of_mass_keeps_places_and_reads_nothing_that_the_encoder_rea
 def test_a_label_needs_both_the_topic_and_the_first_symbol():
     world = pretraining.World(np.random.default_rng(0))
     texts, labels = (found.numpy() for found in world.texts(np.random.default_rng(1), 4000))
-    # The map that says most of a text's symbols is that of its topic: the others say one of 64 by chance.
-    follows = np.stack([(each[texts[:, :-1]] == texts[:, 1:]).sum(1) for each in world.follows])
+    # The step that most of a text's symbols take is that of its topic: another is one of 64, by chance.
+    taken = (texts[:, 1:] - texts[:, :-1]) % pretraining.SYMBOLS
+    follows = np.stack([(taken == step).sum(1) for step in world.steps])
     topics, even = follows.argmax(0), texts[:, 0] % 2 == 0
     assert follows.max(0).mean() / (pretraining.LENGTH - 1) == pytest.approx(0.95 + 0.05 / 64, abs=0.01)
     assert (labels == ((topics < 3) ^ even)).all()

@@ -3,7 +3,8 @@
 Without attention, all that the decoder has of a source is a state of fixed size, and long strings do not fit in it.
 With it, the decoder looks at what it needs, and where it looks is the alignment: for a string that is written in
 reverse, the anti-diagonal of the matrix. What the encoder knows at a symbol includes its neighbours, so some of the
-weight is beside it: ``within_one`` counts that, too, and has no bar.
+weight is beside it, and the loss is near 0 all the same: ``within_one`` counts that, too, and
+``most_on_diagonal`` how often the symbol that has most of the weight is the one to be written; neither has a bar.
 """
 
 from __future__ import annotations
@@ -140,6 +141,8 @@ class Alignment:
         with torch.no_grad():
             weights = models["attention"].align(source, read, mask)[:, :_LONGEST]  # (B, T, S)
         found["anti_diagonal"] = float(weights.flip(-1).diagonal(dim1=1, dim2=2).mean())
+        most = weights.flip(-1).argmax(-1) == torch.arange(_LONGEST)
+        found["most_on_diagonal"] = float(most.float().mean())
         near = [weights.flip(-1).diagonal(offset, 1, 2).sum(-1) for offset in (-1, 0, 1)]
         found["within_one"] = float(sum(near).mean()) / _LONGEST
         found["alignment"] = [[round(share, 4) for share in row] for row in weights[0].tolist()]
