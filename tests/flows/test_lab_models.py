@@ -8,7 +8,7 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 import torch
 
 from portlm.errors import UsageError
-from portlm.flows.lab import brackets, cove, hybrid, retrieval, transfer, unseen_pairs
+from portlm.flows.lab import brackets, cove, hybrid, retrieval, span_qa, transfer, unseen_pairs
 from portlm.flows.lab.kneser_ney import KneserNey
 
 
@@ -171,3 +171,29 @@ def test_the_classifier_pools_the_last_the_largest_and_the_mean_state_and_its_he
     assert {id(p) for p in top} == {id(p) for p in model.heads.parameters()}
     assert {id(p) for p in below} == {id(model.embed.weight), id(model.head_bias)}
     assert [len(group) for group in layers] == [4, 4]
+
+
+def test_a_question_is_answered_by_the_one_fact_with_its_relation():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        asked = span_qa.question(generator)
+        said = [fact.split() for fact in asked["text"].removesuffix(" .").split(" . ")]
+        assert len(said) == len({relation for _, relation, *_ in said}) == 12
+        assert all(value[0] == relation[1] for _, relation, *values in said for value in values)
+        assert {len(fact) for fact in said} <= {3, 4, 5}
+        (fact,) = [fact for fact in said if fact[:2] == asked["question"].split()]
+        assert asked["answer"] == " ".join(fact[2:])
+        assert asked["text"][asked["start"] :].startswith(f"{asked['answer']} .")
+        assert asked["text"][: asked["start"]].endswith(f"{asked['question']} ")
+
+
+def test_texts_for_pretraining_have_all_words_and_the_longest_question_fits_the_context():
+    from portlm.text_tokenizer import train_words
+
+    generator = np.random.default_rng(0)
+    texts = [span_qa.text_of(span_qa.facts(generator)) for _ in range(1000)]
+    tokenizer = train_words(texts, span_qa._WORDS)
+    assert tokenizer.vocab_size == span_qa._WORDS  # there are no more words, either
+    assert tokenizer.vocab_size == len({word for text in texts for word in text.split()}) + 1
+    longest = 3 + 2 + 12 * (2 + 3 + 1)  # [CLS] question [SEP] text [SEP]
+    assert longest <= span_qa._SHAPE["context_length"]
