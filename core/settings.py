@@ -96,6 +96,22 @@ def load(
     return _convert(tree, cls, sections, chosen, keys, origin)
 
 
+def said(
+    cls: type, key: str, *, file: str | Path | None = None, overrides: Iterable[str | tuple[str, Any]] = ()
+) -> Any:
+    """Return the value that :func:`load` would take for a key from a file and overrides, None if they say nothing.
+
+    It is not checked. For presets that depend on it.
+
+    Raises:
+        ConfigError: A file that is no TOML, or an override that is none.
+    """
+    given = [] if file is None else [*_leaves(_read_toml(Path(file)), _sections(cls), str(file))]
+    given += [_override(override) for override in overrides]
+    found = [item.read(known_keys(cls)[key]) for item in given if item.key == key]
+    return found[-1] if found else None
+
+
 def known_keys(cls: type, chosen: Mapping[str, str] = {}, prefix: str = "") -> dict[str, Any]:
     """Return every dotted leaf key of a settings class with its annotated type, in order of declaration.
 

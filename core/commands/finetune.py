@@ -144,11 +144,12 @@ def resolve(
         FormatError: A file is missing or holds something else.
     """
     from portlm.train.config import PretrainConfig
-    from portlm.train.finetune import PRESET, in_epochs
+    from portlm.train.finetune import in_epochs, preset_for
 
     if resume == "auto" and config is None and (out / "config.toml").exists():
         config = out / "config.toml"
-    found = settings.load(PretrainConfig, preset=PRESET, file=config, overrides=given)
+    shape = settings.said(PretrainConfig, "schedule.shape", file=config, overrides=given)
+    found = settings.load(PretrainConfig, preset=preset_for(shape), file=config, overrides=given)
     counted = config is not None or any(key_of(one) == "steps" for one in given)
     return found if counted else in_epochs(found, epochs, gradual)
 

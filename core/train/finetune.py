@@ -23,6 +23,14 @@ PRESET: dict[str, Any] = {
 SCORES = {"classify": "accuracy", "answer": "exact"}  # objective -> the share in its evaluation
 
 
+def preset_for(shape: str | None) -> dict[str, Any]:
+    """Return PRESET for a shape of the schedule, None for its own: a triangle has no floor of the rate to be set."""
+    if shape != "slanted":
+        return PRESET
+    rest = {key: value for key, value in PRESET["schedule"].items() if key != "min_lr"}
+    return PRESET | {"schedule": rest}
+
+
 @dataclass(frozen=True)
 class FinetuneResult:
     """What a finished run has to show.

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -399,3 +400,45 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(labelled, tmp_path):
     save_model(tmp_path / "old", build(FAMILIES["gpt2"].config_class().tiny()))
     with pytest.raises(FormatError, match=r"tokenizer.json"):
         finetune(config_of(labelled, init=str(tmp_path / "old")), tmp_path / "run", quiet=True, plot=False)
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_of_ulmfit_is_taken_as_the_page_writes_it(labelled, tmp_path):
+    """With a checkpoint of one block there are three groups of layers, and eight epochs of six steps."""
+    from click.testing import CliRunner
+
+    from portlm.commands.finetune import command
+
+    checkpoint_of("gpt2", tmp_path / "old")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "finetune.md").read_text()
+    (line,) = [
+        line for line in page.splitlines() if "--schedule slanted" in line and line.startswith("portlm ")
+    ]
+    words = line.split()[2:]
+    words[words.index("reviews.tsv")] = str(labelled)
+    words[words.index("gpt/final")] = str(tmp_path / "old")
+    call = [*words, "--out", str(tmp_path / "run"), "--threads", "1", "--batch", "8", "--quiet"]
+    result = CliRunner().invoke(command, call, standalone_mode=False)
+    assert result.exit_code == 0, result.output
+    made = settings.load(PretrainConfig, file=tmp_path / "run" / "config.toml")
+    assert (made.schedule.shape, made.schedule.warmup, made.optimizer.lr) == ("slanted", 0.1, 0.01)
+    assert (made.layers.decay, made.layers.unfreeze, made.steps) == (2.6, 6, 48)
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_file_of_settings_may_ask_for_a_triangle_and_a_resumed_run_keeps_it(labelled, tmp_path):
+    from portlm.commands.finetune import resolve
+    from portlm.settings import to_toml
+
+    data = ("data.texts", [str(labelled)])
+    (tmp_path / "given.toml").write_text('[schedule]\nshape = "slanted"\n')
+    made = resolve([data, "steps=6"], tmp_path, "none", tmp_path / "given.toml", 3, gradual=False)
+    assert (made.schedule.shape, made.schedule.warmup, made.schedule.min_lr) == ("slanted", 0.002, 1e-4)
+    (tmp_path / "config.toml").write_text(to_toml(made))
+    assert resolve([], tmp_path, "auto", None, 3, gradual=False) == made
+    over = resolve(
+        [data, "schedule.shape=linear"], tmp_path, "none", tmp_path / "given.toml", 3, gradual=False
+    )
+    assert over.schedule.min_lr == 0

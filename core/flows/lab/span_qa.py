@@ -1,10 +1,12 @@
-"""Questions about facts: an encoder that learned hidden tokens finds answers with few labels, a fresh one does not.
+"""Questions about facts: an encoder that learned hidden words finds answers with few labels, a fresh one finds fewer.
 
-A fact is an entity, a relation, one to three values, and a dot, one letter each: ``kB7QX.`` says what B of k is. A text
-for pretraining goes on without end and states each fact twice, the second time soon after the first, so that a hidden
-letter can often be looked up elsewhere. A question is an entity and a relation, its text twelve facts, and the answer
-the values of the one that is asked for, in a text that says it once: what has to be learned from labels is that this is
-wanted. All of it runs through ``portlm pretrain``'s masked objective and ``portlm finetune --objective answer``.
+A fact is an entity, a relation, one to three values and a dot: ``e7 rB B03 B21 .`` says what B of e7 is. Each relation
+has values of its own, as years answer "when" and towns "where". A text is twelve facts, one of each relation, in any
+order; texts without questions teach which words are values of what. A question is an entity and a relation, and the
+answer the values of that fact. What has to be learned from labels is that a question wants the values of its relation;
+which words those are, hundreds of them, 500 labels show a fresh encoder two or three times each.
+
+All of it runs through ``portlm pretrain --objective masked`` and ``portlm finetune --objective answer``.
 """
 
 from __future__ import annotations
@@ -23,60 +25,45 @@ from portlm.train.config import PretrainConfig
 from portlm.train.finetune import PRESET, finetune
 from portlm.train.pretrain import pretrain
 
-_ENTITIES, _RELATIONS, _VALUES = "abcdefghijklmnopqrst", "ABCD", "0123456789EFGHIJKLMNOPQR"
-_FACTS, _LONGEST = 12, 3  # of a text; values of a fact
-_STATED = 60_000  # facts of the text for pretraining, each twice
+_RELATIONS, _ENTITIES, _VALUES, _LONGEST = 12, 16, 24, 3  # values of each relation; of a fact, at most
+_TEXTS = 5000  # without questions
 _LABELS, _JUDGED = 500, 400
-_PRETRAINING, _STEPS = 2000, 400
-_SHAPE = {"family": "bert", "n_layer": 2, "n_head": 4, "width": 64, "context_length": 84}
+_PRETRAINING, _STEPS = 800, 400
+_SHAPE = {"family": "bert", "n_layer": 2, "n_head": 4, "width": 64, "context_length": 80}
+# [UNK], the dot, and all others, each of which a text for pretraining has
+_WORDS = 2 + _ENTITIES + _RELATIONS * (1 + _VALUES)
 
 
-class Fact:
-    """A key, which is an entity and a relation, and its values."""
-
-    def __init__(self, generator: np.random.Generator, key: int):
-        self.key = _ENTITIES[key // len(_RELATIONS)] + _RELATIONS[key % len(_RELATIONS)]
-        count = int(generator.integers(1, _LONGEST + 1))
-        self.values = "".join(_VALUES[i] for i in generator.integers(0, len(_VALUES), count))
-
-    def __str__(self) -> str:
-        return f"{self.key}{self.values}."
+def facts(generator: np.random.Generator) -> list[tuple[str, str]]:
+    """Return the facts of a text: the question that each answers, and its values."""
+    found = []
+    for number in generator.permutation(_RELATIONS).tolist():
+        name, count = chr(ord("A") + number), int(generator.integers(1, _LONGEST + 1))
+        values = (f"{name}{value:02}" for value in generator.integers(0, _VALUES, count).tolist())
+        found.append((f"e{generator.integers(_ENTITIES)} r{name}", " ".join(values)))
+    return found
 
 
-_KEYS = len(_ENTITIES) * len(_RELATIONS)
-
-
-def stream(generator: np.random.Generator, count: int) -> str:
-    """Return a text that states so many facts twice each, and none with the same key between."""
-    waiting: list[tuple[int, Fact]] = []
-    said = []
-    while count or waiting:
-        if count and (len(waiting) < _FACTS // 2 or generator.random() < 0.5):
-            taken = {key for key, _ in waiting}
-            key = next(key for key in generator.permutation(_KEYS).tolist() if key not in taken)
-            fact, count = Fact(generator, key), count - 1
-            waiting.append((key, fact))
-        else:
-            _, fact = waiting.pop(int(generator.integers(min(len(waiting), _FACTS // 2))))
-        said.append(str(fact))
-    return "".join(said)
+def text_of(said: list[tuple[str, str]]) -> str:
+    """Return facts as a text."""
+    return " ".join(f"{key} {values} ." for key, values in said)
 
 
 def question(generator: np.random.Generator) -> dict[str, Any]:
-    """Return a question, its text of facts with keys of their own, and the answer with where it starts."""
-    facts = [Fact(generator, key) for key in generator.choice(_KEYS, _FACTS, replace=False).tolist()]
-    place = int(generator.integers(_FACTS))
-    start = sum(len(str(fact)) for fact in facts[:place]) + 2
-    text, asked = "".join(map(str, facts)), facts[place]
-    return {"question": asked.key, "text": text, "answer": asked.values, "start": start}
+    """Return a question with its text, the answer and the character at which that starts."""
+    said = facts(generator)
+    place = int(generator.integers(_RELATIONS))
+    key, values = said[place]
+    start = len(text_of(said[:place])) + bool(place) + len(key) + 1
+    return {"question": key, "text": text_of(said), "answer": values, "start": start}
 
 
 class SpanQA:
-    """A BERT of two layers that finds answers: pretrained on hidden tokens, and from scratch, with 500 labels."""
+    """A BERT of two layers that finds answers: pretrained on hidden words, and from scratch, with 500 labels."""
 
     name: ClassVar[str] = "span-qa"
     shows: ClassVar[str] = (
-        "An encoder that was pretrained on hidden tokens finds answers with a few hundred labels, a fresh one does not."
+        "An encoder pretrained on hidden words finds answers after a few hundred labels that a fresh one misses."
     )
     source: ClassVar[str] = "Devlin et al., 2018"
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)
@@ -92,7 +79,7 @@ class SpanQA:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             text = folder / "facts.txt"
-            text.write_text(stream(generator, _STATED))
+            text.write_text("".join(f"{text_of(facts(generator))}\n" for _ in range(_TEXTS)))
             files = {}
             for kind, count in (("labelled", _LABELS), ("judged", _JUDGED)):
                 files[kind] = folder / f"{kind}.jsonl"
@@ -102,7 +89,8 @@ class SpanQA:
             found["pretraining_loss"] = begun.loss
             ways: dict[str, dict[str, Any]] = {
                 "pretrained": {"init": str(begun.checkpoint)},
-                "scratch": {"model." + key: value for key, value in _SHAPE.items()},
+                "scratch": {"model." + key: value for key, value in _SHAPE.items()}
+                | {"data.tokenizer": str(begun.checkpoint / "tokenizer.json")},
             }
             for way, given in ways.items():
                 tell(f"{way}, {_LABELS} labels")
@@ -122,7 +110,7 @@ class SpanQA:
         for number, way in enumerate(("pretrained", "scratch")):
             shares = [result[way] for result in results.values()]
             axes.bar(np.arange(len(shares)) + 0.4 * number, shares, 0.4, label=way)
-        axes.axhline(1 / _FACTS, color="black", linestyle="--", label="a guess among the facts")
+        axes.axhline(1 / _RELATIONS, color="black", linestyle="--", label="a guess among the facts")
         axes.set_xticks(np.arange(len(results)) + 0.2, [f"seed {seed}" for seed in results])
         axes.set_ylabel(f"answers found, {_LABELS} labels")
         axes.legend()
@@ -134,7 +122,8 @@ def _pretraining(text: Path, seed: int) -> PretrainConfig:
         PretrainConfig,
         overrides=[
             *(("model." + key, value) for key, value in _SHAPE.items()), ("objective", "masked"),
-            ("data.texts", [str(text)]), ("data.batch_size", 32), ("data.validation_fraction", 0.02),
+            ("data.texts", [str(text)]), ("data.tokenizer", f"word:{_WORDS}"), ("data.batch_size", 32),
+            ("data.validation_fraction", 0.02),
             ("steps", _PRETRAINING), ("seed", seed), ("optimizer.lr", 2e-3), ("optimizer.weight_decay", 0.01),
             ("threads", 1), ("evaluation.interval", _PRETRAINING), ("evaluation.max_tokens", 5_000),
             ("evaluation.sample_tokens", 0), ("checkpoint.interval", _PRETRAINING),
