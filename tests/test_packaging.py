@@ -68,7 +68,7 @@ def test_packages_import_only_downwards(package, may_import):
 # What is imported under another name than it is installed by.
 IMPORT_NAMES = {
     "apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi", "onnxruntime-ep-webgpu": "onnxruntime_ep_webgpu",
-    "llama-cpp-python": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai",
+    "llama-cpp-python": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai", "pillow": "PIL",
 }  # fmt: skip
 FOR_TESTS = {"hf", "dev"}  # extras that no product file needs
 
