@@ -91,7 +91,7 @@ from portlm.models import (
     whole_tables,
 )
 from portlm.ops.spec import DOMAIN_VERSION
-from portlm.pictures import PREPROCESSOR
+from portlm.pictures import PREPROCESSORS
 from portlm.quantization import KeyValueCache, Quantization
 from portlm.seen_graphs import record_written
 from portlm.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ COPIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    PREPROCESSOR,
+    *PREPROCESSORS,
 )
 
 

@@ -223,12 +223,6 @@ class Pictures:
             )
         return cls(token, Preprocessing.read(folder, side))
 
-    def save(self, folder: Path) -> None:
-        """Write preprocessor_config.json into a model's folder."""
-        from portlm.models import write_json
-
-        write_json(folder / PREPROCESSOR, self.prepare.to_hf())
-
 
 def open_picture(picture: Any) -> npt.NDArray[np.uint8]:
     """Return a picture as (H, W, 3) uint8: a file's first and only, or the array itself.

@@ -69,7 +69,7 @@ def test_packages_import_only_downwards(package, may_import):
 IMPORT_NAMES = {
     "apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi", "onnxruntime-ep-webgpu": "onnxruntime_ep_webgpu",
     "llama-cpp-python": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai",
-    "scikit-learn": "sklearn",
+    "scikit-learn": "sklearn", "pillow": "PIL",
 }  # fmt: skip
 FOR_TESTS = {"hf", "dev"}  # extras that no product file needs
 

@@ -21,7 +21,7 @@ from portlm.files import check_is_folder
 from portlm.generation_config import GENERATION_CONFIG
 from portlm.labels import read_labels
 from portlm.memory import SEE, sees_pictures
-from portlm.pictures import PREPROCESSOR, Pictures
+from portlm.pictures import PREPROCESSORS, Pictures
 
 if TYPE_CHECKING:
     from portlm.artifact import Manifest
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 CONFIG = "config.json"
 # All that a session reads beside the engine.
-TEXT_FILES = (TOKENIZER, "tokenizer_config.json", GENERATION_CONFIG, PREPROCESSOR)
+TEXT_FILES = (TOKENIZER, "tokenizer_config.json", GENERATION_CONFIG, *PREPROCESSORS)
 
 
 def load(

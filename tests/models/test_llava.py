@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from portlm.hub import export_hf, import_hf
 from portlm.models import build, config_from_hf, load_model, preset, save_model
 from portlm.models.llava import PARAMETERS, PRESETS
 from portlm.models.llava_config import LlavaConfig
+from portlm.pictures import PREPROCESSOR, PROCESSOR, Preprocessing
 from portlm.rows import Rows
 
 CONFIG = LlavaConfig.tiny()
@@ -257,6 +259,7 @@ def artifact(once, tmp_path_factory):
     def make(folder):
         checkpoint = tmp_path_factory.mktemp("llava") / "checkpoint"
         save_model(checkpoint, random_model())
+        (checkpoint / PREPROCESSOR).write_text(json.dumps(Preprocessing.of_size(SIDE).to_hf()))
         export_checkpoint(checkpoint, folder)
 
     return once("llava", make)
@@ -265,8 +268,6 @@ def artifact(once, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(artifact):
     """Tokens of one pass for each, without a cache and without neighbours."""
-    from portlm.pictures import Preprocessing
-
     model, found = random_model(), []
     with torch.no_grad():
         for prompt, picture in zip(PROMPTS, pictures(), strict=True):
@@ -317,8 +318,6 @@ def test_rows_of_a_picture_are_read_as_tokens_are(artifact):
 
 
 def test_verify_finds_every_engine_in_agreement(artifact, tmp_path):
-    import shutil
-
     from portlm.flows.targets import Target
     from portlm.flows.verify import verify_artifact
 
@@ -331,6 +330,62 @@ def test_verify_finds_every_engine_in_agreement(artifact, tmp_path):
         assert (
             result.row.greedy_match == result.row.greedy_total == (20 if result.row.role == "decoder" else 0)
         )
+
+
+@pytest.mark.parametrize("name", [PREPROCESSOR, PROCESSOR])
+def test_what_is_done_to_pictures_is_what_the_manifest_lists(artifact, tmp_path, name):
+    folder = shutil.copytree(artifact, tmp_path / "artifact")
+    (folder / name).write_text(json.dumps({"do_normalize": False}))
+    problem = "truncated" if name == PREPROCESSOR else "is not in the manifest"
+    with pytest.raises(FormatError, match=f"{name}.*{problem}"):
+        portlm.load(folder, "torch")
+
+
+def test_pixels_of_another_size_than_the_models_are_refused(artifact):
+    with portlm.load(artifact, "torch", "cpu", "native") as session:
+        session.pictures = dataclasses.replace(session.pictures, prepare=Preprocessing.of_size(SIDE + 1))
+        with pytest.raises(UsageError, match="makes pictures of 7 x 7 pixels, and the model takes 6 x 6"):
+            session.generate(PROMPTS[0], image=pictures()[0])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "image", "words"),
+    [
+        ([1, 2], 0, "the prompt has no place for its picture: write token 259 once"),
+        ([IMAGE, 3, IMAGE], 0, "the prompt has 2 places for pictures, and is shown one"),
+        ([[1], [IMAGE]], None, "prompt 1 has a place for a picture, token 259, and none is shown"),
+        ([IMAGE], [0], "one prompt is shown one picture, got a list of 1"),
+        (
+            [[IMAGE], [IMAGE]],
+            [0],
+            "2 prompts are shown as many pictures, None for none, in a list, got 1 pictures",
+        ),
+        ([[IMAGE]], 0, "1 prompts are shown as many pictures"),
+    ],
+)
+def test_pictures_and_places_that_do_not_fit_are_an_error_that_says_what_to_write(
+    artifact, prompts, image, words
+):
+    shown = (
+        [pictures()[i] for i in image]
+        if isinstance(image, list)
+        else image
+        if image is None
+        else pictures()[0]
+    )
+    with portlm.load(artifact, "torch", "cpu", "native") as session, pytest.raises(UsageError, match=words):
+        session.generate(prompts, image=shown)
+
+
+def test_a_model_that_sees_no_pictures_says_so(tmp_path):
+    from portlm.models.llama import LlamaConfig
+
+    save_model(tmp_path / "llama", build(LlamaConfig.tiny()))
+    with (
+        portlm.load(tmp_path / "llama") as session,
+        pytest.raises(UsageError, match="this model sees no pictures"),
+    ):
+        session.generate([1, 2], image=pictures()[0])
 
 
 def test_the_packed_engine_refuses_by_name(artifact):

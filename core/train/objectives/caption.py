@@ -24,7 +24,7 @@ from portlm.data.captions import read_captions
 from portlm.data.pairs import padded
 from portlm.errors import ConfigError, UsageError
 from portlm.files import sha256_file
-from portlm.pictures import Pictures, Preprocessing
+from portlm.pictures import PREPROCESSOR, Pictures, Preprocessing
 from portlm.tokenizer import Tokenizer
 from portlm.train.config import DataSettings, PretrainConfig
 from portlm.train.evaluation import evaluating
@@ -177,7 +177,7 @@ class CaptionObjective(PairObjective):
     def save(self, folder: Path) -> None:
         """Write a checkpoint folder with the tokenizer, and what is done to pictures."""
         super().save(folder)
-        self.pictures.save(folder)
+        models.write_json(folder / PREPROCESSOR, self.pictures.prepare.to_hf())
 
     def fits(self, pair: Tokens, shape: Any) -> bool:
         """Say whether a row is no longer than the context; its end is predicted and not read."""
