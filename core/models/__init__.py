@@ -107,7 +107,8 @@ def at_context(data: Mapping[str, Any], context: int) -> Mapping[str, Any]:
         ConfigError: There are not so many positions.
     """
     family = data.get("model_type")
-    kind = FAMILIES[family].config_class() if isinstance(family, str) and family in FAMILIES else None
+    known = FAMILIES.get(family) if isinstance(family, str) else None
+    kind: Any = None if known is None else known.config_class()
     if not hasattr(kind, "at_context"):
         raise UsageError(
             f"a context is chosen where rotary positions depend on it (longrope), and not of {shown(family)}: leave "
