@@ -61,10 +61,10 @@ class KeptScales:
         self.scheme, self._scales, self._source = scheme, scales, source
         self._stored, self._other = module.hf_name, RoundToNearest(scheme)
         self._kept, self._rounded = 0, 0
+        self.method = self._done()
 
-    @property
-    def method(self) -> str:
-        """What was done, for the manifest."""
+    def _done(self) -> str:
+        """What was done so far, for the manifest."""
         rounded = f", {self._rounded} rounded to nearest" if self._rounded else ""
         return f"the numbers of {self._kept} matrices kept{rounded}"
 
@@ -77,6 +77,7 @@ class KeptScales:
         scale = self._scales.get(self._stored(name)[0])
         if scale is None:
             self._rounded += 1
+            self.method = self._done()
             return self._other(name, weight)
         N, K = weight.shape
         wide = scale.astype(np.float32)
@@ -84,6 +85,7 @@ class KeptScales:
             found = Quantized(nearest(weight, wide, None, self.scheme), wide)
             if np.array_equal(dequantize(found, self.scheme), weight):
                 self._kept += 1
+                self.method = self._done()
                 return found
         raise FormatError(
             f"{self._source}: {name} is not made of whole numbers times the scales in {SCALES}, so its weights have "

@@ -8,6 +8,7 @@ H heads, D head width, R the rotated part of it, C width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -119,6 +120,9 @@ def _unwritten(what: str) -> UsageError:
 
 
 _ORIGINAL_CONTEXT, _ATTENTION_FACTOR = "rope.scaling.original_context_length", "rope.scaling.attn_factor"
+# YaRN's bounds, which llama.cpp has one set of for these architectures, whatever a file says.
+_YARN_BOUNDS = {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
+_YARN = frozenset((_ORIGINAL_CONTEXT, _ATTENTION_FACTOR, *_YARN_BOUNDS))
 _WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 
 
@@ -136,21 +140,51 @@ def _head_width(entries: dict[str, Any]) -> dict[str, Any]:
     return {} if width is None else {"head_dim": width}
 
 
-def _scaling(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return the key for positions that are stretched evenly."""
+def _scaling(entries: dict[str, Any], yarn: bool = False) -> dict[str, Any]:
+    """Return the key for positions that are stretched evenly or, if the row of the family has its entries, by YaRN."""
     kind, factor = entries.get("rope.scaling.type", "none"), entries.get("rope.scaling.factor", 1.0)
-    if kind not in ("none", "linear"):
-        raise FormatError(f"stretches positions by {shown(kind)}, and portlm reads linear")
+    if kind not in ("none", "linear", *["yarn"] * yarn):
+        raise FormatError(
+            f"stretches positions by {shown(kind)}, and portlm reads linear{' and yarn' * yarn}"
+        )
+    if kind == "yarn":
+        return {"rope_scaling": _yarn_keys(entries, factor)}
     stretched = kind == "linear" and factor != 1
     return {"rope_scaling": {"rope_type": "linear", "factor": factor}} if stretched else {}
 
 
 def _grouped_keys(entries: dict[str, Any]) -> dict[str, Any]:
     """Return the keys for heads, and for positions that are stretched evenly."""
-    return _head_width(entries) | _scaling(entries)
+    return _head_width(entries) | _scaling(entries, yarn=True)
 
 
-def _rotary_entries(config: Any) -> dict[str, Any]:
+def _sharpened(factor: float) -> float:
+    """Return what llama.cpp multiplies queries and keys by, beside attn_factor, where YaRN stretches positions."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_keys(entries: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Return rope_scaling of YaRN; llama.cpp's own numbers are those that portlm takes for None."""
+    said = {"rope_type": "yarn", "factor": factor}
+    said["original_max_position_embeddings"] = entries.get(_ORIGINAL_CONTEXT, entries["context_length"])
+    for entry, usual in _YARN_BOUNDS.items():
+        if entries.get(entry, usual) != usual:
+            raise FormatError(f"has {entry} {entries[entry]:g}, for which llama.cpp takes {usual:g}")
+    share = entries.get(_ATTENTION_FACTOR, 1.0)
+    return said if share == 1 else said | {"attention_factor": share * _sharpened(factor)}
+
+
+def _yarn_entries(scaling: Any) -> dict[str, Any]:
+    """Return the entries of YaRN."""
+    if not scaling.truncate or (scaling.beta_fast, scaling.beta_slow) != (*_YARN_BOUNDS.values(),):
+        raise _unwritten("YaRN with other bounds than from 32 turns to 1, rounded to whole pairs")
+    factor, share = float(scaling.factor), scaling.size / _sharpened(scaling.factor)
+    entries = {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}
+    entries[_ORIGINAL_CONTEXT] = scaling.original_max_position_embeddings
+    return entries if share == 1 else entries | {_ATTENTION_FACTOR: share}
+
+
+def _rotary_entries(config: Any, yarn: bool = False) -> dict[str, Any]:
     """Return what is said of the rotated part of heads and of stretched positions."""
     entries, scaling = {"rope.dimension_count": config.rotary_dim}, config.rope_scaling
     if scaling is None or scaling.kind == "llama3":  # that lies in a tensor
@@ -158,21 +192,23 @@ def _rotary_entries(config: Any) -> dict[str, Any]:
     if scaling.kind == "longrope":  # whose factors lie in tensors
         original = scaling.original_max_position_embeddings
         return entries | {_ORIGINAL_CONTEXT: original, _ATTENTION_FACTOR: float(scaling.size)}
+    if scaling.kind == "yarn" and yarn:
+        return entries | _yarn_entries(scaling)
     if scaling.kind != "linear":
         raise _unwritten(f"rotary positions that are stretched by {scaling.kind}")
     return entries | {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
 
 
-def _head_entries(config: Any) -> dict[str, Any]:
+def _head_entries(config: Any, yarn: bool = False) -> dict[str, Any]:
     """Return that and what is said of heads."""
-    return dict.fromkeys(_WIDTHS, config.head_dim) | _rotary_entries(config)
+    return dict.fromkeys(_WIDTHS, config.head_dim) | _rotary_entries(config, yarn)
 
 
 def _grouped_entries(config: Any) -> dict[str, Any]:
     """Return the same of a family whose windows llama.cpp does not know."""
     if getattr(config, "window", 0):
         raise _unwritten(f"a sliding window, here of {config.window} positions")
-    return _head_entries(config)
+    return _head_entries(config, yarn=True)
 
 
 def _rotary_share(entries: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +230,7 @@ def _stablelm_keys(entries: dict[str, Any]) -> dict[str, Any]:
     width = keys.pop("head_dim", None)
     if width not in (None, entries["embedding_length"] // max(entries["attention.head_count"], 1)):
         raise FormatError(f"has heads of width {width}, which do not divide its width")
-    return keys | _scaling(entries)
+    return keys | _scaling(entries, yarn=True)
 
 
 def _phi3_keys(entries: dict[str, Any]) -> dict[str, Any]:
@@ -336,9 +372,9 @@ _LLAMA = Architecture(
     settings=_GROUPED,
     fixed={"model_type": "llama"},
     turns={"attn_q": _QUERY, "attn_k": _KEY},
-    optional=frozenset(("attention.head_count_kv", "rope.freq_base", *_WIDTHS)),
+    optional=frozenset(("attention.head_count_kv", "rope.freq_base", *_WIDTHS)) | _YARN,
     derived=_grouped_keys,
-    used=frozenset(_WIDTHS),
+    used=frozenset(_WIDTHS) | _YARN,
     extra=_grouped_entries,
     shown={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
 )

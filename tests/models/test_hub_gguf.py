@@ -161,17 +161,64 @@ def test_llamas_of_every_shape_come_through(what, tmp_path):
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "there" / WEIGHTS).read_bytes()
 
 
-def test_positions_that_llama_cpp_cannot_be_told_are_refused(tmp_path):
-    from portlm.models import build, save_model
-    from portlm.models.llama import LlamaConfig
+YARNS = {
+    "as it is": (Yarn(4.0, 8), {"factor": 4.0, "original_context_length": 8}),
+    "another size": (Yarn(4.0, 8, attention_factor=1.5), {"attn_factor": 1.5 / (0.1 * np.log(4) + 1)}),
+    "two mscales": (Yarn(2.0, 16, mscale=1.0, mscale_all_dim=0.5),
+                    {"factor": 2.0, "attn_factor": 1 / (0.05 * np.log(2) + 1)}),
+}  # fmt: skip
 
-    data = LlamaConfig.tiny().to_hf()
-    data.pop("rope_parameters")
-    data["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
-    save_model(tmp_path / "there", build(data))
-    with pytest.raises(UsageError, match="stretched by yarn"):
-        export_gguf(tmp_path / "there", tmp_path / "model.gguf")
-    assert not (tmp_path / "model.gguf").exists()
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("what", YARNS)
+def test_yarn_is_told_and_read_back(what, family, tmp_path):
+    """llama.cpp multiplies by 0.1 ln(factor) + 1 and by attn_factor; the entries are those that its package names."""
+    gguf = pytest.importorskip("gguf", reason="gguf is missing: pip install portlm[gguf]")
+    from portlm.models import build, save_model
+
+    scaling, told = YARNS[what]
+    save_model(
+        tmp_path / "there", build(replace(FAMILIES[family].config_class().tiny(), rope_scaling=scaling))
+    )
+    export_gguf(tmp_path / "there", tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert (
+        reader.fields[gguf.Keys.Rope.SCALING_TYPE.format(arch=family)].contents()
+        == gguf.RopeScalingType.YARN.value
+    )
+    for key, value in told.items():
+        name = f"{family}.rope.scaling.{key}"
+        assert name in {
+            key.format(arch=family) for key in vars(gguf.Keys.Rope).values() if isinstance(key, str)
+        }
+        assert reader.fields[name].contents() == pytest.approx(value, rel=1e-7)
+    if "attn_factor" not in told:
+        assert f"{family}.rope.scaling.attn_factor" not in reader.fields
+    import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    found = load_config(tmp_path / "back").rope_scaling
+    assert found.size == pytest.approx(scaling.size, rel=1e-6)
+    plain = {"attention_factor": None, "mscale": None, "mscale_all_dim": None}
+    assert replace(found, **plain) == replace(scaling, **plain)
+
+
+# What llama.cpp does not look at (a file says it, or a model has it): entries of a file, and the error.
+UNREAD = {
+    "bounds": ({"llama.rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast 8, for which llama.cpp takes 32"),
+    "another kind": ({"llama.rope.scaling.type": "longrope"}, "'longrope', and portlm reads linear and yarn"),
+    "an unknown entry": (
+        {"llama.rope.scaling.yarn_ext_factor": 1.0},
+        "yarn_ext_factor = 1.0 is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_other_forms_of_yarn_are_refused(what, written, tmp_path):
+    entries, message = UNREAD[what]
+    stretched = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    changed(written["llama"] / "model.gguf", tmp_path / "bad.gguf", stretched | entries)
+    with pytest.raises(FormatError, match=message):
+        import_gguf(tmp_path / "bad.gguf", tmp_path / "out")
 
 
 # What llama.cpp takes for given, and a model that is otherwise: family, fields, the error.
@@ -183,6 +230,12 @@ OTHERWISE = {
     "positions everywhere": ("smollm3", {"unplaced_interval": 0}, "than every fourth"),
     "biases": ("smollm3", {"unplaced_interval": 4, "mlp_bias": True}, "SmolLM3 with biases"),
     "another stretch": ("gpt_neox", {"rope_scaling": Yarn(4.0, 8)}, "stretched by yarn"),
+    "other bounds": ("llama", {"rope_scaling": Yarn(4.0, 8, beta_fast=8.0)}, "YaRN with other bounds"),
+    "bounds that are not rounded": (
+        "qwen2",
+        {"rope_scaling": Yarn(4.0, 8, truncate=False)},
+        "YaRN with other bounds",
+    ),
 }
 
 
