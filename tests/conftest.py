@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import hypothesis
@@ -151,6 +151,29 @@ def _own_trust_store(shared_folder):
     home.mkdir(mode=0o700, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PORTLM_HOME", str(home))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _drivers_tried_once():
+    """Which engines run here is found out by starting some of them in new processes, for seconds: once is enough."""
+    from portlm.runtimes import probe
+
+    known, tried = {}, probe._child
+
+    @wraps(tried)
+    def child(*pair):
+        if pair not in known:
+            try:
+                known[pair] = tried(*pair)
+            except Exception as error:
+                known[pair] = error
+        if isinstance(known[pair], Exception):
+            raise known[pair]
+        return known[pair]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "_child", child)
         yield
 
 

@@ -458,14 +458,15 @@ def test_a_session_writes_and_scores_on_every_engine_as_on_pytorch(artifact, nam
 
 @pytest.mark.parametrize("name", ["gru", "nplm", "ngram"])
 def test_verify_passes_on_every_engine_of_the_cpu(artifact, name):
+    from portlm.flows.targets import Target
     from portlm.flows.verify import verify_artifact
 
     for place in PLACES:
-        load(artifact(name), *place)  # which compiles what is missing
-    measured = {str(result.target): result for result in verify_artifact(artifact(name))}
-    assert [result.problem for result in measured.values()] == [None] * len(measured)
-    assert {"torch:cpu:native", "ort:cpu:portable"} <= measured.keys()
-    assert all(result.row.max_logit_error <= 1e-4 for result in measured.values())
+        load(artifact(name), *place).close()  # or the test is skipped
+    results = verify_artifact(artifact(name), [Target(*place) for place in PLACES])
+    expected = [(":".join(place), None) for place in PLACES]
+    assert [(str(result.target), result.problem) for result in results] == expected
+    assert all(result.row.max_logit_error <= 1e-4 for result in results)
 
 
 def test_the_packed_engine_says_that_it_keeps_no_such_state(artifact):

@@ -7,17 +7,16 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
 from advance_cases import started
-from engine_cases import OPTIONS, PROMPTS
+from engine_cases import KINDS, OPTIONS, PROMPTS
 
 import portlm
 from portlm.errors import UsageError
-from portlm.models import DECODERS
 from portlm.rows import Rows
 
 V = 257
 WAYS = OPTIONS | {"the largest seed": {"temperature": 0.8, "top_k": 20, "seed": 2**64 - 1}}
 PACKAGES = {"ort": "onnxruntime", "tvm": "tvm"}
-CASES = [*((name, family, "fused") for name in PACKAGES for family in DECODERS), ("tvm", "gpt2", "portable")]
+CASES = [*((name, family, "fused") for name in PACKAGES for family in KINDS), ("tvm", "gpt2", "portable")]
 
 
 @pytest.fixture(scope="module", params=PACKAGES)

@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
 import torch
-from packable import PACKED
+from packable import PACKED, PACKED_KINDS
 
 from portlm.artifact import read_manifest, refresh_files, write_manifest
 from portlm.compile.build import build
@@ -37,7 +37,7 @@ BYTES = byte_tokenizer(eos="<|endoftext|>")
 V, EOS = 257, 256
 
 
-@pytest.fixture(scope="module", params=PACKED)
+@pytest.fixture(scope="module", params=PACKED_KINDS)
 def session(request, packed):
     folder = packed[request.param]
     with Session(PackedEngine.open(OpenRequest(folder, read_manifest(folder), "cpu")), BYTES) as session:

@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]
 pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
 
 from ngram_trees import random_ngrams
-from packable import PACKED
+from packable import PACKED_KINDS
 
 import portlm
 from portlm.errors import UsageError
@@ -30,9 +30,9 @@ from portlm.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer(eos="<|endoftext|>")
 V, CONTEXT = 257, 48
-# Every family on one engine, which has a loop of its own, and one family on the rest.
+# Families of each kind on one engine, which has a loop of its own, and one family on the rest.
 TARGETS = [
-    *((family, "packed", "fused") for family in PACKED),
+    *((family, "packed", "fused") for family in PACKED_KINDS),
     *(("gpt2", "torch", profile) for profile in ("native", "fused")),
     *(("gpt2", engine, profile) for engine in ("ort", "tvm") for profile in ("portable", "fused")),
 ]

@@ -8,3 +8,7 @@ UNPACKED = {  # the first node of each for which a packed file has no step: scal
     "qwen3_moe": r"'model\.layers\.1\.mlp\.experts\.down_proj' \(Experts\)",
 }
 PACKED = tuple(family for family in DECODERS if family not in UNPACKED)
+PACKED_KINDS = ("gpt2", "llama", "gpt_neo", "opt")
+"""One of each kind of them: learned positions, rotary ones and grouped heads, windows, ReLU inside a map.
+
+For loops that write many tokens, which know steps and no family. test_every_decoder.py compares the tokens of all."""
