@@ -137,6 +137,17 @@ class TokenizerFile(Struct, frozen=True):
         }
 
 
+def top_of(document: object, name: str) -> dict[str, Any]:
+    """Return a tokenizer.json whose version is known, and in which nothing is unknown but inside its parts."""
+    top = fields(document, name, "the file", TOP_KEYS)
+    if top.get("version") != "1.0":
+        raise FormatError(f"{name}: version {shown(top.get('version'))} is unknown, this portlm reads 1.0")
+    for key in ("truncation", "padding"):
+        if not isinstance(top.get(key), dict | None):
+            raise FormatError(f"{name}: {key} is neither an object nor null")
+    return top
+
+
 def parse(document: object, name: str) -> TokenizerFile:
     """Check a whole tokenizer.json.
 
@@ -149,12 +160,7 @@ def parse(document: object, name: str) -> TokenizerFile:
     Raises:
         FormatError: anything outside the list of what is allowed, or a contradiction.
     """
-    top = fields(document, name, "the file", TOP_KEYS)
-    if top.get("version") != "1.0":
-        raise FormatError(f"{name}: version {shown(top.get('version'))} is unknown, this portlm reads 1.0")
-    for key in ("truncation", "padding"):
-        if not isinstance(top.get(key), dict | None):
-            raise FormatError(f"{name}: {key} is neither an object nor null")
+    top = top_of(document, name)
     if not isinstance(top.get("model"), dict):
         raise FormatError(f"{name}: model is not a JSON object")
     _check_kind(top, name)

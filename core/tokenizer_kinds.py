@@ -21,12 +21,12 @@ from portlm.tokenizer_file import (
     MAX_TOKEN_CHARS,
     MAX_VOCAB,
     MODEL_KEYS,
-    TOP_KEYS,
     TokenizerFile,
     check_ids,
     check_merges,
     check_vocab,
     kind_of,
+    top_of,
 )
 from portlm.tokenizer_parts import NORMALIZERS, PRE_TOKENIZERS, checked_decoder, checked_steps, text_of
 from portlm.tokenizer_steps import (
@@ -178,12 +178,7 @@ def parse_text(document: object, name: str) -> TextFile:
     Raises:
         FormatError: anything outside the list of what is allowed, or a contradiction.
     """
-    top = fields(document, name, "the file", TOP_KEYS)
-    if top.get("version") != "1.0":
-        raise FormatError(f"{name}: version {shown(top.get('version'))} is unknown, this portlm reads 1.0")
-    for key in ("truncation", "padding"):
-        if not isinstance(top.get(key), dict | None):
-            raise FormatError(f"{name}: {key} is neither an object nor null")
+    top = top_of(document, name)
     kind = kind_of(top["model"])
     readers = {"BPE": _bpe, "WordPiece": _word_piece, "WordLevel": _word_level, "Unigram": _unigram}
     model, vocab = readers[kind](top["model"], name)

@@ -2,9 +2,10 @@
 
 ``fp32`` takes operands as they are. ``bf16`` rounds both operands of each product of linear layers, of attention, of
 the MLP and of the head to bfloat16, forward and backward, and adds up in float32, as csrc/cpu/bf16_tiles.h defines it;
-what linear layers and the MLP keep for backward is rounded. Parameters, their gradients, norms, softmax, losses and the
-optimiser stay float32. bfloat16 has the exponents of float32, so no loss scaling is needed (Kalamkar et al. 2019,
-arXiv:1905.12322).
+what linear layers and the MLP keep for backward is rounded. What masked_attention does, whose kernels know masks,
+biases and the keys of another sequence, and what recurrent layers do in order is float32 either way. Parameters, their
+gradients, norms, softmax, losses and the optimiser stay float32. bfloat16 has the exponents of float32, so no loss
+scaling is needed (Kalamkar et al. 2019, arXiv:1905.12322).
 """
 
 from __future__ import annotations

@@ -54,6 +54,5 @@ def part(
     source, wanted = padded(sources, pad), padded(targets, IGNORE)
     mask = (np.arange(source.shape[1]) < np.array([len(row) for row in sources])[:, None]).astype(np.int64)
     arrays = source, mask, padded(read, pad), wanted
-    share = int((wanted != IGNORE).sum()) / total
     text, there, begun, said = (torch.from_numpy(array).to(device) for array in arrays)
-    return Part(text, there, begun, said, share)
+    return Part(text, there, begun, said, int((wanted != IGNORE).sum()) / total)
