@@ -120,6 +120,8 @@ def tvm_runner(device: str, profile: str) -> Runner:
             opened[key] = open_machine(model, folder)
         values = [np.ascontiguousarray(inputs[value.name]) for value in model.graph.input]
         results = opened[key](*(tvm.runtime.tensor(value) for value in values))
+        if len(key) == 1 and not isinstance(results, Sequence):
+            results = (results,)  # a graph of one output is a function of one value
         named = dict(zip(key, results, strict=True))
         # the cache is a view into a buffer with room to grow, which .numpy() refuses to copy
         return [np.array(np.from_dlpack(named[name])) for name in names]

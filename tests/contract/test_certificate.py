@@ -15,7 +15,12 @@ from portlm.flows.targets import Target
 from portlm.flows.verify import verify_artifact
 from portlm.weights import load_numpy, save_tensors
 
-ROLES = {"recurrent": ["decoder"], "encoder-decoder": ["encoder", "decoder"], "classifier": ["head:topic"]}
+ROLES = {
+    "recurrent": ["decoder"],
+    "encoder-decoder": ["encoder", "decoder"],
+    "classifier": ["head:topic"],
+    "weightless": ["head:topic", "head:odds"],
+}
 
 
 @pytest.fixture(scope="module", params=list(ROLES))
@@ -102,5 +107,6 @@ def test_a_state_matters_to_its_answer(certified):
     assert {len(r.inputs) for r in calls} == {
         "encoder-decoder": {1},  # its decoder continues texts, behind what the encoder made of sources
         "classifier": {1},
+        "weightless": {1},
         "recurrent": set(),
     }[certified.name]

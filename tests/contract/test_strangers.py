@@ -236,6 +236,26 @@ def test_a_role_without_weights_answers_like_any_other(open_stranger, target):
     assert_close(outputs["odds"], shares / shares.sum(-1, keepdims=True))
 
 
+@pytest.mark.parametrize("profile", ["portable", "fused"])
+def test_the_search_looks_inside_a_graph_of_one_output_on_tvm(stranger_artifact, profile):
+    """TVM returns such an output by itself, where others come as a tuple."""
+    pytest.importorskip("tvm", reason="TVM is missing: pip install portlm[tvm]")
+    onnx = pytest.importorskip("onnx", reason="onnx is missing: pip install portlm[onnx]")
+    from portlm.compile.runners import tvm_runner
+    from portlm.runtimes.tvm import connect_kernels
+
+    try:
+        connect_kernels()
+    except EngineUnavailableError as error:
+        pytest.skip(str(error))
+    folder = stranger_artifact("weightless") / "onnx"
+    model = onnx.load(folder / f"head-odds.{profile}.onnx", load_external_data=False)
+    logits = np.random.default_rng(3).standard_normal((4, 3), np.float32)
+    (odds,) = tvm_runner("cpu", profile)(model, folder, ["odds"], {"logits": logits})
+    shares = np.exp(2 * logits)
+    assert_close(odds, shares / shares.sum(-1, keepdims=True))
+
+
 def test_a_model_that_does_not_write_says_so(classifier):
     with pytest.raises(UsageError, match="has no role 'decoder', only head:topic"):
         Session(classifier, NoTokenizer(V)).generate([[1]], max_new_tokens=1)
