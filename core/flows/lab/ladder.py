@@ -37,7 +37,7 @@ from portlm.models.nplm import NPLMConfig
 from portlm.models.recurrent import RecurrentConfig
 
 _VOCAB, _LENGTH = 256, 64
-_STEPS, _ROWS = 300, 24
+_STEPS, _ROWS = 700, 24
 _ORDERS = range(1, 7)
 _READ = 30_000  # bytes of the held-out tenth
 _SIZES: dict[str, Any] = {"vocab_size": _VOCAB, "context_length": _LENGTH}
@@ -47,7 +47,8 @@ _MODELS: dict[str, tuple[Config, float]] = {
     "rnn": (RecurrentConfig(**_SIZES, cell="rnn", n_layer=1, width=176), 4e-3),
     "lstm": (RecurrentConfig(**_SIZES, cell="lstm", n_layer=1, width=108, forget_bias=1.0), 8e-3),
     "gru": (RecurrentConfig(**_SIZES, cell="gru", n_layer=1, width=120), 8e-3),
-    "gpt1": (GPT1Config(**_SIZES, n_layer=2, n_head=4, width=72), 4e-3),
+    # Norms behind the additions bear half the rate of norms in front: at 4e-3 two of three seeds learned nothing.
+    "gpt1": (GPT1Config(**_SIZES, n_layer=2, n_head=4, width=72), 2e-3),
     "gpt2": (GPT2Config(**_SIZES, n_layer=2, n_head=4, width=72), 4e-3),
     "llama": (LlamaConfig(**_SIZES, n_layer=2, n_head=4, n_kv_head=4, width=64, hidden=216), 4e-3),
 }
