@@ -6,6 +6,7 @@ import pytest
 import portlm
 from portlm.errors import UsageError
 from portlm.runtimes.base import ArrayEngine
+from portlm.runtimes.beam import largest
 from portlm.runtimes.decoding import Decoding
 from portlm.runtimes.null import DECODER, NullEngine
 from portlm.runtimes.penalties import penalise
@@ -209,3 +210,19 @@ def test_options_are_the_fields_of_one_dataclass():
     from portlm.runtimes.decoding import Options
 
     assert list(Options.__annotations__) == [field.name for field in fields(Decoding)]
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [(7, 7), (64 * 10, 10), (64 * 11 + 5, 10), (64 * 300 + 63, 15), (64, 1)]
+)
+def test_the_largest_values_are_found_wherever_they_stand(size, count):
+    generator = np.random.default_rng(size)
+    for drawn in (
+        generator.normal(size=size),
+        generator.integers(0, 3, size).astype(np.float64),  # ties
+        np.sort(generator.normal(size=size)),  # all of them in the last blocks, and behind those
+        np.where(np.arange(size) == size // 2, 0.0, -np.inf),
+    ):
+        found = largest(drawn, count)
+        assert len(set(found.tolist())) == count
+        assert drawn[found].tolist() == np.sort(drawn)[::-1][:count].tolist()

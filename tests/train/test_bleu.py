@@ -14,6 +14,7 @@ from portlm.errors import ConfigError, EngineUnavailableError, UsageError  # noq
 from portlm.train.bleu import check_sacrebleu, corpus_bleu  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
 from portlm.train.metrics import read_metrics  # noqa: E402
+from portlm.train.objectives.seq2seq import Seq2SeqObjective, open_pairs  # noqa: E402
 from portlm.train.pretrain import pretrain  # noqa: E402
 
 WRITTEN = ["the cat sat on the mat .", "a man is sleeping in a green room"]
@@ -106,8 +107,26 @@ def test_a_run_says_the_bleu_of_what_its_model_writes(config, tmp_path, monkeypa
     import portlm
 
     with portlm.load(done.checkpoint, engine="torch") as session:
-        own = session.translate(["drei haeuser", "ein hund"], max_new_tokens=15)
-    assert compared[-1] == ([result.text.strip() for result in own], ["three houses", "one dog"])
+        own = session.translate(["ein hund", "drei haeuser"], max_new_tokens=15)  # by length
+    assert compared[-1] == ([result.text.strip() for result in own], ["one dog", "three houses"])
+
+
+@with_sacrebleu
+@pytest.mark.usefixtures("one_thread")
+def test_who_waits_for_the_end_does_not_wait_for_all_translations(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("portlm.train.objectives.seq2seq._TRANSLATED", 1)
+    corpus = open_pairs(config.data, tmp_path / "data", fresh=True, note=lambda text: None)
+    objective = Seq2SeqObjective(config, corpus, torch.device("cpu"))
+    asked = []
+
+    def stop():
+        asked.append(True)
+        return len(asked) == 3  # before the one batch of the loss, and before each of two translations
+
+    assert objective.evaluate(stop) is None
+    assert len(asked) == 3
+    assert objective.model.training
+    assert set(objective.evaluate(lambda: False)) == {"loss", "bleu"}
 
 
 @pytest.mark.usefixtures("one_thread")

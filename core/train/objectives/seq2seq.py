@@ -143,22 +143,28 @@ class Seq2SeqObjective(PairObjective):
     def evaluate(self, stop: Stop) -> dict[str, float] | None:
         """Return ``loss`` in nats per target token, of the held-out pairs, and ``bleu`` if asked for."""
         found = super().evaluate(stop)
-        if found is not None and self.config.evaluation.translations:
-            if stop():
+        wanted = self.config.evaluation.translations
+        if found is not None and wanted:
+            score = self._bleu(self.judged[:wanted], stop)
+            if score is None:
                 return None
-            found["bleu"] = self._bleu(self.judged[: self.config.evaluation.translations])
+            found["bleu"] = score
         return found
 
-    def _bleu(self, pairs: Sequence[Tokens]) -> float:
+    def _bleu(self, pairs: Sequence[Tokens], stop: Stop) -> float | None:
         """Return BLEU of greedy translations, each of which may have twice the tokens of its source and a few."""
         decode, longest = self.corpus.tokenizer.decode, self.model.config.context_length - 1
-        limits = [min(longest, 2 * len(source) + 8) for source, _ in pairs]
-        sources = [source for source, _ in pairs]
+        pairs, written = sorted(pairs, key=lambda pair: len(pair[0])), []
         with evaluating(self.model):
-            found = self._session().translate(sources, max_new_tokens=limits, batch_size=_TRANSLATED)
-        return corpus_bleu(
-            [each.text.strip() for each in found], [decode(target) for _, target in pairs]
-        ).score
+            session = self._session()
+            for begin in range(0, len(pairs), _TRANSLATED):
+                if stop():
+                    return None
+                sources = [source for source, _ in pairs[begin : begin + _TRANSLATED]]
+                limits = [min(longest, 2 * len(source) + 8) for source in sources]
+                found = session.translate(sources, max_new_tokens=limits, batch_size=_TRANSLATED)
+                written += [each.text.strip() for each in found]
+        return corpus_bleu(written, [decode(target) for _, target in pairs]).score
 
     def _session(self) -> Any:
         """The model as it stands, on the torch engine."""
