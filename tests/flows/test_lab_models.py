@@ -5,8 +5,10 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 
+import torch
+
 from portlm.errors import UsageError
-from portlm.flows.lab import brackets, retrieval, unseen_pairs
+from portlm.flows.lab import brackets, pictures, retrieval, unseen_pairs
 from portlm.flows.lab.kneser_ney import KneserNey
 
 
@@ -96,3 +98,28 @@ def test_pairs_that_are_asked_never_met_and_follow_from_the_class():
     relation = text[:, 1] - unseen_pairs.NAMES
     expected = facts.leads[relation, text[:, 0] // unseen_pairs.MEMBERS]
     assert (text[:, 2] // unseen_pairs.MEMBERS == expected).all()
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_shows_what_its_caption_says():
+    """Both colours are there, and the first thing is above the second or left of it."""
+    generator = np.random.default_rng(0)
+    colours = {pictures.WORDS.index(name): np.array(rgb) for name, rgb in pictures.COLOURS.items()}
+    for scene in pictures.scenes()[::7]:
+        drawn, said = pictures.draw(scene, generator), pictures.caption(scene)
+        first, second = ((drawn == colours[said[i]]).all(-1).nonzero() for i in (1, 5))
+        assert min(len(first[0]), len(second[0])) > 20
+        if said[1] != said[5]:
+            axis = 0 if said[3] == pictures.WORDS.index("above") else 1
+            assert first[axis].mean() < second[axis].mean() - 8
+
+
+def test_a_shuffled_batch_has_the_same_captions_beside_the_pictures_of_others():
+    known = pictures.scenes()[:40]
+    (a, b), (c, d) = (
+        next(pictures.batches(np.random.default_rng(0), known, shuffled))[1:] for shuffled in (False, True)
+    )
+    assert torch.equal(a, c)
+    assert torch.equal(b.roll(1, 0), d)
