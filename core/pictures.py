@@ -157,10 +157,9 @@ class Preprocessing:
             UsageError: It is neither a path nor such an array.
             EngineUnavailableError: Pillow is not installed, and it is a file, or one that must be resized.
         """
-        values = self._cropped(self._resized(open_picture(picture)))
-        scaled = (values.astype(np.float32) * np.float32(self.scale) - np.float32(self.mean)) / np.float32(
-            self.std
-        )
+        values = self._cropped(self._resized(open_picture(picture))).astype(np.float32)
+        mean, std = (np.array(each, np.float32) for each in (self.mean, self.std))
+        scaled = (values * np.float32(self.scale) - mean) / std
         return np.ascontiguousarray(scaled.transpose(2, 0, 1))
 
     def _resized(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -298,7 +297,7 @@ def _extent(key: str, value: Any, side: int) -> tuple[int, ...]:
         return (side,)
     if isinstance(value, dict):
         named = [value.get(name) for name in ("height", "width")]
-        sizes = [value["shortest_edge"]] if set(value) == {"shortest_edge"} else named
+        sizes: list[Any] = [value["shortest_edge"]] if set(value) == {"shortest_edge"} else named
     else:
         sizes = [value]
     if not all(type(size) is int and 1 <= size <= MAX_SIDE for size in sizes):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from portlm.data.text import read_text
 from portlm.errors import FormatError, UsageError
@@ -70,7 +70,9 @@ def _of_json(line: str, where: str) -> tuple[str, str, str]:
         found = json.loads(line)
     except ValueError as error:
         raise FormatError(f"{where}: no JSON ({error})") from error
-    parts = [found.get(key) for key in ("image", "prompt", "text")] if isinstance(found, dict) else [None]
+    parts: list[Any] = (
+        [found.get(key) for key in ("image", "prompt", "text")] if isinstance(found, dict) else [None]
+    )
     if len(parts) == 3 and parts[1] is None:
         parts[1] = ""
     if not all(isinstance(part, str) for part in parts):

@@ -66,6 +66,8 @@ class Llava(Llama):
 
     SPARE_PARTS: ClassVar[str] = "layers"  # what tensors belong to that hf_spare names
     config: LlavaConfig
+    vision: Vision
+    projector: Projector
     # Not saved, as they follow from the configuration. Row 0 is a token's, row i is of place i - 1 of a picture.
     places: Tensor  # (P + 1, P): 1 where the place is
     tokens: Tensor  # (P + 1, 1): 1 of a token

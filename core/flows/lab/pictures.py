@@ -132,7 +132,7 @@ class Pictures:
             model: Any = fresh(_CONFIG, seed)
             losses = fit(
                 model, batches(seeded(seed, 2), known, bool(name)), steps, lr=3e-3, weight_decay=0.05,
-                loss=lambda batch, model=model: model(*batch), tell=named(tell, f"{name}llava"),
+                tell=named(tell, f"{name}llava"),
             )  # fmt: skip
             said = written(model, shown)
             figures[f"{name}exact"] = float((said == right).all(1).mean())

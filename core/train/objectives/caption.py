@@ -132,6 +132,7 @@ class CaptionObjective(PairObjective):
 
     def __init__(self, config: PretrainConfig, corpus: CaptionCorpus, device: torch.device):
         tokenizer = corpus.tokenizer
+        assert tokenizer.eos_id is not None  # open_captions saw to it
         self.image, self.end = tokenizer.special[IMAGE], tokenizer.eos_id
         if config.init:
             family = models.load_config(config.init).family
@@ -141,7 +142,6 @@ class CaptionObjective(PairObjective):
             side = model.config.vision.image_size
             prepare = Pictures.read(Path(config.init), side).prepare
         else:
-            assert self.end is not None  # open_captions saw to it
             shape: Any = config.model.config(tokenizer.vocab_size, (self.end,))
             model = models.build(dataclasses.replace(shape, image_token_id=self.image))
             prepare = Preprocessing.of_size(model.config.vision.image_size)
