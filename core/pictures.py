@@ -157,9 +157,9 @@ class Preprocessing:
             UsageError: It is neither a path nor such an array.
             EngineUnavailableError: Pillow is not installed, and it is a file, or one that must be resized.
         """
-        values = self._cropped(self._resized(open_picture(picture)))
-        mean, deviation = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        scaled = (values.astype(np.float32) * np.float32(self.scale) - mean) / deviation
+        values = self._cropped(self._resized(open_picture(picture))).astype(np.float32)
+        mean, std = (np.array(each, np.float32) for each in (self.mean, self.std))
+        scaled = (values * np.float32(self.scale) - mean) / std
         return np.ascontiguousarray(scaled.transpose(2, 0, 1))
 
     def _resized(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

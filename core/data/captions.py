@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from portlm.data.text import read_text
 from portlm.errors import FormatError, UsageError
@@ -70,11 +70,12 @@ def _of_json(line: str, where: str) -> tuple[str, str, str]:
         found = json.loads(line)
     except ValueError as error:
         raise FormatError(f"{where}: no JSON ({error})") from error
-    keys = ("image", "prompt", "text")
-    parts = [found.get(key) for key in keys] if isinstance(found, dict) else []
-    if parts and parts[1] is None:
+    parts: list[Any] = (
+        [found.get(key) for key in ("image", "prompt", "text")] if isinstance(found, dict) else [None]
+    )
+    if len(parts) == 3 and parts[1] is None:
         parts[1] = ""
-    if not parts or not all(isinstance(part, str) for part in parts):
+    if not all(isinstance(part, str) for part in parts):
         raise FormatError(
             f'{where}: an object with "image" and "text", and "prompt" if there is one, is wanted'
         )

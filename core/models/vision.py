@@ -121,7 +121,7 @@ class VisionConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """Return ``vision_config`` of a config.json; its last stream is the one that is read."""
-        spelled = {value: key for key, value in reversed(list(self.ACTIVATIONS.items()))}
+        activation = next(key for key, value in self.ACTIVATIONS.items() if value == self.activation)
         return {
             "model_type": self.MODEL_TYPE,
             "num_channels": CHANNELS,
@@ -131,7 +131,7 @@ class VisionConfig:
             "num_attention_heads": self.n_head,
             "hidden_size": self.width,
             "intermediate_size": self.hidden,
-            "hidden_act": spelled[self.activation],
+            "hidden_act": activation,
             "layer_norm_eps": self.layer_norm_eps,
             "initializer_range": self.init_std,
         }

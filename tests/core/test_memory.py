@@ -1,11 +1,22 @@
-"""How an encoder that takes one token per call becomes what a decoder is given."""
+"""How an encoder that takes one token per call, or a picture, becomes what a decoder is given."""
 
 import numpy as np
 import pytest
 
 from portlm.engine import CallSpec
-from portlm.memory import read_sources, reads_singly, reads_sources, source_inputs
+from portlm.errors import UsageError
+from portlm.memory import (
+    given_for,
+    giver_of,
+    read_sources,
+    reads_singly,
+    reads_sources,
+    sees_pictures,
+    source_inputs,
+)
 from portlm.roles import StateSpec, TensorSpec
+from portlm.runtimes.decoding import Decoding
+from portlm.runtimes.penalties import penalise
 
 ONE = ("batch", 1)
 TOKENS = (TensorSpec("input_ids", "int64", ONE), TensorSpec("attention_mask", "int64", ONE))
@@ -113,3 +124,76 @@ def test_another_encoder_is_none_that_reads_sources(change):
     spec = engine.roles["encoder"]
     fields = {"inputs": spec.inputs, "outputs": spec.outputs, "state": spec.state}
     assert not reads_sources({**engine.roles, "encoder": CallSpec(**{**fields, **change})})
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+PIXELS = (TensorSpec("pixel_values", "float32", ("batch", 3, 2, 2)),)
+PICTURE = TensorSpec("picture", "float32", ("batch", 4, 1))
+
+
+class Looker:
+    """Gives the mean of each picture four times, and counts its calls."""
+
+    context_length = 8
+
+    def __init__(self):
+        state = (StateSpec("picture", "", "float32", ("batch", 4, 1), "given", "constant"),)
+        logits = (TensorSpec("logits", "float32", ("batch", 1, 5)),)
+        self.roles = {"see": CallSpec(PIXELS, (PICTURE,)), "decoder": CallSpec(TOKENS, logits, state)}
+        self.calls = 0
+
+    def start(self, role, batch, given=None):
+        return batch
+
+    def run(self, role, inputs, state):
+        self.calls += 1
+        pixels = inputs["pixel_values"]
+        assert state == len(pixels)
+        means = pixels.mean((1, 2, 3), dtype=np.float32)
+        return {"picture": np.repeat(means, 4).reshape(-1, 4, 1)}, state
+
+
+def filled(value):
+    return np.full((3, 2, 2), value, np.float32)
+
+
+def test_pictures_are_seen_together_and_a_row_without_one_is_given_zeros():
+    engine = Looker()
+    found = given_for(engine, [(), (), ()], [filled(3), None, filled(5)])["picture"]
+    assert found[:, 0, 0].tolist() == [3, 0, 5]
+    assert engine.calls == 1
+    assert not given_for(engine, [()], [None])["picture"].any()
+    assert engine.calls == 1  # nobody has to look at nothing
+
+
+def test_a_picture_for_a_model_that_sees_none_is_refused():
+    engine = Adder(TOKENS, given("token"))
+    with pytest.raises(UsageError, match="this model sees no pictures"):
+        given_for(engine, [(1,)], [filled(1)])
+    with pytest.raises(UsageError, match="this model has no encoder, so it reads no source"):
+        read_sources(Looker(), [(1,)])
+
+
+@pytest.mark.parametrize(
+    "see",
+    [
+        CallSpec((*PIXELS, *TOKENS), (PICTURE,)),
+        CallSpec(PIXELS, (TensorSpec("picture", "float32", ("batch", 5, 1)),)),
+        CallSpec(PIXELS, (TensorSpec("sight", "float32", ("batch", 4, 1)),)),
+        CallSpec(PIXELS, (PICTURE,), (SEEN,)),
+    ],
+    ids=["tokens beside pixels", "another shape", "another name", "a state"],
+)
+def test_another_role_is_none_that_sees_pictures(see):
+    roles = Looker().roles
+    assert sees_pictures(roles)
+    assert giver_of(roles) == "see"
+    assert not sees_pictures({**roles, "see": see})
+    assert giver_of({**roles, "see": see}) == ""
+
+
+def test_rows_of_a_picture_are_no_tokens_that_were_said():
+    scores = np.ones(5, np.float32)
+    penalise(scores, (2, 5, 6, 2, 9), Decoding.of(repetition_penalty=2.0, no_repeat_ngram_size=1))
+    assert scores.tolist() == [1, 1, -np.inf, 1, 1]

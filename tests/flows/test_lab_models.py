@@ -14,6 +14,7 @@ from portlm.flows.lab import (
     cove,
     hybrid,
     objectives,
+    pictures,
     pretraining,
     retrieval,
     span_qa,
@@ -229,3 +230,28 @@ def test_texts_for_pretraining_have_all_words_and_the_longest_question_fits_the_
     assert tokenizer.vocab_size == len({word for text in texts for word in text.split()}) + 1
     longest = 3 + 2 + 12 * (2 + 3 + 1)  # [CLS] question [SEP] text [SEP]
     assert longest <= span_qa._SHAPE["context_length"]
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_shows_what_its_caption_says():
+    """Both colours are there, and the first thing is above the second or left of it."""
+    generator = np.random.default_rng(0)
+    colours = {pictures.WORDS.index(name): np.array(rgb) for name, rgb in pictures.COLOURS.items()}
+    for scene in pictures.scenes()[::7]:
+        drawn, said = pictures.draw(scene, generator), pictures.caption(scene)
+        first, second = ((drawn == colours[said[i]]).all(-1).nonzero() for i in (1, 5))
+        assert min(len(first[0]), len(second[0])) > 20
+        if said[1] != said[5]:
+            axis = 0 if said[3] == pictures.WORDS.index("above") else 1
+            assert first[axis].mean() < second[axis].mean() - 8
+
+
+def test_a_shuffled_batch_has_the_same_captions_beside_the_pictures_of_others():
+    known = pictures.scenes()[:40]
+    (a, b), (c, d) = (
+        next(pictures.batches(np.random.default_rng(0), known, shuffled))[1:] for shuffled in (False, True)
+    )
+    assert torch.equal(a, c)
+    assert torch.equal(b.roll(1, 0), d)

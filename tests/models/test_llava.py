@@ -206,6 +206,15 @@ def test_only_what_is_behind_a_picture_sees_it(model):
         assert (gradient.abs().max() > 0) == (place >= 2)
 
 
+@pytest.mark.runs_kernel(
+    "masked_attention_fwd",
+    "layer_norm_fwd",
+    "gemm",
+    "embedding_fwd",
+    "rotary_fwd",
+    "cached_attention",
+    "swiglu_fwd",
+)
 def test_a_cache_with_pictures_gives_what_one_pass_does(model):
     """In float32 a difference of rounding alone is below 1e-5 of logits around 5."""
     ids, shown = tokens(), pixels()
@@ -222,6 +231,10 @@ def test_a_cache_with_pictures_gives_what_one_pass_does(model):
         assert (torch.cat(found, dim=1) - model(ids, None, shown)).abs().max() <= 1e-5
 
 
+@pytest.mark.runs_kernel(
+    "masked_attention_fwd", "masked_attention_bwd", "layer_norm_bwd", "linear_bwd", "embedding_bwd", "attention_bwd",
+    "swiglu_bwd", "linear_cross_entropy",
+)  # fmt: skip
 def test_the_id_under_a_picture_has_no_effect_and_no_gradient():
     model, ids, shown = random_model(), tokens(), pixels()
     other = torch.where(ids == IMAGE, 7, ids)
