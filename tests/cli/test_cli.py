@@ -99,7 +99,7 @@ def test_the_whole_path_from_text_to_every_engine(portlm, text, tmp_path, monkey
         r["target"] for r in rows
     }
     assert all(row["row"]["max_logit_error"] <= 1e-4 and not row["row"]["fallback"] for row in rows)
-    again = portlm("verify", model, "--json")
+    again = portlm("verify", model, "--no-bisect", "--json")
     assert again.code == 0
     assert all(row["recorded"] is not None for row in json.loads(again.out))
     texts = {

@@ -88,7 +88,11 @@ def test_a_session_says_the_same_on_every_engine(artifact, target):
 
 
 def test_every_engine_is_certified_in_every_role(artifact):
-    results = verify_artifact(artifact, [Target("torch", "cpu", "native"), *(Target(*t) for t in TARGETS)])
+    targets = [Target("torch", "cpu", "native"), *(Target(*t) for t in TARGETS)]
+    compiled = [target for target in targets if target.engine == "tvm"]
+    results = verify_artifact(artifact, [target for target in targets if target not in compiled])
+    # To look into a graph, TVM compiles it anew with every value kept, which tests/compile/test_parity.py does.
+    results += verify_artifact(artifact, compiled, search=False)
     checked = [result for result in results if result.row is not None]
     assert not [result.problem for result in results if result.problem and result.row is not None]
     assert {(r.row.engine, r.row.role) for r in checked} >= {
