@@ -216,10 +216,11 @@ def _splitters() -> tuple[Any, ...]:
     """What cuts text into runs that no punctuation divides, and into words; a hyphen or apostrophe inside one stays."""
     letter = r"[\p{L}\p{M}\p{N}]"
     word = rf"{letter}+(?:['’\-]{letter}+)*"
-    return tuple(
+    runs, inside = (
         pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
         for pattern in (rf"{word}(?:\s+{word})*", word)
     )
+    return runs, inside
 
 
 def _runs(text: str) -> Iterator[list[str]]:

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from portlm.commands.keywords import command
+from portlm.keywords import METHODS
+
 TEXTS = ("red fox, red den; a lazy dog", "grey wolf and a lazy dog")
 
 
@@ -21,6 +24,11 @@ def test_each_text_has_its_lines(portlm, stops):
         found.out
         == "lazy dog\t4.0000\nred den\t4.0000\nred fox\t4.0000\n\ngrey wolf\t4.0000\nlazy dog\t4.0000\n"
     )
+
+
+def test_every_method_can_be_chosen():
+    (method,) = (option for option in command.params if option.name == "method")
+    assert tuple(method.type.choices) == METHODS
 
 
 def test_json_names_texts_and_topics(portlm, tmp_path, stops):
