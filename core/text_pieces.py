@@ -1,7 +1,7 @@
 """Text in pieces: what is UTF-8 and what is not, and long text cut where a tokenizer cuts it in any case."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from portlm.errors import UsageError
 
@@ -72,3 +72,10 @@ def groups(pieces: Iterable[str]) -> Iterator[list[str]]:
             group = []
     if group:
         yield group
+
+
+def splitter(tokens: Collection[str]) -> re.Pattern[str] | None:
+    """Return a pattern that finds the tokens in text, the longest where several begin."""
+    if not tokens:
+        return None
+    return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=lambda t: (-len(t), t)))})")

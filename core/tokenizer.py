@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from portlm.errors import FormatError, StorageError, UsageError
 from portlm.files import read_json, shown, write_atomic
-from portlm.text_pieces import BETWEEN_WORDS, cut, groups, segments
+from portlm.text_pieces import BETWEEN_WORDS, cut, groups, segments, splitter
 from portlm.tokenizer_file import (
     BYTE_TO_CHAR,
     MAX_FILE_BYTES,
@@ -83,8 +83,8 @@ class Tokenizer:
         self._library: tokenizers.Tokenizer | None = (
             None if plain_bytes else build_library(json.dumps(file.document(runnable=True)))
         )
-        self._added = _splitter(file.added)
-        self._added_and_special = _splitter(file.added | file.special)
+        self._added = splitter(file.added)
+        self._added_and_special = splitter(file.added | file.special)
         self._eos, self._bos = eos, bos
         self.vocab_size = len(self._tokens)
         self.special = dict(file.special)
@@ -427,13 +427,6 @@ def build_library(document: str) -> "tokenizers.Tokenizer":
 def is_panic(error: BaseException) -> bool:
     """Tell a panic of the Rust code, which arrives as a BaseException of a type that cannot be imported."""
     return type(error).__name__ == "PanicException"
-
-
-def _splitter(tokens: dict[str, int]) -> re.Pattern[str] | None:
-    """Return a pattern that finds the tokens in text, the longest where several begin."""
-    if not tokens:
-        return None
-    return re.compile(f"({'|'.join(re.escape(t) for t in sorted(tokens, key=lambda t: (-len(t), t)))})")
 
 
 def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
