@@ -25,6 +25,7 @@ FORMATS = ("PNG", "PPM", "JPEG", "BMP")  # by Pillow's names
 MAX_PIXELS = 1 << 26  # of a file: 200 MB as bytes of three colours
 MAX_SIDE = 1 << 14  # to which a picture may be brought
 MAX_BYTES = 1 << 28  # of a file
+_LARGEST = 1e12  # number that colours are reckoned with
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3
@@ -314,6 +315,6 @@ def _crop(value: Any, side: int) -> tuple[int, int]:
 
 def _numbers(key: str, values: Any, count: int = 3) -> tuple[float, ...]:
     fits = isinstance(values, list | tuple) and len(values) == count
-    if not fits or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+    if not fits or not all(type(v) in (int, float) and -_LARGEST <= v <= _LARGEST for v in values):
         raise ConfigError(f"{key} must be {count} finite number{'s' * (count > 1)}, got {shown(values)}")
     return tuple(map(float, values))

@@ -132,7 +132,9 @@ def check_token_ids(config: Any, *more: str) -> None:
         ids = getattr(config, name)
         for token in ids if isinstance(ids, tuple) else () if ids is None else (ids,):
             if type(token) is not int or not 0 <= token < config.vocab_size:
-                raise ConfigError(f"{name} holds {token!r}, but ids run from 0 to {config.vocab_size - 1}")
+                raise ConfigError(
+                    f"{name} holds {shown(token)}, but ids run from 0 to {config.vocab_size - 1}"
+                )
 
 
 def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:

@@ -72,11 +72,11 @@ class Gemma3Config(Gemma2Config):
             read.raw("rope_parameters", "a block for each kind of layer"),
         )
         local = read.optional_number("rope_local_base_freq", f"a number; {_LOCAL:g} if missing")
-        if blocks is None or not {FULL, SLIDING} & set(blocks):
+        if not isinstance(blocks, dict) or not {FULL, SLIDING} & blocks.keys():
             found = config_rope.rotary(read, context, default_base=cls.THETA, kinds=cls.SCALINGS)
             _whole(found)
             return _fields(found, _LOCAL if local is None else local)
-        if not isinstance(blocks, dict) or blocks.keys() - {FULL, SLIDING}:
+        if blocks.keys() - {FULL, SLIDING}:
             raise ConfigError(
                 f"rope_parameters = {shown(blocks)} must have a block for {FULL} and one for {SLIDING}"
             )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from portlm.errors import ConfigError, UsageError
+from portlm.files import shown
 from portlm.models import config_json
 from portlm.models.layers import Embedding, LayerNorm, Linear
 from portlm.ops.gelu_mlp import gelu_mlp
@@ -102,7 +103,7 @@ class VisionConfig:
         layers = read.integer("num_hidden_layers", 12)
         if not -layers - 1 <= layer <= layers:
             raise ConfigError(
-                f"vision_feature_layer {layer} does not exist: vision_config has num_hidden_layers = {layers}"
+                f"vision_feature_layer {shown(layer)} does not exist: num_hidden_layers is {shown(layers)}"
             )
         read.training("attention_dropout", 0.0)
         config = cls(

@@ -123,6 +123,7 @@ def test_a_line_of_pixels_is_not_blown_up_without_end():
         ({"image_std": [1, 0, 1]}, "image_std holds 0"),
         ({"image_mean": [1, 2]}, "image_mean must be 3 finite numbers"),
         ({"rescale_factor": "x"}, "rescale_factor must be 1 finite number"),
+        ({"rescale_factor": 10**400}, "rescale_factor must be 1 finite number"),
     ],
 )
 def test_preprocessing_that_is_not_done_here_is_refused_by_name(said, words):
