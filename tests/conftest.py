@@ -23,6 +23,11 @@ hypothesis.settings.load_profile("portlm")
 sys.path.insert(0, str(Path(__file__).parent / "shared"))  # for what test files of several folders share
 pytest.register_assert_rewrite("recurrent_layers", "recurrent_cells")  # tests that several files import
 
+USUAL = (
+    "gpt2",
+    "llama",
+)  # made before any test that asks for families: some change what it would be made with
+
 
 def pytest_configure():
     """Let signals through that whoever started the tests ignores, as nohup and a shell's & do: children inherit it.
@@ -137,7 +142,11 @@ def once(shared_folder):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
                 shutil.rmtree(path, ignore_errors=True)  # of one that failed
-                make(path)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv(
+                        "PORTLM_HOME", str(shared_folder / "home")
+                    )  # a test may have one of its own by now
+                    make(path)
                 done.touch()
         return path
 
@@ -199,7 +208,7 @@ def checkpoints(once):
         make_it = partial(save_random, family=family, scale=0.3, **others.get(family, {}))
         return once(f"checkpoints/{family}", make_it)
 
-    return Made(DECODERS, make)
+    return Made(DECODERS, make, USUAL)
 
 
 @pytest.fixture(scope="session")
@@ -223,7 +232,9 @@ def artifacts(checkpoints, once):
 
     from portlm.compile.export import export
 
-    return Made(checkpoints, lambda family: once(f"artifact-{family}", partial(export, checkpoints[family])))
+    return Made(
+        checkpoints, lambda family: once(f"artifact-{family}", partial(export, checkpoints[family])), USUAL
+    )
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +263,7 @@ def compiled(artifacts, compile_all, once):
     def make(family, folder):
         compile_all(shutil.copytree(artifacts[family], folder))
 
-    return Made(artifacts, lambda family: once(f"compiled-{family}", partial(make, family)))
+    return Made(artifacts, lambda family: once(f"compiled-{family}", partial(make, family)), USUAL)
 
 
 @pytest.fixture(scope="session")
@@ -266,7 +277,7 @@ def packed(artifacts, once):
     def make(family, folder):
         build(shutil.copytree(artifacts[family], folder), [("packed", "cpu", "fused")])
 
-    return Made(PACKED, lambda family: once(f"packed-{family}", partial(make, family)))
+    return Made(PACKED, lambda family: once(f"packed-{family}", partial(make, family)), USUAL)
 
 
 @pytest.fixture(scope="session")
@@ -300,7 +311,7 @@ def divisible(once):
         make_it = partial(save_random, family=family, scale=0.2, **sizes)
         return once(f"divisible/{family}", make_it)
 
-    return Made(DECODERS, make)
+    return Made(DECODERS, make, USUAL)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Nothing that portlm starts leaves anything in the user's folders but its own cache, ONNX Runtime included."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,9 +36,12 @@ def fresh_home(tmp_path, tmp_path_factory):
         pytest.param(["-m", "portlm.runtimes.probe", "ort", "cpu"], id="doctor's child"),
     ],
 )
-def test_a_first_session_leaves_nothing_in_a_fresh_home(command, artifacts, fresh_home):
+def test_a_first_session_leaves_nothing_in_a_fresh_home(command, artifacts, fresh_home, tmp_path_factory):
     root, environment = fresh_home
-    command = [str(artifacts["gpt2"]) if word == "ARTIFACT" else word for word in command]
+    model = shutil.copytree(
+        artifacts["gpt2"], tmp_path_factory.mktemp("copy") / "model"
+    )  # verify writes into it
+    command = [str(model) if word == "ARTIFACT" else word for word in command]
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120
     )

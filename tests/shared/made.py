@@ -7,13 +7,17 @@ from pathlib import Path
 class Made(Mapping[str, Path]):
     """Folders by name, each of them made when it is first asked for.
 
-    A test of one family waits for that family alone; iterating makes all of them.
+    A test of one family waits for that family alone; iterating makes all of them. What is made in the middle of a test
+    is made in what the test has changed by then, so those that such tests ask for are made at once.
     """
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Path]) -> None:
+    def __init__(
+        self, names: Iterable[str], make: Callable[[str], Path], at_once: Iterable[str] = ()
+    ) -> None:
         """Know these names; make(name) returns the folder of one."""
         self._names, self._make = dict.fromkeys(names), make
         self._folders: dict[str, Path] = {}
+        self._folders.update((name, make(name)) for name in at_once)
 
     def __getitem__(self, name: str) -> Path:
         if name not in self._names:
