@@ -45,7 +45,7 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
     "optimizer": (
         "optimizer.name",
         click.Choice(["adamw", "muon", "adagrad", "nt-asgd"]),
-        "muon is for the matrices inside the blocks, and all else takes adamw",
+        "muon is for the matrices inside the blocks, and all else takes adamw; nt-asgd averages weights at the end",
     ),
     "lr": ("optimizer.lr", float, "Peak learning rate"),
     "min-lr": ("schedule.min_lr", float, "Learning rate of the last step"),

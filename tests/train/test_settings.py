@@ -314,3 +314,17 @@ def test_warmup_is_a_share_or_a_number_of_steps():
 def test_the_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PretrainConfig().steps = 3
+
+
+def test_what_a_file_and_overrides_say_of_a_key_is_known_before_anything_is_checked(tmp_path):
+    path = tmp_path / "given.toml"
+    path.write_text('[schedule]\nshape = "slanted"\n')
+    key = "schedule.shape"
+    assert settings.said(PretrainConfig, key) is None
+    assert settings.said(PretrainConfig, "schedule.warmup", file=path) is None
+    assert settings.said(PretrainConfig, key, file=path) == "slanted"
+    assert settings.said(PretrainConfig, key, file=path, overrides=["schedule.shape=linear"]) == "linear"
+    assert settings.said(PretrainConfig, key, overrides=[(key, "linear"), (key, "cosine")]) == "cosine"
+    assert settings.said(PretrainConfig, "schedule.ratio", overrides=["schedule.ratio=8"]) == 8
+    with pytest.raises(ConfigError, match="has no '='"):
+        settings.said(PretrainConfig, key, overrides=["schedule.shape"])
