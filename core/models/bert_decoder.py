@@ -115,7 +115,6 @@ class BertDecoderConfig(BertConfig):
             "encoder": self._side_to_hf(self.n_layer),
             "decoder": self._side_to_hf(self.n_decoder_layer, is_decoder=True, add_cross_attention=True),
             "tie_word_embeddings": True,
-            "vocab_size": self.vocab_size,  # transformers' search asks for it here, and its class does not have it
             "decoder_start_token_id": self.decoder_start_token_id,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": config_json.one_or_list(self.eos_token_ids),

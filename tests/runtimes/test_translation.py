@@ -126,7 +126,7 @@ def test_a_search_finds_what_transformers_finds(checkpoints, open_on, family):
     other = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoints[family]).eval()
     session = open_on(family, "torch:cpu:native")
     # Rows that stand for no token: ours never draws them, transformers is told not to.
-    banned = list(range(257, other.config.vocab_size))
+    banned = list(range(257, load_model(checkpoints[family]).config.vocab_size))
     for penalty in (1.0, 0.4):
         settings = transformers.GenerationConfig(
             decoder_start_token_id=START, pad_token_id=START, eos_token_id=EOS, num_beams=3, length_penalty=penalty,
