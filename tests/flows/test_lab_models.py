@@ -17,7 +17,6 @@ from portlm.flows.lab import (
     pictures,
     pretraining,
     retrieval,
-    span_qa,
     transfer,
     unseen_pairs,
 )
@@ -204,35 +203,6 @@ def test_a_label_needs_both_the_topic_and_the_first_symbol():
     for known in (topics < 3, even):
         # Alone each is right half of the time, give or take three standard errors.
         assert (labels == known).mean() == pytest.approx(0.5, abs=0.025)
-
-
-def test_a_question_is_answered_by_the_one_fact_with_its_relation():
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        asked = span_qa.question(generator)
-        said = [fact.split() for fact in asked["text"].removesuffix(" .").split(" . ")]
-        assert len(said) == len({relation for _, relation, *_ in said}) == 12
-        assert all(value[0] == relation[1] for _, relation, *values in said for value in values)
-        assert {len(fact) for fact in said} <= {3, 4, 5}
-        (fact,) = [fact for fact in said if fact[:2] == asked["question"].split()]
-        assert asked["answer"] == " ".join(fact[2:])
-        assert asked["text"][asked["start"] :].startswith(f"{asked['answer']} .")
-        assert asked["text"][: asked["start"]].endswith(f"{asked['question']} ")
-
-
-def test_texts_for_pretraining_have_all_words_and_the_longest_question_fits_the_context():
-    from portlm.text_tokenizer import train_words
-
-    generator = np.random.default_rng(0)
-    texts = [span_qa.text_of(span_qa.facts(generator)) for _ in range(1000)]
-    tokenizer = train_words(texts, span_qa._WORDS)
-    assert tokenizer.vocab_size == span_qa._WORDS  # there are no more words, either
-    assert tokenizer.vocab_size == len({word for text in texts for word in text.split()}) + 1
-    longest = 3 + 2 + 12 * (2 + 3 + 1)  # [CLS] question [SEP] text [SEP]
-    assert longest <= span_qa._SHAPE["context_length"]
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_shows_what_its_caption_says():

@@ -24,7 +24,6 @@ EXPERIMENTS = {
     "parallel-depth": "portlm.flows.lab.parallel_depth:ParallelDepth",
     "hybrid": "portlm.flows.lab.hybrid:Hybrids",
     "contextual-sense": "portlm.flows.lab.contextual_sense:ContextualSense",
-    "span-qa": "portlm.flows.lab.span_qa:SpanQA",
     "cove": "portlm.flows.lab.cove:Cove",
     "pretraining-pays": "portlm.flows.lab.pretraining:Pretraining",
     "transfer": "portlm.flows.lab.transfer:Transfer",
