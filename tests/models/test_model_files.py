@@ -159,7 +159,7 @@ def test_any_config_gives_a_configuration_or_a_one_line_error(family, change):
     else:
         assert config_from_hf(config.to_hf()) == config
     assert "\n" not in message
-    assert len(message) < 400
+    assert len(message) < 500  # the longest one names every family
 
 
 def test_the_end_of_text_comes_from_the_tokenizer_where_the_model_names_none(llama, gpt2, tmp_path):
