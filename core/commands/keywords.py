@@ -19,7 +19,7 @@ from portlm.commands.reading import texts_of
     help="A file with a text on each line, or a folder in which each file is a text.",
 )  # fmt: skip
 @click.option(
-    "--method", "-m", default="tfidf", show_default=True,
+    "--method", default="tfidf", show_default=True,
     type=click.Choice(["tfidf", "rake", "textrank", "lda", "nmf", "lsi"]),
     help="tfidf, rake and textrank: keywords of each text; lda, nmf and lsi: of each topic of all texts.",
 )  # fmt: skip

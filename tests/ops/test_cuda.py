@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from recurrent_cases import layer_arguments, random_mask
+from recurrent_layers import Layer, random_mask
 from torch import Tensor, nn
 
 from portlm.agreement import within
@@ -277,7 +277,11 @@ def test_cuda_adamw_leaves_everything_alone_when_a_gradient_is_not_finite(device
     assert optimizer.state[p]["step"] == 1
 
 
-LAYERS = {"rnn": (rnn, rnn_reference), "gru": (gru, gru_reference), "lstm": (lstm, lstm_reference)}
+LAYERS = {
+    "rnn": Layer(rnn, rnn_reference, nn.RNN, 1),
+    "gru": Layer(gru, gru_reference, nn.GRU, 3),
+    "lstm": Layer(lstm, lstm_reference, nn.LSTM, 4, ("h", "c")),
+}
 EVERY_LAYER = pytest.mark.parametrize(
     "op",
     [pytest.param(op, marks=pytest.mark.runs_kernel(f"{op}_fwd", f"{op}_bwd", on="cuda")) for op in LAYERS],
@@ -288,7 +292,7 @@ LAYER_SHAPES = [(1, 1, 1, 1), (3, 5, 7, 17), (19, 4, 3, 33), (2, 3, 30, 70)]
 
 def layer(op, shape, device, biases=True):
     """The tensors among a layer's arguments, and what makes a function of the layer one of them."""
-    given = layer_arguments(op, shape, biases=biases)
+    given = LAYERS[op].arguments(shape, biases=biases)
     names = [name for name, t in given.items() if t is not None]
 
     def of(function, **options):
@@ -304,7 +308,7 @@ def layer(op, shape, device, biases=True):
 @pytest.mark.parametrize("shape", LAYER_SHAPES, ids=str)
 @EVERY_LAYER
 def test_cuda_layer_and_its_gradients_are_as_accurate_as_pytorch(op, shape, reverse, masked, device):
-    ours, reference = LAYERS[op]
+    ours, reference, *_ = LAYERS[op]
     tensors, of = layer(op, shape, device)
     options = {"reverse": reverse, "mask": random_mask(*shape[:2]).to(device) if masked else None}
     if op == "rnn" and masked:
@@ -321,7 +325,7 @@ def test_cuda_layer_and_its_gradients_are_as_accurate_as_pytorch(op, shape, reve
 
 @EVERY_LAYER
 def test_cuda_layer_needs_no_biases_and_gives_the_same_bits_every_time(op, device, request):
-    ours, reference = LAYERS[op]
+    ours, reference, *_ = LAYERS[op]
     tensors, of = layer(op, (18, 3, 5, 40), device, biases=False)
     first, second = (results(of(ours), tensors, torch.float32) for _ in run_twice(device, request))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -331,7 +335,7 @@ def test_cuda_layer_needs_no_biases_and_gives_the_same_bits_every_time(op, devic
 
 @EVERY_LAYER
 def test_cuda_layer_of_no_tokens_hands_the_state_and_its_gradient_on(op, device):
-    ours, _ = LAYERS[op]
+    ours = LAYERS[op].function
     tensors, of = layer(op, (2, 0, 3, 5), device)
     tensors = [t.requires_grad_() for t in tensors]
     y, *states = of(ours)(*tensors)
@@ -342,7 +346,7 @@ def test_cuda_layer_of_no_tokens_hands_the_state_and_its_gradient_on(op, device)
 
 @pytest.mark.parametrize("op", LAYERS)
 def test_cuda_layer_of_other_types_is_left_to_the_reference(op, device):
-    ours, reference = LAYERS[op]
+    ours, reference, *_ = LAYERS[op]
     tensors, of = layer(op, (2, 3, 4, 5), device)
     tensors = [t.bfloat16() for t in tensors]
     for o, r in zip(of(ours)(*tensors), of(reference)(*tensors), strict=True):
