@@ -19,7 +19,7 @@ def stops(tmp_path):
 
 
 def test_each_text_has_its_lines(portlm, stops):
-    found = portlm("keywords", *TEXTS, "-m", "rake", "--stop-words", stops)
+    found = portlm("keywords", *TEXTS, "--method", "rake", "--stop-words", stops)
     assert (
         found.out
         == "lazy dog\t4.0000\nred den\t4.0000\nred fox\t4.0000\n\ngrey wolf\t4.0000\nlazy dog\t4.0000\n"
@@ -47,7 +47,7 @@ def test_a_missing_package_is_one_line_with_the_extra(portlm, stops, monkeypatch
         monkeypatch.setitem(sys.modules, name, None)
     for package in ("sklearn", "networkx"):
         monkeypatch.setitem(sys.modules, package, None)
-    for options in ([], ["-m", "textrank", "--stop-words", stops]):
+    for options in ([], ["--method", "textrank", "--stop-words", stops]):
         outcome = portlm("keywords", "red fox", *options)
         assert outcome.code == 1
         assert "pip install 'portlm[keywords]'" in outcome.error
@@ -56,7 +56,7 @@ def test_a_missing_package_is_one_line_with_the_extra(portlm, stops, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-m", "yake"], "yake"),
+        (["--method", "yake"], "yake"),
         (["--top", "0"], "top must be a whole number of at least 1, got 0"),
         (["--stop-words", "nowhere.txt"], "nowhere.txt"),
         (["-f", "nowhere.txt"], "give texts or --file, not both"),
