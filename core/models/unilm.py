@@ -297,12 +297,16 @@ class UniLM(Bert):
 
     def _biases(self, x: Tensor, mask: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return what tokens (B, T, C) see, (B, 1, T, S + P + T), and the masks behind them, with T more keys."""
-        every = torch.cat((source_mask, mask), dim=1)  # (B, S + P + T)
-        hidden = embedding(every, self.hiding)  # (B, S + P + T, 1)
-        hidden = hidden.transpose(1, 2).unsqueeze(1)  # (B, 1, 1, S + P + T)
-        see = relative_bias(x, every, self.causal, False, 2) + hidden  # (B, 1, T, S + P + T)
+        # A mask (B, S) as what it adds to scores, (B, 1, 1, S). Masks are not joined themselves: ONNX Runtime's
+        # WebGPU has no Concat of int64.
+        source, target = (
+            embedding(each, self.hiding).transpose(1, 2).unsqueeze(1) for each in (source_mask, mask)
+        )
+        back = relative_bias(x, mask, self.causal, False, 2)  # (1, T, P + T)
+        rows = back.select(2, 0).unsqueeze(2) * 0.0  # (1, T, 1), so that the source has as many
+        see = torch.cat((source + rows, target + back), dim=3)  # (B, 1, T, S + P + T)
         # 1 where a key is the query's own token; times its transpose it says which of the T tokens are the same.
-        own = relative_bias(x, every, self.alone, True, 2)  # (1, T, S + P + T)
+        own = relative_bias(x, mask, self.alone, True, 2)  # (1, T, P + T)
         others = (own * -HIDDEN) @ own.transpose(1, 2) + HIDDEN  # (1, T, T)
         none = embedding(source_mask, self.ones).select(1, 0) * 0.0  # (B, 1)
         others = others + none.unsqueeze(1).unsqueeze(1)  # (B, 1, T, T)
