@@ -130,6 +130,8 @@ class Family(NamedTuple):
             that is shown one.
         foreign: Whether transformers has such models, too.
         counted: The verb that makes such a model, where none learns by gradients: its numbers are counts of a text.
+        begins_as: The family whose checkpoints its parts may begin as, "" for none; ``of`` of its configuration makes
+            one from that one's, and its model says what begins as what (``adopted``).
     """
 
     module: str
@@ -138,6 +140,7 @@ class Family(NamedTuple):
     kind: str = "decoder"
     foreign: bool = True
     counted: str = ""
+    begins_as: str = ""
 
     def config_class(self) -> type[Config]:
         """Import and return the configuration class."""
@@ -187,7 +190,7 @@ FAMILIES = {
     "bart": Family("portlm.models.bart", "BartConfig", "Bart", "encoder-decoder"),
     "t5": Family("portlm.models.t5", "T5Config", "T5", "encoder-decoder"),
     "encoder-decoder": Family(
-        "portlm.models.bert_decoder", "BertDecoderConfig", "BertDecoder", "encoder-decoder"
+        "portlm.models.bert_decoder", "BertDecoderConfig", "BertDecoder", "encoder-decoder", begins_as="bert"
     ),
     "unilm": Family("portlm.models.unilm", "UniLMConfig", "UniLM", "prefix", foreign=False),
     "recurrent": Family(

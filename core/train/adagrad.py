@@ -7,16 +7,16 @@ Machine Learning Research 12, 2011. Rows of a table that are rarely looked up ke
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from portlm.ops.adamw import gradient_norm_reference
+from portlm.train.checked_optimizer import CheckedOptimizer
 
 __all__ = ["AdaGrad"]
 
 
-class AdaGrad(torch.optim.Optimizer):
+class AdaGrad(CheckedOptimizer):
     """AdaGrad with decoupled weight decay, and clipping by the global gradient norm.
 
     Without either it is torch.optim.Adagrad with its defaults; the state has the same name (``sum``).
@@ -33,6 +33,10 @@ class AdaGrad(torch.optim.Optimizer):
         ValueError: a setting out of range.
     """
 
+    NAME: ClassVar[str] = "adagrad"
+    SETTINGS: ClassVar[tuple[str, ...]] = ("lr", "eps", "weight_decay")
+    REMEMBERS: ClassVar[str] = "sum"
+
     def __init__(
         self,
         params: Any,
@@ -41,40 +45,7 @@ class AdaGrad(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"[adagrad] max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm}"
-            )
-        self.max_grad_norm = max_grad_norm
-        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with their own settings.
-
-        Raises:
-            ValueError: a setting out of range.
-        """
-        super().add_param_group(param_group)
-        for name in ("lr", "eps", "weight_decay"):
-            value = self.param_groups[-1][name]
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"[adagrad] {name} must be at least 0 and finite, got {value}")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of another AdaGrad, this one or PyTorch's, as a copy.
-
-        Raises:
-            ValueError: the groups or the shapes differ from this optimiser's.
-        """
-        super().load_state_dict(state_dict)
-        for param, state in self.state.items():
-            if "sum" not in state or state["sum"].shape != param.shape:
-                raise ValueError(
-                    f"[adagrad] the state has no sum of the parameter's shape {tuple(param.shape)}"
-                )
-            state["sum"] = state[
-                "sum"
-            ].clone()  # PyTorch keeps the caller's, which may be a read-only map of a file
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay}, max_grad_norm)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
@@ -91,10 +62,9 @@ class AdaGrad(torch.optim.Optimizer):
             with torch.enable_grad():
                 closure()
         active = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = gradient_norm_reference(p.grad for p, _ in active)
+        norm, clip = self.clipping(p for p, _ in active)
         if not math.isfinite(norm):
             return norm
-        clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
         for param, group in active:
             state = self.state[param]
             if not state:

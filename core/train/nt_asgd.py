@@ -11,16 +11,16 @@ a rate of 30 that stays the same, clipping at 0.25, weight decay 1.2e-6 and n = 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from portlm.ops.adamw import gradient_norm_reference
+from portlm.train.checked_optimizer import CheckedOptimizer
 
 __all__ = ["NTASGD", "averages_in", "observe"]
 
 
-class NTASGD(torch.optim.Optimizer):
+class NTASGD(CheckedOptimizer):
     """Gradient descent with weight decay, clipping by the global gradient norm, and averaging once it is triggered.
 
     Args:
@@ -39,6 +39,10 @@ class NTASGD(torch.optim.Optimizer):
         ValueError: a setting out of range.
     """
 
+    NAME: ClassVar[str] = "nt-asgd"
+    SETTINGS: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+    REMEMBERS: ClassVar[str] = "average"
+
     def __init__(
         self,
         params: Any,
@@ -47,44 +51,12 @@ class NTASGD(torch.optim.Optimizer):
         patience: int = 5,
         max_grad_norm: float | None = None,
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"[nt-asgd] max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm}"
-            )
         if patience < 1:
             raise ValueError(f"[nt-asgd] patience must be at least 1, got {patience}")
-        self.max_grad_norm, self.patience = max_grad_norm, patience
+        self.patience = patience
         self.losses: list[float] = []
         self.count = 0
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with their own settings.
-
-        Raises:
-            ValueError: a setting out of range.
-        """
-        super().add_param_group(param_group)
-        for name in ("lr", "weight_decay"):
-            value = self.param_groups[-1][name]
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"[nt-asgd] {name} must be at least 0 and finite, got {value}")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the averages of another NT-ASGD, as copies.
-
-        Raises:
-            ValueError: the groups or the shapes differ from this optimiser's.
-        """
-        super().load_state_dict(state_dict)
-        for param, state in self.state.items():
-            if "average" not in state or state["average"].shape != param.shape:
-                raise ValueError(
-                    f"[nt-asgd] the state has no average of the parameter's shape {tuple(param.shape)}"
-                )
-            state["average"] = state[
-                "average"
-            ].clone()  # PyTorch keeps the caller's, which may be a read-only map of a file
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, max_grad_norm)
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -121,10 +93,9 @@ class NTASGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 closure()
         every = [(p, group) for group in self.param_groups for p in group["params"]]
-        norm = gradient_norm_reference(p.grad for p, _ in every if p.grad is not None)
+        norm, clip = self.clipping(p for p, _ in every)
         if not math.isfinite(norm):
             return norm
-        clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
         if self.count:
             self.count += 1
         for param, group in every:

@@ -20,8 +20,6 @@ from torch import Tensor
 from portlm import models
 from portlm.data.pairs import read_pairs
 from portlm.errors import ConfigError, UsageError
-from portlm.models.bert import BertConfig
-from portlm.models.bert_decoder import BertDecoderConfig
 from portlm.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 from portlm.train.bleu import check_sacrebleu, corpus_bleu
 from portlm.train.config import DataSettings, PretrainConfig
@@ -105,14 +103,16 @@ def tokenizer_for(name: str, texts: Iterable[str], note: Callable[[str], None]) 
 
 
 def _writing(corpus: PairCorpus, config: models.Config) -> models.Config:
-    """Return what begins as a checkpoint: the same again, or two of a BERT, whose targets start as its texts do."""
-    if config.family != "bert":
+    """Return what begins as a checkpoint: the same again, or what writes behind it and starts as its texts do."""
+    writers = [family for family in models.FAMILIES.values() if family.begins_as == config.family]
+    if not writers:
         return config
-    assert isinstance(config, BertConfig)
+    kind: Any = writers[0].config_class()
     start = next(iter(corpus.tokenizer.begin_ids), corpus.end)
-    return dataclasses.replace(
-        BertDecoderConfig.of(config), decoder_start_token_id=start, eos_token_ids=(corpus.end,)
+    written: models.Config = dataclasses.replace(
+        kind.of(config), decoder_start_token_id=start, eos_token_ids=(corpus.end,)
     )
+    return written
 
 
 class Seq2SeqObjective(PairObjective):
