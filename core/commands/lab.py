@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 @click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads to compute on."
 )
+@click.option(
+    "--jobs", "-j", type=click.IntRange(1), default=1, show_default=True,
+    help="Seeds that run at a time, each in a process of its own with as many threads.",
+)  # fmt: skip
 @click.option("--anew", is_flag=True, help="Run again what OUT already has.")
 @click.option("--check", is_flag=True, help="Exit with code 1 if a bar is missed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(
-    name: str, out: Path, data: Path | None, seeds: int | None, threads: int, anew: bool, check: bool,
-    as_json: bool,
+    name: str, out: Path, data: Path | None, seeds: int | None, threads: int, jobs: int, anew: bool,
+    check: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Run the experiment NAME, or all, and set each figure beside what it must reach.
 
@@ -58,9 +62,10 @@ def command(
 
     keep_freed_memory()  # as `portlm pretrain` does
     with lines_or_bar("lab") as progress:
-        outcomes = list(
-            run_lab(experiments, out, seeds=seeds, threads=threads, anew=anew, data=data, progress=progress)
-        )
+        outcomes = run_lab(
+            experiments, out,
+            seeds=seeds, threads=threads, jobs=jobs, anew=anew, data=data, progress=progress,
+        )  # fmt: skip
     page = write_report(out, outcomes)
     if as_json:
         click.echo(json.dumps([outcome.as_dict() for outcome in outcomes], indent=2))

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 
 import torch
+from coins import Broken, Coin
 
 from portlm.commands.lab import command
 from portlm.errors import FormatError, UsageError
@@ -18,36 +19,6 @@ from portlm.flows.lab.experiment import Bar
 from portlm.flows.lab.fitting import accuracy, bits_per_token, fit, fresh, rows_of, seeded, windows
 from portlm.flows.lab.report import write_report
 from portlm.flows.lab.runner import run_lab, source_digest
-
-
-class Coin:
-    """An experiment of no time at all."""
-
-    name = "coin"
-    shows = "A coin has two sides."
-    source = "nobody"
-    seeds = (3, 4)
-    bars = (Bar("share", ">=", 0.25), Bar("sides", "==", 2))
-    runs: list[int] = []  # noqa: RUF012  the tests look at it
-
-    def run(self, seed, tell):
-        tell("tossing")
-        self.runs.append(seed)
-        return {"share": 0.1 * seed, "sides": 2, "tosses": [seed] * 3}
-
-    def draw(self, results, path):
-        path.write_bytes(repr(sorted(results)).encode())
-
-
-class Broken(Coin):
-    """One seed of it fails."""
-
-    name = "broken"
-
-    def run(self, seed, tell):
-        if seed == 3:
-            raise ArithmeticError("the coin is on its edge")
-        return super().run(seed, tell)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +39,7 @@ def listed(monkeypatch):
 
 
 def outcomes(*experiments, out, **options):
-    return list(run_lab(experiments, out, **options))
+    return run_lab(experiments, out, **options)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +156,7 @@ def test_an_interruption_goes_through_and_leaves_what_was_done(tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "coin").iterdir()] == ["3.json"]
 
 
-@pytest.mark.parametrize("option", ["seeds", "threads"])
+@pytest.mark.parametrize("option", ["seeds", "threads", "jobs"])
 def test_a_number_below_one_is_refused_by_name(tmp_path, option):
     with pytest.raises(UsageError, match=f"--{option} must be at least 1, got 0"):
         outcomes(Coin(), out=tmp_path, **{option: 0})

@@ -1,4 +1,4 @@
-"""Runs experiments, one seed after the other, and keeps each result: what was interrupted goes on where it stopped.
+"""Runs experiments, seed after seed, and keeps each result: what was interrupted goes on where it stopped.
 
 OUT/NAME/SEED.json holds the figures of one seed, or why there are none, beside a digest of the source they come from.
 """
@@ -10,9 +10,8 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,31 +20,10 @@ import msgspec
 from portlm.errors import FormatError, UsageError
 from portlm.files import read_json, write_atomic
 from portlm.flows.lab.experiment import Bar, DataExperiment, Experiment
-from portlm.train.interrupt import InterruptedTraining
+from portlm.flows.lab.runs import Result, Run, Tell, run_seed
+from portlm.flows.lab.workers import in_processes
 
 LAB = "portlm.flows.lab"
-
-
-class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one seed gave.
-
-    Attributes:
-        experiment: Its name.
-        seed: The seed.
-        digest: Of the source files the figures come from.
-        seconds: Processor time.
-        figures: What the experiment returned, or None if it failed.
-        error: What went wrong, in one line, or None.
-        trace: Where, for a person.
-    """
-
-    experiment: str
-    seed: int
-    digest: str
-    seconds: float
-    figures: dict[str, Any] | None = None
-    error: str | None = None
-    trace: str | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -110,11 +88,12 @@ def run_lab(
     *,
     seeds: int | None = None,
     threads: int = 1,
+    jobs: int = 1,
     anew: bool = False,
     data: Path | None = None,
     progress: Progress = lambda done, total, text: None,
-) -> Iterator[Outcome]:
-    """Run experiments, and yield each as soon as its seeds are done.
+) -> list[Outcome]:
+    """Run experiments and keep every result.
 
     A result in ``out`` is taken as it is if it comes from the same source and did not fail. A seed that fails is
     recorded, and the others go on.
@@ -124,43 +103,70 @@ def run_lab(
         out: The folder of the results.
         seeds: Only the first so many of each experiment; None for all.
         threads: Of PyTorch and of portlm's kernels. The small steps of recurrent models get slower by more than one.
+        jobs: How many seeds are run at a time, if more than one each in a process of its own.
         anew: Run what is there, too.
         data: The folder of what an experiment needs that brings no data of its own.
         progress: Takes how far it has come.
+
+    Returns:
+        The outcome of each experiment, in order.
 
     Raises:
         UsageError: A number below 1, or an experiment needs data and there are none, or others.
         InterruptedTraining: A signal came; what was trained is kept.
         StorageError: A result cannot be written.
     """
-    import torch
-
-    for name, number in (("--seeds", seeds), ("--threads", threads)):
+    for name, number in (("--seeds", seeds), ("--threads", threads), ("--jobs", jobs)):
         if number is not None and number < 1:
             raise UsageError(f"{name} must be at least 1, got {number}")
+    planned = [_planned(it, out, seeds, data) for it in experiments]
+    runs = [run for of_one in planned for run in of_one]
+    results: dict[Path, Result] = {}  # by the file of each
+
+    def tell(run: Run, text: str) -> None:
+        progress(len(results), len(runs), f"{run}: {text}")
+
+    def ended(run: Run, result: Result) -> None:
+        results[_file(out, run)] = result
+        tell(run, f"failed: {result.error}" if result.error else f"{result.seconds:.0f} s of processor time")
+
+    waiting = []
+    for run in runs:
+        kept = None if anew else _kept(_file(out, run), run.digest)
+        if kept is None:
+            waiting.append(run)
+        else:
+            ended(run, kept)
+    for run, result in (
+        _here(waiting, threads, tell) if jobs == 1 else in_processes(waiting, jobs, threads, tell)
+    ):
+        path = _file(out, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(msgspec.to_builtins(result), indent=2) + "\n")
+        ended(run, result)
+    return [Outcome(of_one[0].experiment, [results[_file(out, run)] for run in of_one]) for of_one in planned]
+
+
+def _planned(it: Experiment, out: Path, seeds: int | None, data: Path | None) -> list[Run]:
+    digest = source_digest(type(it))
+    if isinstance(it, DataExperiment):
+        it = _with_data(it, data, out / it.name)
+        digest = hashlib.sha256(f"{digest} {it.digest}".encode()).hexdigest()
+    return [Run(it, seed, digest) for seed in it.seeds[:seeds]]
+
+
+def _file(out: Path, run: Run) -> Path:
+    return out / run.experiment.name / f"{run.seed}.json"
+
+
+def _here(runs: Sequence[Run], threads: int, tell: Tell) -> Iterator[tuple[Run, Result]]:
+    """Do one run after the other, in this process."""
+    import torch
+
     torch.set_num_threads(threads)
-    runs = sum(len(it.seeds[:seeds]) for it in experiments)
-    done = 0
-    for chosen in experiments:
-        it = chosen
-        digest, results = source_digest(type(it)), []
-        if isinstance(it, DataExperiment):
-            it = _with_data(it, data, out / it.name)
-            digest = hashlib.sha256(f"{digest} {it.digest}".encode()).hexdigest()
-        for seed in it.seeds[:seeds]:
-            path = out / it.name / f"{seed}.json"
-            result = None if anew else _kept(path, digest)
-            if result is None:
-                told = _Told(progress, done, runs, f"{it.name}, seed {seed}")
-                told("begins")
-                result = run_seed(it, seed, digest, told)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, json.dumps(msgspec.to_builtins(result), indent=2) + "\n")
-            done += 1
-            what = f"failed: {result.error}" if result.error else f"{result.seconds:.0f} s of processor time"
-            progress(done, runs, f"{it.name}, seed {seed}: {what}")
-            results.append(result)
-        yield Outcome(it, results)
+    for run in runs:
+        tell(run, "begins")
+        yield run, run_seed(run, partial(tell, run))
 
 
 def _with_data(it: DataExperiment, data: Path | None, work: Path) -> DataExperiment:
@@ -169,40 +175,6 @@ def _with_data(it: DataExperiment, data: Path | None, work: Path) -> DataExperim
     if not data.is_dir():
         raise UsageError(f"--data {data} is no folder")
     return it.given(data, work)
-
-
-class _Told:
-    """Passes an experiment's own lines on, with its name before them."""
-
-    def __init__(self, progress: Progress, done: int, total: int, name: str):
-        self.progress, self.done, self.total, self.name = progress, done, total, name
-
-    def __call__(self, text: str) -> None:
-        self.progress(self.done, self.total, f"{self.name}: {text}")
-
-
-def run_seed(it: Experiment, seed: int, digest: str, tell: Callable[[str], None]) -> Result:
-    """Run one seed, whatever goes wrong; an interruption goes through."""
-    begin = time.process_time()
-    figures, error, trace = None, None, None
-    try:
-        figures = it.run(seed, tell)
-        _check(it, figures)
-    except InterruptedTraining:
-        raise
-    except Exception as problem:
-        figures, error = None, f"{type(problem).__name__}: {problem}"
-        trace = traceback.format_exc()
-    return Result(it.name, seed, digest, round(time.process_time() - begin, 1), figures, error, trace)
-
-
-def _check(it: Experiment, figures: dict[str, Any]) -> None:
-    """Raise ValueError unless JSON can hold the figures and those of the bars are numbers among them."""
-    json.dumps(figures, allow_nan=False)
-    for bar in it.bars:
-        value = figures.get(bar.figure)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"the bar {bar} needs a number {bar.figure}, and the experiment gives {value!r}")
 
 
 def _kept(path: Path, digest: str) -> Result | None:
