@@ -1,5 +1,8 @@
 """The lab's own baselines and data are what they claim to be."""
 
+from collections import Counter
+from itertools import groupby
+
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ from portlm.flows.lab import (
     pictures,
     pretraining,
     retrieval,
+    span_qa,
     transfer,
     unseen_pairs,
 )
@@ -203,6 +207,43 @@ def test_a_label_needs_both_the_topic_and_the_first_symbol():
     for known in (topics < 3, even):
         # Alone each is right half of the time, give or take three standard errors.
         assert (labels == known).mean() == pytest.approx(0.5, abs=0.025)
+
+
+def test_a_question_is_answered_by_the_one_fact_with_its_relation():
+    asked = span_qa.questions(np.random.default_rng(0), 50)
+    for ids, mask, (first, last) in zip(
+        asked.ids.numpy(), asked.mask.numpy(), asked.ends.tolist(), strict=True
+    ):
+        row = ids[mask == 1].tolist()
+        assert (row[0], row[3], row[-1]) == (span_qa._CLS, span_qa._SEP, span_qa._SEP)
+        text = row[4:-1]
+        facts = [list(part) for dot, part in groupby(text, lambda token: token == span_qa._DOT) if not dot]
+        relations = [relation - span_qa._RELATION for _, relation, *_ in facts]
+        assert sorted(relations) == list(range(12))
+        for relation, (_, _, *values) in zip(relations, facts, strict=True):
+            assert 1 <= len(values) <= 3
+            assert {(value - span_qa._VALUE) // span_qa._VALUES for value in values} == {relation}
+        (fact,) = [fact for fact in facts if fact[:2] == row[1:3]]
+        assert row[first : last + 1] == fact[2:]
+        assert row[last + 1] == span_qa._DOT
+
+
+def test_a_text_without_questions_says_each_of_its_facts_three_times():
+    for row in span_qa.texts(np.random.default_rng(0), 50).tolist():
+        assert row[0] == span_qa._CLS
+        text = row[1 : row.index(span_qa._SEP)]
+        said = Counter(
+            tuple(part) for dot, part in groupby(text, lambda token: token == span_qa._DOT) if not dot
+        )
+        assert [*said.values()] == [3] * 4
+        assert {relation for _, relation, *_ in said} < set(range(span_qa._RELATION, span_qa._VALUE))
+
+
+def test_no_question_is_longer_than_the_context():
+    assert span_qa._LENGTH == 5 + 12 * (2 + 3 + 1)  # [CLS] question [SEP] facts [SEP]
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_shows_what_its_caption_says():

@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "transfer": "portlm.flows.lab.transfer:Transfer",
     "ladder": "portlm.flows.lab.ladder:Ladder",
     "cloze-needs-both-sides": "portlm.flows.lab.cloze:Cloze",
+    "span-qa": "portlm.flows.lab.span_qa:SpanQA",
     "objectives": "portlm.flows.lab.objectives:Objectives",
     "translation": "portlm.flows.lab.translation:Translation",
     "pictures": "portlm.flows.lab.pictures:Pictures",
