@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection, get_context
+from multiprocessing.context import SpawnProcess
 
 from portlm.flows.lab.runs import Result, Run, Tell, run_seed
 from portlm.train.interrupt import InterruptedTraining
@@ -22,7 +23,8 @@ def in_processes(runs: Sequence[Run], jobs: int, threads: int, tell: Tell) -> It
         threads: Of PyTorch and of portlm's kernels, in each process.
         tell: Takes a run and a line about how far it has come.
     """
-    waiting, alive = list(reversed(runs)), {}
+    waiting = list(reversed(runs))
+    alive: dict[connection.Connection, tuple[Run, SpawnProcess]] = {}
     try:
         while waiting or alive:
             while waiting and len(alive) < jobs:
