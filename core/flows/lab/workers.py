@@ -48,6 +48,7 @@ def in_processes(runs: Sequence[Run], jobs: int, threads: int, tell: Tell) -> It
                     tell(run, said)
                 else:
                     del alive[pipe]
+                    pipe.close()
                     yield run, said
     finally:
         for _, process in alive.values():
