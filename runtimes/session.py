@@ -341,8 +341,9 @@ class Session(Looks, Guesses, Translates, Choosing, Words):
         eos_ids = frozenset() if decoding.ignore_eos else self.eos_ids
         settings = zip(prompts, decoding.draws(len(prompts)), decoding.per_row(len(prompts)), strict=True)
         rows, start = [], start_of(self.engine, self.start_ids)
+        what = "source" if start else "prompt"
         for i, (prompt, (seed, stream), own) in enumerate(settings):
-            name = "the prompt" if single else f"prompt {i}"
+            name = f"the {what}" if single else f"{what} {i}"
             tokens = self._encode(name, prompt, add_special_tokens)
             if not tokens and start:
                 raise UsageError(f"{name} is empty, and this model reads a source before it writes")

@@ -259,7 +259,7 @@ def test_an_empty_source_and_none_are_refused(open_on, family):
     session = open_on(family, "torch:cpu:native")
     with pytest.raises(UsageError, match="reads a source before it writes, and it was given none"):
         read_sources(session.engine, [()])
-    for given, words in (([[]], "prompt 0"), (["x", ""], "prompt 1"), ("", "the prompt")):
+    for given, words in (([[]], "source 0"), (["x", ""], "source 1"), ("", "the source")):
         for verb in (session.translate, session.generate):
             with pytest.raises(UsageError, match=f"{words} is empty, and this model reads a source"):
                 verb(given)
