@@ -35,7 +35,7 @@ _SHORT: dict[str, tuple[str, Any, str]] = {
     ),
     "schedule": (
         "schedule.shape",
-        click.Choice(["linear", "cosine", "slanted"]),
+        click.Choice(["linear", "cosine", "inverse-sqrt", "slanted"]),
         "How the learning rate falls; slanted is ULMFiT's triangle",
     ),
     "warmup": ("schedule.warmup", float, "Warm-up: share of all steps if below 1, else steps"),

@@ -145,14 +145,19 @@ class OptimizerSettings:
             )
 
 
+FLOORED = ("cosine", "linear")  # shapes of the schedule that end at min_lr
+
+
 @dataclass(frozen=True)
 class ScheduleSettings:
     """Linear warm-up, then down to a floor that is reached at the last step, along a cosine or a line.
 
-    "slanted" is ULMFiT's triangle (Howard and Ruder 2018), which begins and ends at the peak divided by ``ratio``.
+    "inverse-sqrt" is the Transformer's fall after the warm-up (Vaswani et al. 2017), which has no floor and does not
+    depend on how many steps there are. "slanted" is ULMFiT's triangle (Howard and Ruder 2018), which begins and ends at
+    the peak divided by ``ratio``.
     """
 
-    shape: Literal["cosine", "linear", "slanted"] = "cosine"
+    shape: Literal["cosine", "linear", "inverse-sqrt", "slanted"] = "cosine"
     warmup: float = 0.05  # below 1: share of all steps; from 1: a number of steps
     min_lr: float = 1e-4  # the floor, of "cosine" and "linear"
     ratio: float = 32.0  # of "slanted"
@@ -161,8 +166,13 @@ class ScheduleSettings:
         require_range("schedule.warmup", self.warmup, 0)
         require_range("schedule.min_lr", self.min_lr, 0)
         require_range("schedule.ratio", self.ratio, 1)
-        if self.shape == "slanted" and self.min_lr != ScheduleSettings.min_lr:
-            raise ConfigError("schedule.min_lr is not read with schedule.shape = slanted: set schedule.ratio")
+        if not self.has_floor and self.min_lr != ScheduleSettings.min_lr:
+            instead = (
+                "set schedule.ratio"
+                if self.shape == "slanted"
+                else f"leave it at {ScheduleSettings.min_lr:g}"
+            )
+            raise ConfigError(f"schedule.min_lr is not read with schedule.shape = {self.shape}: {instead}")
         if self.shape != "slanted" and self.ratio != ScheduleSettings.ratio:
             raise ConfigError(
                 "schedule.ratio is read with schedule.shape = slanted alone: set schedule.min_lr"
@@ -171,6 +181,11 @@ class ScheduleSettings:
             raise ConfigError(
                 f"schedule.warmup {self.warmup} must be a share below 1 or a whole number of steps"
             )
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether min_lr is where the rate ends."""
+        return self.shape in FLOORED
 
 
 @dataclass(frozen=True)
@@ -266,7 +281,7 @@ class RunConfig:
             raise ConfigError(
                 f"precision bf16 is for device cpu, not {self.device!r}: leave precision out, or train on the CPU"
             )
-        if self.schedule.shape != "slanted" and self.schedule.min_lr > self.optimizer.lr:
+        if self.schedule.has_floor and self.schedule.min_lr > self.optimizer.lr:
             raise ConfigError(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above "
                 f"optimizer.lr {self.optimizer.lr:g}: lower it"

@@ -9,7 +9,7 @@ from typing import Any
 from portlm.data.labelled import read_labelled, steps_per_epoch
 from portlm.data.questions import read_questions
 from portlm.errors import ConfigError, UsageError
-from portlm.train.config import PretrainConfig
+from portlm.train.config import FLOORED, PretrainConfig
 from portlm.train.loop import train
 from portlm.train.pretrain import make_objective
 
@@ -24,8 +24,8 @@ SCORES = {"classify": "accuracy", "answer": "exact"}  # objective -> the share i
 
 
 def preset_for(shape: str | None) -> dict[str, Any]:
-    """Return PRESET for a shape of the schedule, None for its own: a triangle has no floor of the rate to be set."""
-    if shape != "slanted":
+    """Return PRESET for a shape of the schedule, None for its own; not every one has a floor of the rate to be set."""
+    if shape is None or shape in FLOORED:
         return PRESET
     rest = {key: value for key, value in PRESET["schedule"].items() if key != "min_lr"}
     return PRESET | {"schedule": rest}

@@ -1,7 +1,8 @@
-"""The learning rate of each step: linear warm-up, then half a cosine or a line down to a floor; or a slanted triangle.
+"""The learning rate of each step: linear warm-up, then a fall to a floor, one without end, or a slanted triangle.
 
 The cosine is that of SGDR without restarts (Loshchilov and Hutter 2017), as GPT-3 (Brown et al. 2020) used it; the line
-is how GPT-1 and BERT were fine-tuned; the triangle is ULMFiT's (Howard and Ruder 2018, arXiv:1801.06146).
+is how GPT-1 and BERT were fine-tuned; the inverse square root is the Transformer's (Vaswani et al. 2017,
+arXiv:1706.03762, section 5.3); the triangle is ULMFiT's (Howard and Ruder 2018, arXiv:1801.06146).
 """
 
 import math
@@ -44,6 +45,23 @@ class WarmupLinear:
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         return self.floor + (self.peak - self.floor) * (1.0 - _share_done(step, self.warmup, self.steps))
+
+
+@dataclass(frozen=True)
+class InverseSqrt:
+    """As WarmupCosine up to the peak; from there the rate falls with the square root of the step, to no floor.
+
+    Step n, counted from 1, has ``peak min(n / warmup, sqrt(warmup / n))``. That is the paper's
+    ``d ** -0.5 min(n ** -0.5, n warmup ** -1.5)`` for a peak of ``(d warmup) ** -0.5``, d being the width.
+    """
+
+    peak: float
+    warmup: int  # at least 1
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the step with this index (0 is the first)."""
+        n = step + 1
+        return self.peak * min(n / self.warmup, math.sqrt(self.warmup / n))
 
 
 @dataclass(frozen=True)

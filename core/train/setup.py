@@ -12,7 +12,7 @@ from portlm.train.adagrad import AdaGrad
 from portlm.train.config import OptimizerSettings, RunConfig
 from portlm.train.muon import Muon, MuonWithAdamW, hidden_groups
 from portlm.train.nt_asgd import NTASGD
-from portlm.train.schedule import SlantedTriangle, WarmupCosine, WarmupLinear
+from portlm.train.schedule import InverseSqrt, SlantedTriangle, WarmupCosine, WarmupLinear
 
 Scale = Callable[[Tensor], float]
 
@@ -24,6 +24,8 @@ def make_schedule(config: RunConfig) -> Callable[[int], float]:
         warmup = options.warmup
         cut = int(warmup) if warmup >= 1 else int(warmup * config.steps)  # rounded down, as in the paper
         return SlantedTriangle(peak, options.ratio, cut, config.steps)
+    if options.shape == "inverse-sqrt":
+        return InverseSqrt(peak, max(config.warmup_steps, 1))
     shape = WarmupCosine if options.shape == "cosine" else WarmupLinear
     return shape(peak, options.min_lr, config.warmup_steps, config.steps)
 

@@ -16,7 +16,7 @@ from portlm.train.config import (  # noqa: E402
     ScheduleSettings,
 )
 from portlm.train.layers import Layers, layer_groups  # noqa: E402
-from portlm.train.schedule import SlantedTriangle, WarmupLinear  # noqa: E402
+from portlm.train.schedule import InverseSqrt, SlantedTriangle, WarmupLinear  # noqa: E402
 from portlm.train.setup import make_optimizer, make_schedule  # noqa: E402
 
 CLASSIFIERS = [name for name, family in FAMILIES.items() if family.kind in ("decoder", "encoder")]
@@ -159,11 +159,23 @@ def test_a_line_falls_evenly_to_its_floor():
     assert falls == pytest.approx([0.1] * 8)
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [(0.25, 10), (40.0, 40), (0.0, 1)])
+def test_an_inverse_root_begins_where_the_settings_say(warmup, steps):
+    schedule = ScheduleSettings(shape="inverse-sqrt", warmup=warmup)
+    rate = make_schedule(RunConfig(steps=40, optimizer=OptimizerSettings(lr=7e-4), schedule=schedule))
+    assert rate == InverseSqrt(7e-4, steps)
+    assert rate(steps - 1) == 7e-4
+    assert rate(4 * steps - 1) == 3.5e-4
+
+
 def test_a_setting_of_another_shape_is_refused():
     with pytest.raises(ConfigError, match=r"schedule.min_lr is not read with schedule.shape = slanted"):
         ScheduleSettings(shape="slanted", min_lr=0.0)
+    with pytest.raises(
+        ConfigError, match=r"schedule.min_lr .* schedule.shape = inverse-sqrt: leave it at 0.0001"
+    ):
+        ScheduleSettings(shape="inverse-sqrt", min_lr=0.0)
     with pytest.raises(ConfigError, match=r"schedule.ratio is read with schedule.shape = slanted alone"):
         ScheduleSettings(ratio=8.0)
-    RunConfig(
-        optimizer=OptimizerSettings(lr=1e-5), schedule=ScheduleSettings(shape="slanted")
-    )  # below min_lr
+    for shape in ("inverse-sqrt", "slanted"):  # a peak below min_lr
+        RunConfig(optimizer=OptimizerSettings(lr=1e-5), schedule=ScheduleSettings(shape=shape))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portlm.train.schedule import WarmupCosine, WarmupLinear
+from portlm.train.schedule import InverseSqrt, WarmupCosine, WarmupLinear
 
 
 def test_the_corners_are_exact():
@@ -29,6 +29,15 @@ def test_a_line_falls_by_the_same_each_step():
     assert [rate(step) for step in range(12)] == pytest.approx(
         [0.5, 1.0, *(1.0 - 0.8 * i / 9 for i in range(1, 10)), 0.2], rel=1e-12
     )
+
+
+@pytest.mark.parametrize(("width", "warmup"), [(512, 4000), (1024, 4000), (64, 1)])
+def test_the_inverse_root_is_that_of_the_paper(width, warmup):
+    rate = InverseSqrt((width * warmup) ** -0.5, warmup)
+    for n in (1, 2, warmup - 1, warmup, warmup + 1, 3 * warmup, 100_000):
+        if n > 0:
+            expected = width**-0.5 * min(n**-0.5, n * warmup**-1.5)
+            assert rate(n - 1) == pytest.approx(expected, rel=1e-12)  # the same powers in another order
 
 
 def test_the_cosine_is_that_of_pytorch():
