@@ -25,6 +25,7 @@ VERBS = {
     "tokenizer": ("tokenizer", "Train a tokenizer."),
     "pretrain": ("pretrain", "Train a language model on text files."),
     "finetune": ("finetune", "Train a classifier on texts with labels, from a checkpoint or afresh."),
+    "average": ("average", "Average the weights of the last checkpoints of a run."),
     "ngram": ("ngram", "Count an n-gram model of text files."),
     "import": ("import_", "Turn a Hugging Face folder into a portlm checkpoint."),
     "export": ("export", "Write a checkpoint as ONNX or as a Hugging Face folder."),
