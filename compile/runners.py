@@ -5,6 +5,7 @@ function makes a runner for one graph. The torch engine's is in portlm.flows.pla
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,21 @@ def _symbols(value: onnx.ValueInfoProto) -> list[str]:
 
 
 def tvm_runner(device: str, profile: str) -> Runner:
-    """Run graphs compiled by TVM for this processor as its engine does, "portable" or "fused"; device is "cpu".
+    """Run graphs compiled by TVM for this machine as its engine does: "portable" or "fused", on "cpu" or "vulkan".
 
     Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
     registered in this process, which opening the engine does.
     """
     from portlm.compile.tvm_build import compile_graph, make_graph, need_linker
     from portlm.compile.tvm_library import LOWERINGS
+    from portlm import tvm_vulkan
     from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
 
     tvm = import_tvm()
+    place = tvm_vulkan.device() if device == "vulkan" else tvm.cpu()
+    tensor_of: Callable[[np.ndarray], Any] = (
+        partial(tvm_vulkan.to_device, device=place) if device == "vulkan" else tvm.runtime.tensor
+    )
     need_linker()
     opened: dict[tuple[str, ...], Callable[..., Any]] = {}
 
@@ -101,15 +107,15 @@ def tvm_runner(device: str, profile: str) -> Runner:
                 arrays[tensor.name] = array = numpy_helper.to_array(tensor, str(folder))
                 weights.append(Weight(tensor.name, array.shape, offset, str(array.dtype)))
         graph = make_graph(model, "", weights)
-        tensors = [tvm.runtime.tensor(widened(arrays[weight.name])) for weight in graph.weights]
+        tensors = [tensor_of(widened(arrays[weight.name])) for weight in graph.weights]
         for matrix in graph.packed:
             tensors += [tvm.runtime.tensor(part) for part in packed_tensors(matrix, arrays)]
         for wide in graph.panels:
             tensors.append(tvm.runtime.tensor(in_panels(arrays[wide.weight.name], wide.turned)))
-        executable = compile_graph(graph, LOWERINGS[profile])
+        executable = compile_graph(graph, LOWERINGS[device, profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
-            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)))
+            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)), place)
         return lambda *inputs: machine["main"](*inputs, *tensors)
 
     def run(
@@ -119,12 +125,12 @@ def tvm_runner(device: str, profile: str) -> Runner:
         if key not in opened:
             opened[key] = open_machine(model, folder)
         values = [np.ascontiguousarray(inputs[value.name]) for value in model.graph.input]
-        results = opened[key](*(tvm.runtime.tensor(value) for value in values))
+        results = opened[key](*map(tensor_of, values))
         if len(key) == 1 and not isinstance(results, Sequence):
             results = (results,)  # a graph of one output is a function of one value
         named = dict(zip(key, results, strict=True))
         # the cache is a view into a buffer with room to grow, which .numpy() refuses to copy
-        return [np.array(np.from_dlpack(named[name])) for name in names]
+        return [named[n].numpy() if device == "vulkan" else np.array(np.from_dlpack(named[n])) for n in names]
 
     return run
 

@@ -160,16 +160,20 @@ class Lowering(NamedTuple):
         relax: function from a target to TVM's passes over that module.
         exec_mode: "bytecode" for the sequence of calls, or "compiled" for native code, which is worth it where nothing
             but kernels is called.
+        device: "cpu" or "vulkan".
+        target: function from the target of this processor to that of the kernels.
     """
 
     profile: str
     graph: Sequence[Pass]
     relax: Callable[["tvm.target.Target"], Sequence["tvm.ir.transform.Pass"]]
     exec_mode: str
+    device: str = "cpu"
+    target: Callable[["tvm.target.Target"], "tvm.target.Target"] = lambda host: host
 
 
 def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
-    """A graph as an executable of TVM's virtual machine, for this processor: tvm.relax.VMExecutable.
+    """A graph as an executable of TVM's virtual machine, called by this processor: tvm.relax.VMExecutable.
 
     Args:
         graph: what to compile.
@@ -183,7 +187,7 @@ def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
     tvm = import_tvm()
     from tvm import relax
 
-    target = tvm.target.Target({"kind": "llvm", "mcpu": processor_of(_C.isa())})
+    target = lowering.target(tvm.target.Target({"kind": "llvm", "mcpu": processor_of(_C.isa())}))
     module = run_passes(graph, lowering.graph, note)
     with target:
         # One at a time through Sequential, which skips what the optimisation level of the context excludes.
@@ -239,12 +243,13 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         versions=VERSIONS,
         compact=_compact(graph.proto),
     )
-    folder = folder_name("cpu", lowering.profile, role)
+    folder = folder_name(lowering.device, lowering.profile, role)
     contents = {f"{folder}/{LIBRARY}": code, f"{folder}/{SIGNATURE}": signature.to_bytes()}
     quantized = any(matrix.scale is not None for matrix in graph.packed)
-    rounds = quantized and ("cpu", lowering.profile) in ENGINES["tvm"].byte_activations
-    target, versions = target_at(f"llvm {processor}", rounds), dict(VERSIONS)
-    entry = CompiledEntry("tvm", "cpu", lowering.profile, target, tuple(contents), versions, role=role)
+    rounds = quantized and (lowering.device, lowering.profile) in ENGINES["tvm"].byte_activations
+    kernels = "" if lowering.device == "cpu" else "wgsl "
+    target, versions = target_at(f"{kernels}llvm {processor}", rounds), dict(VERSIONS)
+    entry = CompiledEntry("tvm", lowering.device, lowering.profile, target, tuple(contents), versions, role=role)
     return Compiled(entry, {name: store_file(artifact, name, data) for name, data in contents.items()})
 
 

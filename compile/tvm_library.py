@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from portlm.artifact import Compiled
-from portlm.compile import tvm_fused, tvm_portable
+from portlm.compile import tvm_fused, tvm_portable, tvm_vulkan
 from portlm.compile.passes import Note, ignore
 from portlm.compile.tvm_build import build_library
 
-LOWERINGS = {"portable": tvm_portable.LOWERING, "fused": tvm_fused.LOWERING}
+LOWERINGS = {
+    (lowering.device, lowering.profile): lowering
+    for lowering in (tvm_portable.LOWERING, tvm_fused.LOWERING, tvm_vulkan.LOWERING)
+}
 
 
 def compile_library(
@@ -17,9 +20,9 @@ def compile_library(
 
     Args:
         folder: the artifact.
-        device: "cpu".
-        profile: "portable" or "fused".
+        device: "cpu" or "vulkan".
+        profile: "portable" or, on the CPU, "fused".
         role: whose graph it is.
         note: called with the name of each pass and the module after it.
     """
-    return build_library(Path(folder), LOWERINGS[profile], role, note)
+    return build_library(Path(folder), LOWERINGS[device, profile], role, note)

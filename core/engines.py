@@ -80,14 +80,16 @@ ENGINES = {
     ),
     "tvm": EngineEntry(
         target="portlm.runtimes.tvm:TvmEngine",
-        devices=("cpu",),
+        devices=("cpu", "vulkan"),
         package="tvm",
         extra="tvm",
         probe="portlm.runtimes.probe:tvm",
         trial="portlm.runtimes.tvm:try_device",
         distributions=("apache-tvm", "apache-tvm-ffi"),
+        device_distributions={"vulkan": ("wgpu",)},
         compilers=dict.fromkeys(
-            (("cpu", "portable"), ("cpu", "fused")), "portlm.compile.tvm_library:compile_library"
+            (("cpu", "portable"), ("cpu", "fused"), ("vulkan", "portable")),
+            "portlm.compile.tvm_library:compile_library",
         ),
         byte_activations=(("cpu", "fused"),),
         runner="portlm.compile.runners:tvm_runner",

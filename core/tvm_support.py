@@ -70,8 +70,8 @@ def import_tvm() -> ModuleType:
     return module
 
 
-def virtual_machine(module: Any) -> Any:
-    """TVM's virtual machine around a loaded library, on the CPU.
+def virtual_machine(module: Any, device: Any = None) -> Any:
+    """TVM's virtual machine around a loaded library, on a device of TVM's, the CPU if none is given.
 
     The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
 
@@ -80,7 +80,7 @@ def virtual_machine(module: Any) -> Any:
     tvm = import_tvm()
     from tvm import relax
 
-    return relax.VirtualMachine(module, tvm.cpu(), memory_cfg="naive")
+    return relax.VirtualMachine(module, tvm.cpu() if device is None else device, memory_cfg="naive")
 
 
 class Weight(Struct, frozen=True, forbid_unknown_fields=True):

@@ -106,11 +106,15 @@ def connect_kernels() -> None:
 
 
 def try_device(device: str) -> str:
-    """Register the kernels and return what is to be said of them, nothing.
+    """Register the kernels, or open the device, and return what is to be said of it.
 
     Raises:
-        EngineUnavailableError: they cannot be used; the message says why.
+        EngineUnavailableError: it cannot be used; the message says why.
     """
+    if device == "vulkan":
+        from portlm.runtimes.tvm_vulkan import described
+
+        return described()
     connect_kernels()
     return ""
 
@@ -168,12 +172,17 @@ class TvmEngine(ArrayEngine):
             FormatError: a file is missing or altered, or the library was not compiled on this machine.
         """
         import_tvm()
-        if request.device != "cpu":
-            raise EngineUnavailableError(f"tvm: no device {request.device} here, choose cpu")
+        if request.device not in ("cpu", "vulkan"):
+            raise EngineUnavailableError(f"tvm: no device {request.device} here, choose cpu or vulkan")
         if request.manifest is None:
             raise UsageError(f"tvm runs exported models: run portlm export {request.folder} first")
         profile, libraries = _choose(request, request.manifest)
-        engine = cls(request, request.manifest, libraries, profile)
+        kind: type[Any] = cls
+        if request.device == "vulkan":
+            from portlm.runtimes.tvm_vulkan import VulkanEngine
+
+            kind = VulkanEngine
+        engine: Self = kind(request, request.manifest, libraries, profile)
         if len(libraries) == 1:
             engine.placement()
         return engine
@@ -192,9 +201,7 @@ class TvmEngine(ArrayEngine):
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         library = self._library(role)
         arguments = [
-            # Writeable, because DLPack cannot say "read only".
-            _aligned(np.require(inputs[name], None, ("C", "W"))) if name in inputs else tensors[name]
-            for name in library.inputs
+            self._argument(inputs[name]) if name in inputs else tensors[name] for name in library.inputs
         ]
         with self._lock, self._threads.step():
             try:
@@ -208,8 +215,25 @@ class TvmEngine(ArrayEngine):
             results = (results,)  # a graph of one output is a function of one value
         named = dict(zip(library.outputs, results, strict=True))
         spec = self.roles[role]
-        outputs: dict[str, Array] = {item.name: np.from_dlpack(named[item.name]) for item in spec.outputs}
+        outputs: dict[str, Array] = {item.name: self._answer(named[item.name]) for item in spec.outputs}
         return outputs, {item.name: named[item.output] for item in spec.state if item.output}
+
+    def _argument(self, array: Array) -> Any:
+        """An input as a library takes it."""
+        # Writeable, because DLPack cannot say "read only".
+        return _aligned(np.require(array, None, ("C", "W")))
+
+    def _answer(self, tensor: Any) -> Array:
+        """An output as numpy's."""
+        return np.from_dlpack(tensor)
+
+    def _weights(self, path: Path, signature: Signature) -> list[Any]:
+        """What a library takes behind its inputs."""
+        return map_weights(path, signature.weights, signature.packed, signature.panels)
+
+    def _machine(self, module: Any) -> Any:
+        """The virtual machine that runs a library."""
+        return virtual_machine(module)
 
     def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
         """Draw several tokens for each row; see portlm.engine.Advances."""
@@ -248,11 +272,27 @@ class TvmEngine(ArrayEngine):
 
     def _library(self, role: str) -> "_Library":
         if role not in self._opened:
-            self._opened[role] = _open(
-                self._request, self._manifest, role, self._libraries[role], self.profile
-            )
+            self._opened[role] = self._open(role)
             self._compact.update(self._opened[role].compact)
         return self._opened[role]
+
+    def _open(self, role: str) -> "_Library":
+        request, spec, name = self._request, self._manifest.roles[role], self._libraries[role]
+        option = "" if request.device == "cpu" else f" --device {request.device}"
+        command = f"portlm compile {request.folder} --engine tvm{option} --profile {self.profile}"
+        module, signature = _load(request, self._manifest, role, name, self.profile, command)
+        weights = self._weights(safe_join(request.folder, signature.weights_file), signature)
+        try:
+            # The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
+            machine = self._machine(module)
+            machine.save_function("main", "portlm_step", *weights)
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"{request.folder}: {name}/{LIBRARY} does not start ({_last_line(error)}): run {command}"
+            ) from error
+        inputs, outputs = (tuple(item.name for item in items) for items in (signature.inputs, signature.outputs))
+        plan = Plan.of(CallSpec(spec.inputs, spec.outputs, spec.state), inputs, outputs)
+        return _Library(machine["portlm_step"], inputs, outputs, signature.nodes, plan, signature.compact)
 
     def _ready(self, role: str) -> None:
         self._library(role)
@@ -295,10 +335,12 @@ class _Library(NamedTuple):
     compact: tuple[str, ...]
 
 
-def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profile: str) -> _Library:
+def _load(
+    request: OpenRequest, manifest: Manifest, role: str, name: str, profile: str, command: str
+) -> tuple[Any, Signature]:
+    """A role's library in the folder of this name, loaded, and how to call it; `command` would compile it again."""
     tvm = import_tvm()
     folder, place, spec = request.folder, request.compiled or request.folder, manifest.roles[role]
-    command = f"portlm compile {folder} --engine tvm --profile {profile}"
     own = () if request.compiled else (f"{name}/{LIBRARY}", f"{name}/{SIGNATURE}")
     check_files(folder, (*own, spec.weights), manifest)
     path = safe_join(place, f"{name}/{LIBRARY}")
@@ -323,20 +365,7 @@ def _open(request: OpenRequest, manifest: Manifest, role: str, name: str, profil
     except EngineUnavailableError:
         if profile == "fused":
             raise  # a portable library calls no kernel, and writes its tokens one by one
-    stored = safe_join(folder, signature.weights_file)
-    weights = map_weights(stored, signature.weights, signature.packed, signature.panels)
-
-    try:
-        # The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
-        machine = virtual_machine(module)
-        machine.save_function("main", "portlm_step", *weights)
-    except (RuntimeError, ValueError, AttributeError) as error:
-        raise FormatError(
-            f"{folder}: {name}/{LIBRARY} does not start ({_last_line(error)}): run {command}"
-        ) from error
-    inputs, outputs = (tuple(item.name for item in items) for items in (signature.inputs, signature.outputs))
-    plan = Plan.of(CallSpec(spec.inputs, spec.outputs, spec.state), inputs, outputs)
-    return _Library(machine["portlm_step"], inputs, outputs, signature.nodes, plan, signature.compact)
+    return module, signature
 
 
 def _use_threads(count: int) -> int:

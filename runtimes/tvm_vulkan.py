@@ -1,0 +1,82 @@
+"""The TVM engine on Vulkan: weights and states stay on the device, token ids go in and logits come out.
+
+The device is portlm's own (csrc/vulkan); TVM knows it as "webgpu". Kernels are TVM's, so there is the portable profile
+alone, and tokens are written one by one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portlm import tvm_vulkan
+from portlm.artifact import Manifest
+from portlm.engine import Advance, Array, Ids, OpenRequest, State
+from portlm.roles import StateSpec
+from portlm.runtimes.tvm import TvmEngine, map_weights
+from portlm.tvm_support import Signature, virtual_machine
+
+
+def described() -> str:
+    """Open the device, and say what it is.
+
+    Raises:
+        EngineUnavailableError: there is none; the message says why.
+    """
+    device = tvm_vulkan.device()
+    name = str(device.device_name)
+    driver = next((each for each in tvm_vulkan.devices() if each.name == name), None)
+    if driver is None:
+        return name
+    software = " (software, for correctness only)" if driver.kind == tvm_vulkan.SOFTWARE else ""
+    return f"{name}, {driver.driver}{software}"
+
+
+class VulkanEngine(TvmEngine):
+    """The roles of an artifact compiled by TVM for Vulkan."""
+
+    def __init__(self, request: OpenRequest, manifest: Manifest, libraries: Mapping[str, str], profile: str):
+        super().__init__(request, manifest, libraries, profile)
+        self._device = tvm_vulkan.device()
+
+    def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
+        """Refuse: the loop over tokens in C++ is for kernels on the CPU."""
+        return None
+
+    def _argument(self, array: Array) -> Any:
+        return tvm_vulkan.to_device(array, self._device)
+
+    def _answer(self, tensor: Any) -> Array:
+        array: Array = tensor.numpy()
+        return array
+
+    def _weights(self, path: Path, signature: Signature) -> list[Any]:
+        mapped = map_weights(path, signature.weights, signature.packed, signature.panels)
+        return [tvm_vulkan.to_device(np.from_dlpack(tensor), self._device) for tensor in mapped]
+
+    def _machine(self, module: Any) -> Any:
+        return virtual_machine(module, self._device)
+
+    def _work(self, tensor: Any) -> Any:
+        return _Held(tensor)
+
+    def _settle(self, tensor: Any, spec: StateSpec) -> Any:
+        if isinstance(tensor, _Held):
+            return tensor.tensor
+        return tvm_vulkan.to_device(np.asarray(tensor), self._device)
+
+
+class _Held:
+    """A tensor on the device as an array that comes here when it is cut or read, and not for its shape."""
+
+    def __init__(self, tensor: Any):
+        self.tensor = tensor
+        self.shape = tuple(int(size) for size in tensor.shape)
+
+    def __getitem__(self, index: Any) -> Array:
+        return np.asarray(self)[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        array: Array = self.tensor.numpy()
+        return array if dtype is None else array.astype(dtype)
