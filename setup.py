@@ -1,9 +1,12 @@
 """Build portlm: map the three source roots to one package, and compile portlm._C with CMake.
 
-The extension links neither PyTorch nor TVM, so an ordinary isolated build needs only CMake, Ninja
-and pybind11, and one wheel serves every version of both.
+The extension links neither PyTorch nor TVM, so an ordinary isolated build needs only CMake, Ninja, pybind11 and two
+packages for their headers, and one wheel serves every version of both. portlm._vulkan, beside it, is for one version of
+TVM, which it compares before it says anything.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -49,7 +52,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPORTLM_OUTPUT_DIRECTORY={target.parent}",
             f"-DPORTLM_EXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
-            f"-Dpybind11_DIR={self._pybind11_directory()}",
+            f"-Dpybind11_DIR={_copied('pybind11') / 'share/cmake/pybind11'}",
+            *_vulkan_headers(),
             *os.environ.get("PORTLM_CMAKE_ARGS", "").split(),
         ]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,25 +61,37 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
 
     @staticmethod
-    def _pybind11_directory() -> str:
-        """Return where pybind11's CMake files are, at a path that stays the same from one isolated build to the next.
-
-        pip gives each isolated build a new folder. With headers under a new path every object that includes them
-        would be compiled again, so they are copied once per version.
-        """
-        import pybind11
-
-        package = Path(pybind11.__file__).parent
-        copy = HERE / "build" / f"pybind11-{pybind11.__version__}"
-        if not copy.exists():
-            shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        return str(copy / Path(pybind11.get_cmake_dir()).relative_to(package))
-
-    @staticmethod
     def _drop_stale_cache(build: Path) -> None:
         # An isolated build runs in a new environment each time. CMake refuses to swap the generator's
         # program under an existing cache, so forget the remembered paths but keep every object file.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
+
+
+def _copied(name: str, part: str = ".") -> Path:
+    """Return where a folder of an installed package is, at a path that does not change from one build to the next.
+
+    pip gives each isolated build a new folder. With headers under a new path every object that includes them would be
+    compiled again, so they are copied once per version. The package is not imported.
+    """
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    distribution = {"tvm_ffi": "apache-tvm-ffi"}.get(name, name)
+    copy = HERE / "build" / f"{name}-{importlib.metadata.version(distribution)}"
+    if not copy.exists():
+        folder = Path(spec.origin).parent / part
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__", "*.so*"))
+    return copy
+
+
+def _vulkan_headers() -> list[str]:
+    """Tell CMake where the headers of the Vulkan device are, if they are installed."""
+    if not all(importlib.util.find_spec(name) for name in ("tvm_ffi", "wgpu")):
+        return []
+    return [
+        f"-DPORTLM_TVM_FFI_INCLUDE={_copied('tvm_ffi', 'include')}",
+        f"-DPORTLM_WGPU_INCLUDE={_copied('wgpu', 'resources')}",
+    ]
 
 
 setup(

@@ -85,9 +85,9 @@ def tvm_runner(device: str, profile: str) -> Runner:
     Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
     registered in this process, which opening the engine does.
     """
+    from portlm import tvm_vulkan
     from portlm.compile.tvm_build import compile_graph, make_graph, need_linker
     from portlm.compile.tvm_library import LOWERINGS
-    from portlm import tvm_vulkan
     from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
 
     tvm = import_tvm()

@@ -249,7 +249,9 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
     rounds = quantized and (lowering.device, lowering.profile) in ENGINES["tvm"].byte_activations
     kernels = "" if lowering.device == "cpu" else "wgsl "
     target, versions = target_at(f"{kernels}llvm {processor}", rounds), dict(VERSIONS)
-    entry = CompiledEntry("tvm", lowering.device, lowering.profile, target, tuple(contents), versions, role=role)
+    entry = CompiledEntry(
+        "tvm", lowering.device, lowering.profile, target, tuple(contents), versions, role=role
+    )
     return Compiled(entry, {name: store_file(artifact, name, data) for name, data in contents.items()})
 
 

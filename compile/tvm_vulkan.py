@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 # What every WebGPU device has; kernels for more threads would run on fewer devices.
 MOST_THREADS, SHARED_BYTES = 256, 16384
 _NARROW = {TensorProto.INT64: TensorProto.INT32}
-_READABLE = (TensorProto.FLOAT, TensorProto.INT32, TensorProto.UNDEFINED)  # the last of inner values, which are floats
+_READABLE = (
+    TensorProto.FLOAT,
+    TensorProto.INT32,
+    TensorProto.UNDEFINED,
+)  # the last of inner values, which are floats
 
 
 def in_32_bits(graph: Graph) -> Graph:

@@ -67,7 +67,9 @@ def register() -> None:
 def _open(folder: Path) -> None:
     library = folder / f"_vulkan{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
-        raise EngineUnavailableError("tvm:vulkan: portlm was built without its Vulkan device: reinstall portlm")
+        raise EngineUnavailableError(
+            "tvm:vulkan: portlm was built without its Vulkan device: reinstall portlm"
+        )
     found = _version("wgpu")
     if found is None:
         raise EngineUnavailableError("tvm:vulkan: wgpu is not installed, try pip install portlm[vulkan]")
@@ -106,9 +108,7 @@ def device() -> Any:
     """
     connect()
     if not devices():
-        raise EngineUnavailableError(
-            "tvm:vulkan: no Vulkan device, try apt-get install mesa-vulkan-drivers"
-        )
+        raise EngineUnavailableError("tvm:vulkan: no Vulkan device, try apt-get install mesa-vulkan-drivers")
     return import_tvm().runtime.device("webgpu", 0)
 
 
@@ -121,7 +121,9 @@ def to_device(array: np.ndarray, device: Any) -> Any:
     if array.dtype == np.int64:
         narrow = array.astype(np.int32)
         if not np.array_equal(narrow, array):
-            raise UsageError("tvm:vulkan computes with whole numbers of 32 bits, and an input has larger ones")
+            raise UsageError(
+                "tvm:vulkan computes with whole numbers of 32 bits, and an input has larger ones"
+            )
         array = narrow
     return import_tvm().runtime.tensor(np.ascontiguousarray(array), device)
 

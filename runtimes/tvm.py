@@ -290,7 +290,9 @@ class TvmEngine(ArrayEngine):
             raise FormatError(
                 f"{request.folder}: {name}/{LIBRARY} does not start ({_last_line(error)}): run {command}"
             ) from error
-        inputs, outputs = (tuple(item.name for item in items) for items in (signature.inputs, signature.outputs))
+        inputs, outputs = (
+            tuple(item.name for item in items) for items in (signature.inputs, signature.outputs)
+        )
         plan = Plan.of(CallSpec(spec.inputs, spec.outputs, spec.state), inputs, outputs)
         return _Library(machine["portlm_step"], inputs, outputs, signature.nodes, plan, signature.compact)
 
