@@ -92,9 +92,7 @@ def tvm_runner(device: str, profile: str) -> Runner:
 
     tvm = import_tvm()
     place = tvm_vulkan.device() if device == "vulkan" else tvm.cpu()
-    tensor_of: Callable[[np.ndarray], Any] = (
-        partial(tvm_vulkan.to_device, device=place) if device == "vulkan" else tvm.runtime.tensor
-    )
+    tensor_of = partial(tvm.runtime.tensor, device=place)
     need_linker()
     opened: dict[tuple[str, ...], Callable[..., Any]] = {}
 

@@ -1,15 +1,14 @@
 """The portable graph on Vulkan: TVM's importer, its schedules for GPUs, and its kernels in WGSL.
 
-WGSL has no 64 bits and no bytes, so the graph's whole numbers become 32 bits wide before TVM sees them; whoever runs
-the library converts its inputs, with a look at their range. What TVM gets wrong there is left out: negative indices,
-which no graph of portlm has, would be counted in 64 bits.
+WGSL has no bytes, so there are no quantized weights yet. What the importer does for negative indices, which no graph of
+portlm has, is left out: it would be four kernels for each lookup.
 """
 
 from typing import TYPE_CHECKING, Any
 
-import onnx
-from onnx import TensorProto
+from onnx import helper
 
+from portlm import tvm_vulkan
 from portlm.compile.tvm_build import Graph, Lowering
 from portlm.compile.tvm_portable import bound_gathers, import_graph
 from portlm.errors import FormatError
@@ -17,33 +16,22 @@ from portlm.errors import FormatError
 if TYPE_CHECKING:
     import tvm
 
-# What every WebGPU device has; kernels for more threads would run on fewer devices.
-MOST_THREADS, SHARED_BYTES = 256, 16384
-_NARROW = {TensorProto.INT64: TensorProto.INT32}
-_READABLE = (
-    TensorProto.FLOAT,
-    TensorProto.INT32,
-    TensorProto.UNDEFINED,
-)  # the last of inner values, which are floats
+_READABLE = {"float32", "int64", "int32"}  # by kernels in WGSL, int64 as int32
 
 
-def in_32_bits(graph: Graph) -> Graph:
-    """The graph with inputs of whole numbers in 32 bits.
+def readable(graph: Graph) -> Graph:
+    """The graph as it is.
 
     Raises:
         FormatError: a weight or an input has a type that kernels in WGSL cannot read.
     """
     if graph.packed:
         raise FormatError("tvm:vulkan has no form for quantized weights yet: export without --quantize")
-    proto = onnx.ModelProto()
-    proto.CopyFrom(graph.proto)
-    for value in (*proto.graph.input, *proto.graph.output):
-        kind = value.type.tensor_type
-        kind.elem_type = _NARROW.get(kind.elem_type, kind.elem_type)
-        if kind.elem_type not in _READABLE:
-            name = TensorProto.DataType.Name(kind.elem_type).lower()
-            raise FormatError(f"tvm:vulkan has no form for {value.name}, a tensor of {name}")
-    return Graph(proto, graph.weights_file, graph.weights, graph.packed, graph.panels)
+    for value in graph.proto.graph.input:
+        dtype = str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        if dtype not in _READABLE:
+            raise FormatError(f"tvm:vulkan has no form for {value.name}, a tensor of {dtype}")
+    return graph
 
 
 def trust_indices(module: "tvm.IRModule") -> "tvm.IRModule":
@@ -70,15 +58,6 @@ def trust_indices(module: "tvm.IRModule") -> "tvm.IRModule":
     return relax.transform.DeadCodeElimination()(trust.builder_.get())
 
 
-def target(host: "tvm.target.Target") -> "tvm.target.Target":
-    """TVM's target: kernels in WGSL, and what calls them for the host."""
-    import tvm
-
-    return tvm.target.Target(
-        {"kind": "webgpu", "max_num_threads": MOST_THREADS, "max_shared_memory_per_block": SHARED_BYTES}, host
-    )
-
-
 def gpu_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":
     """TVM's own passes for GPUs."""
     from tvm.relax.backend.gpu_generic import pipeline
@@ -95,7 +74,7 @@ def gpu_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":
 LOWERING = Lowering(
     "portable",
     [
-        ("In32Bits", in_32_bits),
+        ("Readable", readable),
         ("ImportGraph", import_graph),
         ("TrustIndices", trust_indices),
         ("BoundGathers", bound_gathers),
@@ -103,5 +82,5 @@ LOWERING = Lowering(
     gpu_passes,
     "bytecode",
     "vulkan",
-    target,
+    tvm_vulkan.target,
 )

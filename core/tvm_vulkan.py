@@ -2,7 +2,8 @@
 
 TVM generates WGSL, the language of WebGPU, and calls the device "webgpu"; what runs it is Vulkan. Once connected, every
 module of TVM compiled for the target "webgpu" runs, portlm's or not: ``import tvm`` connects by itself where portlm is
-installed (entry point ``tvm.backends``).
+installed (entry point ``tvm.backends``). Compiled for :func:`target`, a module may have tensors of int64, too: WGSL has
+no 64 bits, so its kernels compute with 32, and the device converts what comes in and goes out, with a look at its range.
 """
 
 import ctypes
@@ -12,15 +13,16 @@ import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from portlm.errors import EngineUnavailableError, UsageError
+from portlm.errors import EngineUnavailableError
 from portlm.tvm_support import VERSIONS, import_tvm
 
 WGPU_VERSION = "0.32.0"  # whose header the device was compiled with
 SOFTWARE = "cpu"  # the kind of a device that is a program
+# What every WebGPU device has; kernels for more threads would run on fewer devices.
+MOST_THREADS, SHARED_BYTES = 256, 16384
+_KEY = "vulkan"  # in a target's keys: kernels are for this device, and not for a browser
 
-_connected = False
+_opened = _connected = False
 
 
 class VulkanDevice(NamedTuple):
@@ -38,7 +40,7 @@ class VulkanDevice(NamedTuple):
 
 
 def connect() -> None:
-    """Tell TVM of the device, once per process. No driver is opened before the device is used.
+    """Tell TVM of the device and of its kernels, once per process. No driver is opened before the device is used.
 
     Raises:
         EngineUnavailableError: TVM, wgpu or the device is missing, or of another version; the message says which.
@@ -47,13 +49,14 @@ def connect() -> None:
     if _connected:
         return
     import_tvm()
-    _open(Path(__file__).parent)
+    if not _opened:
+        _open(Path(__file__).parent)
+    _narrow_kernels()
     _connected = True
 
 
 def register() -> None:
-    """Connect if everything is there, and say nothing if not; called by ``import tvm`` itself."""
-    global _connected
+    """Tell TVM of the device if everything is there, and say nothing if not; called by ``import tvm`` itself."""
     for package, wanted in (*VERSIONS.items(), ("wgpu", WGPU_VERSION)):
         if _version(package) != wanted:
             return
@@ -61,10 +64,10 @@ def register() -> None:
         _open(Path(__file__).parent)
     except EngineUnavailableError:
         return  # whoever uses the device is told
-    _connected = True
 
 
 def _open(folder: Path) -> None:
+    global _opened
     library = folder / f"_vulkan{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         raise EngineUnavailableError(
@@ -93,6 +96,7 @@ def _open(folder: Path) -> None:
     problem = opened(str(native).encode())
     if problem is not None:
         raise EngineUnavailableError(f"tvm:vulkan: {problem.decode(errors='replace')}")
+    _opened = True
 
 
 def devices() -> list[VulkanDevice]:
@@ -112,20 +116,45 @@ def device() -> Any:
     return import_tvm().runtime.device("webgpu", 0)
 
 
-def to_device(array: np.ndarray, device: Any) -> Any:
-    """Copy an array to the device. Whole numbers of 64 bits become 32, which is what its kernels read.
+def target(host: Any = None) -> Any:
+    """Return TVM's target for modules that run on the device: tvm.target.Target.
+
+    Args:
+        host: the target of what calls the kernels; LLVM's for this processor if it is None.
 
     Raises:
-        UsageError: one of them does not fit.
+        EngineUnavailableError: as of connect.
     """
-    if array.dtype == np.int64:
-        narrow = array.astype(np.int32)
-        if not np.array_equal(narrow, array):
-            raise UsageError(
-                "tvm:vulkan computes with whole numbers of 32 bits, and an input has larger ones"
-            )
-        array = narrow
-    return import_tvm().runtime.tensor(np.ascontiguousarray(array), device)
+    connect()
+    tvm = import_tvm()
+    kernels = {
+        "kind": "webgpu", "keys": [_KEY, "webgpu", "gpu"],
+        "max_num_threads": MOST_THREADS, "max_shared_memory_per_block": SHARED_BYTES,
+    }  # fmt: skip
+    return tvm.target.Target(kernels, tvm.target.Target("llvm") if host is None else host)
+
+
+def _narrow_kernels() -> None:
+    """Have TVM generate kernels of 32 bits where they are for this device."""
+    import tvm
+    import tvm_ffi
+
+    generate = tvm_ffi.get_global_func("target.build.webgpu")
+    wide, narrow = tvm.ir.PrimType("int64"), tvm.ir.PrimType("int32")
+
+    def narrowed(kind: Any) -> Any:
+        return narrow if kind.dtype == wide.dtype else kind
+
+    def build(module: Any, target: Any) -> Any:
+        if _KEY in target.keys:
+            functions = {
+                name: tvm_ffi.structural_map(function, [(type(wide), narrowed)])
+                for name, function in module.functions.items()
+            }
+            module = tvm.IRModule(functions, attrs=module.attrs)
+        return generate(module, target)
+
+    tvm_ffi.register_global_func("target.build.webgpu", build, override=True)
 
 
 def limits() -> dict[str, int]:

@@ -15,7 +15,7 @@ from portlm.artifact import Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, State
 from portlm.roles import StateSpec
 from portlm.runtimes.tvm import TvmEngine, map_weights
-from portlm.tvm_support import Signature, virtual_machine
+from portlm.tvm_support import Signature, import_tvm, virtual_machine
 
 
 def described() -> str:
@@ -44,8 +44,12 @@ class VulkanEngine(TvmEngine):
         """Refuse: the loop over tokens in C++ is for kernels on the CPU."""
         return None
 
+    def _moved(self, array: Array) -> Any:
+        """A copy on the device."""
+        return import_tvm().runtime.tensor(np.ascontiguousarray(array), self._device)
+
     def _argument(self, array: Array) -> Any:
-        return tvm_vulkan.to_device(array, self._device)
+        return self._moved(array)
 
     def _answer(self, tensor: Any) -> Array:
         array: Array = tensor.numpy()
@@ -53,7 +57,7 @@ class VulkanEngine(TvmEngine):
 
     def _weights(self, path: Path, signature: Signature) -> list[Any]:
         mapped = map_weights(path, signature.weights, signature.packed, signature.panels)
-        return [tvm_vulkan.to_device(np.from_dlpack(tensor), self._device) for tensor in mapped]
+        return [self._moved(np.from_dlpack(tensor)) for tensor in mapped]
 
     def _machine(self, module: Any) -> Any:
         return virtual_machine(module, self._device)
@@ -64,7 +68,7 @@ class VulkanEngine(TvmEngine):
     def _settle(self, tensor: Any, spec: StateSpec) -> Any:
         if isinstance(tensor, _Held):
             return tensor.tensor
-        return tvm_vulkan.to_device(np.asarray(tensor), self._device)
+        return self._moved(np.asarray(tensor))
 
 
 class _Held:

@@ -1,6 +1,6 @@
 """TVM's operators on portlm's Vulkan device give what numpy gives: odd sizes, one row, nothing, and sizes that change.
 
-They are compiled as anyone would, by tvm.compile for the target "webgpu": none of portlm's passes is in between.
+They are compiled as anyone would, by tvm.compile for the device's target: none of portlm's passes is in between.
 """
 
 import math
@@ -26,17 +26,6 @@ ROWS = (1, 3, 17, 0)
 WIDTH = 33
 
 
-def target():
-    return tvm.target.Target(
-        {
-            "kind": "webgpu",
-            "max_num_threads": 256,
-            "max_shared_memory_per_block": 16384,
-            "host": {"kind": "llvm"},
-        }
-    )
-
-
 def compiled(function, *types):
     """A module's function main of these (shape, dtype), whose body is what `function` makes of its arguments."""
     builder = relax.BlockBuilder()
@@ -45,7 +34,7 @@ def compiled(function, *types):
         with builder.dataflow():
             result = builder.emit_output(builder.normalize(function(*arguments)))
         builder.emit_func_output(result)
-    return relax.VirtualMachine(tvm.compile(builder.get(), target=target()), DEVICE)["main"]
+    return relax.VirtualMachine(tvm.compile(builder.get(), target=tvm_vulkan.target()), DEVICE)["main"]
 
 
 def run(machine, *arrays):
@@ -200,14 +189,42 @@ WHOLE = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_numbers_are_exact(name):
+def test_whole_numbers_are_exact(name, dtype):
     make, expected = WHOLE[name]
-    machine = compiled(make, ((N, WIDTH), "int32"), ((WIDTH,), "int32"))
+    machine = compiled(make, ((N, WIDTH), dtype), ((WIDTH,), dtype))
     for rows in ROWS:
         x, y = RNG.integers(-999, 999, (rows, WIDTH)), RNG.integers(1, 9, WIDTH)
-        x, y = x.astype(np.int32), y.astype(np.int32)
-        np.testing.assert_array_equal(run(machine, x, y), expected(x, y))
+        x, y = x.astype(dtype), y.astype(dtype)
+        found = run(machine, x, y)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, expected(x, y))
+
+
+@pytest.mark.parametrize("make", [op.argmax, op.argmin])
+def test_places_are_whole_numbers_of_64_bits(make):
+    machine = compiled(lambda x: make(x, -1), ((N, WIDTH), "float32"))
+    x = normal(5, WIDTH)
+    found = run(machine, x)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, getattr(x, make.__name__)(-1))
+
+
+def test_a_whole_number_of_more_than_32_bits_is_refused_on_its_way_in():
+    with pytest.raises(RuntimeError, match="the whole number 4294967296 does not fit the 32 bits"):
+        tvm.runtime.tensor(np.array([1, 2**32]), DEVICE)
+    assert tvm.runtime.tensor(np.array([-(2**31), 2**31 - 1]), DEVICE).numpy().tolist() == [
+        -(2**31),
+        2**31 - 1,
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float64", "float16"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 1001])
+def test_what_no_kernel_reads_is_carried_there_and_back(dtype, count):
+    array = RNG.integers(0, 100, count).astype(dtype)
+    np.testing.assert_array_equal(tvm.runtime.tensor(array, DEVICE).numpy(), array)
 
 
 @pytest.mark.parametrize("mode", ["clip", "fast"])
