@@ -11,6 +11,7 @@ from onnx import helper
 from portlm import tvm_vulkan
 from portlm.compile.tvm_build import Graph, Lowering
 from portlm.compile.tvm_portable import bound_gathers, import_graph
+from portlm.compile.tvm_vulkan_schedule import gpu_passes
 from portlm.errors import FormatError
 
 if TYPE_CHECKING:
@@ -98,19 +99,6 @@ def _mutated(module: "tvm.IRModule", mutator: Any) -> "tvm.IRModule":
         if isinstance(function, relax.Function):
             mutator.builder_.update_func(name, mutator.visit_expr(function))
     return relax.transform.DeadCodeElimination()(mutator.builder_.get())
-
-
-def gpu_passes(target: "tvm.target.Target") -> "list[tvm.ir.transform.Pass]":
-    """TVM's own passes for GPUs."""
-    from tvm.relax.backend.gpu_generic import pipeline
-
-    steps: list[Any] = [
-        *pipeline.library_dispatch_passes(target),
-        *pipeline.legalize_passes(target),
-        *pipeline.dataflow_lower_passes(target),
-        *pipeline.finalize_passes(target),
-    ]
-    return steps
 
 
 LOWERING = Lowering(
