@@ -36,7 +36,7 @@ _RELATION = _ENTITY + _ENTITIES
 _VALUE = _RELATION + _RELATIONS
 VOCAB = _VALUE + _RELATIONS * _VALUES
 _LENGTH = 5 + _RELATIONS * (_LONGEST + 3)  # of the longest question with its text
-_TEXTS, _ROWS, _PRETRAINING = 20_000, 64, 1500  # without questions, in a batch, steps
+_TEXTS, _ROWS, _PRETRAINING = 20_000, 64, 2500  # without questions, in a batch, steps
 _LABELS, _JUDGED, _LABELLED_ROWS, _STEPS = 500, 400, 20, 400
 # From 0.02, as at a width of 768, layers of this one learn no looking up in so few steps.
 _BERT = BertConfig(
