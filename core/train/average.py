@@ -13,25 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from portlm.errors import ConfigError, UsageError
+from portlm.hub import new_result
 from portlm.hub_files import TOKENIZER
-from portlm.models import CONFIG, WEIGHTS, load_config, load_model, save_model, whole_tables
-from portlm.train.checkpoint import (
-    MANIFEST,
-    check_checkpoint,
-    is_checkpoint,
-    list_checkpoints,
-    replace_folder,
-)
+from portlm.models import CONFIG, WEIGHTS, Model, load_config, load_model, save_model, whole_tables
+from portlm.train.checkpoint import MANIFEST, check_checkpoint, is_checkpoint, list_checkpoints
 from portlm.train.loop import OBJECTIVE, OPTIMIZER, RNG
 from portlm.train.run_folder import RunFolder
 
-_OF_THE_RUN = (
-    MANIFEST,
-    OBJECTIVE,
-    OPTIMIZER,
-    RNG,
-    WEIGHTS,
-)  # what the mean does not get from the last checkpoint
+# What the mean does not get from the last checkpoint.
+_OF_THE_RUN = (MANIFEST, OBJECTIVE, OPTIMIZER, RNG, WEIGHTS)
 
 
 def last_checkpoints(run: str | Path, count: int) -> list[Path]:
@@ -60,20 +50,29 @@ def average(checkpoints: Sequence[str | Path], out: str | Path) -> Path:
         ``out``.
 
     Raises:
-        UsageError: Fewer than two, one of them twice, or ``out`` holds something.
+        UsageError: Fewer than two, one of them twice, or ``out`` holds something, which is left alone.
         ConfigError: They are not of one model, or have no weights that can be averaged.
         FormatError: A file is missing or damaged.
         StorageError: The disk is full or refuses.
     """
-    import torch
-
-    folders, out = [Path(folder) for folder in checkpoints], Path(out)
+    folders = [Path(folder) for folder in checkpoints]
     if len(folders) < 2:
         raise UsageError(f"a mean needs at least two checkpoints, got {len(folders)}")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("a checkpoint is named twice: each counts once")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already and is left alone: choose another name or remove it")
+    with new_result(Path(out)) as result:
+        model = _mean(folders)
+        save_model(result, model)
+        for path in sorted(folders[-1].iterdir()):
+            if path.is_file() and path.name not in _OF_THE_RUN:
+                shutil.copyfile(path, result / path.name)
+    return Path(out)
+
+
+def _mean(folders: Sequence[Path]) -> Model:
+    """The last of some models with the mean of the weights of all."""
+    import torch
+
     for folder in folders:
         if is_checkpoint(folder):
             check_checkpoint(folder)
@@ -85,28 +84,18 @@ def average(checkpoints: Sequence[str | Path], out: str | Path) -> Path:
         if _bytes(folder / TOKENIZER) != _bytes(last / TOKENIZER):
             raise ConfigError(f"{folder} and {last} have not the same tokenizer")
     model = load_model(last)
-    sums = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
-    tables = [name for name, _ in whole_tables(model)]
-    if tables:
+    if tables := [name for name, _ in whole_tables(model)]:
         raise ConfigError(
             f"{last} has no mean: {', '.join(tables)} of a model of family {config.family} are whole numbers"
         )
+    sums = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     for folder in folders[:-1]:
-        other = load_model(folder)
-        for name, parameter in other.named_parameters():
+        for name, parameter in load_model(folder).named_parameters():
             sums[name] += parameter.detach()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(sums[name] / len(folders))
-
-    def fill(temporary: Path) -> None:
-        save_model(temporary, model)
-        for path in sorted(last.iterdir()):
-            if path.is_file() and path.name not in _OF_THE_RUN:
-                shutil.copyfile(path, temporary / path.name)
-
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return replace_folder(out, fill, estimate=size + (1 << 20))
+    return model
 
 
 def _bytes(path: Path) -> bytes | None:
