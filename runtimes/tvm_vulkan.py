@@ -1,7 +1,6 @@
 """The TVM engine on Vulkan: weights and states stay on the device, token ids go in and logits come out.
 
-The device is portlm's own (csrc/vulkan); TVM knows it as "webgpu". Kernels are TVM's, so there is the portable profile
-alone, and tokens are written one by one.
+The device is portlm's own (csrc/vulkan); TVM knows it as "webgpu". Tokens are written one by one.
 """
 
 from collections.abc import Mapping
@@ -57,7 +56,7 @@ class VulkanEngine(TvmEngine):
 
     def _weights(self, path: Path, signature: Signature) -> list[Any]:
         mapped = map_weights(path, signature.weights, signature.packed, signature.panels)
-        return [self._moved(np.from_dlpack(tensor)) for tensor in mapped]
+        return [self._moved(tvm_vulkan.in_words(np.from_dlpack(tensor))) for tensor in mapped]
 
     def _machine(self, module: Any) -> Any:
         return virtual_machine(module, self._device)
