@@ -23,7 +23,7 @@ TARGETS = [
     ("ort", "vulkan", "fused"),
     ("tvm", "cpu", "portable"),
     ("tvm", "cpu", "fused"),
-    ("tvm", "vulkan", "portable"),
+    ("tvm", "vulkan", "fused"),
     ("packed", "cpu", "fused"),
 ]
 """Engine, device and profile of every engine that needs no NVIDIA GPU."""
