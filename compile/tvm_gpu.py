@@ -120,7 +120,6 @@ class Builder:
         self.set(total, [0], self.real(0))
         with self.loop(FOLD) as i:
             self.set(total, [0], total[0] + folded[i])
-        self.barrier()
         return total[0]
 
     def real(self, value: float) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import tvm
 
 FEW = 8  # rows of x; from so many on there are tiles
-CHUNK = 1024  # columns of x that a group keeps
+CHUNK = 2048  # columns of x that a group keeps at most; half of them beside sums of four columns a thread
 ROWS, DEPTH = 32, 16  # of a tile: rows of x, and columns of it at a time
 WORD = 4  # numbers of one byte in a word, or four pairs of half a byte
 
@@ -107,6 +107,7 @@ class _Linear:
     def __init__(self, k: Builder, product: Product):
         self.k, self.product = k, product
         self.K = product.matrices[0].columns
+        self.chunk = _chunk(product.matrices[0])
         self.M = k.size("M")
         self.x = k.tensor("x", (self.M, self.K))
         norms = {"none": 0, "rms": 1, "layer": 2}[product.norm]
@@ -124,90 +125,66 @@ class _Linear:
 
     def few(self) -> None:
         """A group for each row of x and each panel."""
-        k, product = self.k, self.product
-        with k.grid(self._tiles(), self.M, only=self.M < FEW) as (tile, row, thread):
-            xs = k.shared(CHUNK)
-            sums = 2 if product.pairs else 1
-            partial, folded = k.shared(sums * THREADS * self._columns()), k.shared(FOLD)
-            normed = self._row_norm(row, thread, partial, folded)
-            for matrices, first_tile, offset in self._results():
-                with self._for_tiles(tile, matrices, first_tile):
-                    self._few_of(matrices, tile - first_tile, offset, row, thread, xs, partial, normed)
-
-    def _few_of(
-        self,
-        matrices: Sequence[int],
-        panel: Any,
-        offset: int,
-        row: Any,
-        thread: Any,
-        xs: Any,
-        partial: Any,
-        normed: Any,
-    ) -> None:
         k, product, columns = self.k, self.product, self._columns()
-        sums = [k.local(columns, fill=0) for _ in matrices]
-        for begin in range(0, self.K, CHUNK):
-            size = min(CHUNK, self.K - begin)
-            with k.loop(-(-size // THREADS)) as i:
-                place = i * THREADS + thread
-                with k.when(place < size):
-                    k.set(xs, [place], normed(begin + place))
+        count = 2 if product.pairs else 1
+        with k.grid(self._tiles(), self.M, only=self.M < FEW) as (tile, row, thread):
+            xs, partial, folded = k.shared(self.chunk), k.shared(count * THREADS * columns), k.shared(FOLD)
+            normed = self._row_norm(row, thread, partial, folded)
+            sums = [k.local(columns, fill=0) for _ in range(count)]
+            with k.loop(self.K // self.chunk) as turn:
+                begin = turn * self.chunk
+                with k.loop(-(-self.chunk // THREADS)) as i:
+                    place = i * THREADS + thread
+                    with k.when(place < self.chunk):
+                        k.set(xs, [place], normed(begin + place))
+                k.barrier()
+                for matrices, first, _ in self._results():
+                    with self._for_tiles(tile, matrices, first):
+                        for total, number in zip(sums, matrices, strict=True):
+                            self._add(number, total, tile - first, begin, thread, xs)
+                k.barrier()
+            for which, total in enumerate(sums):
+                for column in range(columns):
+                    k.set(partial, [(which * columns + column) * THREADS + thread], total[column])
             k.barrier()
-            for total, number in zip(sums, matrices, strict=True):
-                matrix, parts = product.matrices[number], self.parts[number]
-                add = self._add_floats if matrix.bits == 32 else self._add_numbers
-                add(matrix, parts, total, panel, begin, size, thread, xs)
-            k.barrier()
-        for which, total in enumerate(sums):
-            for column in range(columns):
-                k.set(partial, [(which * columns + column) * THREADS + thread], total[column])
-        k.barrier()
-        lanes = PANEL // columns
-        column = panel * PANEL + thread
-        with k.when(k.both(thread < PANEL, column < product.matrices[matrices[0]].rows)):
-            totals = k.local(len(matrices), fill=0)
-            for which in range(len(matrices)):
-                with k.loop(THREADS // lanes) as part:
-                    place = (which * columns + thread % columns) * THREADS + part * lanes + thread // columns
-                    k.set(totals, [which], totals[which] + partial[place])
-            self._finish(matrices, row, column, offset, [totals[which] for which in range(len(matrices))])
+            totals, lanes = k.local(count, fill=0), PANEL // columns
+            with k.when(thread < PANEL):
+                for which in range(count):
+                    with k.loop(THREADS // lanes) as part:
+                        place = (
+                            (which * columns + thread % columns) * THREADS + part * lanes + thread // columns
+                        )
+                        k.set(totals, [which], totals[which] + partial[place])
+                for matrices, first, offset in self._results():
+                    column = (tile - first) * PANEL + thread
+                    inside = column < product.matrices[matrices[0]].rows
+                    with self._for_tiles(tile, matrices, first), k.when(inside):
+                        self._finish(matrices, row, column, offset, [totals[which] for which in range(count)])
+
+    def _add(self, number: int, total: Any, panel: Any, begin: Any, thread: Any, xs: Any) -> None:
+        matrix = self.product.matrices[number]
+        add = self._add_floats if matrix.bits == 32 else self._add_numbers
+        add(matrix, self.parts[number], total, panel, begin, thread, xs)
 
     def _add_floats(
-        self,
-        matrix: Matrix,
-        parts: Sequence[Any],
-        total: Any,
-        panel: Any,
-        begin: int,
-        size: int,
-        thread: Any,
-        xs: Any,
+        self, matrix: Matrix, parts: Sequence[Any], total: Any, panel: Any, begin: Any, thread: Any, xs: Any
     ) -> None:
         """A thread for each of 64 columns and each fourth k."""
         k, (weight,) = self.k, parts
         slices = THREADS // PANEL
         lane, part = thread % PANEL, thread // PANEL
-        turns, together = size // slices, 4
+        turns, together = self.chunk // slices, 4
         with k.loop(turns // together) as i:
             for j in range(together):
                 at = (i * together + j) * slices + part
                 k.set(total, [0], total[0] + xs[at] * weight[panel, begin + at, lane])
-        for j in range(turns // together * together, -(-size // slices)):
+        for j in range(turns // together * together, -(-self.chunk // slices)):
             at = j * slices + part
-            with k.when(at < size):
+            with k.when(at < self.chunk):
                 k.set(total, [0], total[0] + xs[at] * weight[panel, begin + at, lane])
 
     def _add_numbers(
-        self,
-        matrix: Matrix,
-        parts: Sequence[Any],
-        total: Any,
-        panel: Any,
-        begin: int,
-        size: int,
-        thread: Any,
-        xs: Any,
+        self, matrix: Matrix, parts: Sequence[Any], total: Any, panel: Any, begin: Any, thread: Any, xs: Any
     ) -> None:
         """A thread for each word of four columns and each sixteenth byte of a group."""
         k, bits, each = self.k, matrix.bits, 8 // matrix.bits
@@ -215,7 +192,7 @@ class _Linear:
         lanes = PANEL // WORD
         slices = THREADS // lanes
         lane, part = thread % lanes, thread // lanes
-        first, count = begin // matrix.group, size // matrix.group
+        first, count = begin // matrix.group, self.chunk // matrix.group
         depth = matrix.group * bits // 8  # bytes of a group: 16, 32, 64 or 128
         sums = k.local(WORD)
         with k.loop(count) as i:
@@ -238,58 +215,55 @@ class _Linear:
 
     def many(self) -> None:
         """A group for 32 rows of x and a panel."""
-        k, product = self.k, self.product
-        with k.grid(self._tiles(), (self.M + ROWS - 1) // ROWS, only=self.M >= FEW) as (tile, block, thread):
-            sums = 2 if product.pairs else 1
-            xs, ws = k.shared(ROWS * DEPTH), k.shared(sums * DEPTH * PANEL)
-            statistics = self._tile_norm(block, thread)
-            for matrices, first_tile, offset in self._results():
-                with self._for_tiles(tile, matrices, first_tile):
-                    self._many_of(matrices, tile - first_tile, offset, block, thread, xs, ws, statistics)
-
-    def _many_of(
-        self,
-        matrices: Sequence[int],
-        panel: Any,
-        offset: int,
-        block: Any,
-        thread: Any,
-        xs: Any,
-        ws: Any,
-        norm: Any,
-    ) -> None:
         k, product, K = self.k, self.product, self.K
-        side, rows = 4, ROWS * 4 * 4 // PANEL // 4  # a thread's results are 2 rows by 4 columns
-        left, top = thread % (PANEL // side) * side, thread // (PANEL // side) * rows
-        sums = [k.local(rows * side, fill=0) for _ in matrices]
-        with k.loop(-(-K // DEPTH)) as turn:
-            for i in range(ROWS * DEPTH // THREADS):
-                place = i * THREADS + thread
-                row, at = block * ROWS + place // DEPTH, turn * DEPTH + place % DEPTH
-                inside = k.both(row < self.M, at < K)
-                k.set(xs, [place], k.where(inside, norm(row, place // DEPTH, at), k.real(0)))
-            for which, number in enumerate(matrices):
-                for i in range(DEPTH * PANEL // THREADS):
+        count = 2 if product.pairs else 1
+        side, rows = 4, ROWS // 16  # a thread's results are 2 rows by 4 columns
+        blocks = (self.M + ROWS - 1) // ROWS
+        with k.grid(self._tiles(), blocks, only=self.M >= FEW) as (tile, block, thread):
+            xs, ws = k.shared(ROWS * DEPTH), k.shared(count * DEPTH * PANEL)
+            normed = self._tile_norm(block, thread)
+            left, top = thread % (PANEL // side) * side, thread // (PANEL // side) * rows
+            sums = [k.local(rows * side, fill=0) for _ in range(count)]
+            with k.loop(-(-K // DEPTH)) as turn:
+                for i in range(ROWS * DEPTH // THREADS):
                     place = i * THREADS + thread
-                    at, column = turn * DEPTH + place // PANEL, place % PANEL
-                    value = _element(product.matrices[number], self.parts[number], panel, at, column)
-                    if K % DEPTH:
-                        value = k.where(at < K, value, k.real(0))
-                    k.set(ws, [which * DEPTH * PANEL + place], value)
-            k.barrier()
-            with k.loop(DEPTH) as depth:
-                for which, total in enumerate(sums):
+                    row, at = block * ROWS + place // DEPTH, turn * DEPTH + place % DEPTH
+                    inside = k.both(row < self.M, at < K)
+                    k.set(xs, [place], k.where(inside, normed(row, place // DEPTH, at), k.real(0)))
+                for matrices, first, _ in self._results():
+                    with self._for_tiles(tile, matrices, first):
+                        for which, number in enumerate(matrices):
+                            self._load_weights(number, ws, which * DEPTH * PANEL, tile - first, turn, thread)
+                k.barrier()
+                with k.loop(DEPTH) as depth:
+                    for which, total in enumerate(sums):
+                        for r in range(rows):
+                            for c in range(side):
+                                weight = ws[which * DEPTH * PANEL + depth * PANEL + left + c]
+                                i = r * side + c
+                                k.set(total, [i], total[i] + xs[(top + r) * DEPTH + depth] * weight)
+                k.barrier()
+            for matrices, first, offset in self._results():
+                with self._for_tiles(tile, matrices, first):
                     for r in range(rows):
                         for c in range(side):
-                            weight = ws[which * DEPTH * PANEL + depth * PANEL + left + c]
-                            i = r * side + c
-                            k.set(total, [i], total[i] + xs[(top + r) * DEPTH + depth] * weight)
-            k.barrier()
-        for r in range(rows):
-            for c in range(side):
-                row, column = block * ROWS + top + r, panel * PANEL + left + c
-                with k.when(k.both(row < self.M, column < product.matrices[matrices[0]].rows)):
-                    self._finish(matrices, row, column, offset, [total[r * side + c] for total in sums])
+                            row, column = block * ROWS + top + r, (tile - first) * PANEL + left + c
+                            inside = k.both(row < self.M, column < product.matrices[matrices[0]].rows)
+                            with k.when(inside):
+                                self._finish(
+                                    matrices, row, column, offset, [total[r * side + c] for total in sums]
+                                )
+
+    def _load_weights(self, number: int, ws: Any, to: int, panel: Any, turn: Any, thread: Any) -> None:
+        """A matrix's part of a tile, as float32."""
+        k, matrix = self.k, self.product.matrices[number]
+        for i in range(DEPTH * PANEL // THREADS):
+            place = i * THREADS + thread
+            at, column = turn * DEPTH + place // PANEL, place % PANEL
+            value = _element(matrix, self.parts[number], panel, at, column)
+            if self.K % DEPTH:
+                value = k.where(at < self.K, value, k.real(0))
+            k.set(ws, [to + place], value)
 
     def _finish(
         self, matrices: Sequence[int], row: Any, column: Any, offset: int, totals: Sequence[Any]
@@ -410,6 +384,14 @@ def row_statistics(
     squares = summed(lambda column: (value(column) - kept[0]) * (value(column) - kept[0]))
     k.set(kept, [1], k.call("rsqrt", squares / k.real(width) + k.real(epsilon)))
     return kept[0], kept[1]
+
+
+def _chunk(matrix: Matrix) -> int:
+    """How many columns of x a group keeps at a time: K in equal parts of whole groups."""
+    K, group = matrix.columns, max(matrix.group, 1)
+    most = CHUNK if matrix.bits == 32 else CHUNK // 2
+    count = next(n for n in range(-(-K // most), K + 1) if K % n == 0 and K // n % group == 0)
+    return K // count
 
 
 def signed(word: Any, first: int | Any, bits: int) -> Any:
