@@ -1,4 +1,4 @@
-"""The portable graph on CUDA: TVM's importer, the schedules for GPUs of tvm_vulkan_schedule.py, and machine code of nvcc.
+"""The portable graph on CUDA: TVM's importer, its schedules for GPUs, and machine code made by nvcc.
 
 TVM's library holds the source of the kernels, and machine code lies beside it: one cubin for each architecture. So
 nothing is compiled where it is loaded, and what was asked for is what is there. No GPU is needed.

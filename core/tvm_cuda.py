@@ -1,12 +1,12 @@
 """CUDA for TVM: which GPUs the driver has, TVM's runtime for them, and what kernels are compiled for.
 
-TVM's wheel brings that runtime as a library of its own, which loads where both NVIDIA's driver (libcuda.so.1) and NVIDIA's
-runtime (libcudart.so.13) are; ``import tvm`` tries once and says nothing. Here the driver is asked first, by itself, so
-that there is one sentence for each thing that can be missing.
+TVM's wheel brings that runtime as a library of its own, which loads where both NVIDIA's driver (libcuda.so.1) and
+NVIDIA's runtime (libcudart.so.13) are; ``import tvm`` tries once and says nothing. Here the driver is asked first, by
+itself, so that there is one sentence for each thing that can be missing.
 
 Kernels are machine code: each cubin is for one architecture, and runs on later ones of the same generation. TVM would
-keep CUDA's source in a library and compile that wherever it is loaded, with NVIDIA's compiler. It asks a function of ours
-for the machine code (:func:`lend`), which returns what was compiled before.
+keep CUDA's source in a library and compile that wherever it is loaded, with NVIDIA's compiler. It asks a function of
+ours for the machine code (:func:`lend`), which returns what was compiled before.
 """
 
 import contextlib
@@ -208,7 +208,8 @@ def connect() -> None:
     """Load TVM's runtime for CUDA, once per process, and have it take machine code from lend().
 
     Raises:
-        EngineUnavailableError: TVM, the driver, a GPU or NVIDIA's runtime is missing, or too old; the message says which.
+        EngineUnavailableError: TVM, the driver, a GPU or NVIDIA's runtime is missing, or too old; the message says
+            which.
     """
     global _connected
     if _connected:

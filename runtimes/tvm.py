@@ -168,9 +168,9 @@ class TvmEngine(ArrayEngine):
         """Load the compiled libraries of a profile; "auto" prefers the fused one.
 
         Args:
-            request: device is "cpu", "cuda" or "vulkan"; profile "auto", "portable" or "fused". threads are those of portlm's kernels,
-                what TVM generates runs on the caller's thread. allow_fallback is ignored, a library runs on its
-                device alone.
+            request: device is "cpu", "cuda" or "vulkan"; profile "auto", "portable" or "fused". threads are those of
+                portlm's kernels, what TVM generates runs on the caller's thread. allow_fallback is ignored, a library
+                runs on its device alone.
 
         Raises:
             EngineUnavailableError: TVM is missing or of another version, or the library is for another processor.
