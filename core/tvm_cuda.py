@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 from portlm.errors import EngineUnavailableError, UsageError
 from portlm.tvm_support import import_tvm
 
-DRIVER, RUNTIME, RUNTIME_VERSION = "libcuda.so.1", "libcudart.so.13", 13000
+DRIVER, RUNTIME, OLDEST_DRIVER = "libcuda.so.1", "libcudart.so.13", 13
 TVM_RUNTIME = "libtvm_runtime_cuda.so"
 # What every GPU of these generations has; blocks of more threads would leave fewer registers to each.
 MOST_THREADS, SHARED_BYTES, WARP = 256, 48 << 10, 32
+_HOMES, USUAL = ("CUDA_HOME", "CUDA_PATH"), Path("/usr/local/cuda")  # of NVIDIA's toolkit
 OLDEST = 75  # of what NVIDIA's compiler of that version makes code for
 
 _NO_DEVICE, _MAJOR, _MINOR = 100, 75, 76  # of cuda.h: an error, and two attributes of a device
@@ -134,15 +135,12 @@ def find_nvcc() -> str:
         EngineUnavailableError: there is none.
     """
     places = [Path(folder) / "bin" / "nvcc" for name in _HOMES if (folder := os.environ.get(name))]
-    for place in (*places, shutil.which("nvcc"), Path("/usr/local/cuda/bin/nvcc")):
+    for place in (*places, shutil.which("nvcc"), USUAL / "bin" / "nvcc"):
         if place is not None and os.access(place, os.X_OK):
             return str(place)
     raise EngineUnavailableError(
         "tvm:cuda: compiling needs nvcc, of NVIDIA's CUDA toolkit: put it on the PATH, or set CUDA_HOME"
     )
-
-
-_HOMES = ("CUDA_HOME", "CUDA_PATH")
 
 
 # --- the driver ----------------------------------------------------------------------------------------
@@ -181,6 +179,21 @@ def driver_version() -> str:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
+def check_driver() -> None:
+    """Look for a GPU whose driver is new enough for TVM's runtime; TVM is not imported.
+
+    Raises:
+        EngineUnavailableError: as of devices(), or the driver is older.
+    """
+    devices()
+    version = driver_version()
+    if int(version.partition(".")[0]) < OLDEST_DRIVER:
+        raise EngineUnavailableError(
+            f"tvm:cuda: the NVIDIA driver is for CUDA {version}, TVM's runtime needs one for {OLDEST_DRIVER}.0 or "
+            "later: update the driver"
+        )
+
+
 def _driver() -> ctypes.CDLL:
     try:
         driver = ctypes.CDLL(DRIVER)
@@ -215,13 +228,7 @@ def connect() -> None:
     if _connected:
         return
     tvm = import_tvm()
-    devices()
-    version = driver_version()
-    if int(version.partition(".")[0]) * 1000 < RUNTIME_VERSION:
-        raise EngineUnavailableError(
-            f"tvm:cuda: the NVIDIA driver is for CUDA {version}, TVM's runtime needs one for "
-            f"{RUNTIME_VERSION // 1000}.0 or later: update the driver"
-        )
+    check_driver()
     import tvm_ffi
 
     if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
@@ -247,13 +254,14 @@ def _load_nvidia_runtime() -> None:
     packages = (
         [Path(place) / "cu13" / "lib" for place in (spec.submodule_search_locations or ())] if spec else []
     )
-    toolkits = [Path(f) / "lib64" for f in (*map(os.environ.get, _HOMES), "/usr/local/cuda") if f]
+    toolkits = [Path(f) / "lib64" for f in (*map(os.environ.get, _HOMES), USUAL) if f]
     for place in (RUNTIME, *(str(folder / RUNTIME) for folder in (*packages, *toolkits))):
         with contextlib.suppress(OSError):
             ctypes.CDLL(place)  # whoever needs a library of this name gets this one
             return
     raise EngineUnavailableError(
-        f"tvm:cuda: {RUNTIME}, which TVM's runtime needs, is not here, try pip install portlm[cuda]"
+        f"tvm:cuda: {RUNTIME}, which TVM's runtime needs, is not here, try pip install "
+        "'nvidia-cuda-runtime>=13,<14'"
     )
 
 

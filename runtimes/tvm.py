@@ -468,8 +468,10 @@ def _aligned(array: np.ndarray) -> Any:
 
 
 def _last_line(error: Exception) -> str:
-    """The message itself, which TVM puts after its traceback."""
-    return str(error).strip().splitlines()[-1]
+    """The message itself, which TVM puts after its traceback, and before the source of a CUDA kernel."""
+    said, source, _ = str(error).partition("// CUDA Source")
+    lines = [line.strip() for line in said.strip().splitlines()]
+    return " ".join(lines[-3:]) if source else lines[-1]  # what is wrong, how it was launched, its name
 
 
 def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, str]]:

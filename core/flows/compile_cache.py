@@ -2,8 +2,9 @@
 
 An entry is keyed by everything that its content depends on: the graphs' hashes, the sizes in the manifest, the versions
 of the packages, the compiler's own code, the processor, and the GPU that machine code is for. It holds the compiled
-files and a manifest with their hashes; weights stay in the artifact. An entry appears by rename, complete or not at all. Deleting the folder
-($PORTLM_HOME/compiled, otherwise portlm/compiled in the cache folder) costs the time to compile again, nothing else.
+files and a manifest with their hashes; weights stay in the artifact. An entry appears by rename, complete or not at
+all. Deleting the folder ($PORTLM_HOME/compiled, otherwise portlm/compiled in the cache folder) costs the time to
+compile again, nothing else.
 """
 
 from __future__ import annotations

@@ -150,6 +150,7 @@ int cuLaunchKernelEx(const Launch* launch, Function* function, void** parameters
   const uint64_t threads = uint64_t{block[0]} * block[1] * block[2];
   if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 0x7fffffffu || grid[1] > 65535u || grid[2] > 65535u) return kInvalidValue;
   if (!threads || threads > 1024 || block[2] > 64 || launch->shared > (48u << 10)) return kInvalidValue;
+  if (const int fault = fake_cuda::setting("FAKE_CUDA_FAULT", kSuccess)) return fault;
   if (!function->module->run) return kSuccess;
   fake_cuda_memory()->open();
   const char* problem = function->module->run(function->name.c_str(), grid, block, launch->shared, parameters);

@@ -3,11 +3,14 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <exception>
 #include <string>
 #include <tuple>
 
-inline unsigned __activemask() { return 0xffffffffu; }
+#include "emulator.h"
+
+inline unsigned __activemask() { return cuda_on_cpu::lanes(); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int from, int = 32, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -40,11 +43,14 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 
 namespace fake_cuda {
 
-// Runs a kernel, whose parameters are where a launch puts them; returns nullptr or what went wrong.
+// Runs a kernel, whose parameters are where a launch puts them; returns nullptr or what went wrong. The order of threads and
+// blocks is that of FAKE_CUDA_ORDER.
 template <typename... Parameters, size_t... I>
 const char* launch(void (*kernel)(Parameters...), std::index_sequence<I...>, const unsigned* grid, const unsigned* block, unsigned shared,
                    void** where) {
   static std::string message;
+  const char* const order = std::getenv("FAKE_CUDA_ORDER");
+  cuda_on_cpu::choose_order(order ? static_cast<unsigned>(std::atoi(order)) : 0);
   try {
     const std::tuple<Parameters...> parameters(*static_cast<Parameters*>(where[I])...);
     cuda_on_cpu::run({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, [&] { std::apply(kernel, parameters); });
