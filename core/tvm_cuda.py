@@ -44,10 +44,12 @@ class CudaDevice(NamedTuple):
     Attributes:
         name: its name.
         architecture: "sm_90" for compute capability 9.0.
+        memory: bytes.
     """
 
     name: str
     architecture: str
+    memory: int
 
 
 # --- what is asked for ---------------------------------------------------------------------------------
@@ -159,12 +161,15 @@ def devices() -> list[CudaDevice]:
         raise EngineUnavailableError("tvm:cuda: the NVIDIA driver finds no GPU")
     found = []
     for number in range(count.value):
-        name, handle, major, minor = ctypes.create_string_buffer(256), *(ctypes.c_int() for _ in range(3))
+        name, size = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         _call(driver, "cuDeviceGet", ctypes.byref(handle), number)
         _call(driver, "cuDeviceGetName", name, len(name), handle)
         _call(driver, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, handle)
         _call(driver, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, handle)
-        found.append(CudaDevice(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}"))
+        _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(size), handle)
+        sm = f"sm_{major.value}{minor.value}"
+        found.append(CudaDevice(name.value.decode(errors="replace"), sm, size.value))
     return found
 
 
@@ -276,6 +281,13 @@ def device() -> Any:
     if not found.exist:
         raise EngineUnavailableError("tvm:cuda: NVIDIA's runtime does not open the GPU that its driver has")
     return found
+
+
+def release() -> None:
+    """Give memory back to the driver that TVM's pool keeps and nobody uses; the device must be connected."""
+    import tvm_ffi
+
+    tvm_ffi.get_global_func("vm.builtin.memory_manager.clear")()
 
 
 @contextlib.contextmanager

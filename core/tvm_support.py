@@ -76,17 +76,18 @@ def import_tvm() -> ModuleType:
     return module
 
 
-def virtual_machine(module: Any, device: Any = None) -> Any:
+def virtual_machine(module: Any, device: Any = None, memory: str = "naive") -> Any:
     """TVM's virtual machine around a loaded library, on a device of TVM's, the CPU if none is given.
 
-    The naive allocator gives memory back: the pooled one would keep a block for every length ever seen.
+    The naive allocator gives memory back: the pooled one keeps a block for every length ever seen until it is told to
+    let go of them.
 
     Raises whatever TVM raises: RuntimeError, ValueError or AttributeError.
     """
     tvm = import_tvm()
     from tvm import relax
 
-    return relax.VirtualMachine(module, tvm.cpu() if device is None else device, memory_cfg="naive")
+    return relax.VirtualMachine(module, tvm.cpu() if device is None else device, memory_cfg=memory)
 
 
 class Weight(Struct, frozen=True, forbid_unknown_fields=True):

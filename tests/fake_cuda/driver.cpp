@@ -100,6 +100,11 @@ int cuDeviceGetAttribute(int* value, int which, int) {
   return kSuccess;
 }
 
+int cuDeviceTotalMem_v2(size_t* bytes, int) {
+  *bytes = static_cast<size_t>(fake_cuda::setting("FAKE_CUDA_MEMORY", 1 << 28));
+  return kSuccess;
+}
+
 int cuGetErrorName(int error, const char** text) {
   *text = error == kNoBinary ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : error == kIllegalAddress ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR";
   return kSuccess;

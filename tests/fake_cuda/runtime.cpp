@@ -38,7 +38,10 @@ int cudaMalloc(void** pointer, size_t bytes) {
   note("malloc %zu\n", bytes);
   return *pointer ? kSuccess : kOutOfMemory;
 }
-int cudaFree(void* pointer) { return !pointer || fake_cuda_memory()->give_back(pointer) ? kSuccess : kInvalidValue; }
+int cudaFree(void* pointer) {
+  if (pointer) note("free\n");
+  return !pointer || fake_cuda_memory()->give_back(pointer) ? kSuccess : kInvalidValue;
+}
 int cudaMallocHost(void** pointer, size_t bytes) {
   *pointer = std::malloc(bytes);
   return kSuccess;

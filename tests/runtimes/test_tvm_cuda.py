@@ -203,7 +203,8 @@ def test_logits_are_those_of_onnx_runtime_and_depend_on_no_order_of_threads(runn
             theirs = logits[row, -length:]  # what is before it is padding
             np.testing.assert_allclose(found[name][row, -length:], theirs, atol=TOLERANCE, rtol=0)
     gpu.noted()
-    backwards = results(gpu, running, tmp_path / "backwards.npz", order=1)
+    backwards = results(gpu, running, tmp_path / "backwards.npz", order=1, memory=20_000)
+    again = gpu.noted()
     for name, logits in found.items():
         assert logits.tobytes() == backwards[name].tobytes(), f"{name}: a barrier is missing"
     step = noted[noted.index("step") + 1 : noted.index("end of step")]
@@ -212,6 +213,15 @@ def test_logits_are_those_of_onnx_runtime_and_depend_on_no_order_of_threads(runn
     up = [int(line.split()[1]) for line in step if line.endswith("to the device")]
     assert sum(up) <= 3 * 8 * (1 + 1 + 6) + 8, "nothing but tokens, positions, mask and place enters it"
     assert not any(line.startswith("fault") for line in noted)
+    inputs = len(read_manifest(running).roles["decoder"].inputs)
+    assert last_step(noted).count("free") == inputs, "what a step leaves is there for the next one"
+    assert last_step(again).count("free") > inputs, "and not for ever, on a GPU with little memory"
+
+
+def last_step(noted):
+    """What happened from the beginning of the last step but one to that of the last."""
+    *_, begin, end = (i for i, line in enumerate(noted) if line == "later step")
+    return [line.split()[0] for line in noted[begin:end]]
 
 
 def test_doctor_says_which_gpu_it_is(gpu):

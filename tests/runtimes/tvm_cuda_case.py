@@ -40,19 +40,23 @@ def main(folder, engine, device, out):
     def ids(B, T):
         return rng.integers(0, opened.vocab_size, (B, T))
 
+    def note(line):
+        if log:
+            with Path(log).open("a") as file:
+                file.write(f"{line}\n")
+
     state = run("at once", opened.start("decoder", 3), ids(3, 5), [5, 2, 4])
-    if log:
-        with Path(log).open("a") as file:
-            file.write("step\n")
+    note("step")
     state = run("a step", state, ids(3, 1), [6, 3, 5])
-    if log:
-        with Path(log).open("a") as file:
-            file.write("end of step\n")
+    note("end of step")
     state = run("several tokens", state, ids(3, 2), [8, 5, 7])
     state = run("other rows", opened.reorder(state, [2, 0]), ids(2, 1), [8, 9])
     state = run("taken back", opened.crop(state, [4, 6]), ids(2, 1), [5, 7])
     other = run("another", opened.start("decoder", 1), ids(1, 3), [3])
-    run("joined", opened.join([state, other]), ids(3, 1), [6, 8, 4])
+    state = run("joined", opened.join([state, other]), ids(3, 1), [6, 8, 4])
+    for i in range(5):
+        note("later step")
+        state = run(f"later {i}", state, ids(3, 1), [7 + i, 9 + i, 5 + i])
     np.savez(out, **found)
 
 
