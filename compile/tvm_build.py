@@ -177,6 +177,7 @@ class Lowering(NamedTuple):
             but kernels is called.
         device: "cpu", "cuda" or "vulkan".
         target: function from the target of this processor to that of the kernels.
+        weights: function from a graph to the same with its matrices in the form in which the library takes them.
         around: what code is generated within.
         kernels: function from an executable and a folder for temporary files to what lies beside its library.
     """
@@ -187,6 +188,7 @@ class Lowering(NamedTuple):
     exec_mode: str
     device: str = "cpu"
     target: Callable[["tvm.target.Target"], "tvm.target.Target"] = lambda host: host
+    weights: Callable[[Graph], Graph] = lambda graph: graph
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     kernels: Callable[[Any, Path], Kernels] = lambda executable, folder: Kernels()
 
@@ -244,7 +246,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         StorageError: the disk is full or refuses.
     """
     need_linker()
-    graph = read_graph(artifact, role, lowering.profile)
+    graph = lowering.weights(read_graph(artifact, role, lowering.profile))
     executable = compile_graph(graph, lowering, note)
     with private_scratch() as scratch:
         executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

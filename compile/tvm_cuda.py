@@ -1,7 +1,8 @@
-"""The portable graph on CUDA: TVM's importer, its schedules for GPUs, and machine code made by nvcc.
+"""Graphs on CUDA: the kernels that TVM makes for GPUs, or ours in its code, as machine code made by nvcc.
 
-TVM's library holds the source of the kernels, and machine code lies beside it: one cubin for each architecture. So
-nothing is compiled where it is loaded, and what was asked for is what is there. No GPU is needed.
+They are those of compile/tvm_vulkan.py, in another language. TVM's library holds their source, and machine code lies
+beside it: one cubin for each architecture. So nothing is compiled where it is loaded, and what was asked for is what
+is there. No GPU is needed.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 from portlm import tvm_cuda
 from portlm.compile.tvm_build import Graph, Kernels, Lowering
+from portlm.compile.tvm_gpu_fused import in_panels, lower
 from portlm.compile.tvm_portable import bound_gathers, import_graph
 from portlm.compile.tvm_vulkan import plain_casts, trust_indices
 from portlm.compile.tvm_vulkan_schedule import gpu_passes
@@ -29,7 +31,7 @@ def readable(graph: Graph) -> Graph:
         FormatError: it has quantized weights.
     """
     if graph.packed:
-        raise FormatError("tvm:cuda has no form for quantized weights yet: export without --quantize")
+        raise FormatError("tvm:cuda has no portable form for quantized weights: compile --profile fused")
     return graph
 
 
@@ -96,7 +98,7 @@ def _cubin(source: Path, architecture: str) -> bytes:
     return made.read_bytes()
 
 
-LOWERING = Lowering(
+PORTABLE = Lowering(
     "portable",
     [
         ("Readable", readable),
@@ -109,6 +111,17 @@ LOWERING = Lowering(
     "bytecode",
     "cuda",
     tvm_cuda.target,
+    around=source_only,
+    kernels=machine_code,
+)
+FUSED = Lowering(
+    "fused",
+    [("CallKernels", lower)],
+    gpu_passes,
+    "bytecode",
+    "cuda",
+    tvm_cuda.target,
+    in_panels,
     source_only,
     machine_code,
 )

@@ -44,7 +44,7 @@ class Attention:
 
 @cache
 def define(attention: Attention) -> "tvm.tirx.PrimFunc":
-    """Return the function of q, k and v (rows), past keys and values, mask, out (B T, H D), and grown keys and values.
+    """Return the function of q, k and v (rows), past keys and values, mask, out (B, T, H D), and grown keys and values.
 
     With tables, position_ids (B, T), cos and sin (tables, D / 2) come behind the mask.
     """
@@ -72,14 +72,18 @@ class _Attention:
         if it.tables:
             self.positions = k.tensor("positions", (B, T), "int64")
             self.cos, self.sin = (k.tensor(name, (it.tables, D // 2)) for name in ("cos", "sin"))
-        self.out = k.tensor("out", (B * T, it.heads * D))
+        self.out = k.tensor("out", (B, T, it.heads * D))  # which says T
         self.present = [k.tensor(f"present_{name}", (B, it.kv_heads, P + T, D)) for name in names[1:]]
 
     def attend(self, one: bool) -> None:
         """A group for each query and head. With one new token it grows the cache, too, and else reads what was grown."""
         k, it, D = self.k, self.it, self.it.width
         shared = it.heads // it.kv_heads
-        with k.grid(it.heads, self.B * self.T, GROUP, self.T == 1 if one else self.T != 1) as (head, row, thread):
+        with k.grid(it.heads, self.B * self.T, GROUP, self.T == 1 if one else self.T != 1) as (
+            head,
+            row,
+            thread,
+        ):
             batch, token, kv_head = row // self.T, row % self.T, head // shared
             query, scores, weights = k.shared(D), k.shared(GROUP), k.shared(GROUP)
             key = k.shared(D)
@@ -119,7 +123,9 @@ class _Attention:
                 with k.loop(GROUP) as other:
                     k.set(best, [0], k.call("max", best[0], scores[other]))
                 # What nobody sees has no weight, also where nothing was seen so far.
-                weight = k.where(scores[thread] > k.real(LOWEST), k.call("exp", scores[thread] - best[0]), k.real(0))
+                weight = k.where(
+                    scores[thread] > k.real(LOWEST), k.call("exp", scores[thread] - best[0]), k.real(0)
+                )
                 k.set(weights, [thread], weight)
                 k.set(scaled, [0], k.call("exp", scaled[0] - best[0]))
                 k.barrier()
@@ -136,10 +142,20 @@ class _Attention:
                 d = i * GROUP + thread
                 with k.when(d < D):
                     value = k.where(total[0] > k.real(0), sums[i] / total[0], k.real(0))
-                    k.set(self.out, [row, head * D + d], value)
+                    k.set(self.out, [batch, token, head * D + d], value)
 
     def _add_values(
-        self, one: bool, sums: Any, i: int, weights: Any, block: Any, batch: Any, kv_head: Any, d: Any, row: Any, writes: Any
+        self,
+        one: bool,
+        sums: Any,
+        i: int,
+        weights: Any,
+        block: Any,
+        batch: Any,
+        kv_head: Any,
+        d: Any,
+        row: Any,
+        writes: Any,
     ) -> None:
         k = self.k
         first, old = block * GROUP, self.past[1] if one else self.present[1]
