@@ -79,12 +79,10 @@ class _Attention:
         """A group for each query and head. With one new token it grows the cache, too, and else reads what was grown."""
         k, it, D = self.k, self.it, self.it.width
         shared = it.heads // it.kv_heads
-        with k.grid(it.heads, self.B * self.T, GROUP, self.T == 1 if one else self.T != 1) as (
-            head,
-            row,
-            thread,
-        ):
-            batch, token, kv_head = row // self.T, row % self.T, head // shared
+        only = self.T == 1 if one else self.T != 1
+        with k.grid(self.T * it.heads, self.B, GROUP, only) as (place, batch, thread):
+            token, head = place // it.heads, place % it.heads
+            row, kv_head = batch * self.T + token, head // shared
             query, scores, weights = k.shared(D), k.shared(GROUP), k.shared(GROUP)
             key = k.shared(D)
             writes = head % shared == 0
