@@ -103,27 +103,37 @@ def verify_kinds_ort(context: Context) -> str:
 
 
 def verify_tvm(context: Context) -> str:
-    """Machine code of TVM's kernels for the device, and every family with it against eager PyTorch on the CPU.
+    """Machine code for the device, and with it every family and kind of weights against eager PyTorch on the CPU.
 
-    Compiling is most of it, so several families are at it together. A dry run compiles the first family for sm_90, up
-    to the launch.
+    Compiling is most of it, so several models are at it together. A dry run compiles the first family for sm_90, up to
+    the launch.
     """
-    names = list(models.DECODERS)
     if context.dry:
-        return _compile_ahead(context, names[0], "sm_90")
+        return _compile_ahead(context, next(iter(models.DECODERS)), "sm_90")
     _require(context, "tvm")
-    target = f"tvm:{context.device}:portable"
+    cases = [(name, profile) for name in models.DECODERS for profile in ("fused", "portable")]
+    cases += [(kind, "fused") for kind in KINDS if kind != "byte-cache"]  # which has no form there
 
-    def compile_and_verify(name: str) -> str | None:
-        where = ("--engine", "tvm", "--device", context.device)
-        done = context.portlm("compile", _folder(context, name, "artifact"), *where)
+    def compile_and_verify(case: tuple[str, str]) -> str | None:
+        name, profile = case
+        target = f"tvm:{context.device}:{profile}"
+        done = context.portlm("compile", _folder(context, name, "artifact"), "-e", target)
         return last_line(done.stderr) if done.returncode else _differs(context, name, target)
 
+    by_model: dict[str, list[tuple[str, str]]] = {}  # one command at a time writes a model's manifest
+    for case in cases:
+        by_model.setdefault(case[0], []).append(case)
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
-        problems = [f"{n}: {p}" for n, p in zip(names, pool.map(compile_and_verify, names), strict=True) if p]
+        found = pool.map(lambda of_one: [compile_and_verify(case) for case in of_one], by_model.values())
+    problems = [
+        f"{':'.join(case)}: {problem}"
+        for of_one, answers in zip(by_model.values(), found, strict=True)
+        for case, problem in zip(of_one, answers, strict=True)
+        if problem
+    ]
     if problems:
         raise RuntimeError("; ".join(problems))
-    return f"{', '.join(names)} on {target}"
+    return f"{len(cases)} models on tvm:{context.device}: {', '.join(by_model)}"
 
 
 def _compile_ahead(context: Context, name: str, architecture: str) -> str:
@@ -134,7 +144,7 @@ def _compile_ahead(context: Context, name: str, architecture: str) -> str:
         RuntimeError: it fails otherwise.
     """
     artifact = _folder(context, name, "artifact")
-    done = context.portlm("compile", artifact, "-e", "tvm:cuda", "--arch", architecture)
+    done = context.portlm("compile", artifact, "-e", "tvm:cuda:fused", "--arch", architecture)
     if done.returncode:
         said = last_line(done.stderr).removeprefix("portlm: error: ")
         raise (MissingError if "not installed" in said or "nvcc" in said else RuntimeError)(said)

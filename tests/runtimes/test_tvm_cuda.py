@@ -173,20 +173,21 @@ def test_machine_code_that_was_changed_is_not_loaded(ahead, gpu, tmp_path):
         _load(request, manifest, "head:tags", f"{COMPILED}-head-tags", "portable", "portlm compile")
 
 
-@pytest.fixture(scope="module")
-def running(artifacts, libraries, tmp_path_factory):
-    """A decoder whose kernels run on the fake GPU, as `portlm compile` makes it there."""
+@pytest.fixture(scope="module", params=["llama:fused", "gpt2:portable"])
+def running(request, artifacts, libraries, tmp_path_factory):
+    """A decoder whose kernels run on the fake GPU, as `portlm compile` makes it there, and the profile."""
+    family, _, profile = request.param.partition(":")
     folder = tmp_path_factory.mktemp("running")
-    model = shutil.copytree(artifacts["gpt2"], folder / "model")
+    model = shutil.copytree(artifacts[family], folder / "model")
     gpu = fake_cuda.FakeGpu(libraries, folder / "log")
-    done = gpu.portlm("compile", model, "-e", "tvm:cuda")
+    done = gpu.portlm("compile", model, "-e", f"tvm:cuda:{profile}")
     assert done.returncode == 0, done.stderr
     assert gpu.noted() == ["nvcc -arch=sm_90"]
-    return model
+    return model, profile
 
 
-def results(gpu, model, place, engine="tvm", device="cuda", **settings):
-    done = gpu.python(CASE, model, engine, device, place, **settings)
+def results(gpu, model, place, *target, **settings):
+    done = gpu.python(CASE, model, *target, place, **settings)
     assert done.returncode == 0, done.stderr
     with np.load(place) as found:
         return dict(found)
@@ -194,16 +195,19 @@ def results(gpu, model, place, engine="tvm", device="cuda", **settings):
 
 def test_logits_are_those_of_onnx_runtime_and_depend_on_no_order_of_threads(running, gpu, tmp_path):
     pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install portlm[onnx]")
-    found = results(gpu, running, tmp_path / "tvm.npz")
+    model, profile = running
+    found = results(gpu, model, tmp_path / "tvm.npz", "tvm", "cuda", profile)
     noted = gpu.noted()
-    wanted = results(gpu, running, tmp_path / "ort.npz", "ort", "cpu")
+    wanted = results(gpu, model, tmp_path / "ort.npz", "ort", "cpu", "portable")
     assert found.keys() == wanted.keys()
     for name, logits in wanted.items():
         for row, length in enumerate((5, 2, 4) if name == "at once" else (2,) * len(logits)):
             theirs = logits[row, -length:]  # what is before it is padding
             np.testing.assert_allclose(found[name][row, -length:], theirs, atol=TOLERANCE, rtol=0)
     gpu.noted()
-    backwards = results(gpu, running, tmp_path / "backwards.npz", order=1, memory=20_000)
+    backwards = results(
+        gpu, model, tmp_path / "backwards.npz", "tvm", "cuda", profile, order=1, memory=20_000
+    )
     again = gpu.noted()
     for name, logits in found.items():
         assert logits.tobytes() == backwards[name].tobytes(), f"{name}: a barrier is missing"
@@ -213,7 +217,7 @@ def test_logits_are_those_of_onnx_runtime_and_depend_on_no_order_of_threads(runn
     up = [int(line.split()[1]) for line in step if line.endswith("to the device")]
     assert sum(up) <= 3 * 8 * (1 + 1 + 6) + 8, "nothing but tokens, positions, mask and place enters it"
     assert not any(line.startswith("fault") for line in noted)
-    inputs = len(read_manifest(running).roles["decoder"].inputs)
+    inputs = len(read_manifest(model).roles["decoder"].inputs)
     assert last_step(noted).count("free") == inputs, "what a step leaves is there for the next one"
     assert last_step(again).count("free") > inputs, "and not for ever, on a GPU with little memory"
 

@@ -1,4 +1,4 @@
-"""Calls of one model on tvm:cuda, in a process of its own: python tvm_cuda_case.py ARTIFACT ENGINE DEVICE OUT.npz."""
+"""Calls of a model, in a process of its own: python tvm_cuda_case.py ARTIFACT ENGINE DEVICE PROFILE OUT.npz."""
 
 import os
 import sys
@@ -26,9 +26,9 @@ def inputs_of(spec, ids, past, lengths):
     return {item.name: np.ascontiguousarray(known[item.name]) for item in spec.inputs}
 
 
-def main(folder, engine, device, out):
+def main(folder, engine, device, profile, out):
     manifest = read_manifest(folder)
-    opened = engine_class(engine).open(OpenRequest(Path(folder), manifest, device, "portable"))
+    opened = engine_class(engine).open(OpenRequest(Path(folder), manifest, device, profile))
     spec, rng, found = opened.roles["decoder"], np.random.default_rng(0), {}
     log = os.environ.get("FAKE_CUDA_LOG")
 
