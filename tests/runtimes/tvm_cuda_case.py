@@ -51,12 +51,12 @@ def main(folder, engine, device, profile, out):
     note("end of step")
     state = run("several tokens", state, ids(3, 2), [8, 5, 7])
     state = run("other rows", opened.reorder(state, [2, 0]), ids(2, 1), [8, 9])
-    state = run("taken back", opened.crop(state, [4, 6]), ids(2, 1), [5, 7])
+    state = run("taken back", opened.crop(state, [4, 6]), ids(2, 1), [4, 7])  # one was padding
     other = run("another", opened.start("decoder", 1), ids(1, 3), [3])
-    state = run("joined", opened.join([state, other]), ids(3, 1), [6, 8, 4])
+    state = run("joined", opened.join([state, other]), ids(3, 1), [5, 8, 4])
     for i in range(5):
         note("later step")
-        state = run(f"later {i}", state, ids(3, 1), [7 + i, 9 + i, 5 + i])
+        state = run(f"later {i}", state, ids(3, 1), [6 + i, 9 + i, 5 + i])
     np.savez(out, **found)
 
 
