@@ -13,7 +13,8 @@ from portlm import tvm_vulkan
 from portlm.artifact import Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, State
 from portlm.roles import StateSpec
-from portlm.runtimes.tvm import TvmEngine, map_weights
+from portlm.runtimes.tvm import TvmEngine
+from portlm.runtimes.tvm_weights import map_weights
 from portlm.tvm_support import Signature, import_tvm, virtual_machine
 
 
