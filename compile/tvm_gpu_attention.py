@@ -76,7 +76,7 @@ class _Attention:
         self.present = [k.tensor(f"present_{name}", (B, it.kv_heads, P + T, D)) for name in names[1:]]
 
     def attend(self, one: bool) -> None:
-        """A group for each query and head. With one new token it grows the cache, too, and else reads what was grown."""
+        """A group for each query and head, which grows the cache, too, if there is one new token."""
         k, it, D = self.k, self.it, self.it.width
         shared = it.heads // it.kv_heads
         only = self.T == 1 if one else self.T != 1
@@ -92,9 +92,11 @@ class _Attention:
                     value = self._rotated(self.q, 0, row, batch, token, head, d)
                     k.set(query, [d], value * k.real(it.scale))
                     if one:
-                        k.set(key, [d], self._rotated(self.fresh_keys, 1, row, batch, token, kv_head, d))
+                        fresh = k.local(1)
+                        k.set(fresh, [0], self._rotated(self.fresh_keys, 1, row, batch, token, kv_head, d))
+                        k.set(key, [d], fresh[0])
                         with k.when(writes):
-                            k.set(self.present[0], [batch, kv_head, self.P, d], key[d])
+                            k.set(self.present[0], [batch, kv_head, self.P, d], fresh[0])
             k.barrier()
             best, total, score, scaled = (k.local(1, fill=fill) for fill in (LOWEST, 0, 0, 0))
             each = -(-D // GROUP)
@@ -157,7 +159,7 @@ class _Attention:
     ) -> None:
         k = self.k
         first, old = block * GROUP, self.past[1] if one else self.present[1]
-        with k.loop(k.call("min", self.k_long(GROUP), (self.P if one else self.S) - first)) as j:
+        with k.loop(k.call("min", k.long(GROUP), (self.P if one else self.S) - first)) as j:
             value = old[batch, kv_head, first + j, d]
             k.set(sums, [i], sums[i] + weights[j] * value)
             if one:
@@ -165,18 +167,12 @@ class _Attention:
                     k.set(self.present[1], [batch, kv_head, first + j, d], value)
         if not one:
             return
-        with k.when(k.both(self.P >= first, self.P < first + GROUP)):
+        with k.when(k.both(first <= self.P, first + GROUP > self.P)):
             _, begin = self.it.sources[2]
             value = self.fresh_values[row, begin + kv_head * self.it.width + d]
             k.set(sums, [i], sums[i] + weights[self.P - first] * value)
             with k.when(writes):
                 k.set(self.present[1], [batch, kv_head, self.P, d], value)
-
-    def k_long(self, value: int) -> Any:
-        """A number as sizes are."""
-        from tvm import tirx
-
-        return tirx.const(value, "int64")
 
     def append(self) -> None:
         """Copy the past, and behind it the new tokens: a thread for each element of both."""

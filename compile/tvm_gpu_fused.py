@@ -21,7 +21,7 @@ from portlm.compile.tvm_build import Graph, dimensions
 from portlm.compile.tvm_expand import expanded
 from portlm.compile.tvm_gpu_linear import Matrix
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
-from portlm.errors import FormatError
+from portlm.errors import EngineUnavailableError, FormatError
 from portlm.ops.quantized import Layout
 from portlm.ops.registry import nodes
 from portlm.ops.spec import DOMAIN
@@ -35,7 +35,8 @@ def lower(graph: Graph) -> "tvm.IRModule":
     """The graph as a Relax module whose function main takes the graph's inputs, weights, small matrices and panels.
 
     Raises:
-        FormatError: it holds what there is no form for.
+        EngineUnavailableError: it holds what there is no form for.
+        FormatError: a node lacks an attribute.
     """
     import_tvm()
     return _Lowering(expanded(graph, _Lowering(graph).emitters)).run()
@@ -171,9 +172,9 @@ class _Lowering:
     def _emit(self, node: onnx.NodeProto) -> None:
         emitter = self.emitters.get((node.domain, node.op_type))
         if emitter is None:
-            raise FormatError(
-                f"{node.name}: {node.domain or 'ai.onnx'}.{node.op_type} has no form in the fused profile for GPUs: "
-                "use the portable profile"
+            raise EngineUnavailableError(
+                f"tvm: node {node.name!r} ({node.op_type}) has no form in the fused profile for GPUs: "
+                "use the portable one"
             )
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         try:
@@ -183,7 +184,7 @@ class _Lowering:
         self.values.update(zip(node.output, results, strict=True))
         self.uses.subtract(node.input)
 
-    # --- values ---------------------------------------------------------------------------------------------------------
+    # --- values ----------------------------------------------------------------------------------------------
 
     def _alone(self, name: str, kind: type) -> Any:
         """A value that is not computed yet and that only the node at hand reads, or None."""
@@ -257,7 +258,7 @@ class _Lowering:
         result = self.bb.emit(relax.call_tir(place, list(inputs), types[0] if len(types) == 1 else types))
         return result if len(types) == 1 else [self.bb.emit(result[i]) for i in range(len(types))]
 
-    # --- products -------------------------------------------------------------------------------------------------------
+    # --- products --------------------------------------------------------------------------------------------
 
     def _products(self, maps: Sequence[Mapped], activation: str = "", residual: Any = None) -> Rows:
         """Products of one x in one kernel."""
@@ -321,7 +322,10 @@ class _Lowering:
     def _mlp(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         x, w1, b1, w2, b2 = node.input
         if w1 not in self.matrices or w2 not in self.matrices:
-            raise FormatError(f"{node.name}: the matrices of {node.op_type} are read by others, too")
+            raise EngineUnavailableError(
+                f"tvm: others read the matrices of node {node.name!r} ({node.op_type}), too, which has no form in the "
+                "fused profile for GPUs: use the portable one"
+            )
         tanh = attributes.get("approximate", b"none") == b"tanh"
         gelu = "gelu_tanh" if tanh else "gelu"
         inner = "relu_squared" if node.op_type == "ReluSquaredMlp" else gelu
@@ -339,7 +343,7 @@ class _Lowering:
         one, other = (self.matrices[each.weight][1].rows for each in (first, second))
         return one == other
 
-    # --- sums and normalisations ----------------------------------------------------------------------------------------
+    # --- sums and normalisations -----------------------------------------------------------------------------
 
     def _add(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         """A sum in the kernel of a product, where one of the two is one."""
@@ -387,7 +391,7 @@ class _Lowering:
         results = self._call(function, inputs, *[x.ty.shape] * (1 if added is None else 2))
         return [Rows(flat, shape) for flat in ([results] if added is None else results)]
 
-    # --- attention and tables -------------------------------------------------------------------------------------------
+    # --- attention and tables --------------------------------------------------------------------------------
 
     def _rotary(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         x, positions, cos, sin = node.input
@@ -456,7 +460,7 @@ class _Lowering:
         )
         return [Rows(rows, [*shape, matrix.columns])]
 
-    # --- standard operators ---------------------------------------------------------------------------------------------
+    # --- standard operators ----------------------------------------------------------------------------------
 
     def _standard(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         structural = STRUCTURAL.get(node.op_type, ())
@@ -502,11 +506,7 @@ def _same_tables(first: Rotated, second: Rotated) -> bool:
 
 
 def in_panels(graph: Graph) -> Graph:
-    """The graph with matrices in the form that kernels for GPUs read: numbers in panels, 16 bits as float32.
-
-    Raises:
-        FormatError: an input has a type that they do not read.
-    """
+    """The graph with matrices in the form that kernels for GPUs read: numbers in panels, 16 bits as float32."""
     halves = [matrix for matrix in graph.packed if matrix.bits == BITS]
     numbers = tuple(
         msgspec.structs.replace(matrix, panels=True) for matrix in graph.packed if matrix.bits != BITS

@@ -1,7 +1,7 @@
-"""Graphs on Vulkan: the portable one through TVM's importer and its schedules for GPUs, the fused one in our kernels.
+"""Graphs on Vulkan: the portable one by TVM's importer and its schedules for GPUs, the fused one by our kernels.
 
-Kernels of both are WGSL, which has no bytes: the portable graph has no form for quantized weights here. What the importer does for negative indices, which no graph of
-portlm has, is left out: it would be four kernels for each lookup.
+Kernels of both are WGSL, which has no bytes: the portable graph has no form for quantized weights here. What the
+importer does for negative indices, which no graph of portlm has, is left out: it would be four kernels for each lookup.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from portlm.compile.tvm_build import Graph, Lowering
 from portlm.compile.tvm_gpu_fused import in_panels, lower
 from portlm.compile.tvm_portable import bound_gathers, import_graph
 from portlm.compile.tvm_vulkan_schedule import gpu_passes
-from portlm.errors import FormatError
+from portlm.errors import EngineUnavailableError
 
 if TYPE_CHECKING:
     import tvm
@@ -25,10 +25,12 @@ def readable(graph: Graph) -> Graph:
     """The graph as it is.
 
     Raises:
-        FormatError: a weight or an input has a type that kernels in WGSL cannot read.
+        EngineUnavailableError: a weight or an input has a type that kernels in WGSL cannot read.
     """
     if graph.packed:
-        raise FormatError("tvm:vulkan has no portable form for quantized weights: compile --profile fused")
+        raise EngineUnavailableError(
+            "tvm:vulkan has no portable form for quantized weights: compile --profile fused"
+        )
     return readable_inputs(graph)
 
 
@@ -36,12 +38,12 @@ def readable_inputs(graph: Graph) -> Graph:
     """The graph as it is.
 
     Raises:
-        FormatError: an input has a type that kernels in WGSL cannot read.
+        EngineUnavailableError: an input has a type that kernels in WGSL cannot read.
     """
     for value in graph.proto.graph.input:
         dtype = str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         if dtype not in _READABLE:
-            raise FormatError(f"tvm:vulkan has no form for {value.name}, a tensor of {dtype}")
+            raise EngineUnavailableError(f"tvm:vulkan has no form for {value.name}, a tensor of {dtype}")
     return graph
 
 
