@@ -238,7 +238,7 @@ def connect() -> None:
 
     if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
         _load_nvidia_runtime()
-        library = Path(tvm.__file__).parent / "lib" / TVM_RUNTIME
+        library = Path(str(tvm.__file__)).parent / "lib" / TVM_RUNTIME
         try:
             ctypes.CDLL(str(library))
         except OSError as error:

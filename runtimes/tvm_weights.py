@@ -55,8 +55,8 @@ def map_weights(
         tensors.append(tensor_of(pack_matrix(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
     for wide in panels:
         stored = "<u2" if wide.weight.dtype in DTYPES else "<f4"
-        matrix = widened(read(wide.weight, stored), wide.weight.dtype)
-        tensors.append(tensor_of(in_panels(matrix, wide.turned)))
+        floats = widened(read(wide.weight, stored), wide.weight.dtype)
+        tensors.append(tensor_of(in_panels(floats, wide.turned)))
     return tensors
 
 
