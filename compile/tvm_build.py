@@ -4,7 +4,8 @@ Weights never enter the library: they are parameters of its function `main`, and
 where each lies in the artifact's weight file. Linking needs a C compiler (TVM writes object files only).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,6 +151,20 @@ def packed_name(weight: str) -> str:
     return f"{weight}.packed"
 
 
+class Kernels(NamedTuple):
+    """Machine code that lies beside a library.
+
+    Attributes:
+        files: by name.
+        architectures: of the device, one for each.
+        source: digest of what all of them were compiled of.
+    """
+
+    files: Mapping[str, bytes] = {}
+    architectures: tuple[str, ...] = ()
+    source: str = ""
+
+
 class Lowering(NamedTuple):
     """How a profile becomes code.
 
@@ -160,9 +175,11 @@ class Lowering(NamedTuple):
         relax: function from a target to TVM's passes over that module.
         exec_mode: "bytecode" for the sequence of calls, or "compiled" for native code, which is worth it where nothing
             but kernels is called.
-        device: "cpu" or "vulkan".
+        device: "cpu", "cuda" or "vulkan".
         target: function from the target of this processor to that of the kernels.
         weights: function from a graph to the same with its matrices in the form in which the library takes them.
+        around: what code is generated within.
+        kernels: function from an executable and a folder for temporary files to what lies beside its library.
     """
 
     profile: str
@@ -172,6 +189,8 @@ class Lowering(NamedTuple):
     device: str = "cpu"
     target: Callable[["tvm.target.Target"], "tvm.target.Target"] = lambda host: host
     weights: Callable[[Graph], Graph] = lambda graph: graph
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    kernels: Callable[[Any, Path], Kernels] = lambda executable, folder: Kernels()
 
 
 def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
@@ -184,7 +203,7 @@ def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
 
     Raises:
         FormatError: the graph holds what the profile has no form for.
-        EngineUnavailableError: TVM is missing.
+        EngineUnavailableError: TVM, or the compiler of its kernels, is missing.
     """
     tvm = import_tvm()
     from tvm import relax
@@ -195,7 +214,8 @@ def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
         # One at a time through Sequential, which skips what the optimisation level of the context excludes.
         passes = [(step.info.name, tvm.transform.Sequential([step])) for step in lowering.relax(target)]
         module = run_passes(module, passes, note)
-    return relax.build(module, target, relax_pipeline=None, exec_mode=lowering.exec_mode)
+    with lowering.around():
+        return relax.build(module, target, relax_pipeline=None, exec_mode=lowering.exec_mode)
 
 
 def need_linker() -> None:
@@ -222,7 +242,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         UsageError: the role has no such graph.
         FormatError: the graph is missing, damaged, or holds what the profile has no form for; or the folder for
             temporary files is open to others.
-        EngineUnavailableError: TVM or a C compiler is missing.
+        EngineUnavailableError: TVM, a C compiler or that of its kernels is missing.
         StorageError: the disk is full or refuses.
     """
     need_linker()
@@ -231,6 +251,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
     with private_scratch() as scratch:
         executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
         code = (scratch / LIBRARY).read_bytes()
+        kernels = lowering.kernels(executable, scratch)
     processor = processor_of(_C.isa())
     signature = Signature(
         profile=lowering.profile,
@@ -244,13 +265,16 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         nodes=len(graph.proto.graph.node),
         versions=VERSIONS,
         compact=_compact(graph.proto),
+        architectures=kernels.architectures,
+        source=kernels.source,
     )
     folder = folder_name(lowering.device, lowering.profile, role)
     contents = {f"{folder}/{LIBRARY}": code, f"{folder}/{SIGNATURE}": signature.to_bytes()}
+    contents |= {f"{folder}/{name}": data for name, data in kernels.files.items()}
     quantized = any(matrix.scale is not None for matrix in graph.packed)
     rounds = quantized and (lowering.device, lowering.profile) in ENGINES["tvm"].byte_activations
-    kernels = "" if lowering.device == "cpu" else "wgsl "
-    target, versions = target_at(f"{kernels}llvm {processor}", rounds), dict(VERSIONS)
+    languages = ("wgsl",) if lowering.device == "vulkan" else kernels.architectures
+    target, versions = target_at(" ".join((*languages, "llvm", processor)), rounds), dict(VERSIONS)
     entry = CompiledEntry(
         "tvm", lowering.device, lowering.profile, target, tuple(contents), versions, role=role
     )

@@ -496,11 +496,8 @@ def _product(sizes: Sequence[Any]) -> Any:
 
 def _equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Whether two shapes are the same, whatever the symbols in them stand for."""
-    from tvm import ir
-
     return len(first) == len(second) and all(
-        ir.structural_equal(one, other) or (str(one) == str(other))
-        for one, other in zip(first, second, strict=True)
+        str(one) == str(other) for one, other in zip(first, second, strict=True)
     )
 
 

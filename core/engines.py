@@ -80,15 +80,15 @@ ENGINES = {
     ),
     "tvm": EngineEntry(
         target="portlm.runtimes.tvm:TvmEngine",
-        devices=("cpu", "vulkan"),
+        devices=("cpu", "cuda", "vulkan"),
         package="tvm",
         extra="tvm",
         probe="portlm.runtimes.probe:tvm",
         trial="portlm.runtimes.tvm:try_device",
         distributions=("apache-tvm", "apache-tvm-ffi"),
-        device_distributions={"vulkan": ("wgpu",)},
+        device_distributions={"vulkan": ("wgpu",), "cuda": ("nvidia-cuda-runtime",)},
         compilers=dict.fromkeys(
-            itertools.product(("cpu", "vulkan"), ("portable", "fused")),
+            itertools.product(("cpu", "cuda", "vulkan"), ("portable", "fused")),
             "portlm.compile.tvm_library:compile_library",
         ),
         byte_activations=(("cpu", "fused"),),

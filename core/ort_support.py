@@ -17,6 +17,8 @@ from typing import Any
 from portlm.quantization import BYTES, activations
 
 CUDA = "CUDAExecutionProvider"
+# By itself it rounds what float32 matrices hold to 10 bits (TF32) on every GPU since Ampere.
+CUDA_OPTIONS = {"use_tf32": "0"}
 WEBGPU = "WebGpuExecutionProvider"
 # Of quantized weights: MatMulNBits computes in float32, or with activations rounded to 8 bits, which is faster.
 EXACT, ROUNDED = 0, 4
@@ -117,7 +119,9 @@ def open_session(model: Path | bytes, options: Any, device: str) -> Any:
     Raises whatever ONNX Runtime raises: its exceptions have no common base but Exception.
     """
     onnxruntime = import_onnxruntime()
-    providers = {"cpu": ["CPUExecutionProvider"], "cuda": [CUDA]}.get(device)  # Vulkan is in the options
+    providers = {"cpu": ["CPUExecutionProvider"], "cuda": [(CUDA, CUDA_OPTIONS)]}.get(
+        device
+    )  # Vulkan is in the options
     with _without_chatter() if device == "vulkan" else contextlib.nullcontext():
         session = onnxruntime.InferenceSession(model, options, providers, enable_fallback=0)
     session.disable_fallback()

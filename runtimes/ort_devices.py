@@ -1,5 +1,7 @@
 """What ONNX Runtime needs to be put on a device, and why it cannot be: its CUDA provider, and the WebGPU plugin."""
 
+import contextlib
+import io
 import os
 import threading
 from typing import Any
@@ -20,12 +22,23 @@ def find_device(device: str) -> tuple[Any, str]:
     if device == "vulkan":
         ep_device, found = vulkan_device()
         return ep_device, _software_note(found)
-    if device == "cuda" and CUDA not in onnxruntime.get_available_providers():
-        raise EngineUnavailableError(
-            "ort:cuda: the installed onnxruntime has no CUDA provider, try "
-            "pip uninstall onnxruntime && pip install onnxruntime-gpu"
-        )
+    if device == "cuda":
+        if CUDA not in onnxruntime.get_available_providers():
+            raise EngineUnavailableError(
+                "ort:cuda: the installed onnxruntime has no CUDA provider, try "
+                "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+            )
+        _load_nvidia_libraries()
     return None, ""
+
+
+def _load_nvidia_libraries() -> None:
+    """Load CUDA and cuDNN of NVIDIA's Python packages, if they are there: the provider looks in the system's folders.
+
+    What is missing it says itself when a session is opened. ONNX Runtime prints it, too, where results are printed.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
 
 
 def vulkan_device() -> tuple[Any, list[VulkanDevice]]:

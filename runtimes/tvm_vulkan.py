@@ -1,6 +1,6 @@
-"""The TVM engine on Vulkan: weights and states stay on the device, token ids go in and logits come out.
+"""The TVM engine on a device: weights and states stay there, token ids go in and logits come out. Vulkan is one.
 
-The device is portlm's own (csrc/vulkan); TVM knows it as "webgpu". Tokens are written one by one.
+That device is portlm's own (csrc/vulkan); TVM knows it as "webgpu". Tokens are written one by one.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from portlm import tvm_vulkan
 from portlm.artifact import Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, State
 from portlm.roles import StateSpec
-from portlm.runtimes.tvm import TvmEngine, map_weights
+from portlm.runtimes.tvm import TvmEngine
+from portlm.runtimes.tvm_weights import map_weights
 from portlm.tvm_support import Signature, import_tvm, virtual_machine
 
 
@@ -32,12 +33,16 @@ def described() -> str:
     return f"{name}, {driver.driver}{software}"
 
 
-class VulkanEngine(TvmEngine):
-    """The roles of an artifact compiled by TVM for Vulkan."""
+class DeviceEngine(TvmEngine):
+    """The roles of an artifact compiled by TVM for a device with memory of its own."""
 
     def __init__(self, request: OpenRequest, manifest: Manifest, libraries: Mapping[str, str], profile: str):
         super().__init__(request, manifest, libraries, profile)
-        self._device = tvm_vulkan.device()
+        self._device = self._find()
+
+    def _find(self) -> Any:
+        """TVM's device, opened."""
+        raise NotImplementedError
 
     def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
         """Refuse: the loop over tokens in C++ is for kernels on the CPU."""
@@ -68,6 +73,13 @@ class VulkanEngine(TvmEngine):
         if isinstance(tensor, _Held):
             return tensor.tensor
         return self._moved(np.asarray(tensor))
+
+
+class VulkanEngine(DeviceEngine):
+    """The roles of an artifact compiled by TVM for Vulkan."""
+
+    def _find(self) -> Any:
+        return tvm_vulkan.device()
 
 
 class _Held:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,56 @@ def verify_kinds_ort(context: Context) -> str:
     return _verify(context, "ort", "portable", KINDS)
 
 
+def verify_tvm(context: Context) -> str:
+    """Machine code for the device, and with it every family and kind of weights against eager PyTorch on the CPU.
+
+    Compiling is most of it, so several models are at it together. A dry run compiles the first family for sm_90, up to
+    the launch.
+    """
+    if context.dry:
+        return _compile_ahead(context, next(iter(models.DECODERS)), "sm_90")
+    _require(context, "tvm")
+    cases = [(name, profile) for name in models.DECODERS for profile in ("fused", "portable")]
+    cases += [(kind, "fused") for kind in KINDS if kind != "byte-cache"]  # which has no form there
+
+    def compile_and_verify(case: tuple[str, str]) -> str | None:
+        name, profile = case
+        target = f"tvm:{context.device}:{profile}"
+        done = context.portlm("compile", _folder(context, name, "artifact"), "-e", target)
+        return last_line(done.stderr) if done.returncode else _differs(context, name, target)
+
+    by_model: dict[str, list[tuple[str, str]]] = {}  # one command at a time writes a model's manifest
+    for case in cases:
+        by_model.setdefault(case[0], []).append(case)
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 2)) as pool:
+        found = pool.map(lambda of_one: [compile_and_verify(case) for case in of_one], by_model.values())
+    problems = [
+        f"{':'.join(case)}: {problem}"
+        for of_one, answers in zip(by_model.values(), found, strict=True)
+        for case, problem in zip(of_one, answers, strict=True)
+        if problem
+    ]
+    if problems:
+        raise RuntimeError("; ".join(problems))
+    return f"{len(cases)} models on tvm:{context.device}: {', '.join(by_model)}"
+
+
+def _compile_ahead(context: Context, name: str, architecture: str) -> str:
+    """Compile one artifact for a GPU that is not here.
+
+    Raises:
+        MissingError: TVM or NVIDIA's compiler is not here.
+        RuntimeError: it fails otherwise.
+    """
+    artifact = _folder(context, name, "artifact")
+    done = context.portlm("compile", artifact, "-e", "tvm:cuda:fused", "--arch", architecture)
+    if done.returncode:
+        said = last_line(done.stderr).removeprefix("portlm: error: ")
+        raise (MissingError if "not installed" in said or "nvcc" in said else RuntimeError)(said)
+    code = next(line for line in done.stdout.splitlines() if line.endswith(f".{architecture}.cubin"))
+    return f"{name} compiled for {architecture}: {Path(code).stat().st_size:,} bytes of machine code"
+
+
 def _verify(context: Context, engine: str, profile: str, names: Iterable[str]) -> str:
     """Run portlm verify on small artifacts.
 
@@ -146,7 +198,7 @@ def decode(context: Context) -> str:
     name, prompt, tokens, rounds = (
         (LARGE, 512, 128, 5) if not context.dry else (next(iter(models.DECODERS)), 16, 4, 1)
     )
-    targets = [f"{engine}:{context.device}" for engine in ("torch", "ort")]
+    targets = [f"{engine}:{context.device}" for engine in ("torch", "ort", "tvm")]
     artifact = _folder(context, name, "artifact")
     result = context.command_json(
         "bench", artifact, *(word for target in targets for word in ("-e", target)),

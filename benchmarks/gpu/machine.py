@@ -15,7 +15,9 @@ from pathlib import Path
 from check import make_view
 from context import ROOT, Context, MissingError, last_line
 
-PACKAGES = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "transformers", "numpy")
+PACKAGES = (
+    "torch", "triton", "onnxruntime", "onnxruntime-gpu", "onnx", "apache-tvm", "transformers", "numpy",
+)  # fmt: skip
 WHEELS = "wheels"
 
 

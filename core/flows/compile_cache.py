@@ -1,9 +1,10 @@
 """What was compiled at first use: a private folder of the user's, one entry for each graph, engine and machine.
 
 An entry is keyed by everything that its content depends on: the graphs' hashes, the sizes in the manifest, the versions
-of the packages, the compiler's own code, and the processor. It holds the compiled files and a manifest with their
-hashes; weights stay in the artifact. An entry appears by rename, complete or not at all. Deleting the folder
-($PORTLM_HOME/compiled, otherwise portlm/compiled in the cache folder) costs the time to compile again, nothing else.
+of the packages, the compiler's own code, the processor, and the GPU that machine code is for. It holds the compiled
+files and a manifest with their hashes; weights stay in the artifact. An entry appears by rename, complete or not at
+all. Deleting the folder ($PORTLM_HOME/compiled, otherwise portlm/compiled in the cache folder) costs the time to
+compile again, nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from portlm import tvm_cuda
 from portlm.artifact import Manifest, check_files, read_manifest, replace
 from portlm.engines import ENGINES
 from portlm.errors import FormatError
@@ -115,6 +117,8 @@ def _digest(manifest: Manifest, key: Key) -> str:
         _C.isa(),
         _compiler(),
     ]
+    if key[:2] == ("tvm", "cuda"):
+        facts.append(tvm_cuda.architectures())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

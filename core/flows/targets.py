@@ -140,6 +140,7 @@ def default_targets(model: Path) -> list[Target]:
         model: the artifact: the torch engine runs its checkpoint, or its graphs where there is none.
     """
     from portlm.artifact import MANIFEST, read_manifest
+    from portlm.engines import ENGINES
     from portlm.plan import needs_plan
     from portlm.runtimes.probe import probe
 
@@ -149,8 +150,11 @@ def default_targets(model: Path) -> list[Target]:
     targets = []
     for row in probe():
         if row["available"] and row["engine"] in order:
-            profiles = ("native",) if row["engine"] == "torch" and not planned else graphs
-            if row["engine"] == "packed":
-                profiles = ("fused",)
+            made = ENGINES[row["engine"]].compilers
+            profiles = [name for name in graphs if (row["device"], name) in made]
+            if row["engine"] == "ort":  # which runs that graph as it is
+                profiles = sorted({"portable", *profiles}, key=graphs.index)
+            if row["engine"] == "torch" and not planned:
+                profiles = ["native"]
             targets += [Target(row["engine"], row["device"], profile) for profile in profiles]
     return sorted(targets, key=lambda t: (order[t.engine], t.device))

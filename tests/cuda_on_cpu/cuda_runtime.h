@@ -60,6 +60,9 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, const char* file
 
 unsigned lane();
 
+// The lanes of the warp that have a thread, all but in the last warp of some blocks.
+unsigned lanes();
+
 template <typename T>
 T exchange_value(unsigned mask, T value, unsigned lane, const char* file, int line) {
   static_assert(sizeof(T) <= sizeof(uint64_t));

@@ -171,11 +171,13 @@ bool go_on(Machine& m) {
     release(m, 0, m.count);
     return true;
   }
-  for (unsigned begin = 0; begin + kWarp <= m.count; begin += kWarp)
-    if (met(m, begin, begin + kWarp, State::at_warp_barrier)) {
-      release(m, begin, begin + kWarp);
+  for (unsigned begin = 0; begin < m.count; begin += kWarp) {
+    const unsigned end = std::min(begin + kWarp, m.count);
+    if (met(m, begin, end, State::at_warp_barrier)) {
+      release(m, begin, end);
       any = true;
     }
+  }
   if (any) return true;
   const Fiber& first = *std::find_if_not(m.fibers.begin(), m.fibers.begin() + m.count, ended);
   const Fiber* other = nullptr;
@@ -205,10 +207,16 @@ unsigned lane() {
   return static_cast<unsigned>(m.running - m.fibers.data()) % kWarp;
 }
 
+unsigned lanes() {
+  const Machine& m = machine;
+  const unsigned left = m.count - static_cast<unsigned>(m.running - m.fibers.data()) / kWarp * kWarp;
+  return left < kWarp ? (1u << left) - 1 : 0xffffffffu;
+}
+
 void block_barrier(const char* file, int line) { wait(State::at_block_barrier, file, line); }
 
 uint64_t exchange(unsigned mask, uint64_t value, unsigned from, const char* file, int line) {
-  if (mask != 0xffffffffu) throw std::runtime_error("only whole warps exchange values here");
+  if (mask != lanes()) throw std::runtime_error("only whole warps exchange values here");
   Machine& m = machine;
   Fiber* const self = m.running;
   const unsigned turn = self->turn;
@@ -216,7 +224,7 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned from, const char* file
   wait(State::at_warp_barrier, file, line);
   self->turn = 1 - turn;
   Fiber* const warp = self - (self - m.fibers.data()) % kWarp;
-  return warp[from % kWarp].values[turn];
+  return (lanes() >> from % kWarp & 1 ? warp + from % kWarp : self)->values[turn];
 }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {

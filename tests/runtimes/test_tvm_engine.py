@@ -13,8 +13,7 @@ from tvm_engines import FUSED, call, first_step, open_engine
 
 from portlm import tvm_support
 from portlm.errors import PortlmError, UsageError
-from portlm.runtimes import tvm as engine_module
-from portlm.runtimes.tvm import map_weights
+from portlm.runtimes.tvm_weights import ALIGNMENT, map_weights
 from portlm.tvm_support import SIGNATURE, Signature
 
 
@@ -38,7 +37,7 @@ def test_a_weight_that_is_not_aligned_is_copied_to_where_it_is(tmp_path):
     (value,) = map_weights(tmp_path / "weights", (tvm_support.Weight("w", (3, 5), 4),))
     array = np.from_dlpack(value)
     np.testing.assert_array_equal(array, values[1:16].reshape(3, 5))
-    assert array.ctypes.data % engine_module.ALIGNMENT == 0
+    assert array.ctypes.data % ALIGNMENT == 0
 
 
 BAD_STEPS = {

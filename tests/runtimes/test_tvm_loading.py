@@ -193,7 +193,7 @@ def test_auto_prefers_the_fused_profile_and_takes_what_there_is(artifact):
 
 
 @pytest.mark.parametrize(("device", "profile", "error"), [
-    ("cuda", "fused", EngineUnavailableError),
+    ("tpu", "fused", EngineUnavailableError),
     ("cpu", "native", UsageError),
 ])  # fmt: skip
 def test_what_there_is_not_is_said_in_one_line(compiled, device, profile, error):
@@ -202,9 +202,10 @@ def test_what_there_is_not_is_said_in_one_line(compiled, device, profile, error)
     assert "\n" not in str(caught.value)
 
 
-def test_an_artifact_that_was_not_compiled_names_the_command(artifacts):
-    with pytest.raises(UsageError, match="portlm compile"):
-        open_engine(artifacts["gpt2"])
+@pytest.mark.parametrize(("device", "options"), [("cpu", ""), ("cuda", " --device cuda")])
+def test_an_artifact_that_was_not_compiled_names_the_command(artifacts, device, options):
+    with pytest.raises(UsageError, match=rf"run portlm compile .* --engine tvm{options} --profile fused$"):
+        open_engine(artifacts["gpt2"], "fused", device)
 
 
 def test_a_plain_checkpoint_names_the_command(checkpoints):

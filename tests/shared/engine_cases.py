@@ -27,7 +27,12 @@ TARGETS = [
     ("packed", "cpu", "fused"),
 ]
 """Engine, device and profile of every engine that needs no NVIDIA GPU."""
-CUDA_TARGETS = [("torch", "cuda", "native"), ("ort", "cuda", "portable")]
+CUDA_TARGETS = [
+    ("torch", "cuda", "native"),
+    ("ort", "cuda", "portable"),
+    ("tvm", "cuda", "portable"),
+    ("tvm", "cuda", "fused"),
+]
 """Those that need one."""
 
 KINDS = ("gpt2", "llama", "gemma3_text", "mixtral")

@@ -1,0 +1,1 @@
+#include "kernels.h"  // what NVIDIA calls the driver's header
