@@ -22,12 +22,21 @@ using namespace tvm_device;
 constexpr char kFormat[] = "cl";             // TVM's word for OpenCL C
 constexpr char kBegin[] = "// Function: ";   // before each kernel of a source, which declares all others, too
 
-// Kernels take no pointers to bool, which has no size; TVM writes them for its bool, which is a byte.
-std::string without_bool(std::string text) {
+// OpenCL's functions are for numbers of any width; for some of them TVM writes C's name of that for float32.
+constexpr const char* kNarrow[] = {"acos",  "acosh", "asin",  "asinh", "atan", "atan2", "atanh",     "copysign", "cosh",
+                                   "expm1", "fmod",  "hypot", "ldexp", "log1p", "log2", "log10", "nextafter", "sinh",
+                                   "tan"};
+
+// What a driver takes, of a kernel as TVM writes it.
+std::string readable(std::string text) {
+  // Kernels take no pointers to bool, which has no size there; TVM's bool is a byte.
   const std::string from = "__global bool*", to = "__global uchar*";
   for (size_t at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size()))
     text.replace(at, from.size(), to);
-  return text;
+  std::string names;
+  for (const std::string name : kNarrow)
+    if (text.find(name + "f(") != std::string::npos) names += "#define " + name + "f " + name + "\n";
+  return names + text;
 }
 
 // The source of each kernel, so that one which is never called is never compiled.
@@ -38,7 +47,7 @@ std::unordered_map<std::string, std::string> parts(const std::string& source) {
     const size_t name = at + sizeof kBegin - 1, end = source.find('\n', name);
     if (end == std::string::npos) break;
     at = source.find(kBegin, end);
-    result.emplace(source.substr(name, end - name), without_bool(source.substr(end + 1, at - end - 1)));
+    result.emplace(source.substr(name, end - name), readable(source.substr(end + 1, at - end - 1)));
   }
   return result;
 }
