@@ -80,19 +80,18 @@ def _symbols(value: onnx.ValueInfoProto) -> list[str]:
 
 
 def tvm_runner(device: str, profile: str) -> Runner:
-    """Run graphs compiled by TVM for this machine as its engine does: "portable" or "fused", on "cpu" or "vulkan".
+    """Run graphs compiled by TVM for this machine as its engine does: "portable" or "fused", on "cpu", "vulkan" or "opencl".
 
     Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
     registered in this process, which opening the engine does.
     """
-    from portlm import tvm_vulkan
     from portlm.compile.tvm_build import compile_graph, make_graph, need_linker
     from portlm.compile.tvm_library import LOWERINGS
-    from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
+    from portlm.tvm_support import LIBRARY, Weight, import_tvm, place, virtual_machine
 
     tvm = import_tvm()
-    place = tvm_vulkan.device() if device == "vulkan" else tvm.cpu()
-    tensor_of = partial(tvm.runtime.tensor, device=place)
+    where = place(device)
+    tensor_of = partial(tvm.runtime.tensor, device=where)
     need_linker()
     opened: dict[tuple[str, ...], Callable[..., Any]] = {}
 
@@ -113,7 +112,7 @@ def tvm_runner(device: str, profile: str) -> Runner:
         executable = compile_graph(graph, LOWERINGS[device, profile])
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
-            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)), place)
+            machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)), where)
         return lambda *inputs: machine["main"](*inputs, *tensors)
 
     def run(
@@ -128,7 +127,7 @@ def tvm_runner(device: str, profile: str) -> Runner:
             results = (results,)  # a graph of one output is a function of one value
         named = dict(zip(key, results, strict=True))
         # the cache is a view into a buffer with room to grow, which .numpy() refuses to copy
-        return [named[n].numpy() if device == "vulkan" else np.array(np.from_dlpack(named[n])) for n in names]
+        return [named[n].numpy() if device != "cpu" else np.array(np.from_dlpack(named[n])) for n in names]
 
     return run
 

@@ -160,8 +160,9 @@ class Lowering(NamedTuple):
         relax: function from a target to TVM's passes over that module.
         exec_mode: "bytecode" for the sequence of calls, or "compiled" for native code, which is worth it where nothing
             but kernels is called.
-        device: "cpu" or "vulkan".
+        device: "cpu", "vulkan" or "opencl".
         target: function from the target of this processor to that of the kernels.
+        language: that the kernels are in, "" for this processor's own.
     """
 
     profile: str
@@ -170,6 +171,7 @@ class Lowering(NamedTuple):
     exec_mode: str
     device: str = "cpu"
     target: Callable[["tvm.target.Target"], "tvm.target.Target"] = lambda host: host
+    language: str = ""
 
 
 def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
@@ -247,7 +249,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
     contents = {f"{folder}/{LIBRARY}": code, f"{folder}/{SIGNATURE}": signature.to_bytes()}
     quantized = any(matrix.scale is not None for matrix in graph.packed)
     rounds = quantized and (lowering.device, lowering.profile) in ENGINES["tvm"].byte_activations
-    kernels = "" if lowering.device == "cpu" else "wgsl "
+    kernels = f"{lowering.language} " if lowering.language else ""
     target, versions = target_at(f"{kernels}llvm {processor}", rounds), dict(VERSIONS)
     entry = CompiledEntry(
         "tvm", lowering.device, lowering.profile, target, tuple(contents), versions, role=role

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from portlm.artifact import Compiled
-from portlm.compile import tvm_fused, tvm_portable, tvm_vulkan
+from portlm.compile import tvm_fused, tvm_opencl, tvm_portable, tvm_vulkan
 from portlm.compile.passes import Note, ignore
 from portlm.compile.tvm_build import build_library
 
 LOWERINGS = {
     (lowering.device, lowering.profile): lowering
-    for lowering in (tvm_portable.LOWERING, tvm_fused.LOWERING, tvm_vulkan.LOWERING)
+    for lowering in (tvm_portable.LOWERING, tvm_fused.LOWERING, tvm_vulkan.LOWERING, tvm_opencl.LOWERING)
 }
 
 
@@ -20,7 +20,7 @@ def compile_library(
 
     Args:
         folder: the artifact.
-        device: "cpu" or "vulkan".
+        device: "cpu", "vulkan" or "opencl".
         profile: "portable" or, on the CPU, "fused".
         role: whose graph it is.
         note: called with the name of each pass and the module after it.

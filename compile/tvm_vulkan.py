@@ -114,4 +114,5 @@ LOWERING = Lowering(
     "bytecode",
     "vulkan",
     tvm_vulkan.target,
+    "wgsl",
 )

@@ -39,10 +39,6 @@ class OpenClDevice(NamedTuple):
     platform: str
     driver: str
 
-    def __str__(self) -> str:
-        what = " (this machine's processor)" if self.kind == PROCESSOR else ""
-        return f"{self.name} of {self.platform}, {self.driver}{what}"
-
 
 def connect() -> None:
     """Tell TVM of the device and of its kernels, once per process. No driver is opened before it is asked for.
@@ -118,16 +114,19 @@ def device() -> Any:
     return import_tvm().runtime.device("opencl", 0)
 
 
-def chosen() -> OpenClDevice:
-    """Open the device of this process, and say which it is; connect() must have been called.
+def described() -> str:
+    """Open the device, and say what it is, and of which platform.
 
     Raises:
-        EngineUnavailableError: it does not open, or PORTLM_OPENCL_DEVICE names none.
+        EngineUnavailableError: there is none, or PORTLM_OPENCL_DEVICE names none; the message says why.
     """
+    device()
     try:
-        return OpenClDevice(*map(str, _function("chosen")()))
+        it = OpenClDevice(*map(str, _function("chosen")()))
     except RuntimeError as error:
         raise EngineUnavailableError(f"tvm:opencl: {str(error).strip().splitlines()[-1]}") from error
+    processor = " (this machine's processor)" if it.kind == PROCESSOR else ""
+    return f"{it.name} of {it.platform}, {it.driver}{processor}"
 
 
 def target(host: Any = None) -> Any:

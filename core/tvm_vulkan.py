@@ -97,6 +97,20 @@ def device() -> Any:
     return import_tvm().runtime.device("webgpu", 0)
 
 
+def described() -> str:
+    """Open the device, and say what it is.
+
+    Raises:
+        EngineUnavailableError: there is none; the message says why.
+    """
+    name = str(device().device_name)
+    driver = next((each for each in devices() if each.name == name), None)
+    if driver is None:
+        return name
+    software = " (software, for correctness only)" if driver.kind == SOFTWARE else ""
+    return f"{name}, {driver.driver}{software}"
+
+
 def target(host: Any = None) -> Any:
     """Return TVM's target for modules that run on the device: tvm.target.Target.
 

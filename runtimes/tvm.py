@@ -42,6 +42,7 @@ from portlm.runtimes.tvm_advance import POSITIONS, Plan, advance
 from portlm.threads import StepThreads
 from portlm.trust import Build, is_trusted, private_scratch, was_recorded_alone
 from portlm.tvm_support import (
+    DEVICES,
     DTYPES,
     LIBRARY,
     SIGNATURE,
@@ -49,6 +50,7 @@ from portlm.tvm_support import (
     Panels,
     Signature,
     Weight,
+    device_module,
     import_tvm,
     processor_of,
     virtual_machine,
@@ -111,10 +113,8 @@ def try_device(device: str) -> str:
     Raises:
         EngineUnavailableError: it cannot be used; the message says why.
     """
-    if device == "vulkan":
-        from portlm.runtimes.tvm_vulkan import described
-
-        return described()
+    if device in DEVICES:
+        return str(device_module(device).described())
     connect_kernels()
     return ""
 
@@ -172,16 +172,17 @@ class TvmEngine(ArrayEngine):
             FormatError: a file is missing or altered, or the library was not compiled on this machine.
         """
         import_tvm()
-        if request.device not in ("cpu", "vulkan"):
-            raise EngineUnavailableError(f"tvm: no device {request.device} here, choose cpu or vulkan")
+        if request.device != "cpu" and request.device not in DEVICES:
+            known = " or ".join(("cpu", *DEVICES))
+            raise EngineUnavailableError(f"tvm: no device {request.device} here, choose {known}")
         if request.manifest is None:
             raise UsageError(f"tvm runs exported models: run portlm export {request.folder} first")
         profile, libraries = _choose(request, request.manifest)
         kind: type[Any] = cls
-        if request.device == "vulkan":
-            from portlm.runtimes.tvm_vulkan import VulkanEngine
+        if request.device in DEVICES:
+            from portlm.runtimes.tvm_device import DeviceEngine
 
-            kind = VulkanEngine
+            kind = DeviceEngine
         engine: Self = kind(request, request.manifest, libraries, profile)
         if len(libraries) == 1:
             engine.placement()

@@ -56,7 +56,8 @@ std::vector<Found> found_devices() {
                                : type & kTypeAccelerator ? "accelerator"
                                : type & kTypeCpu         ? "cpu"
                                                          : "unknown";
-      const std::string version = text(cl().GetDeviceInfo, id, kDeviceVersion);
+      std::string version = text(cl().GetDeviceInfo, id, kDeviceVersion);  // "OpenCL 3.0", and what a vendor adds
+      version.resize(std::min(version.find(' ', version.find(' ') + 1), version.size()));
       const std::string driver = text(cl().GetDeviceInfo, id, kDeviceDriver);
       result.push_back({platform, id, {text(cl().GetDeviceInfo, id, kDeviceName), kind, name, version + ", driver " + driver}});
     }

@@ -1,7 +1,6 @@
-"""The TVM engine on Vulkan: weights and states stay on the device, token ids go in and logits come out.
+"""The TVM engine on a device of its own: weights and states stay there, token ids go in and logits come out.
 
-The device is portlm's own (csrc/vulkan); TVM knows it as "webgpu". Kernels are TVM's, so there is the portable profile
-alone, and tokens are written one by one.
+Kernels are TVM's, so there is the portable profile alone, and tokens are written one by one.
 """
 
 from collections.abc import Mapping
@@ -10,35 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from portlm import tvm_vulkan
 from portlm.artifact import Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, State
 from portlm.roles import StateSpec
 from portlm.runtimes.tvm import TvmEngine, map_weights
-from portlm.tvm_support import Signature, import_tvm, virtual_machine
+from portlm.tvm_support import Signature, import_tvm, place, virtual_machine
 
 
-def described() -> str:
-    """Open the device, and say what it is.
-
-    Raises:
-        EngineUnavailableError: there is none; the message says why.
-    """
-    device = tvm_vulkan.device()
-    name = str(device.device_name)
-    driver = next((each for each in tvm_vulkan.devices() if each.name == name), None)
-    if driver is None:
-        return name
-    software = " (software, for correctness only)" if driver.kind == tvm_vulkan.SOFTWARE else ""
-    return f"{name}, {driver.driver}{software}"
-
-
-class VulkanEngine(TvmEngine):
-    """The roles of an artifact compiled by TVM for Vulkan."""
+class DeviceEngine(TvmEngine):
+    """The roles of an artifact compiled by TVM for a device that is not the CPU."""
 
     def __init__(self, request: OpenRequest, manifest: Manifest, libraries: Mapping[str, str], profile: str):
         super().__init__(request, manifest, libraries, profile)
-        self._device = tvm_vulkan.device()
+        self._device = place(request.device)
 
     def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
         """Refuse: the loop over tokens in C++ is for kernels on the CPU."""
