@@ -17,34 +17,59 @@ std::string log_of(Program program, DeviceId device) {
   return log.size() > kMostOfLog ? log.substr(0, kMostOfLog) + " ..." : log;
 }
 
+struct Built {
+  Program program;  // nullptr if it does not compile
+  Status status;
+  std::string log;
+};
+
+Built build(Device& device, const std::string& source, const std::string& name) {
+  Status status = kDone;
+  const char* text = source.c_str();
+  const size_t size = source.size();
+  Program const program = cl().CreateProgramWithSource(device.context(), 1, &text, &size, &status);
+  device.check(status, "taking the source of " + name);
+  DeviceId const id = device.id();
+  status = cl().BuildProgram(program, 1, &id, "", nullptr, nullptr);
+  if (status == kDone) return {program, status, {}};
+  Built failed{nullptr, status, log_of(program, id)};
+  cl().ReleaseProgram(program);
+  return failed;
+}
+
 }  // namespace
 
-Kernel::Kernel(std::string name, std::string source) : name_(std::move(name)), source_(std::move(source)) {}
+Whole::~Whole() {
+  if (program_ != nullptr) cl().ReleaseProgram(program_);
+}
+
+Program Whole::on(Device& device) {
+  if (!std::exchange(tried_, true)) program_ = build(device, source_, "a module").program;
+  return program_;
+}
+
+Kernel::Kernel(std::string name, std::string source, std::shared_ptr<Whole> whole)
+    : name_(std::move(name)), source_(std::move(source)), whole_(std::move(whole)) {}
 
 Kernel::~Kernel() {
   if (id_ != nullptr) cl().ReleaseKernel(id_);
-  if (program_ != nullptr) cl().ReleaseProgram(program_);
+  if (own_ != nullptr) cl().ReleaseProgram(own_);
 }
 
 KernelId Kernel::on(Device& device) {
   if (id_ != nullptr) return id_;
-  Status status = kDone;
-  if (program_ == nullptr) {
-    const char* const text = source_.c_str();
-    const size_t size = source_.size();
-    const char* texts[] = {text};
-    Program const program = cl().CreateProgramWithSource(device.context(), 1, texts, &size, &status);
-    device.check(status, "taking the source of " + name_);
-    DeviceId const id = device.id();
-    status = cl().BuildProgram(program, 1, &id, "", nullptr, nullptr);
-    if (status != kDone) {
-      const std::string log = log_of(program, id);
-      cl().ReleaseProgram(program);
-      device.check(status, "compiling " + name_ + (log.empty() ? "" : ", of which its compiler says\n" + log + "\n"));
+  Program program = whole_->on(device);
+  if (program == nullptr) {
+    if (own_ == nullptr) {
+      const Built built = build(device, source_, name_);
+      const std::string log = built.log.empty() ? "" : ", of which its compiler says\n" + built.log + "\n";
+      device.check(built.status, "compiling " + name_ + log);
+      own_ = built.program;
     }
-    program_ = program;
+    program = own_;
   }
-  KernelId const made = cl().CreateKernel(program_, name_.c_str(), &status);
+  Status status = kDone;
+  KernelId const made = cl().CreateKernel(program, name_.c_str(), &status);
   device.check(status, "making the kernel " + name_);
   return id_ = made;
 }

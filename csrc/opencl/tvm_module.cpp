@@ -2,7 +2,9 @@
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <unordered_map>
 #include <utility>
@@ -27,8 +29,22 @@ constexpr const char* kNarrow[] = {"acos",  "acosh", "asin",  "asinh", "atan", "
                                    "expm1", "fmod",  "hypot", "ldexp", "log1p", "log2", "log10", "nextafter", "sinh",
                                    "tan"};
 
+// Without the declarations of all kernels that TVM writes before each: none calls another.
+std::string undeclared(const std::string& source) {
+  std::string result;
+  for (size_t at = 0; at < source.size();) {
+    const size_t end = std::min(source.find('\n', at), source.size() - 1);
+    const std::string line = source.substr(at, end + 1 - at);
+    const bool declares = line.rfind("__kernel void ", 0) == 0 && line.find(");") != std::string::npos;
+    if (!declares) result += line;
+    at = end + 1;
+  }
+  return result;
+}
+
 // What a driver takes, of a kernel as TVM writes it.
-std::string readable(std::string text) {
+std::string readable(const std::string& source) {
+  std::string text = undeclared(source);
   // Kernels take no pointers to bool, which has no size there; TVM's bool is a byte.
   const std::string from = "__global bool*", to = "__global uchar*";
   for (size_t at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size()))
@@ -39,9 +55,9 @@ std::string readable(std::string text) {
   return names + text;
 }
 
-// The source of each kernel, so that one which is never called is never compiled.
-std::unordered_map<std::string, std::string> parts(const std::string& source) {
-  std::unordered_map<std::string, std::string> result;
+// The source of each kernel.
+std::map<std::string, std::string> parts(const std::string& source) {
+  std::map<std::string, std::string> result;
   size_t at = source.find(kBegin);
   while (at != std::string::npos) {
     const size_t name = at + sizeof kBegin - 1, end = source.find('\n', name);
@@ -65,7 +81,7 @@ struct Entry {
   std::unique_ptr<Kernel> kernel;
 };
 
-Entry entry_of(Signature signature, std::string source) {
+Entry entry_of(Signature signature, std::string source, const std::shared_ptr<Whole>& whole) {
   Entry entry;
   for (const std::string& tag : signature.tags) {
     const bool groups = tag.rfind("blockIdx.", 0) == 0, threads = tag.rfind("threadIdx.", 0) == 0;
@@ -79,7 +95,7 @@ Entry entry_of(Signature signature, std::string source) {
     if (type.code != kDLOpaqueHandle && (type.lanes != 1 || type.bits > 64))
       TVM_FFI_THROW(ValueError) << "kernel " << signature.name << " takes a number of type "
                                 << ffi::DLDataTypeToString(type) << ", which this device does not hand over";
-  entry.kernel = std::make_unique<Kernel>(signature.name, std::move(source));
+  entry.kernel = std::make_unique<Kernel>(signature.name, std::move(source), whole);
   entry.signature = std::move(signature);
   return entry;
 }
@@ -162,13 +178,17 @@ class OpenClModule : public ffi::ModuleObj {
 
 ffi::Module module_of(Signatures signatures, const std::string& format, std::string source) {
   if (format != kFormat) TVM_FFI_THROW(ValueError) << "kernels in " << format << " are not OpenCL C";
-  std::unordered_map<std::string, std::string> sources = parts(source);
+  // In one order always: drivers know a program that they compiled before by its text.
+  std::map<std::string, std::string> sources = parts(source);
+  std::string all;
+  for (const auto& [_, part] : sources) all += part;
+  const auto whole = std::make_shared<Whole>(std::move(all));
   std::unordered_map<std::string, std::shared_ptr<Entry>> entries;
   for (auto& [key, signature] : signatures) {
     const auto part = sources.find(key);
     if (part == sources.end()) TVM_FFI_THROW(ValueError) << "an OpenCL module has no source of its kernel " << key;
     signature.name = key;  // as the function is called in the source
-    entries.emplace(key, std::make_shared<Entry>(entry_of(std::move(signature), std::move(part->second))));
+    entries.emplace(key, std::make_shared<Entry>(entry_of(std::move(signature), std::move(part->second), whole)));
   }
   return ffi::Module(ffi::make_object<OpenClModule>(std::move(entries), std::move(source)));
 }
