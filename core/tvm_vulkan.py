@@ -3,7 +3,7 @@
 TVM generates WGSL, the language of WebGPU, and calls the device "webgpu"; what runs it is Vulkan. Once connected, every
 module of TVM compiled for the target "webgpu" runs, portlm's or not: ``import tvm`` connects by itself where portlm is
 installed (entry point ``tvm.backends``). Compiled for :func:`target`, a module may have tensors of int64, too: WGSL has
-no 64 bits, so its kernels compute with 32, and the device converts what comes in and goes out, with a look at its range.
+no 64 bits, so its kernels compute with 32, and the device converts what comes in and goes out, and looks at its range.
 """
 
 import importlib.util

@@ -174,7 +174,7 @@ def test_an_operator_of_one_tensor_of_any_number_of_rows(place, name):
         x = draw(kind, rows)
         found, wanted = run(machine, x), expected(x.astype(np.float64))
         assert found.shape == wanted.shape
-        # Vulkan lets a driver's inverse functions be off by 4096 units in the last place. Sums of 33 terms are far below.
+        # Vulkan lets a driver's inverse functions be wrong by 4096 units in the last place. Sums of 33 terms are less.
         bound = 5e-4 if name in ("acos", "asin") and place is tvm_vulkan else 3e-5
         np.testing.assert_allclose(found, wanted, atol=bound, rtol=bound)
 
