@@ -469,7 +469,8 @@ def _choose(request: OpenRequest, manifest: Manifest) -> tuple[str, dict[str, st
     for name in ("fused", "portable") if profile == "auto" else (profile,):
         if manifest.roles and compiled.get(name, {}).keys() == manifest.roles.keys():
             return name, compiled[name]
-    option = "" if profile == "auto" else f" --profile {profile}"
+    option = "" if request.device == "cpu" else f" --device {request.device}"
+    option += "" if profile == "auto" else f" --profile {profile}"
     if profile not in ("auto", "fused", "portable"):
         raise UsageError(f"tvm has no profile {profile}: choose portable or fused")
     raise UsageError(

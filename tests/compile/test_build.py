@@ -57,9 +57,9 @@ def test_a_profile_that_no_role_has_is_named(two_roles):
 
 def test_what_cannot_be_compiled_is_answered_with_what_can():
     with pytest.raises(
-        UsageError, match=r"nothing to compile for tvm:vulkan:\*: what can be compiled is .*ort:cpu"
+        UsageError, match=r"nothing to compile for packed:vulkan:\*: what can be compiled is .*ort:cpu"
     ):
-        choices("tvm", "vulkan")
+        choices("packed", "vulkan")
 
 
 def test_passes_run_in_order_and_each_graph_is_written(tmp_path, artifacts):

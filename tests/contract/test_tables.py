@@ -24,6 +24,7 @@ from portlm.roles import StateSpec, TensorSpec
 TARGETS = [
     ("torch", "cpu", "portable"), ("torch", "cpu", "fused"), ("ort", "cpu", "portable"), ("ort", "cpu", "fused"),
     ("ort", "vulkan", "portable"), ("tvm", "cpu", "portable"), ("tvm", "cpu", "fused"),
+    ("tvm", "opencl", "portable"),
 ]  # fmt: skip
 ROWS, PLACES, GROUPS = 61, 13, 5
 
