@@ -1,7 +1,7 @@
 """An OpenCL device for TVM, whose wheel has none: portlm._opencl over the system's OpenCL loader, or that of pyopencl.
 
-TVM's wheel generates OpenCL C for the target "opencl". Once connected, every module of TVM compiled for it runs, portlm's
-or not: ``import tvm`` connects by itself where portlm is installed (entry point ``tvm.backends``).
+TVM's wheel generates OpenCL C for the target "opencl". Once connected, every module of TVM compiled for it runs,
+portlm's or not: ``import tvm`` connects by itself where portlm is installed (entry point ``tvm.backends``).
 """
 
 import ctypes
@@ -85,9 +85,7 @@ def loader() -> str:
             return LOADER
         except OSError:
             if not inside:
-                raise EngineUnavailableError(
-                    f"tvm:opencl: there is no {LOADER}: {HOW_TO_GET_ONE}"
-                ) from None
+                raise EngineUnavailableError(f"tvm:opencl: there is no {LOADER}: {HOW_TO_GET_ONE}") from None
     os.environ["PYOPENCL_HOME"] = str(folder)  # which it reads without a look whether it is set
     return str(inside[0])
 
@@ -148,7 +146,7 @@ def target(host: Any = None) -> Any:
 
 
 def limits() -> dict[str, int]:
-    """What the device has: threads and shared bytes of a group, bytes of a tensor and of all, half and double (0 or 1)."""
+    """What the device has: threads and shared bytes of a group, bytes of a tensor and of all, half and double or not."""
     return {str(name): int(value) for name, value in _function("limits")().items()}
 
 

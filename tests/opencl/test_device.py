@@ -71,13 +71,17 @@ def test_float16_runs_or_the_error_says_what_the_driver_says():
     if tvm_opencl.limits()["half"]:
         np.testing.assert_allclose(run(module, x), np.exp(x.astype(np.float64)), rtol=2e-3)
         return
-    with pytest.raises(RuntimeError, match=r"compiling tir_exp_kernel, of which its compiler says\n(.*\n)*.*[Hh]alf"):
+    with pytest.raises(
+        RuntimeError, match=r"compiling tir_exp_kernel, of which its compiler says\n(.*\n)*.*[Hh]alf"
+    ):
         run(module, x)
 
 
 def test_long_rows_are_sorted():
     x = RNG.standard_normal((3, 2000)).astype(np.float32)
-    np.testing.assert_array_equal(run(executable(lambda x: op.sort(x, -1), ((N, 2000), "float32")), x), np.sort(x, -1))
+    np.testing.assert_array_equal(
+        run(executable(lambda x: op.sort(x, -1), ((N, 2000), "float32")), x), np.sort(x, -1)
+    )
 
 
 def test_a_library_on_disk_runs_as_the_module_it_was_exported_from(tmp_path):
@@ -97,7 +101,8 @@ def test_several_threads_may_call_at_once():
         machine = relax.VirtualMachine(module, DEVICE)["main"]  # which is for one thread alone
         x = np.random.default_rng(seed).standard_normal((seed + 1, 33)).astype(np.float32)
         return max(
-            np.abs(machine(tvm.runtime.tensor(x, DEVICE)).numpy() - np.exp(x).sum(-1)).max() for _ in range(20)
+            np.abs(machine(tvm.runtime.tensor(x, DEVICE)).numpy() - np.exp(x).sum(-1)).max()
+            for _ in range(20)
         )
 
     with ThreadPoolExecutor(4) as pool:
@@ -133,7 +138,9 @@ def test_a_launch_of_nothing_is_no_launch_and_one_of_too_many_threads_says_how_m
     module, before = load(library(good="int x = 1;")), tvm_opencl.launches()
     module["good"](0, 1)
     assert tvm_opencl.launches() == before
-    with pytest.raises(RuntimeError, match=r"running good with 16777216 threads of each group, where it may have \d+"):
+    with pytest.raises(
+        RuntimeError, match=r"running good with 16777216 threads of each group, where it may have \d+"
+    ):
         module["good"](1, 1 << 24)
     module["good"](1, 1)
 
@@ -178,7 +185,9 @@ def test_the_device_is_chosen_by_the_environment(asked):
     if asked == "0":
         assert done.stdout.startswith(tvm_opencl.devices()[0].name)
     else:
-        assert f"no OpenCL device is called {asked}; there are 0: {tvm_opencl.devices()[0].name}" in done.stderr
+        assert (
+            f"no OpenCL device is called {asked}; there are 0: {tvm_opencl.devices()[0].name}" in done.stderr
+        )
 
 
 def without_loader(name):

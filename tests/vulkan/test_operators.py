@@ -245,7 +245,9 @@ def test_what_no_kernel_reads_is_carried_there_and_back(place, dtype, count):
 def test_rows_are_taken(place, mode):
     machine = compiled(
         place,
-        lambda table, ids: op.take(table, ids, axis=0, mode=mode), ((7, WIDTH), "float32"), ((N,), "int32")
+        lambda table, ids: op.take(table, ids, axis=0, mode=mode),
+        ((7, WIDTH), "float32"),
+        ((N,), "int32"),
     )
     table = normal(7, WIDTH)
     for rows in ROWS:
