@@ -80,7 +80,7 @@ def _symbols(value: onnx.ValueInfoProto) -> list[str]:
 
 
 def tvm_runner(device: str, profile: str) -> Runner:
-    """Run graphs compiled by TVM for this machine as its engine does: "portable" or "fused", on "cpu", "vulkan" or "opencl".
+    """Run graphs compiled by TVM for this machine as its engine does: on "cpu", "vulkan" or "opencl".
 
     Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
     registered in this process, which opening the engine does.

@@ -1,8 +1,8 @@
 """The portable graph as C with OpenMP: TVM's importer, its C source, and a C compiler's threads.
 
 TVM's C has no threads. Loops whose iterations do not depend on each other are found by its own schedules and get a
-name, by which they are found again in the source, and a pragma of OpenMP. It is there to be compared with other back ends
-(portlm.compile.tvm_backends): the engine on the CPU takes TVM's machine code and portlm's kernels.
+name, by which they are found again in the source, and a pragma of OpenMP. It is there to be compared with other back
+ends (portlm.compile.tvm_backends): the engine on the CPU takes TVM's machine code and portlm's kernels.
 """
 
 import re

@@ -59,7 +59,8 @@ std::vector<Found> found_devices() {
       std::string version = text(cl().GetDeviceInfo, id, kDeviceVersion);  // "OpenCL 3.0", and what a vendor adds
       version.resize(std::min(version.find(' ', version.find(' ') + 1), version.size()));
       const std::string driver = text(cl().GetDeviceInfo, id, kDeviceDriver);
-      result.push_back({platform, id, {text(cl().GetDeviceInfo, id, kDeviceName), kind, name, version + ", driver " + driver}});
+      const std::string device = text(cl().GetDeviceInfo, id, kDeviceName);
+      result.push_back({platform, id, {device, kind, name, version + ", driver " + driver}});
     }
   }
   return result;
@@ -206,8 +207,8 @@ void Device::launch(Kernel& kernel, const std::vector<Argument>& arguments, cons
   }
   const Status status = cl().EnqueueNDRangeKernel(queue_, id, 3, nullptr, all, grid.threads, 0, nullptr, nullptr);
   if (status != kDone)
-    check(status, "running " + kernel.name() + " with " + std::to_string(group) + " threads of each group, where it may have " +
-                      std::to_string(kernel.most_threads(*this)));
+    check(status, "running " + kernel.name() + " with " + std::to_string(group) +
+                      " threads of each group, where it may have " + std::to_string(kernel.most_threads(*this)));
   last_ = kernel.name();
   if (++launches_ % kFlushEvery == 0) check(cl().Flush(queue_), "sending " + last_);
 }

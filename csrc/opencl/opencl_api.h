@@ -27,8 +27,8 @@ using Event = struct EventObject*;
 constexpr Bool kYes = 1;
 
 enum : Status {
-  kDone = 0, kNoDevice = -1, kDeviceGone = -2, kNoMemory = -4, kNoResources = -5, kNoHostMemory = -6, kDoesNotBuild = -11,
-  kNoSuchQueue = -36, kBadGroups = -54, kBadBufferSize = -61, kNoPlatform = -1001,
+  kDone = 0, kNoDevice = -1, kDeviceGone = -2, kNoMemory = -4, kNoResources = -5, kNoHostMemory = -6,
+  kDoesNotBuild = -11, kNoSuchQueue = -36, kBadGroups = -54, kBadBufferSize = -61, kNoPlatform = -1001,
 };
 
 enum : uint32_t {

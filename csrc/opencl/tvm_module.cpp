@@ -113,8 +113,8 @@ Argument argument_of(const ffi::AnyView& value, const DLDataType& type, const st
     const int64_t number = value.cast<int64_t>();  // little endian: the first bytes are the number in fewer
     const int64_t back = type.bits == 64 ? number : number << (64 - type.bits) >> (64 - type.bits);
     if (type.code == kDLInt && back != number)
-      TVM_FFI_THROW(ValueError) << "the number " << number << " does not fit the " << int{type.bits} << " bits of an argument of "
-                                << kernel;
+      TVM_FFI_THROW(ValueError) << "the number " << number << " does not fit the " << int{type.bits}
+                                << " bits of an argument of " << kernel;
     std::memcpy(result.number.data(), &number, result.bytes);
   } else {
     TVM_FFI_THROW(ValueError) << "kernel " << kernel << " takes a number of type " << ffi::DLDataTypeToString(type)
