@@ -60,13 +60,13 @@ def build_choice(
 
     Raises:
         UsageError: nothing is left, be it because it cannot have the activations that were asked for.
-        EngineUnavailableError: the engine was named and its compiler is not installed.
+        EngineUnavailableError: the engine was named, and its compiler is not installed or has no form for this model.
         FormatError: the artifact is damaged.
     """
     manifest = read_manifest(artifact)
     graphs = {name for role in manifest.roles.values() for name in role.profiles}
     at_bytes = manifest.quantization is not None and asked_activations() == BYTES
-    entries = []
+    entries, problem = [], None
     for key in choices(engine, device, profile):
         if engine is None and key[0] == "torch" and not needs_plan(manifest):
             continue  # it runs the checkpoint
@@ -81,9 +81,12 @@ def build_choice(
         try:
             entries += build(artifact, [key], dump)
         except EngineUnavailableError as error:
-            if engine is not None:
+            if engine is not None and profile is not None:
                 raise
+            problem = error
             note(f"{':'.join(key)} left out: {error}")
+    if not entries and engine is not None and problem is not None:
+        raise problem
     if not entries and at_bytes:
         able = (":".join(key) for key in COMPILERS if key[1:] in ENGINES[key[0]].byte_activations)
         raise UsageError(

@@ -103,13 +103,14 @@ def tvm_runner(device: str, profile: str) -> Runner:
                 offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
                 arrays[tensor.name] = array = numpy_helper.to_array(tensor, str(folder))
                 weights.append(Weight(tensor.name, array.shape, offset, str(array.dtype)))
-        graph = make_graph(model, "", weights)
-        tensors = [tensor_of(widened(arrays[weight.name])) for weight in graph.weights]
+        lowering = LOWERINGS[device, profile]
+        graph = lowering.weights(make_graph(model, "", weights))
+        values = [widened(arrays[weight.name]) for weight in graph.weights]
         for matrix in graph.packed:
-            tensors += [tvm.runtime.tensor(part) for part in packed_tensors(matrix, arrays)]
-        for wide in graph.panels:
-            tensors.append(tvm.runtime.tensor(in_panels(arrays[wide.weight.name], wide.turned)))
-        executable = compile_graph(graph, LOWERINGS[device, profile])
+            values += packed_tensors(matrix, arrays)
+        values += [in_panels(widened(arrays[wide.weight.name]), wide.turned) for wide in graph.panels]
+        tensors = [tensor_of(value if device == "cpu" else tvm_vulkan.in_words(value)) for value in values]
+        executable = compile_graph(graph, lowering)
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
             machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)), where)

@@ -162,6 +162,7 @@ class Lowering(NamedTuple):
             but kernels is called.
         device: "cpu", "vulkan" or "opencl".
         target: function from the target of this processor to that of the kernels.
+        weights: function from a graph to the same with its matrices in the form in which the library takes them.
         language: that the kernels are in, "" for this processor's own.
     """
 
@@ -171,6 +172,7 @@ class Lowering(NamedTuple):
     exec_mode: str
     device: str = "cpu"
     target: Callable[["tvm.target.Target"], "tvm.target.Target"] = lambda host: host
+    weights: Callable[[Graph], Graph] = lambda graph: graph
     language: str = ""
 
 
@@ -226,7 +228,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
         StorageError: the disk is full or refuses.
     """
     need_linker()
-    graph = read_graph(artifact, role, lowering.profile)
+    graph = lowering.weights(read_graph(artifact, role, lowering.profile))
     executable = compile_graph(graph, lowering, note)
     with private_scratch() as scratch:
         executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

@@ -104,8 +104,8 @@ class Builder:
 
         Args:
             partial: shared, THREADS numbers, free for this.
-            folded: shared, FOLD numbers, free for this; memory of its own, since TVM wants a barrier between any reading
-                and any writing of the same.
+            folded: shared, FOLD numbers, free for this; memory of its own, since TVM wants a barrier between any
+                reading and any writing of the same.
             thread: its number.
             value: its number to be added.
         """
@@ -126,6 +126,10 @@ class Builder:
     def real(self, value: float) -> Any:
         """A float32 number."""
         return self._tir.const(value, "float32")
+
+    def long(self, value: int) -> Any:
+        """A number as sizes are."""
+        return self._tir.const(value, "int64")
 
     def where(self, condition: Any, yes: Any, no: Any) -> Any:
         """One of two values, of which the other is not computed."""

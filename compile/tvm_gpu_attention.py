@@ -44,7 +44,7 @@ class Attention:
 
 @cache
 def define(attention: Attention) -> "tvm.tirx.PrimFunc":
-    """Return the function of q, k and v (rows), past keys and values, mask, out (B T, H D), and grown keys and values.
+    """Return the function of q, k and v (rows), past keys and values, mask, out (B, T, H D), and grown keys and values.
 
     With tables, position_ids (B, T), cos and sin (tables, D / 2) come behind the mask.
     """
@@ -72,15 +72,17 @@ class _Attention:
         if it.tables:
             self.positions = k.tensor("positions", (B, T), "int64")
             self.cos, self.sin = (k.tensor(name, (it.tables, D // 2)) for name in ("cos", "sin"))
-        self.out = k.tensor("out", (B * T, it.heads * D))
+        self.out = k.tensor("out", (B, T, it.heads * D))  # which says T
         self.present = [k.tensor(f"present_{name}", (B, it.kv_heads, P + T, D)) for name in names[1:]]
 
     def attend(self, one: bool) -> None:
-        """A group for each query and head. With one new token it grows the cache, too, and else reads what was grown."""
+        """A group for each query and head, which grows the cache, too, if there is one new token."""
         k, it, D = self.k, self.it, self.it.width
         shared = it.heads // it.kv_heads
-        with k.grid(it.heads, self.B * self.T, GROUP, self.T == 1 if one else self.T != 1) as (head, row, thread):
-            batch, token, kv_head = row // self.T, row % self.T, head // shared
+        only = self.T == 1 if one else self.T != 1
+        with k.grid(self.T * it.heads, self.B, GROUP, only) as (place, batch, thread):
+            token, head = place // it.heads, place % it.heads
+            row, kv_head = batch * self.T + token, head // shared
             query, scores, weights = k.shared(D), k.shared(GROUP), k.shared(GROUP)
             key = k.shared(D)
             writes = head % shared == 0
@@ -90,9 +92,11 @@ class _Attention:
                     value = self._rotated(self.q, 0, row, batch, token, head, d)
                     k.set(query, [d], value * k.real(it.scale))
                     if one:
-                        k.set(key, [d], self._rotated(self.fresh_keys, 1, row, batch, token, kv_head, d))
+                        fresh = k.local(1)
+                        k.set(fresh, [0], self._rotated(self.fresh_keys, 1, row, batch, token, kv_head, d))
+                        k.set(key, [d], fresh[0])
                         with k.when(writes):
-                            k.set(self.present[0], [batch, kv_head, self.P, d], key[d])
+                            k.set(self.present[0], [batch, kv_head, self.P, d], fresh[0])
             k.barrier()
             best, total, score, scaled = (k.local(1, fill=fill) for fill in (LOWEST, 0, 0, 0))
             each = -(-D // GROUP)
@@ -119,7 +123,9 @@ class _Attention:
                 with k.loop(GROUP) as other:
                     k.set(best, [0], k.call("max", best[0], scores[other]))
                 # What nobody sees has no weight, also where nothing was seen so far.
-                weight = k.where(scores[thread] > k.real(LOWEST), k.call("exp", scores[thread] - best[0]), k.real(0))
+                weight = k.where(
+                    scores[thread] > k.real(LOWEST), k.call("exp", scores[thread] - best[0]), k.real(0)
+                )
                 k.set(weights, [thread], weight)
                 k.set(scaled, [0], k.call("exp", scaled[0] - best[0]))
                 k.barrier()
@@ -136,14 +142,24 @@ class _Attention:
                 d = i * GROUP + thread
                 with k.when(d < D):
                     value = k.where(total[0] > k.real(0), sums[i] / total[0], k.real(0))
-                    k.set(self.out, [row, head * D + d], value)
+                    k.set(self.out, [batch, token, head * D + d], value)
 
     def _add_values(
-        self, one: bool, sums: Any, i: int, weights: Any, block: Any, batch: Any, kv_head: Any, d: Any, row: Any, writes: Any
+        self,
+        one: bool,
+        sums: Any,
+        i: int,
+        weights: Any,
+        block: Any,
+        batch: Any,
+        kv_head: Any,
+        d: Any,
+        row: Any,
+        writes: Any,
     ) -> None:
         k = self.k
         first, old = block * GROUP, self.past[1] if one else self.present[1]
-        with k.loop(k.call("min", self.k_long(GROUP), (self.P if one else self.S) - first)) as j:
+        with k.loop(k.call("min", k.long(GROUP), (self.P if one else self.S) - first)) as j:
             value = old[batch, kv_head, first + j, d]
             k.set(sums, [i], sums[i] + weights[j] * value)
             if one:
@@ -151,18 +167,12 @@ class _Attention:
                     k.set(self.present[1], [batch, kv_head, first + j, d], value)
         if not one:
             return
-        with k.when(k.both(self.P >= first, self.P < first + GROUP)):
+        with k.when(k.both(first <= self.P, first + GROUP > self.P)):
             _, begin = self.it.sources[2]
             value = self.fresh_values[row, begin + kv_head * self.it.width + d]
             k.set(sums, [i], sums[i] + weights[self.P - first] * value)
             with k.when(writes):
                 k.set(self.present[1], [batch, kv_head, self.P, d], value)
-
-    def k_long(self, value: int) -> Any:
-        """A number as sizes are."""
-        from tvm import tirx
-
-        return tirx.const(value, "int64")
 
     def append(self) -> None:
         """Copy the past, and behind it the new tokens: a thread for each element of both."""

@@ -135,7 +135,15 @@ class _Linear:
                     self._few_of(matrices, tile - first_tile, offset, row, thread, xs, partial, normed)
 
     def _few_of(
-        self, matrices: Sequence[int], panel: Any, offset: int, row: Any, thread: Any, xs: Any, partial: Any, normed: Any
+        self,
+        matrices: Sequence[int],
+        panel: Any,
+        offset: int,
+        row: Any,
+        thread: Any,
+        xs: Any,
+        partial: Any,
+        normed: Any,
     ) -> None:
         k, product, columns = self.k, self.product, self._columns()
         sums = [k.local(columns, fill=0) for _ in matrices]
@@ -166,7 +174,15 @@ class _Linear:
             self._finish(matrices, row, column, offset, [totals[which] for which in range(len(matrices))])
 
     def _add_floats(
-        self, matrix: Matrix, parts: Sequence[Any], total: Any, panel: Any, begin: int, size: int, thread: Any, xs: Any
+        self,
+        matrix: Matrix,
+        parts: Sequence[Any],
+        total: Any,
+        panel: Any,
+        begin: int,
+        size: int,
+        thread: Any,
+        xs: Any,
     ) -> None:
         """A thread for each of 64 columns and each fourth k."""
         k, (weight,) = self.k, parts
@@ -183,7 +199,15 @@ class _Linear:
                 k.set(total, [0], total[0] + xs[at] * weight[panel, begin + at, lane])
 
     def _add_numbers(
-        self, matrix: Matrix, parts: Sequence[Any], total: Any, panel: Any, begin: int, size: int, thread: Any, xs: Any
+        self,
+        matrix: Matrix,
+        parts: Sequence[Any],
+        total: Any,
+        panel: Any,
+        begin: int,
+        size: int,
+        thread: Any,
+        xs: Any,
     ) -> None:
         """A thread for each word of four columns and each sixteenth byte of a group."""
         k, bits, each = self.k, matrix.bits, 8 // matrix.bits
@@ -224,7 +248,15 @@ class _Linear:
                     self._many_of(matrices, tile - first_tile, offset, block, thread, xs, ws, statistics)
 
     def _many_of(
-        self, matrices: Sequence[int], panel: Any, offset: int, block: Any, thread: Any, xs: Any, ws: Any, norm: Any
+        self,
+        matrices: Sequence[int],
+        panel: Any,
+        offset: int,
+        block: Any,
+        thread: Any,
+        xs: Any,
+        ws: Any,
+        norm: Any,
     ) -> None:
         k, product, K = self.k, self.product, self.K
         side, rows = 4, ROWS * 4 * 4 // PANEL // 4  # a thread's results are 2 rows by 4 columns
@@ -259,7 +291,9 @@ class _Linear:
                 with k.when(k.both(row < self.M, column < product.matrices[matrices[0]].rows)):
                     self._finish(matrices, row, column, offset, [total[r * side + c] for total in sums])
 
-    def _finish(self, matrices: Sequence[int], row: Any, column: Any, offset: int, totals: Sequence[Any]) -> None:
+    def _finish(
+        self, matrices: Sequence[int], row: Any, column: Any, offset: int, totals: Sequence[Any]
+    ) -> None:
         """Write one result."""
         k, product = self.k, self.product
         values = list(totals)
@@ -304,7 +338,9 @@ class _Linear:
         k, x, K = self.k, self.x, self.K
         if self.product.norm == "none":
             return lambda column: x[row, column]
-        mean, scale = row_statistics(k, self.product.norm, self.product.epsilon, K, thread, (partial, folded), lambda c: x[row, c])
+        mean, scale = row_statistics(
+            k, self.product.norm, self.product.epsilon, K, thread, (partial, folded), lambda c: x[row, c]
+        )
         return lambda column: self._normed(x[row, column], mean, scale, column)
 
     def _tile_norm(self, block: Any, thread: Any) -> Any:
@@ -343,7 +379,9 @@ class _Linear:
             off = x[row, column] - means[thread // together]
             return off * off
 
-        summed(square, scales, lambda value: k.call("rsqrt", value / k.real(K) + k.real(self.product.epsilon)))
+        summed(
+            square, scales, lambda value: k.call("rsqrt", value / k.real(K) + k.real(self.product.epsilon))
+        )
         return lambda row, place, column: self._normed(x[row, column], means[place], scales[place], column)
 
     def _normed(self, value: Any, mean: Any, scale: Any, column: Any) -> Any:

@@ -53,13 +53,14 @@ def define_rotary(heads: int, width: int, tables: int) -> "tvm.tirx.PrimFunc":
         positions = k.tensor("positions", (B, T), "int64")
         cos, sin = (k.tensor(name, (tables, width // 2)) for name in ("cos", "sin"))
         y = k.tensor("y", (B, T, heads * width))
-        with k.grid(-(-heads * width // THREADS), B * T) as (block, row, thread):
-            column = block * THREADS + thread
-            batch, token, d, half = row // T, row % T, column % width, width // 2
+        blocks = -(-heads * width // THREADS)
+        with k.grid(T * blocks, B) as (block, batch, thread):
+            column = block % blocks * THREADS + thread
+            token, half = block // blocks, width // 2
             with k.when(column < heads * width):
                 position = k.call("max", k.call("min", positions[batch, token], tables - 1), 0)
-                other = x[batch, token, column - d + (d + half) % width]
-                turned = k.where(d < half, -other, other)
-                value = x[batch, token, column] * cos[position, d % half]
-                k.set(y, [batch, token, column], value + turned * sin[position, d % half])
+                first = column % width < half
+                other = k.where(first, -x[batch, token, column + half], x[batch, token, column - half])
+                value = x[batch, token, column] * cos[position, column % half]
+                k.set(y, [batch, token, column], value + other * sin[position, column % half])
     return k.function

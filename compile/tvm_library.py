@@ -1,4 +1,4 @@
-"""From a role's graph to a TVM library: the entry of both profiles, whose lowerings are in files of their own."""
+"""From a role's graph to a TVM library: the entry of all of them, whose lowerings are in files of their own."""
 
 from pathlib import Path
 
@@ -9,7 +9,13 @@ from portlm.compile.tvm_build import build_library
 
 LOWERINGS = {
     (lowering.device, lowering.profile): lowering
-    for lowering in (tvm_portable.LOWERING, tvm_fused.LOWERING, tvm_vulkan.LOWERING, tvm_opencl.LOWERING)
+    for lowering in (
+        tvm_portable.LOWERING,
+        tvm_fused.LOWERING,
+        tvm_vulkan.PORTABLE,
+        tvm_vulkan.FUSED,
+        tvm_opencl.LOWERING,
+    )
 }
 
 
@@ -21,7 +27,7 @@ def compile_library(
     Args:
         folder: the artifact.
         device: "cpu", "vulkan" or "opencl".
-        profile: "portable" or, on the CPU, "fused".
+        profile: "portable" or, except on OpenCL, "fused".
         role: whose graph it is.
         note: called with the name of each pass and the module after it.
     """

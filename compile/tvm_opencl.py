@@ -35,5 +35,5 @@ LOWERING = Lowering(
     "bytecode",
     "opencl",
     tvm_opencl.target,
-    "opencl-c",
+    language="opencl-c",
 )

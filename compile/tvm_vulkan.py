@@ -1,7 +1,7 @@
-"""The portable graph on Vulkan: TVM's importer, its schedules for GPUs, and its kernels in WGSL.
+"""Graphs on Vulkan: the portable one by TVM's importer and its schedules for GPUs, the fused one by our kernels.
 
-WGSL has no bytes, so there are no quantized weights yet. What the importer does for negative indices, which no graph of
-portlm has, is left out: it would be four kernels for each lookup.
+Kernels of both are WGSL, which has no bytes: the portable graph has no form for quantized weights here. What the
+importer does for negative indices, which no graph of portlm has, is left out: it would be four kernels for each lookup.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,10 @@ from onnx import helper
 
 from portlm import tvm_vulkan
 from portlm.compile.tvm_build import Graph, Lowering
+from portlm.compile.tvm_gpu_fused import in_panels, lower
 from portlm.compile.tvm_portable import bound_gathers, import_graph
 from portlm.compile.tvm_vulkan_schedule import gpu_passes
-from portlm.errors import FormatError
+from portlm.errors import EngineUnavailableError
 
 if TYPE_CHECKING:
     import tvm
@@ -24,14 +25,25 @@ def readable(graph: Graph) -> Graph:
     """The graph as it is.
 
     Raises:
-        FormatError: a weight or an input has a type that kernels in WGSL cannot read.
+        EngineUnavailableError: a weight or an input has a type that kernels in WGSL cannot read.
     """
     if graph.packed:
-        raise FormatError("tvm:vulkan has no form for quantized weights yet: export without --quantize")
+        raise EngineUnavailableError(
+            "tvm:vulkan has no portable form for quantized weights: compile --profile fused"
+        )
+    return readable_inputs(graph)
+
+
+def readable_inputs(graph: Graph) -> Graph:
+    """The graph as it is.
+
+    Raises:
+        EngineUnavailableError: an input has a type that kernels in WGSL cannot read.
+    """
     for value in graph.proto.graph.input:
         dtype = str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         if dtype not in _READABLE:
-            raise FormatError(f"tvm:vulkan has no form for {value.name}, a tensor of {dtype}")
+            raise EngineUnavailableError(f"tvm:vulkan has no form for {value.name}, a tensor of {dtype}")
     return graph
 
 
@@ -101,7 +113,7 @@ def _mutated(module: "tvm.IRModule", mutator: Any) -> "tvm.IRModule":
     return relax.transform.DeadCodeElimination()(mutator.builder_.get())
 
 
-LOWERING = Lowering(
+PORTABLE = Lowering(
     "portable",
     [
         ("Readable", readable),
@@ -114,5 +126,15 @@ LOWERING = Lowering(
     "bytecode",
     "vulkan",
     tvm_vulkan.target,
+    language="wgsl",
+)
+FUSED = Lowering(
+    "fused",
+    [("Readable", readable_inputs), ("CallKernels", lower)],
+    gpu_passes,
+    "bytecode",
+    "vulkan",
+    tvm_vulkan.target,
+    in_panels,
     "wgsl",
 )

@@ -88,7 +88,7 @@ ENGINES = {
         distributions=("apache-tvm", "apache-tvm-ffi"),
         device_distributions={"vulkan": ("wgpu",)},
         compilers=dict.fromkeys(
-            (("cpu", "portable"), ("cpu", "fused"), ("vulkan", "portable"), ("opencl", "portable")),
+            (*itertools.product(("cpu", "vulkan"), ("portable", "fused")), ("opencl", "portable")),
             "portlm.compile.tvm_library:compile_library",
         ),
         byte_activations=(("cpu", "fused"),),

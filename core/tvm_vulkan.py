@@ -10,6 +10,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from portlm.errors import EngineUnavailableError
 from portlm.tvm_plugin import open_plugin, version
 from portlm.tvm_support import VERSIONS, import_tvm
@@ -155,6 +157,11 @@ def _narrow_kernels() -> None:
 def limits() -> dict[str, int]:
     """What the device binds and computes at most: threads, shared bytes, tensors of a kernel, bytes of each."""
     return {str(name): int(value) for name, value in _function("limits")().items()}
+
+
+def in_words(array: np.ndarray) -> np.ndarray:
+    """Bytes as the words of four that kernels read, and anything else as it is."""
+    return array.view(np.int32) if array.dtype == np.int8 else array
 
 
 def _function(name: str) -> Any:

@@ -142,7 +142,7 @@ class TvmEngine(ArrayEngine):
         """
         super().__init__(call_specs(manifest), manifest.model.vocab_size, manifest.model.context_length)
         self.device, self.profile = request.device, profile
-        self.precision = manifest.precision(rounds=profile == "fused")
+        self.precision = manifest.precision(rounds=(request.device, profile) == ("cpu", "fused"))
         wanted = self.name, request.device, profile
         entries = [
             entry for entry in manifest.compiled if (entry.engine, entry.device, entry.profile) == wanted
@@ -389,7 +389,7 @@ def map_weights(
         path: the weight file.
         weights: where each lies; Signature.read has checked that they lie inside.
         packed: small matrices, which are brought into the order that kernels read, or TVM's own code, now.
-        panels: float32 matrices, likewise. They and matrices of 16 bits are read and not mapped: what is read is let
+        panels: other matrices, likewise. They and matrices of 16 bits are read and not mapped: what is read is let
             go of again.
     """
     # Copy on write, because DLPack cannot say "read only"; nobody writes, so every page stays the file's. The file of
@@ -418,7 +418,9 @@ def map_weights(
             continue
         tensors.append(_tensor(pack_matrix(mapped(matrix.weight), mapped(matrix.scale), zero, matrix.bits)))
     for wide in panels:
-        tensors.append(_tensor(in_panels(read(wide.weight, "<f4"), wide.turned)))
+        stored = "<u2" if wide.weight.dtype in DTYPES else "<f4"
+        matrix = widened(read(wide.weight, stored), wide.weight.dtype)
+        tensors.append(_tensor(in_panels(matrix, wide.turned)))
     return tensors
 
 

@@ -1,6 +1,6 @@
 """The TVM engine on a device of its own: weights and states stay there, token ids go in and logits come out.
 
-Kernels are TVM's, so there is the portable profile alone, and tokens are written one by one.
+The device is portlm's own (csrc/vulkan, csrc/opencl). Tokens are written one by one.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class DeviceEngine(TvmEngine):
 
     def _weights(self, path: Path, signature: Signature) -> list[Any]:
         mapped = map_weights(path, signature.weights, signature.packed, signature.panels)
-        return [self._moved(np.from_dlpack(tensor)) for tensor in mapped]
+        return [self._moved(tvm_vulkan.in_words(np.from_dlpack(tensor))) for tensor in mapped]
 
     def _machine(self, module: Any) -> Any:
         return virtual_machine(module, self._device)
