@@ -88,6 +88,7 @@ def tvm_runner(device: str, profile: str) -> Runner:
     from portlm.compile.tvm_build import compile_graph, make_graph, need_linker
     from portlm.compile.tvm_library import LOWERINGS
     from portlm.tvm_support import LIBRARY, Weight, import_tvm, place, virtual_machine
+    from portlm.tvm_vulkan import in_words
 
     tvm = import_tvm()
     where = place(device)
@@ -109,7 +110,7 @@ def tvm_runner(device: str, profile: str) -> Runner:
         for matrix in graph.packed:
             values += packed_tensors(matrix, arrays)
         values += [in_panels(widened(arrays[wide.weight.name]), wide.turned) for wide in graph.panels]
-        tensors = [tensor_of(value if device == "cpu" else tvm_vulkan.in_words(value)) for value in values]
+        tensors = [tensor_of(value if device == "cpu" else in_words(value)) for value in values]
         executable = compile_graph(graph, lowering)
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))

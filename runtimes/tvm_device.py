@@ -14,6 +14,7 @@ from portlm.engine import Advance, Array, Ids, OpenRequest, State
 from portlm.roles import StateSpec
 from portlm.runtimes.tvm import TvmEngine, map_weights
 from portlm.tvm_support import Signature, import_tvm, place, virtual_machine
+from portlm.tvm_vulkan import in_words
 
 
 class DeviceEngine(TvmEngine):
@@ -40,7 +41,7 @@ class DeviceEngine(TvmEngine):
 
     def _weights(self, path: Path, signature: Signature) -> list[Any]:
         mapped = map_weights(path, signature.weights, signature.packed, signature.panels)
-        return [self._moved(tvm_vulkan.in_words(np.from_dlpack(tensor))) for tensor in mapped]
+        return [self._moved(in_words(np.from_dlpack(tensor))) for tensor in mapped]
 
     def _machine(self, module: Any) -> Any:
         return virtual_machine(module, self._device)
