@@ -14,7 +14,8 @@ LOWERINGS = {
         tvm_fused.LOWERING,
         tvm_vulkan.PORTABLE,
         tvm_vulkan.FUSED,
-        tvm_opencl.LOWERING,
+        tvm_opencl.PORTABLE,
+        tvm_opencl.FUSED,
     )
 }
 
@@ -27,7 +28,7 @@ def compile_library(
     Args:
         folder: the artifact.
         device: "cpu", "vulkan" or "opencl".
-        profile: "portable" or, except on OpenCL, "fused".
+        profile: "portable" or "fused".
         role: whose graph it is.
         note: called with the name of each pass and the module after it.
     """

@@ -4,6 +4,7 @@ TVM's wheel generates OpenCL C for the target "opencl". Once connected, every mo
 portlm's or not: ``import tvm`` connects by itself where portlm is installed (entry point ``tvm.backends``).
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -86,7 +87,12 @@ def loader() -> str:
         except OSError:
             if not inside:
                 raise EngineUnavailableError(f"tvm:opencl: there is no {LOADER}: {HOW_TO_GET_ONE}") from None
+    assert folder is not None
     os.environ["PYOPENCL_HOME"] = str(folder)  # which it reads without a look whether it is set
+    for vendor in (folder / ".libs").glob("*.icd"):
+        # It names its library without a folder, and is found only if that is loaded already.
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(folder / ".libs" / vendor.read_text().strip()))
     return str(inside[0])
 
 

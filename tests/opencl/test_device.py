@@ -205,6 +205,9 @@ def test_the_loader_inside_pyopencl_is_taken_where_no_driver_is_installed(monkey
     package = tmp_path / "pyopencl"
     (package / ".libs").mkdir(parents=True)
     (package / ".libs" / "libOpenCL-1234.so.1.0.0").touch()
+    (package / ".libs" / "pocl.icd").write_text("libpocl-1234.so\n")
+    opened = []
+    monkeypatch.setattr(tvm_opencl.ctypes, "CDLL", opened.append)
     spec = type("Spec", (), {"origin": str(package / "__init__.py")})
     monkeypatch.setattr(tvm_opencl.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(tvm_opencl, "DRIVERS", tmp_path)
@@ -212,6 +215,6 @@ def test_the_loader_inside_pyopencl_is_taken_where_no_driver_is_installed(monkey
         monkeypatch.delenv(name, raising=False)
     assert Path(tvm_opencl.loader()) == package / ".libs" / "libOpenCL-1234.so.1.0.0"
     assert os.environ["PYOPENCL_HOME"] == str(package)
+    assert opened == [str(package / ".libs" / "libpocl-1234.so")]
     (tmp_path / "vendor.icd").touch()
-    monkeypatch.setattr(tvm_opencl.ctypes, "CDLL", lambda name: None)
     assert tvm_opencl.loader() == tvm_opencl.LOADER
