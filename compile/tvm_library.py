@@ -14,8 +14,7 @@ LOWERINGS = {
         tvm_fused.LOWERING,
         tvm_vulkan.PORTABLE,
         tvm_vulkan.FUSED,
-        tvm_opencl.PORTABLE,
-        tvm_opencl.FUSED,
+        tvm_opencl.LOWERING,
     )
 }
 
@@ -28,7 +27,7 @@ def compile_library(
     Args:
         folder: the artifact.
         device: "cpu", "vulkan" or "opencl".
-        profile: "portable" or "fused".
+        profile: "portable" or, except on OpenCL, "fused".
         role: whose graph it is.
         note: called with the name of each pass and the module after it.
     """

@@ -1,4 +1,4 @@
-"""Graphs on OpenCL, in OpenCL C: the portable one by TVM's importer and schedules, the fused one in portlm's kernels.
+"""The portable graph on OpenCL: TVM's importer, its schedules for GPUs, and its kernels in OpenCL C.
 
 OpenCL has the types of the graph, whole numbers of 64 bits and bytes among them, so nothing is cast as for Vulkan. What
 the importer does for negative indices, which no graph of portlm has, is left out here, too.
@@ -6,7 +6,6 @@ the importer does for negative indices, which no graph of portlm has, is left ou
 
 from portlm import tvm_opencl
 from portlm.compile.tvm_build import Graph, Lowering
-from portlm.compile.tvm_gpu_fused import in_panels, lower
 from portlm.compile.tvm_portable import bound_gathers, import_graph
 from portlm.compile.tvm_vulkan import trust_indices
 from portlm.compile.tvm_vulkan_schedule import gpu_passes
@@ -17,14 +16,14 @@ def unquantized(graph: Graph) -> Graph:
     """The graph as it is.
 
     Raises:
-        FormatError: it has quantized weights, which only kernels of the fused profile read.
+        FormatError: it has quantized weights, which only portlm's own kernels read.
     """
     if graph.packed:
-        raise FormatError("tvm:opencl has no portable form for quantized weights: compile --profile fused")
+        raise FormatError("tvm:opencl has no form for quantized weights yet: export without --quantize")
     return graph
 
 
-PORTABLE = Lowering(
+LOWERING = Lowering(
     "portable",
     [
         ("Unquantized", unquantized),
@@ -37,14 +36,4 @@ PORTABLE = Lowering(
     "opencl",
     tvm_opencl.target,
     language="opencl-c",
-)
-FUSED = Lowering(
-    "fused",
-    [("CallKernels", lower)],
-    gpu_passes,
-    "bytecode",
-    "opencl",
-    tvm_opencl.target,
-    in_panels,
-    "opencl-c",
 )

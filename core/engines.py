@@ -88,7 +88,7 @@ ENGINES = {
         distributions=("apache-tvm", "apache-tvm-ffi"),
         device_distributions={"vulkan": ("wgpu",)},
         compilers=dict.fromkeys(
-            itertools.product(("cpu", "vulkan", "opencl"), ("portable", "fused")),
+            (*itertools.product(("cpu", "vulkan"), ("portable", "fused")), ("opencl", "portable")),
             "portlm.compile.tvm_library:compile_library",
         ),
         byte_activations=(("cpu", "fused"),),

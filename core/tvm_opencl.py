@@ -152,7 +152,7 @@ def target(host: Any = None) -> Any:
 
 
 def limits() -> dict[str, int]:
-    """What the device has: threads and shared bytes of a group, bytes of a tensor and of all, half and double or not."""
+    """What it has: threads and shared bytes of a group, bytes of a tensor and of all, half and double or not."""
     return {str(name): int(value) for name, value in _function("limits")().items()}
 
 
