@@ -42,7 +42,9 @@ def test_c_on_threads_gives_the_logits_of_eager_pytorch_in_fewer_kernels_than_op
     assert 0 < fused <= 0.6 * one_by_one
     for logits in found:
         assert np.abs(logits - expected).max() < 1e-4
-    shared = [source.count("#pragma omp parallel for") for source in seen]  # of kernels, and of what holds no loop
+    shared = [
+        source.count("#pragma omp parallel for") for source in seen
+    ]  # of kernels, and of what holds no loop
     assert sum(loops >= 10 for loops in shared) == 2  # each form's kernels; its products alone are more
     assert set(tvm_backends.BACKENDS) == {language for language, _ in backends.RAN.values() if language}
 
