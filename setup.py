@@ -1,8 +1,8 @@
 """Build portlm: map the three source roots to one package, and compile portlm._C with CMake.
 
 The extension links neither PyTorch nor TVM, so an ordinary isolated build needs only CMake, Ninja, pybind11 and two
-packages for their headers, and one wheel serves every version of both. portlm._opencl and portlm._vulkan, beside it, are for
-one version of TVM, which they compare before they say anything.
+packages for their headers, and one wheel serves every version of both. portlm._opencl and portlm._vulkan, beside it,
+are for one version of TVM, which they compare before they say anything.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""portlm's devices for TVM: libraries beside the extension, opened once the versions of what they speak with are known."""
+"""portlm's devices for TVM: libraries beside the extension, opened once versions of what they speak with are known."""
 
 import ctypes
 import importlib.metadata

@@ -1,7 +1,7 @@
 """One model's forward pass in several languages of kernels, beside eager PyTorch: how far off, and how many kernels.
 
 Each answer says what ran it. C, OpenCL C and WGSL are TVM's; WGSL runs on Vulkan by wgpu-native. The fourth is ONNX
-Runtime's WebGPU plugin, whose kernels another compiler brings to Vulkan; what is counted of it are the nodes of its graph.
+Runtime's WebGPU plugin, whose kernels another compiler brings to Vulkan; what is counted of it are its graph's nodes.
 """
 
 import tempfile
@@ -75,9 +75,9 @@ def _compare(artifact: Path, ids: Array, tell: Callable[[str], None]) -> tuple[l
                 found, counts, where = _by_tvm(artifact, language, given)
             else:
                 found, counts, where = _by_ort(artifact, given)
-        except EngineUnavailableError as error:
-            missing[name] = str(error)
-            tell(f"{name} is missing: {error}")
+        except EngineUnavailableError as reason:
+            missing[name] = str(reason)
+            tell(f"{name} is missing: {reason}")
             continue
         error = max(float(np.abs(logits - expected).max()) for logits in found)
         columns.append(Column(name, f"{ran}: {where}" if where else ran, error, *counts))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,7 +56,7 @@ class Backends:
             ids = generator.integers(0, config.vocab_size, (_ROWS, _TOKENS))
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = _saved(config, seed, Path(folder) / "checkpoint")
-                columns, missing = compare(checkpoint, ids, lambda line, name=name: tell(f"{name}, {line}"))
+                columns, missing = compare(checkpoint, ids, partial(_told, tell, name))
             figures["columns"][name] = [msgspec.to_builtins(column) for column in columns]
             figures["missing"] |= missing
         every = [column for columns in figures["columns"].values() for column in columns]
@@ -90,6 +91,10 @@ class Backends:
         for axes in (errors, kernels):
             axes.legend()
         figure.savefig(path, dpi=120)
+
+
+def _told(tell: Callable[[str], None], name: str, line: str) -> None:
+    tell(f"{name}, {line}")
 
 
 def _saved(config: Config, seed: int, folder: Path) -> Path:
