@@ -71,18 +71,19 @@ def answers(divisible):
 
 @pytest.fixture(scope="module")
 def ready(quantized, compile_all, once):
-    """Function: one of CASES -> its artifact, compiled for every engine here on the CPU. Copy it to change it."""
+    """Function: one of CASES -> its artifact, compiled for every engine here. Copy it to change it."""
 
     def artifact(*case):
         def make(folder):
-            compile_all(shutil.copytree(quantized(*case), folder), ["cpu"])
+            compile_all(shutil.copytree(quantized(*case), folder), ["cpu", "vulkan"])
 
         return once("-".join(["ready", *map(str, case)]), make)
 
     return artifact
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=":".join)
+# OpenCL has no form for quantized weights.
+@pytest.mark.parametrize("target", [t for t in TARGETS if t[1] != "opencl"], ids=":".join)
 @pytest.mark.parametrize(("family", "bits", "asymmetric"), CASES)
 def test_every_engine_gives_the_answer_of_the_dequantized_model(
     ready, answers, family, bits, asymmetric, target
@@ -92,9 +93,13 @@ def test_every_engine_gives_the_answer_of_the_dequantized_model(
         session = load(ready(family, bits, asymmetric), *target)
     except EngineUnavailableError as error:
         pytest.skip(str(error))
+    except UsageError as error:
+        if target[:2] != ("tvm", "vulkan") or "holds nothing compiled" not in str(error):
+            raise
+        pytest.skip("tvm:vulkan: the fused profile has no form for this family")
     with session:
         assert session.placement().fallback == ()
-        rounds = kernels is not None and target[2] == "fused" and target[0] != "ort"
+        rounds = kernels is not None and target[1:] == ("cpu", "fused") and target[0] != "ort"
         before = kernels.kernel_calls()["packed_linear"] if kernels else {}
         found = parity.measure(session.engine, answers(family, bits, asymmetric))
         after = kernels.kernel_calls()["packed_linear"] if kernels else {}

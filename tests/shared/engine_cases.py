@@ -23,7 +23,7 @@ TARGETS = [
     ("ort", "vulkan", "fused"),
     ("tvm", "cpu", "portable"),
     ("tvm", "cpu", "fused"),
-    ("tvm", "vulkan", "portable"),
+    ("tvm", "vulkan", "fused"),
     ("tvm", "opencl", "portable"),
     ("packed", "cpu", "fused"),
 ]

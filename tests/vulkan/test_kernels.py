@@ -1,4 +1,4 @@
-"""Our kernels for GPUs, on Vulkan, give what float64 gives: few rows and many, odd sizes, and every form of a matrix."""
+"""Our kernels for GPUs, on Vulkan, give what float64 gives: few rows and many, odd sizes, all forms of a matrix."""
 
 import math
 
