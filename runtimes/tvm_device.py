@@ -29,8 +29,8 @@ class DeviceEngine(TvmEngine):
         return None
 
     def _moved(self, array: Array) -> Any:
-        """A copy on the device."""
-        return import_tvm().runtime.tensor(np.ascontiguousarray(array), self._device)
+        """A copy on the device, of as many axes."""
+        return import_tvm().runtime.tensor(np.asarray(array, order="C"), self._device)
 
     def _argument(self, array: Array) -> Any:
         return self._moved(array)

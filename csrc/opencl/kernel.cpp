@@ -48,8 +48,8 @@ Program Whole::on(Device& device) {
   return program_;
 }
 
-Kernel::Kernel(std::string name, std::string source, std::shared_ptr<Whole> whole)
-    : name_(std::move(name)), source_(std::move(source)), whole_(std::move(whole)) {}
+Kernel::Kernel(std::string name, std::string symbol, std::string source, std::shared_ptr<Whole> whole)
+    : name_(std::move(name)), symbol_(std::move(symbol)), source_(std::move(source)), whole_(std::move(whole)) {}
 
 Kernel::~Kernel() {
   if (id_ != nullptr) cl().ReleaseKernel(id_);
@@ -69,7 +69,7 @@ KernelId Kernel::on(Device& device) {
     program = own_;
   }
   Status status = kDone;
-  KernelId const made = cl().CreateKernel(program, name_.c_str(), &status);
+  KernelId const made = cl().CreateKernel(program, symbol_.c_str(), &status);
   device.check(status, "making the kernel " + name_);
   return id_ = made;
 }

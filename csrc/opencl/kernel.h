@@ -29,8 +29,8 @@ class Whole {
 
 class Kernel {
  public:
-  // `source` is its own part of the whole.
-  Kernel(std::string name, std::string source, std::shared_ptr<Whole> whole);
+  // `source` is its own part of the whole, in which it is called `symbol`.
+  Kernel(std::string name, std::string symbol, std::string source, std::shared_ptr<Whole> whole);
   ~Kernel();
   Kernel(const Kernel&) = delete;
   Kernel& operator=(const Kernel&) = delete;
@@ -42,7 +42,7 @@ class Kernel {
   size_t most_threads(Device& device);
 
  private:
-  std::string name_, source_;
+  std::string name_, symbol_, source_;
   std::shared_ptr<Whole> whole_;
   Program own_ = nullptr;
   KernelId id_ = nullptr;

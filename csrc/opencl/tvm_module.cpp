@@ -68,6 +68,19 @@ std::map<std::string, std::string> parts(const std::string& source) {
   return result;
 }
 
+constexpr size_t kLongName = 64;
+
+// A kernel's name as a driver gets it, in its source, too: PoCL makes files of it, and ends the process where a file
+// may not have so long a name. TVM joins the names of all that it fused.
+std::string shortened(const std::string& name, size_t number, std::string& source) {
+  if (name.size() <= kLongName) return name;
+  const std::string symbol = name.substr(0, kLongName) + "_" + std::to_string(number);
+  const std::string from = "void " + name + "(", to = "void " + symbol + "(";
+  for (size_t at = source.find(from); at != std::string::npos; at = source.find(from, at + to.size()))
+    source.replace(at, from.size(), to);
+  return symbol;
+}
+
 // A place of a number behind a kernel's arguments: groups or threads, along an axis.
 struct Place {
   bool threads;
@@ -81,7 +94,7 @@ struct Entry {
   std::unique_ptr<Kernel> kernel;
 };
 
-Entry entry_of(Signature signature, std::string source, const std::shared_ptr<Whole>& whole) {
+Entry entry_of(Signature signature, std::string symbol, std::string source, const std::shared_ptr<Whole>& whole) {
   Entry entry;
   for (const std::string& tag : signature.tags) {
     const bool groups = tag.rfind("blockIdx.", 0) == 0, threads = tag.rfind("threadIdx.", 0) == 0;
@@ -95,7 +108,7 @@ Entry entry_of(Signature signature, std::string source, const std::shared_ptr<Wh
     if (type.code != kDLOpaqueHandle && (type.lanes != 1 || type.bits > 64))
       TVM_FFI_THROW(ValueError) << "kernel " << signature.name << " takes a number of type "
                                 << ffi::DLDataTypeToString(type) << ", which this device does not hand over";
-  entry.kernel = std::make_unique<Kernel>(signature.name, std::move(source), whole);
+  entry.kernel = std::make_unique<Kernel>(signature.name, std::move(symbol), std::move(source), whole);
   entry.signature = std::move(signature);
   return entry;
 }
@@ -181,14 +194,19 @@ ffi::Module module_of(Signatures signatures, const std::string& format, std::str
   // In one order always: drivers know a program that they compiled before by its text.
   std::map<std::string, std::string> sources = parts(source);
   std::string all;
-  for (const auto& [_, part] : sources) all += part;
+  std::map<std::string, std::string> symbols;
+  for (auto& [key, part] : sources) {
+    symbols.emplace(key, shortened(key, symbols.size(), part));
+    all += part;
+  }
   const auto whole = std::make_shared<Whole>(std::move(all));
   std::unordered_map<std::string, std::shared_ptr<Entry>> entries;
   for (auto& [key, signature] : signatures) {
     const auto part = sources.find(key);
     if (part == sources.end()) TVM_FFI_THROW(ValueError) << "an OpenCL module has no source of its kernel " << key;
     signature.name = key;  // as the function is called in the source
-    entries.emplace(key, std::make_shared<Entry>(entry_of(std::move(signature), std::move(part->second), whole)));
+    Entry entry = entry_of(std::move(signature), symbols.at(key), std::move(part->second), whole);
+    entries.emplace(key, std::make_shared<Entry>(std::move(entry)));
   }
   return ffi::Module(ffi::make_object<OpenClModule>(std::move(entries), std::move(source)));
 }

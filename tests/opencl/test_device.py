@@ -145,6 +145,14 @@ def test_a_launch_of_nothing_is_no_launch_and_one_of_too_many_threads_says_how_m
     module["good"](1, 1)
 
 
+def test_a_kernel_may_have_a_name_that_no_file_could_have():
+    names = ["fused_" + "add_" * 90 + end for end in ("one", "two")]
+    module, before = load(library(**dict.fromkeys(names, "int x = 1;"))), tvm_opencl.launches()
+    for name in names:
+        module[name](1, 1)
+    assert tvm_opencl.launches() == before + 2
+
+
 def test_damaged_bytes_are_refused():
     whole = library(good="int x = 1;")
     for size in range(0, len(whole), 7):
