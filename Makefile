@@ -53,4 +53,4 @@ bench: setup
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(RUN)/python $$file || exit 1; done
 
 clean:
-	rm -rf build demo dist core/_C*.so core/_vulkan*.so core/_C/ *.egg-info
+	rm -rf build demo dist core/_C*.so core/_opencl*.so core/_vulkan*.so core/_C/ *.egg-info

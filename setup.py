@@ -1,8 +1,8 @@
 """Build portlm: map the three source roots to one package, and compile portlm._C with CMake.
 
 The extension links neither PyTorch nor TVM, so an ordinary isolated build needs only CMake, Ninja, pybind11 and two
-packages for their headers, and one wheel serves every version of both. portlm._vulkan, beside it, is for one version of
-TVM, which it compares before it says anything.
+packages for their headers, and one wheel serves every version of both. portlm._opencl and portlm._vulkan, beside it,
+are for one version of TVM, which they compare before they say anything.
 """
 
 import importlib.metadata
@@ -53,7 +53,7 @@ class CMakeBuild(build_ext):
             f"-DPORTLM_OUTPUT_DIRECTORY={target.parent}",
             f"-DPORTLM_EXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-Dpybind11_DIR={_copied('pybind11') / 'share/cmake/pybind11'}",
-            *_vulkan_headers(),
+            *_device_headers(),
             *os.environ.get("PORTLM_CMAKE_ARGS", "").split(),
         ]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,13 +84,12 @@ def _copied(name: str, part: str = ".") -> Path:
     return copy
 
 
-def _vulkan_headers() -> list[str]:
-    """Tell CMake where the headers of the Vulkan device are, if they are installed."""
-    if not all(importlib.util.find_spec(name) for name in ("tvm_ffi", "wgpu")):
-        return []
+def _device_headers() -> list[str]:
+    """Tell CMake where the headers are that the devices for TVM need, those that are installed."""
     return [
-        f"-DPORTLM_TVM_FFI_INCLUDE={_copied('tvm_ffi', 'include')}",
-        f"-DPORTLM_WGPU_INCLUDE={_copied('wgpu', 'resources')}",
+        f"-DPORTLM_{name.upper()}_INCLUDE={_copied(name, part)}"
+        for name, part in {"tvm_ffi": "include", "wgpu": "resources"}.items()
+        if importlib.util.find_spec(name)
     ]
 
 

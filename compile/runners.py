@@ -85,14 +85,15 @@ def tvm_runner(device: str, profile: str) -> Runner:
     Compiled, linked and loaded like the libraries of an artifact. For the fused profile portlm's kernels must be
     registered in this process, which opening the engine does.
     """
-    from portlm import tvm_cuda, tvm_vulkan
+    from portlm import tvm_cuda
     from portlm.compile.tvm_build import compile_graph, make_graph, need_linker
     from portlm.compile.tvm_library import LOWERINGS
-    from portlm.tvm_support import LIBRARY, Weight, import_tvm, virtual_machine
+    from portlm.tvm_support import LIBRARY, Weight, import_tvm, place, virtual_machine
+    from portlm.tvm_vulkan import in_words
 
     tvm = import_tvm()
-    place = {"cuda": tvm_cuda.device, "vulkan": tvm_vulkan.device}.get(device, tvm.cpu)()
-    tensor_of = partial(tvm.runtime.tensor, device=place)
+    where = place(device)
+    tensor_of = partial(tvm.runtime.tensor, device=where)
     need_linker()
     opened: dict[tuple[str, ...], Callable[..., Any]] = {}
 
@@ -110,13 +111,13 @@ def tvm_runner(device: str, profile: str) -> Runner:
         for matrix in graph.packed:
             values += packed_tensors(matrix, arrays)
         values += [in_panels(widened(arrays[wide.weight.name]), wide.turned) for wide in graph.panels]
-        tensors = [tensor_of(value if device == "cpu" else tvm_vulkan.in_words(value)) for value in values]
+        tensors = [tensor_of(value if device == "cpu" else in_words(value)) for value in values]
         executable = compile_graph(graph, lowering)
         with private_scratch() as scratch:
             executable.export_library(str(scratch / LIBRARY), workspace_dir=str(scratch))
             code = lowering.kernels(executable, scratch)
             with tvm_cuda.lend(code.source, next(iter(code.files.values()), b"")):
-                machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)), place)
+                machine = virtual_machine(tvm.runtime.load_module(str(scratch / LIBRARY)), where)
         return lambda *inputs: machine["main"](*inputs, *tensors)
 
     def run(

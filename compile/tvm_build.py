@@ -175,11 +175,12 @@ class Lowering(NamedTuple):
         relax: function from a target to TVM's passes over that module.
         exec_mode: "bytecode" for the sequence of calls, or "compiled" for native code, which is worth it where nothing
             but kernels is called.
-        device: "cpu", "cuda" or "vulkan".
+        device: "cpu", "cuda", "vulkan" or "opencl".
         target: function from the target of this processor to that of the kernels.
         weights: function from a graph to the same with its matrices in the form in which the library takes them.
         around: what code is generated within.
         kernels: function from an executable and a folder for temporary files to what lies beside its library.
+        language: that the kernels are in, "" for this processor's own.
     """
 
     profile: str
@@ -191,6 +192,7 @@ class Lowering(NamedTuple):
     weights: Callable[[Graph], Graph] = lambda graph: graph
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     kernels: Callable[[Any, Path], Kernels] = lambda executable, folder: Kernels()
+    language: str = ""
 
 
 def compile_graph(graph: Graph, lowering: Lowering, note: Note = ignore) -> Any:
@@ -273,7 +275,7 @@ def build_library(artifact: Path, lowering: Lowering, role: str = "decoder", not
     contents |= {f"{folder}/{name}": data for name, data in kernels.files.items()}
     quantized = any(matrix.scale is not None for matrix in graph.packed)
     rounds = quantized and (lowering.device, lowering.profile) in ENGINES["tvm"].byte_activations
-    languages = ("wgsl",) if lowering.device == "vulkan" else kernels.architectures
+    languages = (lowering.language,) if lowering.language else kernels.architectures
     target, versions = target_at(" ".join((*languages, "llvm", processor)), rounds), dict(VERSIONS)
     entry = CompiledEntry(
         "tvm", lowering.device, lowering.profile, target, tuple(contents), versions, role=role

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from portlm.artifact import Compiled
-from portlm.compile import tvm_cuda, tvm_fused, tvm_portable, tvm_vulkan
+from portlm.compile import tvm_cuda, tvm_fused, tvm_opencl, tvm_portable, tvm_vulkan
 from portlm.compile.passes import Note, ignore
 from portlm.compile.tvm_build import build_library
 
@@ -16,6 +16,7 @@ LOWERINGS = {
         tvm_vulkan.FUSED,
         tvm_cuda.PORTABLE,
         tvm_cuda.FUSED,
+        tvm_opencl.LOWERING,
     )
 }
 
@@ -27,8 +28,8 @@ def compile_library(
 
     Args:
         folder: the artifact.
-        device: "cpu", "cuda" or "vulkan".
-        profile: "portable" or "fused".
+        device: "cpu", "cuda", "vulkan" or "opencl".
+        profile: "portable" or, except on OpenCL, "fused".
         role: whose graph it is.
         note: called with the name of each pass and the module after it.
     """

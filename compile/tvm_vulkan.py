@@ -126,6 +126,7 @@ PORTABLE = Lowering(
     "bytecode",
     "vulkan",
     tvm_vulkan.target,
+    language="wgsl",
 )
 FUSED = Lowering(
     "fused",
@@ -135,4 +136,5 @@ FUSED = Lowering(
     "vulkan",
     tvm_vulkan.target,
     in_panels,
+    "wgsl",
 )

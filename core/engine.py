@@ -124,7 +124,7 @@ class Engine(Protocol):
 
     Attributes:
         name: "torch", "ort", "tvm", "packed" or "null".
-        device: "cpu", "cuda" or "vulkan".
+        device: "cpu", "cuda", "vulkan" or "opencl".
         profile: "portable", "fused" or "native" (no exported graph).
         precision: of the arithmetic, "fp32", or one of portlm.quantization.
         vocab_size: V, the number of token ids.

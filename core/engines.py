@@ -80,7 +80,7 @@ ENGINES = {
     ),
     "tvm": EngineEntry(
         target="portlm.runtimes.tvm:TvmEngine",
-        devices=("cpu", "cuda", "vulkan"),
+        devices=("cpu", "cuda", "vulkan", "opencl"),
         package="tvm",
         extra="tvm",
         probe="portlm.runtimes.probe:tvm",
@@ -88,7 +88,7 @@ ENGINES = {
         distributions=("apache-tvm", "apache-tvm-ffi"),
         device_distributions={"vulkan": ("wgpu",), "cuda": ("nvidia-cuda-runtime",)},
         compilers=dict.fromkeys(
-            itertools.product(("cpu", "cuda", "vulkan"), ("portable", "fused")),
+            (*itertools.product(("cpu", "cuda", "vulkan"), ("portable", "fused")), ("opencl", "portable")),
             "portlm.compile.tvm_library:compile_library",
         ),
         byte_activations=(("cpu", "fused"),),
@@ -113,7 +113,7 @@ ENGINES = {
         probe="portlm.runtimes.probe:null",
     ),
 }
-DEVICES = ("cpu", "cuda", "vulkan")
+DEVICES = ("cpu", "cuda", "vulkan", "opencl")
 
 
 def resolve(place: str) -> Any:

@@ -283,6 +283,17 @@ def device() -> Any:
     return found
 
 
+def described() -> str:
+    """Open the device, and say what it is.
+
+    Raises:
+        EngineUnavailableError: there is none; the message says why.
+    """
+    device()
+    first = devices()[0]
+    return f"{first.name} ({first.architecture}), driver for CUDA {driver_version()}"
+
+
 def release() -> None:
     """Give memory back to the driver that TVM's pool keeps and nobody uses; the device must be connected."""
     import tvm_ffi

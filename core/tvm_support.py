@@ -4,6 +4,7 @@ A library compiled by TVM says neither which inputs it takes in which order nor 
 beside it does: a JSON file whose weights point into the weight file of the ONNX graphs, so nothing is stored twice.
 """
 
+import importlib
 import importlib.metadata
 import json
 import math
@@ -74,6 +75,24 @@ def import_tvm() -> ModuleType:
         raise EngineUnavailableError(f"tvm: apache-tvm does not load here: {error}") from error
     module: ModuleType = tvm
     return module
+
+
+DEVICES = {"cuda": "portlm.tvm_cuda", "vulkan": "portlm.tvm_vulkan", "opencl": "portlm.tvm_opencl"}
+"""Devices other than the CPU, each with the module that knows it: device(), target(), described()."""
+
+
+def device_module(device: str) -> Any:
+    """Import the module of one of DEVICES."""
+    return importlib.import_module(DEVICES[device])
+
+
+def place(device: str) -> Any:
+    """Return TVM's device for "cpu" or one of DEVICES, which is connected.
+
+    Raises:
+        EngineUnavailableError: there is none; the message says why.
+    """
+    return device_module(device).device() if device in DEVICES else import_tvm().cpu()
 
 
 def virtual_machine(module: Any, device: Any = None, memory: str = "naive") -> Any:

@@ -6,16 +6,14 @@ installed (entry point ``tvm.backends``). Compiled for :func:`target`, a module 
 no 64 bits, so its kernels compute with 32, and the device converts what comes in and goes out, and looks at its range.
 """
 
-import ctypes
-import importlib.metadata
 import importlib.util
-import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from portlm.errors import EngineUnavailableError
+from portlm.tvm_plugin import open_plugin, version
 from portlm.tvm_support import VERSIONS, import_tvm
 
 WGPU_VERSION = "0.32.0"  # whose header the device was compiled with
@@ -52,7 +50,7 @@ def connect() -> None:
         return
     import_tvm()
     if not _opened:
-        _open(Path(__file__).parent)
+        _open()
     _narrow_kernels()
     _connected = True
 
@@ -60,22 +58,17 @@ def connect() -> None:
 def register() -> None:
     """Tell TVM of the device if everything is there, and say nothing if not; called by ``import tvm`` itself."""
     for package, wanted in (*VERSIONS.items(), ("wgpu", WGPU_VERSION)):
-        if _version(package) != wanted:
+        if version(package) != wanted:
             return
     try:
-        _open(Path(__file__).parent)
+        _open()
     except EngineUnavailableError:
         return  # whoever uses the device is told
 
 
-def _open(folder: Path) -> None:
+def _open() -> None:
     global _opened
-    library = folder / f"_vulkan{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        raise EngineUnavailableError(
-            "tvm:vulkan: portlm was built without its Vulkan device: reinstall portlm"
-        )
-    found = _version("wgpu")
+    found = version("wgpu")
     if found is None:
         raise EngineUnavailableError("tvm:vulkan: wgpu is not installed, try pip install portlm[vulkan]")
     if found != WGPU_VERSION:
@@ -85,19 +78,7 @@ def _open(folder: Path) -> None:
     spec = importlib.util.find_spec("wgpu")  # not imported: it would look for a window system
     assert spec is not None
     assert spec.origin is not None
-    native = Path(spec.origin).parent / "resources" / "libwgpu_native-release.so"
-    from tvm_ffi import libinfo
-
-    # The device's own symbols are found in TVM-FFI's library, which must be visible to whatever is loaded later.
-    ctypes.CDLL(libinfo.find_libtvm_ffi(), ctypes.RTLD_GLOBAL)
-    try:
-        opened = ctypes.CDLL(str(library)).portlm_vulkan_open
-    except (OSError, AttributeError) as error:
-        raise EngineUnavailableError(f"tvm:vulkan: portlm's Vulkan device does not load: {error}") from error
-    opened.restype, opened.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
-    problem = opened(str(native).encode())
-    if problem is not None:
-        raise EngineUnavailableError(f"tvm:vulkan: {problem.decode(errors='replace')}")
+    open_plugin("vulkan", str(Path(spec.origin).parent / "resources" / "libwgpu_native-release.so"))
     _opened = True
 
 
@@ -116,6 +97,20 @@ def device() -> Any:
     if not devices():
         raise EngineUnavailableError("tvm:vulkan: no Vulkan device, try apt-get install mesa-vulkan-drivers")
     return import_tvm().runtime.device("webgpu", 0)
+
+
+def described() -> str:
+    """Open the device, and say what it is.
+
+    Raises:
+        EngineUnavailableError: there is none; the message says why.
+    """
+    name = str(device().device_name)
+    driver = next((each for each in devices() if each.name == name), None)
+    if driver is None:
+        return name
+    software = " (software, for correctness only)" if driver.kind == SOFTWARE else ""
+    return f"{name}, {driver.driver}{software}"
 
 
 def target(host: Any = None) -> Any:
@@ -173,10 +168,3 @@ def _function(name: str) -> Any:
     import tvm_ffi
 
     return tvm_ffi.get_global_func(f"portlm.vulkan.{name}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

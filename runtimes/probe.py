@@ -38,7 +38,7 @@ class Row(TypedDict):
 
     Attributes:
         engine: as in ENGINES.
-        device: "cpu", "cuda" or "vulkan".
+        device: "cpu", "cuda", "vulkan" or "opencl".
         available: whether it can be used now.
         reason: why not; "" if it is available.
         command: what would add it; "" if nothing that can be typed would.

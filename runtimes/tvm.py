@@ -41,10 +41,12 @@ from portlm.runtimes.tvm_weights import aligned, map_weights, tensor_of
 from portlm.threads import StepThreads
 from portlm.trust import Build, is_trusted, private_scratch, was_recorded_alone
 from portlm.tvm_support import (
+    DEVICES,
     LIBRARY,
     SIGNATURE,
     Signature,
     cubin_name,
+    device_module,
     import_tvm,
     processor_of,
     virtual_machine,
@@ -52,8 +54,9 @@ from portlm.tvm_support import (
 
 MAX_CODE_BYTES = 1 << 30  # of kernels beside a library
 
-_ELSEWHERE = {
-    "cuda": "portlm.runtimes.tvm_cuda:CudaEngine", "vulkan": "portlm.runtimes.tvm_vulkan:VulkanEngine",
+_ENGINES = {
+    "cuda": "portlm.runtimes.tvm_cuda:CudaEngine", "opencl": "portlm.runtimes.tvm_device:DeviceEngine",
+    "vulkan": "portlm.runtimes.tvm_device:DeviceEngine",
 }  # fmt: skip
 _connected, _make_array = False, None
 
@@ -110,10 +113,8 @@ def try_device(device: str) -> str:
     Raises:
         EngineUnavailableError: it cannot be used; the message says why.
     """
-    if device != "cpu":
-        place = "portlm.runtimes.tvm_cuda" if device == "cuda" else "portlm.runtimes.tvm_vulkan"
-        said: str = resolve(f"{place}:described")()
-        return said
+    if device in DEVICES:
+        return str(device_module(device).described())
     connect_kernels()
     return ""
 
@@ -171,12 +172,13 @@ class TvmEngine(ArrayEngine):
             FormatError: a file is missing or altered, or the library was not compiled on this machine.
         """
         import_tvm()
-        if request.device not in _ELSEWHERE and request.device != "cpu":
-            raise EngineUnavailableError(f"tvm: no device {request.device} here, choose cpu, cuda or vulkan")
+        if request.device != "cpu" and request.device not in DEVICES:
+            known = " or ".join(("cpu", *DEVICES))
+            raise EngineUnavailableError(f"tvm: no device {request.device} here, choose {known}")
         if request.manifest is None:
             raise UsageError(f"tvm runs exported models: run portlm export {request.folder} first")
         profile, libraries = _choose(request, request.manifest)
-        place = _ELSEWHERE.get(request.device)
+        place = _ENGINES.get(request.device)
         kind: type[Any] = cls if place is None else resolve(place)
         engine: Self = kind(request, request.manifest, libraries, profile)
         if len(libraries) == 1:

@@ -11,21 +11,10 @@ from portlm import tvm_cuda
 from portlm.artifact import Manifest
 from portlm.engine import Array, OpenRequest
 from portlm.errors import EngineUnavailableError
-from portlm.runtimes.tvm_vulkan import DeviceEngine
+from portlm.runtimes.tvm_device import DeviceEngine
 from portlm.tvm_support import Signature, cubin_name, virtual_machine
 
 SHARE = 8  # of the memory is what blocks that nobody uses may take
-
-
-def described() -> str:
-    """Open the device, and say what it is.
-
-    Raises:
-        EngineUnavailableError: there is none; the message says why.
-    """
-    tvm_cuda.device()
-    first = tvm_cuda.devices()[0]
-    return f"{first.name} ({first.architecture}), driver for CUDA {tvm_cuda.driver_version()}"
 
 
 def lent(signature: Signature, codes: Mapping[str, bytes], command: str) -> AbstractContextManager[None]:
@@ -63,9 +52,6 @@ class CudaEngine(DeviceEngine):
             0,
             tvm_cuda.devices()[0].memory // SHARE,
         )  # bytes of states since, and at most
-
-    def _find(self) -> Any:
-        return tvm_cuda.device()
 
     def _machine(self, module: Any) -> Any:
         return virtual_machine(module, self._device, "pooled")

@@ -20,7 +20,7 @@ def engine_options(what: str, default: str) -> Callable[[Callable[..., Any]], Ca
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
             click.option("--profile", "-p", help=f"{what} this profile: portable, fused or native."),
-            click.option("--device", "-d", help=f"{on} this device: cpu, cuda or vulkan."),
+            click.option("--device", "-d", help=f"{on} this device: cpu, cuda, vulkan or opencl."),
             click.option(
                 "--engine", "-e", "engines", multiple=True, metavar="ENGINE[:DEVICE[:PROFILE]]",
                 help=f"{what} this; repeat for several (default: {default}).",

@@ -58,8 +58,8 @@ def load(
         engine: "torch", "ort", "tvm", "packed", "null", or "auto": packed if the folder holds what was compiled for it,
             else the first of ort, tvm and torch that is installed and for which the folder holds what it needs; torch
             if there is a CUDA device that it can use.
-        device: "cpu", "cuda", "vulkan", or "auto": cuda for torch where there is one, otherwise cpu. Vulkan is
-            never chosen by itself.
+        device: "cpu", "cuda", "vulkan", "opencl", or "auto": cuda for torch where there is one, otherwise cpu.
+            Vulkan and OpenCL are never chosen by themselves.
         profile: "portable", "fused", "native", or "auto": the fastest that the folder holds for engine and device, or
             that can be compiled here.
         allow_fallback: let nodes that the device cannot run go to the CPU, instead of refusing.
@@ -207,6 +207,8 @@ def _choose(folder: Path, manifest: Manifest | None, device: str, profile: str) 
         return "torch", "cuda"  # which says what is missing
     if device == "vulkan":
         return "ort", "vulkan"
+    if device == "opencl":
+        return "tvm", "opencl"
     if manifest is not None and profile in ("auto", "fused") and _packed_runs(folder, manifest):
         return "packed", "cpu"
     candidates = []

@@ -11,6 +11,8 @@ namespace portlm::vulkan {
 
 namespace {
 
+using namespace tvm_device;
+
 std::string& chosen() {
   static auto* const name = new std::string;
   return *name;
@@ -19,15 +21,6 @@ std::string& chosen() {
 std::unique_ptr<Device>& made() {
   static auto* const device = new std::unique_ptr<Device>;
   return *device;
-}
-
-// Kinds of GetAttr, by TVM's numbers.
-enum Attribute : int { kExists = 0, kThreads = 1, kWarp = 2, kShared = 3, kName = 5 };
-
-size_t bytes_of(const DLTensor& tensor) {
-  size_t count = 1;
-  for (int32_t i = 0; i < tensor.ndim; ++i) count *= static_cast<size_t>(tensor.shape[i]);
-  return (count * tensor.dtype.bits * tensor.dtype.lanes + 7) / 8;
 }
 
 bool is_int64(DLDataType type) { return (type.code == kDLInt || type.code == kDLUInt) && type.bits == 64; }
@@ -57,7 +50,7 @@ auto guarded(Action action) {
   TVM_FFI_UNREACHABLE();
 }
 
-class Table final : public DeviceTable {
+class Table final : public tvm_device::OneQueueTable {
  public:
   void SetDevice(DLDevice device) override {
     if (device.device_id != 0)
@@ -80,56 +73,18 @@ class Table final : public DeviceTable {
     });
   }
 
-  size_t GetDataSize(const DLTensor& tensor, tvm::ffi::Optional<tvm::ffi::String>) override { return bytes_of(tensor); }
-
-  void GetTargetProperty(DLDevice, const std::string&, tvm::ffi::Any*) override {}
-
   void* AllocDataSpace(DLDevice device, size_t bytes, size_t, DLDataType) override {
     SetDevice(device);
     return guarded([&] { return the_device().allocate(bytes); });
-  }
-
-  void* AllocDataSpace(DLDevice device, int ndim, const int64_t* shape, DLDataType type,
-                       tvm::ffi::Optional<tvm::ffi::String> scope) override {
-    if (scope.has_value() && scope.value() != "global")
-      TVM_FFI_THROW(ValueError) << "the device has no memory of scope " << scope.value();
-    DLTensor tensor = {};
-    tensor.ndim = ndim;
-    tensor.shape = const_cast<int64_t*>(shape);
-    tensor.dtype = type;
-    return AllocDataSpace(device, bytes_of(tensor), 0, type);
   }
 
   void FreeDataSpace(DLDevice, void* data) override {
     guarded([&] { the_device().release(static_cast<Buffer*>(data)); });
   }
 
-  void CopyDataFromTo(DLTensor* from, DLTensor* to, void* stream) override {
-    const size_t bytes = bytes_of(*from);
-    if (bytes != bytes_of(*to))
-      TVM_FFI_THROW(ValueError) << "cannot copy " << bytes << " bytes into a tensor of " << bytes_of(*to);
-    if (from->strides != nullptr || to->strides != nullptr) {
-      for (const DLTensor* each : {from, to})
-        if (!contiguous(*each)) TVM_FFI_THROW(ValueError) << "only contiguous tensors can be copied";
-    }
-    CopyDataFromTo(from->data, from->byte_offset, to->data, to->byte_offset, bytes, from->device, to->device,
-                   from->dtype, stream);
-  }
-
-  void* CreateStream(DLDevice) override { return nullptr; }
-  void FreeStream(DLDevice, void*) override {}
-  void SetStream(DLDevice, void*) override {}
-  void* GetCurrentStream(DLDevice) override { return nullptr; }
-  void SyncStreamFromTo(DLDevice, void*, void*) override {}  // there is one queue, which keeps its order
   void StreamSync(DLDevice, void*) override {
     guarded([] { the_device().wait(); });
   }
-
-  void* AllocWorkspace(DLDevice device, size_t bytes, DLDataType type) override {
-    return AllocDataSpace(device, bytes, 0, type);
-  }
-  void FreeWorkspace(DLDevice device, void* data) override { FreeDataSpace(device, data); }
-  bool SupportsDevicePointerArithmeticsOnHost() override { return false; }
 
  protected:
   void CopyDataFromTo(const void* from, size_t from_offset, void* to, size_t to_offset, size_t bytes,
@@ -174,16 +129,6 @@ class Table final : public DeviceTable {
       return false;
     }
   }
-
-  static bool contiguous(const DLTensor& tensor) {
-    if (tensor.strides == nullptr) return true;
-    int64_t expected = 1;
-    for (int32_t i = tensor.ndim - 1; i >= 0; --i) {
-      if (tensor.shape[i] != 1 && tensor.strides[i] != expected) return false;
-      expected *= tensor.shape[i];
-    }
-    return true;
-  }
 };
 
 }  // namespace
@@ -203,7 +148,7 @@ bool choose_device(const std::string& name) {
   return true;
 }
 
-DeviceTable* device_table() {
+tvm_device::DeviceTable* device_table() {
   static auto* const table = new Table;
   return table;
 }

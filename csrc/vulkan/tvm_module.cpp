@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "tvm_device/signature.h"
 #include "vulkan/kernel.h"
 #include "vulkan/tvm_device.h"
 
@@ -21,70 +22,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-// How a kernel is called, as TVM's compiler says it.
-struct Signature {
-  std::string name;
-  std::vector<DLDataType> types;
-  std::vector<std::string> tags;
-  std::vector<int32_t> extra;
-};
-
-// The object in which the compiler hands a signature over: its fields, in their order (tvm/src/runtime/metadata.h).
-class SignatureObject : public ffi::Object {
- public:
-  ffi::String name;
-  ffi::Array<DLDataType> types;
-  ffi::Array<ffi::String> tags;
-  ffi::Array<int> extra;
-  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("runtime.FunctionInfo", SignatureObject, ffi::Object);
-};
-
-// Bytes as TVM writes them: little endian, lengths and counts in 64 bits.
-class Writer {
- public:
-  void number(uint64_t value, size_t bytes = 8) { text_.append(reinterpret_cast<const char*>(&value), bytes); }
-  void text(const std::string& value) {
-    number(value.size());
-    text_ += value;
-  }
-  std::string take() { return std::move(text_); }
-
- private:
-  std::string text_;
-};
-
-class Reader {
- public:
-  Reader(const char* data, size_t size) : data_(data), left_(size) {}
-
-  uint64_t number(size_t bytes = 8) {
-    uint64_t value = 0;
-    std::memcpy(&value, take(bytes), bytes);
-    return value;
-  }
-  // How many follow, each of at least so many bytes: a wrong count cannot ask for memory.
-  size_t count(size_t least) {
-    const uint64_t value = number();
-    if (value > left_ / least) TVM_FFI_THROW(ValueError) << "a WGSL module counts " << value << " parts it has not";
-    return value;
-  }
-  std::string text() {
-    const size_t size = count(1);
-    return std::string(take(size), size);
-  }
-
- private:
-  const char* take(size_t bytes) {
-    if (bytes > left_) TVM_FFI_THROW(ValueError) << "a WGSL module ends too soon";
-    const char* const here = data_;
-    data_ += bytes;
-    left_ -= bytes;
-    return here;
-  }
-
-  const char* data_;
-  size_t left_;
-};
+using namespace tvm_device;
 
 constexpr char kWrites[] = "paramWriteAccess:[";
 
@@ -205,20 +143,7 @@ class WgslModule : public ffi::ModuleObj {
   ffi::Bytes SaveToBytes() const final {
     Writer writer;
     writer.number(entries_.size());
-    for (const auto& [key, entry] : entries_) {
-      writer.text(key);
-      writer.text(entry->signature.name);
-      writer.number(entry->signature.types.size());
-      for (const DLDataType& type : entry->signature.types) {
-        writer.number(type.code, 1);
-        writer.number(type.bits, 1);
-        writer.number(type.lanes, 2);
-      }
-      writer.number(entry->signature.tags.size());
-      for (const std::string& tag : entry->signature.tags) writer.text(tag);
-      writer.number(entry->signature.extra.size());
-      for (const int32_t tag : entry->signature.extra) writer.number(static_cast<uint32_t>(tag), 4);
-    }
+    for (const auto& [key, entry] : entries_) writer.signature(key, entry->signature);
     writer.number(entries_.size());
     for (const auto& [key, entry] : entries_) {
       writer.text(key);
@@ -231,8 +156,7 @@ class WgslModule : public ffi::ModuleObj {
   std::unordered_map<std::string, std::shared_ptr<Entry>> entries_;
 };
 
-ffi::Module module_of(std::unordered_map<std::string, Signature> signatures,
-                      std::unordered_map<std::string, std::string> sources) {
+ffi::Module module_of(Signatures signatures, std::unordered_map<std::string, std::string> sources) {
   std::unordered_map<std::string, std::shared_ptr<Entry>> entries;
   for (auto& [key, signature] : signatures) {
     const auto source = sources.find(key);
@@ -245,19 +169,8 @@ ffi::Module module_of(std::unordered_map<std::string, Signature> signatures,
 
 ffi::Module load(const ffi::Bytes& bytes) {
   Reader reader(bytes.data(), bytes.size());
-  std::unordered_map<std::string, Signature> signatures;
+  Signatures signatures = reader.signatures();
   std::unordered_map<std::string, std::string> sources;
-  for (size_t i = reader.count(40); i > 0; --i) {
-    std::string key = reader.text();
-    Signature signature{reader.text(), {}, {}, {}};
-    for (size_t n = reader.count(4); n > 0; --n) {
-      const auto code = static_cast<uint8_t>(reader.number(1)), bits = static_cast<uint8_t>(reader.number(1));
-      signature.types.push_back({code, bits, static_cast<uint16_t>(reader.number(2))});
-    }
-    for (size_t n = reader.count(8); n > 0; --n) signature.tags.push_back(reader.text());
-    for (size_t n = reader.count(4); n > 0; --n) signature.extra.push_back(static_cast<int32_t>(reader.number(4)));
-    signatures.emplace(std::move(key), std::move(signature));
-  }
   for (size_t i = reader.count(16); i > 0; --i) {
     std::string key = reader.text();
     sources.emplace(std::move(key), reader.text());
@@ -268,18 +181,9 @@ ffi::Module load(const ffi::Bytes& bytes) {
 ffi::Module create(const ffi::Map<ffi::String, ffi::Bytes>& sources, const ffi::String& format,
                    const ffi::Map<ffi::String, ffi::ObjectRef>& signatures, const ffi::Map<ffi::String, ffi::String>&) {
   if (format != "wgsl") TVM_FFI_THROW(ValueError) << "kernels in " << format << " are not WGSL";
-  std::unordered_map<std::string, Signature> read;
   std::unordered_map<std::string, std::string> texts;
-  for (const auto& [key, object] : signatures) {
-    const auto* const it = static_cast<const SignatureObject*>(object.get());
-    Signature signature{it->name, {}, {}, {}};
-    for (const DLDataType type : it->types) signature.types.push_back(type);
-    for (const ffi::String& tag : it->tags) signature.tags.push_back(tag);
-    for (const int tag : it->extra) signature.extra.push_back(tag);
-    read.emplace(key, std::move(signature));
-  }
   for (const auto& [key, source] : sources) texts.emplace(key, std::string(source.data(), source.size()));
-  return module_of(std::move(read), std::move(texts));
+  return module_of(signatures_of(signatures), std::move(texts));
 }
 
 }  // namespace

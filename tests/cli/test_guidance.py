@@ -141,7 +141,7 @@ def test_a_choice_of_graphs_for_a_form_without_graphs_is_an_error(portlm, checkp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("target", ["cuda", "ort:tpu", "torch:vulkan", "ort:cpu:best"])
+@pytest.mark.parametrize("target", ["cuda", "ort:tpu", "torch:vulkan", "ort:opencl", "ort:cpu:best"])
 @pytest.mark.parametrize("verb", ["compile", "verify", "bench"])
 def test_an_unknown_target_is_refused_before_anything_runs(verb, target, portlm, artifacts):
     outcome = portlm(verb, artifacts["gpt2"], "-e", target)
@@ -180,6 +180,7 @@ def test_verify_takes_an_engine_in_either_spelling(spelling, portlm, artifacts, 
         (("-e", "ort:cpu", "-d", "vulkan"), "'cpu' and device 'vulkan' are both asked for"),
         (("-d", "tpu"), "there is no device 'tpu': choose one of"),
         (("-e", "torch", "-d", "vulkan"), "torch does not run on 'vulkan': choose"),
+        (("-e", "ort", "-d", "opencl"), "ort does not run on 'opencl': choose"),
         (("-p", "best"), "there is no profile 'best': choose one of"),
     ],
 )

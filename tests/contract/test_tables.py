@@ -25,6 +25,7 @@ TARGETS = [
     ("torch", "cpu", "portable"), ("torch", "cpu", "fused"), ("ort", "cpu", "portable"), ("ort", "cpu", "fused"),
     ("ort", "vulkan", "portable"), ("tvm", "cpu", "portable"), ("tvm", "cpu", "fused"),
     ("tvm", "cuda", "portable"), ("tvm", "cuda", "fused"),
+    ("tvm", "opencl", "portable"),
 ]  # fmt: skip
 ROWS, PLACES, GROUPS = 61, 13, 5
 

@@ -135,10 +135,11 @@ def test_a_missing_package_is_one_sentence_with_the_command(engine, artifacts, m
     ("options", "words"),
     [
         ({"engine": "tensorrt"}, "no engine 'tensorrt': choose one of auto, torch, ort, tvm, packed, null"),
-        ({"device": "tpu"}, "no device 'tpu': choose one of auto, cpu, cuda, vulkan"),
+        ({"device": "tpu"}, "no device 'tpu': choose one of auto, cpu, cuda, vulkan, opencl"),
         ({"profile": "best"}, "no profile 'best': choose one of auto, portable, fused, native"),
         ({"engine": "null", "device": "cuda"}, "null does not run on cuda: choose cpu"),
         ({"engine": "torch", "device": "vulkan"}, "torch does not run on vulkan: choose cpu or cuda"),
+        ({"engine": "ort", "device": "opencl"}, "ort does not run on opencl: choose cpu or cuda or vulkan"),
         ({"threads": 0}, "threads must be"),
         ({"threads": 1.0}, "threads must be"),
         ({"threads": True}, "threads must be"),

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from portlm.commands.doctor import command, examine
 from portlm.engines import ENGINES
+from portlm.errors import EngineUnavailableError
 from portlm.runtimes import probe
 from portlm.runtimes.vulkan import KINDS, vulkan_devices
 
@@ -116,6 +117,27 @@ def test_a_driver_that_crashes_or_hangs_is_reported_and_not_met(program, reason,
     assert not row["available"]
     with pytest.raises(probe._MissingError, match=reason):
         probe._child("ort", "vulkan")
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_tvm_on_opencl_says_which_device_of_which_platform_is_underneath(found, monkeypatch):
+    tvm_opencl = pytest.importorskip("portlm.tvm_opencl")
+    pytest.importorskip("tvm", reason="tvm is missing: pip install portlm[tvm]")
+
+    def device():
+        if not found:
+            raise EngineUnavailableError(f"tvm:opencl: no OpenCL device: {tvm_opencl.HOW_TO_GET_ONE}")
+
+    chosen = ("Box", "cpu", "Some Platform", "OpenCL 3.0, driver 7")
+    monkeypatch.setattr(tvm_opencl, "device", device)
+    monkeypatch.setattr(tvm_opencl, "_function", lambda name: lambda: chosen)
+    answer = probe._answer("tvm", "opencl")
+    if found:
+        said = "Box of Some Platform, OpenCL 3.0, driver 7 (this machine's processor)"
+        assert answer == {"detail": said}
+    else:
+        reason = "no OpenCL device: a GPU's driver brings it, and there is one for processors"
+        assert answer == {"reason": reason, "command": "pip install pyopencl[pocl]"}
 
 
 def test_a_probe_that_fails_itself_is_an_answer_too(monkeypatch):

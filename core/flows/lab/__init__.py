@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "objectives": "portlm.flows.lab.objectives:Objectives",
     "translation": "portlm.flows.lab.translation:Translation",
     "pictures": "portlm.flows.lab.pictures:Pictures",
+    "backends": "portlm.flows.lab.backends:Backends",
 }
 
 

@@ -1,6 +1,6 @@
-"""The TVM engine on a device: weights and states stay there, token ids go in and logits come out. Vulkan is one.
+"""The TVM engine on a device of its own: weights and states stay there, token ids go in and logits come out.
 
-That device is portlm's own (csrc/vulkan); TVM knows it as "webgpu". Tokens are written one by one.
+For Vulkan and OpenCL the device is portlm's (csrc/vulkan, csrc/opencl). Tokens are written one by one.
 """
 
 from collections.abc import Mapping
@@ -9,28 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from portlm import tvm_vulkan
 from portlm.artifact import Manifest
 from portlm.engine import Advance, Array, Ids, OpenRequest, State
 from portlm.roles import StateSpec
 from portlm.runtimes.tvm import TvmEngine
 from portlm.runtimes.tvm_weights import map_weights
-from portlm.tvm_support import Signature, import_tvm, virtual_machine
-
-
-def described() -> str:
-    """Open the device, and say what it is.
-
-    Raises:
-        EngineUnavailableError: there is none; the message says why.
-    """
-    device = tvm_vulkan.device()
-    name = str(device.device_name)
-    driver = next((each for each in tvm_vulkan.devices() if each.name == name), None)
-    if driver is None:
-        return name
-    software = " (software, for correctness only)" if driver.kind == tvm_vulkan.SOFTWARE else ""
-    return f"{name}, {driver.driver}{software}"
+from portlm.tvm_support import Signature, import_tvm, place, virtual_machine
+from portlm.tvm_vulkan import in_words
 
 
 class DeviceEngine(TvmEngine):
@@ -38,19 +23,15 @@ class DeviceEngine(TvmEngine):
 
     def __init__(self, request: OpenRequest, manifest: Manifest, libraries: Mapping[str, str], profile: str):
         super().__init__(request, manifest, libraries, profile)
-        self._device = self._find()
-
-    def _find(self) -> Any:
-        """TVM's device, opened."""
-        raise NotImplementedError
+        self._device = place(request.device)
 
     def advance(self, state: State, asked: Advance) -> tuple[Ids, State] | None:
         """Refuse: the loop over tokens in C++ is for kernels on the CPU."""
         return None
 
     def _moved(self, array: Array) -> Any:
-        """A copy on the device."""
-        return import_tvm().runtime.tensor(np.ascontiguousarray(array), self._device)
+        """A copy on the device, of as many axes."""
+        return import_tvm().runtime.tensor(np.asarray(array, order="C"), self._device)
 
     def _argument(self, array: Array) -> Any:
         return self._moved(array)
@@ -61,7 +42,7 @@ class DeviceEngine(TvmEngine):
 
     def _weights(self, path: Path, signature: Signature) -> list[Any]:
         mapped = map_weights(path, signature.weights, signature.packed, signature.panels)
-        return [self._moved(tvm_vulkan.in_words(np.from_dlpack(tensor))) for tensor in mapped]
+        return [self._moved(in_words(np.from_dlpack(tensor))) for tensor in mapped]
 
     def _machine(self, module: Any) -> Any:
         return virtual_machine(module, self._device)
@@ -73,13 +54,6 @@ class DeviceEngine(TvmEngine):
         if isinstance(tensor, _Held):
             return tensor.tensor
         return self._moved(np.asarray(tensor))
-
-
-class VulkanEngine(DeviceEngine):
-    """The roles of an artifact compiled by TVM for Vulkan."""
-
-    def _find(self) -> Any:
-        return tvm_vulkan.device()
 
 
 class _Held:
