@@ -483,7 +483,11 @@ class _Lowering:
 
     def _split(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         source, axis = self._plain(node.input[0]), int(attributes["axis"])
-        ends = self.constants[node.input[1]].cumsum().tolist()
+        if len(node.input) > 1:
+            ends = self.constants[node.input[1]].cumsum().tolist()
+        else:
+            part = int(self._shape_of(source)[axis]) // len(node.output)
+            ends = [part * (place + 1) for place in range(len(node.output))]
         if axis in (-1, len(self._shape_of(source)) - 1):
             return [Columns(source, first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
         parts = self.bb.emit(self.relax.op.split(self._whole(source), ends[:-1], axis))

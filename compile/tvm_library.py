@@ -16,7 +16,8 @@ LOWERINGS = {
         tvm_vulkan.FUSED,
         tvm_cuda.PORTABLE,
         tvm_cuda.FUSED,
-        tvm_opencl.LOWERING,
+        tvm_opencl.PORTABLE,
+        tvm_opencl.FUSED,
     )
 }
 
@@ -29,7 +30,7 @@ def compile_library(
     Args:
         folder: the artifact.
         device: "cpu", "cuda", "vulkan" or "opencl".
-        profile: "portable" or, except on OpenCL, "fused".
+        profile: "portable" or "fused".
         role: whose graph it is.
         note: called with the name of each pass and the module after it.
     """

@@ -6,24 +6,27 @@ the importer does for negative indices, which no graph of portlm has, is left ou
 
 from portlm import tvm_opencl
 from portlm.compile.tvm_build import Graph, Lowering
+from portlm.compile.tvm_gpu_fused import in_panels, lower
 from portlm.compile.tvm_portable import bound_gathers, import_graph
 from portlm.compile.tvm_vulkan import trust_indices
 from portlm.compile.tvm_vulkan_schedule import gpu_passes
-from portlm.errors import FormatError
+from portlm.errors import EngineUnavailableError
 
 
 def unquantized(graph: Graph) -> Graph:
     """The graph as it is.
 
     Raises:
-        FormatError: it has quantized weights, which only portlm's own kernels read.
+        EngineUnavailableError: it has quantized weights, which only portlm's own kernels read.
     """
     if graph.packed:
-        raise FormatError("tvm:opencl has no form for quantized weights yet: export without --quantize")
+        raise EngineUnavailableError(
+            "tvm:opencl has no portable form for quantized weights: compile --profile fused"
+        )
     return graph
 
 
-LOWERING = Lowering(
+PORTABLE = Lowering(
     "portable",
     [
         ("Unquantized", unquantized),
@@ -35,5 +38,15 @@ LOWERING = Lowering(
     "bytecode",
     "opencl",
     tvm_opencl.target,
+    language="opencl-c",
+)
+FUSED = Lowering(
+    "fused",
+    [("CallKernels", lower)],
+    gpu_passes,
+    "bytecode",
+    "opencl",
+    tvm_opencl.target,
+    in_panels,
     language="opencl-c",
 )

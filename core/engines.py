@@ -88,7 +88,7 @@ ENGINES = {
         distributions=("apache-tvm", "apache-tvm-ffi"),
         device_distributions={"vulkan": ("wgpu",), "cuda": ("nvidia-cuda-runtime",)},
         compilers=dict.fromkeys(
-            (*itertools.product(("cpu", "cuda", "vulkan"), ("portable", "fused")), ("opencl", "portable")),
+            itertools.product(("cpu", "cuda", "vulkan", "opencl"), ("portable", "fused")),
             "portlm.compile.tvm_library:compile_library",
         ),
         byte_activations=(("cpu", "fused"),),
