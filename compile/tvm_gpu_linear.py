@@ -3,7 +3,8 @@
 y (M, N) = activation(norm(x) (M, K) W^T + bias) + residual, for one matrix or for several that read the same x, whose
 results lie side by side; or silu(norm(x) G^T) * (norm(x) U^T) for two. Matrices are in panels of 64 rows
 (portlm.panels). Few rows of x are a product of each with the matrix, for which a group of threads takes a panel and its
-threads parts of K; many rows are tiles of 32 by 64 results.
+threads parts of K; many rows are tiles of 32 by 64 results. No barrier is inside a branch, not even in one that a whole
+group takes: TVM could not place its own there, and a driver that was tried makes wrong code of it.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ TARGETS = [
     ("tvm", "cpu", "portable"),
     ("tvm", "cpu", "fused"),
     ("tvm", "vulkan", "fused"),
-    ("tvm", "opencl", "portable"),
+    ("tvm", "opencl", "fused"),
     ("packed", "cpu", "fused"),
 ]
 """Engine, device and profile of every engine that needs no NVIDIA GPU."""

@@ -1,4 +1,4 @@
-"""The OpenCL device for TVM: what only it has beside the operators of tests/vulkan, its errors, and how it is found."""
+"""The OpenCL device for TVM: what it has alone beside the operators, its errors, and how it is found."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Our kernels for GPUs, on Vulkan, give what float64 gives: few rows and many, odd sizes, all forms of a matrix."""
+"""Our kernels for GPUs give what float64 gives: few rows and many, odd sizes, all forms of a matrix."""
 
 import math
 
@@ -9,19 +9,13 @@ tvm = pytest.importorskip("tvm", reason="tvm is missing: pip install portlm[tvm]
 torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
 from tvm import relax  # noqa: E402
 
-from portlm import tvm_vulkan  # noqa: E402
 from portlm.compile import tvm_gpu_attention, tvm_gpu_linear, tvm_gpu_rows  # noqa: E402
 from portlm.compile.tvm_build import kernel_passes  # noqa: E402
 from portlm.compile.tvm_gpu_linear import FEW, Matrix, Product  # noqa: E402
-from portlm.errors import EngineUnavailableError  # noqa: E402
 from portlm.ops.cached_attention import cached_attention_reference  # noqa: E402
 from portlm.ops.rotary import rotary_reference  # noqa: E402
 from portlm.panels import byte_panels, in_panels  # noqa: E402
-
-try:
-    DEVICE = tvm_vulkan.device()
-except EngineUnavailableError as error:
-    pytest.skip(str(error), allow_module_level=True)
+from portlm.tvm_vulkan import in_words  # noqa: E402
 
 # Sums of at most 1300 products of numbers about 1 / sqrt(1300), in float32: each of them has a rounding of 6e-8.
 BOUND = 1e-5
@@ -32,29 +26,29 @@ def rng():
     return np.random.default_rng(0)
 
 
-def compiled(function, types, *shapes):
+def compiled(place, function, types, *shapes):
     """A function of compile/tvm_gpu*.py for inputs of these (shape, dtype), as numpy's: it returns what is written."""
     builder = relax.BlockBuilder()
     inputs = [relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, (shape, dtype) in enumerate(types)]
     results = [relax.TensorType(shape, "float32") for shape in shapes]
     with builder.function("main", inputs):
-        place = builder.add_func(function, "kernel")
-        call = relax.call_tir(place, inputs, results[0] if len(results) == 1 else results)
+        kernel = builder.add_func(function, "kernel")
+        call = relax.call_tir(kernel, inputs, results[0] if len(results) == 1 else results)
         builder.emit_func_output(builder.emit(call))
-    target = tvm_vulkan.target()
+    target, device = place.target(), place.device()
     with target:
         module = tvm.transform.Sequential(kernel_passes(target))(builder.get())
-    machine = relax.VirtualMachine(relax.build(module, target, relax_pipeline=None), DEVICE)["main"]
+    machine = relax.VirtualMachine(relax.build(module, target, relax_pipeline=None), device)["main"]
 
     def call_it(arrays):
-        found = machine(*(tvm.runtime.tensor(np.ascontiguousarray(array), DEVICE) for array in arrays))
+        found = machine(*(tvm.runtime.tensor(np.ascontiguousarray(array), device) for array in arrays))
         return [found.numpy()] if len(shapes) == 1 else [each.numpy() for each in found]
 
     return call_it
 
 
-def run(function, arrays, *shapes):
-    return compiled(function, [(a.shape, str(a.dtype)) for a in arrays], *shapes)(arrays)
+def run(place, function, arrays, *shapes):
+    return compiled(place, function, [(a.shape, str(a.dtype)) for a in arrays], *shapes)(arrays)
 
 
 def floats(rng, N, K):
@@ -76,7 +70,7 @@ def numbers(rng, N, K, bits, group, zeros):
     parts = byte_panels(q.reshape(N, G, -1), scale, zero if zeros else None, bits)
     return (
         Matrix(N, K, bits, group, zeros),
-        [tvm_vulkan.in_words(np.ascontiguousarray(p)) for p in parts],
+        [in_words(np.ascontiguousarray(p)) for p in parts],
         values,
     )
 
@@ -116,7 +110,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_equal_float64(rng, name):
+def test_products_equal_float64(place, rng, name):
     kinds, norm, activation, biased, added = PRODUCTS[name]
     matrices = [(floats if len(kind) == 2 else numbers)(rng, *kind) for kind in kinds]
     K = kinds[0][1]
@@ -131,7 +125,7 @@ def test_products_equal_float64(rng, name):
     fixed = [(a.shape, str(a.dtype)) for a in (*parameters, *parts, *biases)]
     rows_of = [((M, product.width), "float32")] if added else []
     call = compiled(
-        tvm_gpu_linear.define(product), [((M, K), "float32"), *fixed, *rows_of], (M, product.width)
+        place, tvm_gpu_linear.define(product), [((M, K), "float32"), *fixed, *rows_of], (M, product.width)
     )
     for rows in (1, FEW - 1, FEW, 37):
         x = rng.standard_normal((rows, K)).astype(np.float32) + np.float32(0.3)
@@ -149,20 +143,20 @@ def test_products_equal_float64(rng, name):
 
 
 @pytest.mark.parametrize("kind", [(70, 37), (70, 96, 4, 32, True), (65, 64, 8, 64, False)])
-def test_rows_are_those_of_the_matrix_and_wrong_ids_are_clamped(rng, kind):
+def test_rows_are_those_of_the_matrix_and_wrong_ids_are_clamped(place, rng, kind):
     matrix, parts, values = (floats if len(kind) == 2 else numbers)(rng, *kind)
     ids = np.array([0, 69, 63, 64, -5, 10**9], np.int64)
-    (found,) = run(tvm_gpu_linear.define_rows(matrix), [ids, *parts], (len(ids), kind[1]))
+    (found,) = run(place, tvm_gpu_linear.define_rows(matrix), [ids, *parts], (len(ids), kind[1]))
     np.testing.assert_array_equal(found, values.astype(np.float32)[np.clip(ids, 0, kind[0] - 1)])
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("width", [1, 33, 300])
-def test_a_norm_of_a_sum_equals_float64(rng, norm, width):
+def test_a_norm_of_a_sum_equals_float64(place, rng, norm, width):
     x, added = (rng.standard_normal((5, width)).astype(np.float32) for _ in range(2))
     parameters = [rng.standard_normal(width).astype(np.float32) for _ in range(2 if norm == "layer" else 1)]
     function = tvm_gpu_rows.define_norm(norm, width, 1e-5, True)
-    found, total = run(function, [x, added, *parameters], (5, width), (5, width))
+    found, total = run(place, function, [x, added, *parameters], (5, width), (5, width))
     np.testing.assert_array_equal(total, x + added)
     wanted = normed(norm, total.astype(float), parameters, 1e-5)
     np.testing.assert_allclose(found, wanted, atol=BOUND, rtol=BOUND)
@@ -179,7 +173,7 @@ ATTENTIONS = [
 
 @pytest.mark.parametrize("sizes", ATTENTIONS)
 @pytest.mark.parametrize(("tokens", "past"), [(1, 0), (1, 63), (1, 64), (1, 150), (3, 0), (7, 70)])
-def test_attention_equals_float64_and_grows_the_cache(rng, sizes, tokens, past):
+def test_attention_equals_float64_and_grows_the_cache(place, rng, sizes, tokens, past):
     heads, kv_heads, D, window, softcap, turned = sizes
     B, context = 2, 256
     width = (heads + 2 * kv_heads) * D
@@ -197,7 +191,7 @@ def test_attention_equals_float64_and_grows_the_cache(rng, sizes, tokens, past):
     )
     inputs = [source, source, source, *old, mask, *([positions, *tables] if turned else [])]
     grown = (B, kv_heads, past + tokens, D)
-    found = run(tvm_gpu_attention.define(attention), inputs, (B, tokens, heads * D), grown, grown)
+    found = run(place, tvm_gpu_attention.define(attention), inputs, (B, tokens, heads * D), grown, grown)
 
     parts = np.split(source.astype(float).reshape(B, tokens, -1), [heads * D, (heads + kv_heads) * D], -1)
     q, k, v = (torch.from_numpy(part).unflatten(-1, (-1, D)) for part in parts)
@@ -211,13 +205,13 @@ def test_attention_equals_float64_and_grows_the_cache(rng, sizes, tokens, past):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=BOUND, rtol=BOUND)
 
 
-def test_heads_are_rotated_by_their_positions(rng):
+def test_heads_are_rotated_by_their_positions(place, rng):
     B, T, heads, D, context = 2, 3, 5, 64, 20
     x = rng.standard_normal((B, T, heads * D)).astype(np.float32)
     positions = rng.integers(0, context, (B, T))
     tables = [rng.standard_normal((context, D // 2)).astype(np.float32) for _ in range(2)]
     function = tvm_gpu_rows.define_rotary(heads, D, context)
-    (found,) = run(function, [x, positions, *tables], x.shape)
+    (found,) = run(place, function, [x, positions, *tables], x.shape)
     cos, sin = (torch.from_numpy(table[positions].astype(float)) for table in tables)
     wanted = rotary_reference(torch.from_numpy(x.astype(float)).unflatten(-1, (heads, D)), cos, sin)
     np.testing.assert_allclose(found, wanted.flatten(2).numpy(), atol=BOUND, rtol=BOUND)

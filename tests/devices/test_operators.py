@@ -13,20 +13,6 @@ from tvm import relax  # noqa: E402
 from tvm.relax import op  # noqa: E402
 
 from portlm import tvm_opencl, tvm_vulkan  # noqa: E402
-from portlm.errors import EngineUnavailableError  # noqa: E402
-
-MODULES = {"vulkan": tvm_vulkan, "opencl": tvm_opencl}
-
-
-@pytest.fixture(params=MODULES, scope="module")
-def place(request):
-    """The module of a device; tests are skipped where this machine has none."""
-    try:
-        MODULES[request.param].device()
-    except EngineUnavailableError as error:
-        pytest.skip(str(error))
-    return MODULES[request.param]
-
 
 RNG = np.random.default_rng(0)
 N = tvm.tirx.Var("n", "int64")  # rows, known when the module runs
