@@ -136,5 +136,5 @@ FUSED = Lowering(
     "vulkan",
     tvm_vulkan.target,
     in_panels,
-    "wgsl",
+    language="wgsl",
 )
