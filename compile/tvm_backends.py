@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BACKENDS: Mapping[str, Lowering] = {
     "c": tvm_c.LOWERING,
-    "opencl": tvm_opencl.LOWERING,
+    "opencl": tvm_opencl.PORTABLE,
     "wgsl": tvm_vulkan.PORTABLE,
 }
 """By the language of the kernels."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portlm.compile.tvm_build import Lowering
+from portlm.compile.tvm_gpu_portable import trust_indices
 from portlm.compile.tvm_portable import bound_gathers, import_graph
-from portlm.compile.tvm_vulkan import trust_indices
 
 if TYPE_CHECKING:
     import tvm

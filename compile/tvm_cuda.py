@@ -15,9 +15,9 @@ from typing import Any
 from portlm import tvm_cuda
 from portlm.compile.tvm_build import Graph, Kernels, Lowering
 from portlm.compile.tvm_gpu_fused import in_panels, lower
+from portlm.compile.tvm_gpu_portable import plain_casts, trust_indices
+from portlm.compile.tvm_gpu_schedule import gpu_passes
 from portlm.compile.tvm_portable import bound_gathers, import_graph
-from portlm.compile.tvm_vulkan import plain_casts, trust_indices
-from portlm.compile.tvm_vulkan_schedule import gpu_passes
 from portlm.errors import EngineUnavailableError, FormatError
 from portlm.tvm_support import cubin_name
 

@@ -446,7 +446,8 @@ class _Lowering:
         sequence = self._shape_of(parts[0].source)[1]
         grown = [batch, kv_heads, past + sequence, width]
         out = [batch, sequence, heads * int(width)]
-        return self._call(function, inputs, out, grown, grown)  # type: ignore[no-any-return]
+        results: Sequence[Any] = self._call(function, inputs, out, grown, grown)
+        return results
 
     def _embedding(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> Sequence[Any]:
         ids, weight = self._tensor(node.input[0]), node.input[1]

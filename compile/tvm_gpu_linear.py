@@ -288,7 +288,8 @@ class _Linear:
         """Matrices that give one result, its first tile and its first column."""
         if self.product.pairs:
             return [((0, 1), 0, 0)]
-        found, tile, column = [], 0, 0
+        found: list[tuple[tuple[int, ...], int, int]] = []
+        tile = column = 0
         for number, matrix in enumerate(self.product.matrices):
             found.append(((number,), tile, column))
             tile, column = tile + matrix.panels, column + matrix.rows

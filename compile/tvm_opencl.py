@@ -7,9 +7,9 @@ the importer does for negative indices, which no graph of portlm has, is left ou
 from portlm import tvm_opencl
 from portlm.compile.tvm_build import Graph, Lowering
 from portlm.compile.tvm_gpu_fused import in_panels, lower
+from portlm.compile.tvm_gpu_portable import trust_indices
+from portlm.compile.tvm_gpu_schedule import gpu_passes
 from portlm.compile.tvm_portable import bound_gathers, import_graph
-from portlm.compile.tvm_vulkan import trust_indices
-from portlm.compile.tvm_vulkan_schedule import gpu_passes
 from portlm.errors import EngineUnavailableError
 
 

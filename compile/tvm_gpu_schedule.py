@@ -1,4 +1,4 @@
-"""Schedules for Vulkan: TVM's own for GPUs, and one for what those cannot prove.
+"""Schedules for GPUs: TVM's own for GPUs, and one for what those cannot prove.
 
 TVM fuses all loops over a result before it gives them to threads. Where a size is a sum of several symbols, as behind a
 concatenation of caches, it cannot prove what it needs for that, and raises. Such loops are given to threads one by one.
@@ -41,7 +41,7 @@ def _fallback() -> Any:
 
     theirs = dlight.gpu.Fallback()
 
-    class Careful(dlight.ScheduleRule):  # type: ignore[misc]
+    class Careful(dlight.ScheduleRule):
         """TVM's fallback, or loops one by one."""
 
         def apply(self, function: Any, target: Any, tunable: bool) -> Any:
@@ -66,7 +66,7 @@ def one_by_one(function: Any, threads: int) -> Any:
         over = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == tirx.IterVar.DataPar]
         inside = [loop for loop in loops if loop not in over]
         schedule.reorder(*over, *inside)
-        known = []
+        known: list[Any] = []
         while over and isinstance(schedule.get(over[-1]).extent, tirx.IntImm):
             known.insert(0, over.pop())
         last = schedule.fuse(*known) if known else schedule.add_unit_loop(block if not inside else inside[0])
