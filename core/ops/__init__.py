@@ -22,6 +22,7 @@ _TOOLS = {
     "linear_bf16",
     "linear_cross_entropy_cuda",
     "mlp",
+    "mlp_cuda",
     "narrow",
     "precision",
     "quantized",

@@ -72,6 +72,12 @@ __device__ inline void store(T* p, const float (&x)[V]) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
+// V elements as they are.
+template <int V, typename T>
+__device__ inline void copy(const T* from, T* to) {
+  *reinterpret_cast<Pack<T, V>*>(to) = *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
 // A storage type, and how many of its elements one access moves.
 template <typename Element, int Width>
 struct Access {
@@ -79,7 +85,8 @@ struct Access {
   static constexpr int V = Width;
 };
 
-// Calls body(Access) with 16-byte accesses if every array and every row of n elements allows them, else single ones.
+// Calls body(Access) with 16-byte accesses if every array and every row of n elements allows them, else single ones. Rows
+// of several lengths and distances, which are joined by |, allow them together.
 template <typename Body>
 void with_access(bool is_bfloat16, int64_t n, std::initializer_list<const void*> arrays, Body body) {
   bool aligned = n * (is_bfloat16 ? 2 : 4) % 16 == 0;
@@ -88,6 +95,23 @@ void with_access(bool is_bfloat16, int64_t n, std::initializer_list<const void*>
     aligned ? body(Access<bfloat16, 8>{}) : body(Access<bfloat16, 1>{});
   else
     aligned ? body(Access<float, 4>{}) : body(Access<float, 1>{});
+}
+
+// --- rows side by side in a block ---------------------------------------------------------------------------
+
+constexpr unsigned kTileThreads = 256;
+
+// A block for rows of `width` accesses: x counts accesses of a row, y rows. Narrow rows share a block.
+inline dim3 row_tile(int64_t width) {
+  unsigned x = 1;
+  while (x < width && x < kTileThreads) x *= 2;
+  return dim3(x, kTileThreads / x);
+}
+
+// Blocks for n things of which each block takes `each` at a time, in turns if there are very many.
+inline unsigned blocks_for(int64_t n, int64_t each) {
+  const int64_t blocks = (n + each - 1) / each, most = int64_t{1} << 20;
+  return static_cast<unsigned>(blocks < most ? blocks : most);
 }
 
 // --- one block per row --------------------------------------------------------------------------------------

@@ -81,6 +81,24 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned other, const char* file = __b
   return cuda_on_cpu::exchange_value(mask, value, cuda_on_cpu::lane() ^ other, file, line);
 }
 
+// The one thread that runs is alone.
+inline unsigned long long atomicMin(unsigned long long* at, unsigned long long value) {
+  const unsigned long long before = *at;
+  if (value < before) *at = value;
+  return before;
+}
+
+// Arithmetic that a device does not contract, or does less exactly. The compiler is told not to contract anything.
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  __extension__ typedef unsigned __int128 wide;
+  return static_cast<unsigned long long>(wide{a} * b >> 64);
+}
+
 // A launch that has ended when it returns, with the limits of a device.
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
