@@ -15,6 +15,7 @@ _TOOLS = {
     "byte_cache",
     "compiled",
     "cuda",
+    "experts_cuda",
     "gelu_mlp_bf16",
     "half",
     "kernel_op",
@@ -29,6 +30,8 @@ _TOOLS = {
     "recurrent",
     "registry",
     "spec",
+    "token_scores_cuda",
+    "token_selection_cuda",
 }
 FILES = tuple(sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - _TOOLS - {"__init__"}))
 """The files that define an op."""

@@ -1,7 +1,7 @@
 """The two-layer perceptrons on CUDA: PyTorch's matrix products, and kernels for bias and activation between them.
 
-Shapes: x is (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), all float32 or all bfloat16. For backward the first product
-is kept, and the hidden layer is made of it again in the pass that differentiates it.
+Shapes: x is (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), all float32 or all bfloat16. For backward the first
+product is kept, and the hidden layer is made of it again in the pass that differentiates it.
 """
 
 from __future__ import annotations

@@ -85,16 +85,23 @@ struct Access {
   static constexpr int V = Width;
 };
 
-// Calls body(Access) with 16-byte accesses if every array and every row of n elements allows them, else single ones. Rows
-// of several lengths and distances, which are joined by |, allow them together.
+// Whether every array and every row of n elements, each of so many bytes, begins at a multiple of 16 bytes. Rows of several
+// lengths and distances, which are joined by |, do so together.
+inline bool begins_at_16(int64_t n, int64_t bytes, std::initializer_list<const void*> arrays) {
+  bool aligned = n * bytes % 16 == 0;
+  for (const void* p : arrays) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;  // nullptr is aligned
+  return aligned;
+}
+
+// Calls body(Access) with 16-byte accesses if every array and every row of n elements allows them, else single ones.
+template <typename Body>
+void with_float_access(int64_t n, std::initializer_list<const void*> arrays, Body body) {
+  begins_at_16(n, 4, arrays) ? body(Access<float, 4>{}) : body(Access<float, 1>{});
+}
 template <typename Body>
 void with_access(bool is_bfloat16, int64_t n, std::initializer_list<const void*> arrays, Body body) {
-  bool aligned = n * (is_bfloat16 ? 2 : 4) % 16 == 0;
-  for (const void* p : arrays) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;  // nullptr is aligned
-  if (is_bfloat16)
-    aligned ? body(Access<bfloat16, 8>{}) : body(Access<bfloat16, 1>{});
-  else
-    aligned ? body(Access<float, 4>{}) : body(Access<float, 1>{});
+  if (!is_bfloat16) return with_float_access(n, arrays, body);
+  begins_at_16(n, 2, arrays) ? body(Access<bfloat16, 8>{}) : body(Access<bfloat16, 1>{});
 }
 
 // --- rows side by side in a block ---------------------------------------------------------------------------

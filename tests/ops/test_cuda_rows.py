@@ -304,3 +304,29 @@ def test_an_op_that_is_recorded_takes_no_cuda_kernel():
     with exporting():
         assert is_exporting()
         assert not cuda.has_cuda_kernel(torch.zeros(1))
+
+
+# --- cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.runs_kernel("append_cache", on="cuda")
+@EVERY_DTYPE
+@pytest.mark.parametrize(
+    ("B", "K", "P", "T", "D"),
+    [
+        (1, 1, 0, 1, 1),
+        (2, 3, 7, 2, 16),
+        (2, 3, 7, 5, 5),
+        (3, 2, 9, 0, 8),
+        (1, 2, 300, 1, 64),
+        (0, 2, 3, 1, 8),
+    ],
+    ids=str,
+)
+def test_cuda_cache_grows_by_its_new_positions(B, K, P, T, D, dtype, device):
+    past = torch.randn(B, K, P, D, device=device).to(dtype)
+    fresh = torch.randn(B, T, K, D, device=device).to(dtype)
+    present = torch.empty(B, K, P + T, D, device=device, dtype=dtype)
+    addresses = (t.data_ptr() for t in (past, fresh, present))
+    cuda.launch("append_cache", past.device, *addresses, B, K, P, T, D, dtype is torch.bfloat16)
+    assert torch.equal(present, torch.cat((past, fresh.transpose(1, 2)), dim=2))
