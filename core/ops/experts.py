@@ -5,9 +5,9 @@ Jiang et al., "Mixtral of Experts", 2024 (arXiv:2401.04088) have them.
 
 Shapes: x is (..., C), router (E, C), gate and up (E F, C), down (C, E F), y (..., C), for E experts of inner width F,
 whose rows or columns lie side by side. Chosen are the k experts with the largest logits x router^T, the first of equal
-ones; their weights come from a softmax over all logits or, if `normalize`, over the chosen. All float32 in the kernel,
-on CUDA all bfloat16, too, which groups tokens by expert and multiplies each group once. The portable form, standard operators that every engine
-has, computes all experts and weighs those that were not chosen with 0: E / k times the work.
+ones; their weights come from a softmax over all logits or, if `normalize`, over the chosen. All float32 in the kernel
+(on CUDA all bfloat16, too), which groups tokens by expert and multiplies each group once. The portable form, standard
+operators that every engine has, computes all experts and weighs those not chosen with 0: E / k times the work.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """A mixture of experts on CUDA: kernels for the choice, for rows by expert and for the gates, and PyTorch's products.
 
-Each expert's rows lie side by side, so each of its matrices is one product. How many they are is asked of the device, which
-waits for it once in a forward pass.
+Each expert's rows lie side by side, so each of its matrices is one product. How many they are is asked of the device,
+which is waited for once in a forward pass.
 
-Shapes: as in portlm.ops.experts, all float32 or all bfloat16; weights of the chosen are float32. A choice is a row and one
-of its k places, row k + place.
+Shapes: as in portlm.ops.experts, all float32 or all bfloat16; weights of the chosen are float32. A choice is a row and
+one of its k places, row k + place.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import cuda, lazy
@@ -85,7 +86,7 @@ def _by_expert(starts: Tensor, *matrices: Tensor) -> list[tuple[slice, list[Tens
     """Return the rows of each expert that has some, and its parts of matrices (E F, ...)."""
     begin = starts.tolist()
     parts = [matrix.chunk(len(begin) - 1) for matrix in matrices]
-    spans = [slice(*span) for span in zip(begin, begin[1:], strict=False)]
+    spans = [slice(*span) for span in itertools.pairwise(begin)]
     return [(span, [p[e] for p in parts]) for e, span in enumerate(spans) if span.stop > span.start]
 
 

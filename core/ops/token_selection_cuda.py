@@ -1,7 +1,7 @@
 """Choosing tokens where the logits are: of a row of logits, one number travels to the host.
 
-The tokens are those of ``portlm.ops.token_selection``, which defines them: weights are whole numbers, so that no order of
-their sums and no device changes them.
+The tokens are those of ``portlm.ops.token_selection``, which defines them: weights are whole numbers, so that no order
+of their sums and no device changes them.
 """
 
 from __future__ import annotations

@@ -5,14 +5,15 @@ import torch
 from cuda_twins import DTYPES, assert_as_accurate, results, run_twice
 from torch import Tensor
 
+from portlm.ops import cuda
 from portlm.ops.experts import choose_experts, experts, experts_reference
 from portlm.ops.kernel_op import address
 
 FORWARD = ("experts_choose", "experts_gather", "experts_combine", "experts_hidden_fwd")
 BACKWARD = ("experts_choose_bwd", "experts_hidden_bwd")
 EXPERTS = pytest.mark.runs_kernel(*FORWARD, *BACKWARD, on="cuda")
-# (shape of x, experts, inner width, k): one token, tails, all experts, one expert, wide enough for vectors, more experts
-# than a warp has threads
+# (shape of x, experts, inner width, k): one token, tails, all experts, one expert, wide enough for vectors, more
+# experts than a warp has threads
 SHAPES = [
     ((1, 5), 3, 7, 2),
     ((2, 7, 33), 6, 19, 2),
@@ -58,8 +59,6 @@ def test_cuda_experts_and_gradients_are_as_accurate_as_pytorch(shape, E, width, 
 @pytest.mark.runs_kernel("experts_choose", on="cuda")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cuda_experts_chooses_the_first_of_equal_logits_and_any_number_that_is_none(dtype, device):
-    from portlm.ops import cuda
-
     logits = torch.tensor(
         [[1.0, 2, 2, 1, 2], [0, -0.0, 0, -1, -1], [-torch.inf] * 4 + [0.0]], device=device
     ).to(dtype)
