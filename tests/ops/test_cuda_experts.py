@@ -7,6 +7,7 @@ from torch import Tensor
 
 from portlm.ops import cuda
 from portlm.ops.experts import choose_experts, experts, experts_reference
+from portlm.ops.experts_cuda import _fused
 from portlm.ops.kernel_op import address
 
 FORWARD = ("experts_choose", "experts_gather", "experts_combine", "experts_hidden_fwd")
@@ -113,3 +114,9 @@ def test_cuda_experts_of_nothing_give_nothing(shape, width, device):
     y, *grads = results(lambda *given: experts(*given, 2), tensors, torch.float32)
     assert torch.equal(y, torch.zeros(shape, device=device))
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@EXPERTS
+def test_cuda_experts_passes_opcheck(device):
+    tensors = [t.requires_grad_() for t in inputs((6, 8), 4, 6, torch.float32, device)]
+    torch.library.opcheck(_fused.op, (*tensors, 2, True))

@@ -12,6 +12,7 @@ from portlm.ops import cuda
 from portlm.ops.embedding import embedding, embedding_reference
 from portlm.ops.gelu_mlp import gelu_mlp, gelu_mlp_reference
 from portlm.ops.kernel_op import exporting, is_exporting
+from portlm.ops.mlp_cuda import _fused
 from portlm.ops.relu_squared_mlp import relu_squared_mlp, relu_squared_mlp_reference
 from portlm.ops.rotary import rotary, rotary_reference
 
@@ -79,6 +80,24 @@ def test_cuda_rotary_of_nothing_is_nothing(shape, device):
     assert (
         rotary(torch.zeros(shape, device=device), *tables(shape, False, torch.float32, device)).shape == shape
     )
+
+
+@ROTARY
+@EVERY_DTYPE
+@pytest.mark.parametrize("inverse", [0, 1], ids=["forward", "inverse"])
+def test_cuda_rotary_turns_tokens_at_given_positions_and_back(inverse, dtype, device):
+    B, T, H, D, context = 2, 5, 3, 16, 11
+    x = torch.randn(B, T, H, D, device=device).to(dtype)
+    positions = torch.randint(context, (B, T), device=device)
+    angles = 100 * torch.rand(context, D // 2, device=device)
+    cos, sin, y = angles.cos().to(dtype), angles.sin().to(dtype), torch.empty_like(x)
+    cuda.launch(
+        "rotary_fwd", x.device, x.data_ptr(), H * D, D, cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
+        y.data_ptr(), B * T, B * T, H, D, inverse, dtype is torch.bfloat16,
+    )  # fmt: skip
+    turned = cos[positions], (-sin if inverse else sin)[positions]
+    oracle = rotary_reference(x.double(), *(t.double() for t in turned))
+    assert_as_accurate(y, rotary_reference(x, *turned), oracle, dtype)
 
 
 @pytest.mark.runs_kernel("rotary_heads", on="cuda")
@@ -263,6 +282,12 @@ def test_cuda_mlp_of_no_rows_has_gradients_of_nothing(name, device):
     y, *grads = results(MLPS[name][0], tensors, torch.float32)
     assert y.shape == (0, 4)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@EVERY_MLP
+def test_cuda_mlp_passes_opcheck(name, device):
+    tensors = [t.requires_grad_() for t in mlp_inputs((2, 3), 4, 8, 5, torch.float32, device)]
+    torch.library.opcheck(_fused.op, (*tensors, name))
 
 
 # x far out, where e^x overflows, and both sides of where a formula changes
