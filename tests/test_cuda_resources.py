@@ -76,8 +76,8 @@ def test_kernels_compile_without_a_warning_and_keep_within_their_registers():
 def test_a_kernel_with_memory_of_its_own_and_a_warning_are_seen(tmp_path):
     source = tmp_path / "spills.cu"
     source.write_text(
-        "__global__ void spills(int* x, int n) {\n  int a[64];\n  for (int i = 0; i < 64; ++i) a[i] = x[i];\n"
-        "  x[0] = a[n];\n}\n"
+        "__global__ void spills(int* x, int n) {\n  int a[64];\n  for (int i = 0; i < 64; ++i) a[i] = i * x[i];\n"
+        "  for (int i = 0; i < n; ++i) a[x[i] & 63] += x[64 + i];\n  x[0] = a[n & 63];\n}\n"
     )
     (fault,) = resources.faults(resources.compiled(source, ["90"]))
     assert "spills.cu: spills for sm_90 has 256 bytes of memory of its own" in fault
