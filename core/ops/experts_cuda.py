@@ -10,6 +10,7 @@ one of its k places, row k + place.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import cuda, lazy
@@ -109,10 +110,8 @@ def _combine(rows_of: Tensor, place: Tensor, y: Tensor, k: int) -> None:
     )  # fmt: skip
 
 
-def _empty_gradients(
-    dy: Tensor, x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor, needs: list[bool]
-) -> list[Tensor]:
-    inputs = x, router, gate, up, down
+def _empty_gradients(inputs: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Return zeros, which experts without rows keep."""
     return [t.new_zeros(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True)]
 
 
@@ -134,7 +133,7 @@ def _gradients(
     normalize: bool,
 ) -> list[Tensor]:
     """Return dx, drouter, dgate, dup and ddown, empty where not needed: no op can return None."""
-    dx, drouter, dgate, dup, ddown = grads = _empty_gradients(dy, x, router, gate, up, down, needs)
+    dx, drouter, dgate, dup, ddown = grads = _empty_gradients((x, router, gate, up, down), needs)
     (rows, E), C, k, bfloat16 = logits.shape, x.shape[-1], chosen.shape[1], x.dtype is torch.bfloat16
     flat = x.view(rows, C)
     inputs, upstream = _gather(flat, slot, None, k), _gather(dy.view(rows, C), slot, None, k)
@@ -176,7 +175,7 @@ def _gradients(
 _fused_gradients = KernelOp(
     "experts_cuda_backward",
     _gradients,
-    fake=lambda *given: _empty_gradients(*given[:6], given[-2]),
+    fake=lambda *given: _empty_gradients(given[1:6], given[-2]),
 )
 
 

@@ -36,7 +36,8 @@ def token_scores(logits: npt.NDArray[np.float32] | Any, targets: Ids) -> Scores:
     if getattr(logits, "is_cuda", False):
         from portlm.ops.token_scores_cuda import token_scores_cuda
 
-        return token_scores_cuda(logits, targets)
+        tensor: Any = logits
+        return token_scores_cuda(tensor, targets)
     logits, targets = _checked(logits, targets)
     if not available():
         return _reference(logits, targets)

@@ -86,7 +86,8 @@ def select_tokens(
     if getattr(logits, "is_cuda", False):
         from portlm.ops.token_selection_cuda import select_tokens_cuda
 
-        return select_tokens_cuda(logits, temperature, top_k, top_p, min_p, seed, step, rows)
+        tensor: Any = logits
+        return select_tokens_cuda(tensor, temperature, top_k, top_p, min_p, seed, step, rows)
     logits, seeds, streams = _checked(logits, temperature, top_k, top_p, min_p, seed, step, rows)
     if not available():
         return _reference(logits, temperature, top_k, top_p, min_p, seeds, step, streams)
