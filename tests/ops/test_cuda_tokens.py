@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from portlm.errors import PortlmError, UsageError
-from portlm.ops.token_scores import token_scores_reference
+from portlm.ops.token_scores import token_scores, token_scores_reference
 from portlm.ops.token_scores_cuda import token_scores_cuda
-from portlm.ops.token_selection import token_selection_reference
+from portlm.ops.token_selection import select_tokens, token_selection_reference
 from portlm.ops.token_selection_cuda import select_tokens_cuda
 
 SELECT = pytest.mark.runs_kernel("select_tokens", on="cuda")
@@ -145,3 +145,20 @@ def test_cuda_scores_of_no_rows_are_empty_and_bad_arguments_are_named(device):
     ):
         with pytest.raises(UsageError, match=message):
             token_scores_cuda(logits.to(device), targets)
+
+
+class Device(torch.Tensor):
+    """A tensor that says it is on a device, wherever it is."""
+
+    is_cuda = True
+
+
+@pytest.mark.runs_kernel("select_tokens", "score_logits", on="cuda")
+def test_the_ops_take_tensors_on_a_device_there(device):
+    x = logits_of("normal", 3, 300)
+    there = torch.from_numpy(x).to(device).as_subclass(Device)
+    filters = {"temperature": 0.8, "top_k": 20, "seed": 5, "step": 2}
+    assert select_tokens(there, **filters).tolist() == select_tokens(x, **filters).tolist()
+    targets = np.array([0, 5, 299])
+    for ours, cpu in zip(token_scores(there, targets), token_scores(x, targets), strict=True):
+        np.testing.assert_allclose(ours, cpu, rtol=1e-12)
