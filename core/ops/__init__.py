@@ -15,6 +15,7 @@ _TOOLS = {
     "byte_cache",
     "compiled",
     "cuda",
+    "few_rows",
     "gelu_mlp_bf16",
     "half",
     "kernel_op",
