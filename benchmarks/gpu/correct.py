@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from typing import NamedTuple
 
 from context import Context, last_line
 
-TWINS = "tests/ops/test_cuda.py"
+ROOT = Path(__file__).resolve().parents[2]
+TWINS = sorted(f"tests/ops/{path.name}" for path in (ROOT / "tests" / "ops").glob("test_cuda*.py"))
 # Other versions of PyTorch warn about other things than those of the test suite, where warnings are errors.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
 
@@ -24,12 +26,19 @@ class Counts(NamedTuple):
 
 def twins(context: Context) -> str:
     """Every CUDA kernel against its float64 oracle, on the device: not as compiled for the CPU."""
-    return _run(context, "-k", "not emulated", TWINS)
+    return _run(context, "-k", "not emulated", *TWINS)
 
 
 def marked_tests(context: Context) -> str:
-    """Every test that is marked gpu outside the file of the twins."""
-    return _run(context, "-m", "gpu", f"--ignore={TWINS}", "tests", none="no other test is marked gpu")
+    """Every test that is marked gpu outside the files of the twins."""
+    return _run(
+        context,
+        "-m",
+        "gpu",
+        *(f"--ignore={path}" for path in TWINS),
+        "tests",
+        none="no other test is marked gpu",
+    )
 
 
 def contract(context: Context) -> str:

@@ -1,7 +1,7 @@
 """The CUDA twins of linear maps: a few rows of x by one kernel, which reads W as it is kept, once for eight rows.
 
-More rows than that are a matrix product of PyTorch's, of what W means. So the kernels have no form of W of their own: of a
-quantized matrix they read the numbers and zero points as core/ops/quantized.py says, and the scales as float16; of
+More rows than that are a matrix product of PyTorch's, of what W means. So the kernels have no form of W of their own:
+of a quantized matrix they read the numbers and zero points as core/ops/quantized.py says, and the scales as float16; of
 one of 16 bits the matrix itself.
 """
 
@@ -49,7 +49,13 @@ def takes_packed(weight: Tensor, bits: int) -> bool:
 
 
 def packed_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, activation: str
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    activation: str,
 ) -> Tensor:
     """Return activation(x W^T + b) in x's type; see quantized_linear.
 

@@ -1,7 +1,8 @@
 """Linear map, y = x W^T + b, on portlm's own matrix product.
 
 Shapes: x is (..., K), weight (N, K), bias (N,), y (..., N). All float32 in the kernel, which runs wherever there is
-one; on CUDA there is one for inference of a few rows, of float32 or bfloat16, and PyTorch's product for all else. benchmarks/bench_linear.py measures it against PyTorch's: about twice as fast for many rows on a CPU with
+one; on CUDA there is one for inference of a few rows, of float32 or bfloat16, and PyTorch's product for all else.
+benchmarks/bench_linear.py measures it against PyTorch's: about twice as fast for many rows on a CPU with
 AVX-512, about even for one row of a large weight, and behind by the 2 µs of this wrapper for one row of a tiny one.
 """
 

@@ -140,12 +140,12 @@ def quantized_attention(
 
 
 def _is_large(q: Tensor) -> bool:
-    """Whether products of PyTorch's are better for these queries on CUDA, whose kernel reads a cache for each few of them."""
+    """Whether these queries are for products of PyTorch's on CUDA, whose kernel reads a cache for each few of them."""
     return cuda.on_cuda(q) and (q.shape[1] > MOST_QUERIES or q.shape[3] > WIDEST)
 
 
 def _parts(slots: int) -> int:
-    """Return in how many parts CUDA's kernel reads so many slots: 128 in each, or more where that would be over 64 parts."""
+    """Return in how many parts CUDA's kernel reads so many slots: of 128, or of more, so that there are at most 64."""
     return max(1, min(64, -(-slots // 128)))
 
 

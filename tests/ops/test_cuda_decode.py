@@ -22,14 +22,15 @@ from portlm.ops.quantized_linear import quantized_linear, quantized_linear_refer
 if kernels is None:
     pytest.skip("portlm._C was not built", allow_module_level=True)
 
-EPS = torch.finfo(torch.float32).eps
-# (bits, group, zeros, N, K): one group; an odd number of groups, whose zero points end in half a byte; rows for more than one
-# block, the last of them not whole; more columns than are staged at once
+# (bits, group, zeros, N, K): one group; an odd number of groups, whose zero points end in half a byte; rows for more
+# than one block, the last of them not whole; more columns than are staged at once
 WEIGHTS = [(4, 32, False, 5, 32), (4, 32, True, 9, 96), (8, 64, True, 19, 192), (8, 128, False, 8, 256),
            (4, 128, True, 3, 4224), (8, 32, True, 2, 4128)]  # fmt: skip
 
 
-def quantized(bits: int, group: int, zeros: bool, N: int, K: int, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantized(
+    bits: int, group: int, zeros: bool, N: int, K: int, device: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Numbers, scales of half precision, and zero points, at random."""
     G = K // group
     weight = torch.randint(256, (N, G, group * bits // 8), dtype=torch.uint8, device=device)
@@ -37,7 +38,9 @@ def quantized(bits: int, group: int, zeros: bool, N: int, K: int, device: str) -
     return weight, (torch.rand(N, G, device=device) + 0.1).half().float(), zero
 
 
-def exact(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, how: str) -> Tensor:
+def exact(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, how: str
+) -> Tensor:
     return quantized_linear_reference(
         x.double(), weight, scale.double(), zero, None if bias is None else bias.double(), bits, how
     )
@@ -55,7 +58,9 @@ def test_cuda_quantized_linear_is_as_accurate_as_pytorch_on_what_the_weight_mean
     x = x if rows else x.expand(2, 0, -1)
     ours = quantized_linear(x, weight, scale, zero, bias, bits)
     if not rows:
-        quantized_linear(x.new_ones(1, sizes[4]), weight, scale, zero, bias, bits)  # the marker wants a call with work
+        quantized_linear(
+            x.new_ones(1, sizes[4]), weight, scale, zero, bias, bits
+        )  # the marker wants a call with work
     eager = linear_reference(x, dequantized(weight, scale, zero, bits), bias)
     assert_as_accurate(ours, eager, exact(x, weight, scale, zero, bias, bits, "none"), torch.float32)
 
@@ -178,8 +183,12 @@ def test_cuda_linear_of_few_rows_without_gradient_is_as_accurate_as_pytorch(size
     x, weight, bias = (torch.randn(s, device=device).to(dtype) for s in ((3, K), (N, K), (N,)))
     oracle = linear_reference(x.double(), weight.double(), bias.double())
     assert_as_accurate(linear(x, weight, bias), linear_reference(x, weight, bias), oracle, dtype)
-    weight = torch.cat((weight.flatten()[:1], weight.flatten()))[1:].view(N, K)  # not at a multiple of 16 bytes
-    assert_as_accurate(linear(x, weight), linear_reference(x, weight), x.double() @ weight.double().t(), dtype)
+    weight = torch.cat((weight.flatten()[:1], weight.flatten()))[1:].view(
+        N, K
+    )  # not at a multiple of 16 bytes
+    assert_as_accurate(
+        linear(x, weight), linear_reference(x, weight), x.double() @ weight.double().t(), dtype
+    )
 
 
 def test_cuda_linear_leaves_gradients_many_rows_and_mixed_types_to_pytorch(device):
@@ -191,8 +200,8 @@ def test_cuda_linear_leaves_gradients_many_rows_and_mixed_types_to_pytorch(devic
     assert not few_rows.takes_few(torch.ones(1, 8, device=device), weight.requires_grad_(), None)
 
 
-# (B, T, H, K, P, D, window, softcap): nothing before; a width that no access of 16 bytes fits; several queries that share a head
-# and several parts, the last of them not whole; each number of lanes to a slot
+# (B, T, H, K, P, D, window, softcap): nothing before; a width that no access of 16 bytes fits; several queries that
+# share a head and several parts, the last of them not whole; each number of lanes to a slot
 CACHES = [(1, 1, 1, 1, 0, 1, None, None), (2, 3, 4, 2, 6, 33, None, None), (1, 2, 8, 2, 170, 64, None, 5.0),
           (2, 1, 2, 2, 139, 80, 20, None), (1, 1, 2, 2, 40, 144, None, None), (1, 5, 3, 1, 60, 272, 7, 3.0),
           (1, 1, 1, 1, 300, 16, 100, None)]  # fmt: skip
