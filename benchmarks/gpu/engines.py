@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterable
@@ -142,16 +143,19 @@ def _require(context: Context, engine: str) -> None:
 
 
 def decode(context: Context) -> str:
-    """Prefill and decode rates at batch 1, beside the rate at which the weights could be read once per token."""
+    """Prefill and decode rates at batch 1, beside the rate at which the weights could be read once per token.
+
+    PyTorch's engine once more with its steps launched kernel by kernel, not as one graph.
+    """
     name, prompt, tokens, rounds = (
         (LARGE, 512, 128, 5) if not context.dry else (next(iter(models.DECODERS)), 16, 4, 1)
     )
     targets = [f"{engine}:{context.device}" for engine in ("torch", "ort")]
     artifact = _folder(context, name, "artifact")
+    sizes = ("--prompt", str(prompt), "--tokens", str(tokens), "--rounds", str(rounds), "--json")
     result = context.command_json(
-        "bench", artifact, *(word for target in targets for word in ("-e", target)),
-        "--prompt", str(prompt), "--tokens", str(tokens), "--rounds", str(rounds), "--json",
-    )  # fmt: skip
+        "bench", artifact, *(word for target in targets for word in ("-e", target)), *sizes
+    )
     limits = Limits(context.dry)
     limits.probe_copy()
     size = (artifact / "model.safetensors").stat().st_size
@@ -160,6 +164,10 @@ def decode(context: Context) -> str:
         contender = f"{row['engine']}:{row['device']}:{row['profile']}"
         _rate(context, f"decode {where}", contender, row["decode_tok_s"], size / limits.copy)
         _rate(context, f"prefill {prompt} tokens, batch 1", contender, row["prefill_tok_s"], None)
+    os.environ["PORTLM_NO_CUDA_GRAPHS"] = "1"  # of the commands that follow in this section
+    for row in context.command_json("bench", artifact, "-e", targets[0], *sizes)["rows"]:
+        contender = f"{row['engine']}:{row['device']}:{row['profile']}, no graphs"
+        _rate(context, f"decode {where}", contender, row["decode_tok_s"], size / limits.copy)
     for failure in result["failed"]:
         context.figure(case=f"decode {where}", contender=failure["target"], absent=failure["reason"])
     try:

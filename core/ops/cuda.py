@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["has_cuda_kernel", "has_float_kernel", "launch", "on_cuda", "row_blocks", "run"]
+__all__ = ["can_wait", "has_cuda_kernel", "has_float_kernel", "launch", "on_cuda", "row_blocks", "run"]
 
 
 def has_cuda_kernel(first: Tensor, *others: Tensor | None) -> bool:
@@ -65,6 +65,17 @@ def launch(name: str, device: torch.device, *arguments: Any) -> None:
     """
     with torch.cuda.device(device):
         getattr(kernels.cuda, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def can_wait(tensor: Tensor) -> bool:
+    """Say whether a tensor's device can be waited for, and asked for a value.
+
+    Not while its work is being recorded, and not where PyTorch was told to make waiting an error
+    (``torch.cuda.set_sync_debug_mode``), as in the calls that come before a recording.
+    """
+    if not tensor.is_cuda:
+        return True
+    return not torch.cuda.is_current_stream_capturing() and torch.cuda.get_sync_debug_mode() < 2
 
 
 def row_blocks(rows: int) -> int:
