@@ -1,10 +1,10 @@
 """Steps of one token on CUDA, recorded once and launched as one graph.
 
 To start a step's hundreds of small kernels one by one takes longer than they run. A graph has fixed shapes and
-addresses, and a cache grows. So a step is recorded for a cache of C slots, a power of two, of which the last P are those
-of the state: the slots in front of them are padding, which every role with a mask of all slots knows how to leave out.
-Behind the step, still in the graph, the cache moves up by one slot, so that the next step begins where this one ended.
-When P outgrows C the step is recorded anew for twice as many.
+addresses, and a cache grows. So a step is recorded for a cache of C slots, a power of two, of which the last P are
+those of the state: the slots in front of them are padding, which every role with a mask of all slots knows how to leave
+out. Behind the step, still in the graph, the cache moves up by one slot, so that the next step begins where this one
+ended. When P outgrows C the step is recorded anew for twice as many.
 
 Between steps the state stays in the graph's memory. Who wants it elsewhere, another order of its rows or another state
 in its place, gets a copy first.

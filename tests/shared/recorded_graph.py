@@ -47,7 +47,7 @@ class RecordedGraph:
 
     def replay(self):
         RecordedGraph.replays += 1
-        with without_kernels():
+        with without_kernels(), torch._C._AutoDispatchBelowAutograd():  # a graph knows nothing of gradients
             for function, args, kwargs, results in self._calls:
                 for old, new in zip(
                     tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True
