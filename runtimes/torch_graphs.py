@@ -192,7 +192,7 @@ class Step:
         self._graph.replay()
         held = Held(self, past + 1)
         self.holder = weakref.ref(held)
-        return [output.cpu().numpy().copy() for output in self._outputs], held
+        return [output.to("cpu", copy=True).numpy() for output in self._outputs], held
 
 
 def _size(size: int | str, sizes: Mapping[str, int]) -> int:

@@ -83,6 +83,6 @@ SECTIONS = (
             needs=("machine", "models")),
     Section("forward", "a forward pass of GPT-2 small beside eager PyTorch, torch.compile and transformers", 50,
             "training:forward_race", needs=("machine",)),
-    Section("training", "a training step of GPT-2 small beside eager PyTorch and torch.compile", 75,
+    Section("training", "a training step of GPT-2 small, as a graph or not, beside eager PyTorch and torch.compile", 90,
             "training:step_race", needs=("machine", "build")),
 )  # fmt: skip

@@ -28,10 +28,11 @@ GROUPS = (32, 64, 128)
 
 
 def takes(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> bool:
-    """Say whether the kernels take x and bias, float32 or bfloat16, on a device where the weight is, for inference."""
+    """Say whether the kernels take x and bias, float32 or bfloat16, and a weight beside them, for inference."""
     return (
         cuda.has_cuda_kernel(x, bias)
         and weight.device == x.device
+        and weight.is_contiguous()
         and not needs_gradient(x, weight, bias)
         and not is_traced(x)
     )
@@ -45,7 +46,7 @@ def takes_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def takes_packed(weight: Tensor, bits: int) -> bool:
     """Say whether they take a quantized weight (N, G, g * bits / 8) of these sizes, where it lies."""
     group = weight.shape[2] * 8 // bits
-    return group in GROUPS and weight.is_contiguous() and weight.data_ptr() % ALIGNMENT == 0
+    return group in GROUPS and weight.data_ptr() % ALIGNMENT == 0
 
 
 def packed_linear(
@@ -106,7 +107,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     rows = y.shape[:-1].numel()
     if rows > MOST_DENSE_ROWS:
         return linear_reference(x, weight.to(x.dtype), bias, activation)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.contiguous()
     kind = (torch.float32, torch.bfloat16, torch.float16).index(weight.dtype)
     cuda.launch(
         "dense_linear", x.device, x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), rows, N, K, kind,

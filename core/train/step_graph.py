@@ -40,7 +40,7 @@ class StepGraph:
         self._loss: Tensor | None = None
 
     def __call__(self, parts: Sequence[Part]) -> Tensor:
-        """Write the gradients of a step, in the place of those of the last one, and return its loss.
+        """Write the gradients of a step, in the place of those of the last one, and return its loss, likewise.
 
         Raises:
             ConfigError: The step waits for the device, so it cannot be recorded.
