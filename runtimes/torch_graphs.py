@@ -134,7 +134,8 @@ class Step:
         self.slots = slots
         self._axes = {item.name: item.shape.index("past") for item in spec.state}
         sizes = {"batch": rows, "past": slots, "sequence": 1, "kept": 1, "past + sequence": slots + 1}
-        shapes = {item.name: [_size(d, sizes) for d in item.shape] for item in (*spec.inputs, *spec.state)}
+        shapes = {item.name: [_size(d, sizes) for d in item.shape] for item in spec.inputs}
+        shapes |= {item.name: [_size(d, sizes) for d in item.shape] for item in spec.state}
         counts = [int(np.prod(shapes[item.name])) for item in spec.inputs]
         # All inputs lie side by side, so that one copy brings them to the device.
         self._sent = torch.zeros(sum(counts), dtype=torch.int64, device=device)

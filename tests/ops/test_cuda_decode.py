@@ -18,6 +18,7 @@ from portlm.ops.quantized import dequantized, pack
 from portlm.ops.quantized_attention import quantized_attention, quantized_attention_reference
 from portlm.ops.quantized_embedding import quantized_embedding, quantized_embedding_reference
 from portlm.ops.quantized_linear import quantized_linear, quantized_linear_reference
+from portlm.runtimes.torch_operators import operators
 
 if kernels is None:
     pytest.skip("portlm._C was not built", allow_module_level=True)
@@ -139,6 +140,32 @@ def test_cuda_quantized_linear_leaves_groups_and_places_that_it_cannot_read_to_t
             assert torch.equal(
                 quantized_linear(x, weight, scale), quantized_linear_reference(x, weight, scale)
             )
+
+
+@pytest.mark.runs_kernel("packed_linear", "dense_linear", on="cuda")
+def test_cuda_kernels_are_what_the_nodes_of_a_plan_run_on_weights_as_they_are(device):
+    """A plan makes the kernels' form of a weight once: of a quantized one its scales, of one of 16 bits itself."""
+    weight, scale, zero = quantized(4, 32, True, 9, 96, device)
+    x = torch.randn(1, 96, device=device)
+    for operator, attributes, parts, wanted in (
+        (
+            "ai.portlm.QuantizedLinear",
+            {"bits": 4},
+            (weight, scale, zero),
+            dequantized(weight, scale, zero, 4),
+        ),
+        ("ai.portlm.HalfLinear", {}, (scale.half(),), scale.half().float()),
+    ):
+        known = operators()[operator]
+        call = known.call(attributes, {}, 1 + len(parts), 1)
+        ((place, (function, _, sources)),) = known.derive(call).items()
+        assert place == known.most
+        given = [x[:, : wanted.shape[1]], *parts]
+        form = function(*(given[i] if i < len(given) else None for i in sources))
+        assert form.dtype is torch.float16
+        missing = [None] * (known.most - len(given))
+        y = known.bind(call)(*given, *missing, form)
+        assert torch.allclose(y, linear_reference(given[0], wanted), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.runs_kernel("packed_rows", on="cuda")
