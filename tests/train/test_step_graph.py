@@ -8,6 +8,7 @@ from recorded_graph import RecordedGraph  # noqa: E402
 from tiny_runs import digest, newest, pretrain, stop_at, tiny, told  # noqa: E402
 
 from portlm.errors import ConfigError, PortlmError  # noqa: E402
+from portlm.models import DECODERS, build  # noqa: E402
 from portlm.ops.kernel_op import without_kernels  # noqa: E402
 from portlm.train.config import PretrainConfig  # noqa: E402
 from portlm.train.loop import accumulate_gradients  # noqa: E402
@@ -62,6 +63,25 @@ def test_a_run_of_recorded_steps_goes_on_bit_for_bit_where_it_was_stopped(
         quiet=True,
     )
     assert digest(newest(whole.run)) == digest(newest(resumed.run))
+
+
+@pytest.mark.no_kernel("PyTorch's operators are what can be recorded without a GPU")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_a_recorded_step_has_the_gradients_of_other_tokens_than_it_was_recorded_with(family, stand_in):
+    """Experts, too, which are chosen anew: nothing of a step may have been decided by Python."""
+    model = build(DECODERS[family].config_class().tiny()).train()
+
+    def step(parts):
+        return accumulate_gradients(lambda part: model(*part), parts)
+
+    graph = StepGraph(step, model)
+    parts = [[tuple(torch.randint(100, (2, 2, 8)).unbind()) for _ in range(2)] for _ in range(2)]
+    graph(parts[0])
+    loss = graph(parts[1]).clone()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    assert loss == step(parts[1])
+    assert all(torch.equal(a, p.grad) for a, p in zip(found, model.parameters(), strict=True))
 
 
 @pytest.mark.no_kernel("PyTorch's operators are what can be recorded without a GPU")
