@@ -25,13 +25,11 @@ from portlm.engine import Array, CallSpec
 from portlm.errors import PortlmError
 
 FEWEST_SLOTS = 64
-MOST_BYTES = (
-    1 << 28
-)  # of a cache that a step may move: at a device's bandwidth, about what launching a step takes otherwise
+# Of a cache that a step may move: at a device's bandwidth, about what launching a step takes otherwise.
+MOST_BYTES = 1 << 28
 MOST_STEPS = 4  # that are kept; each holds its cache twice
-PATIENCE = (
-    4  # calls of one token that must have come before one is recorded, which takes as long as many of them
-)
+# Calls of one token in a row before one is recorded or takes a state over, which both take a while.
+PATIENCE = 4
 
 Function = Callable[..., tuple[Tensor, ...]]
 Tensors = dict[str, Any]
@@ -240,21 +238,18 @@ class Graphs:
             return None
         ids = inputs[spec.inputs[0].name]
         rows, past = len(ids), _past(spec, inputs)
-        if (
-            any(inputs[i.name].shape[-1] != 1 for i in spec.inputs if "past + sequence" not in i.shape)
-            or past < 1
-        ):
-            return None
         slots = self._slots(past + 1)
-        if slots <= past or _bytes(spec, rows, slots) > MOST_BYTES:
+        first = next(iter(tensors.values()))
+        if any(inputs[i.name].shape[-1] != 1 for i in spec.inputs if "past + sequence" not in i.shape):
+            self._calls[role, rows] = 0
             return None
         self._calls[role, rows] += 1
-        if self._calls[role, rows] <= PATIENCE:
+        waits = self._calls[role, rows] <= PATIENCE and not isinstance(first, Slot)
+        if waits or past < 1 or slots <= past or _bytes(spec, rows, slots) > MOST_BYTES:
             return None
         step = self._step(role, spec, rows, slots)
         if step is None:
             return None
-        first = next(iter(tensors.values()))
         if not (isinstance(first, Slot) and first.held.lies_in(step)):
             step.load({name: t.tensor() if isinstance(t, Slot) else t for name, t in tensors.items()}, past)
         outputs, held = step.run(inputs, past)

@@ -149,6 +149,11 @@ def test_a_step_is_recorded_when_enough_came_before_and_the_cache_is_small_enoug
     for count, t in enumerate(tokens_of(3, 4), 1):
         rows.next(t)
         assert held(rows) is (count > 2)
+    others = read(engine, TEXTS)  # several tokens at once, after which there may be more
+    others.next([1, 2, 3])
+    assert not held(others)
+    rows.next([1, 2, 3])
+    assert held(rows)  # which it was before
     monkeypatch.setattr(torch_graphs, "MOST_BYTES", 0)
     rows.next([1, 2, 3])
     assert not held(rows)
