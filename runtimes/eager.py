@@ -7,7 +7,6 @@ this file, and by those that it imports.
 """
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from portlm.plan import CHECKPOINT, has_code, needs_plan, read_plan
 from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.dequantized import load_dequantized
-from portlm.runtimes.torch_graphs import CudaGraph, Graph, Graphs, Slot
+from portlm.runtimes.torch_graphs import CudaGraph, Graph, Graphs, Slot, are_wanted
 from portlm.runtimes.torch_plan import make_role
 from portlm.threads import GovernedThreads
 
@@ -101,7 +100,7 @@ class TorchEngine(ArrayEngine):
             for name, role in self._functions.items()
         }
         super().__init__(specs, vocab_size, context_length)
-        self.use_graphs(CudaGraph if device == "cuda" and "PORTLM_NO_CUDA_GRAPHS" not in os.environ else None)
+        self.use_graphs(CudaGraph if device == "cuda" and are_wanted() else None)
 
     def use_graphs(self, make: Callable[[], Graph] | None) -> None:
         """Have steps of one token recorded (runtimes/torch_graphs.py), as they are on CUDA; by None no longer."""

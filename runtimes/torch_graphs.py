@@ -10,6 +10,7 @@ Between steps the state stays in the graph's memory. Who wants it elsewhere, ano
 in its place, gets a copy first.
 """
 
+import os
 import warnings
 import weakref
 from collections import Counter
@@ -276,6 +277,11 @@ class Graphs:
                 return None
         self._steps[key] = step
         return step
+
+
+def are_wanted() -> bool:
+    """Say whether engines on CUDA are to record their steps: PORTLM_NO_CUDA_GRAPHS is not set."""
+    return os.environ.get("PORTLM_NO_CUDA_GRAPHS", "0") in ("", "0")
 
 
 def takes(spec: CallSpec) -> bool:

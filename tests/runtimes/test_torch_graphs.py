@@ -220,6 +220,19 @@ def test_roles_without_a_mask_of_all_slots_or_with_a_state_of_one_size_are_left_
         assert not takes(CallSpec(spec.inputs, spec.outputs, state))
 
 
+@pytest.mark.no_kernel("nothing is run")
+def test_engines_on_cuda_record_steps_unless_they_are_told_not_to(monkeypatch):
+    def graphs(device):
+        return TorchEngine({}, 10, 20, device, "native", {})._graphs
+
+    assert graphs("cuda") is not None
+    assert graphs("cpu") is None
+    monkeypatch.setenv("PORTLM_NO_CUDA_GRAPHS", "1")
+    assert graphs("cuda") is None
+    monkeypatch.setenv("PORTLM_NO_CUDA_GRAPHS", "0")
+    assert graphs("cuda") is not None
+
+
 def replace_struct(item, **changes):
     from msgspec.structs import replace as change
 
