@@ -16,6 +16,7 @@ _TOOLS = {
     "compiled",
     "cuda",
     "experts_cuda",
+    "few_rows",
     "gelu_mlp_bf16",
     "half",
     "kernel_op",

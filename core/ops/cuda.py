@@ -70,8 +70,14 @@ def launch(name: str, device: torch.device, *arguments: Any) -> None:
 
 
 def can_wait(tensor: Tensor) -> bool:
-    """Say whether a tensor's device can be waited for, and asked for a value: not while its work is being captured."""
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Say whether a tensor's device can be waited for, and asked for a value.
+
+    Not while its work is being recorded, and not where PyTorch was told to make waiting an error
+    (``torch.cuda.set_sync_debug_mode``), as in the calls that come before a recording.
+    """
+    if not tensor.is_cuda:
+        return True
+    return not torch.cuda.is_current_stream_capturing() and torch.cuda.get_sync_debug_mode() < 2
 
 
 def row_blocks(rows: int) -> int:
