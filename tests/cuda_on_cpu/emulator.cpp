@@ -20,7 +20,7 @@
 #include <vector>
 
 namespace portlm::cuda {
-constexpr size_t kFloats = (48 << 10) / sizeof(float), kBehind = 1024;
+constexpr size_t kFloats = cuda_on_cpu::kMostSharedBytes / sizeof(float), kBehind = 1024;
 // As common.cuh declares it, and some room behind it that no block may touch.
 extern thread_local float memory[] __attribute__((aligned(32)));
 thread_local float memory[kFloats + kBehind] __attribute__((aligned(32)));  // the size is known only here
@@ -236,12 +236,12 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     }
   } ending{m};
   const auto threads = ordered(m.count, m.order);
+  static const std::vector<uint32_t> unwritten(shared.bytes / sizeof kUnwritten, kUnwritten);
   const size_t room = (shared_bytes + sizeof(float) - 1) / sizeof(float);
   for (const uint64_t b : ordered(uint64_t{grid.x} * grid.y * grid.z, m.order)) {
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / grid.x / grid.y)};
-    for (size_t i = 0; i + sizeof kUnwritten <= shared.bytes; i += sizeof kUnwritten)
-      std::memcpy(shared.begin + i, &kUnwritten, sizeof kUnwritten);
+    std::memcpy(shared.begin, unwritten.data(), shared.bytes / sizeof kUnwritten * sizeof kUnwritten);
     for (unsigned i = 0; i < m.count; ++i) {
       Fiber& fiber = m.fibers[i];
       fiber.state = State::ready;
@@ -252,9 +252,9 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
       for (const uint64_t i : threads)
         if (m.fibers[i].state == State::ready) resume(m, m.fibers[i]);
     } while (go_on(m));
-    for (size_t i = room; i < portlm::cuda::kFloats + portlm::cuda::kBehind; ++i)
-      if (std::memcmp(&portlm::cuda::memory[i], &kUnwritten, sizeof kUnwritten))
-        throw std::runtime_error("a block wrote behind the shared memory that it was given");
+    const size_t behind = portlm::cuda::kFloats + portlm::cuda::kBehind - room;
+    if (std::memcmp(&portlm::cuda::memory[room], unwritten.data(), behind * sizeof kUnwritten))
+      throw std::runtime_error("a block wrote behind the shared memory that it was given");
   }
   ending.whole = true;
 }
