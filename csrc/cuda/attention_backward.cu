@@ -2,6 +2,7 @@
 //
 // Queries' gradients come from blocks that hold a tile of queries, and those of keys and values from blocks that hold a tile of
 // keys, which go through all query heads that share them: no sum is shared by blocks, so the bits are the same every time.
+#include "cuda/attention_mma.cuh"
 #include "cuda/attention_tiles.cuh"
 
 namespace portlm::cuda {
@@ -200,6 +201,8 @@ void run(const Attention& a, const Gradients& g, uintptr_t stream) {
   if (rows > 0)
     launch(sum_rows<T>, row_blocks((rows + warps - 1) / warps), kTileThreads, 0, stream, static_cast<const T*>(g.dout),
            static_cast<const T*>(g.out), g.delta, rows, a.T, a.H, a.D);
+  const bool by_mma = mma_serves(a);
+  if (by_mma) differentiate_by_mma(a, g, stream);
   with_tiling(a.D, [&](auto tiling) {
     using G = decltype(tiling);
     const bool vectors = rows_allow(4, a, {a.q, a.k, a.v, g.dout, g.dq, g.dk, g.dv},
@@ -207,10 +210,10 @@ void run(const Attention& a, const Gradients& g, uintptr_t stream) {
     constexpr size_t kTiles = 2 * (G::kRows + G::kColumns) * G::kStride * sizeof(float);
     constexpr size_t kScores = G::kRows * G::kScoreStride * sizeof(float);
     const int over_queries = (a.T + G::kRows - 1) / G::kRows, over_keys = (a.S + G::kRows - 1) / G::kRows;
-    if (rows > 0)
+    if (rows > 0 && !by_mma)
       launch(query_gradients<T, G>, tile_blocks(int64_t{over_queries} * a.B * a.H), kTileThreads, kTiles + kScores, stream, a, g,
              over_queries, vectors);
-    if (a.S > 0 && a.B > 0)
+    if (a.S > 0 && a.B > 0 && !by_mma)
       launch(key_gradients<T, G>, tile_blocks(int64_t{over_keys} * a.B * a.K), kTileThreads, kTiles + 2 * kScores, stream, a, g,
              vectors);
     if (!g.dbias || rows == 0 || a.S == 0) return;

@@ -1,5 +1,6 @@
 // Attention forward in float32 arithmetic: a block holds a tile of queries of one head and goes through the tiles of keys that
 // one of them sees, with an online softmax (Milakov and Gimelshein 2018; Dao 2023, arXiv:2307.08691).
+#include "cuda/attention_mma.cuh"
 #include "cuda/attention_tiles.cuh"
 
 namespace portlm::cuda {
@@ -97,7 +98,10 @@ void run(const Attention& a, void* out, float* stats, uintptr_t stream) {
 
 void attend_in_tiles(const Attention& a, void* out, float* stats, uintptr_t stream) {
   if (a.B == 0 || a.T == 0 || a.H == 0 || a.D == 0) return;
-  a.is_bfloat16 ? run<bfloat16>(a, out, stats, stream) : run<float>(a, out, stats, stream);
+  if (mma_serves(a))
+    attend_by_mma(a, out, stats, stream);
+  else
+    a.is_bfloat16 ? run<bfloat16>(a, out, stats, stream) : run<float>(a, out, stats, stream);
 }
 
 }  // namespace portlm::cuda

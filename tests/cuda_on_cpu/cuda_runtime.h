@@ -67,6 +67,23 @@ void block_barrier(const char* file, int line);
 // Waits for all threads of the warp, and returns the value of the one in `lane`.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, const char* file, int line);
 
+// What each lane of the warp gave, until the thread exchanges something again.
+struct WarpValues {
+  const char* first;
+  size_t stride;
+  template <typename T>
+  const T& at(int lane) const {
+    return *reinterpret_cast<const T*>(first + static_cast<size_t>(lane) * stride);
+  }
+};
+WarpValues exchange_bytes(const void* value, size_t bytes, const char* file, int line);
+
+// Copies of a thread that arrive when it waits for them: 16 bytes each, of which the first `bytes` come from somewhere and
+// the others are zeros; the end of a group of them; and the wait for all groups but the last `under`.
+void copy_later(void* to, const void* from, size_t bytes);
+void end_copies();
+void finish_copies(size_t under);
+
 unsigned lane();
 
 template <typename T>

@@ -34,13 +34,22 @@ constexpr uint32_t kUnwritten = 0x7fc0dead;  // a NaN
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+constexpr size_t kMostExchanged = 32, kCopied = 16;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   State state;
   uint3 thread;
   const char* file;
   int line;
-  unsigned turn;       // which of the values is being exchanged
-  uint64_t values[2];  // the last one is still read by others when the next is written
+  unsigned turn;  // which of the values is being exchanged
+  alignas(8) char values[2][kMostExchanged];  // the last one is still read by others when the next is written
+  std::vector<std::vector<Copy>> copies;      // groups, the last one open
   bool started = false;
   jmp_buf where;
   char* stack = nullptr;
@@ -209,14 +218,38 @@ void block_barrier(const char* file, int line) { wait(State::at_block_barrier, f
 
 uint64_t exchange(unsigned mask, uint64_t value, unsigned from, const char* file, int line) {
   if (mask != 0xffffffffu) throw std::runtime_error("only whole warps exchange values here");
+  return exchange_bytes(&value, sizeof value, file, line).at<uint64_t>(static_cast<int>(from % kWarp));
+}
+
+WarpValues exchange_bytes(const void* value, size_t bytes, const char* file, int line) {
   Machine& m = machine;
   Fiber* const self = m.running;
   const unsigned turn = self->turn;
-  self->values[turn] = value;
+  if (bytes > kMostExchanged) throw std::runtime_error("a warp exchanges no more than 32 bytes of each thread");
+  std::memcpy(self->values[turn], value, bytes);
   wait(State::at_warp_barrier, file, line);
   self->turn = 1 - turn;
-  Fiber* const warp = self - (self - m.fibers.data()) % kWarp;
-  return warp[from % kWarp].values[turn];
+  const Fiber* const warp = self - (self - m.fibers.data()) % kWarp;
+  return {warp->values[turn], sizeof(Fiber)};
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  const uintptr_t ends = reinterpret_cast<uintptr_t>(to) | (bytes ? reinterpret_cast<uintptr_t>(from) : 0);
+  if (ends % kCopied) throw std::runtime_error("an end of a copy is not aligned to 16 bytes");
+  machine.running->copies.back().push_back({to, from, bytes});
+}
+
+void end_copies() { machine.running->copies.emplace_back(); }
+
+void finish_copies(size_t under) {
+  auto& groups = machine.running->copies;
+  while (groups.size() > under + 1) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, kCopied);
+      if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
@@ -246,6 +279,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
       Fiber& fiber = m.fibers[i];
       fiber.state = State::ready;
       fiber.turn = 0;
+      fiber.copies.assign(1, {});
       fiber.thread = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     }
     do {
