@@ -66,4 +66,4 @@ if "$python" -c "$overrun" 2>"$build/overrun.log" || ! grep -q heap-buffer-overf
   echo "sanitize: an emulated kernel wrote behind its memory, and nothing was reported ($build/overrun.log)" >&2
   exit 1
 fi
-"${pytest[@]}" --dist load -k emulated tests/ops/test_cuda.py
+"${pytest[@]}" --dist load -k emulated tests/ops/test_cuda.py tests/ops/test_cuda_attention.py

@@ -128,10 +128,12 @@ void run(const Attention& a, void* out, float* stats, uintptr_t stream) {
 }  // namespace
 
 void attend_by_mma(const Attention& a, void* out, float* stats, uintptr_t stream) {
+  // More queries a warp read keys and values from shared memory less often, where there are enough to fill a device.
+  const bool many = int64_t{a.B} * a.H * ((a.T + 127) / 128) >= 256;
   if (a.D <= 64)
-    run<64, 2, 8>(a, out, stats, stream);
+    many ? run<64, 2, 8>(a, out, stats, stream) : run<64, 1, 8>(a, out, stats, stream);
   else
-    run<128, 1, 8>(a, out, stats, stream);
+    many ? run<128, 2, 4>(a, out, stats, stream) : run<128, 1, 8>(a, out, stats, stream);
 }
 
 }  // namespace portlm::cuda

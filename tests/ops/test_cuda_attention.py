@@ -105,6 +105,16 @@ def test_cuda_attention_gives_the_same_bits_every_time(T, D, dtype, device, requ
 
 
 @FORWARD
+@pytest.mark.parametrize("D", [40, 128])
+def test_cuda_attention_of_many_heads_is_as_accurate_as_pytorch(D, device):
+    """From 256 tiles of queries on, warps of tensor cores take twice as many."""
+    q, k, v = heads(4, 20, 64, 64, D, device, torch.bfloat16)
+    eager = attention_reference(q, k, v)
+    oracle = attention_reference(*(t.double() for t in (q, k, v)))
+    assert_as_accurate(attention(q, k, v), eager, oracle, torch.bfloat16)
+
+
+@FORWARD
 @EVERY_TYPE
 def test_cuda_attention_shows_a_key_that_is_no_number_to_later_queries_alone(dtype, device):
     q, k, v = heads(1, 70, 1, 1, 8, device, dtype)
