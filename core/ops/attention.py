@@ -7,6 +7,7 @@ The kernels follow FlashAttention (Dao et al. 2022): the T x T scores exist in b
 linear map yields q, k and v together, `attention_qkv` takes its output as it is, and writes one gradient for it. A
 window (Beltagy et al. 2020, arXiv:2004.05150) hides keys, and a soft cap bounds scores (arXiv:2408.00118). Inside
 ``precision.products_in("bf16")`` the operands of all products are rounded to bfloat16; the softmax is float32.
+On CUDA, what comes out is rounded, too.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ def attention(
     _check(q, k, v)
     check_bounds("attention", window, softcap, causal)
     D = q.shape[3]
+    if _rounds_on_cuda(D, q, k, v):
+        q, k, v = (t.bfloat16() for t in (q, k, v))
+        return attention(q, k, v, causal, scale, window, softcap).float()
     if D == 0 or not (has_kernel(q, k, v) or has_cuda_kernel(D, q, k, v)):
         return attention_reference(q, k, v, causal, scale, window, softcap)
     scale = D**-0.5 if scale is None else scale
@@ -141,6 +145,8 @@ def attention_qkv(
         )
     check_bounds("attention_qkv", window, softcap, causal)
     D = qkv.shape[2] // (H + 2 * K)
+    if _rounds_on_cuda(D, qkv):
+        return attention_qkv(qkv.bfloat16(), H, K, causal, scale, window, softcap).float()
     if D == 0 or not (has_kernel(qkv) or has_cuda_kernel(D, qkv)):
         return attention_qkv_reference(qkv, H, K, causal, scale, window, softcap)
     scale = D**-0.5 if scale is None else scale
@@ -149,9 +155,17 @@ def attention_qkv(
 
 
 def has_cuda_kernel(D: int, q: Tensor, *others: Tensor | None) -> bool:
-    """Say whether the CUDA kernels take these tensors, whose heads are D wide, and what `precision` asks for."""
-    rounds = rounds_products() and q.dtype is torch.float32
-    return D <= cuda.MOST_HEAD_WIDTH and not rounds and cuda.has_cuda_kernel(q, *others)
+    """Say whether the CUDA kernels take these tensors, whose heads are D wide."""
+    return D <= cuda.MOST_HEAD_WIDTH and cuda.has_cuda_kernel(q, *others)
+
+
+def _rounds_on_cuda(D: int, q: Tensor, *others: Tensor) -> bool:
+    """Say whether `precision` asks CUDA kernels for rounded products of such float32 tensors.
+
+    They have them of bfloat16 tensors, so the result and the gradients are rounded as well, which is what the linear
+    layers around attention would do next.
+    """
+    return rounds_products() and q.dtype is torch.float32 and has_cuda_kernel(D, q, *others)
 
 
 def check_bounds(op: str, window: int | None, softcap: float | None, causal: bool = True) -> None:

@@ -78,7 +78,7 @@ struct WarpValues {
 };
 WarpValues exchange_bytes(const void* value, size_t bytes, const char* file, int line);
 
-// Copies of a thread that arrive when it waits for them: 16 bytes each, of which the first `bytes` come from somewhere and
+// Copies of a thread that arrive when it waits for them, or at once where threads run backwards: 16 bytes each, of which the first `bytes` come from somewhere and
 // the others are zeros; the end of a group of them; and the wait for all groups but the last `under`.
 void copy_later(void* to, const void* from, size_t bytes);
 void end_copies();

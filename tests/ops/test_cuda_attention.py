@@ -97,9 +97,9 @@ def test_cuda_attention_reads_and_writes_heads_where_they_lie(dtype, device):
 
 @BOTH
 @EVERY_TYPE
-@pytest.mark.parametrize(("T", "D"), [(70, 16), (40, 72), (35, 200)])
+@pytest.mark.parametrize(("T", "D"), [(140, 16), (70, 72), (35, 200)])
 def test_cuda_attention_gives_the_same_bits_every_time(T, D, dtype, device, request):
-    tensors = heads(1, T, 4, 2, D, device, dtype)
+    tensors = heads(1, T, 2, 1, D, device, dtype)
     first, second = (results(attention, tensors, dtype) for _ in run_twice(device, request))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -125,14 +125,34 @@ def test_cuda_attention_shows_a_key_that_is_no_number_to_later_queries_alone(dty
 
 
 @pytest.mark.no_kernel("it is about what the kernels leave to the reference")
-def test_cuda_attention_leaves_wider_heads_and_rounded_products_to_the_reference(device):
+def test_cuda_attention_leaves_wider_heads_to_the_reference(device):
     wide = heads(1, 3, 1, 1, 257, device, torch.bfloat16)
     assert torch.equal(attention(*wide), attention_reference(*wide))
     assert torch.equal(masked_attention(*wide), masked_attention_reference(*wide))
-    narrow = heads(1, 3, 1, 1, 8, device, torch.float32)
-    if device == "cuda":  # on the CPU, its own kernel rounds
-        with products_in("bf16"):
-            assert torch.equal(attention(*narrow), attention_reference(*narrow))
+
+
+@BOTH
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["apart", "side by side"])
+def test_cuda_attention_rounds_its_products_where_the_precision_says_so(side_by_side, device):
+    """As accurate as products of rounded operands, and one rounding to bfloat16 of what comes out."""
+    tensors = heads(1, 40, 4, 2, 16, device, torch.float32)
+    ours, reference = attention, attention_reference
+    if side_by_side:
+        tensors = [torch.cat([t.flatten(2) for t in tensors], 2)]
+
+        def ours(qkv):
+            return attention_qkv(qkv, 4, 2)
+
+        def reference(qkv):
+            return attention_qkv_reference(qkv, 4, 2)
+
+    oracle = results(reference, tensors, torch.float64)
+    with products_in("bf16"):
+        found, eager = (results(function, tensors, torch.float32) for function in (ours, reference))
+    for o, e, r in zip(found, eager, oracle, strict=True):
+        assert o.dtype is torch.float32
+        assert_as_accurate(o, e, r, torch.bfloat16)
+        assert not torch.allclose(o.double(), r, atol=1e-4)  # it has rounded
 
 
 # (B, T, S, H, K, D): one of everything; a decoder's queries, few and many, against more keys; no key.

@@ -1,5 +1,5 @@
-// csrc/cuda/mma.cuh where there is no GPU: the lanes of a warp hold what they hold there, and a copy has arrived when, and
-// not before, its thread has waited for it.
+// csrc/cuda/mma.cuh where there is no GPU: the lanes of a warp hold what they hold there, and a copy arrives when its
+// thread waits for it, or at once.
 #pragma once
 
 #include <stdexcept>
