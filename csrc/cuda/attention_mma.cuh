@@ -101,6 +101,23 @@ __device__ inline void add_rows(const float (&weights)[M][N][4], const bfloat16*
   }
 }
 
+// Whether the mask, if there is one, shows all of the keys [j0, j1) that there are.
+__device__ inline bool all_shown(const View<bfloat16>& view, int j0, int j1) {
+  if (!view.mask) return true;
+  int hidden = 0;
+#pragma unroll 1
+  for (int j = j0 + mma_lane(); j < min(j1, view.a.S); j += 32) hidden |= view.mask[j] == 0;
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) hidden |= __shfl_xor_sync(0xffffffffu, hidden, offset);
+  return hidden == 0;
+}
+
+// Whether each of the queries [t0, t1) sees each of the keys [j0, j1), of which the mask shows all.
+__device__ inline bool all_seen(const Attention& a, int t0, int t1, int j0, int j1) {
+  const int place = a.S - a.T;
+  return t1 <= a.T && j1 <= a.S && !(a.causal && j1 - 1 > place + t0) && !(a.window && place + t1 - 1 - j0 >= a.window);
+}
+
 // Writes row `row` of what this lane holds, times a factor: `half` 0 or 1 says which of its rows of 16 that is.
 template <int Width>
 __device__ inline void store_row(const float (&sum)[Width / 8][4], int half, float factor, bfloat16* row, int D, bool vectors) {

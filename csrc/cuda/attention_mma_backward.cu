@@ -38,12 +38,6 @@ __device__ inline void weigh(const View<bfloat16>& view, const Query& query, boo
   gradient = product * (gradient - query.delta) * view.slope(s);
 }
 
-// Whether each of the queries [t0, t1) sees each of the keys [j0, j1).
-__device__ inline bool all_seen(const Attention& a, int t0, int t1, int j0, int j1) {
-  const int place = a.S - a.T;
-  return !a.mask && t1 <= a.T && j1 <= a.S && !(a.causal && j1 - 1 > place + t0) && !(a.window && place + t1 - 1 - j0 >= a.window);
-}
-
 struct Rows {
   const bfloat16 *q, *k, *v, *dout;
   int64_t out_row;
@@ -90,7 +84,8 @@ __global__ void __launch_bounds__(kMmaThreads, 2) query_gradients(Attention a, G
     float s[1][N][4], d[1][N][4];
     multiply_rows<Width>(query_tile, first, key_tile, s);
     multiply_rows<Width>(dout_tile, first, key_tile + P::kPassed, d);
-    const bool whole = all_seen(a, t0 + first, t0 + first + 16, j0, j0 + P::kColumns);
+    const bool shown = all_shown(view, j0, j0 + P::kColumns);
+    const bool whole = shown && all_seen(a, t0 + first, t0 + first + 16, j0, j0 + P::kColumns);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -136,6 +131,7 @@ __global__ void __launch_bounds__(kMmaThreads) key_gradients(Attention a, Gradie
   const Rows shared(a, g, b, kv * group);
   copy_tile<Width, kRows>(shared.k + j0 * a.k_at.row, a.k_at.row, keys, a.D, vectors, key_tile);
   copy_tile<Width, kRows>(shared.v + j0 * a.v_at.row, a.v_at.row, keys, a.D, vectors, value_tile);
+  const bool shown = all_shown(View<bfloat16>(a, b, kv * group), j0 + first, j0 + first + 16);
   const int steps = tiles * group;
   if (steps > 0) copy(0, 0);
   commit_copies();
@@ -152,7 +148,7 @@ __global__ void __launch_bounds__(kMmaThreads) key_gradients(Attention a, Gradie
     float s[1][N][4], d[1][N][4];
     multiply_rows<Width>(key_tile, first, query_tile, s);
     multiply_rows<Width>(value_tile, first, dout_tile, d);
-    const bool whole = all_seen(a, t0, t0 + P::kColumns, j0 + first, j0 + first + 16);
+    const bool whole = shown && all_seen(a, t0, t0 + P::kColumns, j0 + first, j0 + first + 16);
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll

@@ -42,25 +42,22 @@ __global__ void __launch_bounds__(kMmaThreads) attend(Attention a, bfloat16* out
     copy_tile<Width, P::kKeys>(k + begin * a.k_at.row, a.k_at.row, min(P::kKeys, a.S - begin), a.D, vectors, key_tile);
   commit_copies();
   for (int j0 = begin; j0 < end; j0 += P::kKeys) {
+    const bool whole = all_seen(a, t0 + first, t0 + first + 16 * M, j0, j0 + P::kKeys) && all_shown(view, j0, j0 + P::kKeys);
     wait_for_copies<0>();
     __syncthreads();  // the keys are there, and the last values have been read
     copy_tile<Width, P::kKeys>(v + j0 * a.v_at.row, a.v_at.row, min(P::kKeys, a.S - j0), a.D, vectors, value_tile);
     commit_copies();
     float s[M][N][4];
     multiply_rows<Width>(query_tile, first, key_tile, s);
-
-    const int last = j0 + P::kKeys - 1, place = a.S - a.T + t0 + first;  // of the warp's first query
-    const bool all_seen = !view.mask && last < a.S && t0 + first + 16 * M <= a.T && !(a.causal && last > place) &&
-                          !(a.window && place + 16 * M - 1 - j0 >= a.window);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if (!plain || !all_seen) {
+      if (!plain || !whole) {
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int t = lane_row + 16 * m + i / 2 * 8, key = j0 + 8 * n + lane_column + i % 2;
-            if (!view.sees(t, key))
+            if (!whole && !view.sees(t, key))
               s[m][n][i] = -INFINITY;
             else if (!plain)
               s[m][n][i] = view.score(s[m][n][i], t, key);
@@ -101,11 +98,11 @@ __global__ void __launch_bounds__(kMmaThreads) attend(Attention a, bfloat16* out
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float whole = total[m][half];
-      whole += __shfl_xor_sync(0xffffffffu, whole, 1);
-      whole += __shfl_xor_sync(0xffffffffu, whole, 2);
-      const bool blind = whole == 0.0f;  // a query that sees nothing gives 0
-      const float inverse = blind ? 0.0f : 1.0f / whole;
+      float weights = total[m][half];
+      weights += __shfl_xor_sync(0xffffffffu, weights, 1);
+      weights += __shfl_xor_sync(0xffffffffu, weights, 2);
+      const bool blind = weights == 0.0f;  // a query that sees nothing gives 0
+      const float inverse = blind ? 0.0f : 1.0f / weights;
       const int t = lane_row + 16 * m + 8 * half;
       if (t >= a.T) continue;
       store_row<Width>(sum[m], half, inverse, out + ((int64_t{b} * a.T + t) * a.H + h) * a.D, a.D, vectors);

@@ -253,6 +253,18 @@ def test_cuda_cached_attention_is_as_accurate_as_pytorch(step, bounds, masked, d
 
 
 @CACHED
+@EVERY_TYPE
+@pytest.mark.parametrize("T", [1, 20])
+def test_cuda_cached_attention_knows_padding_in_front(T, dtype, device):
+    """Of a whole tile and some of the next, with tiles behind them that the mask shows whole."""
+    tensors = cache(1, T, 230, 2, 1, 32, device, dtype)
+    mask = (torch.arange(230 + T, device=device) >= 70).long()[None]
+    ours, eager = (f(*tensors, mask)[0] for f in (cached_attention, cached_attention_reference))
+    oracle = cached_attention_reference(*(t.double() for t in tensors), mask)[0]
+    assert_as_accurate(ours, eager, oracle, dtype)
+
+
+@CACHED
 def test_cuda_cached_attention_gives_the_same_bits_every_time(device, request):
     tensors = cache(1, 3, 400, 4, 2, 48, device, torch.float32)
     first, second = (cached_attention(*tensors)[0] for _ in run_twice(device, request))
