@@ -14,7 +14,7 @@ __global__ void sum_rows(const T* dout, const T* out, float* delta, int64_t rows
   const int64_t warps = kTileThreads / 32;
   for (int64_t r = blockIdx.x * warps + threadIdx.x / 32; r < rows; r += gridDim.x * warps) {
     float sum = 0.0f;
-    for (int d = static_cast<int>(threadIdx.x) % 32; d < D; d += 32) sum = fmaf(to_float(dout[r * D + d]), to_float(out[r * D + d]), sum);
+    for (int64_t i = r * D + threadIdx.x % 32; i < (r + 1) * D; i += 32) sum = fmaf(to_float(dout[i]), to_float(out[i]), sum);
     sum = warp_sum(sum);
     const int64_t h = r % heads, t = r / heads % queries, b = r / heads / queries;
     if (threadIdx.x % 32 == 0) delta[(b * heads + h) * queries + t] = sum;
@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kTileThreads) key_gradients(Attention a, Gradi
       add_product<G>(scores, query_tile, dk);
     }
   }
-  store_tile<G>(dk, a.scale, static_cast<T*>(g.dk) + b * g.dk_at.batch + j0 * g.dk_at.row + kv * g.dk_at.head, g.dk_at.row, keys, a.D,
-                vectors);
-  store_tile<G>(dv, 1.0f, static_cast<T*>(g.dv) + b * g.dv_at.batch + j0 * g.dv_at.row + kv * g.dv_at.head, g.dv_at.row, keys, a.D,
-                vectors);
+  T* const to_k = static_cast<T*>(g.dk) + b * g.dk_at.batch + j0 * g.dk_at.row + kv * g.dk_at.head;
+  T* const to_v = static_cast<T*>(g.dv) + b * g.dv_at.batch + j0 * g.dv_at.row + kv * g.dv_at.head;
+  store_tile<G>(dk, a.scale, to_k, g.dk_at.row, keys, a.D, vectors);
+  store_tile<G>(dv, 1.0f, to_v, g.dv_at.row, keys, a.D, vectors);
 }
 
 // Block (x, y, z): a tile of queries, one of keys, and a head, of one row of the batch or, if they share a bias, of all in order.

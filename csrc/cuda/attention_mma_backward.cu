@@ -28,7 +28,8 @@ __device__ inline Query query_of(const Attention& a, const Gradients& g, int b, 
 
 // Turns the product of a query and a key that it sees into its weight, and that of the gradient and the value into the
 // gradient of the score.
-__device__ inline void weigh(const View<bfloat16>& view, const Query& query, bool seen, int t, int key, float& product, float& gradient) {
+__device__ inline void weigh(const View<bfloat16>& view, const Query& query, bool seen, int t, int key, float& product,
+                             float& gradient) {
   if (!seen) {
     product = gradient = 0.0f;
     return;

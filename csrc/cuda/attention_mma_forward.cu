@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kMmaThreads) attend(Attention a, bfloat16* out
     wait_for_copies<0>();
     __syncthreads();  // the values are there, and the keys have been read
     const int next = j0 + P::kKeys;
-    if (next < end) copy_tile<Width, P::kKeys>(k + next * a.k_at.row, a.k_at.row, min(P::kKeys, a.S - next), a.D, vectors, key_tile);
+    if (next < end)
+      copy_tile<Width, P::kKeys>(k + next * a.k_at.row, a.k_at.row, min(P::kKeys, a.S - next), a.D, vectors, key_tile);
     commit_copies();
     add_rows<Width>(s, value_tile, sum);
   }

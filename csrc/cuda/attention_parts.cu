@@ -14,7 +14,8 @@ constexpr int kWarps = kThreads / 32;
 // How a head of D elements lies in `lanes` lanes, a power of two: N pieces of V in each, piece n of lane l at (n * lanes + l) * V.
 // The block's rows are R queries of one head of keys: row r is head r % group of token r / group.
 template <typename T, int V, int N, int R>
-__global__ void __launch_bounds__(kThreads) part_of_keys(Attention a, T* out, float* partial, int parts, int each, int row_groups, int lanes) {
+__global__ void __launch_bounds__(kThreads)
+    part_of_keys(Attention a, T* out, float* partial, int parts, int each, int row_groups, int lanes) {
   constexpr int kAhead = V == 1 ? 1 : N > 1 || R * V > 32 ? 2 : 4;  // keys that a group loads at once
   const int part = static_cast<int>(blockIdx.x) % parts, rest = static_cast<int>(blockIdx.x) / parts;
   const int row0 = rest % row_groups * R, kv = rest / row_groups % a.K, b = rest / row_groups / a.K;

@@ -1,7 +1,8 @@
 // Tiles of rows in shared memory, and their products, in float32: what attention runs on where tensor cores do not serve.
 //
-// A block is 8 x 16 threads, ty by tx. Of a product of R * 8 rows with C * 16 rows, thread (ty, tx) holds rows ty * R + i and columns
-// tx + 16 j: the threads that share a row are half a warp. Of R * 8 rows of a result D wide it holds columns column_of(n).
+// A block is 8 x 16 threads, ty by tx. Of a product of R * 8 rows with C * 16 rows, thread (ty, tx) holds rows ty * R + i and
+// columns tx + 16 j: the threads that share a row are half a warp. Of R * 8 rows of a result D wide it holds columns
+// column_of(n).
 #pragma once
 
 #include "cuda/attention.cuh"

@@ -1,8 +1,8 @@
 // Tensor cores of compute capability 8.0 and newer, as instructions of a warp: products of bfloat16 added up in float32, and
 // what brings operands to them. tests/cuda_on_cpu/cuda/mma.cuh is the same where there is no GPU.
 //
-// Lane l of the warp is (g, t) = (l / 4, l % 4). Of A (16, 16) it holds in a[i] the elements (g + 8 (i % 2), 2 t + 8 (i / 2)) and the
-// one right of it; of B (16, 8) in b[i] (2 t + 8 i, g) and the one below it; of C (16, 8) in c[i] (g + 8 (i / 2), 2 t + i % 2).
+// Lane l of the warp is (g, t) = (l / 4, l % 4). Of A (16, 16) it holds in a[i] the element (g + 8 (i % 2), 2 t + 8 (i / 2)) and
+// the one right of it; of B (16, 8) in b[i] (2 t + 8 i, g) and the one below it; of C (16, 8) in c[i] (g + 8 (i / 2), 2 t + i % 2).
 #pragma once
 
 #include "cuda/common.cuh"
