@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["can_wait", "has_cuda_kernel", "has_float_kernel", "launch", "on_cuda", "row_blocks", "run"]
+__all__ = [
+    "MOST_HEAD_WIDTH",
+    "can_wait",
+    "has_cuda_kernel",
+    "has_float_kernel",
+    "launch",
+    "on_cuda",
+    "row_blocks",
+    "run",
+]
+
+MOST_HEAD_WIDTH = 256  # of attention
 
 
 def has_cuda_kernel(first: Tensor, *others: Tensor | None) -> bool:

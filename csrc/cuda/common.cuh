@@ -24,8 +24,12 @@ inline void check(cudaError_t status, const char* call, const char* file, int li
                            ": " + cudaGetErrorString(status));
 }
 
+constexpr size_t kSharedBytes = 48 << 10;      // what every device grants a block without asking,
+constexpr size_t kMostSharedBytes = 99 << 10;  // and what all of compute capability 8.0 and newer do if asked
+
 // Starts a kernel and reports what prevented it. grid must not be 0: callers return early when there is no work. A plain
 // call and no <<<>>>, so that any compiler of C++ takes the kernels: tests/cuda_on_cpu runs them where there is no GPU.
+// A block gets up to kMostSharedBytes of shared memory.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t stream,
             Arguments&&... arguments) {
@@ -34,6 +38,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
+  if (shared_bytes > kSharedBytes)  // has to be asked for; no work of a stream, so a graph may be under way
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
@@ -124,7 +130,6 @@ inline unsigned blocks_for(int64_t n, int64_t each) {
 // --- one block per row --------------------------------------------------------------------------------------
 
 constexpr unsigned kMostRowThreads = 512;
-constexpr size_t kSharedBytes = 48 << 10;  // what every device grants a block without asking
 
 // Threads that share a row of n elements: one access each if they suffice, in whole warps.
 inline unsigned row_threads(int64_t n, int V) {
