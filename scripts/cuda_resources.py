@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +27,18 @@ FLAGS = ("-std=c++17", "-O3", "--Werror", "all-warnings", "--ptxas-options=-v")
 
 # A multiprocessor has 65,536 registers: with 64 it holds 1024 threads, as many as keep memory busy.
 LIMIT = 64
-# By file, or by file and kernel, where more is right: products, which arithmetic bounds, keep tiles in registers.
+# By patterns of file and kernel, the first that fits, where more is right: products, which arithmetic bounds, keep
+# tiles in registers; and what reads weights or a cache for several rows or queries at once keeps the sums of each.
 LIMITS = {
-    "gru: forward_step": 80,
-    "lstm: forward_step": 80,
+    "gru: forward_step*": 80,
+    "lstm: forward_step*": 80,
+    "dense_linear: few_rows<*, 4>": 96,
+    "dense_linear: few_rows<*, 8>": 127,
+    "packed_linear: few_rows<*<4>, 8>": 249,
+    "packed_linear: few_rows<*<8>, 8>": 167,
+    "packed_linear: few_rows<*>": 128,
+    "quantized_attention: attend<*, 1>": 96,
+    "quantized_attention: attend<*, 4>": 249,
 }
 
 
@@ -118,7 +127,8 @@ def plain(name: str) -> str:
 
 def limit(kernel: Kernel) -> int:
     """Return how many registers a kernel may have."""
-    return LIMITS.get(f"{kernel.file}: {kernel.name.partition('<')[0]}", LIMITS.get(kernel.file, LIMIT))
+    name = f"{kernel.file}: {kernel.name}"
+    return next((most for pattern, most in LIMITS.items() if fnmatchcase(name, pattern)), LIMIT)
 
 
 def faults(kernels: Iterable[Kernel]) -> list[str]:
