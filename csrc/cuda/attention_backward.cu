@@ -11,7 +11,7 @@ namespace {
 // delta (B, H, T) = dout times out, each (B, T, H, D): the sum over the keys of weight times its gradient. A warp for each.
 template <typename T>
 __global__ void sum_rows(const T* dout, const T* out, float* delta, int64_t rows, int queries, int heads, int D) {
-  const int64_t warps = kTileThreads / 32;
+  const int64_t warps = kAttentionThreads / 32;
   for (int64_t r = blockIdx.x * warps + threadIdx.x / 32; r < rows; r += gridDim.x * warps) {
     float sum = 0.0f;
     for (int64_t i = r * D + threadIdx.x % 32; i < (r + 1) * D; i += 32) sum = fmaf(to_float(dout[i]), to_float(out[i]), sum);
@@ -58,7 +58,7 @@ struct Rows {
 
 // Block x of (tile of queries, last ones first, then row and head).
 template <typename T, typename G>
-__global__ void __launch_bounds__(kTileThreads) query_gradients(Attention a, Gradients g, int tiles, bool vectors) {
+__global__ void __launch_bounds__(kAttentionThreads) query_gradients(Attention a, Gradients g, int tiles, bool vectors) {
   const int heads = a.B * a.H, tile = tiles - 1 - static_cast<int>(blockIdx.x) / heads;
   const int b = static_cast<int>(blockIdx.x) % heads / a.H, h = static_cast<int>(blockIdx.x) % a.H;
   const int t0 = tile * G::kRows, queries = min(G::kRows, a.T - t0);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kTileThreads) query_gradients(Attention a, Gra
 
 // Block x of (tile of keys, first ones first, then row and key/value head).
 template <typename T, typename G>
-__global__ void __launch_bounds__(kTileThreads) key_gradients(Attention a, Gradients g, bool vectors) {
+__global__ void __launch_bounds__(kAttentionThreads) key_gradients(Attention a, Gradients g, bool vectors) {
   const int heads = a.B * a.K, tile = static_cast<int>(blockIdx.x) / heads, group = a.H / a.K;
   const int b = static_cast<int>(blockIdx.x) % heads / a.K, kv = static_cast<int>(blockIdx.x) % a.K;
   const int j0 = tile * G::kRows, keys = min(G::kRows, a.S - j0);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kTileThreads) key_gradients(Attention a, Gradi
 
 // Block (x, y, z): a tile of queries, one of keys, and a head, of one row of the batch or, if they share a bias, of all in order.
 template <typename T, typename G>
-__global__ void __launch_bounds__(kTileThreads, 2) bias_gradients(Attention a, Gradients g, bool vectors) {
+__global__ void __launch_bounds__(kAttentionThreads, 2) bias_gradients(Attention a, Gradients g, bool vectors) {
   const int t0 = static_cast<int>(blockIdx.x) * G::kRows, queries = min(G::kRows, a.T - t0);
   const int j0 = static_cast<int>(blockIdx.y) * G::kColumns, keys = min(G::kColumns, a.S - j0);
   float* const query_tile = shared_memory();
@@ -197,9 +197,9 @@ __global__ void __launch_bounds__(kTileThreads, 2) bias_gradients(Attention a, G
 
 template <typename T>
 void run(const Attention& a, const Gradients& g, uintptr_t stream) {
-  const int64_t rows = int64_t{a.B} * a.T * a.H, warps = kTileThreads / 32;
+  const int64_t rows = int64_t{a.B} * a.T * a.H, warps = kAttentionThreads / 32;
   if (rows > 0)
-    launch(sum_rows<T>, row_blocks((rows + warps - 1) / warps), kTileThreads, 0, stream, static_cast<const T*>(g.dout),
+    launch(sum_rows<T>, row_blocks((rows + warps - 1) / warps), kAttentionThreads, 0, stream, static_cast<const T*>(g.dout),
            static_cast<const T*>(g.out), g.delta, rows, a.T, a.H, a.D);
   const bool by_mma = mma_serves(a);
   if (by_mma) differentiate_by_mma(a, g, stream);
@@ -211,17 +211,17 @@ void run(const Attention& a, const Gradients& g, uintptr_t stream) {
     constexpr size_t kScores = G::kRows * G::kScoreStride * sizeof(float);
     const int over_queries = (a.T + G::kRows - 1) / G::kRows, over_keys = (a.S + G::kRows - 1) / G::kRows;
     if (rows > 0 && !by_mma)
-      launch(query_gradients<T, G>, tile_blocks(int64_t{over_queries} * a.B * a.H), kTileThreads, kTiles + kScores, stream, a, g,
+      launch(query_gradients<T, G>, tile_blocks(int64_t{over_queries} * a.B * a.H), kAttentionThreads, kTiles + kScores, stream, a, g,
              over_queries, vectors);
     if (a.S > 0 && a.B > 0 && !by_mma)
-      launch(key_gradients<T, G>, tile_blocks(int64_t{over_keys} * a.B * a.K), kTileThreads, kTiles + 2 * kScores, stream, a, g,
+      launch(key_gradients<T, G>, tile_blocks(int64_t{over_keys} * a.B * a.K), kAttentionThreads, kTiles + 2 * kScores, stream, a, g,
              vectors);
     if (!g.dbias || rows == 0 || a.S == 0) return;
     const int64_t across = (a.S + G::kColumns - 1) / G::kColumns, parts = g.dbias_batch ? int64_t{a.B} * a.H : a.H;
     if (across > 65535) throw std::runtime_error("attention: the bias has more keys than one launch can address");
     const dim3 grid(static_cast<unsigned>(over_queries), static_cast<unsigned>(across),
                     static_cast<unsigned>(parts < 65535 ? parts : 65535));
-    launch(bias_gradients<T, G>, grid, kTileThreads, kTiles, stream, a, g, vectors);
+    launch(bias_gradients<T, G>, grid, kAttentionThreads, kTiles, stream, a, g, vectors);
   });
 }
 

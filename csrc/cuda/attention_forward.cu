@@ -8,7 +8,7 @@ namespace {
 
 // Block x of (tile of queries, last ones first, as they see most, then row and head).
 template <typename T, typename G>
-__global__ void __launch_bounds__(kTileThreads) attend(Attention a, T* out, float* stats, int tiles, bool vectors) {
+__global__ void __launch_bounds__(kAttentionThreads) attend(Attention a, T* out, float* stats, int tiles, bool vectors) {
   constexpr int R = G::R, C = G::C;
   const int heads = a.B * a.H, tile = tiles - 1 - static_cast<int>(blockIdx.x) / heads;
   const int b = static_cast<int>(blockIdx.x) % heads / a.H, h = static_cast<int>(blockIdx.x) % a.H, kv = h / (a.H / a.K);
@@ -89,7 +89,7 @@ void run(const Attention& a, void* out, float* stats, uintptr_t stream) {
     const int tiles = (a.T + G::kRows - 1) / G::kRows;
     const bool vectors = rows_allow(4, a, {a.q, a.k, a.v, out}, {a.q_at, a.k_at, a.v_at});
     constexpr size_t kFloats = (G::kRows + 2 * G::kColumns) * G::kStride + G::kRows * G::kScoreStride;
-    launch(attend<T, G>, tile_blocks(int64_t{tiles} * a.B * a.H), kTileThreads, kFloats * sizeof(float), stream, a,
+    launch(attend<T, G>, tile_blocks(int64_t{tiles} * a.B * a.H), kAttentionThreads, kFloats * sizeof(float), stream, a,
            static_cast<T*>(out), stats, tiles, vectors);
   });
 }

@@ -9,7 +9,7 @@
 
 namespace portlm::cuda {
 
-constexpr unsigned kTileThreads = 128;
+constexpr unsigned kAttentionThreads = 128;
 constexpr int kAcross = 16, kDown = 8;
 
 // Sizes of tiles for heads up to Width elements.
@@ -29,7 +29,7 @@ __device__ inline int column_of(int n) { return 4 * tile_x() + 64 * (n / 4) + n 
 template <typename G, int Rows, typename T>
 __device__ inline void load_tile(const T* x, int64_t row_stride, int present, int D, bool vectors, float* tile) {
   constexpr int kPieces = G::kWidth / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < Rows * kPieces; i += static_cast<int>(kTileThreads)) {
+  for (int i = static_cast<int>(threadIdx.x); i < Rows * kPieces; i += static_cast<int>(kAttentionThreads)) {
     const int row = i / kPieces, column = i % kPieces * 4;
     float values[4] = {};
     if (row < present && column < D) {
