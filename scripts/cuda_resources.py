@@ -39,6 +39,17 @@ LIMITS = {
     "packed_linear: few_rows<*>": 128,
     "quantized_attention: attend<*, 1>": 96,
     "quantized_attention: attend<*, 4>": 249,
+    "attention_forward: attend<*>": 128,
+    "attention_backward: query_gradients<*>": 158,
+    "attention_backward: key_gradients<*>": 156,
+    "attention_backward: bias_gradients<*>": 164,
+    "attention_mma_forward: attend<*>": 254,
+    "attention_mma_backward: query_gradients<*>": 230,
+    "attention_mma_backward: key_gradients<*>": 252,
+    "attention_parts: part_of_keys<*, 1>": 128,
+    "attention_parts: part_of_keys<*, 2>": 168,
+    "attention_parts: part_of_keys<*, 4>": 219,
+    "attention_parts: part_of_keys<*, 8>": 255,
 }
 
 
