@@ -8,7 +8,7 @@ this file, and by those that it imports.
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,6 +27,7 @@ from portlm.plan import CHECKPOINT, has_code, needs_plan, read_plan
 from portlm.roles import StateSpec, difference, interface
 from portlm.runtimes.base import ArrayEngine, stack
 from portlm.runtimes.dequantized import load_dequantized
+from portlm.runtimes.torch_graphs import CudaGraph, Graph, Graphs, Slot, are_wanted
 from portlm.runtimes.torch_plan import make_role
 from portlm.threads import GovernedThreads
 
@@ -99,6 +100,12 @@ class TorchEngine(ArrayEngine):
             for name, role in self._functions.items()
         }
         super().__init__(specs, vocab_size, context_length)
+        self.use_graphs(CudaGraph if device == "cuda" and are_wanted() else None)
+
+    def use_graphs(self, make: Callable[[], Graph] | None) -> None:
+        """Have steps of one token recorded (runtimes/torch_graphs.py), as they are on CUDA; by None no longer."""
+        functions = {name: role.function for name, role in self._functions.items()}
+        self._graphs = None if make is None else Graphs(make, functions, self.context_length, self.device)
 
     @classmethod
     def open(cls, request: OpenRequest) -> Self:
@@ -221,8 +228,14 @@ class TorchEngine(ArrayEngine):
         self, role: str, inputs: Mapping[str, Array], tensors: dict[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         spec = self.roles[role]
+        if self._graphs is not None:
+            with torch.inference_mode(), rounded_cache(self.rounds_cache):
+                done = self._graphs.call(role, spec, inputs, tensors)
+            if done is not None:
+                answers, state = done
+                return dict(zip((item.name for item in spec.outputs), answers, strict=True)), state
         given = [torch.from_numpy(inputs[item.name].copy()).to(self.device) for item in spec.inputs]
-        states = [tensors[item.name] for item in spec.state]
+        states = [self._work(tensors[item.name]) for item in spec.state]
         first = next(iter(inputs.values()))
         threads = self._threads.governed_step(role, first) if self._threads else contextlib.nullcontext()
         try:
@@ -240,6 +253,13 @@ class TorchEngine(ArrayEngine):
         changed = [item.name for item in spec.state if item.output]
         return outputs, dict(zip(changed, results[len(spec.outputs) :], strict=True))
 
+    def _work(self, tensor: Any) -> Any:
+        return tensor.tensor() if isinstance(tensor, Slot) else tensor
+
+    def _copied(self, role: str, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A second state, which shares no memory that a step writes to."""
+        return {name: self._work(tensor) for name, tensor in tensors.items()}
+
     def _settle(self, tensor: Any, spec: StateSpec) -> Any:
         return tensor if isinstance(tensor, Tensor) else torch.from_numpy(tensor).to(self.device)
 
@@ -256,6 +276,7 @@ class TorchEngine(ArrayEngine):
         """Let go of the model."""
         super().close()
         self._functions = {}
+        self._graphs = None
 
 
 def _is_native(request: OpenRequest) -> bool:

@@ -142,7 +142,7 @@ done
 # compiles models, looks at object files or takes an emulator too long.
 ops=()
 for file in tests/ops/test_*.py; do
-  case $file in */test_matrix.py | */test_registry.py | */test_symbols.py | */test_cuda.py) ;; *) ops+=("$file") ;; esac
+  case $file in */test_matrix.py | */test_registry.py | */test_symbols.py | */test_cuda*.py) ;; *) ops+=("$file") ;; esac
 done
 dot_ops=(tests/ops/test_packed_linear.py tests/ops/test_token_{selection,scores}.py)
 if [ $# -gt 0 ]; then ops=("$@") dot_ops=("$@"); fi

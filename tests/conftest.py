@@ -21,7 +21,9 @@ hypothesis.settings.register_profile("portlm", deadline=None)  # no test fails b
 hypothesis.settings.load_profile("portlm")
 
 sys.path.insert(0, str(Path(__file__).parent / "shared"))  # for what test files of several folders share
-pytest.register_assert_rewrite("recurrent_layers", "recurrent_cells")  # tests that several files import
+pytest.register_assert_rewrite(
+    "recurrent_layers", "recurrent_cells", "cuda_twins"
+)  # tests that several files import
 
 USUAL = (
     "gpt2",

@@ -6,9 +6,13 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from typing import NamedTuple
 
-from context import Context, last_line
+from context import ROOT, Context, last_line
 
-TWINS = "tests/ops/test_cuda.py"
+TWINS = tuple(
+    f"tests/ops/{file.name}"
+    for file in sorted((ROOT / "tests" / "ops").glob("test_cuda*.py"))
+    if file.name != "test_cuda_on_cpu.py"
+)
 # Other versions of PyTorch warn about other things than those of the test suite, where warnings are errors.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
 
@@ -24,12 +28,13 @@ class Counts(NamedTuple):
 
 def twins(context: Context) -> str:
     """Every CUDA kernel against its float64 oracle, on the device: not as compiled for the CPU."""
-    return _run(context, "-k", "not emulated", TWINS)
+    return _run(context, "-k", "not emulated", *TWINS)
 
 
 def marked_tests(context: Context) -> str:
-    """Every test that is marked gpu outside the file of the twins."""
-    return _run(context, "-m", "gpu", f"--ignore={TWINS}", "tests", none="no other test is marked gpu")
+    """Every test that is marked gpu outside the files of the twins."""
+    others = (f"--ignore={file}" for file in TWINS)
+    return _run(context, "-m", "gpu", *others, "tests", none="no other test is marked gpu")
 
 
 def contract(context: Context) -> str:

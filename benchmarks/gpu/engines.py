@@ -78,13 +78,22 @@ def verify_torch(context: Context) -> str:
     """PyTorch's engine on CUDA against its answer on the CPU, by the models' code and by their graphs."""
     said = [_verify(context, "torch", "native", models.DECODERS)]
     for profile in ("fused", "portable"):
-        for name in models.DECODERS:
-            where = ("--engine", "torch", "--device", context.device, "--profile", profile)
-            done = context.portlm("compile", _folder(context, name, "artifact"), *where)
-            if done.returncode:
-                raise RuntimeError(f"{name}: {last_line(done.stderr)}")
+        _compile(context, models.DECODERS, profile)
         said.append(_verify(context, "torch", profile, models.DECODERS))
     return ", ".join(said)
+
+
+def _compile(context: Context, names: Iterable[str], profile: str) -> None:
+    """Compile artifacts for PyTorch's engine.
+
+    Raises:
+        RuntimeError: one cannot be.
+    """
+    where = ("--engine", "torch", "--device", context.device, "--profile", profile)
+    for name in names:
+        done = context.portlm("compile", _folder(context, name, "artifact"), *where)
+        if done.returncode:
+            raise RuntimeError(f"{name}: {last_line(done.stderr)}")
 
 
 def verify_ort(context: Context) -> str:
@@ -93,8 +102,10 @@ def verify_ort(context: Context) -> str:
 
 
 def verify_kinds_torch(context: Context) -> str:
-    """PyTorch's engine on CUDA with weights of 8, 4 and 16 bits, and with a cache of bytes."""
-    return _verify(context, "torch", "native", KINDS)
+    """PyTorch's engine on CUDA with weights of 8, 4 and 16 bits and a cache of bytes: widened, and as they are."""
+    said = _verify(context, "torch", "native", KINDS)
+    _compile(context, KINDS, "fused")  # on portlm's kernels
+    return f"{said}, {_verify(context, 'torch', 'fused', KINDS)}"
 
 
 def verify_kinds_ort(context: Context) -> str:
@@ -194,16 +205,19 @@ def _require(context: Context, engine: str) -> None:
 
 
 def decode(context: Context) -> str:
-    """Prefill and decode rates at batch 1, beside the rate at which the weights could be read once per token."""
+    """Prefill and decode rates at batch 1, beside the rate at which the weights could be read once per token.
+
+    PyTorch's engine once more with its steps launched kernel by kernel, not as one graph.
+    """
     name, prompt, tokens, rounds = (
         (LARGE, 512, 128, 5) if not context.dry else (next(iter(models.DECODERS)), 16, 4, 1)
     )
     targets = [f"{engine}:{context.device}" for engine in ("torch", "ort", "tvm")]
     artifact = _folder(context, name, "artifact")
+    sizes = ("--prompt", str(prompt), "--tokens", str(tokens), "--rounds", str(rounds), "--json")
     result = context.command_json(
-        "bench", artifact, *(word for target in targets for word in ("-e", target)),
-        "--prompt", str(prompt), "--tokens", str(tokens), "--rounds", str(rounds), "--json",
-    )  # fmt: skip
+        "bench", artifact, *(word for target in targets for word in ("-e", target)), *sizes
+    )
     limits = Limits(context.dry)
     limits.probe_copy()
     size = (artifact / "model.safetensors").stat().st_size
@@ -212,6 +226,10 @@ def decode(context: Context) -> str:
         contender = f"{row['engine']}:{row['device']}:{row['profile']}"
         _rate(context, f"decode {where}", contender, row["decode_tok_s"], size / limits.copy)
         _rate(context, f"prefill {prompt} tokens, batch 1", contender, row["prefill_tok_s"], None)
+    os.environ["PORTLM_NO_CUDA_GRAPHS"] = "1"  # of the commands that follow in this section
+    for row in context.command_json("bench", artifact, "-e", targets[0], *sizes)["rows"]:
+        contender = f"{row['engine']}:{row['device']}:{row['profile']}, no graphs"
+        _rate(context, f"decode {where}", contender, row["decode_tok_s"], size / limits.copy)
     for failure in result["failed"]:
         context.figure(case=f"decode {where}", contender=failure["target"], absent=failure["reason"])
     try:
@@ -220,6 +238,42 @@ def decode(context: Context) -> str:
     except ImportError as error:
         context.figure(case=f"decode {where}", contender="transformers, eager", absent=str(error))
     return "see the figures" if not context.dry else f"measures {' and '.join(targets)}"
+
+
+def decode_kinds(context: Context) -> str:
+    """Decode rates of GPT-2 small with weights of 4 and 16 bits, which a step reads as they are."""
+    source, prompt, tokens, rounds = (LARGE, 512, 128, 5) if not context.dry else ("int4", 16, 4, 1)
+    limits = Limits(context.dry)
+    limits.probe_copy()
+    said = []
+    for kind in ("int4", "bfloat16"):
+        name = f"{source}-of-{kind}"
+        done = context.portlm(
+            "export", _folder(context, source, "checkpoint"), _folder(context, name, "artifact"), *KINDS[kind]
+        )
+        if done.returncode:
+            raise RuntimeError(f"{name}: {last_line(done.stderr)}")
+        _compile(context, [name], "fused")
+        artifact = _folder(context, name, "artifact")
+        target = f"torch:{context.device}:fused"
+        result = context.command_json(
+            "bench", artifact, "-e", target, "--prompt", str(prompt), "--tokens", str(tokens),
+            "--rounds", str(rounds), "--json",
+        )  # fmt: skip
+        weights = json.loads((artifact / "manifest.json").read_text())["roles"]["decoder"]["weights"]
+        size = (artifact / weights).stat().st_size
+        for row in result["rows"]:
+            _rate(
+                context,
+                f"decode behind {prompt} tokens, {kind}",
+                target,
+                row["decode_tok_s"],
+                size / limits.copy,
+            )
+        said += [f"{kind}: {failure['reason']}" for failure in result["failed"]]
+    if said:
+        raise RuntimeError("; ".join(said))
+    return "see the figures" if not context.dry else "measures int4 and bfloat16"
 
 
 def _rate(context: Context, case: str, contender: str, rate: float, floor: float | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from portlm import models, settings
 from portlm.train.config import PretrainConfig
+from portlm.train.loop import accumulate_gradients
+from portlm.train.setup import make_optimizer
+from portlm.train.step_graph import StepGraph
 
 sys.path.append(str(ROOT / "benchmarks"))
 import bench_training
@@ -123,12 +127,34 @@ def step_race(context: Context) -> str:
                 with torch.device(context.device):
                     step = training_rivals.CONTESTANTS[name](config, weights, options)
                 contenders[name] = _steps(step, ids, targets)
+            if not context.dry:
+                with torch.device(context.device):
+                    contenders["portlm, as a graph"] = _steps(
+                        _graph_step(config, weights, options, context.device), ids, targets
+                    )
             case = Case(
                 f"training step, float32 ({precision}), {tuple(ids.shape)} tokens", contenders,
                 flops=bench_training.step_flops(config, len(ids)), tokens=ids.numel(), tolerance=tolerance,
             )  # fmt: skip
             race(context, case, limits)
     return "agrees" if context.dry else "see the figures"
+
+
+def _graph_step(
+    config: Any, weights: dict[str, Tensor], options: PretrainConfig, device: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a step of portlm whose forward and backward are one CUDA graph."""
+    model = models.build(config, device)
+    model.load_state_dict(weights)
+    optimizer = make_optimizer(model.train(), options.optimizer)
+    gradients = StepGraph(partial(accumulate_gradients, lambda batch: model(*batch)), model)
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = gradients([(inputs, targets)]).clone()
+        optimizer.step()
+        return loss
+
+    return step
 
 
 def _steps(step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, targets: Tensor) -> Call:

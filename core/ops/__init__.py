@@ -15,6 +15,8 @@ _TOOLS = {
     "byte_cache",
     "compiled",
     "cuda",
+    "experts_cuda",
+    "few_rows",
     "gelu_mlp_bf16",
     "half",
     "kernel_op",
@@ -22,12 +24,15 @@ _TOOLS = {
     "linear_bf16",
     "linear_cross_entropy_cuda",
     "mlp",
+    "mlp_cuda",
     "narrow",
     "precision",
     "quantized",
     "recurrent",
     "registry",
     "spec",
+    "token_scores_cuda",
+    "token_selection_cuda",
 }
 FILES = tuple(sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - _TOOLS - {"__init__"}))
 """The files that define an op."""

@@ -7,6 +7,7 @@ The kernels follow FlashAttention (Dao et al. 2022): the T x T scores exist in b
 linear map yields q, k and v together, `attention_qkv` takes its output as it is, and writes one gradient for it. A
 window (Beltagy et al. 2020, arXiv:2004.05150) hides keys, and a soft cap bounds scores (arXiv:2408.00118). Inside
 ``precision.products_in("bf16")`` the operands of all products are rounded to bfloat16; the softmax is float32.
+On CUDA, what comes out is rounded, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.precision import rounded_matmul_reference, rounds_products
 from portlm.ops.spec import OpSpec
@@ -84,7 +85,10 @@ def attention(
     _check(q, k, v)
     check_bounds("attention", window, softcap, causal)
     D = q.shape[3]
-    if D == 0 or not has_kernel(q, k, v):
+    if _rounds_on_cuda(D, q, k, v):
+        q, k, v = (t.bfloat16() for t in (q, k, v))
+        return attention(q, k, v, causal, scale, window, softcap).float()
+    if D == 0 or not (has_kernel(q, k, v) or has_cuda_kernel(D, q, k, v)):
         return attention_reference(q, k, v, causal, scale, window, softcap)
     scale = D**-0.5 if scale is None else scale
     bounds = rounds_products(), window or 0, softcap or 0.0
@@ -141,11 +145,27 @@ def attention_qkv(
         )
     check_bounds("attention_qkv", window, softcap, causal)
     D = qkv.shape[2] // (H + 2 * K)
-    if D == 0 or not has_kernel(qkv):
+    if _rounds_on_cuda(D, qkv):
+        return attention_qkv(qkv.bfloat16(), H, K, causal, scale, window, softcap).float()
+    if D == 0 or not (has_kernel(qkv) or has_cuda_kernel(D, qkv)):
         return attention_qkv_reference(qkv, H, K, causal, scale, window, softcap)
     scale = D**-0.5 if scale is None else scale
     bounds = rounds_products(), window or 0, softcap or 0.0
     return _fused_qkv(qkv.contiguous(), H, K, causal, scale, *bounds)[0]
+
+
+def has_cuda_kernel(D: int, q: Tensor, *others: Tensor | None) -> bool:
+    """Say whether the CUDA kernels take these tensors, whose heads are D wide."""
+    return D <= cuda.MOST_HEAD_WIDTH and cuda.has_cuda_kernel(q, *others)
+
+
+def _rounds_on_cuda(D: int, q: Tensor, *others: Tensor) -> bool:
+    """Say whether `precision` asks CUDA kernels for rounded products of such float32 tensors.
+
+    They have them of bfloat16 tensors, so the result and the gradients are rounded as well, which is what the linear
+    layers around attention would do next.
+    """
+    return rounds_products() and q.dtype is torch.float32 and has_cuda_kernel(D, q, *others)
 
 
 def check_bounds(op: str, window: int | None, softcap: float | None, causal: bool = True) -> None:
@@ -191,7 +211,7 @@ def _where_in(qkv: Tensor, H: int, K: int) -> _Where:
 def _empty_results(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the result (B, T, H, D), and what backward needs of each query: (B, H, T, 2), see kernels.def."""
     B, T, H, _ = shape
-    return like.new_empty(shape), like.new_empty((B, H, T, 2))
+    return like.new_empty(shape), like.new_empty((B, H, T, 2), dtype=torch.float32)
 
 
 def _attend(
@@ -207,10 +227,14 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     addresses, strides = place
     B, T, H, D = out.shape
-    (kernels.attention_bf16_fwd if rounds else kernels.attention_fwd)(
+    arguments = (
         *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(), B, T, H, K, D, causal, scale,
         window, softcap,
     )  # fmt: skip
+    if cuda.on_cuda(out):
+        cuda.launch("attention_fwd", out.device, *arguments, out.dtype is torch.bfloat16)
+    else:
+        (kernels.attention_bf16_fwd if rounds else kernels.attention_fwd)(*arguments)
     return out, stats
 
 
@@ -230,11 +254,17 @@ def _differentiate(
     addresses, strides = place
     grad_addresses, grad_strides = grads
     B, T, H, D = out.shape
-    (kernels.attention_bf16_bwd if rounds else kernels.attention_bwd)(
+    arguments = (
         dout.data_ptr(), *addresses, strides.buffer_info()[0], out.data_ptr(), stats.data_ptr(),
-        *grad_addresses, grad_strides.buffer_info()[0], B, T, H, K, D, causal, scale,
-        window, softcap,
+        *grad_addresses, grad_strides.buffer_info()[0],
     )  # fmt: skip
+    settings = B, T, H, K, D, causal, scale, window, softcap
+    if cuda.on_cuda(out):
+        delta = stats.new_empty(stats.shape[:3])  # room to work in
+        bfloat16 = out.dtype is torch.bfloat16
+        cuda.launch("attention_bwd", out.device, *arguments, delta.data_ptr(), *settings, bfloat16)
+    else:
+        (kernels.attention_bf16_bwd if rounds else kernels.attention_bwd)(*arguments, *settings)
 
 
 def _forward(
@@ -368,4 +398,5 @@ SPEC = OpSpec(
     summary="softmax(q k^T) v, causal or full, grouped heads",
     forward=("attention_fwd",),
     backward=("attention_bwd",),
+    cuda=("attention_fwd", "attention_bwd"),
 )

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.attention import check_bounds
 from portlm.ops.byte_cache import is_rounded, kept
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels, needs_gradient
+from portlm.ops.kernel_op import KernelOp, address, has_kernel, kernels, needs_gradient
 from portlm.ops.spec import FAR, Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -90,12 +90,17 @@ def cached_attention(
     if is_rounded():
         k, v = kept(k), kept(v)
     tensors = q, k, v, past_key, past_value
-    if needs_gradient(*tensors) or not has_kernel(*tensors):
+    if needs_gradient(*tensors) or not (has_kernel(*tensors) or _has_cuda_kernel(mask, *tensors)):
         return cached_attention_reference(*tensors, mask, scale, window, softcap)
     mask = None if mask is None else mask.contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, key, value = _fused(*(t.contiguous() for t in tensors), mask, scale, window or 0, softcap or 0.0)
     return out, key, value
+
+
+def _has_cuda_kernel(mask: Tensor | None, q: Tensor, *others: Tensor) -> bool:
+    near = mask is None or mask.device == q.device
+    return near and 0 < q.shape[3] <= cuda.MOST_HEAD_WIDTH and cuda.has_cuda_kernel(q, *others)
 
 
 def _check(
@@ -133,13 +138,39 @@ def _forward(
     K, P = past_key.shape[1:3]
     S = P + T
     out, key, value = _empty(q, k, v, past_key)
-    for past, fresh, present in ((past_key, k, key), (past_value, v, value)):
-        kernels.append_cache(past.data_ptr(), fresh.data_ptr(), present.data_ptr(), B, K, P, T, D)
-    kernels.cached_attention(
-        q.data_ptr(), key.data_ptr(), value.data_ptr(), K * S * D, S * D,
-        0 if mask is None else mask.data_ptr(), scale, out.data_ptr(), B, T, S, H, K, D, window, softcap,
+    arguments = (
+        q.data_ptr(), key.data_ptr(), value.data_ptr(), K * S * D, S * D, address(mask), scale, out.data_ptr(),
+        B, T, S, H, K, D, window, softcap,
     )  # fmt: skip
+    pairs = (past_key, k, key), (past_value, v, value)
+    if cuda.on_cuda(q):
+        bfloat16 = q.dtype is torch.bfloat16
+        for past, fresh, present in pairs:
+            addresses = (t.data_ptr() for t in (past, fresh, present))
+            cuda.launch("append_cache", q.device, *addresses, B, K, P, T, D, bfloat16)
+        parts = _parts(B, T, min(S, window + T - 1) if window else S, H, K)
+        partial = q.new_empty((B, T, H, parts, D + 2) if parts > 1 else (0,), dtype=torch.float32)
+        room = partial.data_ptr() if parts > 1 else 0
+        cuda.launch("cached_attention", q.device, *arguments, room, parts, bfloat16)
+        return out, key, value
+    for past, fresh, present in pairs:
+        kernels.append_cache(past.data_ptr(), fresh.data_ptr(), present.data_ptr(), B, K, P, T, D)
+    kernels.cached_attention(*arguments)
     return out, key, value
+
+
+def _parts(B: int, T: int, slots: int, H: int, K: int) -> int:
+    """Return into how many parts CUDA kernels cut so many slots: enough to fill any device, 128 or more in each.
+
+    It depends on sizes alone, so that sums over slots have the same bits on every device.
+    """
+    if T > _FEW_QUERIES or not slots:
+        return 1
+    heads = max(1, B * K * -(-T * (H // K) // 8))  # of keys, times the blocks that queries of one make
+    return max(1, min(-(-slots // 128), -(-512 // heads)))
+
+
+_FEW_QUERIES = 16  # csrc/cuda/attention.cuh takes more in tiles
 
 
 def _empty(
@@ -282,6 +313,7 @@ SPEC = OpSpec(
     name="cached_attention",
     summary="attention over a key/value cache",
     forward=("cached_attention",),
+    cuda=("append_cache", "cached_attention"),
     nodes=(
         Node(
             op_type="CachedAttention",

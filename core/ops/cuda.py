@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from portlm.ops import lazy
-from portlm.ops.kernel_op import has_kernel, kernels
+from portlm.ops.kernel_op import has_kernel, is_exporting, kernels
 
 if TYPE_CHECKING:
     import torch
@@ -14,12 +14,25 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["has_cuda_kernel", "has_float_kernel", "launch", "on_cuda", "row_blocks", "run"]
+__all__ = [
+    "MOST_HEAD_WIDTH",
+    "can_wait",
+    "has_cuda_kernel",
+    "has_float_kernel",
+    "launch",
+    "on_cuda",
+    "row_blocks",
+    "run",
+]
+
+MOST_HEAD_WIDTH = 256  # of attention
 
 
 def has_cuda_kernel(first: Tensor, *others: Tensor | None) -> bool:
     """Say whether the CUDA kernels take these tensors: built, one device, all float32 or all bfloat16, no export."""
-    if not first.is_cuda or first.dtype not in (torch.float32, torch.bfloat16) or not has_kernel():
+    if not first.is_cuda or first.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if is_exporting() or not has_kernel():
         return False
     return _runs_on(first.device) and all(
         t is None or (t.device == first.device and t.dtype is first.dtype) for t in others
@@ -65,6 +78,17 @@ def launch(name: str, device: torch.device, *arguments: Any) -> None:
     """
     with torch.cuda.device(device):
         getattr(kernels.cuda, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def can_wait(tensor: Tensor) -> bool:
+    """Say whether a tensor's device can be waited for, and asked for a value.
+
+    Not while its work is being recorded, and not where PyTorch was told to make waiting an error
+    (``torch.cuda.set_sync_debug_mode``), as in the calls that come before a recording.
+    """
+    if not tensor.is_cuda:
+        return True
+    return not torch.cuda.is_current_stream_capturing() and torch.cuda.get_sync_debug_mode() < 2
 
 
 def row_blocks(rows: int) -> int:

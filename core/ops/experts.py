@@ -5,9 +5,9 @@ Jiang et al., "Mixtral of Experts", 2024 (arXiv:2401.04088) have them.
 
 Shapes: x is (..., C), router (E, C), gate and up (E F, C), down (C, E F), y (..., C), for E experts of inner width F,
 whose rows or columns lie side by side. Chosen are the k experts with the largest logits x router^T, the first of equal
-ones; their weights come from a softmax over all logits or, if `normalize`, over the chosen. All float32 in the kernel,
-which groups tokens by expert and multiplies each group once. The portable form, standard operators that every engine
-has, computes all experts and weighs those that were not chosen with 0: E / k times the work.
+ones; their weights come from a softmax over all logits or, if `normalize`, over the chosen. All float32 in the kernel
+(on CUDA all bfloat16, too), which groups tokens by expert and multiplies each group once. The portable form, standard
+operators that every engine has, computes all experts and weighs those not chosen with 0: E / k times the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
+from portlm.ops.experts_cuda import experts_cuda
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.linear import linear
 from portlm.ops.precision import rounds_products
@@ -99,9 +100,12 @@ def experts(
     normalize = bool(normalize)
     if rounds_products():
         return _each(x, router, gate, up, down, top_k, normalize)
-    if not has_kernel(x, router, gate, up, down):
+    on_cuda = cuda.has_cuda_kernel(x, router, gate, up, down)
+    if not on_cuda and not has_kernel(x, router, gate, up, down):
         return experts_reference(x, router, gate, up, down, top_k, normalize)
     x, router, gate, up, down = (t.contiguous() for t in (x, router, gate, up, down))
+    if on_cuda:
+        return experts_cuda(x, router, gate, up, down, top_k, normalize)
     if torch.is_grad_enabled():
         for t in (x, router, gate, up, down):
             if t.requires_grad:
@@ -313,6 +317,14 @@ SPEC = OpSpec(
     summary="a mixture of gated perceptrons, of which a router chooses some for each token",
     forward=("experts_fwd",),
     backward=("experts_bwd",),
+    cuda=(
+        "experts_choose",
+        "experts_choose_bwd",
+        "experts_gather",
+        "experts_combine",
+        "experts_hidden_fwd",
+        "experts_hidden_bwd",
+    ),
     nodes=(
         Node(
             op_type="Experts",

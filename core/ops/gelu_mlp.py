@@ -1,7 +1,8 @@
 """The two-layer perceptron of the GPT family: linear, GELU (Hendrycks and Gimpel 2016), linear.
 
 Shapes: x is (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), y (..., N); in the models N = C and F = 4 C. All float32
-in the kernel, which keeps one hidden layer for backward where autograd through the three operators keeps two.
+in the kernel, which keeps one hidden layer for backward where autograd through the three operators keeps two; so does
+the one on CUDA, where all may be bfloat16.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.gelu_mlp_bf16 import gelu_mlp_bf16
 from portlm.ops.kernel_op import KernelOp, address, contiguous, has_kernel, kernels
 from portlm.ops.mlp import backward_by, check_mlp, empty_gradients
+from portlm.ops.mlp_cuda import mlp_cuda
 from portlm.ops.precision import rounded_linear_reference, rounds_products
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, module_of
 
@@ -60,10 +62,13 @@ def gelu_mlp(
     if approximate not in ("tanh", "none"):
         raise ValueError(f"[gelu_mlp] approximate must be 'tanh' or 'none', got {approximate!r}")
     check_mlp("gelu_mlp", x, w1, b1, w2, b2)
-    if not has_kernel(x, w1, b1, w2, b2):
+    on_cuda = not rounds_products() and cuda.has_cuda_kernel(x, w1, b1, w2, b2)
+    if not on_cuda and not has_kernel(x, w1, b1, w2, b2):
         return gelu_mlp_reference(x, w1, b1, w2, b2, approximate)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = contiguous(b1, b2)
+    if on_cuda:
+        return mlp_cuda(x, w1, b1, w2, b2, "gelu_tanh" if approximate == "tanh" else "gelu")
     if rounds_products():
         return gelu_mlp_bf16(x, w1, b1, w2, b2, approximate == "tanh")
     if torch.is_grad_enabled():
@@ -162,6 +167,7 @@ SPEC = OpSpec(
     summary="linear, GELU, linear",
     forward=("gelu_mlp_fwd",),
     backward=("gelu_mlp_bwd",),
+    cuda=("gelu_bias_fwd", "gelu_bias_bwd"),
     nodes=(
         Node(
             op_type="GeluMlp",

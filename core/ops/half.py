@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.kernel_op import available, kernels
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     lazy.bind(globals(), torch="torch", Tensor="torch:Tensor")
 
-__all__ = ["BITS", "DTYPES", "PANEL", "check_weight", "pack", "pack_array", "packed_shape"]
+__all__ = ["BITS", "DTYPES", "PANEL", "check_weight", "pack", "pack_array", "packed_shape", "reads_rows"]
 
 BITS = 16
 DTYPES = ("float16", "bfloat16")
@@ -37,13 +37,23 @@ def pack_array(weight: np.ndarray) -> np.ndarray:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return what the ops read of a weight (N, K): panels, or float32 (N, K) where no kernel could read them."""
+    """Return what the ops read of a weight (N, K): panels, or float32 (N, K) where no kernel could read them.
+
+    On CUDA, whose kernels read it as it is, the weight itself.
+    """
     check_weight("weight of 16 bits", weight)
+    if reads_rows(weight):
+        return weight
     if not available() or not weight.is_cpu:
         return weight.float()
     return torch.from_numpy(pack_array(weight.contiguous().view(torch.int16).numpy()).view(np.int16)).view(
         weight.dtype
     )
+
+
+def reads_rows(weight: Tensor) -> bool:
+    """Say whether the weight lies on a device whose kernels read it as it is."""
+    return cuda.on_cuda(weight) and cuda.has_cuda_kernel(weight.new_empty(0, dtype=torch.float32))
 
 
 def packed_shape(weight: Sequence[int]) -> tuple[int, ...]:
@@ -62,6 +72,8 @@ def check_weight(op: str, weight: Tensor, packed: Tensor | None = None) -> None:
         return
     N, K = weight.shape
     wanted = {torch.float32: (N, K), weight.dtype: (-(-N // PANEL), K, PANEL)}
+    if reads_rows(weight):
+        wanted[weight.dtype] = (N, K)
     if packed.shape != wanted.get(packed.dtype) or not packed.is_contiguous():
         raise ValueError(
             f"[{op}] packed must be what portlm.ops.half.pack gives of weight {tuple(weight.shape)}, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import few_rows, lazy
 from portlm.ops.half import DTYPES, check_weight, pack
 from portlm.ops.kernel_op import has_kernel, kernels
 from portlm.ops.narrow import ACTIVATIONS, check_linear, linear_reference, run_linear, write_linear
@@ -55,6 +55,8 @@ def half_linear(
     check_weight("half_linear", weight, packed)
     N, K = weight.shape
     check_linear("half_linear", x, N, K, bias, activation)
+    if few_rows.takes(weight, x, bias):
+        return few_rows.dense_linear(x, weight, bias, activation)
     if has_kernel(x, bias) and weight.is_cpu:
         packed = pack(weight) if packed is None else packed
         if packed.dtype == weight.dtype:
@@ -92,6 +94,7 @@ SPEC = OpSpec(
     name="half_linear",
     summary="activation(x W^T + b) for W of 16 bits",
     forward=("half_linear", "half_panels"),
+    cuda=("dense_linear",),
     functions=("half_linear", "half_linear_no_bias"),
     nodes=(
         Node(

@@ -27,6 +27,7 @@ __all__ = [
     "contiguous",
     "exporting",
     "has_kernel",
+    "is_exporting",
     "is_traced",
     "kernels",
     "needs_gradient",
@@ -57,6 +58,11 @@ def exporting() -> Iterator[None]:
         yield
     finally:
         _exporting = before
+
+
+def is_exporting() -> bool:
+    """Say whether ops are being recorded as themselves, whatever computes them."""
+    return _exporting
 
 
 def has_kernel(*tensors: Tensor | None) -> bool:

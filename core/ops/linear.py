@@ -1,7 +1,8 @@
 """Linear map, y = x W^T + b, on portlm's own matrix product.
 
 Shapes: x is (..., K), weight (N, K), bias (N,), y (..., N). All float32 in the kernel, which runs wherever there is
-one. benchmarks/bench_linear.py measures it against PyTorch's: about twice as fast for many rows on a CPU with
+one; on CUDA there is one for inference of a few rows, of float32 or bfloat16, and PyTorch's product for all else.
+benchmarks/bench_linear.py measures it against PyTorch's: about twice as fast for many rows on a CPU with
 AVX-512, about even for one row of a large weight, and behind by the 2 µs of this wrapper for one row of a tiny one.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import few_rows, lazy
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.linear_bf16 import linear_bf16
 from portlm.ops.precision import rounded_linear_reference, rounds_products
@@ -57,6 +58,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"[linear] bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
+    if few_rows.takes_few(x, weight, bias) and not rounds_products():
+        return few_rows.dense_linear(x, weight, bias)
     if not has_kernel(x, weight, bias):
         return (rounded_linear_reference if rounds_products() else linear_reference)(x, weight, bias)
     if rounds_products():
@@ -143,6 +146,7 @@ SPEC = OpSpec(
     name="linear",
     summary="x W^T + b",
     forward=("gemm",),
+    cuda=("dense_linear",),
     backward=("linear_bwd",),
     nodes=(
         Node(

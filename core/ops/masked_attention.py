@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.attention import rows_of, where
 from portlm.ops.cached_attention import MASKED, stacked_heads, unstacked_heads
-from portlm.ops.kernel_op import KernelOp, has_kernel, kernels, needs_gradient
+from portlm.ops.kernel_op import KernelOp, address, has_kernel, kernels, needs_gradient
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec
 
 if TYPE_CHECKING:
@@ -77,10 +77,15 @@ def masked_attention(
     """
     _check(q, k, v, mask, bias)
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-    if q.shape[3] == 0 or not has_kernel(q, k, v, bias):
+    if q.shape[3] == 0 or not (has_kernel(q, k, v, bias) or _has_cuda_kernel(q, k, v, mask, bias)):
         return masked_attention_reference(q, k, v, mask, bias, scale)
     mask, bias = (None if t is None else t.contiguous() for t in (mask, bias))
     return _fused(rows_of(q), rows_of(k), rows_of(v), mask, bias, scale, needs_gradient(q, k, v, bias))[0]
+
+
+def _has_cuda_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> bool:
+    near = mask is None or mask.device == q.device
+    return near and q.shape[3] <= cuda.MOST_HEAD_WIDTH and cuda.has_cuda_kernel(q, k, v, bias)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
@@ -124,18 +129,22 @@ def _forward(
     out, stats = _empty(q, differentiable)
     (B, T, H, D), S, K = q.shape, *k.shape[1:3]
     addresses, strides = where(q, k, v)
-    kernels.masked_attention_fwd(
-        *addresses, strides.buffer_info()[0], 0 if mask is None else mask.data_ptr(),
-        0 if bias is None else bias.data_ptr(), *_bias_strides(bias), out.data_ptr(),
+    arguments = (
+        *addresses, strides.buffer_info()[0], address(mask), address(bias), *_bias_strides(bias), out.data_ptr(),
         stats.data_ptr() if differentiable else 0, B, T, S, H, K, D, scale,
     )  # fmt: skip
+    if cuda.on_cuda(q):
+        cuda.launch("masked_attention_fwd", q.device, *arguments, q.dtype is torch.bfloat16)
+    else:
+        kernels.masked_attention_fwd(*arguments)
     return out, stats
 
 
 def _empty(q: Tensor, differentiable: bool) -> tuple[Tensor, Tensor]:
     """Return the result (B, T, H, D), and what backward needs of each query, (B, H, T, 2), or nothing of it."""
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T, 2) if differentiable else (0,))
+    stats = (B, H, T, 2) if differentiable else (0,)
+    return q.new_empty(q.shape), q.new_empty(stats, dtype=torch.float32)
 
 
 def _gradients(
@@ -153,18 +162,24 @@ def _gradients(
     dq, dk, dv, dbias = _empty_gradients(q, k, v, bias, of_bias)
     (B, T, H, D), S, K = q.shape, *k.shape[1:3]
     rows = of_bias and bias is not None and bias.dim() == 4 and bias.shape[0] != 1
-    dscores = q.new_zeros((B if rows else 1, H, T, S)) if of_bias else dbias
+    dscores = stats.new_zeros((B if rows else 1, H, T, S)) if of_bias else dbias
     addresses, strides = where(q, k, v)
     grad_addresses, grad_strides = where(dq, dk, dv)
-    kernels.masked_attention_bwd(
-        dout.data_ptr(), *addresses, strides.buffer_info()[0], 0 if mask is None else mask.data_ptr(),
-        0 if bias is None else bias.data_ptr(), *_bias_strides(bias), out.data_ptr(), stats.data_ptr(),
-        *grad_addresses, grad_strides.buffer_info()[0], dscores.data_ptr() if of_bias else 0,
-        H * T * S if rows else 0, B, T, S, H, K, D, scale,
+    arguments = (
+        dout.data_ptr(), *addresses, strides.buffer_info()[0], address(mask), address(bias),
+        *_bias_strides(bias), out.data_ptr(), stats.data_ptr(), *grad_addresses, grad_strides.buffer_info()[0],
     )  # fmt: skip
+    settings = dscores.data_ptr() if of_bias else 0, H * T * S if rows else 0, B, T, S, H, K, D, scale
+    if cuda.on_cuda(q):
+        delta = stats.new_empty(stats.shape[:3])  # room to work in
+        bfloat16 = q.dtype is torch.bfloat16
+        cuda.launch("masked_attention_bwd", q.device, *arguments, delta.data_ptr(), *settings, bfloat16)
+    else:
+        kernels.masked_attention_bwd(*arguments, *settings)
     if of_bias:
         assert bias is not None
-        dbias = dscores.sum_to_size(bias.shape if bias.dim() == 4 else (1, *bias.shape)).reshape(bias.shape)
+        shape = bias.shape if bias.dim() == 4 else (1, *bias.shape)
+        dbias = dscores.sum_to_size(shape).reshape(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias
 
 
@@ -280,6 +295,7 @@ SPEC = OpSpec(
     summary="attention to every key that a mask shows, with a bias",
     forward=("masked_attention_fwd",),
     backward=("masked_attention_bwd",),
+    cuda=("masked_attention_fwd", "masked_attention_bwd"),
     nodes=(
         Node(
             op_type="MaskedAttention",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.spec import Builder
 
 if TYPE_CHECKING:
@@ -81,7 +81,12 @@ def check_ids(op: str, ids: Tensor) -> None:
 
 
 def check_range(op: str, ids: Tensor, rows: int) -> None:
-    """Raise IndexError unless ids are in [0, rows); the message begins with the op's name."""
+    """Raise IndexError unless ids are in [0, rows); the message begins with the op's name.
+
+    Not while nothing may wait for the device of the ids: whoever records its work has looked at them before.
+    """
+    if not cuda.can_wait(ids):
+        return
     wrong = ids[(ids < 0) | (ids >= rows)]
     if len(wrong):
         raise IndexError(f"[{op}] id {int(wrong[0])} is outside [0, {rows}), the rows of the table")

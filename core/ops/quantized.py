@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.kernel_op import available, kernels
 from portlm.ops.spec import Builder, Shape
 
@@ -25,6 +25,7 @@ else:
 __all__ = [
     "Layout",
     "check_packed",
+    "check_scales",
     "check_weight",
     "dequantized",
     "pack",
@@ -79,10 +80,14 @@ def pack_array(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, b
 def pack(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Return the same for tensors; empty where no kernel could read it.
 
+    On CUDA the kernels read the weight as it is, and only its scales, (N, G), as float16: those are returned.
+
     Raises:
         ValueError: the parts do not fit each other.
     """
     check_weight("quantized weight", weight, scale, zero, bits)
+    if cuda.has_cuda_kernel(scale) and weight.device == scale.device and _has_groups(weight.shape, bits):
+        return scale.to(torch.float16).contiguous()
     if not available() or not weight.is_cpu or not _has_groups(weight.shape, bits):
         return weight.new_empty(0)
     zeros = None if zero is None else zero.numpy()
@@ -99,6 +104,15 @@ def packed_shape(weight: Sequence[int], bits: int, has_zeros: bool) -> tuple[int
 def _has_groups(weight: Sequence[int], bits: int) -> bool:
     """Whether kernels read groups of this size: they would divide by others."""
     return bits in (4, 8) and len(weight) == 3 and weight[2] * 8 // bits in (32, 64, 128)
+
+
+def check_scales(op: str, packed: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless a packed weight on CUDA is what `pack` gives."""
+    if packed.dtype != torch.float16 or packed.shape != weight.shape[:2] or not packed.is_contiguous():
+        raise ValueError(
+            f"[{op}] packed must be float16 {tuple(weight.shape[:2])} on CUDA, what portlm.ops.quantized.pack gives of "
+            f"the weight, got {packed.dtype} {tuple(packed.shape)}"
+        )
 
 
 def check_packed(op: str, packed: Tensor, layout: Layout) -> None:

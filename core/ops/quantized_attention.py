@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.attention import check_bounds
 from portlm.ops.byte_cache import LEVELS, SMALLEST, to_bytes
 from portlm.ops.cached_attention import (
@@ -25,7 +25,7 @@ from portlm.ops.cached_attention import (
     stacked_heads,
     unstacked_heads,
 )
-from portlm.ops.kernel_op import has_kernel, kernels
+from portlm.ops.kernel_op import address
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ else:
 __all__ = ["quantized_attention", "quantized_attention_reference"]
 
 FLOAT, INT8 = 1, 3  # of ONNX
+MOST_QUERIES = 16  # of a row that CUDA's kernel takes
+WIDEST = 512  # of the heads that it takes
 
 
 def quantized_attention_reference(
@@ -106,9 +108,8 @@ def quantized_attention(
     cache = past_key, past_key_scale, past_value, past_value_scale
     _check(q, k, v, cache, mask)
     check_bounds("quantized_attention", window, softcap)
-    if not has_kernel(q, k, v, past_key_scale, past_value_scale) or not (
-        past_key.is_cpu and past_value.is_cpu
-    ):
+    near = past_key.device == past_value.device == q.device
+    if not near or not cuda.has_float_kernel(mask, q, k, v, past_key_scale, past_value_scale) or _is_large(q):
         return quantized_attention_reference(q, k, v, *cache, mask, scale, window, softcap)
     q, k, v = (t.contiguous() for t in (q, k, v))
     mask = None if mask is None else mask.contiguous()
@@ -120,28 +121,32 @@ def quantized_attention(
         new[:, :, :P] = past
     keys, key_scales, values, value_scales = present
     for x, numbers, scales in ((k, keys, key_scales), (v, values, value_scales)):
-        kernels.append_bytes(
-            x.data_ptr(),
-            K * D,
-            numbers.data_ptr(),
-            K * S * D,
-            S * D,
-            scales.data_ptr(),
-            K * S,
-            S,
-            B,
-            K,
-            P,
-            T,
-            D,
-        )
+        cuda.run(
+            "append_bytes", x, x.data_ptr(), K * D, numbers.data_ptr(), K * S * D, S * D, scales.data_ptr(), K * S, S,
+            B, K, P, T, D,
+        )  # fmt: skip
     out = torch.empty_like(q)
-    kernels.quantized_attention(
-        q.data_ptr(), *(t.data_ptr() for t in present), K * S * D, S * D, K * S, S,
-        0 if mask is None else mask.data_ptr(), D**-0.5 if scale is None else scale, out.data_ptr(), B, T, S, H, K, D,
+    partial: tuple[int, ...] = ()
+    if cuda.on_cuda(q):
+        parts = _parts(S)
+        room = q.new_empty((B, T, H, parts, D + 2) if parts > 1 else 0)
+        partial = room.data_ptr() if parts > 1 else 0, parts
+    cuda.run(
+        "quantized_attention", q, q.data_ptr(), *(t.data_ptr() for t in present), K * S * D, S * D, K * S, S,
+        address(mask), D**-0.5 if scale is None else scale, out.data_ptr(), *partial, B, T, S, H, K, D,
         window or 0, softcap or 0.0,
     )  # fmt: skip
     return out, keys, key_scales, values, value_scales
+
+
+def _is_large(q: Tensor) -> bool:
+    """Whether these queries are for products of PyTorch's on CUDA, whose kernel reads a cache for each few of them."""
+    return cuda.on_cuda(q) and (q.shape[1] > MOST_QUERIES or q.shape[3] > WIDEST)
+
+
+def _parts(slots: int) -> int:
+    """Return in how many parts CUDA's kernel reads so many slots: of 128, or of more, so that there are at most 64."""
+    return max(1, min(64, -(-slots // 128)))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cache: Sequence[Tensor], mask: Tensor | None) -> None:
@@ -212,6 +217,7 @@ SPEC = OpSpec(
     name="quantized_attention",
     summary="attention over a key/value cache of 8 bits",
     forward=("append_bytes", "quantized_attention"),
+    cuda=("append_bytes", "quantized_attention"),
     nodes=(
         Node(
             op_type="QuantizedAttention",

@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import few_rows, lazy
 from portlm.ops.kernel_op import has_kernel, kernels
 from portlm.ops.narrow import check_ids, check_range, run_rows
-from portlm.ops.quantized import Layout, check_packed, check_weight, dequantized, pack, width, write_rows
+from portlm.ops.quantized import (
+    Layout,
+    check_packed,
+    check_scales,
+    check_weight,
+    dequantized,
+    pack,
+    width,
+    write_rows,
+)
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -53,10 +62,15 @@ def quantized_embedding(
 
     Raises:
         ValueError: the parts of the table do not fit each other, or ids are not int64.
-        IndexError: an id is outside [0, V); the message names it and V.
+        IndexError: an id is outside [0, V); the message names it and V. CUDA's kernel, for which nobody waits, gives
+            NaN instead.
     """
     check_weight("quantized_embedding", weight, scale, zero, bits)
     check_ids("quantized_embedding", ids)
+    if few_rows.takes(weight, scale) and ids.device == weight.device and few_rows.takes_packed(weight, bits):
+        scales = pack(weight, scale, zero, bits) if packed is None else packed
+        check_scales("quantized_embedding", scales, weight)
+        return few_rows.packed_rows(ids, weight, scales, zero, bits, scale.dtype)
     if has_kernel(scale) and weight.is_cpu and ids.is_cpu:
         packed = pack(weight, scale, zero, bits) if packed is None else packed
         if packed.numel():
@@ -80,6 +94,7 @@ SPEC = OpSpec(
     name="quantized_embedding",
     summary="rows of a table of 4 or 8 bits by token id",
     forward=("packed_rows", "pack_matrix"),
+    cuda=("packed_rows",),
     functions=("packed_rows",),
     nodes=(
         Node(

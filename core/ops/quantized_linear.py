@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import few_rows, lazy
 from portlm.ops.kernel_op import has_kernel, kernels
 from portlm.ops.narrow import ACTIVATIONS, check_linear, linear_reference, run_linear, write_linear
-from portlm.ops.quantized import Layout, check_packed, check_weight, dequantized, pack, width, write_matrix
+from portlm.ops.quantized import (
+    Layout,
+    check_packed,
+    check_scales,
+    check_weight,
+    dequantized,
+    pack,
+    width,
+    write_matrix,
+)
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, Shape
 
 if TYPE_CHECKING:
@@ -33,7 +42,7 @@ def quantized_linear_reference(
     activation: str = "none",
 ) -> Tensor:
     """Compute the definition in plain PyTorch: the oracle of the tests and the fallback without a kernel."""
-    return linear_reference(x, dequantized(weight, scale, zero, bits), bias, activation)
+    return linear_reference(x, dequantized(weight, scale, zero, bits).to(x.dtype), bias, activation)
 
 
 def quantized_linear(
@@ -48,7 +57,8 @@ def quantized_linear(
 ) -> Tensor:
     """Return activation(x W^T + b) for the matrix W (N, K) that quantized numbers mean.
 
-    The kernel rounds x to 15 bits, group by group, and gives the same bits on any number of threads.
+    The CPU's kernel rounds x to 15 bits, group by group, and gives the same bits on any number of threads. CUDA's takes
+    x of float32 or bfloat16 as it is and computes in float32; more than a few rows are a product of what W means.
 
     Args:
         x: (..., K).
@@ -69,6 +79,10 @@ def quantized_linear(
     """
     check_weight("quantized_linear", weight, scale, zero, bits)
     check_linear("quantized_linear", x, len(weight), width(weight.shape, bits), bias, activation)
+    if few_rows.takes(weight, x, bias) and few_rows.takes_packed(weight, bits):
+        scales = pack(weight, scale, zero, bits) if packed is None else packed
+        check_scales("quantized_linear", scales, weight)
+        return few_rows.packed_linear(x, weight, scales, zero, bias, bits, activation)
     if has_kernel(x, scale, bias) and weight.is_cpu:
         packed = pack(weight, scale, zero, bits) if packed is None else packed
         if packed.numel():
@@ -92,6 +106,7 @@ SPEC = OpSpec(
     name="quantized_linear",
     summary="activation(x W^T + b) for W of 4 or 8 bits",
     forward=("packed_linear", "pack_matrix"),
+    cuda=("packed_linear",),
     functions=("packed_linear", "packed_linear_no_bias", "packed_linear_a8", "packed_linear_a8_no_bias"),
     nodes=(
         Node(

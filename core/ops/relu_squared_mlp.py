@@ -1,7 +1,7 @@
 """The two-layer perceptron of Primer (So et al. 2021): linear, squared ReLU, linear.
 
 Shapes: x is (..., C), w1 (F, C), b1 (F,), w2 (N, F), b2 (N,), y (..., N). All float32 in the kernel, which keeps relu
-of the hidden layer for backward.
+of the hidden layer for backward; on CUDA all bfloat16, too.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.kernel_op import KernelOp, address, contiguous, has_kernel, kernels
 from portlm.ops.linear import linear
 from portlm.ops.mlp import backward_by, check_mlp, empty_gradients
+from portlm.ops.mlp_cuda import mlp_cuda
 from portlm.ops.precision import rounds_products
 from portlm.ops.spec import Attributes, Builder, Input, Node, OpSpec, module_of
 
@@ -53,10 +54,13 @@ def relu_squared_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: T
     check_mlp("relu_squared_mlp", x, w1, b1, w2, b2)
     if rounds_products():
         return linear(linear(x, w1, b1).relu().square(), w2, b2)
-    if not has_kernel(x, w1, b1, w2, b2):
+    on_cuda = cuda.has_cuda_kernel(x, w1, b1, w2, b2)
+    if not on_cuda and not has_kernel(x, w1, b1, w2, b2):
         return relu_squared_mlp_reference(x, w1, b1, w2, b2)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = contiguous(b1, b2)
+    if on_cuda:
+        return mlp_cuda(x, w1, b1, w2, b2, "relu_squared")
     y: Tensor = _fused(x, w1, b1, w2, b2)[0]
     return y
 
@@ -135,6 +139,7 @@ SPEC = OpSpec(
     summary="linear, squared ReLU, linear",
     forward=("relu_squared_mlp_fwd",),
     backward=("linear_bwd",),
+    cuda=("relu_squared_bias_fwd", "relu_squared_bias_bwd"),
     nodes=(
         Node(
             op_type="ReluSquaredMlp",

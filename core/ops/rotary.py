@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021), halves convention: each head splits at D / 2, as in transformers.
 
-Shapes: x and y are (B, T, H, D); cos and sin are (T, D / 2) or (B, T, D / 2). All float32 in the kernel.
+Shapes: x and y are (B, T, H, D); cos and sin are (T, D / 2) or (B, T, D / 2). All float32 in the kernel; on
+CUDA all bfloat16, too.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from portlm.ops import lazy
+from portlm.ops import cuda, lazy
 from portlm.ops.kernel_op import KernelOp, has_kernel, kernels
 from portlm.ops.spec import Attribute, Attributes, Builder, Input, Node, OpSpec, like_first
 
@@ -48,26 +49,34 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"[rotary] x must be (B, T, H, D) with D even, cos and sin (T, D/2) or (B, T, D/2), "
             f"got {tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
-    if not has_kernel(x, cos, sin) or cos.requires_grad or sin.requires_grad:
+    taken = has_kernel(x, cos, sin) or cuda.has_cuda_kernel(x, cos, sin)
+    if not taken or cos.requires_grad or sin.requires_grad:
         return rotary_reference(x, cos, sin)
     return _fused(_heads_together(x), cos.contiguous(), sin.contiguous(), False)
 
 
 def _heads_together(x: Tensor) -> Tensor:
-    """Return x if its tokens lie at even distances, each with its heads in one piece; else a contiguous copy."""
+    """Return x if its tokens lie at even distances, each with its heads in one piece; else a contiguous copy.
+
+    On CUDA there may be gaps between heads: those of a part of each head need no copy.
+    """
     _, T, H, D = x.shape
     batch, token, head, element = x.stride()
-    fits = element == 1 and head == D and token >= H * D and batch == T * token
+    together = head >= D if cuda.on_cuda(x) else head == D
+    fits = element == 1 and together and token >= H * head and batch == T * token
     return x if fits else x.contiguous()
 
 
 def _forward(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     B, T, H, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels.rotary_fwd(
-        x.data_ptr(), x.stride(1), cos.data_ptr(), sin.data_ptr(), 0, y.data_ptr(),
-        B * T, T if cos.dim() == 2 else B * T, H, D, inverse,
-    )  # fmt: skip
+    tables = (cos.data_ptr(), sin.data_ptr(), 0, y.data_ptr())
+    sizes = (B * T, T if cos.dim() == 2 else B * T, H, D, inverse)
+    if cuda.on_cuda(x):
+        place = (x.data_ptr(), x.stride(1), x.stride(2))
+        cuda.launch("rotary_fwd", x.device, *place, *tables, *sizes, x.dtype is torch.bfloat16)
+    else:
+        kernels.rotary_fwd(x.data_ptr(), x.stride(1), *tables, *sizes)
     return y
 
 
@@ -121,6 +130,7 @@ SPEC = OpSpec(
     summary="rotary position embedding",
     forward=("rotary_fwd",),
     backward=("rotary_fwd",),
+    cuda=("rotary_fwd", "rotary_heads"),
     nodes=(
         Node(
             op_type="Rotary",

@@ -5,6 +5,7 @@ float32 logits, so that what it is off by is what the logits are. A logit of -in
 of nothing but -inf says nothing; greedy decoding refuses such a row, too (portlm.ops.token_selection).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ Ids = npt.NDArray[np.int64]
 Scores = tuple[npt.NDArray[np.float64], Ids]
 
 
-def token_scores(logits: npt.NDArray[np.float32], targets: Ids) -> Scores:
+def token_scores(logits: npt.NDArray[np.float32] | Any, targets: Ids) -> Scores:
     """Return the log-probability of one token for each row of logits, and the row's most probable token.
 
     Args:
-        logits: (R, V) float32.
+        logits: (R, V) float32: an array, or a tensor on a CUDA device, where it is scored then.
         targets: (R,) int64, of 0 to V - 1.
 
     Returns:
@@ -32,6 +33,11 @@ def token_scores(logits: npt.NDArray[np.float32], targets: Ids) -> Scores:
     Raises:
         UsageError: an argument is of another shape or type, or a target is no token.
     """
+    if getattr(logits, "is_cuda", False):
+        from portlm.ops.token_scores_cuda import token_scores_cuda
+
+        tensor: Any = logits
+        return token_scores_cuda(tensor, targets)
     logits, targets = _checked(logits, targets)
     if not available():
         return _reference(logits, targets)
@@ -65,21 +71,33 @@ def _reference(logits: npt.NDArray[np.float32], targets: Ids) -> Scores:
 
 
 def _checked(logits: npt.NDArray[np.float32], targets: Ids) -> tuple[npt.NDArray[np.float32], Ids]:
-    wanted = (
-        ("[token_scores] logits", logits, np.float32, 2),
-        ("[token_scores] targets", targets, np.int64, 1),
-    )
-    for name, array, dtype, rank in wanted:
-        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != rank:
-            what = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise UsageError(f"{name} must be an array of {np.dtype(dtype)} of {rank} axes, got {what}")
-    R, V = logits.shape
+    if not isinstance(logits, np.ndarray) or logits.dtype != np.float32 or logits.ndim != 2:
+        raise wrong("logits", "an array of float32 of 2 axes", logits)
+    return np.ascontiguousarray(logits), check_rows(logits.shape, targets)
+
+
+def check_rows(shape: Sequence[int], targets: Ids) -> Ids:
+    """Return contiguous targets, one for each row of logits of a shape (R, V).
+
+    Raises:
+        UsageError: they are of another shape or type, or one is no token.
+    """
+    if not isinstance(targets, np.ndarray) or targets.dtype != np.int64 or targets.ndim != 1:
+        raise wrong("targets", "an array of int64 of 1 axes", targets)
+    R, V = shape
     if V == 0 or len(targets) != R:
         raise UsageError(
-            f"[token_scores] one target is needed for each row of logits {logits.shape}, got {len(targets)}"
+            f"[token_scores] one target is needed for each row of logits {tuple(shape)}, got {len(targets)}"
         )
     check_targets(targets, V)
-    return np.ascontiguousarray(logits), np.ascontiguousarray(targets)
+    return np.ascontiguousarray(targets)
+
+
+def wrong(name: str, wanted: str, given: Any) -> UsageError:
+    """Return the error of an argument that is not what is wanted."""
+    shape = getattr(given, "shape", None)
+    what = type(given).__name__ if shape is None else f"{given.dtype} {tuple(shape)}"
+    return UsageError(f"[token_scores] {name} must be {wanted}, got {what}")
 
 
 def check_targets(targets: Ids, vocab_size: int) -> None:
@@ -99,4 +117,5 @@ SPEC = OpSpec(
     name="token_scores",
     summary="log-probabilities of given tokens, and the most probable ones",
     forward=("score_logits",),
+    cuda=("score_logits",),
 )

@@ -37,6 +37,7 @@ from portlm.ops.compiled import available, kernels
 from portlm.ops.spec import OpSpec
 
 Ids = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
 
 _WORD = (1 << 64) - 1
 _PHILOX_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -54,7 +55,7 @@ _INVERSE_FACTORIALS = (
 
 
 def select_tokens(
-    logits: npt.NDArray[np.float32],
+    logits: npt.NDArray[np.float32] | Any,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -66,7 +67,7 @@ def select_tokens(
     """Choose one token for each row of logits.
 
     Args:
-        logits: (B, V) float32.
+        logits: (B, V) float32: an array, or a tensor on a CUDA device, where its tokens are chosen then.
         temperature: 0 for greedy, otherwise what the logits are divided by.
         top_k: keep this many of the most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens that together reach this probability; 1 keeps all.
@@ -82,6 +83,11 @@ def select_tokens(
         UsageError: an argument is out of range.
         PortlmError: a logit is NaN or +inf, or a row forbids every token. The row is named.
     """
+    if getattr(logits, "is_cuda", False):
+        from portlm.ops.token_selection_cuda import select_tokens_cuda
+
+        tensor: Any = logits
+        return select_tokens_cuda(tensor, temperature, top_k, top_p, min_p, seed, step, rows)
     logits, seeds, streams = _checked(logits, temperature, top_k, top_p, min_p, seed, step, rows)
     if not available():
         return _reference(logits, temperature, top_k, top_p, min_p, seeds, step, streams)
@@ -160,9 +166,9 @@ def _reference(
     top_k: int,
     top_p: float,
     min_p: float,
-    seeds: npt.NDArray[np.uint64],
+    seeds: Words,
     step: int,
-    streams: npt.NDArray[np.uint64],
+    streams: Words,
 ) -> Ids:
     tokens = np.empty(len(logits), np.int64)
     for index, row in enumerate(logits):
@@ -196,18 +202,33 @@ def _checked(
     seed: int | Sequence[int],
     step: int,
     rows: Sequence[int] | None,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+) -> tuple[npt.NDArray[np.float32], Words, Words]:
     """Check every argument, and return contiguous logits with one seed and one stream for each row."""
     if not isinstance(logits, np.ndarray) or logits.dtype != np.float32 or logits.ndim != 2:
         what = f"{logits.dtype} {logits.shape}" if isinstance(logits, np.ndarray) else type(logits).__name__
         raise UsageError(f"[token_selection] logits must be a float32 array (rows, vocabulary), got {what}")
-    B, V = logits.shape
-    if V == 0:
+    check_logits(logits.shape, temperature, top_k, top_p, min_p)
+    return np.ascontiguousarray(logits), *streams_of(len(logits), seed, step, rows)
+
+
+def check_logits(shape: Sequence[int], temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Raise UsageError unless there are tokens to choose from, and filters fit them. The shape is (B, V)."""
+    if shape[1] == 0:
         raise UsageError("[token_selection] logits have no tokens to choose from")
-    check_filters(V, temperature, top_k, top_p, min_p)
+    check_filters(shape[1], temperature, top_k, top_p, min_p)
+
+
+def streams_of(
+    B: int, seed: int | Sequence[int], step: int, rows: Sequence[int] | None
+) -> tuple[Words, Words]:
+    """Return a seed and a stream of random numbers (B,) for each row, from the arguments of ``select_tokens``.
+
+    Raises:
+        UsageError: an argument is out of range.
+    """
     _word("step", step)
     seeds = _per_row("seed", [seed] * B if isinstance(seed, (int, np.integer)) else seed, B)
-    return np.ascontiguousarray(logits), seeds, _per_row("row", range(B) if rows is None else rows, B)
+    return seeds, _per_row("row", range(B) if rows is None else rows, B)
 
 
 def _address(array: npt.NDArray[Any]) -> int:
@@ -215,7 +236,7 @@ def _address(array: npt.NDArray[Any]) -> int:
     return address
 
 
-def _per_row(name: str, values: Any, B: int) -> npt.NDArray[np.uint64]:
+def _per_row(name: str, values: Any, B: int) -> Words:
     try:
         words = [_word(name, value) for value in values]
     except TypeError:
@@ -245,4 +266,5 @@ SPEC = OpSpec(
     name="token_selection",
     summary="greedy, temperature, top-k, top-p, min-p",
     forward=("select_tokens",),
+    cuda=("select_tokens",),
 )

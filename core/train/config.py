@@ -265,6 +265,7 @@ class RunConfig:
     recompute: bool = (
         False  # compute activations again in backward instead of keeping them: less memory, more time
     )
+    cuda_graph: bool = False  # forward and backward of a step are one CUDA graph, for models of small kernels
     log_interval: int = 10  # steps between lines of metrics
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -281,11 +282,24 @@ class RunConfig:
             raise ConfigError(
                 f"precision bf16 is for device cpu, not {self.device!r}: leave precision out, or train on the CPU"
             )
+        if self.cuda_graph:
+            self._check_graph()
         if self.schedule.has_floor and self.schedule.min_lr > self.optimizer.lr:
             raise ConfigError(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above "
                 f"optimizer.lr {self.optimizer.lr:g}: lower it"
             )
+
+    def _check_graph(self) -> None:
+        """Refuse what makes steps differ in more than their tokens, or what no graph of CUDA can hold."""
+        if self.device.partition(":")[0] != "cuda":
+            raise ConfigError(f"cuda_graph is for device cuda, not {self.device!r}: leave it out")
+        for name, value, problem in (
+            ("recompute", self.recompute, "asks for the state of random numbers in the middle of a step"),
+            ("layers.unfreeze", self.layers.unfreeze, "changes what a step computes"),
+        ):
+            if value:
+                raise ConfigError(f"{name} {problem}, which cuda_graph = true cannot: leave one of them out")
 
     @property
     def warmup_steps(self) -> int:
@@ -355,6 +369,15 @@ class PretrainConfig(RunConfig):
                 raise ConfigError(
                     f"noise.{name} is for objective {' or '.join(NoiseSettings.READERS[name])}: leave it out"
                 )
+
+    def _check_graph(self) -> None:
+        super()._check_graph()
+        kind = FAMILIES[self.model.family].kind
+        if self.objective != "causal" or self.data.packing != "stream" or kind != "decoder":
+            raise ConfigError(
+                "cuda_graph = true is for decoders of objective causal with data.packing = stream, whose steps "
+                "have one shape: leave it out"
+            )
 
     def _check_family(self) -> None:
         """Refuse an objective that the family cannot learn; the message says which it can, or who can.

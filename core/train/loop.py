@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from portlm.train.progress import ProgressReport, duration
 from portlm.train.recompute import recompute_blocks
 from portlm.train.run_folder import RunFolder, SavedRun, check_same_run
 from portlm.train.setup import make_optimizer, make_schedule, training_device
+from portlm.train.step_graph import StepGraph
 from portlm.weights import load_torch, save_tensors
 
 OPTIMIZER, RNG, OBJECTIVE = "optimizer.safetensors", "rng.safetensors", "objective.safetensors"
@@ -178,6 +180,9 @@ class Trainer:
         self.layers = Layers(objective.model, config.layers)
         self.optimizer = make_optimizer(objective.model, config.optimizer, self.layers.scale)
         self.schedule = make_schedule(config)
+        self._gradients: Callable[[Sequence[Any]], Tensor] = partial(accumulate_gradients, objective.loss)
+        if config.cuda_graph:
+            self._gradients = StepGraph(self._gradients, objective.model)
         self.step = 0
         self.evaluation: dict[str, float] | None = None
         self._evaluated_step = self._saved_step = -1
@@ -223,9 +228,10 @@ class Trainer:
         self.layers.set_learning(self.step)
         parts = self.objective.batches()
         with products_in(self.config.precision):
-            loss = accumulate_gradients(self.objective.loss, parts)
+            loss = self._gradients(parts)
             norm = self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.config.cuda_graph:  # which writes them where they are
+            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._loss_sum += loss
         self._loss_count += 1

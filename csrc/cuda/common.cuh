@@ -24,8 +24,12 @@ inline void check(cudaError_t status, const char* call, const char* file, int li
                            ": " + cudaGetErrorString(status));
 }
 
+constexpr size_t kSharedBytes = 48 << 10;      // what every device grants a block without asking,
+constexpr size_t kMostSharedBytes = 99 << 10;  // and what all of compute capability 8.0 and newer do if asked
+
 // Starts a kernel and reports what prevented it. grid must not be 0: callers return early when there is no work. A plain
 // call and no <<<>>>, so that any compiler of C++ takes the kernels: tests/cuda_on_cpu runs them where there is no GPU.
+// A block gets up to kMostSharedBytes of shared memory.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, uintptr_t stream,
             Arguments&&... arguments) {
@@ -34,6 +38,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
+  if (shared_bytes > kSharedBytes)  // has to be asked for; no work of a stream, so a graph may be under way
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
@@ -72,6 +78,12 @@ __device__ inline void store(T* p, const float (&x)[V]) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
+// V elements as they are.
+template <int V, typename T>
+__device__ inline void copy(const T* from, T* to) {
+  *reinterpret_cast<Pack<T, V>*>(to) = *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
 // A storage type, and how many of its elements one access moves.
 template <typename Element, int Width>
 struct Access {
@@ -79,21 +91,45 @@ struct Access {
   static constexpr int V = Width;
 };
 
+// Whether every array and every row of n elements, each of so many bytes, begins at a multiple of 16 bytes. Rows of several
+// lengths and distances, which are joined by |, do so together.
+inline bool begins_at_16(int64_t n, int64_t bytes, std::initializer_list<const void*> arrays) {
+  bool aligned = n * bytes % 16 == 0;
+  for (const void* p : arrays) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;  // nullptr is aligned
+  return aligned;
+}
+
 // Calls body(Access) with 16-byte accesses if every array and every row of n elements allows them, else single ones.
 template <typename Body>
+void with_float_access(int64_t n, std::initializer_list<const void*> arrays, Body body) {
+  begins_at_16(n, 4, arrays) ? body(Access<float, 4>{}) : body(Access<float, 1>{});
+}
+template <typename Body>
 void with_access(bool is_bfloat16, int64_t n, std::initializer_list<const void*> arrays, Body body) {
-  bool aligned = n * (is_bfloat16 ? 2 : 4) % 16 == 0;
-  for (const void* p : arrays) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;  // nullptr is aligned
-  if (is_bfloat16)
-    aligned ? body(Access<bfloat16, 8>{}) : body(Access<bfloat16, 1>{});
-  else
-    aligned ? body(Access<float, 4>{}) : body(Access<float, 1>{});
+  if (!is_bfloat16) return with_float_access(n, arrays, body);
+  begins_at_16(n, 2, arrays) ? body(Access<bfloat16, 8>{}) : body(Access<bfloat16, 1>{});
+}
+
+// --- rows side by side in a block ---------------------------------------------------------------------------
+
+constexpr unsigned kTileThreads = 256;
+
+// A block for rows of `width` accesses: x counts accesses of a row, y rows. Narrow rows share a block.
+inline dim3 row_tile(int64_t width) {
+  unsigned x = 1;
+  while (x < width && x < kTileThreads) x *= 2;
+  return dim3(x, kTileThreads / x);
+}
+
+// Blocks for n things of which each block takes `each` at a time, in turns if there are very many.
+inline unsigned blocks_for(int64_t n, int64_t each) {
+  const int64_t blocks = (n + each - 1) / each, most = int64_t{1} << 20;
+  return static_cast<unsigned>(blocks < most ? blocks : most);
 }
 
 // --- one block per row --------------------------------------------------------------------------------------
 
 constexpr unsigned kMostRowThreads = 512;
-constexpr size_t kSharedBytes = 48 << 10;  // what every device grants a block without asking
 
 // Threads that share a row of n elements: one access each if they suffice, in whole warps.
 inline unsigned row_threads(int64_t n, int V) {

@@ -1,155 +1,18 @@
-// Layer normalisation with an optional residual add in front, forward and backward.
-//
-// Memory bound: one block per row, 16-byte accesses. The row waits in shared memory between the three passes over it;
-// rows too long for that are read again, from the caches.
-#include "cuda/common.cuh"
+// Layer normalisation (Ba et al. 2016) with an optional residual add in front, forward and backward.
 #include "cuda/kernels.h"
+#include "cuda/norm_rows.cuh"
 
 namespace portlm::cuda {
-namespace {
-
-template <typename T, int V>
-__global__ void forward(const T* x, const T* residual, const T* weight, const T* bias, float eps, T* y, T* h, float* mean,
-                        float* rstd, int64_t rows, int64_t C, bool staged) {
-  float* const stage = shared_memory();
-  const int64_t first = int64_t{threadIdx.x} * V, turn = int64_t{blockDim.x} * V;
-  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    const T* row = x + r * C;
-    float total[1] = {0.0f};
-    for (int64_t i = first; i < C; i += turn) {
-      float v[V];
-      load(row + i, v);
-      if (residual) {
-        float add[V];
-        load(residual + r * C + i, add);
-#pragma unroll
-        for (int k = 0; k < V; ++k) v[k] = to_float(from_float<T>(v[k] + add[k]));  // as backward will read it
-        store(h + r * C + i, v);
-      }
-#pragma unroll
-      for (int k = 0; k < V; ++k) total[0] += v[k];
-      if (staged) store(stage + i, v);  // each thread reads back only what it wrote itself
-    }
-    block_sum(total);
-    const float m = total[0] / static_cast<float>(C);
-    if (residual) row = h + r * C;
-    float square[1] = {0.0f};
-    for (int64_t i = first; i < C; i += turn) {
-      float v[V];
-      staged ? load(stage + i, v) : load(row + i, v);
-#pragma unroll
-      for (int k = 0; k < V; ++k) square[0] += (v[k] - m) * (v[k] - m);
-    }
-    block_sum(square);
-    const float scale = 1.0f / sqrtf(square[0] / static_cast<float>(C) + eps);
-    for (int64_t i = first; i < C; i += turn) {
-      float v[V], w[V], b[V];
-      staged ? load(stage + i, v) : load(row + i, v);
-      load(weight + i, w);
-      load(bias + i, b);
-#pragma unroll
-      for (int k = 0; k < V; ++k) v[k] = (v[k] - m) * scale * w[k] + b[k];
-      store(y + r * C + i, v);
-    }
-    if (threadIdx.x == 0) {
-      mean[r] = m;
-      rstd[r] = scale;
-    }
-  }
-}
-
-// With xhat = (h - mean) rstd and a = dy * weight: dx = rstd (a - mean(a) - xhat mean(a xhat)). Each block adds its
-// rows' weight gradients up, in shared memory if they fit, and leaves them in partial (blocks, 2, C).
-template <typename T, int V>
-__global__ void backward(const T* dy, const T* dh_in, const T* h, const T* weight, const float* mean, const float* rstd,
-                         T* dx, float* partial, int64_t rows, int64_t C, bool staged) {
-  float* const mine = partial + int64_t{blockIdx.x} * 2 * C;
-  float* const dweight = staged ? shared_memory() : mine;
-  float* const dbias = dweight + C;
-  const int64_t first = int64_t{threadIdx.x} * V, turn = int64_t{blockDim.x} * V;
-  for (int64_t i = first; i < C; i += turn) {
-    const float zero[V] = {};
-    store(dweight + i, zero);
-    store(dbias + i, zero);
-  }
-  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    const float m = mean[r], scale = rstd[r];
-    float sums[2] = {0.0f, 0.0f};
-    for (int64_t i = first; i < C; i += turn) {
-      float g[V], v[V], w[V], dw[V], db[V];
-      load(dy + r * C + i, g);
-      load(h + r * C + i, v);
-      load(weight + i, w);
-      load(dweight + i, dw);
-      load(dbias + i, db);
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const float a = g[k] * w[k], xhat = (v[k] - m) * scale;
-        sums[0] += a;
-        sums[1] += a * xhat;
-        dw[k] += g[k] * xhat;
-        db[k] += g[k];
-      }
-      store(dweight + i, dw);
-      store(dbias + i, db);
-    }
-    block_sum(sums);
-    const float a_mean = sums[0] / static_cast<float>(C), ax_mean = sums[1] / static_cast<float>(C);
-    for (int64_t i = first; i < C; i += turn) {
-      float g[V], v[V], w[V];
-      load(dy + r * C + i, g);
-      load(h + r * C + i, v);
-      load(weight + i, w);
-#pragma unroll
-      for (int k = 0; k < V; ++k) g[k] = (g[k] * w[k] - a_mean - (v[k] - m) * scale * ax_mean) * scale;
-      if (dh_in) {
-        load(dh_in + r * C + i, v);
-#pragma unroll
-        for (int k = 0; k < V; ++k) g[k] += v[k];
-      }
-      store(dx + r * C + i, g);
-    }
-  }
-  if (!staged) return;
-  for (int64_t i = first; i < C; i += turn) {
-    float sum[V];
-    load(dweight + i, sum);
-    store(mine + i, sum);
-    load(dbias + i, sum);
-    store(mine + C + i, sum);
-  }
-}
-
-}  // namespace
 
 void layer_norm_fwd(const void* x, const void* residual, const void* weight, const void* bias, float eps, void* y, void* h,
                     float* mean, float* rstd, int64_t rows, int64_t C, bool is_bfloat16, uintptr_t stream) {
-  if (rows == 0 || C == 0) return;
-  with_access(is_bfloat16, C, {x, residual, weight, bias, y, h}, [&](auto access) {
-    using T = typename decltype(access)::T;
-    constexpr int V = decltype(access)::V;
-    const size_t row = sizeof(float) * static_cast<size_t>(C);
-    const bool staged = row <= kSharedBytes - 1024;  // block_sum needs a little of it
-    launch(forward<T, V>, row_blocks(rows), row_threads(C, V), staged ? row : 0, stream, static_cast<const T*>(x),
-           static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<const T*>(bias), eps,
-           static_cast<T*>(y), static_cast<T*>(h), mean, rstd, rows, C, staged);
-  });
+  normalise<true>(x, residual, weight, bias, eps, y, h, mean, rstd, rows, C, is_bfloat16, stream);
 }
 
 void layer_norm_bwd(const void* dy, const void* dh_in, const void* h, const void* weight, const float* mean,
                     const float* rstd, void* dx, void* dweight, void* dbias, float* partial, int64_t blocks, int64_t rows,
                     int64_t C, bool is_bfloat16, uintptr_t stream) {
-  if (C == 0 || blocks == 0) return;
-  with_access(is_bfloat16, C, {dy, dh_in, h, weight, dx, partial}, [&](auto access) {
-    using T = typename decltype(access)::T;
-    constexpr int V = decltype(access)::V;
-    const size_t sums = 2 * sizeof(float) * static_cast<size_t>(C);
-    const bool staged = sums <= kSharedBytes - 1024;
-    launch(backward<T, V>, static_cast<unsigned>(blocks), row_threads(C, V), staged ? sums : 0, stream,
-           static_cast<const T*>(dy), static_cast<const T*>(dh_in), static_cast<const T*>(h), static_cast<const T*>(weight),
-           mean, rstd, static_cast<T*>(dx), partial, rows, C, staged);
-    launch_sum_partials(partial, blocks, C, static_cast<T*>(dweight), static_cast<T*>(dbias), stream);
-  });
+  differentiate_norm<true>(dy, dh_in, h, weight, mean, rstd, dx, dweight, dbias, partial, blocks, rows, C, is_bfloat16, stream);
 }
 
 }  // namespace portlm::cuda

@@ -73,6 +73,28 @@ def test_the_dry_run_of_the_quick_sections_passes_without_a_gpu(tmp_path):
     assert not any(f.get("seconds") or f.get("rate") for f in report["figures"]), "a dry run times nothing"
 
 
+@pytest.mark.parametrize(
+    ("words", "times"), [((), 1), (("--dry-run",), 4), (("--dry-run", "--budget", "90"), 4)]
+)
+def test_a_dry_run_has_more_time_than_a_machine_with_a_gpu(words, times):
+    """Its limits are that machine's, and a few busy cores take longer to make models."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(GPU)!r}]; import check\n"
+        "def told(sections, out, work, *, dry, budget):\n"
+        "    print(sections[0].seconds, budget)\n"
+        "    sys.exit()\n"
+        "check.Check = told\n"
+        "check.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--only", "models", *words], capture_output=True, text=True, check=True
+    )
+    seconds, budget = map(float, done.stdout.split())
+    (models,) = (section for section in listed() if section["name"] == "models")
+    assert seconds == times * models["seconds"]
+    assert budget == (90 if "--budget" in words else 600 * times)
+
+
 def test_without_a_cuda_device_the_run_fails_and_says_why(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is missing: pip install portlm[train]")
     if torch.cuda.is_available():

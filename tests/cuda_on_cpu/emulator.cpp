@@ -1,6 +1,7 @@
-// A block's threads as fibers: each runs until it reaches a barrier or its end, then the next one does. So a thread never
-// sees what another wrote in the same stretch between barriers unless it comes after it, and the order in which they come
-// is chosen from outside: a missing barrier shows as a result that depends on it. One launch runs at a time.
+// A block's threads as fibers: each runs until it reaches a barrier or its end, then the next one of its warp does, and no warp
+// waits for another before a barrier of the block. So a thread never sees what another wrote in the same stretch between
+// barriers unless it comes after it, and the order in which they come is chosen from outside: a missing barrier shows as a
+// result that depends on it. One launch runs at a time.
 #include "emulator.h"
 
 #include <cuda_runtime.h>
@@ -20,7 +21,7 @@
 #include <vector>
 
 namespace portlm::cuda {
-constexpr size_t kFloats = (48 << 10) / sizeof(float), kBehind = 1024;
+constexpr size_t kFloats = cuda_on_cpu::kMostSharedBytes / sizeof(float), kBehind = 1024;
 // As common.cuh declares it, and some room behind it that no block may touch.
 extern thread_local float memory[] __attribute__((aligned(32)));
 thread_local float memory[kFloats + kBehind] __attribute__((aligned(32)));  // the size is known only here
@@ -34,13 +35,22 @@ constexpr uint32_t kUnwritten = 0x7fc0dead;  // a NaN
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+constexpr size_t kMostExchanged = 32, kCopied = 16;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   State state;
   uint3 thread;
   const char* file;
   int line;
-  unsigned turn;       // which of the values is being exchanged
-  uint64_t values[2];  // the last one is still read by others when the next is written
+  unsigned turn;  // which of the values is being exchanged
+  alignas(8) char values[2][kMostExchanged];  // the last one is still read by others when the next is written
+  std::vector<std::vector<Copy>> copies;      // groups, the last one open
   bool started = false;
   jmp_buf where;
   char* stack = nullptr;
@@ -162,23 +172,23 @@ void release(Machine& m, unsigned begin, unsigned end) {
   for (unsigned i = begin; i < end; ++i) m.fibers[i].state = State::ready;
 }
 
-// Lets those go on that have met; false if all have ended.
+// Lets the warp go on if its threads have met.
+bool warp_goes_on(Machine& m, uint64_t warp) {
+  const unsigned begin = static_cast<unsigned>(warp) * kWarp;
+  const unsigned end = std::min(begin + kWarp, m.count);  // the last warp of some blocks is not whole
+  if (!met(m, begin, end, State::at_warp_barrier)) return false;
+  release(m, begin, end);
+  return true;
+}
+
+// Lets the block go on if its threads have met; false if all have ended.
 bool go_on(Machine& m) {
   const auto ended = [](const Fiber& fiber) { return fiber.state == State::done; };
   if (std::all_of(m.fibers.begin(), m.fibers.begin() + m.count, ended)) return false;
-  bool any = false;
   if (met(m, 0, m.count, State::at_block_barrier)) {
     release(m, 0, m.count);
     return true;
   }
-  for (unsigned begin = 0; begin < m.count; begin += kWarp) {
-    const unsigned end = std::min(begin + kWarp, m.count);
-    if (met(m, begin, end, State::at_warp_barrier)) {
-      release(m, begin, end);
-      any = true;
-    }
-  }
-  if (any) return true;
   const Fiber& first = *std::find_if_not(m.fibers.begin(), m.fibers.begin() + m.count, ended);
   const Fiber* other = nullptr;
   for (unsigned i = 0; i < m.count; ++i) {
@@ -187,6 +197,11 @@ bool go_on(Machine& m) {
   }
   throw std::runtime_error("threads of a block wait in vain: " + place(first) +
                            (other ? ", and " + place(*other) : ", and its warp is not whole"));
+}
+
+void arrive(const Copy& copy) {
+  std::memset(copy.to, 0, kCopied);
+  if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 // 0, 1, 2, ... n - 1; the same backwards; or shuffled.
@@ -217,14 +232,41 @@ void block_barrier(const char* file, int line) { wait(State::at_block_barrier, f
 
 uint64_t exchange(unsigned mask, uint64_t value, unsigned from, const char* file, int line) {
   if (mask != lanes()) throw std::runtime_error("only whole warps exchange values here");
+  // A lane that has no thread gives the asking one its own value, as on a device.
+  const unsigned there = lanes() >> from % kWarp & 1 ? from % kWarp : lane();
+  return exchange_bytes(&value, sizeof value, file, line).at<uint64_t>(static_cast<int>(there));
+}
+
+WarpValues exchange_bytes(const void* value, size_t bytes, const char* file, int line) {
   Machine& m = machine;
   Fiber* const self = m.running;
   const unsigned turn = self->turn;
-  self->values[turn] = value;
+  if (bytes > kMostExchanged) throw std::runtime_error("a warp exchanges no more than 32 bytes of each thread");
+  std::memcpy(self->values[turn], value, bytes);
   wait(State::at_warp_barrier, file, line);
   self->turn = 1 - turn;
-  Fiber* const warp = self - (self - m.fibers.data()) % kWarp;
-  return (lanes() >> from % kWarp & 1 ? warp + from % kWarp : self)->values[turn];
+  const Fiber* const warp = self - (self - m.fibers.data()) % kWarp;
+  return {warp->values[turn], sizeof(Fiber)};
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  const uintptr_t ends = reinterpret_cast<uintptr_t>(to) | (bytes ? reinterpret_cast<uintptr_t>(from) : 0);
+  if (ends % kCopied) throw std::runtime_error("an end of a copy is not aligned to 16 bytes");
+  const Copy copy = {to, from, bytes};
+  if (machine.order == 1)
+    arrive(copy);  // as soon as it may
+  else
+    machine.running->copies.back().push_back(copy);
+}
+
+void end_copies() { machine.running->copies.emplace_back(); }
+
+void finish_copies(size_t under) {
+  auto& groups = machine.running->copies;
+  while (groups.size() > under + 1) {
+    for (const Copy& copy : groups.front()) arrive(copy);
+    groups.erase(groups.begin());
+  }
 }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
@@ -243,26 +285,30 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
       for (unsigned i = 0; !whole && i < m.count; ++i) m.fibers[i].started = false;  // what waits will not be waited for
     }
   } ending{m};
-  const auto threads = ordered(m.count, m.order);
+  const auto warps = ordered((m.count + kWarp - 1) / kWarp, m.order), turns = ordered(kWarp, m.order);
+  static const std::vector<uint32_t> unwritten(shared.bytes / sizeof kUnwritten, kUnwritten);
   const size_t room = (shared_bytes + sizeof(float) - 1) / sizeof(float);
   for (const uint64_t b : ordered(uint64_t{grid.x} * grid.y * grid.z, m.order)) {
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / grid.x / grid.y)};
-    for (size_t i = 0; i + sizeof kUnwritten <= shared.bytes; i += sizeof kUnwritten)
-      std::memcpy(shared.begin + i, &kUnwritten, sizeof kUnwritten);
+    std::memcpy(shared.begin, unwritten.data(), shared.bytes / sizeof kUnwritten * sizeof kUnwritten);
     for (unsigned i = 0; i < m.count; ++i) {
       Fiber& fiber = m.fibers[i];
       fiber.state = State::ready;
       fiber.turn = 0;
+      fiber.copies.assign(1, {});
       fiber.thread = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     }
     do {
-      for (const uint64_t i : threads)
-        if (m.fibers[i].state == State::ready) resume(m, m.fibers[i]);
+      for (const uint64_t warp : warps)  // each as far as it gets without the others
+        do
+          for (const uint64_t lane : turns)
+            if (const uint64_t i = warp * kWarp + lane; i < m.count && m.fibers[i].state == State::ready) resume(m, m.fibers[i]);
+        while (warp_goes_on(m, warp));
     } while (go_on(m));
-    for (size_t i = room; i < portlm::cuda::kFloats + portlm::cuda::kBehind; ++i)
-      if (std::memcmp(&portlm::cuda::memory[i], &kUnwritten, sizeof kUnwritten))
-        throw std::runtime_error("a block wrote behind the shared memory that it was given");
+    const size_t behind = portlm::cuda::kFloats + portlm::cuda::kBehind - room;
+    if (std::memcmp(&portlm::cuda::memory[room], unwritten.data(), behind * sizeof kUnwritten))
+      throw std::runtime_error("a block wrote behind the shared memory that it was given");
   }
   ending.whole = true;
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cuda_on_cpu
+import cuda_twins
 import pytest
 import torch
 from torch import Tensor
@@ -121,3 +122,14 @@ def emulated(emulator, monkeypatch):
     """The same, in the place of those of a GPU."""
     cuda_on_cpu.replace_cuda(emulator, monkeypatch)
     return emulator
+
+
+@pytest.fixture(
+    params=[pytest.param("cuda", marks=[cuda_twins.gpu, cuda_twins.needs_gpu]), "cpu"],
+    ids=["gpu", "emulated"],
+)
+def device(request):
+    """Where a test's tensors lie: on a GPU, or where the emulated kernels take them."""
+    if request.param == "cpu":
+        request.getfixturevalue("emulated")
+    return request.param

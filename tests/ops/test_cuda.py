@@ -1,15 +1,14 @@
 """The CUDA twins against the same oracles as the CPU kernels: on a GPU, and compiled for the CPU."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_twins import DTYPES, assert_as_accurate, gpu, needs_gpu, results, run_twice
 from recurrent_layers import Layer, random_mask
 from torch import Tensor, nn
 
-from portlm.agreement import within
 from portlm.ops import cuda, registry
 from portlm.ops.adamw import AdamW
 from portlm.ops.adamw_cuda import CudaPlan
@@ -31,30 +30,8 @@ from portlm.ops.swiglu import swiglu, swiglu_reference
 if kernels is None:
     pytest.skip("portlm._C was not built", allow_module_level=True)
 
-if not torch.cuda.is_available():
-    MISSING = "no CUDA device"
-elif not kernels.cuda.architectures():
-    MISSING = "this build has no CUDA kernels: nvcc was not found"
-elif not has_cuda_kernel(torch.zeros(1, device="cuda")):
-    MISSING = f"the device is older than compute capability {kernels.cuda.architectures()}"
-else:
-    MISSING = ""
-
-needs_gpu = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-gpu = pytest.mark.gpu
-
-
-@pytest.fixture(params=[pytest.param("cuda", marks=[gpu, needs_gpu]), "cpu"], ids=["gpu", "emulated"])
-def device(request):
-    """Where a test's tensors lie: on a GPU, or where the emulated kernels take them."""
-    if request.param == "cpu":
-        request.getfixturevalue("emulated")
-    return request.param
-
-
 # Odd sizes take single accesses; 6200 is too wide for sums in shared memory, 12 296 for a row; 100 rows make 6 blocks.
 SHAPES = [(1, 8), (3, 33), (2, 5, 768), (100, 96), (2, 6200), (2, 12_296), (0, 16)]
-DTYPES = [torch.float32, torch.bfloat16]
 
 
 def names() -> list[str]:
@@ -91,40 +68,6 @@ EVERY_TWIN = pytest.mark.parametrize(
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
     C = shape[-1]
     return [torch.randn(s, device=device).to(dtype) for s in (shape, shape, (C,), (C,))]
-
-
-def results(function, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return outputs and gradients of every input that takes part."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    device = tensors[0].device
-    generator = torch.Generator(device).manual_seed(0)
-    upstream = [
-        torch.randn(y.shape, device=device, generator=generator).to(tensors[0].dtype) for y in outputs
-    ]
-    grads = torch.autograd.grad(outputs, leaves, [u.to(y.dtype) for u, y in zip(upstream, outputs, strict=True)],
-                                allow_unused=True)  # fmt: skip
-    return [*(y.detach() for y in outputs), *(g for g in grads if g is not None)]
-
-
-def assert_as_accurate(
-    ours: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype, roundings: int = 1
-) -> None:
-    """Assert that ours errs at most twice as much as eager, plus one or more roundings of the largest value."""
-    assert ours.shape == oracle.shape
-    if ours.numel():
-        error, theirs = (float((t.double() - oracle).abs().max()) for t in (ours, eager))
-        scale = max(1.0, float(oracle.abs().max()))
-        assert within(error, 2 * theirs + roundings * torch.finfo(dtype).eps * scale), (error, theirs)
-
-
-def run_twice(device: str, request: pytest.FixtureRequest) -> Iterator[int]:
-    """Have threads and blocks run in another order the second time: a device's own, or the emulation's opposite."""
-    for order in range(2):
-        if device == "cpu":
-            request.getfixturevalue("emulator").order(order)
-        yield order
 
 
 @pytest.mark.parametrize("name", names())

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = (
     "none", "no_barrier", "divided_barrier", "ended_thread", "behind_memory", "unwritten_memory", "unwritten_array",
-    "part_of_a_warp", "misaligned",
+    "part_of_a_warp", "misaligned", "copied", "late_copy", "misaligned_copy",
 )  # fmt: skip
 
 
@@ -64,6 +64,26 @@ def test_what_would_hang_or_spoil_other_memory_is_an_error(emulator, fault, mess
         list(map(float, reversed(range(40)))),
         "",
     )  # and the next launch is well
+
+
+def test_a_copy_has_arrived_when_its_thread_has_waited_and_no_sooner(emulator):
+    emulator.order(0)
+    assert reverse(emulator.library, 64, "copied") == (list(map(float, reversed(range(64)))), "")
+    late, _ = reverse(emulator.library, 64, "late_copy")
+    assert np.isnan(late[:-1]).all()  # the last one is not a copy
+    assert "not aligned to 16 bytes" in reverse(emulator.library, 64, "misaligned_copy")[1]
+
+
+def test_a_warp_multiplies_matrices_that_its_lanes_hold(emulator):
+    """Whole numbers, so that bfloat16 rounds nothing."""
+    emulator.order(1)
+    random = np.random.default_rng(0)
+    a, b, c = (random.integers(-9, 9, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+    expected = c + a @ b
+    multiply = emulator.library.cuda_on_cpu_multiply
+    multiply.restype = ctypes.c_char_p
+    assert multiply(*(m.ctypes.data_as(ctypes.c_void_p) for m in (a, b, c))) is None
+    assert np.array_equal(c, expected)
 
 
 def test_an_access_that_is_not_aligned_ends_the_process(emulator):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = "" if shutil.which("c++") else "there is no c++ to compile the CUDA kernels for the CPU"
-TYPES = {"bool": ctypes.c_bool, "int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float,
-         "double": ctypes.c_double}  # fmt: skip
+TYPES = {"bool": ctypes.c_bool, "int": ctypes.c_int, "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64,
+         "float": ctypes.c_float, "double": ctypes.c_double}  # fmt: skip
 
 calls: Counter[str] = Counter()  # of each kernel in this process
 
