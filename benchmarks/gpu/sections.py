@@ -101,7 +101,7 @@ SECTIONS = (
             "decoding:dense_linear_race", needs=("machine", "build"), kernels=("dense_linear",)),
     Section("bytes", "attention of one token over a cache of bytes", 40, "decoding:bytes_race",
             needs=("machine", "build"), kernels=("append_bytes", "quantized_attention")),
-    Section("decode", "prefill and decode of GPT-2 small on torch:cuda, also without graphs, ort:cuda and tvm:cuda", 110,
+    Section("decode", "prefill and decode of GPT-2 small on torch:cuda, also without graphs, and ort and tvm", 110,
             "engines:decode",
             needs=("machine", "models")),
     Section("decode-kinds", "decode of GPT-2 small with weights of 4 and 16 bits on torch:cuda", 120,

@@ -54,7 +54,7 @@ def test_shared_memory_that_nobody_wrote_is_no_number(emulator, fault):
         ),
         ("ended_thread", "thread (0, 0) has ended"),
         ("behind_memory", "a block wrote behind the shared memory"),
-        ("part_of_a_warp", "thread (32, 0) waits for its warp in common.cuh:"),
+        ("part_of_a_warp", "only whole warps exchange values here"),
     ],
 )
 def test_what_would_hang_or_spoil_other_memory_is_an_error(emulator, fault, message):
