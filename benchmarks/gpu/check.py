@@ -32,9 +32,7 @@ from sections import SECTIONS, Section
 HERE = Path(__file__).resolve().parent
 WORDS = {DONE: "ok", SKIPPED: "skipped"}
 RESERVE = 10  # seconds of the budget that are kept for writing the table
-DRY_TIMES = (
-    4  # as much time in a dry run: the limits are those of a machine with a GPU, not of a few busy cores
-)
+DRY_TIMES = 6  # as much time in a dry run: limits are of a machine with a GPU, not of a few busy cores
 
 
 class InterruptionError(Exception):
