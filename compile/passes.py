@@ -50,6 +50,7 @@ class Dump:
 
         stem = f"{self.count:02}-{name}"
         self.count += 1
+        model = getattr(model, "proto", model)  # of a graph whose weights are apart
         if hasattr(model, "SerializeToString"):
             from onnx import printer
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 THREADS = 256  # of a group: what every device has
 LOWEST = -3.0e38  # a score that no softmax sees; WGSL has no infinity
+NAME = "portlm.kernel"  # attribute of a function: what messages call it
 FOLD = 16  # threads that add up the group's numbers first
 
 
@@ -26,7 +27,7 @@ def function(name: str) -> Iterator["Builder"]:
         with tirx.prim_func(is_private=True):
             tirx.func_name(name)
             # Schedules leave it alone, and so does fusion: 8 is an opaque function to it.
-            tirx.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
+            tirx.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8, NAME: name})
             yield builder
     builder.function = script.get()
 

@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from portlm.compile import tvm_gpu_attention, tvm_gpu_linear, tvm_gpu_rows
 from portlm.compile.tvm_build import Graph, dimensions
 from portlm.compile.tvm_expand import expanded
+from portlm.compile.tvm_gpu import NAME
 from portlm.compile.tvm_gpu_linear import Matrix
 from portlm.compile.tvm_standard import STRUCTURAL, emitters
 from portlm.errors import EngineUnavailableError, FormatError
@@ -254,7 +255,7 @@ class _Lowering:
         """One result of a function of tvm_gpu, or several."""
         relax = self.relax
         types = [relax.TensorType(list(shape), "float32") for shape in shapes]
-        place = self.bb.add_func(function, str(function.attrs.get("global_symbol", "kernel")))
+        place = self.bb.add_func(function, str(function.attrs[NAME]))
         result = self.bb.emit(relax.call_tir(place, list(inputs), types[0] if len(types) == 1 else types))
         return result if len(types) == 1 else [self.bb.emit(result[i]) for i in range(len(types))]
 
