@@ -22,10 +22,13 @@ ROOTS = {"portlm": "core", "portlm.compile": "compile", "portlm.runtimes": "runt
 
 
 class CMakeExtension(Extension):
-    """An extension whose sources are listed in CMakeLists.txt instead of here."""
+    """An extension whose sources are listed in CMakeLists.txt instead of here.
 
-    def __init__(self, name: str):
-        super().__init__(name, sources=[])
+    One that is optional is not there where CMake lacks what it needs.
+    """
+
+    def __init__(self, name: str, optional: bool = False):
+        super().__init__(name, sources=[], optional=optional)
 
 
 class CMakeBuild(build_ext):
@@ -36,7 +39,9 @@ class CMakeBuild(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        """Configure and build one extension into the place setuptools asks for."""
+        """Configure, and build all extensions into the place setuptools asks for."""
+        if ext is not self.extensions[0]:
+            return  # built with the first, and copied from where that is, if it could be built
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = HERE / "build" / f"cmake-{sys.implementation.cache_tag}"
         self._drop_stale_cache(build)
@@ -101,6 +106,10 @@ setup(
         for name in (root, *(f"{root}.{package}" for package in find_packages(path)))
     ],
     package_data={"portlm": ["py.typed", "_C.pyi"], "portlm.flows": ["report.html.jinja"]},
-    ext_modules=[CMakeExtension("portlm._C")],
+    ext_modules=[
+        CMakeExtension("portlm._C"),
+        CMakeExtension("portlm._opencl", optional=True),
+        CMakeExtension("portlm._vulkan", optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from portlm import tvm_cuda
 from portlm.artifact import Manifest, check_files, read_manifest, replace
 from portlm.engines import ENGINES
 from portlm.errors import FormatError
@@ -118,7 +117,9 @@ def _digest(manifest: Manifest, key: Key) -> str:
         _compiler(),
     ]
     if key[:2] == ("tvm", "cuda"):
-        facts.append(tvm_cuda.architectures())
+        from portlm.tvm_cuda import architectures  # only here: what is packed needs nothing of TVM
+
+        facts.append(architectures())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -3,6 +3,7 @@
 It runs in processes of their own, since a process keeps the first library of a name that it has loaded.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,7 +11,11 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "fake_cuda"
+# PyTorch for CUDA, which TVM imports where it is installed, loads NVIDIA's own runtime before any other can be.
+OWN = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cu13") is not None
 MISSING = "" if shutil.which("c++") else "there is no c++ to build the fake GPU"
+if OWN:
+    MISSING = "NVIDIA's own runtime is installed here, and is loaded in the place of the fake GPU's"
 CLEAN = {"CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH", "FAKE_CUDA_LOG"}
 
 
