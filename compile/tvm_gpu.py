@@ -145,11 +145,7 @@ class Builder:
 
 
 def activation(k: Builder, name: str, x: Any) -> Any:
-    """An activation by its name in portlm.ops.narrow.ACTIVATIONS.
-
-    erf is the rational approximation 7.1.26 of Abramowitz and Stegun (1964), whose error is below 1.5e-7: not all
-    languages have one.
-    """
+    """An activation by its name in portlm.ops.narrow.ACTIVATIONS."""
     if name == "none":
         return x
     if name == "gelu_tanh":
@@ -157,22 +153,6 @@ def activation(k: Builder, name: str, x: Any) -> Any:
         # 1 + tanh(z) = 2 / (1 + e^-2z), which overflows to the right limits
         return x / (k.real(1) + k.call("exp", k.real(-2) * inner))
     if name == "gelu":
-        return k.real(0.5) * x * (k.real(1) + erf(k, x * k.real(0.7071067811865476)))
+        return k.real(0.5) * x * (k.real(1) + k.call("erf", x * k.real(0.7071067811865476)))
     positive = k.call("max", x, k.real(0))
     return positive if name == "relu" else positive * positive
-
-
-def erf(k: Builder, x: Any) -> Any:
-    """The error function."""
-    size = k.call("abs", x)
-    t = k.real(1) / (k.real(1) + k.real(0.3275911) * size)
-    series = k.real(0)
-    for coefficient in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        series = (series + k.real(coefficient)) * t
-    value = k.real(1) - series * k.call("exp", -size * size)
-    return k.where(x < k.real(0), -value, value)
-
-
-def sigmoid(k: Builder, x: Any) -> Any:
-    """1 / (1 + e^-x)."""
-    return k.real(1) / (k.real(1) + k.call("exp", -x))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from portlm.compile.tvm_gpu import FOLD, THREADS, Builder, activation, function, sigmoid
+from portlm.compile.tvm_gpu import FOLD, THREADS, Builder, activation, function
 from portlm.panels import PANEL
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class _Linear:
                 values[i] = values[i] + bias[column]
         if product.pairs:
             gate, up = values
-            value = gate * sigmoid(k, gate) * up
+            value = gate * k.call("sigmoid", gate) * up
         else:
             value = activation(k, product.activation, values[0])
         if self.residual is not None:
